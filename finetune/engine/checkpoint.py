@@ -1,0 +1,146 @@
+"""Checkpoints: all that a run needs to go on bit for bit, written so that one is there whole or not at all.
+
+A checkpoint is a folder `step-N`: `weights.safetensors` (what trains, and the nets' buffers), `ema.safetensors`,
+`optimizer-<turn>.pt`, `state.json`, and last `manifest.json` with the size and SHA-256 of each. It is written beside
+its place, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Checkpoint:
+    """`step` counts finished steps. `facts` are plain values (threads, processes, the gradient scaler's state)."""
+
+    step: int
+    weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    optimizers: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `checkpoint` under `folder` and delete all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is too full; nothing that was there is lost.
+    """
+    target = folder / f"step-{checkpoint.step:07d}"
+    aside = folder / f".{target.name}.part"
+    _check_space(folder, checkpoint)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        save_file(checkpoint.weights, aside / "weights.safetensors")
+        if checkpoint.averages:
+            save_file(checkpoint.averages, aside / "ema.safetensors")
+        for name, state in checkpoint.optimizers.items():
+            torch.save(state, aside / f"optimizer-{name}.pt")
+        (aside / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.facts}, indent=1))
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(files, indent=1))
+        for file in aside.iterdir():
+            _sync(file)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {checkpoint.step} could not be written: {error.strerror}",
+            where=str(folder),
+            remedy="free some space and go on with --resume: earlier checkpoints are untouched",
+        ) from error
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+    _sync(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+
+
+def newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each damaged one passed over."""
+    said = []
+    for path in reversed(checkpoints(folder)):
+        damage = _damage(path)
+        if not damage:
+            return load(path, device), said
+        said.append(f"checkpoint {path.name} is damaged ({damage}): the one before is used")
+    return None, said
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read one checkpoint."""
+    state = json.loads((path / "state.json").read_text())
+    averages = path / "ema.safetensors"
+    return Checkpoint(
+        step=state.pop("step"),
+        weights=load_file(path / "weights.safetensors", device=str(device)),
+        averages=load_file(averages, device=str(device)) if averages.is_file() else {},
+        optimizers={
+            file.stem.removeprefix("optimizer-"): torch.load(file, map_location=device, weights_only=True) for file in path.glob("optimizer-*.pt")
+        },
+        facts=state,
+    )
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a checkpoint's files, "" if nothing."""
+    try:
+        for name, expected in json.loads((path / MANIFEST).read_text()).items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+                return f"{name} has changed"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest cannot be read"
+    return ""
+
+
+def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
+    optimizer_bytes = sum(_bytes(value) for state in checkpoint.optimizers.values() for slots in state["state"].values() for value in slots.values())
+    needed = optimizer_bytes + sum(map(_bytes, (*checkpoint.weights.values(), *checkpoint.averages.values()))) + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
+            where=str(folder),
+            remedy="free some space and go on with --resume: earlier checkpoints are untouched",
+        )
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 8
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

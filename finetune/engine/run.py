@@ -1,0 +1,115 @@
+"""A run's folder: what was asked, what was planned, what happened, and what came out.
+
+    recipe.yaml  plan.json  versions.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.data.cache import write_aside
+from finetune.errors import UserError
+from finetune.planning import Plan, describe
+from finetune.recipe import Recipe, load_recipe, to_dict
+
+# What may change between a run and its resumption: everything else would change the weights.
+FREE_TO_CHANGE = {
+    "output": None,
+    "sample": None,
+    "name": None,
+    "train": {"checkpoint_every", "keep_checkpoints", "validate_every"},
+    "data": {"cache"},
+}
+LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "safetensors", "numpy", "pillow")
+
+
+class Run:
+    """Args:
+    plan: of this run.
+    resume: go on in a folder that is there already.
+
+    Raises:
+        UserError: the folder exists and `resume` is not set; or it cannot be made; or the recipe was changed in what
+            would change the weights.
+    """
+
+    def __init__(self, plan: Plan, resume: bool) -> None:
+        self.plan, self.folder = plan, Path(plan.folder)
+        exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if exists and not resume:
+            raise UserError(
+                f"{self.folder} exists already; nothing in it was touched",
+                remedy="add --resume to go on with it, or choose another place: --set output.folder=…",
+            )
+        if resume and (self.folder / "recipe.yaml").is_file():
+            _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
+
+    def create(self) -> None:
+        """Make the folder and write what is known before the first step; the main process calls this."""
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            self.write("recipe.yaml", yaml.safe_dump(to_dict(self.plan.recipe), sort_keys=False, allow_unicode=True))
+            self.write_json("plan.json", describe(self.plan))
+            self.write_json("versions.json", versions())
+        except OSError as error:
+            raise UserError(f"the run's folder cannot be written: {error.strerror}", where=str(self.folder), remedy="choose another place: --set output.folder=…") from error
+
+    def write(self, name: str, text: str) -> Path:
+        """Write one text file whole or not at all."""
+        write_aside(self.folder / name, text.encode())
+        return self.folder / name
+
+    def write_json(self, name: str, value: Any) -> Path:
+        return self.write(name, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`; every record names its `step`."""
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps that a resumed run takes again."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the system and the libraries that training stands on."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "absent"
+    found["threads"] = os.environ.get("OMP_NUM_THREADS", "as torch chose")
+    return found
+
+
+def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
+    """Raise if a key that shapes the weights differs from the recipe the run was started with."""
+    changed = []
+    old, new = to_dict(before), to_dict(now)
+    for section in sorted(old.keys() | new.keys()):
+        free = FREE_TO_CHANGE.get(section, set())
+        if free is None or old.get(section) == new.get(section):
+            continue
+        if not isinstance(old.get(section), dict) or not isinstance(new.get(section), dict):
+            changed.append(section)
+            continue
+        changed += [f"{section}.{key}" for key in old[section] if key not in free and old[section][key] != new[section].get(key)]
+    if changed:
+        raise UserError(
+            f"this run was started with another {', '.join(changed)}: going on would be neither the one run nor the other",
+            where=str(where),
+            remedy="give the recipe it was started with, or start a new run: --set output.folder=…",
+        )

@@ -1,0 +1,86 @@
+"""The denoising objective for nets with a discrete noise schedule: noising, targets, weights.
+
+Notation of Ho et al. 2020 (arXiv:2006.11239): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, t = 0 … T−1. The signal-to-noise ratio is
+SNR(t) = ᾱ_t / (1−ᾱ_t). v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetune.engine.draw import Draw
+from finetune.recipe import Diffusion
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+
+def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
+    """ᾱ shifted and scaled in √ᾱ so that the last is 0 and the first unchanged (Lin et al. 2023, arXiv:2305.08891, alg. 1)."""
+    roots = alphas_cumprod.double().sqrt()
+    first, last = roots[0], roots[-1]
+    return ((roots - last) * first / (first - last)).square().float()
+
+
+@dataclass(frozen=True)
+class Noised:
+    """x_t [B, …], t [B] int64, the net's target [B, …], the weight of each example's loss [B]; all float32 but t."""
+
+    sample: Tensor
+    timestep: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class Denoising:
+    """Args:
+    alphas_cumprod: ᾱ_t, [T] float32, as the pipeline's scheduler has them (already with zero terminal SNR if wanted).
+    prediction: what the net predicts.
+    loss: the recipe's section.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction, loss: Diffusion) -> None:
+        self.alphas_cumprod, self.prediction, self._loss = alphas_cumprod.float(), prediction, loss
+
+    def noise(self, clean: Tensor, draw: Draw) -> Noised:
+        """Noise `clean` [B, C, H, W] at a timestep drawn uniformly for each example."""
+        timestep = draw.integers("timestep", len(self.alphas_cumprod))
+        noise = draw.normal("noise", clean.shape[1:])
+        if self._loss.noise_offset:
+            # One number a channel shifts the whole picture, so that its mean brightness is noised too
+            # (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+            noise = noise + self._loss.noise_offset * draw.normal("noise offset", (clean.shape[1], 1, 1))
+        alpha = self.alphas_cumprod.to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))
+        signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+        target = noise if self.prediction == "epsilon" else signal * noise - sigma * clean
+        return Noised(signal * clean + sigma * noise, timestep, target, self.weight(timestep))
+
+    def weight(self, timestep: Tensor) -> Tensor:
+        """min-SNR-γ weights (Hang et al. 2023, arXiv:2303.09556, §3.4): min(SNR, γ) on the x_0 loss.
+
+        The loss in ε is SNR times that in x_0, the loss in v is SNR + 1 times, so the weight is divided by these.
+        """
+        gamma = self._loss.min_snr_gamma
+        if gamma is None:
+            return torch.ones(len(timestep), device=timestep.device)
+        alpha = self.alphas_cumprod.to(timestep.device)[timestep]
+        if self.prediction == "v_prediction":
+            # min(SNR, γ) / (SNR + 1) with SNR + 1 = 1 / (1 − ᾱ): finite where ᾱ is 0 or 1.
+            return torch.minimum(alpha, gamma * (1 - alpha))
+        return torch.minimum(torch.ones_like(alpha), gamma * (1 - alpha) / alpha)
+
+    def error(self, predicted: Tensor, noised: Noised) -> Tensor:
+        """The weighted loss of each example, [B] float32: mean over elements of squared or pseudo-Huber error.
+
+        Pseudo-Huber: 2δ(√(e² + δ²) − δ), which is e² for small e and 2δ|e| for large (arXiv:2403.16728, eq. 6, scaled).
+        """
+        difference = predicted.float() - noised.target
+        if self._loss.huber is None:
+            element = difference.square()
+        else:
+            delta = self._loss.huber
+            element = 2 * delta * ((difference.square() + delta**2).sqrt() - delta)
+        return element.flatten(1).mean(1) * noised.weight

@@ -1,0 +1,111 @@
+"""The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
+
+Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), loss per picture = mean |x − x̂| (or squared)
++ kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²). As both terms are means, kl_weight is a β-VAE's β
+times (latent elements ÷ picture elements), up to the likelihood's scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.data.dataset import to_tensor
+from finetune.data.pictures import apply, decode
+from finetune.data.scan import Audit
+from finetune.engine.draw import Draw
+from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
+from finetune.planning import Plan
+from finetune.recipe import Autoencoder
+
+SCALE_PICTURES = 512  # pictures over which the spread of the latents is measured
+
+
+class Reconstruction(nn.Module):
+    """pixels [B, 3, H, W] and noise [B, C, h, w] → (reconstruction, mean, log-variance)."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+
+class VaeTurn(Turn):
+    name = "autoencoder"
+
+    def __init__(self, vae: AutoencoderKL, loss: Autoencoder) -> None:
+        self.net = Reconstruction(vae)
+        self._loss = loss
+        self._channels, self._factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        pixels = batch["pixels"].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+        latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
+        reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))
+        difference = reconstruction.float() - pixels
+        error = difference.abs() if self._loss.reconstruction == "l1" else difference.square()
+        mean, logvar = mean.float(), logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return error.flatten(1).mean(1) + self._loss.kl_weight * kl.flatten(1).mean(1)
+
+
+class Pixels(Encoders):
+    """Pictures as they are: 8-bit pixels. Captions are not read."""
+
+    picture_key, caption_key, cached = "pixels", "", False
+
+    def encode_picture(self, pixels: Tensor) -> Batch:
+        return {"pixels": pixels.add(1).mul(127.5).round().to(torch.uint8)}
+
+    def encode_caption(self, caption: str) -> Batch:
+        return {}
+
+
+class Vae(Model):
+    def __init__(self, plan: Plan, audit: Audit) -> None:
+        torch.manual_seed(plan.recipe.train.seed)
+        self.vae = AutoencoderKL(**plan.recipe.model.build).to(memory_format=torch.channels_last)
+        self._audit = audit
+        check_sizes(plan, 2 ** (len(self.vae.config.block_out_channels) - 1))
+        self._turns = (VaeTurn(self.vae, plan.recipe.autoencoder or Autoencoder()),)
+
+    def turns(self) -> tuple[Turn, ...]:
+        return self._turns
+
+    def encoders(self) -> Encoders:
+        return Pixels()
+
+    def _pixels(self, count: int) -> Tensor:
+        """Pictures spread evenly over the training data, [count, 3, H, W]."""
+        pictures = self._audit.training
+        chosen = pictures[:: max(1, len(pictures) // count)][:count]
+        arrays = [numpy.asarray(apply(decode(p.read(), self._audit.background), p.crop)) for p in chosen]
+        return torch.stack([to_tensor(array) for array in arrays]).to(self.vae.device)
+
+    @torch.no_grad()
+    def sample(self, request: SampleRequest) -> list[Image.Image]:
+        """For each prompt a pair: a picture of the data above, its reconstruction from the mean latent below."""
+        pixels = self._pixels(len(request.prompts))
+        rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        pairs = torch.cat([pixels, rebuilt], dim=2).add(1).mul(127.5).round().to(torch.uint8)
+        return [Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()) for pair in pairs]
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> list[Path]:
+        """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
+        latents = [self.vae.encode(batch).latent_dist.mode() for batch in self._pixels(SCALE_PICTURES).split(16)]
+        self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat([z.flatten() for z in latents]).std()), 5))
+        self.vae.save_pretrained(folder)
+        return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    return Vae(plan, audit)

@@ -1,0 +1,259 @@
+"""`Recipe`: everything a person can say about a run, as frozen dataclasses, and the loader for its YAML.
+
+One unit for one thing: lengths of a run are `steps` (of the optimizer) or `epochs` (passes over the pictures), whichever
+the recipe names; sizes are pixels; rates are per optimizer step. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from finetune import strictyaml
+from finetune.errors import UserError, did_you_mean
+
+Method = Literal["lora", "full", "scratch"]
+Precision = Literal["float32", "float16", "bfloat16"]
+_PACKAGE = Path(__file__).resolve().parent
+ASSETS = _PACKAGE / "assets"
+# In a checkout the recipes lie beside the package; an installed package carries them inside.
+RECIPES = next(folder for folder in (_PACKAGE.parent / "recipes", _PACKAGE / "recipes") if folder.is_dir())
+
+
+def _number(default: Any, **bounds: float) -> Any:
+    """A field with a range: `minimum`/`maximum` are allowed values, `above`/`below` are not."""
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which net. `family` is the module in `finetune/models/`."""
+
+    family: str
+    path: str | None = None  # hub name, diffusers folder, one .safetensors file, or embedded:base; none when from scratch
+    vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
+    prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
+    train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
+    build: dict[str, Any] = field(default_factory=dict)  # from scratch: the arguments of each net's class
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder of pictures or one Hugging Face data set."""
+
+    path: str
+    repeats: int = _number(1, minimum=1)  # each picture counts so many times an epoch
+    prefix: str = ""  # put before every caption: a trigger word
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str | None = None  # short for one source
+    sources: tuple[Source, ...] = ()
+    resolution: int = _number(512, minimum=8, maximum=4096)  # pictures train at about resolution² pixels
+    buckets: bool = True  # keep each picture's aspect ratio; false: crop all to a square
+    bucket_step: int = _number(64, minimum=1)  # sides of buckets are multiples of this
+    maximum_aspect: float = _number(2.0, minimum=1)  # the longest bucket's long side over its short side
+    flip: bool = False  # also show each picture mirrored
+    background: str = "white"  # what transparent pictures are laid over: a CSS colour
+    image_column: str = "image"  # Hugging Face data sets: the column with the picture
+    caption_column: str = "text"  # metadata files and Hugging Face data sets: the column with the caption
+    caption_dropout: float = _number(0.1, minimum=0, maximum=1)  # share of draws whose caption is emptied (for guidance)
+    missing_captions: Literal["stop", "empty", "skip"] = "stop"
+    unreadable_pictures: Literal["stop", "skip"] = "stop"
+    long_captions: Literal["stop", "truncate"] = "stop"
+    held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of pictures kept for the validation loss
+    cache: str | None = None  # where latents and embeddings are kept; none: the user's cache folder
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A."""
+
+    rank: int = _number(16, minimum=1)
+    alpha: float | None = _number(None, above=0)  # none: as the rank, a scale of 1
+    dropout: float = _number(0.0, minimum=0, below=1)
+    targets: str = "attention"  # attention, attention+mlp, all-linear, or names of layers, comma-separated
+    rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
+    dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The denoising loss, for families with a noise schedule."""
+
+    min_snr_gamma: float | None = _number(None, above=0)  # weighs down easy steps (arXiv:2303.09556); 5 is usual
+    noise_offset: float = _number(0.0, minimum=0)  # lets brightness be learned; 0.05–0.1 is usual
+    zero_terminal_snr: bool = False  # noise goes to pure noise (arXiv:2305.08891); needs v_prediction
+    huber: float | None = _number(None, above=0)  # pseudo-Huber's δ instead of squared error: outliers weigh less
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """The VAE's loss: reconstruction + kl_weight · KL, each a mean over the picture's or the latent's elements."""
+
+    reconstruction: Literal["l1", "l2"] = "l1"
+    kl_weight: float = _number(1e-4, minimum=0)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    lr: float = _number(1e-4, above=0)
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = _number(1e-8, above=0)
+    weight_decay: float = _number(0.01, minimum=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = _number(0, minimum=0)
+    clip_norm: float | None = _number(1.0, above=0)
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int | None = _number(None, minimum=1)
+    epochs: float | None = _number(None, above=0)
+    batch_size: int = _number(1, minimum=1)  # pictures at once on each device
+    accumulation: int = _number(1, minimum=1)  # batches added up before the optimizer steps
+    seed: int = _number(0, minimum=0)
+    precision: Precision | None = None  # none: bfloat16 where the device has it, else float16 on CUDA, else float32
+    gradient_checkpointing: bool = False  # less memory, about a third more time
+    ema: float | None = _number(None, above=0, below=1)  # decay of the averaged weights that are saved and sampled
+    checkpoint_every: int = _number(500, minimum=1)
+    keep_checkpoints: int = _number(2, minimum=1)
+    validate_every: int = _number(200, minimum=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    every: int = _number(500, minimum=1)  # training steps between sample grids
+    steps: int = _number(25, minimum=1)  # denoising steps of a sample
+    guidance: float = _number(7.0, minimum=0)  # diffusers' convention: 1 is none
+    seed: int = _number(0, minimum=0)
+
+
+@dataclass(frozen=True)
+class Output:
+    folder: str | None = None  # none: runs/<method>-<name of the recipe>
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: Method
+    model: Model
+    data: Data
+    train: Train
+    adapter: Adapter | None = None
+    diffusion: Diffusion | None = None
+    autoencoder: Autoencoder | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    sample: Sample = field(default_factory=Sample)
+    output: Output = field(default_factory=Output)
+    name: str = ""  # filled by the loader: the file's name without `.yaml`
+
+
+def embedded(path: str) -> str:
+    """`embedded:emoji/noto` → the folder inside the package; anything else as it is."""
+    return str(ASSETS / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
+
+
+def find_recipe(path_or_name: str) -> Path:
+    """A recipe by its file, or a bundled one by name: `lora/emoji`, `recipes/lora/emoji.yaml`."""
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    name = path_or_name.removeprefix("recipes/").removesuffix(".yaml")
+    if (RECIPES / f"{name}.yaml").is_file():
+        return RECIPES / f"{name}.yaml"
+    raise UserError(f'there is no recipe "{path_or_name}"', remedy=f"{did_you_mean(name, bundled_recipes())} (`ft recipes` lists them)")
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes that come with the project, such as `lora/sdxl`."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
+
+
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and check all that can be known without data and machine.
+
+    Args:
+        path_or_name: a YAML file, or the name of a bundled recipe.
+        overrides: `section.key=value` each, applied in order.
+
+    Raises:
+        UserError: with file, line and key.
+    """
+    path = find_recipe(str(path_or_name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("the recipe is not UTF-8 text", where=str(path), remedy="save it as UTF-8") from error
+    return parse_recipe(text, str(path), path.stem, overrides)
+
+
+def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """`load_recipe` for text already read; `source` is what errors call it."""
+    root = strictyaml.read(text, source)
+    for assignment in overrides:
+        root = strictyaml.override(root, assignment)
+        if assignment.startswith("data.path=") and isinstance(data := root.content["data"].content, dict):  # type: ignore[index,call-overload]
+            data.pop("sources", None)  # the one folder given on the command line stands for all of the recipe's
+    recipe: Recipe = strictyaml.build(Recipe, root)
+    recipe = dataclasses.replace(recipe, name=recipe.name or name)
+    _check(recipe, source)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Rules between keys."""
+
+    def refuse(condition: bool, problem: str, remedy: str) -> None:
+        if condition:
+            raise UserError(problem, where=where, remedy=remedy)
+
+    train, data, model = recipe.train, recipe.data, recipe.model
+    refuse((train.steps is None) == (train.epochs is None), "a run's length is train.steps or train.epochs: one of them", "give exactly one")
+    refuse(bool(data.path) == bool(data.sources), "the pictures are at data.path or in data.sources: one of them", "give exactly one")
+    refuse(recipe.method == "lora" and recipe.adapter is None, "a LoRA needs an `adapter` section", "add `adapter: {rank: 16}`")
+    refuse(
+        recipe.method != "lora" and recipe.adapter is not None,
+        f"method {recipe.method} trains the weights themselves: it has no adapter",
+        "remove the `adapter` section, or set `method: lora`",
+    )
+    refuse(recipe.method == "scratch" and not model.build, "from scratch needs model.build, the architecture", "see `ft recipes show scratch/emoji-vae`")
+    refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
+    refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
+    refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
+    refuse(len(recipe.optimizer.betas) != 2, "optimizer.betas are two numbers", "write `betas: [0.9, 0.999]`")
+    refuse(any(not 0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas lie in [0, 1)", "write `betas: [0.9, 0.999]`")
+    diffusion = recipe.diffusion
+    if diffusion is not None and diffusion.zero_terminal_snr:
+        refuse(
+            model.prediction == "epsilon",
+            "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
+            "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
+        )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
+    sections = {"autoencoder", "diffusion", "adapter"}
+    return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+METHODS: tuple[str, ...] = get_args(Method)

@@ -1,0 +1,228 @@
+"""YAML read by declared types: the reader behind `Recipe`.
+
+PyYAML's implicit typing surprises people: `lr: 1e-4` is a *string*, `prompt: no` is False. So nothing implicit is used:
+the file is composed to nodes, each scalar keeps the text that was written and the line it stands on, and `build` turns
+the text into what the dataclass declares. Unknown and repeated keys, wrong types and values out of range are errors
+that name file, line and key. Anchors, aliases and tags are not read: a recipe is as long as it looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import UserError, did_you_mean
+
+MAXIMUM_DEPTH = 12
+NULLS = {"null", "~", ""}
+TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value of the file: `content` is a str (scalar), a list of Nodes or a dict of name → Node."""
+
+    content: str | list[Node] | dict[str, Node]
+    where: str
+    quoted: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return isinstance(self.content, str) and not self.quoted and self.content.lower() in NULLS
+
+
+def read(text: str, name: str) -> Node:
+    """Parse `text` to a tree of Nodes. `name` is what errors call the file.
+
+    Raises:
+        UserError: not YAML, an alias or a tag, a repeated key, nested too deep, or not a mapping at the top.
+    """
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            where = f"{name}:{event.start_mark.line + 1}"
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise UserError("anchors and aliases (& and *) are not read in a recipe", where=where, remedy="write the value out")
+            if getattr(event, "tag", None) not in (None, "!"):
+                raise UserError(f"tags such as {event.tag} are not read in a recipe", where=where, remedy="write the plain value")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(
+            f"not valid YAML: {error.problem or error.context}",
+            where=f"{name}:{mark.line + 1}" if mark else name,
+            remedy="check the indentation and quotes of this line and the one before",
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"not valid YAML: {error}", where=name) from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("a recipe is a list of `key: value` lines", where=name, remedy="see `ft recipes show lora/emoji`")
+    return _node(root, name, 0)
+
+
+def _node(node: yaml.Node, name: str, depth: int) -> Node:
+    where = f"{name}:{node.start_mark.line + 1}"
+    if depth > MAXIMUM_DEPTH:
+        raise UserError(f"nested deeper than {MAXIMUM_DEPTH} levels", where=where)
+    if isinstance(node, yaml.SequenceNode):
+        return Node([_node(child, name, depth + 1) for child in node.value], where)
+    if isinstance(node, yaml.MappingNode):
+        children: dict[str, Node] = {}
+        for key, value in node.value:
+            line = f"{name}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError("a key must be a plain word", where=line)
+            if key.value in children:
+                raise UserError(f'"{key.value}" is given twice', where=line, remedy="keep one of the two lines")
+            # A value that stands on a later line than its key is pointed at by its key.
+            children[key.value] = dataclasses.replace(_node(value, name, depth + 1), where=line)
+        return Node(children, where)
+    return Node(node.value, where, quoted=node.style in ("'", '"', "|", ">"))
+
+
+def override(root: Node, assignment: str) -> Node:
+    """Apply one `--set section.key=value`; the value is read as YAML, so lists and sections can be given too."""
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set needs KEY=VALUE, not {assignment!r}", remedy="for example: --set train.batch_size=2")
+    where = f"--set {path.strip()}"
+    try:
+        composed = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r} is not valid YAML", where=where, remedy="quote it: --set 'key=\"value\"'") from error
+    value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where, 0), where=where)
+    return _with(root, keys, value, where)
+
+
+def _with(node: Node, keys: list[str], value: Node, where: str) -> Node:
+    if not keys:
+        return value
+    children = dict(node.content) if isinstance(node.content, dict) else {}
+    children[keys[0]] = _with(children.get(keys[0], Node({}, where)), keys[1:], value, where)
+    return Node(children, node.where)
+
+
+def build(declared: Any, node: Node, key: str = "") -> Any:
+    """The value of `node` as the declared type: a frozen dataclass, X | None, tuple[X, ...], dict, Literal or a scalar.
+
+    Raises:
+        UserError: naming `node.where` and `key` (dotted, such as `train.batch_size`).
+    """
+    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if origin in (typing.Union, types.UnionType):
+        if node.empty and type(None) in arguments:
+            return None
+        return build(next(a for a in arguments if a is not type(None)), node, key)
+    if dataclasses.is_dataclass(declared):
+        return _build_dataclass(typing.cast(type, declared), node, key)
+    if origin is tuple:
+        if not isinstance(node.content, list):
+            raise _wrong(node, key, "a list, one `- value` a line or [a, b]")
+        return tuple(build(arguments[0], child, f"{key}[{i}]") for i, child in enumerate(node.content))
+    if origin is dict:
+        return _untyped_mapping(node, key)
+    if not isinstance(node.content, str):
+        raise _wrong(node, key, "one value")
+    if origin is typing.Literal:
+        if node.content not in arguments:
+            raise UserError(
+                f'"{node.content}" is not a choice of {key}', where=f"{node.where}, {key}", remedy=did_you_mean(node.content, arguments)
+            )
+        return node.content
+    return _scalar(declared, node, key)
+
+
+def _build_dataclass(declared: type, node: Node, key: str) -> Any:
+    if not isinstance(node.content, dict):
+        raise _wrong(node, key, "a section of `key: value` lines")
+    hints = typing.get_type_hints(declared)
+    prefix = f"{key}." if key else ""
+    for name, child in node.content.items():
+        if name not in hints:
+            raise UserError(
+                f'unknown key "{name}"{f" in {key}" if key else ""}',
+                where=f"{child.where}, {prefix}{name}",
+                remedy=did_you_mean(name, hints),
+            )
+    values = {}
+    for field in dataclasses.fields(declared):
+        if field.name in node.content:
+            child = node.content[field.name]
+            value = build(hints[field.name], child, prefix + field.name)
+            _check_range(value, field, child, prefix + field.name)
+            values[field.name] = value
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f'"{prefix}{field.name}" is missing', where=node.where, remedy=f"add a line `{field.name}: …`{f' under {key}' if key else ''}")
+    return declared(**values)
+
+
+def _check_range(value: Any, field: dataclasses.Field[Any], node: Node, key: str) -> None:
+    for name, holds in (("minimum", lambda v, b: v >= b), ("above", lambda v, b: v > b), ("maximum", lambda v, b: v <= b), ("below", lambda v, b: v < b)):
+        bound = field.metadata.get(name)
+        if bound is not None and isinstance(value, int | float) and not holds(value, bound):
+            words = {"minimum": "at least", "above": "more than", "maximum": "at most", "below": "less than"}[name]
+            raise UserError(f"{key} must be {words} {bound}, not {value}", where=f"{node.where}, {key}", remedy=f"set {key} to {words} {bound}")
+
+
+def _scalar(declared: Any, node: Node, key: str) -> Any:
+    text = typing.cast(str, node.content)
+    if declared is str:
+        return text
+    if node.empty:
+        raise _wrong(node, key, f"a value ({_name(declared)})")
+    if declared is bool:
+        if text.lower() not in TRUTHS:
+            raise _wrong(node, key, "true or false")
+        return TRUTHS[text.lower()]
+    try:
+        number = float(text.replace("_", ""))
+    except ValueError:
+        raise _wrong(node, key, _name(declared)) from None
+    if declared is int:
+        if number != number or number in (float("inf"), float("-inf")) or number != int(number):
+            raise _wrong(node, key, "a whole number")
+        return int(number)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise _wrong(node, key, "a finite number")
+    return number
+
+
+def _untyped_mapping(node: Node, key: str) -> dict[str, Any]:
+    """A free mapping, for the arguments of another library's class: scalars by YAML's own rules, and 1e-4 is a number."""
+    if not isinstance(node.content, dict):
+        raise _wrong(node, key, "a section of `key: value` lines")
+    return {name: _untyped(child, f"{key}.{name}") for name, child in node.content.items()}
+
+
+def _untyped(node: Node, key: str) -> Any:
+    if isinstance(node.content, dict):
+        return _untyped_mapping(node, key)
+    if isinstance(node.content, list):
+        return [_untyped(child, key) for child in node.content]
+    if node.quoted:
+        return node.content
+    if node.empty:
+        return None
+    if node.content in ("true", "false"):
+        return node.content == "true"
+    for kind in (int, float):
+        try:
+            return kind(node.content)
+        except ValueError:
+            continue
+    return node.content
+
+
+def _name(declared: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(declared, str(declared))
+
+
+def _wrong(node: Node, key: str, wanted: str) -> UserError:
+    given = f'"{node.content}"' if isinstance(node.content, str) else "a list" if isinstance(node.content, list) else "a section"
+    return UserError(f"{key or 'the recipe'} must be {wanted}, not {given}", where=f"{node.where}, {key}" if key else node.where, remedy=f"write {wanted}")
