@@ -1,0 +1,263 @@
+"""Text-to-image models of diffusers, trained in their latent space: what all such families share.
+
+A family's own file says how its captions become conditions and how its denoiser is called (`Family`); loading, encoding
+and caching, adapters, noise and loss, sampling and saving stand here, once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.data.cache import fingerprint
+from finetune.data.scan import Audit
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.models import adapters, loading
+from finetune.models.denoise import Denoising, zero_terminal
+from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
+from finetune.planning import Plan
+from finetune.recipe import Adapter, Diffusion
+from finetune.seeds import key_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Family(ABC):
+    """What is peculiar to one family. `encoders` are its (tokenizer, text encoder) pairs, by their names in the pipeline."""
+
+    pipeline: ClassVar[str]
+    denoiser: ClassVar[str] = "unet"
+    encoders: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
+
+    @abstractmethod
+    def conditions(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
+        """Token ids, {tokenizer: [B, length] int64} → what `predict` needs of the caption."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """The denoiser's output [B, C, h, w]. `batch` holds `conditions` and `geometry` [B, 6]."""
+
+    @abstractmethod
+    def prompt(self, positive: Batch, negative: Batch) -> dict[str, Tensor]:
+        """Conditions as arguments of the pipeline's call."""
+
+
+class Denoiser(nn.Module):
+    """The denoiser, and the text encoders where they train too: one module, so that one wrapper (DDP) holds all."""
+
+    def __init__(self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(encoders)
+
+    def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        if self.encoders:
+            batch = batch | self.family.conditions(self.encoders, batch)
+        dtype = next(self.denoiser.parameters()).dtype
+        return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
+
+
+class DenoiseTurn(Turn):
+    name = "denoiser"
+
+    def __init__(self, net: Denoiser, objective: Denoising) -> None:
+        self.net = net
+        self.objective = objective
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        mean, deviation = batch["mean"].float(), batch["deviation"].float()
+        latents = mean + deviation * draw.normal("posterior", mean.shape[1:])
+        noised = self.objective.noise(latents, draw)
+        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised)
+
+
+class CaptionAndLatent(Encoders):
+    """The VAE's posterior of a picture, and a caption's conditions, or its token ids where text encoders train."""
+
+    def __init__(self, family: Family, pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, tokens_only: bool) -> None:
+        self._family, self._pipeline, self._device, self._tokens_only = family, pipeline, device, tokens_only
+        self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        vae = pipeline.vae.to(device)
+        self._shift, self._scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), str(self._scale), str(self._kept_dtype))
+        tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
+        vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
+        weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
+        self.caption_key = key_of("caption", type(family).__name__, str(dtype), *vocabulary, *weights)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {name: getattr(self._pipeline, name) for _, name in self._family.encoders}
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> Batch:
+        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once a picture.
+        posterior = self._pipeline.vae.encode(pixels[None].to(self._device, torch.float32)).latent_dist
+        mean, deviation = (posterior.mean[0] - self._shift) * self._scale, posterior.std[0] * self._scale
+        return {"mean": mean.to(self._kept_dtype), "deviation": deviation.to(self._kept_dtype)}
+
+    @torch.no_grad()
+    def encode_caption(self, caption: str) -> Batch:
+        ids = self.token_ids(caption)
+        if self._tokens_only:
+            return ids
+        batch = {name: tensor[None].to(self._device) for name, tensor in ids.items()}
+        encoders = {name: encoder.to(self._device) for name, encoder in self.text_encoders.items()}
+        return {name: tensor[0].cpu() for name, tensor in self._family.conditions(encoders, batch).items()}
+
+    def token_ids(self, caption: str) -> Batch:
+        """{tokenizer: [length] int64}, padded and cut to the tokenizer's length."""
+        found = {}
+        for name, _ in self._family.encoders:
+            tokenizer = getattr(self._pipeline, name)
+            found[name] = tokenizer(caption, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
+        return found
+
+    def caption_tokens(self, caption: str) -> tuple[int, int] | None:
+        tokenizer = getattr(self._pipeline, self._family.encoders[0][0])
+        return len(tokenizer(caption).input_ids), tokenizer.model_max_length
+
+    def release(self) -> None:
+        if not self._tokens_only:
+            for name in self.text_encoders:
+                setattr(self._pipeline, name, None)
+        self._pipeline.vae.to("cpu")
+        if self._device.type == "cuda":  # untested where no GPU is at hand
+            torch.cuda.empty_cache()
+
+
+class TextToImage(Model):
+    """Args:
+    family: what is peculiar to it.
+    """
+
+    def __init__(self, plan: Plan, audit: Audit, family: Family) -> None:
+        recipe = plan.recipe
+        if recipe.autoencoder is not None:
+            raise UserError("the `autoencoder` section is for the family vae", where="autoencoder", remedy="remove the section")
+        torch.manual_seed(recipe.train.seed)
+        self.plan, self.family = plan, family
+        self.device = torch.device(plan.machine.device)
+        self.dtype = DTYPES[plan.precision]
+        frozen_dtype = self.dtype if recipe.method == "lora" else torch.float32
+        self.pipeline = loading.assemble(plan, audit, family) if recipe.method == "scratch" else loading.open_pipeline(recipe.model, family.pipeline, frozen_dtype)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.to(torch.float32)
+        check_sizes(plan, loading.vae_factor(self.pipeline.vae))
+        self._set_schedule(recipe.diffusion or Diffusion())
+        self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
+        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch"
+        trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
+        self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
+        net = Denoiser(family, self.denoiser, trained_encoders)
+        objective = Denoising(self._alphas_cumprod(), self.pipeline.scheduler.config.prediction_type, recipe.diffusion or Diffusion())
+        self._turns = (DenoiseTurn(net, objective),)
+        self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, tokens_only=self._trains_text)
+        self._prompts: dict[str, Batch] = {}
+
+    def _set_schedule(self, loss: Diffusion) -> None:
+        """The pipeline's scheduler, changed as the recipe says, so that sampling agrees with training."""
+        scheduler = self.pipeline.scheduler
+        if self.plan.recipe.model.prediction is not None:
+            scheduler.register_to_config(prediction_type=self.plan.recipe.model.prediction)
+        if loss.zero_terminal_snr:
+            if scheduler.config.prediction_type == "epsilon":
+                raise UserError(
+                    "zero_terminal_snr needs a model that predicts v, and this checkpoint predicts ε",
+                    where="diffusion.zero_terminal_snr",
+                    remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
+                )
+            self.pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+    def _alphas_cumprod(self) -> Tensor:
+        found: Tensor = self.pipeline.scheduler.alphas_cumprod
+        wants_zero = self.plan.recipe.diffusion is not None and self.plan.recipe.diffusion.zero_terminal_snr
+        return zero_terminal(found) if wants_zero and found[-1] > 1e-6 else found
+
+    def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+        """Freeze all but what trains; returns the adapted layers by net."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        trained = {self.family.denoiser: self.denoiser, **encoders}
+        adapted = {}
+        for name, net in trained.items():
+            if adapter is not None:
+                adapted[name] = adapters.add_lora(net, adapter)
+            else:
+                net.requires_grad_(True)
+            if self.plan.recipe.train.gradient_checkpointing:
+                getattr(net, "enable_gradient_checkpointing", None) and net.enable_gradient_checkpointing()
+                hasattr(net, "gradient_checkpointing_enable") and net.gradient_checkpointing_enable()
+            net.train()
+        return adapted
+
+    def turns(self) -> tuple[Turn, ...]:
+        return self._turns
+
+    def encoders(self) -> Encoders:
+        sample = self.plan.recipe.sample
+        if not self._trains_text:  # the text encoders will be gone when the samples are drawn
+            self._prompts = {prompt: self._encoders.encode_caption(prompt) for prompt in {*sample.prompts, sample.negative}}
+        return self._encoders
+
+    def _conditions(self, prompt: str) -> Batch:
+        """Conditions of one prompt, [1, …] on the device."""
+        if prompt in self._prompts:
+            return {name: tensor[None].to(self.device) for name, tensor in self._prompts[prompt].items()}
+        ids = {name: tensor[None].to(self.device) for name, tensor in self._encoders.token_ids(prompt).items()}
+        return self.family.conditions(self._encoders.text_encoders, ids)
+
+    @torch.no_grad()
+    def sample(self, request: SampleRequest) -> list[Image.Image]:
+        width, height = request.size or (self.plan.recipe.data.resolution,) * 2
+        found = []
+        self.pipeline.vae.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+                latents = self.pipeline(
+                    **self.family.prompt(self._conditions(prompt), self._conditions(request.negative)),
+                    num_inference_steps=request.steps,
+                    guidance_scale=request.guidance,
+                    generator=torch.Generator().manual_seed(seed),
+                    width=width,
+                    height=height,
+                    output_type="latent",
+                ).images
+                found.append(self._decode(latents))
+        return found
+
+    def _decode(self, latents: Tensor) -> Image.Image:
+        vae = self.pipeline.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]
+        found: Image.Image = self.pipeline.image_processor.postprocess(pixels)[0]
+        return found
+
+    def save(self, folder: Path) -> list[Path]:
+        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Else: the whole pipeline."""
+        if self.plan.recipe.method == "lora":
+            return [self._save_lora(folder)]
+        recipe = self.plan.recipe
+        whole = self.pipeline if recipe.method == "scratch" else loading.open_pipeline(recipe.model, self.family.pipeline, torch.float32)
+        for name in (self.family.denoiser, "scheduler", *(name for _, name in self.family.encoders if self._trains_text)):
+            setattr(whole, name, getattr(self.pipeline, name))
+        whole.save_pretrained(folder)
+        return [folder / "model_index.json"]
+
+    def _save_lora(self, folder: Path) -> Path:
+        arguments: dict[str, Any] = {}
+        for name in self.adapted:
+            net = getattr(self.pipeline, name)
+            arguments[f"{name}_lora_layers"] = adapters.lora_weights(net)
+            arguments[f"{name}_lora_adapter_metadata"] = adapters.lora_configuration(net)
+        type(self.pipeline).save_lora_weights(folder, **arguments)
+        return folder / "pytorch_lora_weights.safetensors"
