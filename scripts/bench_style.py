@@ -1,0 +1,189 @@
+"""Does the demo's LoRA draw emoji it has never seen in the style it learned, and still the right emoji?
+
+    python scripts/bench_style.py RUN [--judged 200] [--out style.png]
+
+RUN is a finished run of recipes/lora/emoji.yaml. A small network judges: trained on real pictures of both houses over
+emoji used neither for the LoRA nor for judging, it says which house drew a picture, and embeds it so that the two
+houses' pictures of one emoji lie close (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748). Real pictures pass through
+the VAE before it learns or is scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names, from
+equal seeds, with plain diffusers. A real Noto and Twemoji picture of every name (1,875 × 2, through the VAE) is the
+gallery for retrieval: the nearest one should carry the prompted name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import torch.nn.functional as functional
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.data.dataset import to_tensor
+from finetune.data.pictures import decode
+from finetune.engine.progress import Progress
+from finetune.engine.samples import grid
+from finetune.models.loading import open_pipeline
+from finetune.recipe import ASSETS, load_recipe
+from finetune.seeds import key_of
+
+HOUSES = ("noto", "twemoji")
+JUDGE_STEPS, JUDGE_PAIRS = 700, 64
+DRAWN_AT_ONCE = 20
+
+
+def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
+    """(file names, captions, names the LoRA trains on, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
+    rows = {house: {} for house in HOUSES}
+    for folder in ("noto", "twemoji-train", "twemoji-unseen"):
+        for line in (ASSETS / "emoji" / folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[folder.split("-")[0]][row["file_name"]] = (ASSETS / "emoji" / folder / row["file_name"], row["text"])
+    names = sorted(rows["noto"])
+    trained = {file.name for file in (ASSETS / "emoji" / "twemoji-train").glob("*.webp")}
+    pixels = [[to_tensor(numpy.asarray(decode(rows[house][name][0].read_bytes(), "white"))) for name in names] for house in HOUSES]
+    return names, [rows["noto"][name][1] for name in names], trained, torch.stack([torch.stack(house) for house in pixels])
+
+
+@torch.no_grad()
+def through_vae(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Each picture encoded to its mean latent and decoded again."""
+    shown = Progress("real pictures through the VAE")
+    found = []
+    for number, batch in enumerate(pixels.split(32)):
+        shown.show(number * 32, len(pixels))
+        found.append(vae.decode(vae.encode(batch).latent_dist.mode()).sample.clamp(-1, 1))
+    shown.end()
+    return torch.cat(found)
+
+
+class Judge(nn.Module):
+    """[B, 3, 64, 64] → (logit of "Twemoji drew it" [B], unit embedding of what is drawn [B, 128])."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 128)
+        blocks = [
+            layer
+            for before, after in zip(widths, widths[1:], strict=False)
+            for layer in (nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU(), nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU())
+        ]
+        self.body = nn.Sequential(*blocks)
+        self.house = nn.Linear(128, 1)
+        self.embedding = nn.Linear(128 * 16, 128)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(pixels)
+        return self.house(features.mean((2, 3))).squeeze(1), functional.normalize(self.embedding(features.flatten(1)), dim=1)
+
+
+def train_judge(pictures: Tensor, generator: torch.Generator) -> Judge:
+    """`pictures`: [2, names, 3, 64, 64]. Each step takes both houses' pictures of some names, shifted and tinted alike at random."""
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=JUDGE_STEPS)
+    shown = Progress("training the judge")
+    for step in range(JUDGE_STEPS):
+        chosen = torch.randperm(pictures.shape[1], generator=generator)[:JUDGE_PAIRS]
+        batch = torch.cat([_jitter(pictures[0, chosen], generator), _jitter(pictures[1, chosen], generator)])
+        logit, embedding = judge(batch)
+        house = torch.cat([torch.zeros(JUDGE_PAIRS), torch.ones(JUDGE_PAIRS)])
+        similarity = embedding[:JUDGE_PAIRS] @ embedding[JUDGE_PAIRS:].T / 0.1
+        same = torch.arange(JUDGE_PAIRS)
+        loss = functional.binary_cross_entropy_with_logits(logit, house) + functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        shown.show(step + 1, JUDGE_STEPS, f"loss {float(loss):.3f}")
+    shown.end()
+    return judge.eval()
+
+
+def _jitter(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to 3 pixels over white, and change brightness a little: clues that no house owns."""
+    padded = functional.pad(pixels, (3, 3, 3, 3), value=1.0)
+    top, left = torch.randint(0, 7, (2,), generator=generator).tolist()
+    shifted = padded[:, :, top : top + 64, left : left + 64]
+    return (shifted + 0.1 * torch.randn(len(pixels), 3, 1, 1, generator=generator)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, what: str) -> Tensor:
+    """One picture a caption, picture i from seed i: [N, 3, 64, 64] in [-1, 1]."""
+    shown = Progress(what)
+    found = []
+    for start in range(0, len(captions), DRAWN_AT_ONCE):
+        shown.show(start, len(captions))
+        prompts = captions[start : start + DRAWN_AT_ONCE]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(prompts))]
+        images = pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="pil").images
+        found += [to_tensor(numpy.asarray(image)) for image in images]
+    shown.end()
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def judged(judge: Judge, pixels: Tensor, gallery: Tensor, truth: list[int]) -> tuple[float, float, float]:
+    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five)."""
+    logit, embedding = judge(pixels)
+    by_name = torch.stack([embedding @ house.T for house in gallery]).amax(0)  # [N, names]: the nearer house counts
+    nearest = by_name.topk(5, dim=1).indices
+    right = nearest == torch.tensor(truth)[:, None]
+    return float((logit > 0).float().mean()), float(right[:, 0].float().mean()), float(right.any(1).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--judged", type=int, default=200, help="how many unseen names are drawn and judged")
+    parser.add_argument("--out", type=Path, default=Path("style.png"), help="the picture: base, LoRA and real Twemoji, by name")
+    given = parser.parse_args()
+    recipe = load_recipe(given.run / "recipe.yaml")
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    start = time.monotonic()
+
+    names, captions, trained, pixels = real_pictures()
+    unseen = sorted((n for n in names if n not in trained), key=key_of)
+    judged_names, rest = unseen[: given.judged], unseen[given.judged :]
+    place = {name: number for number, name in enumerate(names)}
+    base = open_pipeline(recipe.model, "StableDiffusionPipeline", torch.float32)
+    base.set_progress_bar_config(disable=True)
+    real = through_vae(base.vae, pixels.flatten(0, 1)).view_as(pixels)
+
+    judge = train_judge(real[:, [place[name] for name in rest]], generator)
+    truth = [place[name] for name in judged_names]
+    with torch.no_grad():
+        gallery = torch.stack([torch.cat([judge(batch)[1] for batch in house.split(128)]) for house in real])
+        on_real = [float(((judge(real[house, truth])[0] > 0) == bool(house)).float().mean()) for house in (0, 1)]
+
+    prompts = [captions[number] for number in truth]
+    sample = recipe.sample
+    drawn = {"base": draw(base, prompts, sample.steps, sample.guidance, "the base draws")}
+    base.load_lora_weights(given.run / "final")
+    drawn["LoRA"] = draw(base, prompts, sample.steps, sample.guidance, "the LoRA draws")
+
+    print(f"{len(judged_names)} unseen names judged; judge trained on {len(rest)} others; {len(trained)} trained the LoRA; {time.monotonic() - start:.0f} s")
+    print(f"judge's accuracy on real pictures of the judged names: {100 * sum(on_real) / 2:.1f} % (Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f}); goal ≥ 95 %")
+    print(f"{'':<6}{'judged Twemoji':>16}{'right name of ' + str(len(names)):>22}{'among five':>12}")
+    for what, pictures in drawn.items():
+        twemoji, first, five = judged(judge, pictures, gallery, truth)
+        print(f"{what:<6}{100 * twemoji:>14.1f} %{100 * first:>20.1f} %{100 * five:>10.1f} %")
+    shown = [row[:12] for row in (drawn["base"], drawn["LoRA"], pixels[1, truth])]
+    tiles = torch.cat(shown).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    grid([Image.fromarray(tile).resize((128, 128), Image.Resampling.NEAREST) for tile in tiles], columns=12).save(given.out)
+    print(f"rows of {given.out}: base, LoRA, real Twemoji; columns: {', '.join(prompts[:12])}")
+
+
+if __name__ == "__main__":
+    main()
