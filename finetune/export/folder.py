@@ -1,0 +1,54 @@
+"""A run's artefact as it is, a folder that diffusers loads, its weights in another dtype if wanted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.errors import UserError
+
+
+def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
+    """Copy `source` to `target`, the floating-point tensors of every .safetensors file cast to `dtype`.
+
+    Files are cast one by one, never opened as a pipeline: what is in them and beside them stays as it is, LoRA
+    metadata and all. Configurations keep naming the dtype they were trained in, and so float32 is what loads unless
+    one asks otherwise, in the text encoder as in the UNet.
+    """
+    for path in sorted(source.rglob("*")):
+        destination = target / path.relative_to(source)
+        if path.is_dir():
+            destination.mkdir(parents=True)
+            continue
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors" and dtype is not None:
+            tensors, metadata = read(path)
+            save_file(cast(tensors, dtype, path), destination, metadata)
+        else:
+            shutil.copyfile(path, destination)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a .safetensors file, and its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+
+
+def cast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
+    """`tensors` with the floating-point ones in `dtype`.
+
+    Raises:
+        UserError: a finite weight would become infinite (float16 ends at 65,504).
+    """
+    wanted: torch.dtype = getattr(torch, dtype)
+    found = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+        if tensor.isfinite().all() and not found[name].isfinite().all():
+            raise UserError(f"{name} has weights too large for {dtype}", where=str(where), remedy="export it as bfloat16 or float32")
+    return found
