@@ -24,7 +24,7 @@ from finetune.models import adapters, loading
 from finetune.models.denoise import Denoising, zero_terminal
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
-from finetune.recipe import Adapter, Diffusion
+from finetune.recipe import Adapter, Diffusion, Recipe
 from finetune.seeds import key_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -133,6 +133,24 @@ class CaptionAndLatent(Encoders):
             torch.cuda.empty_cache()
 
 
+def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
+    """Change the pipeline's scheduler as the recipe says; for training and for drawing with what was trained.
+
+    Raises:
+        UserError: zero terminal SNR is wanted of a model that predicts the noise.
+    """
+    if recipe.model.prediction is not None:
+        pipeline.scheduler.register_to_config(prediction_type=recipe.model.prediction)
+    if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
+        if pipeline.scheduler.config.prediction_type == "epsilon":
+            raise UserError(
+                "zero_terminal_snr needs a model that predicts v, and this checkpoint predicts ε",
+                where="diffusion.zero_terminal_snr",
+                remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
+            )
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
 class TextToImage(Model):
     """Args:
     family: what is peculiar to it.
@@ -151,7 +169,7 @@ class TextToImage(Model):
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.vae.to(torch.float32)
         check_sizes(plan, loading.vae_factor(self.pipeline.vae))
-        self._set_schedule(recipe.diffusion or Diffusion())
+        set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
         self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch"
         trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
@@ -161,20 +179,6 @@ class TextToImage(Model):
         self._turns = (DenoiseTurn(net, objective),)
         self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, tokens_only=self._trains_text)
         self._prompts: dict[str, Batch] = {}
-
-    def _set_schedule(self, loss: Diffusion) -> None:
-        """The pipeline's scheduler, changed as the recipe says, so that sampling agrees with training."""
-        scheduler = self.pipeline.scheduler
-        if self.plan.recipe.model.prediction is not None:
-            scheduler.register_to_config(prediction_type=self.plan.recipe.model.prediction)
-        if loss.zero_terminal_snr:
-            if scheduler.config.prediction_type == "epsilon":
-                raise UserError(
-                    "zero_terminal_snr needs a model that predicts v, and this checkpoint predicts ε",
-                    where="diffusion.zero_terminal_snr",
-                    remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
-                )
-            self.pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
     def _alphas_cumprod(self) -> Tensor:
         found: Tensor = self.pipeline.scheduler.alphas_cumprod

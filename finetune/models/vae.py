@@ -7,6 +7,7 @@ times (latent elements ÷ picture elements), up to the likelihood's scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
-from finetune.data.scan import Audit
+from finetune.data.scan import Audit, Picture
 from finetune.engine.draw import Draw
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
 from finetune.recipe import Autoencoder
+from finetune.seeds import mix
 
 SCALE_PICTURES = 512  # pictures over which the spread of the latents is measured
 
@@ -83,17 +85,16 @@ class Vae(Model):
     def encoders(self) -> Encoders:
         return Pixels()
 
-    def _pixels(self, count: int) -> Tensor:
-        """Pictures spread evenly over the training data, [count, 3, H, W]."""
-        pictures = self._audit.training
-        chosen = pictures[:: max(1, len(pictures) // count)][:count]
-        arrays = [numpy.asarray(apply(decode(p.read(), self._audit.background), p.crop)) for p in chosen]
+    def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
+        """What the encoder sees of `pictures`, [N, 3, H, W]."""
+        arrays = [numpy.asarray(apply(decode(p.read(), self._audit.background), p.crop)) for p in pictures]
         return torch.stack([to_tensor(array) for array in arrays]).to(self.vae.device)
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
-        """For each prompt a pair: a picture of the data above, its reconstruction from the mean latent below."""
-        pixels = self._pixels(len(request.prompts))
+        """For each seed a pair: the training picture that it picks above, its reconstruction from the mean latent below."""
+        training = self._audit.training
+        pixels = self._pixels([training[mix(seed, "sample") % len(training)] for seed in request.seeds])
         rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         pairs = torch.cat([pixels, rebuilt], dim=2).add(1).mul(127.5).round().to(torch.uint8)
         return [Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()) for pair in pairs]
@@ -101,7 +102,8 @@ class Vae(Model):
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
         """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
-        latents = [self.vae.encode(batch).latent_dist.mode() for batch in self._pixels(SCALE_PICTURES).split(16)]
+        spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_PICTURES)][:SCALE_PICTURES]
+        latents = [self.vae.encode(batch).latent_dist.mode() for batch in self._pixels(spread).split(16)]
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat([z.flatten() for z in latents]).std()), 5))
         self.vae.save_pretrained(folder)
         return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
