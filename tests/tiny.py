@@ -1,0 +1,228 @@
+"""Each family's real classes built small from configs, as whole pipelines on disk, and captioned pictures to train on.
+
+Everything is made once a process, at the first call, in a temporary folder that goes with the process:
+
+    import tiny
+    tiny.pictures()              a folder of five captioned pictures of several sizes and formats
+    tiny.pipeline("sdxl")        a diffusers folder: sd15, sd21, sdxl or emoji
+    tiny.recipe("sd15", "lora", "train.steps=3", folder=tmp_path / "run")
+    tiny.train(recipe)           prepares, trains and finishes a run in this process; returns the job
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageDraw
+
+from finetune.recipe import Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from finetune.job import Job
+
+PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
+SIZE = 32  # pixels; latents are 8×8
+CAPTIONS = ("a red circle", "a blue square on white", "green triangle", "yellow ring, thick", "two black stripes")
+
+_VAE = {
+    "block_out_channels": [8, 16, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+_TEXT: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 16}
+_UNET: dict[str, Any] = {
+    "sample_size": SIZE // 4,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": [2, 4],
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+}
+
+
+@functools.cache
+def root() -> Path:
+    """The temporary folder of this process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def pictures() -> Path:
+    """Five captioned pictures: three formats, several sizes and aspect ratios, one with transparency."""
+    folder = root() / "pictures"
+    folder.mkdir()
+    sizes = ((32, 32), (48, 32), (32, 64), (64, 64), (40, 40))
+    for number, (caption, (width, height)) in enumerate(zip(CAPTIONS, sizes, strict=True)):
+        picture = Image.new("RGBA", (width, height), (255, 255, 255, 0 if number == 3 else 255))
+        draw = ImageDraw.Draw(picture)
+        box = (width // 5, height // 5, 4 * width // 5, 4 * height // 5)
+        if number == 0:
+            draw.ellipse(box, fill="red")
+        elif number == 1:
+            draw.rectangle(box, fill="blue")
+        elif number == 2:
+            draw.polygon([(box[0], box[3]), (box[2], box[3]), (width // 2, box[1])], fill="green")
+        elif number == 3:
+            draw.ellipse(box, outline="yellow", width=8)
+        else:
+            draw.rectangle((0, 0, width, height // 4), fill="black")
+            draw.rectangle((0, height // 2, width, 3 * height // 4), fill="black")
+        if number == 4:
+            picture.convert("RGB").save(folder / "four.jpg", quality=95)
+        else:
+            picture.save(folder / f"{('zero', 'one', 'two', 'three')[number]}.{'webp' if number == 3 else 'png'}", lossless=True)
+        (folder / f"{('zero', 'one', 'two', 'three', 'four')[number]}.txt").write_text(caption + "\n", encoding="utf-8")
+    return folder
+
+
+@functools.cache
+def one_picture() -> Path:
+    """A folder with one captioned picture, to overfit."""
+    folder = root() / "one"
+    folder.mkdir()
+    for name in ("zero.png", "zero.txt"):
+        shutil.copy(pictures() / name, folder / name)
+    return folder
+
+
+@functools.cache
+def vae() -> Path:
+    """An AutoencoderKL, 32×32 pictures ↔ 8×8 latents, as a diffusers folder."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    AutoencoderKL(**_VAE, scaling_factor=0.8).save_pretrained(root() / "vae")
+    return root() / "vae"
+
+
+@functools.cache
+def pipeline(name: str) -> Path:
+    """The diffusers folder of one of `PIPELINES`, its weights random and the same each time."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = root() / name
+    autoencoder = AutoencoderKL.from_pretrained(vae())
+    torch.manual_seed(PIPELINES.index(name))
+    tokenizer = CLIPTokenizer(model_max_length=16).train_new_from_iterator(CAPTIONS, 300)
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if name == "sdxl":
+        unet = UNet2DConditionModel(**{
+            **_UNET,
+            "cross_attention_dim": 64,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2],
+            "use_linear_projection": True,
+        })
+        StableDiffusionXLPipeline(
+            autoencoder,
+            CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, hidden_act="quick_gelu")),
+            CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT, **tokens, hidden_act="gelu", projection_dim=24)),
+            tokenizer,
+            tokenizer,
+            unet,
+            EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading"),
+        ).save_pretrained(folder)
+        return folder
+    v_prediction = {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False}
+    scheduler: Any
+    if name == "sd15":
+        unet = UNet2DConditionModel(**_UNET)
+        text, scheduler = {"hidden_act": "quick_gelu"}, PNDMScheduler(**_NOISE, skip_prk_steps=True)
+    elif name == "sd21":
+        unet = UNet2DConditionModel(**_UNET, use_linear_projection=True)
+        text, scheduler = {"hidden_act": "gelu"}, DDIMScheduler(**_NOISE, **v_prediction)
+    else:  # the embedded base in miniature: three levels, attention on the middle one only, zero terminal SNR
+        unet = UNet2DConditionModel(**{
+            **_UNET,
+            "block_out_channels": [16, 16, 32],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": [2, 2, 4],
+        })
+        text, scheduler = {}, DDIMScheduler(**_NOISE, **v_prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    StableDiffusionPipeline(
+        autoencoder, CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, **text)), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def text(name: str, method: str, folder: Path) -> str:
+    """The YAML behind `recipe`, for tests that need it in a file."""
+    model: dict[str, Any]
+    if method == "scratch" and name == "vae":
+        model = {"family": "vae", "build": _VAE}
+    elif method == "scratch":
+        parts = {"text_encoder": {key: value for key, value in _TEXT.items() if key != "max_position_embeddings"}}
+        unet = {key: value for key, value in _UNET.items() if key not in ("sample_size", "cross_attention_dim")}
+        noise = {**_NOISE, "prediction_type": "v_prediction", "clip_sample": False}
+        model = {"family": "sd", "vae": str(vae()), "build": {**parts, "tokenizer": {"vocabulary": 300, "length": 16}, "unet": unet, "scheduler": noise}}
+    else:
+        model = {"family": "sdxl" if name == "sdxl" else "sd", "path": str(pipeline(name))}
+    sections: dict[str, Any] = {
+        "model": model,
+        "data": {"path": str(pictures()), "resolution": SIZE, "buckets": False},
+        "train": {"steps": 2, "batch_size": 2},
+        "optimizer": {"lr": 1e-3},
+        "sample": {"prompts": [CAPTIONS[0]], "steps": 2, "guidance": 3, "every": 1000},
+        "output": {"folder": str(folder)},
+    }
+    if method == "lora":
+        sections["adapter"] = {"rank": 4}
+    return f"method: {method}\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in sections.items())
+
+
+def recipe(name: str, method: str, *overrides: str, folder: Path) -> Recipe:
+    """A recipe for a tiny pipeline (or for the scratch families `vae` and `sd`); `overrides` as for `--set`."""
+    return parse_recipe(text(name, method, folder), "tiny.yaml", "tiny", overrides)
+
+
+def train(asked: Recipe, resume: bool = False) -> Job:
+    """Prepare, train and finish a run in this process."""
+    job = prepare(asked, resume)
+    job.trainer.train()
+    finish(job)
+    return job
+
+
+def prepare(asked: Recipe, resume: bool = False) -> Job:
+    """Everything up to the first step. A process may prepare runs of several precisions one after the other here."""
+    from accelerate.state import AcceleratorState
+
+    from finetune import job
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return job.prepare(asked, resume)
+
+
+def finish(job: Job) -> None:
+    """Write the artefact into the run's folder."""
+    from finetune import job as jobs
+
+    jobs.finish(job)
