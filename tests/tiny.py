@@ -2,7 +2,7 @@
 
 Everything is made once a process, at the first call, in a temporary folder that goes with the process:
 
-    import tiny
+    from tests import tiny
     tiny.pictures()              a folder of five captioned pictures of several sizes and formats
     tiny.pipeline("sdxl")        a diffusers folder: sd15, sd21, sdxl or emoji
     tiny.recipe("sd15", "lora", "train.steps=3", folder=tmp_path / "run")
@@ -115,7 +115,15 @@ def vae() -> Path:
 def pipeline(name: str) -> Path:
     """The diffusers folder of one of `PIPELINES`, its weights random and the same each time."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder = root() / name
@@ -179,10 +187,13 @@ def text(name: str, method: str, folder: Path) -> str:
     if method == "scratch" and name == "vae":
         model = {"family": "vae", "build": _VAE}
     elif method == "scratch":
-        parts = {"text_encoder": {key: value for key, value in _TEXT.items() if key != "max_position_embeddings"}}
-        unet = {key: value for key, value in _UNET.items() if key not in ("sample_size", "cross_attention_dim")}
-        noise = {**_NOISE, "prediction_type": "v_prediction", "clip_sample": False}
-        model = {"family": "sd", "vae": str(vae()), "build": {**parts, "tokenizer": {"vocabulary": 300, "length": 16}, "unet": unet, "scheduler": noise}}
+        build = {
+            "tokenizer": {"vocabulary": 300, "length": 16},
+            "text_encoder": {key: value for key, value in _TEXT.items() if key != "max_position_embeddings"},
+            "unet": {key: value for key, value in _UNET.items() if key not in ("sample_size", "cross_attention_dim")},
+            "scheduler": {**_NOISE, "prediction_type": "v_prediction", "clip_sample": False},
+        }
+        model = {"family": "sd", "vae": str(vae()), "build": build}
     else:
         model = {"family": "sdxl" if name == "sdxl" else "sd", "path": str(pipeline(name))}
     sections: dict[str, Any] = {
