@@ -1,14 +1,25 @@
-"""What the entry scripts share before anything is imported that takes long: arguments, and errors told to people."""
+"""What the entry scripts and `ft` share before anything is imported that takes long: arguments, errors told to people, quiet."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
+import signal
 import sys
+import time
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 
 from finetune.errors import UserError
 from finetune.recipe import Method, Recipe, load_recipe
+
+# Names the file in which a launched script leaves its exit code: `accelerate launch` turns every failure into 1.
+EXIT_CODE_FILE = "FT_EXIT_CODE_FILE"
+MISTAKE, INTERRUPTED = 2, 130
 
 
 def arguments(method: Method) -> tuple[Recipe, bool]:
@@ -34,8 +45,51 @@ def told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if not is_main_process():
+            time.sleep(3)  # the first process says it, and the launcher then ends the others before they repeat it
         print("\n".join(error.lines()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit(MISTAKE)
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.exit(130)
+        if is_main_process():
+            print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        _exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """`told`, for a training script, which SIGTERM stops as Ctrl-C does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `ft train` starts the launcher with it ignored
+    signal.signal(signal.SIGTERM, _interrupt)
+    with told():
+        yield
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all of a run's; known before Accelerate is there to ask."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def quiet_libraries() -> None:
+    """Silence bars and remarks on which a person cannot act. Errors, and the hub's download bars, stay."""
+    # Read when the libraries are imported, so this comes first.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers remark on every fork
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # or it asks for kernels of 4-bit nets, which nothing here uses
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit(code: int) -> None:
+    if place := os.environ.get(EXIT_CODE_FILE):
+        Path(place).write_text(str(code))
+    sys.exit(code)

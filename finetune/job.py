@@ -1,27 +1,27 @@
 """A run put together: recipe → audit → plan → model → data → trainer, and what is written at its end.
 
-The three entry scripts, `ft train` and `finetune.train` all stand on these functions.
+The three entry scripts, `ft train`, `ft check` and the Python API all stand on these functions.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
+from finetune import pretrained
 from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit, scan
-from finetune.engine.loop import Trainer, averaged
+from finetune.engine.loop import Trainer
 from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.samples import draw_samples
-from finetune.errors import UserError, did_you_mean
+from finetune.entry import is_main_process
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe
@@ -41,21 +41,13 @@ class Job:
     trainer: Trainer
 
 
-def family(recipe: Recipe) -> ModuleType:
-    """The module in `finetune/models/` that `model.family` names."""
-    folder = Path(__file__).resolve().parent / "models"
-    known = [path.stem for path in folder.glob("*.py") if "\ndef build(" in path.read_text(encoding="utf-8")]
-    if recipe.model.family not in known:
-        raise UserError(f'there is no model family "{recipe.model.family}"', where="model.family", remedy=did_you_mean(recipe.model.family, known))
-    return importlib.import_module(f"finetune.models.{recipe.model.family}")
-
-
 def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
     """Look at the data and resolve every number; prints both tables.
 
     Raises:
-        UserError: for data that the recipe does not allow.
+        UserError: for a model that cannot be there, or data that the recipe does not allow.
     """
+    pretrained.check(recipe)
     looking = Progress("looking at pictures", enabled=not quiet)
     audit = scan(recipe.data, lambda done, name: looking.show(done, done + 1, name))
     looking.end()
@@ -74,9 +66,7 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
     Raises:
         UserError: for whatever cannot work, before anything is computed or written.
     """
-    family(recipe)
-    main = Accelerator().is_main_process if _launched() else True
-    audit, plan = audit_and_plan(recipe, quiet=not main)
+    audit, plan = audit_and_plan(recipe, quiet=not is_main_process())
     run = Run(plan, resume)
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[plan.precision],
@@ -84,10 +74,14 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
         log_with=list(recipe.output.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
     )
-    model = family(recipe).build(plan, audit)
-    if accelerator.is_main_process:
-        run.create()
+    model = importlib.import_module(f"finetune.models.{recipe.model.family}").build(plan, audit)
+    accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
     data = Dataset(plan, audit, model.encoders())
+    too_long = data.long_captions()  # known only now that the tokenizers are
+    if accelerator.is_main_process:
+        if too_long:
+            print(tables.table("captions", [("cut", too_long)]))
+        run.create()
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
     with accelerator.main_process_first():  # the others then find everything in the cache
         data.encode(lambda what, done, total: encoding.show(done, total, what))
@@ -98,20 +92,55 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
     return Job(plan, audit, model, data, run, accelerator, trainer)
 
 
-def finish(job: Job) -> list[Path]:
-    """Write the artefact (with averaged weights where the run keeps them) into the run's folder; returns the files."""
-    files: list[Path] = []
+def finish(job: Job) -> Path:
+    """Write the artefact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
+    folder = job.run.folder
     if job.accelerator.is_main_process:
-        with averaged(job.trainer):
-            files = job.model.save(job.run.folder / "final")
-        for file in files:
-            print(f"written: {file}")
+        with job.trainer.state.averaged():
+            files = job.model.save(folder / "final")
+        places = [("LoRA" if job.plan.recipe.method == "lora" else "model", files[0] if len(files) == 1 else folder / "final")]
+        report = _report(folder)
+        if (folder / "before-after.png").is_file():
+            places.append(("before and after", folder / "before-after.png"))
+        if report is not None:
+            places.append(("report", report))
+        print("\n".join(["written", *(f"  {name:<17} {place}" for name, place in places)]))
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
-    return files
+    return folder
 
 
-def _launched() -> bool:
-    import os
+def _report(folder: Path) -> Path | None:
+    """The run's report; a failure is told, and costs no finished training."""
+    try:
+        from finetune.report.page import write_report
 
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return write_report(folder)
+    except Exception:
+        traceback.print_exc()
+        print("the report could not be written (see above); the trained weights are not touched by this", flush=True)
+        return None
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Every number of the run that `recipe` describes, on this machine, after a look at all its pictures.
+
+    Raises:
+        UserError: for a recipe or data that cannot work.
+    """
+    return audit_and_plan(recipe, quiet=True)[1]
+
+
+def train(recipe: Recipe, resume: bool = False) -> Path:
+    """Train by `recipe` in this process, as `ft train` does; returns the run's folder.
+
+    Args:
+        recipe: from `finetune.load_recipe`.
+        resume: go on with the run in the recipe's folder, bit for bit.
+
+    Raises:
+        UserError: for whatever cannot work, before anything is computed or written; or at a loss that is not finite.
+    """
+    job = prepare(recipe, resume)
+    job.trainer.train()
+    return finish(job)

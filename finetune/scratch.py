@@ -15,14 +15,18 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 
 def main() -> None:
-    from finetune.entry import arguments, told
-    from finetune.job import finish, prepare
+    from finetune.entry import arguments, launched, quiet_libraries
 
-    with told():
-        recipe, resume = arguments("scratch")  # what is asked
-        job = prepare(recipe, resume)  # audited, planned, built, encoded; refused here if it cannot work
-        job.trainer.train()  # the one loop
-        finish(job)  # plain diffusers files
+    with launched():
+        recipe, resume = arguments("scratch")  # what is asked; refused here, before anything that takes long
+        quiet_libraries()
+        from finetune.job import finish, prepare
+        from finetune.report import nets
+
+        job = prepare(recipe, resume)  # audited, planned, nets built at random, pictures encoded
+        job.accelerator.print(nets.built(job.model))
+        job.trainer.train()  # the one loop; every net has gradients in its turn
+        finish(job)  # the net or the whole pipeline as diffusers loads it, and the report
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""`ft check`: everything up to the first step, without weights in memory."""
+
+from __future__ import annotations
+
+import click
+
+from finetune.recipe import load_recipe
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, such as train.batch_size=2.")
+def command(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Look at a recipe, its pictures and its plan, without training.
+
+    RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2 says that the run cannot work, and why.
+    """
+    found = load_recipe(recipe, overrides)
+    from finetune.job import audit_and_plan
+
+    audit_and_plan(found)
+    click.echo(f"nothing speaks against it: ft train {recipe}" + "".join(f" --set {assignment}" for assignment in overrides))

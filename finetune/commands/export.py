@@ -1,0 +1,27 @@
+"""`ft export`: a run's weights as files for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from finetune.entry import quiet_libraries
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--format", "layout", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True, help="kohya is for ComfyUI and A1111.")
+@click.option("--merge", is_flag=True, help="Write the whole model with the LoRA worked into its weights.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Numbers of the file; by default as they are.")
+@click.option("--out", type=click.Path(path_type=Path), help="File or folder to write; by default in the run's folder.")
+def command(run: Path, layout: str, merge: bool, dtype: str | None, out: Path | None) -> None:
+    """Write what a run has trained as files for other programs.
+
+    RUN is the run's folder.
+    """
+    quiet_libraries()
+    from finetune.export import export
+
+    for file in export(run, layout, merge, dtype, out):
+        click.echo(file)

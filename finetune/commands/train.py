@@ -1,0 +1,104 @@
+"""`ft train`: `accelerate launch` of the method's script, with every flag that it would otherwise ask or warn about."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from finetune.entry import EXIT_CODE_FILE
+from finetune.recipe import Method, load_recipe
+
+SCRIPTS = Path(__file__).resolve().parent.parent
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, such as train.batch_size=2.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One for each GPU.")
+@click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="Short for --set train.precision=…")
+def command(recipe: str, overrides: tuple[str, ...], resume: bool, processes: int, precision: str | None) -> None:
+    """Train by a recipe, or go on with a run.
+
+    RECIPE is a YAML file, or the name of a bundled recipe. This is `accelerate launch` of finetune/lora.py, full.py or
+    scratch.py, and prints that command. Ctrl-C stops it, --resume goes on.
+    """
+    overrides += (f"train.precision={precision}",) if precision else ()
+    method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
+    arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *(["--resume"] if resume else [])]
+    environment, launch = launcher(method, processes, has_gpu())
+    click.echo("$ " + shlex.join([*(f"{key}={value}" for key, value in environment.items()), "accelerate", "launch", *launch, *arguments]))
+    sys.stdout.flush()
+    sys.exit(run([sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments], environment))
+
+
+def launcher(method: Method, processes: int, gpu: bool) -> tuple[dict[str, str], list[str]]:
+    """Environment and arguments of `accelerate launch`, the script last. Nothing is left to ask, to guess or to warn about."""
+    flags = ["--quiet", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags += ["--num_cpu_threads_per_process", str(threads(processes))]
+    environment = {}
+    if processes > 1:
+        flags += ["--multi_gpu", "--main_process_port", "0"]
+        if not gpu:
+            environment["ACCELERATE_USE_CPU"] = "true"  # several processes are "multi-GPU" to Accelerate, on CPUs too
+    elif not gpu:
+        flags.append("--cpu")
+    return environment, [*flags, str(SCRIPTS / f"{method}.py")]
+
+
+def threads(processes: int) -> int:
+    """Of each process: as OMP_NUM_THREADS says, else the physical cores that this process may use, shared out.
+
+    Accelerate would give each process one.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed) // processes)
+
+
+def has_gpu() -> bool:
+    """Whether some GPU's device is there, without the seconds that importing torch takes. Torch has the last word later on."""
+    devices = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, Windows' subsystem for Linux, AMD
+    return sys.platform == "darwin" or any(Path(device).exists() for device in devices)
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> int:
+    """Run the launcher to its end; returns the training script's own exit code.
+
+    The launcher gets a process group of its own, to which Ctrl-C, SIGTERM and a closed terminal are passed on as one
+    SIGINT. It is deaf to that itself (else it would end with a traceback, and before the training has stopped).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(folder) / "code"
+        launched = subprocess.Popen(arguments, env={**os.environ, **environment, EXIT_CODE_FILE: str(code_file)}, process_group=0, preexec_fn=_deafen)
+        received: list[int] = []
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            received.append(number)
+            os.killpg(launched.pid, signal.SIGINT)
+
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            code = launched.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if received:
+            return 128 + received[0]
+        return int(code_file.read_text()) if code and code_file.is_file() else code
+
+
+def _deafen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,33 @@
+"""Train a LoRA on a pretrained model: recipe → plan → model → train → save.
+
+    accelerate launch finetune/lora.py recipes/lora/emoji.yaml [--set KEY=VALUE ...] [--resume]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Launched as a file, Python puts this folder itself on the path: `import finetune` would fail, and modules here would
+# shadow others. The checkout takes its place.
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+
+def main() -> None:
+    from finetune.entry import arguments, launched, quiet_libraries
+
+    with launched():
+        recipe, resume = arguments("lora")  # what is asked; refused here, before anything that takes long
+        quiet_libraries()
+        from finetune.job import finish, prepare
+        from finetune.report import nets
+
+        job = prepare(recipe, resume)  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
+        job.accelerator.print(nets.adapted(job.model))
+        job.trainer.train()  # the one loop; only the adapters have gradients
+        finish(job)  # pytorch_lora_weights.safetensors, and the report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What can be known of the model that a recipe names without loading it: its family, and whether its files look right. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from finetune.errors import UserError, did_you_mean
+from finetune.recipe import Model, Recipe, embedded
+
+_FAMILIES = Path(__file__).resolve().parent / "models"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a model that cannot be there. A hub name is checked for its shape only: the network is not asked.
+
+    Raises:
+        UserError: an unknown family; a path that leads nowhere, or to another kind of model.
+    """
+    families = _pipelines()
+    family = recipe.model.family
+    if family not in families:
+        raise UserError(f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families))
+    if recipe.model.path is not None:
+        _check_pipeline(recipe.model, families)
+    if recipe.model.vae is not None:
+        _check_vae(recipe.model.vae)
+
+
+def _pipelines() -> dict[str, str]:
+    """Family → class of its pipeline in diffusers ("" if it has none), read off the modules' text: importing them takes seconds."""
+    found = {}
+    for path in sorted(_FAMILIES.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef build(" in text:
+            named = re.search(r'^    pipeline = "(\w+)"', text, re.MULTILINE)
+            found[path.stem] = named[1] if named else ""
+    return found
+
+
+def _check_pipeline(section: Model, families: dict[str, str]) -> None:
+    given, wanted = section.path or "", families[section.family]
+    path = Path(embedded(given)).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{given} is no .safetensors file", where="model.path", remedy="give a .safetensors checkpoint, a diffusers folder, or a hub name")
+    elif path.is_dir():
+        found = _class_name(path / "model_index.json", given)
+        if found != wanted:
+            right = next((name for name, pipeline in families.items() if pipeline and pipeline == found), None)
+            raise UserError(
+                f"{given} holds a {found}, and family {section.family} is a {wanted or 'net without a pipeline'}",
+                where="model.path",
+                remedy=f"set model.family: {right}" if right else "give another model.path",
+            )
+    else:
+        _check_hub_name(given, "model.path", "a diffusers folder, a .safetensors checkpoint, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def _check_vae(given: str) -> None:
+    path = Path(embedded(given)).expanduser()
+    if not path.exists():
+        _check_hub_name(given, "model.vae", "a VAE's folder, the run that trained it, or a hub name")
+    elif path.is_dir() and not any((folder / "config.json").is_file() for folder in (path, path / "final")):
+        raise UserError(f"{given} holds no trained VAE", where="model.vae", remedy="give a folder with config.json, or a run that has finished")
+
+
+def _class_name(index: Path, given: str) -> str:
+    """`_class_name` of a pipeline's `model_index.json`."""
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except FileNotFoundError:
+        raise UserError(f"{given} is no diffusers folder: it has no model_index.json", where="model.path", remedy="give the folder that holds model_index.json") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{index} cannot be read: {error}", where="model.path", remedy="copy or download the model again") from error
+
+
+def _check_hub_name(given: str, where: str, wanted: str) -> None:
+    if not _HUB_NAME.fullmatch(given) or given.startswith("."):
+        raise UserError(f'there is no file or folder "{given}"', where=where, remedy=f"give {wanted} (relative paths start at the working directory)")

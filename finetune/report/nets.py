@@ -1,0 +1,71 @@
+"""The third table before a run: which weights train, by method. Torch is not imported here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from finetune.report.tables import Row, table
+
+if TYPE_CHECKING:
+    from finetune.models.turn import Model
+    from finetune.planning import Plan
+
+FLOAT32_BYTES = 4
+# What an optimizer keeps for each weight, in bytes. Adafactor keeps sums over rows and columns, next to nothing.
+OPTIMIZER_BYTES = {"adamw": 2 * FLOAT32_BYTES, "adamw8bit": 2, "adafactor": 0}
+
+
+def adapted(model: Model) -> str:
+    """For a LoRA: how many layers of each kind got an adapter, and the share of the weights that train."""
+    places = {name.partition(".lora_")[0] for name in model.trained()}
+    kinds = Counter(_ending(place) for place in places)
+    trained, whole = _count(model.trained().values()), sum(_count(turn.net.parameters()) for turn in model.turns())
+    rows = [
+        ("adapters", f"{len(places)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))),
+        ("train", f"{_millions(trained)} of {_millions(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
+    ]
+    return table("adapters", rows)
+
+
+def whole(model: Model, plan: Plan) -> str:
+    """For full fine-tuning: how many weights train, and the memory that they take before the first picture comes."""
+    trained, recipe = _count(model.trained().values()), plan.recipe
+    parts = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, recipe.optimizer.name: OPTIMIZER_BYTES[recipe.optimizer.name]}
+    if recipe.train.ema:
+        parts["averages"] = FLOAT32_BYTES
+    rows = [
+        ("train", f"all {_millions(trained)} parameters of what trains, in float32"),
+        ("memory", " + ".join(f"{name} {_gigabytes(size * trained)}" for name, size in parts.items()) + f" = {_gigabytes(sum(parts.values()) * trained)}"),
+    ]
+    return table("weights", rows)
+
+
+def built(model: Model) -> str:
+    """For a model from scratch: the nets that were built, and their sizes."""
+    rows = []
+    for turn in model.turns():
+        for name, net in turn.net.named_children():
+            if count := _count(net.parameters()):
+                rows.append((name, f"{type(net).__name__}, {_millions(count)} parameters, at random"))
+    return table("nets", rows)
+
+
+def _ending(place: str) -> str:
+    """`…transformer_blocks.0.attn1.to_out.0` → `attn1.to_out.0`: a layer's name without the block it stands in."""
+    parts = place.split(".")
+    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts[-2:])
+
+
+def _count(tensors: Iterable[object]) -> int:
+    return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
