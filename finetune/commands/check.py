@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from finetune.recipe import load_recipe
@@ -19,4 +21,5 @@ def command(recipe: str, overrides: tuple[str, ...]) -> None:
     from finetune.job import audit_and_plan
 
     audit_and_plan(found)
-    click.echo(f"nothing speaks against it: ft train {recipe}" + "".join(f" --set {assignment}" for assignment in overrides))
+    again = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])
+    click.echo(f"nothing speaks against it: {again}")
