@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from finetune.data.order import Order
 from finetune.data.pictures import Crop, apply, decode
 from finetune.data.scan import Audit, Picture
 from finetune.engine.draw import Draw
+from finetune.errors import UserError
 from finetune.models.turn import Batch, Encoders, stack
 from finetune.planning import Plan
 from finetune.seeds import key_of, mix
@@ -43,13 +45,36 @@ class Dataset:
             examples.setdefault(picture.crop.bucket, []).extend([index] * picture.repeats)
         self.order = Order(list(examples.values()), plan.global_batch, plan.steps, plan.recipe.train.seed)
         self._validation = range(len(audit.training), len(self.pictures))
-        folder = cache_folder(plan.recipe.data.cache)
-        self._stores = {key: Store(folder / key_of(key)[:24]) for key in {encoders.picture_key, encoders.caption_key} if key} if encoders.cached else {}
+        self._stores: dict[str, Store] = {}
         self._memory: OrderedDict[str, Batch] = OrderedDict()
         self._memory_bytes = 0
 
+    def long_captions(self) -> str:
+        """Which captions are longer than the model reads, in one sentence that names pictures; "" if none is.
+
+        Raises:
+            UserError: some are, and `data.long_captions` is stop.
+        """
+        tokens = {caption: self.encoders.caption_tokens(caption) for caption in sorted({p.caption for p in self.pictures})}
+        counts = [(p.name, found) for p in self.pictures if (found := tokens[p.caption]) is not None and found[0] > found[1]]
+        if not counts:
+            return ""
+        named = ", ".join(f"{name}: {count} tokens" for name, (count, _) in counts[:5]) + (f", and {len(counts) - 5} more" if len(counts) > 5 else "")
+        longer = f"longer than the {counts[0][1][1]} tokens that this model reads"
+        if self.plan.recipe.data.long_captions == "truncate":
+            return f"{len(counts)} {longer}, so their ends are not read ({named})"
+        raise UserError(f"{len(counts)} captions are {longer}", where=named, remedy="shorten them, or set data.long_captions: truncate")
+
     def encode(self, progress: Progress | None = None) -> None:
-        """Compute what the cache lacks. Each picture and caption is encoded alone, so that nothing depends on its company."""
+        """Compute what the cache lacks. Each picture and caption is encoded alone, so that nothing depends on its company.
+
+        Raises:
+            UserError: the cache cannot be written, or a picture has changed since the audit.
+        """
+        if self.encoders.cached:
+            # Only now: a process that waited for the first one to encode finds what that one wrote.
+            folder = cache_folder(self.plan.recipe.data.cache)
+            self._stores = {key: Store(folder / key_of(key)[:24]) for key in {self.encoders.picture_key, self.encoders.caption_key} if key}
         captions = sorted({"", *(p.caption for p in self.pictures)})
         for number, caption in enumerate(captions):
             if progress is not None:
@@ -83,7 +108,7 @@ class Dataset:
         seed = self.plan.recipe.train.seed
         found = []
         for place, index in enumerate(self._validation):
-            draw = Draw(mix(seed, "validation"), 0, [place])
+            draw = Draw(mix(seed, "validation"), 0, [place], self.plan.machine.device)
             found.append((self._examples([index], draw, 0.0), draw))
         return found
 
@@ -93,11 +118,13 @@ class Dataset:
         found = []
         for index, variant, drop in zip(indices, variants, dropped, strict=True):
             picture = self.pictures[index]
-            found.append({
-                **self._picture(picture, self._variants[variant]),
-                **self._caption("" if drop else picture.caption),
-                "geometry": geometry(picture.crop),
-            })
+            found.append(
+                {
+                    **self._picture(picture, self._variants[variant]),
+                    **self._caption("" if drop else picture.caption),
+                    "geometry": geometry(picture.crop),
+                }
+            )
         return stack(found)
 
     def _picture(self, picture: Picture, mirrored: bool) -> Batch:
@@ -105,7 +132,7 @@ class Dataset:
         key = key_of(picture.digest, repr(crop), int(mirrored), self.background)
 
         def compute() -> Batch:
-            image = apply(decode(picture.read(), self.background), replace(crop, mirrored=mirrored))
+            image = apply(decode(_unchanged(picture), self.background), replace(crop, mirrored=mirrored))
             return self.encoders.encode_picture(to_tensor(numpy.asarray(image)))
 
         return self._kept(self.encoders.picture_key, key, compute)
@@ -134,6 +161,19 @@ class Dataset:
         while self._memory_bytes > MEMORY_BYTES:
             self._memory_bytes -= _bytes(self._memory.popitem(last=False)[1])
         return found
+
+
+def _unchanged(picture: Picture) -> bytes:
+    """The bytes that the audit saw: others would be kept in the cache under a digest that is not theirs."""
+    try:
+        content = picture.read()
+    except OSError as error:
+        raise UserError(
+            f"the picture cannot be read any more: {error.strerror}", where=picture.name, remedy="put it back, and start again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != picture.digest:
+        raise UserError("the picture has changed since the run began", where=picture.name, remedy="start again; this run did not see the new one")
+    return content
 
 
 def to_tensor(pixels: numpy.ndarray) -> Tensor:

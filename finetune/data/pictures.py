@@ -2,77 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from finetune.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
 
-# Pillow's own guard against decompression bombs warns at 89 million pixels and refuses at twice that; this is the
-# side above which a "picture" is a mistake for training at any resolution the recipe allows.
+# A side above this is taken for a mistake: no resolution that a recipe allows needs it. Pillow's own guard against
+# decompression bombs refuses at 179 million pixels.
 MAXIMUM_SIDE_PIXELS = 16_384
+# What `decode` opens, by content and not by a file's ending. Others of Pillow's readers start programs (EPS) or are no pictures.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class Unreadable(Exception):
     """A file that cannot become a picture; the message says why."""
 
 
-def open_picture(content: bytes) -> PillowImage.Image:
-    """Open without decoding, and refuse what is too large to be meant.
+def decode(content: bytes, background: str) -> PillowImage.Image:
+    """The whole picture as upright RGB; the first frame of an animation; transparency over `background`.
 
     Raises:
-        Unreadable: not a picture, or a side above `MAXIMUM_SIDE_PIXELS`.
+        Unreadable: empty, no picture, damaged, truncated, or too large to be meant (known before anything is decoded).
     """
     import warnings
 
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about oddities that it reads well enough
+        picture = _open(content)
+        try:
+            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode == "F" or picture.mode.startswith("I"):
+                picture = _eight_bits(picture)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+            return picture.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
+            raise Unreadable(f"damaged or truncated ({error})") from error
+
+
+def _open(content: bytes) -> PillowImage.Image:
+    """The picture, not yet decoded."""
     from PIL import Image
 
     if not content:
         raise Unreadable("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise Unreadable("more pixels than a picture for training can have") from error
-    except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
-        raise Unreadable("not a picture that Pillow can open") from error
+        raise Unreadable(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels are taken for a mistake: scale it down") from error
+    except Exception as error:
+        raise Unreadable("not a picture that can be opened: " + ", ".join(FORMATS) + " can") from error
     if max(picture.size) > MAXIMUM_SIDE_PIXELS:
         width, height = picture.size
-        raise Unreadable(f"{width}×{height} pixels: a side of more than {MAXIMUM_SIDE_PIXELS} is taken for a mistake; scale it down")
+        raise Unreadable(f"{width}×{height} pixels: a side of more than {MAXIMUM_SIDE_PIXELS} is taken for a mistake: scale it down")
     return picture
 
 
-def upright_size(picture: PillowImage.Image) -> tuple[int, int]:
-    """(width, height) once the EXIF orientation is applied; 5–8 lie on their side."""
-    width, height = picture.size
-    return (height, width) if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+def _eight_bits(picture: PillowImage.Image) -> PillowImage.Image:
+    """Grey of 16 or 32 bits or of floats, scaled to 8; Pillow's own conversion clips at 255 instead.
+
+    Integers are of 16 bits unless a value is higher; floats lie in [0, 1], or in [0, 255] if a value is above 1.
+    """
+    import numpy
+    from PIL import Image
+
+    values = numpy.nan_to_num(numpy.asarray(picture, dtype=numpy.float64))
+    choices = (1.0, 255.0) if picture.mode == "F" else (65535.0,)
+    highest = next((choice for choice in choices if values.max() <= choice), values.max())
+    grey = Image.fromarray((values / highest * 255).round().clip(0, 255).astype(numpy.uint8))
+    transparent = picture.info.get("transparency")  # the one value that stands for "nothing here"
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(((values != transparent) * 255).astype(numpy.uint8)))
+    return grey
 
 
-def decode(content: bytes, background: str) -> PillowImage.Image:
-    """The whole picture as upright RGB; the first frame of an animation; transparency over `background`.
+def canonical_colour(colour: str) -> str:
+    """`white`, `#fff`, `rgb(255, 255, 255)` → `#ffffff`.
 
     Raises:
-        Unreadable: damaged or truncated.
+        UserError: not a CSS colour, or one that is itself transparent.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageColor
 
-    picture = open_picture(content)
-    try:
-        picture.load()
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-            # 16-bit greys: Pillow's own conversion clips at 255, so scale first.
-            highest = 65535.0 if picture.mode != "F" else max(1.0, float(picture.getextrema()[1]))  # type: ignore[arg-type]
-            picture = picture.convert("F").point(lambda value: value * (255.0 / highest)).convert("L")
-        if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-        return picture.convert("RGB")
-    except Exception as error:
-        raise Unreadable(f"damaged or truncated ({error})") from error
+    with contextlib.suppress(ValueError):
+        red, green, blue, *alpha = ImageColor.getrgb(colour)
+        if max(red, green, blue) <= 255 and alpha in ([], [255]):
+            return f"#{red:02x}{green:02x}{blue:02x}"
+    raise UserError(
+        f'"{colour}" is not an opaque CSS colour',
+        where="data.background",
+        remedy='write a name or a code: white, "#ffffff" (in quotes), rgb(255, 255, 255)',
+    )
 
 
 @dataclass(frozen=True, order=True)
@@ -133,10 +163,16 @@ def fit(size: tuple[int, int], choices: list[Bucket]) -> Crop:
 
 
 def apply(picture: PillowImage.Image, crop: Crop) -> PillowImage.Image:
-    """The bucket-sized RGB picture that the model sees."""
+    """The bucket-sized RGB picture that the model sees: scaled, cropped and mirrored as `crop` says."""
     from PIL import Image, ImageOps
 
-    if picture.size != crop.scaled:
-        picture = picture.resize(crop.scaled, Image.Resampling.LANCZOS)
-    picture = picture.crop((crop.left, crop.top, crop.left + crop.bucket.width, crop.top + crop.bucket.height))
+    (width, height), bucket = picture.size, crop.bucket
+    right, bottom = crop.left + bucket.width, crop.top + bucket.height
+    if picture.size == crop.scaled:
+        picture = picture.crop((crop.left, crop.top, right, bottom))
+    else:
+        # Only what is kept is scaled: a long thin strip, scaled whole, would take gigabytes.
+        across, down = width / crop.scaled[0], height / crop.scaled[1]
+        box = (crop.left * across, crop.top * down, min(width, right * across), min(height, bottom * down))
+        picture = picture.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
     return ImageOps.mirror(picture) if crop.mirrored else picture
