@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
-from finetune.engine.optim import learning_rate
 from finetune.job import Job, prepare
 from finetune.models import adapters
 from finetune.models.loading import open_pipeline
@@ -48,12 +47,8 @@ def ours(recipe: Recipe, folder: Path) -> Job:
 
 def take(job: Job, first: int, count: int) -> None:
     """Steps `first` … of the run, without saving or sampling."""
-    trainer = job.trainer
     for step in range(first, first + count):
-        rate = learning_rate(job.plan.recipe.optimizer, step, job.plan.steps)
-        for turn, optimizer in zip(trainer.turns, trainer.optimizers, strict=True):
-            trainer._turn(step, turn, optimizer, rate)
-        trainer.clock.lap("optimizer")
+        job.trainer.take(step)
 
 
 def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
@@ -109,13 +104,13 @@ def rounds(contenders: dict[str, Callable[[int], None]], count: int, steps: int)
 
 def undone(job: Job, what: str) -> Job:
     """Our run with one choice taken back."""
-    trainer = job.trainer
+    state = job.trainer.state
     if what == "channels_last":
-        trainer.turns[0].net.denoiser.to(memory_format=torch.contiguous_format)
+        state.turns[0].net.denoiser.to(memory_format=torch.contiguous_format)
     elif what == "fused AdamW":
         section = job.plan.recipe.optimizer
-        trainer.optimizers[0].optimizer = torch.optim.AdamW(
-            trainer.turns[0].parameters(), lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        state.optimizers[0].optimizer = torch.optim.AdamW(
+            state.parameters[0], lr=section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
         )
     return job
 
