@@ -137,17 +137,19 @@ def pipeline(name: str) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     if name == "sdxl":
-        unet = UNet2DConditionModel(**{
-            **_UNET,
-            "cross_attention_dim": 64,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 24,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2],
-            "use_linear_projection": True,
-        })
+        unet = UNet2DConditionModel(
+            **{
+                **_UNET,
+                "cross_attention_dim": 64,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 24,
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": [1, 2],
+                "use_linear_projection": True,
+            }
+        )
         StableDiffusionXLPipeline(
             autoencoder,
             CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, hidden_act="quick_gelu")),
@@ -167,13 +169,15 @@ def pipeline(name: str) -> Path:
         unet = UNet2DConditionModel(**_UNET, use_linear_projection=True)
         text, scheduler = {"hidden_act": "gelu"}, DDIMScheduler(**_NOISE, **v_prediction)
     else:  # the embedded base in miniature: three levels, attention on the middle one only, zero terminal SNR
-        unet = UNet2DConditionModel(**{
-            **_UNET,
-            "block_out_channels": [16, 16, 32],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "attention_head_dim": [2, 2, 4],
-        })
+        unet = UNet2DConditionModel(
+            **{
+                **_UNET,
+                "block_out_channels": [16, 16, 32],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "attention_head_dim": [2, 2, 4],
+            }
+        )
         text, scheduler = {}, DDIMScheduler(**_NOISE, **v_prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     StableDiffusionPipeline(
         autoencoder, CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, **text)), tokenizer, unet, scheduler, None, None, requires_safety_checker=False

@@ -79,7 +79,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each damaged one passed over."""
-    said = []
+    said: list[str] = []
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if not damage:

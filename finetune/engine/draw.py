@@ -27,6 +27,10 @@ class Draw:
     def __init__(self, seed: int, step: int | str, places: Sequence[int], device: torch.device | str = "cpu") -> None:
         self._seed, self._step, self.places, self._device = seed, step, tuple(places), device
 
+    def on(self, device: torch.device | str) -> Draw:
+        """The same draws, their tensors on `device`."""
+        return Draw(self._seed, self._step, self.places, device)
+
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(mix(self._seed, self._step, place, purpose)) for place in self.places]
 

@@ -19,7 +19,15 @@ def this_machine() -> Machine:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     if torch.cuda.is_available() and not on_cpu:  # untested where no GPU is at hand
         properties = torch.cuda.get_device_properties(0)
-        return Machine("cuda", properties.name, processes, torch.get_num_threads(), torch.cuda.is_bf16_supported(including_emulation=False), properties.total_memory, launcher)
+        return Machine(
+            "cuda",
+            properties.name,
+            processes,
+            torch.get_num_threads(),
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            properties.total_memory,
+            launcher,
+        )
     if torch.backends.mps.is_available() and not on_cpu:  # untested likewise
         return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, _host_memory(), launcher)
     return Machine("cpu", _cpu_name(), processes, torch.get_num_threads(), False, _host_memory(), launcher)

@@ -28,12 +28,17 @@ def make_optimizer(section: Optimizer, parameters: Iterable[nn.Parameter], devic
         try:
             import bitsandbytes
         except ImportError as error:
-            raise UserError("adamw8bit needs bitsandbytes, which cannot be imported here", remedy="pip install bitsandbytes, or set optimizer.name: adamw") from error
-        found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=section.lr, betas=(beta1, beta2), eps=section.eps, weight_decay=section.weight_decay)
-        return found
+            raise UserError(
+                "adamw8bit needs bitsandbytes, which cannot be imported here", remedy="pip install bitsandbytes, or set optimizer.name: adamw"
+            ) from error
+        eight: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+            trained, lr=section.lr, betas=(beta1, beta2), eps=section.eps, weight_decay=section.weight_decay
+        )
+        return eight
     from transformers.optimization import Adafactor
 
-    return Adafactor(trained, lr=section.lr, weight_decay=section.weight_decay, relative_step=False, scale_parameter=False)
+    found: torch.optim.Optimizer = Adafactor(trained, lr=section.lr, weight_decay=section.weight_decay, relative_step=False, scale_parameter=False)
+    return found
 
 
 def learning_rate(section: Optimizer, step: int, steps: int) -> float:

@@ -26,7 +26,8 @@ class Progress:
     def __init__(self, stage: str, stream: TextIO | None = None, enabled: bool = True) -> None:
         self._stage, self._stream, self._enabled = stage, stream or sys.stderr, enabled
         self._terminal = self._stream.isatty()
-        self._start, self._start_done = time.monotonic(), None
+        self._start = time.monotonic()
+        self._start_done: int | None = None
         self._shown = 0.0 if self._terminal else time.monotonic() - SECONDS_BETWEEN_LINES + 2
         self._dirty = False
 

@@ -1,6 +1,6 @@
 """A run's folder: what was asked, what was planned, what happened, and what came out.
 
-    recipe.yaml  plan.json  versions.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  report.html
+recipe.yaml  plan.json  versions.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  report.html
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Run:
             self.write_json("plan.json", describe(self.plan))
             self.write_json("versions.json", versions())
         except OSError as error:
-            raise UserError(f"the run's folder cannot be written: {error.strerror}", where=str(self.folder), remedy="choose another place: --set output.folder=…") from error
+            raise UserError(
+                f"the run's folder cannot be written: {error.strerror}", where=str(self.folder), remedy="choose another place: --set output.folder=…"
+            ) from error
 
     def write(self, name: str, text: str) -> Path:
         """Write one text file whole or not at all."""

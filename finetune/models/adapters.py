@@ -9,6 +9,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from finetune.errors import UserError, did_you_mean
 from finetune.recipe import Adapter
@@ -41,7 +42,7 @@ def layers(net: nn.Module, targets: str) -> list[str]:
     return found
 
 
-def add_lora(net: nn.Module, adapter: Adapter) -> list[str]:
+def add_lora(net: Any, adapter: Adapter) -> list[str]:
     """Put adapters on `net` in place; only they train, in float32 whatever the base's dtype. Returns the adapted layers.
 
     float32, because the gradients of float16 weights cannot be unscaled, and bfloat16 weights round small updates away.
@@ -49,7 +50,7 @@ def add_lora(net: nn.Module, adapter: Adapter) -> list[str]:
     names = layers(net, adapter.targets)
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha if adapter.alpha is not None else adapter.rank,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha if adapter.alpha is not None else adapter.rank,
         lora_dropout=adapter.dropout,
         target_modules=names,
         use_rslora=adapter.rslora,
@@ -70,10 +71,14 @@ def add_lora(net: nn.Module, adapter: Adapter) -> list[str]:
 def lora_weights(net: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights under diffusers' names, contiguous float32 on the CPU."""
     found = convert_state_dict_to_diffusers(get_peft_model_state_dict(net))
+    if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model"):
+        # The name that files have for it. transformers 5 dropped it from the class, and what reads files adds or drops it.
+        found = {f"text_model.{name}": tensor for name, tensor in found.items()}
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in found.items()}
 
 
 def lora_configuration(net: nn.Module) -> dict[str, Any]:
     """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the picture is wrong."""
-    found: dict[str, Any] = net.peft_config["default"].to_dict()  # type: ignore[index,union-attr,operator]
+    configurations: Any = net.peft_config
+    found: dict[str, Any] = configurations["default"].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}

@@ -18,13 +18,6 @@ from finetune.recipe import Diffusion
 Prediction = Literal["epsilon", "v_prediction"]
 
 
-def zero_terminal(alphas_cumprod: Tensor) -> Tensor:
-    """ᾱ shifted and scaled in √ᾱ so that the last is 0 and the first unchanged (Lin et al. 2023, arXiv:2305.08891, alg. 1)."""
-    roots = alphas_cumprod.double().sqrt()
-    first, last = roots[0], roots[-1]
-    return ((roots - last) * first / (first - last)).square().float()
-
-
 @dataclass(frozen=True)
 class Noised:
     """x_t [B, …], t [B] int64, the net's target [B, …], the weight of each example's loss [B]; all float32 but t."""
@@ -37,7 +30,7 @@ class Noised:
 
 class Denoising:
     """Args:
-    alphas_cumprod: ᾱ_t, [T] float32, as the pipeline's scheduler has them (already with zero terminal SNR if wanted).
+    alphas_cumprod: ᾱ_t, [T] float32, as the pipeline's scheduler has them (the last 0 where it has zero terminal SNR).
     prediction: what the net predicts.
     loss: the recipe's section.
     """

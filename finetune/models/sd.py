@@ -19,6 +19,9 @@ class StableDiffusion(Family):
         """The last hidden state after the final layer norm, [B, length, width], as the pipeline's `encode_prompt`."""
         return {"embeddings": encoders["text_encoder"](ids["tokenizer"])[0]}
 
+    def unread(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+        return []
+
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         found: Tensor = denoiser(noisy, timestep, batch["embeddings"].to(noisy.dtype), return_dict=False)[0]
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ class StableDiffusionXL(Family):
         first = encoders["text_encoder"](ids["tokenizer"], output_hidden_states=True)
         second = encoders["text_encoder_2"](ids["tokenizer_2"], output_hidden_states=True)
         return {"embeddings": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), "pooled": second.text_embeds}
+
+    def unread(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+        """The first encoder's last layer and norm. The second's feed its pooled projection."""
+        first: Any = encoders["text_encoder"]
+        transformer = getattr(first, "text_model", first)  # transformers before 5 put one more name between
+        return [transformer.encoder.layers[-1], transformer.final_layer_norm]
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         added = {"text_embeds": batch["pooled"].to(noisy.dtype), "time_ids": batch["geometry"].to(noisy.dtype)}

@@ -15,13 +15,14 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from finetune.data.cache import fingerprint
 from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.models import adapters, loading
-from finetune.models.denoise import Denoising, zero_terminal
+from finetune.models.denoise import Denoising
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
 from finetune.recipe import Adapter, Diffusion, Recipe
@@ -42,6 +43,10 @@ class Family(ABC):
         """Token ids, {tokenizer: [B, length] int64} → what `predict` needs of the caption."""
 
     @abstractmethod
+    def unread(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+        """Parts of the text encoders that `conditions` does not depend on: no gradient reaches them, so they do not train."""
+
+    @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """The denoiser's output [B, C, h, w]. `batch` holds `conditions` and `geometry` [B, 6]."""
 
@@ -55,11 +60,11 @@ class Denoiser(nn.Module):
 
     def __init__(self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(encoders)
+        self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(dict(encoders))
 
     def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         if self.encoders:
-            batch = batch | self.family.conditions(self.encoders, batch)
+            batch = batch | self.family.conditions(dict(self.encoders.items()), batch)
         dtype = next(self.denoiser.parameters()).dtype
         return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
 
@@ -86,7 +91,7 @@ class CaptionAndLatent(Encoders):
         self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
         vae = pipeline.vae.to(device)
         self._shift, self._scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), str(self._scale), str(self._kept_dtype))
+        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), f"{self._scale} {self._shift}", str(self._kept_dtype))
         tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
         vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
         weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
@@ -117,7 +122,9 @@ class CaptionAndLatent(Encoders):
         found = {}
         for name, _ in self._family.encoders:
             tokenizer = getattr(self._pipeline, name)
-            found[name] = tokenizer(caption, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids[0]
+            found[name] = tokenizer(
+                caption, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+            ).input_ids[0]
         return found
 
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
@@ -148,7 +155,19 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
                 where="diffusion.zero_terminal_snr",
                 remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
             )
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        # Schedulers that never clip do not say so, and DDIM's default is to clip, which is meant for pixels.
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+        )
+
+
+def _checkpoint_activations(net: Any) -> None:
+    if isinstance(net, PreTrainedModel):
+        # The reentrant kind, once the default there, gives no gradient to adapters behind frozen embeddings.
+        enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    else:
+        net.enable_gradient_checkpointing()
 
 
 class TextToImage(Model):
@@ -165,9 +184,12 @@ class TextToImage(Model):
         self.device = torch.device(plan.machine.device)
         self.dtype = DTYPES[plan.precision]
         frozen_dtype = self.dtype if recipe.method == "lora" else torch.float32
-        self.pipeline = loading.assemble(plan, audit, family) if recipe.method == "scratch" else loading.open_pipeline(recipe.model, family.pipeline, frozen_dtype)
+        self.pipeline = (
+            loading.assemble(plan, audit, family)
+            if recipe.method == "scratch"
+            else loading.open_pipeline(recipe.model, family.pipeline, frozen_dtype)
+        )
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.vae.to(torch.float32)
         check_sizes(plan, loading.vae_factor(self.pipeline.vae))
         set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
@@ -175,15 +197,11 @@ class TextToImage(Model):
         trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
         net = Denoiser(family, self.denoiser, trained_encoders)
-        objective = Denoising(self._alphas_cumprod(), self.pipeline.scheduler.config.prediction_type, recipe.diffusion or Diffusion())
+        scheduler = self.pipeline.scheduler
+        objective = Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
         self._turns = (DenoiseTurn(net, objective),)
         self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, tokens_only=self._trains_text)
         self._prompts: dict[str, Batch] = {}
-
-    def _alphas_cumprod(self) -> Tensor:
-        found: Tensor = self.pipeline.scheduler.alphas_cumprod
-        wants_zero = self.plan.recipe.diffusion is not None and self.plan.recipe.diffusion.zero_terminal_snr
-        return zero_terminal(found) if wants_zero and found[-1] > 1e-6 else found
 
     def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
         """Freeze all but what trains; returns the adapted layers by net."""
@@ -192,15 +210,16 @@ class TextToImage(Model):
                 component.requires_grad_(False)
         trained = {self.family.denoiser: self.denoiser, **encoders}
         adapted = {}
+        net: Any
         for name, net in trained.items():
             if adapter is not None:
                 adapted[name] = adapters.add_lora(net, adapter)
             else:
                 net.requires_grad_(True)
             if self.plan.recipe.train.gradient_checkpointing:
-                getattr(net, "enable_gradient_checkpointing", None) and net.enable_gradient_checkpointing()
-                hasattr(net, "gradient_checkpointing_enable") and net.gradient_checkpointing_enable()
-            net.train()
+                _checkpoint_activations(net)
+        for part in self.family.unread(encoders) if encoders else ():
+            part.requires_grad_(False)
         return adapted
 
     def turns(self) -> tuple[Turn, ...]:
@@ -236,6 +255,7 @@ class TextToImage(Model):
                     output_type="latent",
                 ).images
                 found.append(self._decode(latents))
+        self.pipeline.vae.to("cpu")  # where it waits while training
         return found
 
     def _decode(self, latents: Tensor) -> Image.Image:

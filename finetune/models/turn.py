@@ -55,6 +55,7 @@ class Encoders(ABC):
         """(tokens of the caption, most that are read), or None where captions are not read."""
         return None
 
+    @abstractmethod
     def release(self) -> None:
         """Free what only encoding needs."""
 
@@ -109,7 +110,6 @@ class Model(ABC):
             buffers = dict(turn.net.named_buffers())
             found |= {f"{turn.name}.{name}": tensor for name, tensor in buffers.items() if name in persistent}
         return found
-
 
 
 def check_sizes(plan: Plan, multiple: int) -> None:

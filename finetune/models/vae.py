@@ -7,7 +7,6 @@ times (latent elements ÷ picture elements), up to the likelihood's scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -20,6 +19,7 @@ from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
 from finetune.data.scan import Audit, Picture
 from finetune.engine.draw import Draw
+from finetune.models import loading
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
 from finetune.recipe import Autoencoder
@@ -56,7 +56,8 @@ class VaeTurn(Turn):
         error = difference.abs() if self._loss.reconstruction == "l1" else difference.square()
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        return error.flatten(1).mean(1) + self._loss.kl_weight * kl.flatten(1).mean(1)
+        found: Tensor = error.flatten(1).mean(1) + self._loss.kl_weight * kl.flatten(1).mean(1)
+        return found
 
 
 class Pixels(Encoders):
@@ -70,11 +71,15 @@ class Pixels(Encoders):
     def encode_caption(self, caption: str) -> Batch:
         return {}
 
+    def release(self) -> None:
+        """Nothing is held."""
+
 
 class Vae(Model):
     def __init__(self, plan: Plan, audit: Audit) -> None:
         torch.manual_seed(plan.recipe.train.seed)
-        self.vae = AutoencoderKL(**plan.recipe.model.build).to(memory_format=torch.channels_last)
+        build = loading.checked(AutoencoderKL, plan.recipe.model.build, "model.build")
+        self.vae = AutoencoderKL(**build).to(memory_format=torch.channels_last)
         self._audit = audit
         check_sizes(plan, 2 ** (len(self.vae.config.block_out_channels) - 1))
         self._turns = (VaeTurn(self.vae, plan.recipe.autoencoder or Autoencoder()),)
@@ -85,26 +90,29 @@ class Vae(Model):
     def encoders(self) -> Encoders:
         return Pixels()
 
-    def _pixels(self, pictures: Sequence[Picture]) -> Tensor:
-        """What the encoder sees of `pictures`, [N, 3, H, W]."""
-        arrays = [numpy.asarray(apply(decode(p.read(), self._audit.background), p.crop)) for p in pictures]
-        return torch.stack([to_tensor(array) for array in arrays]).to(self.vae.device)
+    def _pixels(self, picture: Picture) -> Tensor:
+        """What the encoder sees of `picture`, [1, 3, H, W]."""
+        pixels = numpy.asarray(apply(decode(picture.read(), self._audit.background), picture.crop))
+        return to_tensor(pixels)[None].to(self.vae.device)
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
         """For each seed a pair: the training picture that it picks above, its reconstruction from the mean latent below."""
         training = self._audit.training
-        pixels = self._pixels([training[mix(seed, "sample") % len(training)] for seed in request.seeds])
-        rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-        pairs = torch.cat([pixels, rebuilt], dim=2).add(1).mul(127.5).round().to(torch.uint8)
-        return [Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()) for pair in pairs]
+        found = []
+        for seed in request.seeds:
+            pixels = self._pixels(training[mix(seed, "sample") % len(training)])
+            rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+            pair = torch.cat([pixels, rebuilt], dim=2)[0].add(1).mul(127.5).round().to(torch.uint8)
+            found.append(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()))
+        return found
 
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
         """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
         spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_PICTURES)][:SCALE_PICTURES]
-        latents = [self.vae.encode(batch).latent_dist.mode() for batch in self._pixels(spread).split(16)]
-        self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat([z.flatten() for z in latents]).std()), 5))
+        latents = [self.vae.encode(self._pixels(picture)).latent_dist.mode().flatten() for picture in spread]
+        self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
         self.vae.save_pretrained(folder)
         return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
 

@@ -1,0 +1,97 @@
+"""What changes as a run trains: weights, their averages, the optimizers and the gradient scaler, made ready by Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+
+from finetune.engine.checkpoint import Checkpoint
+from finetune.engine.optim import Ema, make_optimizer
+from finetune.errors import UserError
+from finetune.models.turn import Model
+from finetune.planning import Plan
+
+
+class TrainingState:
+    """The nets on their device, with what trains them. `turns`, `parameters` and `optimizers` go side by side."""
+
+    def __init__(self, plan: Plan, model: Model, accelerator: Accelerator) -> None:
+        self._plan, self._accelerator = plan, accelerator
+        self.turns = model.turns()
+        for turn in self.turns:
+            turn.net.to(accelerator.device)
+        # Taken after the move, which replaces buffers, and before Accelerate's wrapper, which lengthens names.
+        self._tensors = model.state()
+        self.ema = Ema(model.trained(), plan.recipe.train.ema) if plan.recipe.train.ema else None
+        self.parameters = [turn.parameters() for turn in self.turns]
+        self.optimizers = []
+        for turn, parameters in zip(self.turns, self.parameters, strict=True):
+            turn.net, optimizer = accelerator.prepare(turn.net, make_optimizer(plan.recipe.optimizer, parameters, accelerator.device))
+            turn.net.train()
+            self.optimizers.append(optimizer)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the nets are in evaluation mode and hold their averaged weights, if the run keeps any."""
+        for turn in self.turns:
+            turn.net.eval()
+        if self.ema is not None:
+            self.ema.swap()
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.swap()
+            for turn in self.turns:
+                turn.net.train()
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """All that a run needs to go on after `step` finished steps. Its tensors are the living ones: write them at once."""
+        scaler = self._accelerator.scaler
+        return Checkpoint(
+            step=step,
+            weights={name: tensor.detach().contiguous() for name, tensor in self._tensors.items()},
+            averages={name: tensor.contiguous() for name, tensor in self.ema.averages.items()} if self.ema is not None else {},
+            optimizers={turn.name: optimizer.state_dict() for turn, optimizer in zip(self.turns, self.optimizers, strict=True)},
+            facts={
+                "threads": torch.get_num_threads(),
+                "processes": self._plan.machine.processes,
+                "precision": self._plan.precision,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            },
+        )
+
+    @torch.no_grad()
+    def restore(self, found: Checkpoint) -> list[str]:
+        """Go back to `found`; returns a sentence for each reason why going on will not be exact.
+
+        Raises:
+            UserError: the checkpoint is of other weights or of another number of processes.
+        """
+        facts, machine = found.facts, self._plan.machine
+        if self._tensors.keys() != found.weights.keys():
+            raise UserError("the checkpoint holds other weights than this recipe trains", where=self._plan.folder, remedy="start a new run")
+        if facts["processes"] != machine.processes:
+            raise UserError(
+                f"this run was started with {facts['processes']} processes, and {machine.processes} would take other pictures a step",
+                where=self._plan.folder,
+                remedy=f"go on with {facts['processes']} processes, or start a new run: --set output.folder=…",
+            )
+        for name, tensor in self._tensors.items():
+            tensor.copy_(found.weights[name])
+        if self.ema is not None:
+            for name, average in self.ema.averages.items():
+                average.copy_(found.averages[name])
+        for turn, optimizer in zip(self.turns, self.optimizers, strict=True):
+            optimizer.load_state_dict(found.optimizers[turn.name])
+        if self._accelerator.scaler is not None and facts["scaler"]:
+            self._accelerator.scaler.load_state_dict(facts["scaler"])
+        said = []
+        if facts["threads"] != (threads := torch.get_num_threads()):
+            said.append(f"{facts['threads']} threads before, {threads} now: sums run in another order, so going on is exact no more")
+        if facts["precision"] != self._plan.precision:
+            said.append(f"{facts['precision']} before, {self._plan.precision} now: going on is exact no more")
+        return said
