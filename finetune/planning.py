@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.recipe import Precision, Recipe, to_dict
+from finetune.recipe import Precision, Recipe, load_recipe, to_dict
 
 if TYPE_CHECKING:
     from finetune.data.scan import Audit
@@ -52,7 +54,9 @@ class Plan:
         """How the number of steps comes about, in one line that a person can check."""
         train, machine = self.recipe.train, self.machine
         processes = f" ÷ {machine.processes} processes" if machine.processes > 1 else ""
-        length = f"× {train.epochs:g} epochs = {self.steps} steps" if train.epochs else f"→ {self.steps} steps = {self.steps / self.steps_per_epoch:.4g} epochs"
+        length = f"→ {self.steps} steps = {self.steps / self.steps_per_epoch:.4g} epochs"
+        if train.epochs:
+            length = f"× {train.epochs:g} epochs = {self.steps} steps"
         repeats = "" if self.data.examples == self.data.pictures else f" with repeats = {self.data.examples} examples"
         return (
             f"{self.data.pictures} pictures{repeats} ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{processes}"
@@ -105,6 +109,20 @@ def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, 
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for `plan.json` and the report."""
-    import dataclasses
+    numbers = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    return numbers | {"recipe": to_dict(plan.recipe), "data": asdict(plan.data), "machine": asdict(plan.machine), "arithmetic": plan.arithmetic}
 
-    return {**{f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("recipe", "data", "machine")}, "recipe": to_dict(plan.recipe), "data": dataclasses.asdict(plan.data), "machine": dataclasses.asdict(plan.machine), "arithmetic": plan.arithmetic}
+
+def load_plan(folder: Path) -> Plan:
+    """The plan of a run from its folder: `describe` read back.
+
+    Raises:
+        OSError: no run's folder.
+    """
+    found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
+    numbers["recipe"] = load_recipe(folder / "recipe.yaml")
+    numbers["data"] = DataFacts(**found["data"] | {"buckets": tuple(tuple(bucket) for bucket in found["data"]["buckets"])})
+    numbers["machine"] = Machine(**found["machine"])
+    numbers["notes"] = tuple(found["notes"])
+    return Plan(**numbers)

@@ -31,9 +31,9 @@ if __name__ == "__main__":
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import decode
 from finetune.engine.progress import Progress
-from finetune.engine.samples import grid
 from finetune.models.loading import open_pipeline
 from finetune.recipe import ASSETS, load_recipe
+from finetune.report.pictures import grid
 from finetune.seeds import key_of
 
 HOUSES = ("noto", "twemoji")

@@ -1,51 +1,63 @@
-"""Sample grids: the same prompts and seeds at every look, so that only the weights change."""
+"""Samples while training: the same prompts and seeds at every look, so that only the weights change."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 
 from finetune.engine.progress import Progress
 from finetune.models.turn import Model, SampleRequest
 from finetune.planning import Plan
+from finetune.report.pictures import enlarged, grid
 
 
-def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
-    """Draw the recipe's prompts after `done` steps into `samples/step-N/`; a failure is told, and training goes on."""
+def request_of(plan: Plan) -> SampleRequest:
+    """What the plan wants drawn at every look."""
     sample = plan.recipe.sample
-    if not sample.prompts:
-        return
-    request = SampleRequest(
+    return SampleRequest(
         prompts=sample.prompts,
         seeds=tuple(range(sample.seed, sample.seed + len(sample.prompts))),
         steps=sample.steps,
         guidance=sample.guidance,
         negative=sample.negative,
-        size=plan.data.buckets[0][:2] if len(plan.data.buckets) == 1 else None,
+        size=plan.data.buckets[0][:2] if len(plan.data.buckets) == 1 else (plan.recipe.data.resolution,) * 2,
     )
+
+
+def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
+    """Draw the recipe's prompts after `done` steps into `samples/step-N/`; a failure is told, and training goes on."""
+    request = request_of(plan)
+    if not request.prompts:
+        return
     target = folder / "samples" / f"step-{done:07d}"
+    drawing = Progress("samples")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        drawing = Progress("samples")
-        pictures = model.sample(request)
-        drawing.end()
-        for number, picture in enumerate(pictures):
-            picture.save(target / f"{number:02d}.png")
-        grid(pictures).save(target / "grid.png")
+        pictures = []
+        for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
+            drawing.show(number, len(request.prompts), prompt)
+            pictures += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+        write_pictures(pictures, request, target)
     except Exception:  # whatever goes wrong in a look must not cost the training
         traceback.print_exc()
         print(f"the samples of step {done} could not be drawn (see above); training goes on", flush=True)
+    drawing.end()
 
 
-def grid(pictures: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Pictures side by side on white, `columns` a row (as square as possible if not given)."""
-    columns = columns or max(1, round(len(pictures) ** 0.5 + 0.49))
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
-    return sheet
+def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Path) -> list[Path]:
+    """Write `NN.png`, each with what it was drawn from in its text chunks, and the labelled `grid.png`; returns the single files."""
+    files = []
+    for number, (picture, prompt, seed) in enumerate(zip(pictures, request.prompts, request.seeds, strict=True)):
+        said = PngInfo()
+        values = {"prompt": prompt, "negative": request.negative, "seed": seed, "steps": request.steps, "guidance": request.guidance}
+        for key, value in values.items():
+            said.add_itxt(key, str(value))
+        files.append(folder / f"{number:02d}.png")
+        picture.save(files[-1], pnginfo=said)
+    grid([enlarged(picture) for picture in pictures], request.prompts).save(folder / "grid.png")
+    return files

@@ -1,48 +1,157 @@
-"""The two tables before a run: what is in the data, and what will be done with it."""
+"""The two tables before a run: what is in the data, and what will be done with it. The page of the run shows the same rows."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from finetune.data.scan import Audit
 from finetune.planning import Plan
+from finetune.recipe import Autoencoder
+from finetune.report import pictures
+
+WIDTH = 100  # characters of a rule; texts may be longer
+SHOWN_PICTURES = 12  # training pictures in the report
+NAMED_FILES = 20  # files named for each kind of problem
+
+Row = tuple[str, str]
+
+
+def facts(audit: Audit) -> dict[str, Any]:
+    """The audit as plain values, for `data.json`: counts, buckets, problems with files, and some pictures as the model sees them."""
+    spread = audit.training[:: max(1, len(audit.training) // SHOWN_PICTURES)][:SHOWN_PICTURES]
+    shown = [{"name": picture.name, "caption": picture.caption, "picture": pictures.of_training(picture, audit.background)} for picture in spread]
+    return _counts(audit) | {"pictures": shown}
+
+
+def _counts(audit: Audit) -> dict[str, Any]:
+    training = audit.training
+    buckets = []
+    for bucket, count in audit.bucket_counts().items():
+        lost = [picture.crop.share_lost for picture in training if picture.crop.bucket == bucket]
+        buckets.append({"width": bucket.width, "height": bucket.height, "examples": count, "lost": sum(lost) / len(lost), "worst": max(lost)})
+    problems = []
+    for (kind, detail), count in Counter((p.kind, p.detail) for p in audit.problems).items():
+        names = [p.name for p in audit.problems if (p.kind, p.detail) == (kind, detail)]
+        problems.append({"kind": kind, "detail": detail, "count": count, "names": names[:NAMED_FILES]})
+    return {
+        "training": len(training),
+        "examples": sum(bucket["examples"] for bucket in buckets),
+        "held_out": len(audit.held_out),
+        "upscaled": sum(picture.crop.upscaled for picture in training),
+        "buckets": buckets,
+        "problems": problems,
+    }
+
+
+def data_rows(found: dict[str, Any]) -> list[Row]:
+    """Name and text of each line about the data; `found` is what `facts` returns."""
+    repeats = f", {found['examples']} examples with repeats" if found["examples"] != found["training"] else ""
+    rows = [("train", f"{found['training']} pictures{repeats}")]
+    if found["held_out"]:
+        rows.append(("held out", f"{found['held_out']} pictures, for the validation loss"))
+    sizes = [f"{bucket['width']}×{bucket['height']}" for bucket in found["buckets"]]
+    most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
+    for size, bucket in zip(sizes, found["buckets"], strict=True):
+        bar = "█" * max(1, round(16 * bucket["examples"] / most))
+        crop = f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else "nothing is cropped away"
+        rows.append(("sizes" if size == sizes[0] else "", f"{size:<{max(map(len, sizes))}} {bucket['examples']:>{len(str(most))}} {bar:<16} {crop}"))
+    if found["upscaled"]:
+        rows.append(("scaled up", f"{found['upscaled']} pictures, smaller than the size they train at"))
+    for problem in found["problems"]:
+        names = [_short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
+        rows.append(("problem", f"{problem['count']} × {problem['kind']}: {problem['detail']} ({', '.join(names)})"))
+    return rows
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """Name and text of each line about the run, the arithmetic of its steps first."""
+    recipe, machine = plan.recipe, plan.machine
+    optimizer, train, sample = recipe.optimizer, recipe.train, recipe.sample
+    rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
+    batch = f"{plan.global_batch} pictures a step" + (f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else "")
+    clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
+    numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else ", what trains in float32") + f", seed {train.seed}"
+    looks = f", samples every {sample.every}" if sample.prompts else ", no samples"
+    rows = [
+        ("steps", plan.arithmetic),
+        ("base", _base(plan)),
+        ("trains", _trains(plan)),
+        ("loss", _loss(plan)),
+        ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}{clip}"),
+        ("rate", rate),
+        ("batch", batch + (", gradient checkpointing" if train.gradient_checkpointing else "")),
+        ("numbers", numbers + (f", weights averaged with decay {train.ema:g}" if train.ema else "")),
+        ("captions", f"{recipe.data.caption_dropout:.0%} left out while training" if recipe.data.caption_dropout else "always read"),
+        ("machine", f"{machine.name}, {machine.processes} × {machine.device}" + (f", {machine.threads} threads" if machine.device == "cpu" else "")),
+        ("keeps", f"a checkpoint every {train.checkpoint_every} steps (the last {train.keep_checkpoints}){looks}"),
+        ("folder", plan.folder),
+    ]
+    if recipe.model.family == "vae":
+        rows = [row for row in rows if row[0] != "captions"]
+    return rows + [("note", note) for note in plan.notes]
+
+
+def _base(plan: Plan) -> str:
+    model = plan.recipe.model
+    origin = f"{model.family}, {model.path}" if model.path else f"{model.family}, from scratch"
+    return origin + (f", with the VAE of {model.vae}" if model.vae else "")
+
+
+def _trains(plan: Plan) -> str:
+    """What gets gradients, and of an adapter the numbers that make its scale."""
+    recipe = plan.recipe
+    adapter = recipe.adapter
+    text_encoder = recipe.model.family != "vae" and (recipe.model.train_text_encoder or recipe.method == "scratch")
+    if adapter is None:
+        return "all weights" + (" of denoiser and text encoder" if text_encoder else "" if recipe.model.family == "vae" else " of the denoiser")
+    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
+    scale = alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
+    kind = ("DoRA" if adapter.dora else "LoRA") + (", rank-stabilized" if adapter.rslora else "")
+    nets = " of denoiser and text encoder" if text_encoder else " of the denoiser"
+    root = "√" if adapter.rslora else ""
+    dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
+    return f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){dropout}"
+
+
+def _loss(plan: Plan) -> str:
+    recipe = plan.recipe
+    if recipe.model.family == "vae":
+        autoencoder = recipe.autoencoder or Autoencoder()
+        return f"{autoencoder.reconstruction} of the pixels + {autoencoder.kl_weight:g} × KL of the latents"
+    predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[recipe.model.prediction]
+    loss = recipe.diffusion
+    if loss is None:
+        return f"squared error in {predicted}"
+    parts = [f"{'squared' if loss.huber is None else f'pseudo-Huber (δ {loss.huber:g})'} error in {predicted}"]
+    parts += [f"min-SNR γ {loss.min_snr_gamma:g}"] if loss.min_snr_gamma else []
+    parts += [f"noise offset {loss.noise_offset:g}"] if loss.noise_offset else []
+    parts += ["noise up to zero terminal SNR"] if loss.zero_terminal_snr else []
+    return ", ".join(parts)
 
 
 def data(audit: Audit) -> str:
-    """How many pictures train, which do not and why, the buckets and what each crops."""
-    lines = [f"data     {len(audit.training)} pictures train" + (f", {len(audit.held_out)} held out for validation" if audit.held_out else "")]
-    crops: dict[object, list[float]] = {}
-    for picture in audit.training:
-        crops.setdefault(picture.crop.bucket, []).append(picture.crop.share_lost)
-    for bucket, count in audit.bucket_counts().items():
-        lost = crops[bucket]
-        lines.append(f"         {count:6d} × {bucket}, cropping loses {100 * sum(lost) / len(lost):.0f} % (worst {100 * max(lost):.0f} %)")
-    upscaled = sum(p.crop.upscaled for p in audit.training)
-    if upscaled:
-        lines.append(f"         {upscaled} are smaller than their bucket and are scaled up")
-    for (kind, detail), count in Counter((p.kind, p.detail) for p in audit.problems).items():
-        names = [p.name for p in audit.problems if (p.kind, p.detail) == (kind, detail)]
-        lines.append(f"         {count} × {kind}: {detail} ({', '.join(names[:3])}{', …' if count > 3 else ''})")
-    lines += [f'         e.g. {picture.name}: "{picture.caption}"' for picture in audit.training[:3]]
-    return "\n".join(lines)
+    """The table of the data: how many pictures train, which do not and why, sizes and what each crops, some captions."""
+    examples = [(_short(picture.name), picture.caption) for picture in audit.training[:3]]
+    width = max((len(name) for name, _ in examples), default=0)
+    rows = data_rows(_counts(audit))
+    rows += [("captions" if number == 0 else "", f'{name:<{width}}  "{caption}"') for number, (name, caption) in enumerate(examples)]
+    return table("data", rows)
 
 
 def plan(plan: Plan) -> str:
-    """Every number of the run, the arithmetic of its steps first."""
-    recipe, machine = plan.recipe, plan.machine
-    optimizer, train = recipe.optimizer, recipe.train
-    parts = [
-        ("steps", plan.arithmetic),
-        ("model", f"{recipe.method} of {recipe.model.family}" + (f" from {recipe.model.path}" if recipe.model.path else "")),
-        (
-            "rate",
-            f"{optimizer.name} {optimizer.lr:g}, {optimizer.schedule}"
-            + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
-            + (f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""),
-        ),
-        ("numbers", f"{plan.precision}, seed {train.seed}" + (f", EMA {train.ema}" if train.ema else "") + (", gradient checkpointing" if train.gradient_checkpointing else "")),
-        ("machine", f"{machine.name}, {machine.processes} × {machine.device}" + (f", {machine.threads} threads" if machine.device == "cpu" else "")),
-        ("keeps", f"a checkpoint each {train.checkpoint_every} steps, samples each {recipe.sample.every}, in {plan.folder}"),
-        *(("note", note) for note in plan.notes),
-    ]
-    return "\n".join(f"{name:<8} {text}" for name, text in parts)
+    """The table of every number of the run."""
+    return table("plan", plan_rows(plan))
+
+
+def _short(name: str) -> str:
+    """A file's name without its folders."""
+    return name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def table(title: str, rows: Sequence[Row]) -> str:
+    """A ruled title over aligned rows, for a terminal."""
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"── {title} {'─' * (WIDTH - len(title) - 4)}"]
+    return "\n".join(lines + [f"   {name:<{width}}  {text}".rstrip() for name, text in rows])

@@ -1,0 +1,287 @@
+"""`report.html`: a run on one page that stands alone, to look at and to hand on. Also good for a run that is not finished.
+
+Prompts, captions, names and paths are other people's text: whatever goes into the page passes through `_text`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.engine.progress import duration
+from finetune.errors import UserError
+from finetune.planning import Plan, load_plan
+from finetune.recipe import embedded
+from finetune.report import charts, pictures, tables
+
+MOST_LOOKS = 8  # columns of the samples through time: the first, the last, and some spread between
+MOST_PAIRS = 12
+LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of a picture before/after and in the samples through time
+
+_text = html.escape
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a run's folder holds, read."""
+
+    folder: Path
+    plan: Plan
+    records: list[dict[str, float]]
+    data: dict[str, Any] | None
+    versions: dict[str, str]
+    looks: dict[int, list[pictures.Drawn]]
+    files: list[Path]  # of final/
+
+    @property
+    def done(self) -> int:
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) wherever `key` was measured and is a number."""
+        return [(record["step"], record[key]) for record in self.records if math.isfinite(record.get(key, math.nan))]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` (and `before-after.png`) into a run's folder from what is there now; returns the page's path.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    seen = _read(run_folder)
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    sections = (_head(seen), _before_after(seen), _data(seen), _plan(seen), _curves(seen), _samples(seen), _results(seen))
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(seen.plan.recipe.name)} · {seen.plan.recipe.method}</title>\n<style>\n{style}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n</html>\n"
+    )
+    pictures.write_before_after(run_folder, seen.looks)
+    path = run_folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _read(folder: Path) -> _Seen:
+    try:
+        plan = load_plan(folder)
+        versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        missing = Path(error.filename or "plan.json").name
+        raise UserError(f"{folder} is no run: {missing} is not there", remedy="give the folder that `ft train` made") from error
+    data = folder / "data.json"
+    files = sorted(path for path in (folder / "final").rglob("*") if path.is_file())
+    return _Seen(
+        folder,
+        plan,
+        _records(folder / "metrics.jsonl"),
+        json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
+        versions,
+        pictures.looks(folder, plan.recipe.sample.prompts),
+        files,
+    )
+
+
+def _records(path: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`; the last may still be in the writing."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+# -- sections -------------------------------------------------------------------------------------------------------------
+
+
+def _section(name: str, title: str, lead: str, *parts: str) -> str:
+    return f'<section id="{name}">\n<h2>{title}</h2>\n<p class="lead">{_text(lead)}</p>\n' + "\n".join(filter(None, parts)) + "\n</section>"
+
+
+def _head(seen: _Seen) -> str:
+    plan, recipe = seen.plan, seen.plan.recipe
+    method = {"lora": "LoRA", "full": "Full fine-tuning", "scratch": "Training from scratch"}[recipe.method]
+    what = f"{method} of {recipe.model.family}" + (f" on {recipe.model.path}" if recipe.model.path else "")
+    finished = bool(seen.files)
+    state = f"<b>finished</b> after {seen.done} steps" if finished else f'<b class="open">not finished</b>, step {seen.done} of {plan.steps}'
+    seconds = [second for _, second in seen.series("seconds")]
+    facts = [("pictures", f"{plan.data.pictures:,}"), ("steps", f"{seen.done:,}" if finished else f"{seen.done:,} / {plan.steps:,}")]
+    if seconds:
+        facts += [("training", duration(sum(seconds))), ("a step", f"{statistics.median(seconds):.2g} s")]
+    for turn in _turns(seen):
+        facts.append(("loss" if len(_turns(seen)) == 1 else f"{turn} loss", f"{charts.smoothed(seen.series(f'loss.{turn}'))[-1][1]:.3g}"))
+    if seen.files:
+        facts.append(("file" if len(seen.files) == 1 else f"{len(seen.files)} files", _bytes(sum(path.stat().st_size for path in seen.files))))
+    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
+    return f'<header>\n<h1>{_text(recipe.name)}</h1>\n<p class="state">{_text(what)} · {state}</p>\n<dl class="tiles">{tiles}</dl>\n</header>'
+
+
+def _before_after(seen: _Seen) -> str:
+    pairs = pictures.before_and_after(seen.looks)[:MOST_PAIRS]
+    if not pairs:
+        return ""
+    first, last = min(seen.looks), max(seen.looks)
+    names = ("before" if first == 0 else f"step {first:,}", "after" if seen.files and last == seen.done else f"step {last:,}")
+    cards = []
+    for pair in pairs:
+        two = "".join(f"<div><small>{name}</small>{_picture(drawn, LARGE_SIDE, name)}</div>" for name, drawn in zip(names, pair, strict=True))
+        prompt = _text(pair[1].prompt)
+        cards.append(f'<figure class="card"><div class="two">{two}</div><figcaption title="{prompt}">{prompt}</figcaption></figure>')
+    return f'<section id="before-after" aria-label="before and after">\n<div class="pairs">\n{chr(10).join(cards)}\n</div>\n</section>'
+
+
+def _data(seen: _Seen) -> str:
+    if seen.data is None:
+        return ""
+    found = seen.data
+    rows = [row for row in tables.data_rows(found) if row[0] in ("train", "held out", "scaled up")]
+    parts = [f'<tr><th>{_text(name)}</th><td colspan="2">{_text(text)}</td></tr>' for name, text in rows]
+    most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
+    for bucket in found["buckets"]:
+        bar = f'<span class="bar" style="width:{55 * bucket["examples"] / most:.1f}%"></span>'
+        crop = f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else ""
+        size = f"{bucket['width']}×{bucket['height']}"
+        parts.append(f'<tr><th>{size}</th><td>{bar}{bucket["examples"]:,}</td><td class="amount soft">{crop}</td></tr>')
+    for problem in found["problems"]:
+        names = _text(", ".join(problem["names"]) + (", …" if problem["count"] > len(problem["names"]) else ""))
+        summary = f"{problem['count']} × {_text(problem['kind'])}: {_text(problem['detail'])}"
+        parts.append(f'<tr><th class="problem">problem</th><td colspan="2"><details><summary>{summary}</summary><p>{names}</p></details></td></tr>')
+    shown = "".join(
+        f'<figure>{_image(shown["picture"], shown["caption"], small=True)}<figcaption>{_text(shown["caption"])}</figcaption></figure>'
+        for shown in found.get("pictures", ())
+    )
+    gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{shown}</div>' if shown else ""
+    lead = "Every picture and caption was looked at before training." + ("" if found["problems"] else " Nothing was left out.")
+    return _section("data", "The pictures", lead, f'<div class="card"><table class="rows">{"".join(parts)}</table></div>', gallery)
+
+
+def _plan(seen: _Seen) -> str:
+    rows = tables.plan_rows(seen.plan)
+    lead = dict(rows)["steps"]
+    return _section("plan", "The plan", lead, f'<div class="card">{_rows(row for row in rows if row[0] != "steps")}</div>')
+
+
+def _turns(seen: _Seen) -> list[str]:
+    return sorted({key.removeprefix("loss.") for record in seen.records for key in record if key.startswith("loss.")})
+
+
+def _curves(seen: _Seen) -> str:
+    last = float(seen.plan.steps)
+    loss, turns = [], _turns(seen)
+    for number, turn in enumerate(turns):
+        raw = seen.series(f"loss.{turn}")
+        several = len(turns) > 1
+        loss.append(charts.Line(raw, "raw", "" if several else "each step"))
+        loss.append(charts.Line(charts.smoothed(raw), "other" if number else "smooth", turn if several else "smoothed"))
+    if validation := seen.series("validation"):
+        loss.append(charts.Line(validation, "dots", "held-out pictures"))
+    if not loss:
+        return _section("curves", "The training", "No step was taken yet.")
+    seconds, rate = seen.series("seconds"), seen.series("lr")
+    gradient = [line for turn in turns for line in _raw_and_smoothed(seen.series(f"gradient.{turn}"))]
+    typical = charts.smoothed(seconds, statistics.median)
+    clipped = "before clipping" if seen.plan.recipe.optimizer.clip_norm else ""
+    drawn = (
+        charts.chart("Loss", loss, last=last),
+        charts.chart("Seconds a step", [charts.Line(seconds, "raw"), charts.Line(typical, "smooth")], from_zero=True, last=last),
+        charts.chart("Learning rate", [charts.Line(rate, "smooth")], from_zero=True, last=last),
+        charts.chart("Gradient norm", gradient, clipped, last=last),
+    )
+    body = "\n".join(filter(None, drawn))
+    return _section("curves", "The training", f"{seen.done} of {seen.plan.steps} steps.", f'<div class="charts">\n{body}\n</div>')
+
+
+def _raw_and_smoothed(points: list[tuple[float, float]]) -> list[charts.Line]:
+    return [charts.Line(points, "raw"), charts.Line(charts.smoothed(points), "smooth")]
+
+
+def _samples(seen: _Seen) -> str:
+    """Rows are the prompts of the last look, columns steps."""
+    if not seen.looks:
+        return ""
+    steps = sorted(seen.looks)
+    if len(steps) > MOST_LOOKS:
+        steps = sorted({steps[round(number * (len(steps) - 1) / (MOST_LOOKS - 1))] for number in range(MOST_LOOKS)})
+    at = {step: {(drawn.prompt, drawn.seed): drawn for drawn in seen.looks[step]} for step in steps}
+    head = "".join(f"<th>step {step:,}</th>" for step in steps)
+    body = []
+    for row in seen.looks[steps[-1]]:
+        cells = [at[step].get((row.prompt, row.seed)) for step in steps]
+        shown = "".join(f"<td>{_picture(cell, SMALL_SIDE, f'step {step}') if cell else ''}</td>" for step, cell in zip(steps, cells, strict=True))
+        body.append(f'<tr><th><div title="{_text(row.prompt)}">{_text(row.prompt)}</div></th>{shown}</tr>')
+    table = f'<div class="card strip"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    lead = "The same prompt and seed at every look: only the weights change."
+    if seen.plan.recipe.model.family == "vae":
+        lead = "In each pair a training picture above, what came back from its latent below."
+    return _section("samples", "The samples through time", lead, table)
+
+
+def _results(seen: _Seen) -> str:
+    files = [(str(path.relative_to(seen.folder)), _bytes(path.stat().st_size)) for path in seen.files]
+    listed = "".join(f'<tr><td>{_text(name)}</td><td class="amount soft">{size}</td></tr>' for name, size in files)
+    versions = _rows([("seed", str(seen.plan.recipe.train.seed)), *((name, of) for name, of in seen.versions.items() if of != "absent")])
+    if not files:
+        resume = f"ft train {seen.folder / 'recipe.yaml'} --set output.folder={seen.folder} --resume"
+        code = f'<p>Nothing was written yet. This goes on with the run:</p><div class="card"><pre>{_text(resume)}</pre></div>'
+    else:
+        code = f'<div class="card"><pre>{_text(usage(seen.folder, seen.plan))}</pre></div>'
+    left = f'<div class="card"><h3 style="margin-top:0">Files</h3><table class="rows">{listed}</table></div>' if files else ""
+    right = f'<div class="card"><h3 style="margin-top:0">Made with</h3>{versions}</div>'
+    return _section("results", "The result", f"In {seen.folder}", code, f'<div class="split" style="margin-top:16px">{left}{right}</div>')
+
+
+def usage(folder: Path, plan: Plan) -> str:
+    """The lines of Python that draw with what the run wrote, in plain diffusers."""
+    recipe, final = plan.recipe, str(folder / "final")
+    if recipe.model.family == "vae":
+        return f"from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({final!r})"
+    prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"
+    draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('picture.png')"
+    if recipe.method != "lora":
+        return f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({final!r})\n{draw}"
+    base = embedded(recipe.model.path or "")
+    single = base.endswith((".safetensors", ".ckpt"))
+    name = ("StableDiffusionXLPipeline" if recipe.model.family == "sdxl" else "StableDiffusionPipeline") if single else "DiffusionPipeline"
+    lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({final!r})", draw]
+    wanted: dict[str, object] = {"prediction_type": recipe.model.prediction} if recipe.model.prediction else {}
+    if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
+        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = Path(base) / "scheduler" / "scheduler_config.json"
+    there = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
+    if any(there.get(key) != value for key, value in wanted.items()):  # a LoRA's file cannot carry the schedule that it was trained with
+        imported = f"DDIMScheduler, {name}"
+        changes = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+        lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {changes}\n)")
+    else:
+        imported = name
+    return f"from diffusers import {imported}\n\n" + "\n".join(lines)
+
+
+# -- small parts ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(rows: Iterable[tables.Row]) -> str:
+    return '<table class="rows">' + "".join(f"<tr><th>{_text(name)}</th><td>{_text(text)}</td></tr>" for name, text in rows) + "</table>"
+
+
+def _picture(drawn: pictures.Drawn, side: int, name: str) -> str:
+    from PIL import Image
+
+    with Image.open(drawn.path) as picture:
+        return _image(pictures.inside_page(picture, side), f"{drawn.prompt}, {name}", small=max(picture.size) <= pictures.LOSSLESS_SIDE)
+
+
+def _image(address: str, alternative: str, small: bool) -> str:
+    return f'<img src="{_text(address)}" alt="{_text(alternative)}"{" class=small" if small else ""} loading="lazy">'
+
+
+def _bytes(count: int) -> str:
+    """`312 KB`, `22.4 MB`, `4.27 GB`, in powers of ten as file managers show them."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{max(1, round(count / 1000))} KB"
