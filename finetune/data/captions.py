@@ -151,5 +151,5 @@ def _csv_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
         raise UserError(
-            f"not a table of comma-separated values: {error}", where=f"{file}:{reader.line_num}", remedy="check the quotes of this line"
+            f"not a table of comma-separated values: {error}", where=f"{file}:{reader.reader.line_num}", remedy="check the quotes of this line"
         ) from error

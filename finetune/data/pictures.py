@@ -144,7 +144,8 @@ def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) ->
     """
     if not several:
         return [Bucket(resolution, resolution)]
-    found = {Bucket(resolution, resolution)} if resolution % step == 0 else set()
+    square = resolution // step * step
+    found = {Bucket(square, square)} if square else set()
     for width in range(step, int(resolution * math.sqrt(maximum_aspect)) + 1, step):
         height = resolution * resolution // width // step * step
         if height and max(width, height) / min(width, height) <= maximum_aspect:
