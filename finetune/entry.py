@@ -11,14 +11,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from finetune.errors import UserError
 from finetune.recipe import Method, Recipe, load_recipe
 
-# Names the file in which a launched script leaves its exit code: `accelerate launch` turns every failure into 1.
-EXIT_CODE_FILE = "FT_EXIT_CODE_FILE"
+# The environment's name for the file in which a script started by `ft train` leaves its exit code and last words:
+# `accelerate launch` turns every failure into 1, and with several processes talks at length itself.
+LAST_WORDS = "FT_LAST_WORDS"
 MISTAKE, INTERRUPTED = 2, 130
 
 
@@ -35,7 +36,8 @@ def arguments(method: Method) -> tuple[Recipe, bool]:
     given = parser.parse_args()
     recipe = load_recipe(given.recipe, given.set)
     if recipe.method != method:
-        raise UserError(f"this recipe is of method {recipe.method}", where=given.recipe, remedy=f"launch finetune/{recipe.method}.py, or use `ft train`")
+        remedy = f"launch finetune/{recipe.method}.py, or use `ft train`"
+        raise UserError(f"this recipe is of method {recipe.method}", where=given.recipe, remedy=remedy)
     return recipe, given.resume
 
 
@@ -45,14 +47,9 @@ def told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if not is_main_process():
-            time.sleep(3)  # the first process says it, and the launcher then ends the others before they repeat it
-        print("\n".join(error.lines()), file=sys.stderr, flush=True)
-        _exit(MISTAKE)
+        _end(MISTAKE, "\n".join(error.lines()))
     except KeyboardInterrupt:
-        if is_main_process():
-            print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
-        _exit(INTERRUPTED)
+        _end(INTERRUPTED, "\nstopped; --resume goes on from the last checkpoint")
 
 
 @contextlib.contextmanager
@@ -89,7 +86,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _exit(code: int) -> None:
-    if place := os.environ.get(EXIT_CODE_FILE):
-        Path(place).write_text(str(code))
+def _end(code: int, words: str) -> NoReturn:
+    if place := os.environ.get(LAST_WORDS):
+        with contextlib.suppress(FileExistsError), open(place, "x", encoding="utf-8") as file:  # of several processes the first has the word
+            file.write(f"{code}\n{words}")
+    else:
+        if not is_main_process():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)  # the first process says it, and the launcher then ends the others before they repeat it
+        print(words, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -10,6 +10,7 @@ from finetune.errors import UserError, did_you_mean
 from finetune.recipe import Model, Recipe, embedded
 
 _FAMILIES = Path(__file__).resolve().parent / "models"
+_PIPELINE = "a diffusers folder, a .safetensors checkpoint, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -19,7 +20,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: an unknown family; a path that leads nowhere, or to another kind of model.
     """
-    families = _pipelines()
+    families = pipelines()
     family = recipe.model.family
     if family not in families:
         raise UserError(f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families))
@@ -29,7 +30,7 @@ def check(recipe: Recipe) -> None:
         _check_vae(recipe.model.vae)
 
 
-def _pipelines() -> dict[str, str]:
+def pipelines() -> dict[str, str]:
     """Family → class of its pipeline in diffusers ("" if it has none), read off the modules' text: importing them takes seconds."""
     found = {}
     for path in sorted(_FAMILIES.glob("*.py")):
@@ -45,9 +46,9 @@ def _check_pipeline(section: Model, families: dict[str, str]) -> None:
     path = Path(embedded(given)).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{given} is no .safetensors file", where="model.path", remedy="give a .safetensors checkpoint, a diffusers folder, or a hub name")
+            raise UserError(f"{given} is no .safetensors file", where="model.path", remedy=f"give {_PIPELINE}")
     elif path.is_dir():
-        found = _class_name(path / "model_index.json", given)
+        found = pipeline_class(path / "model_index.json", given)
         if found != wanted:
             right = next((name for name, pipeline in families.items() if pipeline and pipeline == found), None)
             raise UserError(
@@ -56,7 +57,7 @@ def _check_pipeline(section: Model, families: dict[str, str]) -> None:
                 remedy=f"set model.family: {right}" if right else "give another model.path",
             )
     else:
-        _check_hub_name(given, "model.path", "a diffusers folder, a .safetensors checkpoint, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0")
+        _check_hub_name(given, "model.path", _PIPELINE)
 
 
 def _check_vae(given: str) -> None:
@@ -67,12 +68,12 @@ def _check_vae(given: str) -> None:
         raise UserError(f"{given} holds no trained VAE", where="model.vae", remedy="give a folder with config.json, or a run that has finished")
 
 
-def _class_name(index: Path, given: str) -> str:
+def pipeline_class(index: Path, given: str) -> str:
     """`_class_name` of a pipeline's `model_index.json`."""
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except FileNotFoundError:
-        raise UserError(f"{given} is no diffusers folder: it has no model_index.json", where="model.path", remedy="give the folder that holds model_index.json") from None
+        raise UserError(f"{given} is no diffusers folder: it has no model_index.json", where="model.path", remedy=f"give {_PIPELINE}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{index} cannot be read: {error}", where="model.path", remedy="copy or download the model again") from error
 

@@ -12,9 +12,9 @@ from finetune.entry import quiet_libraries
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("prompts", "--prompt", multiple=True, required=True, help="What to draw; give it as often as you like.")
-@click.option("seeds", "--seed", multiple=True, type=click.IntRange(min=0), default=(0,), show_default=True, help="One picture of each prompt for each seed.")
+@click.option("seeds", "--seed", multiple=True, type=click.IntRange(min=0), default=(0,), help="One picture of each prompt for each seed; by default 0.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default as the recipe says.")
-@click.option("--guidance", type=click.FloatRange(min=0), help="How strictly to follow the prompt, 1 being not at all; by default as the recipe says.")
+@click.option("--guidance", type=click.FloatRange(min=0), help="How strictly to follow the prompt (1: plainly); by default as the recipe says.")
 @click.option("--negative", help="What not to draw; by default as the recipe says.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for the pictures; by default in the run's own.")
 def command(

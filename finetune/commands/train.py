@@ -13,7 +13,7 @@ from types import FrameType
 
 import click
 
-from finetune.entry import EXIT_CODE_FILE
+from finetune.entry import LAST_WORDS
 from finetune.recipe import Method, load_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -81,8 +81,8 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
     SIGINT. It is deaf to that itself (else it would end with a traceback, and before the training has stopped).
     """
     with tempfile.TemporaryDirectory() as folder:
-        code_file = Path(folder) / "code"
-        launched = subprocess.Popen(arguments, env={**os.environ, **environment, EXIT_CODE_FILE: str(code_file)}, process_group=0, preexec_fn=_deafen)
+        last_words = Path(folder) / "words"
+        launched = subprocess.Popen(arguments, env={**os.environ, **environment, LAST_WORDS: str(last_words)}, process_group=0, preexec_fn=_deafen)
         received: list[int] = []
 
         def pass_on(number: int, frame: FrameType | None) -> None:
@@ -95,9 +95,11 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if received:
-            return 128 + received[0]
-        return int(code_file.read_text()) if code and code_file.is_file() else code
+        if code and last_words.is_file():
+            told, _, words = last_words.read_text(encoding="utf-8").partition("\n")
+            click.echo(words, err=True)
+            code = int(told)
+        return 128 + received[0] if received else code
 
 
 def _deafen() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ def adapted(model: Model) -> str:
     trained, whole = _count(model.trained().values()), sum(_count(turn.net.parameters()) for turn in model.turns())
     rows = [
         ("adapters", f"{len(places)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))),
-        ("train", f"{_millions(trained)} of {_millions(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
+        ("train", f"{_short(trained)} of {_short(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
     ]
     return table("adapters", rows)
 
@@ -36,7 +37,7 @@ def whole(model: Model, plan: Plan) -> str:
     if recipe.train.ema:
         parts["averages"] = FLOAT32_BYTES
     rows = [
-        ("train", f"all {_millions(trained)} parameters of what trains, in float32"),
+        ("train", f"all {_short(trained)} parameters of what trains, in float32"),
         ("memory", " + ".join(f"{name} {_gigabytes(size * trained)}" for name, size in parts.items()) + f" = {_gigabytes(sum(parts.values()) * trained)}"),
     ]
     return table("weights", rows)
@@ -48,23 +49,23 @@ def built(model: Model) -> str:
     for turn in model.turns():
         for name, net in turn.net.named_children():
             if count := _count(net.parameters()):
-                rows.append((name, f"{type(net).__name__}, {_millions(count)} parameters, at random"))
+                rows.append((name, f"{type(net).__name__}, {_short(count)} parameters, at random"))
     return table("nets", rows)
 
 
 def _ending(place: str) -> str:
-    """`…transformer_blocks.0.attn1.to_out.0` → `attn1.to_out.0`: a layer's name without the block it stands in."""
-    parts = place.split(".")
-    numbers = [index for index, part in enumerate(parts[:-1]) if part.isdigit()]
-    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts[-2:])
+    """`…transformer_blocks.0.ff.net.0.proj` → `ff.net.0.proj`: a layer's name without the (plural, numbered) blocks it stands in."""
+    return re.sub(r"^.*s\.\d+\.", "", place)
 
 
 def _count(tensors: Iterable[object]) -> int:
     return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
+def _short(count: int) -> str:
+    """Of parameters: `61.4 k`, `5.61 M`, `2.57 B`."""
+    size, unit = next((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if count >= size or size == 1)
+    return f"{count / size:.3g} {unit}".rstrip()
 
 
 def _gigabytes(size: int) -> str:
