@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 
-SHARD_ENTRIES = 256  # at most so many are lost by a kill
+SHARD_ENTRIES = 64  # at most so many are lost by a kill
 SHARD_BYTES = 64 << 20  # and not more memory than this is held for them
 SEPARATOR = "|"  # between an entry's key and the names of its tensors
 

@@ -60,10 +60,10 @@ class Dataset:
         if not counts:
             return ""
         named = ", ".join(f"{name}: {count} tokens" for name, (count, _) in counts[:5]) + (f", and {len(counts) - 5} more" if len(counts) > 5 else "")
-        longer = f"longer than the {counts[0][1][1]} tokens that this model reads"
+        said = f"captions longer than the {counts[0][1][1]} tokens that this model reads: {len(counts)} of {len(self.pictures)}"
         if self.plan.recipe.data.long_captions == "truncate":
-            return f"{len(counts)} {longer}, so their ends are not read ({named})"
-        raise UserError(f"{len(counts)} captions are {longer}", where=named, remedy="shorten them, or set data.long_captions: truncate")
+            return f"{said}, their ends are not read ({named})"
+        raise UserError(said, where=named, remedy="shorten them, or set data.long_captions: truncate")
 
     def encode(self, progress: Progress | None = None) -> None:
         """Compute what the cache lacks. Each picture and caption is encoded alone, so that nothing depends on its company.
@@ -75,19 +75,21 @@ class Dataset:
             # Only now: a process that waited for the first one to encode finds what that one wrote.
             folder = cache_folder(self.plan.recipe.data.cache)
             self._stores = {key: Store(folder / key_of(key)[:24]) for key in {self.encoders.picture_key, self.encoders.caption_key} if key}
-        captions = sorted({"", *(p.caption for p in self.pictures)})
-        for number, caption in enumerate(captions):
-            if progress is not None:
-                progress("captions", number, len(captions))
-            self._caption(caption)
-        if self.encoders.cached:
-            wanted = [(p, mirrored) for p in self.pictures for mirrored in self._variants]
+        try:
+            captions = sorted({"", *(p.caption for p in self.pictures)})
+            for number, caption in enumerate(captions):
+                if progress is not None:
+                    progress("captions", number, len(captions))
+                self._caption(caption)
+            wanted = [(p, mirrored) for p in self.pictures for mirrored in self._variants] if self.encoders.cached else []
             for number, (picture, mirrored) in enumerate(wanted):
                 if progress is not None:
                     progress("pictures", number, len(wanted))
                 self._picture(picture, mirrored)
+        finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
+        if self.encoders.cached:
             self.encoders.release()
 
     @property
