@@ -36,7 +36,9 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
     suffix = ".safetensors" if format == "kohya" else ""
     target = out or run / "export" / f"{recipe.name}-{name}{suffix}"
     if target.exists():
-        raise UserError(f"{target} exists already; nothing in it was touched", where="--out", remedy="choose another place with --out, or remove it yourself")
+        raise UserError(
+            f"{target} exists already; nothing in it was touched", where="--out", remedy="choose another place with --out, or remove it yourself"
+        )
     if suffix and target.suffix != suffix:
         raise UserError(f'a kohya LoRA is one file, and "{target.name}" does not end in {suffix}', where="--out", remedy=f"--out {target}{suffix}")
     try:
@@ -48,7 +50,9 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}", where="--out", remedy="free some space, or choose another place with --out") from error
+        raise UserError(
+            f"{target} could not be written: {error.strerror or error}", where="--out", remedy="free some space, or choose another place with --out"
+        ) from error
     files = [target] if target.is_file() else sorted(target.rglob("*.safetensors"))
     for file in files:
         file.chmod(0o644)  # safetensors writes for the owner alone, and these are made to be given away
@@ -85,6 +89,11 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
     if dtype is not None and dtype not in get_args(Precision):
         raise UserError(f'there is no dtype "{dtype}"', where="--dtype", remedy=did_you_mean(dtype, get_args(Precision)))
     if recipe.method != "lora" and (merge or format == "kohya"):
-        raise UserError(f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it", remedy="export it without --merge and --format kohya")
+        raise UserError(
+            f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
+            remedy="export it without --merge and --format kohya",
+        )
     if merge and format == "kohya":
-        raise UserError("a merged model is a diffusers folder, and kohya's format is for LoRAs", where="--merge, --format kohya", remedy="leave one of them out")
+        raise UserError(
+            "a merged model is a diffusers folder, and kohya's format is for LoRAs", where="--merge, --format kohya", remedy="leave one of them out"
+        )

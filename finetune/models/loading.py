@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
+from finetune.models.single_file import open_single_file, open_single_vae, require_class
 from finetune.planning import Plan
 from finetune.recipe import Model as ModelSection
 from finetune.recipe import embedded
@@ -20,44 +27,148 @@ from finetune.recipe import embedded
 if TYPE_CHECKING:
     from finetune.models.text_to_image import Family
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
+
 
 def open_pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pretrained pipeline that `model.path` names, its weights in `dtype`.
+    """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32.
+
+    `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint.
 
     Raises:
-        UserError: it is not there, not reachable, or not of this class.
+        UserError: it is not there, not reachable, not whole, or not of this class.
     """
-    path = Path(embedded(section.path or "")).expanduser()
-    cls = getattr(diffusers, class_name)
-    optional: dict[str, Any] = {"vae": _open_vae(section.vae, dtype)} if section.vae else {}
-    if class_name == "StableDiffusionPipeline":
-        optional |= {"safety_checker": None, "requires_safety_checker": False}
-    source = str(path) if path.exists() else str(section.path)
-    try:
-        found: DiffusionPipeline = cls.from_pretrained(source, torch_dtype=dtype, **optional)
-    except OSError as error:
+    given = section.path or ""
+    path = _place(given, "model.path")
+    vae = open_vae(section.vae, class_name) if section.vae else None
+    with _explained(given, "model.path"):
+        if path is not None and path.is_file():
+            return open_single_file(path, class_name, dtype, vae)
+        cls, source = getattr(diffusers, class_name), str(path or given)
+        index = _index(path or Path(hf_hub_download(given, "model_index.json")).parent)
+        require_class(index["_class_name"], class_name, given)
+        replaced: dict[str, Any] = {"vae": vae} if vae else {}
+        if class_name == "StableDiffusionPipeline":  # what only filters finished pictures is not loaded
+            replaced |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+        if path:
+            _require_pieces(path, index, replaced)
+        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once a picture.
+        dtypes = {"default": dtype} | ({} if vae else {"vae": torch.float32})
+        found: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
+        return found
+
+
+def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
+    """The VAE that `model.vae` names, in float32: a hub name, a folder (a pipeline's too), a run, or one .safetensors file.
+
+    Args:
+        given: the recipe's words.
+        class_name: the pipeline it is for; a single file does not say the scale of its latents, its family does.
+    """
+    path = _place(given, "model.vae")
+    with _explained(given, "model.vae"):
+        if path is not None and path.is_file():
+            return open_single_vae(path, class_name)
+        if path is not None and (path / "model_index.json").is_file():
+            path = path / "vae"
+        if path is not None:
+            _require_weights(path)
+        else:
+            hf_hub_download(given, "config.json")  # says plainly what is wrong where diffusers says much
+        found: AutoencoderKL = AutoencoderKL.from_pretrained(str(path or given), dtype=torch.float32, use_safetensors=True)
+        return found
+
+
+def _place(given: str, where: str) -> Path | None:
+    """The file or folder that a recipe means (of a run: its `final`), or None for a name on the hub.
+
+    Raises:
+        UserError: nothing is there though it looks like a path, or what is there is no model.
+    """
+    path = Path(embedded(given)).expanduser()
+    if not path.exists():
+        # A hub name is owner/name; where ./owner is a folder, a path was meant.
+        local = given.startswith((".", "/", "~", "embedded:")) or given.count("/") != 1 or path.parent.is_dir()
+        if local or path.suffix in {".safetensors", *PICKLES}:
+            raise UserError(f"there is no file or folder {given}", where=where, remedy="correct the path; a model on the hub is written owner/name")
+        return None
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise UserError(f"{path.name} is a pickle, which may run any code when it is opened", where=where, remedy=CONVERT)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path.name} is no model file", where=where, remedy="give a diffusers folder, a .safetensors file, or a hub name")
+        return path
+    final = path / "final"
+    if (path / "recipe.yaml").is_file() and not final.is_dir():
+        raise UserError(f"the run {given} has no final weights yet", where=where, remedy=f"finish it: ft train {path / 'recipe.yaml'} --resume")
+    path = final if final.is_dir() else path
+    if (path / LORA_FILE).is_file():
+        raise UserError(f"{given} holds a LoRA, not a base model", where=where, remedy=f"give its base, or merge the two: ft export {given} --merge")
+    return path
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json."""
+    if not (folder / "model_index.json").is_file():
+        alone = " (it is one net's folder)" if (folder / "config.json").is_file() else ""
         raise UserError(
-            f'the model "{section.path}" could not be loaded: {str(error).splitlines()[0]}',
+            f"{folder} is no diffusers pipeline: it has no model_index.json{alone}",
             where="model.path",
-            remedy="give a diffusers folder, a .safetensors checkpoint, or a hub name that this machine can reach (gated ones need `hf auth login`)",
-        ) from error
+            remedy="give the folder that holds model_index.json, unet/, vae/, …",
+        )
+    found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return found
+
+
+def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
+    """Raise if a folder that the index names is not there, or a net has no safetensors weights."""
+    for name, entry in index.items():
+        if name in replaced or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise UserError(f"the pipeline lacks its {name}", where=str(folder / name), remedy="download the model again, whole")
+        if name.startswith(("unet", "vae", "text_encoder")):
+            _require_weights(folder / name)
+
+
+def _require_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(file.suffix in PICKLES for file in folder.glob("*")):
+        raise UserError("the weights are pickles (.bin), which may run any code when opened", where=str(folder), remedy=CONVERT)
+    raise UserError("there are no weights (.safetensors)", where=str(folder), remedy="download the model again, whole")
+
+
+@contextlib.contextmanager
+def _explained(given: str, where: str) -> Iterator[None]:
+    """Turn what the libraries say of a model that cannot be loaded into what a person can do about it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        told = str(error).strip().partition("\n")[0]
+        if any(isinstance(cause, GatedRepoError | RepositoryNotFoundError) for cause in causes):
+            problem = f'the hub gives "{given}" only to those it knows, or has no such model'
+            remedy = f"correct the name; or accept the licence on https://huggingface.co/{given} and run `hf auth login`"
+        elif any(isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError) for cause in causes):
+            problem = f'"{given}" is no folder here, and the hub cannot be reached'
+            remedy = "give a folder or a .safetensors file, or connect this machine (gated models also need `hf auth login`)"
+        elif any(isinstance(cause, EntryNotFoundError) for cause in causes):
+            problem, remedy = f'"{given}" on the hub is no diffusers model', "download its .safetensors file and give the file's path"
+        elif isinstance(error, NotImplementedError):  # diffusers moves a net off the meta device whose weights are not all there
+            problem, remedy = f'"{given}" lacks some weights of its UNet or VAE', "download it again"
+        else:
+            problem, remedy = f'"{given}" could not be loaded: {told}', "download it again, or give another copy; weights must be .safetensors"
+        raise UserError(problem, where=where, remedy=remedy) from error
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
     """Picture pixels a latent pixel, along one side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def _open_vae(path: str, dtype: torch.dtype) -> AutoencoderKL:
-    folder = Path(embedded(path)).expanduser()
-    if (folder / "final").is_dir():  # a run of this project
-        folder = folder / "final"
-    try:
-        found: AutoencoderKL = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else path, torch_dtype=dtype)
-    except OSError as error:
-        raise UserError(f'the VAE "{path}" could not be loaded: {str(error).splitlines()[0]}', where="model.vae", remedy="give a folder, a run, or a hub name") from error
-    return found
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
@@ -70,11 +181,13 @@ def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
     if family.pipeline != "StableDiffusionPipeline":
         raise UserError("from scratch, this project builds family sd", where="model.family", remedy="set model.family: sd")
     if section.vae is None:
-        raise UserError("a latent diffusion model needs a VAE", where="model.vae", remedy="train recipes/scratch/emoji-vae.yaml first and name its run")
+        raise UserError(
+            "a latent diffusion model needs a VAE", where="model.vae", remedy="train recipes/scratch/emoji-vae.yaml first and name its run"
+        )
     parts = section.build
     for key in parts.keys() - {"unet", "text_encoder", "tokenizer", "scheduler"}:
         raise UserError(f'unknown key "{key}"', where="model.build", remedy=did_you_mean(key, ["unet", "text_encoder", "tokenizer", "scheduler"]))
-    vae = _open_vae(section.vae, torch.float32)
+    vae = open_vae(section.vae)
     words = parts.get("tokenizer", {})
     tokenizer = CLIPTokenizer(model_max_length=words.get("length", 77)).train_new_from_iterator(
         [p.caption for p in audit.training], words.get("vocabulary", 4096)
@@ -108,7 +221,7 @@ def checked(cls: type, arguments: dict[str, Any], key: str) -> dict[str, Any]:
     Raises:
         UserError: with the nearest name.
     """
-    known = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"} | set(getattr(cls, "__annotations__", ()))
+    known = set(inspect.signature(cls).parameters) - {"kwargs"} | set(getattr(cls, "__annotations__", ()))
     for name in arguments:
         if name not in known:
             raise UserError(f'{cls.__name__} has no argument "{name}"', where=key, remedy=did_you_mean(name, known))

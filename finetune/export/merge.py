@@ -1,0 +1,31 @@
+"""A LoRA's whole pipeline, with W + scale · B A in place of W."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.models.loading import LORA_FILE, open_pipeline
+from finetune.models.single_file import FAMILIES
+from finetune.models.text_to_image import set_schedule
+from finetune.recipe import Recipe
+
+
+def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
+    """Write the recipe's base with the LoRA in `final` added to its weights, and the schedule it was trained with.
+
+    Added in float32, cast after: the sum is rounded once.
+
+    Raises:
+        UserError: the base is gone.
+    """
+    pipeline: Any = open_pipeline(recipe.model, {family: name for name, family in FAMILIES.items()}[recipe.model.family], torch.float32)
+    set_schedule(pipeline, recipe)
+    pipeline.load_lora_weights(final / LORA_FILE)
+    pipeline.fuse_lora(components=[name for name in pipeline._lora_loadable_modules if hasattr(pipeline, name)], safe_fusing=True)
+    pipeline.unload_lora_weights()
+    if dtype is not None:
+        pipeline.to(getattr(torch, dtype))
+    pipeline.save_pretrained(target)

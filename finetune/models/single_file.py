@@ -1,0 +1,143 @@
+"""One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 users have it.
+
+Which architecture it is, its own keys and shapes say; its file name is not asked. The pipelines' configurations and
+CLIP's tokenizer are in `assets/configs`, so nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import safe_open
+from transformers import CLIPTokenizer
+
+from finetune.errors import UserError
+from finetune.recipe import ASSETS
+
+CONFIGS = ASSETS / "configs"
+BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention → folder of CONFIGS
+FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+# SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
+PADDING = {"sd15": {"tokenizer": "<|endoftext|>"}, "sd21": {"tokenizer": "!"}, "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}}
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
+TELLS_V = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> DiffusionPipeline:
+    """The pipeline of class `class_name` in `path`, its weights in `dtype`, the VAE in float32 (or as given).
+
+    Raises:
+        UserError: the file holds something else, or not all of a pipeline.
+    """
+    shapes = read_shapes(path)
+    name = architecture(shapes, path)
+    require_class(json.loads((CONFIGS / name / "model_index.json").read_text())["_class_name"], class_name, path)
+    if not any(key.startswith(TEXT) for key in shapes):
+        raise UserError(
+            f"{path.name} has no text encoder: it holds a UNet alone",
+            where=str(path),
+            remedy="give a whole checkpoint (UNet, text encoder and VAE in one file)",
+        )
+    if vae is None and not any(key.startswith(VAE) for key in shapes):
+        raise UserError(f"{path.name} has no VAE", where=str(path), remedy="name one in model.vae: a folder, a .safetensors file, or a hub name")
+    pipeline: DiffusionPipeline = getattr(diffusers, class_name).from_single_file(
+        str(path),
+        config=str(CONFIGS / name),
+        dtype=dtype,
+        local_files_only=True,
+        vae=vae or open_single_vae(path, class_name),
+        **{key: clip_tokenizer(padding) for key, padding in PADDING[name].items()},
+    )
+    for key, net in pipeline.components.items():
+        # diffusers leaves a text encoder's missing weights on the meta device without a word (and stops at a UNet's).
+        if isinstance(net, torch.nn.Module) and (unset := [name for name, weight in net.named_parameters() if weight.is_meta]):
+            raise UserError(f"{path.name} lacks some weights of its {key}, such as {unset[0]}", where=str(path), remedy="download it again")
+    schedule = prediction(path, shapes, name)
+    pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **schedule})
+    return pipeline
+
+
+def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
+    """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
+    config = CONFIGS / ("sdxl" if FAMILIES.get(class_name) == "sdxl" else "sd15")
+    found: AutoencoderKL = AutoencoderKL.from_single_file(str(path), config=str(config), subfolder="vae", dtype=torch.float32, local_files_only=True)
+    return found
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, from the file's header alone."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
+    """`sd15`, `sd21` or `sdxl`, by the width of the UNet's cross-attention.
+
+    Raises:
+        UserError: it is none of them; says what it is, if that can be told.
+    """
+    if is_lora(shapes):
+        raise UserError(f"{path.name} is a LoRA, not a base model", where=str(path), remedy="give the checkpoint or folder that it was trained on")
+    entry = shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))
+    widths = {shape[1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")}
+    if entry[1] != 4:
+        raise UserError(
+            f"{path.name} is a model for inpainting or editing: its UNet takes {entry[1]} channels",
+            where=str(path),
+            remedy="give the text-to-image checkpoint",
+        )
+    if len(widths) != 1 or not (widths <= BY_WIDTH.keys()):
+        seen = f"its cross-attention is {', '.join(map(str, sorted(widths)))} wide" if widths else "there is no such UNet in it"
+        raise UserError(
+            f"{path.name} is no checkpoint of SD 1.5, SD 2.1 or SDXL in the original layout: {seen}",
+            where=str(path),
+            remedy="give one of these, or a diffusers folder",
+        )
+    return BY_WIDTH[widths.pop()]
+
+
+def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
+    """What the file itself says of its schedule, as entries of the scheduler's configuration.
+
+    Fine-tunes that predict v carry an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say it in their
+    metadata (https://github.com/Stability-AI/ModelSpec). SD 2.x's ε and v models differ in nothing else than values:
+    ComfyUI tells them apart by the spread of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
+    """
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("modelspec.prediction_type")
+        if "v_pred" in shapes:
+            zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
+            return {"prediction_type": "v_prediction", **zero}
+        if said is not None:
+            return {"prediction_type": "v_prediction" if said.startswith("v") else "epsilon"}
+        if name == "sd21" and TELLS_V in shapes:
+            spread = float(file.get_tensor(TELLS_V).float().std(unbiased=False))
+            return {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
+    return {}
+
+
+def clip_tokenizer(padding: str) -> CLIPTokenizer:
+    """CLIP's tokenizer from its merges: 256 byte symbols, the same ending a word, 48,894 merges, two special tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    merges = [tuple(line.split(" ")) for line in (CONFIGS / "merges.txt").read_text(encoding="utf-8").splitlines()]
+    entries = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=77)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    return any("lora_" in name or ".lora." in name for name in names)
+
+
+def require_class(found: str, wanted: str, where: Path | str) -> None:
+    """Raise if a pipeline is of another class than the recipe's family; the error names the family that fits."""
+    if found != wanted:
+        remedy = f"set model.family: {FAMILIES[found]}" if found in FAMILIES else "give a text-to-image model of the recipe's family"
+        raise UserError(f"this is a {found}, and family {FAMILIES.get(wanted, wanted)} needs a {wanted}", where=str(where), remedy=remedy)
