@@ -12,16 +12,20 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from safetensors import SafetensorError
 
 from finetune import pretrained
+from finetune.data.cache import cache_folder
 from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit, scan
+from finetune.data.sources import refuse_inside
 from finetune.engine.loop import Trainer
 from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
+from finetune.errors import UserError
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe
@@ -55,6 +59,8 @@ def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
         print(tables.data(audit))
     audit.raise_if_stopped()
     plan = make_plan(recipe, audit, this_machine())
+    refuse_inside(Path(plan.folder), recipe.data, "output.folder")
+    refuse_inside(cache_folder(recipe.data.cache), recipe.data, "data.cache")
     if not quiet:
         print(tables.plan(plan))
     return audit, plan
@@ -98,8 +104,12 @@ def finish(job: Job) -> Path:
     """Write the artefact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
     folder = job.run.folder
     if job.accelerator.is_main_process:
-        with job.trainer.state.averaged():
-            files = job.model.save(folder / "final")
+        try:
+            with job.trainer.state.averaged():
+                files = job.model.save(folder / "final")
+        except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+            remedy = "free some space and go on with --resume: no step is taken again"
+            raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
         places = [("LoRA" if job.plan.recipe.method == "lora" else "model", files[0] if len(files) == 1 else folder / "final")]
         report = _report(folder)
         if (folder / "before-after.png").is_file():

@@ -66,6 +66,14 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
         )
 
 
+def refuse_inside(place: Path, data: Data, key: str) -> None:
+    """Nothing is written among the user's pictures: raise if `place`, which `key` names, lies in a source's folder."""
+    for source in data.sources or (Source(data.path or ""),):
+        folder = Path(embedded(source.path)).expanduser()
+        if folder.is_dir() and place.expanduser().resolve().is_relative_to(folder.resolve()):
+            raise UserError(f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=f"set {key} to a folder elsewhere")
+
+
 def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
     strict = data.unreadable_pictures == "stop"
     files, refused = _walk(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -57,10 +58,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (aside / MANIFEST).write_text(json.dumps(files, indent=1))
         for file in aside.iterdir():
             _sync(file)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is the second for safetensors, the third for torch.save
         shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(
-            f"the checkpoint of step {checkpoint.step} could not be written: {error.strerror}",
+            f"the checkpoint of step {checkpoint.step} could not be written: {reason}",
             where=str(folder),
             remedy="free some space and go on with --resume: earlier checkpoints are untouched",
         ) from error

@@ -42,7 +42,10 @@ class Run:
 
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan, self.folder = plan, Path(plan.folder)
-        exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        try:
+            exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        except OSError as error:
+            raise self._unwritable(error) from error
         if exists and not resume:
             raise UserError(
                 f"{self.folder} exists already; nothing in it was touched",
@@ -60,9 +63,11 @@ class Run:
             self.write_json("plan.json", describe(self.plan))
             self.write_json("versions.json", versions())
         except OSError as error:
-            raise UserError(
-                f"the run's folder cannot be written: {error.strerror}", where=str(self.folder), remedy="choose another place: --set output.folder=…"
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        remedy = "choose another place: --set output.folder=…"
+        return UserError(f"the run's folder cannot be used: {error.strerror}", where=str(self.folder), remedy=remedy)
 
     def write(self, name: str, text: str) -> Path:
         """Write one text file whole or not at all."""
@@ -74,8 +79,15 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`; every record names its `step`."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"the record of step {record['step']} could not be written: {error.strerror}",
+                where=str(self.folder / "metrics.jsonl"),
+                remedy="free some space and go on with --resume: checkpoints are untouched",
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps that a resumed run takes again."""
