@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.errors import UserError
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
 
 if TYPE_CHECKING:
@@ -117,8 +118,10 @@ def load_plan(folder: Path) -> Plan:
     """The plan of a run from its folder: `describe` read back.
 
     Raises:
-        OSError: no run's folder.
+        UserError: the folder is no run.
     """
+    if not (folder / "plan.json").is_file() or not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is no run's folder: it has no plan.json", remedy="give the folder that `ft train` made, such as runs/lora-emoji")
     found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
     numbers["recipe"] = load_recipe(folder / "recipe.yaml")

@@ -225,6 +225,11 @@ def _check(recipe: Recipe, where: str) -> None:
         f"method {recipe.method} trains the weights themselves: it has no adapter",
         "remove the `adapter` section, or set `method: lora`",
     )
+    refuse(
+        recipe.adapter is not None and recipe.adapter.dora and model.train_text_encoder,
+        "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
+        "set adapter.dora: false, or model.train_text_encoder: false",
+    )
     refuse(recipe.method == "scratch" and not model.build, "from scratch needs model.build, the architecture", "see `ft recipes show scratch/emoji-vae`")
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")

@@ -161,6 +161,16 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
         )
 
 
+def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Image.Image:
+    """The picture of `latents` [1, C, h, w]; in float32 whatever the precision, as pictures are encoded."""
+    vae = pipeline.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    with torch.autocast(latents.device.type, enabled=False):
+        pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]
+    found: Image.Image = pipeline.image_processor.postprocess(pixels)[0]
+    return found
+
+
 def _checkpoint_activations(net: Any) -> None:
     if isinstance(net, PreTrainedModel):
         # The reentrant kind, once the default there, gives no gradient to adapters behind frozen embeddings.
@@ -254,16 +264,8 @@ class TextToImage(Model):
                     height=height,
                     output_type="latent",
                 ).images
-                found.append(self._decode(latents))
+                found.append(decode(self.pipeline, latents))
         self.pipeline.vae.to("cpu")  # where it waits while training
-        return found
-
-    def _decode(self, latents: Tensor) -> Image.Image:
-        vae = self.pipeline.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        with torch.autocast(self.device.type, enabled=False):
-            pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]
-        found: Image.Image = self.pipeline.image_processor.postprocess(pixels)[0]
         return found
 
     def save(self, folder: Path) -> list[Path]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.engine.progress import duration
-from finetune.errors import UserError
 from finetune.planning import Plan, load_plan
+from finetune.pretrained import pipelines
 from finetune.recipe import embedded
 from finetune.report import charts, pictures, tables
 
@@ -70,20 +70,15 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _read(folder: Path) -> _Seen:
-    try:
-        plan = load_plan(folder)
-        versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        missing = Path(error.filename or "plan.json").name
-        raise UserError(f"{folder} is no run: {missing} is not there", remedy="give the folder that `ft train` made") from error
-    data = folder / "data.json"
+    plan = load_plan(folder)
+    data, versions = folder / "data.json", folder / "versions.json"
     files = sorted(path for path in (folder / "final").rglob("*") if path.is_file())
     return _Seen(
         folder,
         plan,
         _records(folder / "metrics.jsonl"),
         json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
-        versions,
+        json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
         pictures.looks(folder, plan.recipe.sample.prompts),
         files,
     )
@@ -240,16 +235,16 @@ def usage(folder: Path, plan: Plan) -> str:
     if recipe.model.family == "vae":
         return f"from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({final!r})"
     prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"
+    name = pipelines()[recipe.model.family]
     draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('picture.png')"
     if recipe.method != "lora":
-        return f"from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained({final!r})\n{draw}"
+        return f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({final!r})\n{draw}"
     base = embedded(recipe.model.path or "")
     single = base.endswith((".safetensors", ".ckpt"))
-    name = ("StableDiffusionXLPipeline" if recipe.model.family == "sdxl" else "StableDiffusionPipeline") if single else "DiffusionPipeline"
     lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({final!r})", draw]
     wanted: dict[str, object] = {"prediction_type": recipe.model.prediction} if recipe.model.prediction else {}
     if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
-        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
     scheduler = Path(base) / "scheduler" / "scheduler_config.json"
     there = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
     if any(there.get(key) != value for key, value in wanted.items()):  # a LoRA's file cannot carry the schedule that it was trained with

@@ -1,0 +1,152 @@
+"""Draw with what a run wrote: its files, loaded by diffusers as any other program would load them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.engine.machine import this_machine
+from finetune.engine.progress import Progress
+from finetune.engine.samples import request_of, write_pictures
+from finetune.errors import UserError
+from finetune.models.loading import open_pipeline
+from finetune.models.text_to_image import DTYPES, decode, set_schedule
+from finetune.models.turn import SampleRequest
+from finetune.planning import Plan, load_plan
+from finetune.pretrained import pipeline_class, pipelines
+from finetune.recipe import Model, Precision, Sample, embedded
+
+
+def sample(
+    run: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    out: Path | None = None,
+) -> list[Path]:
+    """Draw every prompt with every seed, each picture from its own generator, so that it does not depend on the others.
+
+    Args:
+        run: a run's folder, a diffusers folder, or `embedded:base`.
+        prompts: what to draw; none: the prompts of the run's recipe.
+        seeds: none: prompt n has the recipe's seed + n, which draws the run's last samples again.
+        steps, guidance, negative: none: as the run's recipe says.
+        out: where `NN.png` and `grid.png` go, a new or empty folder; none: `drawn/1`, `drawn/2` … in the run (of what is no
+            run, in the working directory).
+
+    Returns:
+        The single pictures, prompt by prompt.
+
+    Raises:
+        UserError: nothing there to draw with, nothing to draw, or `out` holds something.
+    """
+    place = Path(embedded(str(run))).expanduser()
+    plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
+    defaults = request_of(plan) if plan is not None else SampleRequest((), (), Sample().steps, Sample().guidance)
+    first_seed = plan.recipe.sample.seed if plan is not None else Sample().seed
+    asked = tuple(prompts) or defaults.prompts
+    if not asked:
+        raise UserError("there is nothing to draw: no prompt was given, and no recipe names one", remedy='add --prompt "…"')
+    if seeds is not None:
+        wanted = [(prompt, seed) for prompt in asked for seed in seeds]
+    else:
+        wanted = [(prompt, first_seed + number) for number, prompt in enumerate(asked)]
+    request = replace(
+        defaults,
+        prompts=tuple(prompt for prompt, _ in wanted),
+        seeds=tuple(seed for _, seed in wanted),
+        steps=defaults.steps if steps is None else steps,
+        guidance=defaults.guidance if guidance is None else guidance,
+        negative=defaults.negative if negative is None else negative,
+    )
+    target = _free_folder(out, place if plan is not None else Path())
+    pipeline = _open_run(place, plan) if plan is not None else _open_folder(place, str(run))
+    pictures = _draw(pipeline, request)
+    try:
+        target.mkdir(parents=True, exist_ok=out is not None)
+        return write_pictures(pictures, request, target)
+    except OSError as error:
+        raise UserError(f"the pictures cannot be written: {error.strerror}", where=str(target), remedy="choose another place with --out") from error
+
+
+@torch.no_grad()
+def _draw(pipeline: Any, request: SampleRequest) -> list[Any]:
+    """One picture after the other: batched, their last bits would depend on the company they are in."""
+    pictures = []
+    drawing = Progress("drawing")
+    width, height = request.size or (None, None)
+    for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
+        drawing.show(number, len(request.prompts), prompt)
+        latents = pipeline(
+            prompt=prompt,
+            negative_prompt=request.negative,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(seed),
+            width=width,
+            height=height,
+            output_type="latent",
+        ).images
+        pictures.append(decode(pipeline, latents))
+    drawing.show(len(pictures), len(pictures))
+    drawing.end()
+    return pictures
+
+
+def _open_run(folder: Path, plan: Plan) -> Any:
+    """The pipeline that a run trained, with the schedule it was trained with."""
+    recipe, final = plan.recipe, folder / "final"
+    class_name = pipelines()[recipe.model.family]
+    if not class_name:
+        raise UserError(f"a run of family {recipe.model.family} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}")
+    if not any(final.rglob("*.safetensors")):
+        remedy = f"finish it: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume"
+        raise UserError("this run has no final weights yet", where=str(final), remedy=remedy)
+    if recipe.method != "lora":
+        return _placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, _dtype(plan.precision)))
+    pipeline: Any = _placed(open_pipeline(recipe.model, class_name, _dtype(plan.precision)))
+    set_schedule(pipeline, recipe)
+    pipeline.load_lora_weights(str(final))
+    return pipeline
+
+
+def _open_folder(folder: Path, given: str) -> Any:
+    if not folder.is_dir():
+        raise UserError(f"there is no run {given}", remedy="give the folder that `ft train` made, a diffusers folder, or embedded:base")
+    class_name = pipeline_class(folder / "model_index.json", given)
+    family = next((family for family, name in pipelines().items() if name == class_name), None)
+    if family is None:
+        known = ", ".join(filter(None, pipelines().values()))
+        raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
+    return _placed(open_pipeline(Model(family, str(folder)), class_name, _dtype(None)))
+
+
+def _placed(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(this_machine().device)
+
+
+def _dtype(precision: Precision | None) -> torch.dtype:
+    """On a CPU float32, which shows the weights as they are; elsewhere the run's, or what the device is good at."""
+    machine = this_machine()
+    if machine.device == "cpu":
+        return torch.float32
+    return DTYPES[precision or ("bfloat16" if machine.bfloat16 else "float16")]
+
+
+def _free_folder(out: Path | None, beside: Path) -> Path:
+    """Where to write, not made yet; nothing that is there will be touched."""
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists already; nothing in it was touched", where="--out", remedy="choose a new folder with --out")
+        return out
+    number = 1
+    while (beside / "drawn" / str(number)).exists():
+        number += 1
+    return beside / "drawn" / str(number)
