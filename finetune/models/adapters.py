@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -69,8 +68,11 @@ def add_lora(net: Any, adapter: Adapter) -> list[str]:
 
 
 def lora_weights(net: nn.Module) -> dict[str, Tensor]:
-    """The adapters' weights under diffusers' names, contiguous float32 on the CPU."""
-    found = convert_state_dict_to_diffusers(get_peft_model_state_dict(net))
+    """The adapters' weights under PEFT's names, contiguous float32 on the CPU.
+
+    Not under diffusers' older names: it knows those for some layers only, and of a file with both kinds it reads one.
+    """
+    found = get_peft_model_state_dict(net)
     if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model"):
         # The name that files have for it. transformers 5 dropped it from the class, and what reads files adds or drops it.
         found = {f"text_model.{name}": tensor for name, tensor in found.items()}
@@ -78,7 +80,10 @@ def lora_weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_configuration(net: nn.Module) -> dict[str, Any]:
-    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the picture is wrong."""
+    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the picture is wrong.
+
+    Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each picture would differ.
+    """
     configurations: Any = net.peft_config
     found: dict[str, Any] = configurations["default"].to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()} | {"lora_dropout": 0.0}
