@@ -1,0 +1,225 @@
+"""Artefacts out: what each form holds, and that plain diffusers draws the same picture from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.export import export
+from finetune.models import adapters
+from finetune.models.loading import LORA_FILE
+from tests import tiny
+
+CLASSES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+EVERYWHERE = "to_q, to_k, to_v, to_out.0, proj_in, ff.net.0.proj, ff.net.2, conv1, conv_shortcut, time_emb_proj, conv, q_proj, out_proj, fc1"
+
+
+@cache
+def base(name: str) -> Path:
+    """A tiny pipeline; SDXL's UNet has two resnets a level and three levels, as its names in kohya's format suppose."""
+    if name == "sd15":
+        return tiny.pipeline("sd15")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny.pipeline("sdxl"))
+    changes = {
+        "layers_per_block": 2,
+        "block_out_channels": [8, 16, 16],
+        "attention_head_dim": [2, 2, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 1, 2],
+    }
+    torch.manual_seed(7)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **changes})
+    pipeline.save_pretrained(tiny.root() / "sdxl-two-layers")
+    return tiny.root() / "sdxl-two-layers"
+
+
+def run_of(name: str, folder: Path, *overrides: str) -> Path:
+    """A run's folder with a LoRA on every net that trains, as the trainer leaves it, its weights random and large enough to see."""
+    recipe = tiny.recipe(name, "lora", f"model.path={base(name)}", "model.train_text_encoder=true", "adapter.alpha=3", *overrides, folder=folder)
+    assert recipe.adapter is not None
+    pipeline = CLASSES[name].from_pretrained(base(name))
+    torch.manual_seed(11)
+    arguments: dict[str, Any] = {}
+    for part in ("unet", "text_encoder", "text_encoder_2") if recipe.model.train_text_encoder else ("unet",):
+        net = getattr(pipeline, part, None)
+        if net is None:
+            continue
+        adapters.add_lora(net, recipe.adapter)
+        for key, parameter in net.named_parameters():
+            if "lora_magnitude" in key:
+                parameter.data *= 1.3
+            elif parameter.requires_grad:
+                parameter.data.normal_(std=0.15)
+        arguments |= {f"{part}_lora_layers": adapters.lora_weights(net), f"{part}_lora_adapter_metadata": adapters.lora_configuration(net)}
+    CLASSES[name].save_lora_weights(folder / "final", **arguments)
+    model = {"family": recipe.model.family, "path": str(base(name)), "train_text_encoder": True}
+    (folder / "recipe.yaml").write_text(
+        f"method: lora\nname: my style\nmodel: {json.dumps(model)}\ndata: {{path: pictures, resolution: {tiny.SIZE}}}\n"
+        f"train: {{steps: 1}}\nadapter: {{rank: {recipe.adapter.rank}}}\n"
+    )
+    return folder
+
+
+def draw(pipeline: Any) -> numpy.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    found: numpy.ndarray = pipeline(
+        "a red circle", num_inference_steps=2, generator=generator, width=tiny.SIZE, height=tiny.SIZE, output_type="np"
+    ).images[0]
+    return found
+
+
+def drawn_with(name: str, lora: Path | None) -> numpy.ndarray:
+    pipeline = CLASSES[name].from_pretrained(base(name))
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    return draw(pipeline)
+
+
+@pytest.mark.parametrize(("name", "rslora"), [("sd15", False), ("sd15", True), ("sdxl", True)])
+def test_kohya_and_merged_draw_the_same_picture(name: str, rslora: bool, tmp_path: Path) -> None:
+    run = run_of(name, tmp_path / "run", f"adapter.targets={EVERYWHERE}", f"adapter.rslora={str(rslora).lower()}")
+    expected = drawn_with(name, run / "final" / LORA_FILE)
+    assert abs(expected - drawn_with(name, None)).max() > 0.02, "the LoRA changes nothing: the test would prove nothing"
+
+    (file,) = export(run, "kohya")
+    assert file == run / "export" / "my style-kohya.safetensors"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert abs(drawn_with(name, file) - expected).max() < 1e-4
+
+    export(run, merge=True, out=tmp_path / "merged")
+    assert abs(draw(CLASSES[name].from_pretrained(tmp_path / "merged")) - expected).max() < 1e-4
+
+
+def test_kohya_names_and_metadata(tmp_path: Path) -> None:
+    file = export(run_of("sdxl", tmp_path / "run", f"adapter.targets={EVERYWHERE}", "adapter.rslora=true"), "kohya", dtype="float16")[0]
+    tensors = load_file(file)
+    layers = {key.partition(".")[0] for key in tensors}
+    for layer in (  # as in files that sd-scripts writes for SDXL
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_8_1_transformer_blocks_1_attn2_to_out_0",
+        "lora_unet_input_blocks_3_0_op",
+        "lora_unet_middle_block_1_proj_in",
+        "lora_unet_middle_block_2_in_layers_2",
+        "lora_unet_output_blocks_0_1_transformer_blocks_1_ff_net_0_proj",
+        "lora_unet_output_blocks_2_2_conv",
+        "lora_unet_output_blocks_8_0_skip_connection",
+        "lora_unet_output_blocks_8_0_emb_layers_1",
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj",
+        "lora_te2_text_model_encoder_layers_1_mlp_fc1",
+    ):
+        assert layer in layers
+    assert all({f"{layer}.{piece}" for piece in ("lora_down.weight", "lora_up.weight", "alpha")} <= tensors.keys() for layer in layers)
+    assert tensors["lora_unet_middle_block_1_proj_in.lora_down.weight"].dtype == torch.float16
+    assert float(tensors["lora_unet_middle_block_1_proj_in.alpha"]) == 6  # 3 · √4: rsLoRA's scale, folded
+
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_network_dim"] == "4"
+    assert float(metadata["ss_network_alpha"]) == 6
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["ss_resolution"] == "(32, 32)"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert metadata["modelspec.title"] == "my style"
+    content = file.read_bytes()
+    assert metadata["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def dora(weight: Tensor, tensors: dict[str, Tensor], layer: str) -> Tensor:
+    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq. 5), as ComfyUI takes a scale that has one entry a row."""
+    down, up, scale = (tensors[f"{layer}.{piece}"] for piece in ("lora_down.weight", "lora_up.weight", "dora_scale"))
+    changed = weight + float(tensors[f"{layer}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    assert scale.shape == (weight.shape[0], *[1] * (weight.dim() - 1))
+    norm: Tensor = changed.flatten(1).norm(dim=1).view(scale.shape)
+    return scale * changed / norm
+
+
+def test_dora(tmp_path: Path) -> None:
+    run = run_of("sd15", tmp_path / "run", "model.train_text_encoder=false", "adapter.targets=to_q, conv1", "adapter.dora=true")
+    expected = drawn_with("sd15", run / "final" / LORA_FILE)
+    export(run, merge=True, out=tmp_path / "merged")
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert abs(draw(merged) - expected).max() < 1e-4
+    tensors = load_file(export(run, "kohya", out=tmp_path / "file.safetensors")[0])
+    before, after = StableDiffusionPipeline.from_pretrained(base("sd15")).unet.state_dict(), merged.unet.state_dict()
+    for layer in ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"):
+        by_hand = dora(before[f"{layer}.weight"], tensors, f"lora_unet_{layer.replace('.', '_')}")
+        torch.testing.assert_close(by_hand, after[f"{layer}.weight"], atol=1e-5, rtol=1e-4)
+
+
+def test_lora_in_another_dtype_keeps_its_configuration(tmp_path: Path) -> None:
+    run = run_of("sd15", tmp_path / "run", "adapter.targets=to_q, q_proj")
+    (file,) = export(run, dtype="bfloat16")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(file).values())
+    with safe_open(file, framework="pt") as new, safe_open(run / "final" / LORA_FILE, framework="pt") as old:
+        assert new.metadata() == old.metadata()
+    expected = drawn_with("sd15", run / "final" / LORA_FILE)
+    assert 0 < abs(drawn_with("sd15", file) - expected).max() < 0.02
+
+
+def scratch_run(folder: Path) -> Path:
+    StableDiffusionPipeline.from_pretrained(tiny.pipeline("emoji")).save_pretrained(folder / "final")
+    (folder / "recipe.yaml").write_text(tiny.text("sd", "scratch", folder))
+    return folder
+
+
+def test_whole_pipeline_in_half_the_bytes(tmp_path: Path) -> None:
+    run = scratch_run(tmp_path / "run")
+    files = export(run, dtype="float16", out=tmp_path / "base")
+    assert {file.parent.name for file in files} == {"unet", "vae", "text_encoder"}
+    for file in files:
+        assert file.stat().st_size < 0.6 * (run / "final" / file.relative_to(tmp_path / "base")).stat().st_size
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    assert {opened.unet.dtype, opened.vae.dtype, opened.text_encoder.dtype} == {torch.float32}
+    assert opened.safety_checker is None
+    assert abs(draw(opened) - draw(StableDiffusionPipeline.from_pretrained(run / "final"))).max() < 0.01
+
+
+def test_refusals(tmp_path: Path) -> None:
+    run = scratch_run(tmp_path / "run")
+
+    def refused(*arguments: Any, **named: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            export(*arguments, **named)
+        return str(caught.value)
+
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    (existing / "mine.txt").write_text("mine")
+    assert "exists already" in refused(run, out=existing)
+    assert [path.name for path in existing.iterdir()] == ["mine.txt"]
+    assert 'did you mean "kohya"' in refused(run, "khoya")
+    assert 'did you mean "float16"' in refused(run, dtype="flaot16")
+    assert "weights are whole" in refused(run, "kohya")
+    assert "weights are whole" in refused(run, merge=True)
+    assert "is no run's folder" in refused(existing)
+    assert "could not be written" in refused(run, out=existing / "mine.txt" / "below")
+
+    weights = run / "final" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] += 1e6
+    save_file(tensors, weights)
+    assert "conv_in.bias has weights too large for float16" in refused(run, dtype="float16", out=tmp_path / "half")
+    assert not list(tmp_path.glob("*half*")), "a failed export leaves nothing behind"
+
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    assert "no final weights yet" in refused(tmp_path / "unfinished")
+
+    lora = run_of("sd15", tmp_path / "lora")
+    assert "leave one of them out" in refused(lora, "kohya", merge=True)
+    assert "does not end in .safetensors" in refused(lora, "kohya", out=tmp_path / "file")
