@@ -92,7 +92,7 @@ def test_a_damaged_shard_is_set_aside_and_computed_again(tmp_path: Path, damage:
     filled(tmp_path, range(10, 12))
     content = bytearray(broken.read_bytes())
     content[-1 if damage == "a byte" else 3] ^= 0xFF
-    broken.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, bytes(content)))
+    broken.write_bytes({"cut": bytes(content[: len(content) // 2]), "empty": b""}.get(damage, bytes(content)))
     store = Store(tmp_path)
     assert not any(f"key{number}" in store for number in range(5))
     assert all(f"key{number}" in store for number in range(10, 12))
@@ -245,7 +245,7 @@ def opened(folder: Path, encoders: Encoders, processes: int = 1, **sections: dic
 
 def encoded(folder: Path, encoders: Counting | None = None, **sections: dict[str, Any]) -> tuple[Dataset, Counting]:
     encoders = encoders or Counting()
-    data = opened(folder, encoders, **sections)
+    data = opened(folder, encoders, 1, **sections)
     data.encode()
     return data, encoders
 

@@ -389,10 +389,19 @@ def test_each_picture_is_read_once_and_progress_is_told(tmp_path: Path, monkeypa
     for number in range(4):
         put(tmp_path, f"{number}.png", caption="x")
     opened: list[str] = []
+    decoded: list[bytes] = []
     read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: (opened.append(self.name), read_bytes(self))[1])
-    decoded: list[int] = []
-    monkeypatch.setattr("finetune.data.scan.decode", lambda content, background: (decoded.append(1), decode(content, background))[1])
+
+    def counting_read(self: Path) -> bytes:
+        opened.append(self.name)
+        return read_bytes(self)
+
+    def counting_decode(content: bytes, background: str) -> Image.Image:
+        decoded.append(content)
+        return decode(content, background)
+
+    monkeypatch.setattr(Path, "read_bytes", counting_read)
+    monkeypatch.setattr("finetune.data.scan.decode", counting_decode)
     told: list[tuple[int, str]] = []
     scan(data(tmp_path), lambda seen, name: told.append((seen, Path(name).name)))
     assert sorted(name for name in opened if name.endswith(".png")) == ["0.png", "1.png", "2.png", "3.png"]

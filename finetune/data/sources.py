@@ -71,7 +71,8 @@ def refuse_inside(place: Path, data: Data, key: str) -> None:
     for source in data.sources or (Source(data.path or ""),):
         folder = Path(embedded(source.path)).expanduser()
         if folder.is_dir() and place.expanduser().resolve().is_relative_to(folder.resolve()):
-            raise UserError(f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=f"set {key} to a folder elsewhere")
+            remedy = f"set {key} to a folder elsewhere"
+            raise UserError(f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=remedy)
 
 
 def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
