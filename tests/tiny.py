@@ -124,12 +124,14 @@ def pipeline(name: str) -> Path:
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from finetune.models.vocabulary import learn_tokenizer
 
     folder = root() / name
     autoencoder = AutoencoderKL.from_pretrained(vae())
     torch.manual_seed(PIPELINES.index(name))
-    tokenizer = CLIPTokenizer(model_max_length=16).train_new_from_iterator(CAPTIONS, 300)
+    tokenizer = learn_tokenizer(CAPTIONS, 540, 16)
     tokens = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -192,7 +194,7 @@ def text(name: str, method: str, folder: Path) -> str:
         model = {"family": "vae", "build": _VAE}
     elif method == "scratch":
         build = {
-            "tokenizer": {"vocabulary": 300, "length": 16},
+            "tokenizer": {"vocabulary": 540, "length": 16},
             "text_encoder": {key: value for key, value in _TEXT.items() if key != "max_position_embeddings"},
             "unet": {key: value for key, value in _UNET.items() if key not in ("sample_size", "cross_attention_dim")},
             "scheduler": {**_NOISE, "prediction_type": "v_prediction", "clip_sample": False},

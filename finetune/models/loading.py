@@ -15,11 +15,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
 from finetune.models.single_file import open_single_file, open_single_vae, require_class
+from finetune.models.vocabulary import learn_tokenizer
 from finetune.planning import Plan
 from finetune.recipe import Model as ModelSection
 from finetune.recipe import embedded
@@ -189,9 +190,7 @@ def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
         raise UserError(f'unknown key "{key}"', where="model.build", remedy=did_you_mean(key, ["unet", "text_encoder", "tokenizer", "scheduler"]))
     vae = open_vae(section.vae)
     words = parts.get("tokenizer", {})
-    tokenizer = CLIPTokenizer(model_max_length=words.get("length", 77)).train_new_from_iterator(
-        [p.caption for p in audit.training], words.get("vocabulary", 4096)
-    )
+    tokenizer = learn_tokenizer((p.caption for p in audit.training), words.get("vocabulary", 4096), words.get("length", 77))
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             **checked(CLIPTextConfig, parts.get("text_encoder", {}), "model.build.text_encoder"),
