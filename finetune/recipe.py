@@ -19,8 +19,8 @@ Method = Literal["lora", "full", "scratch"]
 Precision = Literal["float32", "float16", "bfloat16"]
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = _PACKAGE / "assets"
-# In a checkout the recipes lie beside the package; an installed package carries them inside.
-RECIPES = next(folder for folder in (_PACKAGE.parent / "recipes", _PACKAGE / "recipes") if folder.is_dir())
+# An installed package carries the recipes inside; in a checkout they lie beside it.
+RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
 
 
 def _number(default: Any, **bounds: float) -> Any:

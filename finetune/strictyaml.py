@@ -43,6 +43,14 @@ def read(text: str, name: str) -> Node:
     Raises:
         UserError: not YAML, an alias or a tag, a repeated key, nested too deep, or not a mapping at the top.
     """
+    root = _compose(text, name)
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError("a recipe is a list of `key: value` lines", where=name, remedy="see `ft recipes show lora/emoji`")
+    return _node(root, name, 0)
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    """The nodes of PyYAML, with nothing in them that is not written out."""
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             where = f"{name}:{event.start_mark.line + 1}"
@@ -50,7 +58,7 @@ def read(text: str, name: str) -> Node:
                 raise UserError("anchors and aliases (& and *) are not read in a recipe", where=where, remedy="write the value out")
             if getattr(event, "tag", None) not in (None, "!"):
                 raise UserError(f"tags such as {event.tag} are not read in a recipe", where=where, remedy="write the plain value")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(
@@ -60,9 +68,6 @@ def read(text: str, name: str) -> Node:
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"not valid YAML: {error}", where=name) from error
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError("a recipe is a list of `key: value` lines", where=name, remedy="see `ft recipes show lora/emoji`")
-    return _node(root, name, 0)
 
 
 def _node(node: yaml.Node, name: str, depth: int) -> Node:
@@ -92,10 +97,7 @@ def override(root: Node, assignment: str) -> Node:
     if not equals or not all(keys):
         raise UserError(f"--set needs KEY=VALUE, not {assignment!r}", remedy="for example: --set train.batch_size=2")
     where = f"--set {path.strip()}"
-    try:
-        composed = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{text!r} is not valid YAML", where=where, remedy="quote it: --set 'key=\"value\"'") from error
+    composed = _compose(text, where)
     value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where, 0), where=where)
     return _with(root, keys, value, where)
 

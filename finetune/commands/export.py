@@ -11,7 +11,7 @@ from finetune.entry import quiet_libraries
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "layout", type=click.Choice(["diffusers", "kohya"]), default="diffusers", show_default=True, help="kohya: for ComfyUI, A1111.")
+@click.option("--format", "layout", type=click.Choice(["diffusers", "kohya"]), default="diffusers", help="kohya is for ComfyUI and A1111.")
 @click.option("--merge", is_flag=True, help="Write the whole model with the LoRA worked into its weights.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Numbers of the file; by default as they are.")
 @click.option("--out", type=click.Path(path_type=Path), help="File or folder to write; by default in the run's folder.")

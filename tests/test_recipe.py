@@ -1,0 +1,248 @@
+"""The recipe: what it takes, what it refuses and how it says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.errors import UserError
+from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, load_recipe, parse_recipe, to_dict
+
+MINIMAL = """\
+method: lora
+model:
+  family: sd
+  path: some/model
+adapter:
+  rank: 4
+data:
+  path: pictures
+train:
+  steps: 10
+"""
+
+
+def parse(text: str = MINIMAL, *overrides: str) -> Recipe:
+    return parse_recipe(text, "my.yaml", "my", overrides)
+
+
+def refusal(text: str = MINIMAL, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        parse(text, *overrides)
+    return caught.value
+
+
+def added(section: str, line: str) -> str:
+    """MINIMAL with one more line at the top of a section, which may be new."""
+    if f"\n{section}:\n" in MINIMAL:
+        return MINIMAL.replace(f"\n{section}:\n", f"\n{section}:\n  {line}\n")
+    return f"{MINIMAL}{section}:\n  {line}\n"
+
+
+def test_defaults_and_types_of_what_was_written() -> None:
+    recipe = parse(added("optimizer", "lr: 1e-4"))
+    assert recipe.optimizer.lr == 1e-4, "PyYAML itself reads 1e-4 as text"
+    assert recipe.adapter is not None and recipe.adapter.rank == 4 and isinstance(recipe.adapter.rank, int)
+    assert recipe.data.resolution == 512 and recipe.sample.prompts == () and recipe.diffusion is None
+    assert recipe.name == "my"
+
+
+@pytest.mark.parametrize("written", ["no", "on", "null", "~", "1.0", "2024-01-01", "0x10", "1_000", "NaN", "'no'"])
+def test_text_stays_the_text_that_was_written(written: str) -> None:
+    """In YAML `no` is False, `1.0` a number, `2024-01-01` a date, `~` nothing; as a prompt each is itself."""
+    assert parse(added("sample", f"prompts: [{written}]")).sample.prompts == (written.strip("'"),)
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("train.batch_size", "8", 8),
+        ("train.batch_size", "1e1", 10),
+        ("train.steps", "10_000", 10_000),
+        ("optimizer.lr", "3", 3.0),
+        ("optimizer.betas", "[0.8, .99]", (0.8, 0.99)),
+        ("data.flip", "yes", True),
+        ("data.flip", "OFF", False),
+        ("optimizer.clip_norm", "null", None),
+        ("optimizer.clip_norm", "", None),
+        ("output.trackers", "[tensorboard]", ("tensorboard",)),
+        ("sample.prompts", "['a, b', c]", ("a, b", "c")),
+        ("train.precision", "float16", "float16"),
+        ("data", "{path: other, flip: true}", None),
+    ],
+)
+def test_set_overrides_scalars_lists_and_sections(key: str, written: str, value: object) -> None:
+    recipe = parse(MINIMAL, f"{key}={written}")
+    if key == "data":
+        assert recipe.data.path == "other" and recipe.data.flip
+        return
+    section, name = key.split(".")
+    found = getattr(getattr(recipe, section), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_set_makes_a_section_and_replaces_sources() -> None:
+    assert parse(MINIMAL, "diffusion.huber=0.1").diffusion is not None
+    listed = MINIMAL.replace("  path: pictures", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}")
+    assert [source.repeats for source in parse(listed).data.sources] == [1, 3]
+    assert parse(listed, "data.path=three").data == dataclasses.replace(parse().data, path="three")
+    assert parse(MINIMAL, "train.batch_size=2", "train.batch_size=3").train.batch_size == 3, "the last one counts"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says", "remedy"),
+    [
+        (added("train", "bacth_size: 2"), 10, 'unknown key "bacth_size" in train', 'did you mean "batch_size"?'),
+        (MINIMAL.replace("adapter:", "adaptor:"), 5, 'unknown key "adaptor"', 'did you mean "adapter"?'),
+        (MINIMAL.replace("method: lora", "method: lara"), 1, '"lara" is not a choice of method', 'did you mean "lora"?'),
+        (added("train", "batch_size: two"), 10, 'train.batch_size must be a whole number, not "two"', "write a whole number"),
+        (added("train", "batch_size: 1.5"), 10, "must be a whole number", "write"),
+        (added("train", "batch_size: 0"), 10, "train.batch_size must be at least 1, not 0", "set train.batch_size to at least 1"),
+        (added("train", "batch_size: [1]"), 10, "must be one value, not a list", "write"),
+        (added("train", "batch_size:"), 10, "must be a value", "write"),
+        (added("train", "ema: 1.0"), 10, "train.ema must be less than 1", "set"),
+        (added("optimizer", "lr: 0"), 12, "optimizer.lr must be more than 0", "set"),
+        (added("optimizer", "lr: .inf"), 12, "optimizer.lr must be", "write"),
+        (added("optimizer", "lr: nan"), 12, "optimizer.lr must be a finite number", "write"),
+        (added("data", "flip: maybe"), 8, 'data.flip must be true or false, not "maybe"', "write true or false"),
+        (added("data", "held_out: 0.9"), 8, "data.held_out must be at most 0.5", "set"),
+        (added("sample", "prompts: rocket"), 12, "sample.prompts must be a list", "write a list"),
+        (added("adapter", "dropout: 1"), 6, "adapter.dropout must be less than 1", "set"),
+        (MINIMAL.replace("train:\n  steps: 10", "train: 10"), 9, "train must be a section", "write a section"),
+        (MINIMAL.replace("model:\n  family: sd", "model:"), 2, '"model.family" is missing', "add a line `family: …` under model"),
+        (MINIMAL.replace("method: lora\n", ""), 1, '"method" is missing', "add a line `method: …`"),
+        (added("train", "steps: 20"), 11, '"steps" is given twice', "keep one"),
+        (MINIMAL + "data:\n  path: b\n", 11, '"data" is given twice', "keep one"),
+        (added("data", "cache: &here x"), 8, "anchors and aliases", "write the value out"),
+        (MINIMAL + "output: *here\n", 11, "anchors and aliases", "write the value out"),
+        (added("data", "cache: !!python/name:os.system x"), 8, "tags such as", "write the plain value"),
+        (MINIMAL + "a: [1\n", 12, "not valid YAML", "check the indentation"),
+        (MINIMAL + "\ttabbed: 1\n", 11, "not valid YAML", "check the indentation"),
+        (MINIMAL + "? [a, b]\n: 1\n", 11, "a key must be a plain word", ""),
+        ("- a\n- b\n", None, "a recipe is a list of `key: value` lines", "see `ft recipes show"),
+        ("", None, "a recipe is a list of `key: value` lines", ""),
+        (added("model", "build: " + "{a: " * 20 + "1" + "}" * 20), 3, "nested deeper than", ""),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_remedy(text: str, line: int | None, says: str, remedy: str) -> None:
+    error = refusal(text)
+    assert says in error.problem
+    assert error.where.split(",")[0] == ("my.yaml" if line is None else f"my.yaml:{line}")
+    assert remedy in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("train.batch_size", "--set needs KEY=VALUE"),
+        ("=3", "--set needs KEY=VALUE"),
+        ("train..steps=3", "--set needs KEY=VALUE"),
+        ("train.step=3", 'unknown key "step" in train'),
+        ("train.steps=[", "not valid YAML"),
+        ("train.steps=&a 3", "anchors and aliases"),
+        ("train.steps=!!int 3", "tags such as"),
+        ("train={steps: 3, steps: 4}", '"steps" is given twice'),
+        ("method.x=3", "method must be one value"),
+    ],
+)
+def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
+    error = refusal(MINIMAL, assignment)
+    assert says in error.problem
+    assert assignment in error.problem or error.where.startswith("--set ") or error.where.startswith("my.yaml:1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.epochs=2"], "train.steps or train.epochs"),
+        (["train.steps=null"], "train.steps or train.epochs"),
+        (["data.sources=[{path: x}]"], "data.path or in data.sources"),
+        (["adapter=null"], "needs an `adapter` section"),
+        (["method=full"], "has no adapter"),
+        (["method=scratch", "adapter=null", "model.path=null"], "needs model.build"),
+        (["method=scratch", "adapter=null", "model.build={unet: {}}"], "starts from no model"),
+        (["model.build={unet: {}}"], "for method: scratch only"),
+        (["model.path=null"], "model.path is missing"),
+        (["optimizer.betas=[0.9]"], "two numbers"),
+        (["optimizer.betas=[0.9, 1.0]"], "lie in [0, 1)"),
+        (["diffusion.zero_terminal_snr=true", "model.prediction=epsilon"], "needs v_prediction"),
+    ],
+)
+def test_rules_between_keys(overrides: list[str], says: str) -> None:
+    error = refusal(MINIMAL, *overrides)
+    assert says in error.problem and error.where == "my.yaml" and error.remedy
+
+
+def test_free_mapping_keeps_yaml_types_and_reads_1e_4_as_a_number() -> None:
+    build = '{a: 1, b: 1e-4, c: true, d: no, e: [1, 2.5, x], f: "1", g: null, h: {i: ~}}'
+    text = MINIMAL.replace("method: lora", "method: scratch").replace("  path: some/model\nadapter:\n  rank: 4\n", f"  build: {build}\n")
+    assert parse(text).model.build == {"a": 1, "b": 1e-4, "c": True, "d": "no", "e": [1, 2.5, "x"], "f": "1", "g": None, "h": {"i": None}}
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_what_a_recipe_resolves_to_reads_back_as_the_same(name: str) -> None:
+    recipe = load_recipe(name, ["sample.prompts=['no', 'null', '1e-4', ' a: b # c']", "sample.negative=''", "optimizer.clip_norm=null"])
+    assert parse_recipe(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), "resolved.yaml", "other") == recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_bundled_recipes_are_short_and_say_whom_they_are_for(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    assert lines[0].startswith("# For ")
+    assert load_recipe(path).method == path.parent.name
+
+
+def test_the_demo_draws_what_its_lora_never_sees() -> None:
+    recipe = load_recipe("lora/emoji")
+    captions = {}
+    for name in ("twemoji-train", "twemoji-unseen", "noto"):
+        lines = (ASSETS / "emoji" / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        captions[name] = {json.loads(line)["text"] for line in lines}
+    drawn = {prompt: [name for name, texts in captions.items() if prompt in texts] for prompt in recipe.sample.prompts}
+    assert drawn and all(found == ["twemoji-unseen", "noto"] for found in drawn.values()), drawn
+
+
+def test_a_recipe_is_found_by_file_and_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(MINIMAL)
+    assert load_recipe(file).name == "mine"
+    assert load_recipe("lora/emoji") == load_recipe("recipes/lora/emoji.yaml")
+    with pytest.raises(UserError, match='did you mean "lora/emoji"') as caught:
+        load_recipe("lora/emojy")
+    assert "ft recipes" in caught.value.remedy
+    file.write_bytes(MINIMAL.encode("utf-16"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(file)
+
+
+# Strings near to YAML, near to recipes: keys, marks and odd characters in any order.
+_WORDS = ["method", "lora", "model", "train", "data", "adapter", "steps", "1e999", "-1", "0x1F", "1_0", "null", "---", "...", "!!set", "&a", "*a"]
+_MARKS = [":", ": ", "\n", "\n  ", "- ", "? ", *"[]{}'\"|>#%@`~=.,", "\t", "\x00", "\ufeff", "\ud7ff", "é"]
+_TEXT = st.sampled_from(_WORDS + _MARKS) | st.text(max_size=4)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(_TEXT, max_size=30).map("".join))
+def test_any_text_is_read_or_refused_with_a_message(text: str) -> None:
+    for whole in (text, MINIMAL + text, MINIMAL.replace("some/model", text)):
+        try:
+            parse(whole)
+        except UserError as error:
+            assert error.problem
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(["train.steps", "data", "adapter.alpha", "sample.prompts", "model.build", "x"]), st.lists(_TEXT, max_size=8).map("".join))
+def test_any_override_is_read_or_refused_with_a_message(key: str, text: str) -> None:
+    for assignment in (f"{key}={text}", text):
+        try:
+            parse(MINIMAL, assignment)
+        except UserError as error:
+            assert error.problem
