@@ -200,9 +200,9 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
     """`load_recipe` for text already read; `source` is what errors call it."""
     root = strictyaml.read(text, source)
     for assignment in overrides:
+        if assignment.startswith("data.path="):  # the one folder given on the command line stands for all of the recipe's
+            root = strictyaml.override(root, "data.sources=[]")
         root = strictyaml.override(root, assignment)
-        if assignment.startswith("data.path=") and isinstance(data := root.content["data"].content, dict):  # type: ignore[index,call-overload]
-            data.pop("sources", None)  # the one folder given on the command line stands for all of the recipe's
     recipe: Recipe = strictyaml.build(Recipe, root)
     recipe = dataclasses.replace(recipe, name=recipe.name or name)
     _check(recipe, source)
@@ -230,7 +230,7 @@ def _check(recipe: Recipe, where: str) -> None:
         "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
         "set adapter.dora: false, or model.train_text_encoder: false",
     )
-    refuse(recipe.method == "scratch" and not model.build, "from scratch needs model.build, the architecture", "see `ft recipes show scratch/emoji-vae`")
+    refuse(recipe.method == "scratch" and not model.build, "from scratch needs model.build, the nets", "see `ft recipes show scratch/emoji-vae`")
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")

@@ -9,10 +9,10 @@ that name file, line and key. Anchors, aliases and tags are not read: a recipe i
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +22,13 @@ from finetune.errors import UserError, did_you_mean
 MAXIMUM_DEPTH = 12
 NULLS = {"null", "~", ""}
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+# What a field's metadata may bound, the test, and the words for it.
+BOUNDS = {
+    "minimum": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "maximum": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,25 +60,30 @@ def _compose(text: str, name: str) -> yaml.Node | None:
     """The nodes of PyYAML, with nothing in them that is not written out."""
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            where = f"{name}:{event.start_mark.line + 1}"
+            where = f"{name}:{_line(event.start_mark)}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError("anchors and aliases (& and *) are not read in a recipe", where=where, remedy="write the value out")
-            if getattr(event, "tag", None) not in (None, "!"):
-                raise UserError(f"tags such as {event.tag} are not read in a recipe", where=where, remedy="write the plain value")
+            if (tag := getattr(event, "tag", None)) not in (None, "!"):
+                raise UserError(f"tags such as {tag} are not read in a recipe", where=where, remedy="write the plain value")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(
             f"not valid YAML: {error.problem or error.context}",
-            where=f"{name}:{mark.line + 1}" if mark else name,
+            where=f"{name}:{_line(mark)}" if mark else name,
             remedy="check the indentation and quotes of this line and the one before",
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"not valid YAML: {error}", where=name) from error
 
 
+def _line(mark: Any) -> int:
+    """Counted from 1. (`Any`: PyYAML's types allow for marks that it never leaves out.)"""
+    return int(mark.line) + 1
+
+
 def _node(node: yaml.Node, name: str, depth: int) -> Node:
-    where = f"{name}:{node.start_mark.line + 1}"
+    where = f"{name}:{_line(node.start_mark)}"
     if depth > MAXIMUM_DEPTH:
         raise UserError(f"nested deeper than {MAXIMUM_DEPTH} levels", where=where)
     if isinstance(node, yaml.SequenceNode):
@@ -79,7 +91,7 @@ def _node(node: yaml.Node, name: str, depth: int) -> Node:
     if isinstance(node, yaml.MappingNode):
         children: dict[str, Node] = {}
         for key, value in node.value:
-            line = f"{name}:{key.start_mark.line + 1}"
+            line = f"{name}:{_line(key.start_mark)}"
             if not isinstance(key, yaml.ScalarNode):
                 raise UserError("a key must be a plain word", where=line)
             if key.value in children:
@@ -87,7 +99,7 @@ def _node(node: yaml.Node, name: str, depth: int) -> Node:
             # A value that stands on a later line than its key is pointed at by its key.
             children[key.value] = dataclasses.replace(_node(value, name, depth + 1), where=line)
         return Node(children, where)
-    return Node(node.value, where, quoted=node.style in ("'", '"', "|", ">"))
+    return Node(node.value, where, quoted=getattr(node, "style", None) in ("'", '"', "|", ">"))
 
 
 def override(root: Node, assignment: str) -> Node:
@@ -160,15 +172,15 @@ def _build_dataclass(declared: type, node: Node, key: str) -> Any:
             _check_range(value, field, child, prefix + field.name)
             values[field.name] = value
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f'"{prefix}{field.name}" is missing', where=node.where, remedy=f"add a line `{field.name}: …`{f' under {key}' if key else ''}")
+            remedy = f"add a line `{field.name}: …`" + (f" under {key}" if key else "")
+            raise UserError(f'"{prefix}{field.name}" is missing', where=node.where, remedy=remedy)
     return declared(**values)
 
 
 def _check_range(value: Any, field: dataclasses.Field[Any], node: Node, key: str) -> None:
-    for name, holds in (("minimum", lambda v, b: v >= b), ("above", lambda v, b: v > b), ("maximum", lambda v, b: v <= b), ("below", lambda v, b: v < b)):
+    for name, (holds, words) in BOUNDS.items():
         bound = field.metadata.get(name)
         if bound is not None and isinstance(value, int | float) and not holds(value, bound):
-            words = {"minimum": "at least", "above": "more than", "maximum": "at most", "below": "less than"}[name]
             raise UserError(f"{key} must be {words} {bound}, not {value}", where=f"{node.where}, {key}", remedy=f"set {key} to {words} {bound}")
 
 
@@ -227,4 +239,5 @@ def _name(declared: Any) -> str:
 
 def _wrong(node: Node, key: str, wanted: str) -> UserError:
     given = f'"{node.content}"' if isinstance(node.content, str) else "a list" if isinstance(node.content, list) else "a section"
-    return UserError(f"{key or 'the recipe'} must be {wanted}, not {given}", where=f"{node.where}, {key}" if key else node.where, remedy=f"write {wanted}")
+    where = f"{node.where}, {key}" if key else node.where
+    return UserError(f"{key or 'the recipe'} must be {wanted}, not {given}", where=where, remedy=f"write {wanted}")

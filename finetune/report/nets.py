@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from finetune.report.tables import Row, table
+from finetune.report.tables import table
 
 if TYPE_CHECKING:
     from finetune.models.turn import Model
@@ -36,9 +36,10 @@ def whole(model: Model, plan: Plan) -> str:
     parts = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, recipe.optimizer.name: OPTIMIZER_BYTES[recipe.optimizer.name]}
     if recipe.train.ema:
         parts["averages"] = FLOAT32_BYTES
+    summed = " + ".join(f"{name} {_gigabytes(size * trained)}" for name, size in parts.items())
     rows = [
-        ("train", f"all {_short(trained)} parameters of what trains, in float32"),
-        ("memory", " + ".join(f"{name} {_gigabytes(size * trained)}" for name, size in parts.items()) + f" = {_gigabytes(sum(parts.values()) * trained)}"),
+        ("train", f"{_short(trained)} parameters, all in float32"),
+        ("memory", f"{summed} = {_gigabytes(sum(parts.values()) * trained)}, before the first picture"),
     ]
     return table("weights", rows)
 
