@@ -1,0 +1,236 @@
+"""Every family by every method through the same tests: it learns, only what should train does, and what it leaves is plain.
+
+Golden losses are renewed, after a change that is meant to change them, by `FT_RENEW_GOLDEN=1 pytest tests/test_families.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.engine.draw import Draw
+from finetune.job import Job
+from finetune.recipe import Recipe
+from tests import tiny
+
+OVERFIT_STEPS = 6
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline (or scratch family) trained by one method. `text`: its text encoders train too."""
+
+    pipeline: str
+    method: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> bool:
+        return "model.train_text_encoder=true" in self.overrides or (self.method, self.pipeline) == ("scratch", "sd")
+
+    @property
+    def dropout(self) -> bool:
+        return any(override.startswith("adapter.dropout") for override in self.overrides)
+
+    def recipe(self, folder: Path, *overrides: str) -> Recipe:
+        rate = "3e-2" if self.method == "lora" else "3e-3"
+        # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+        common = (f"optimizer.lr={rate}", "optimizer.eps=1e-4", "optimizer.weight_decay=0", "train.batch_size=4", "train.checkpoint_every=1")
+        return tiny.recipe(self.pipeline, self.method, *common, "train.keep_checkpoints=99", *self.overrides, *overrides, folder=folder)
+
+
+TEXT = "model.train_text_encoder=true"
+CASES = {
+    "sd15-lora": Case("sd15", "lora", ("adapter.alpha=10",)),
+    "sd15-lora-text": Case("sd15", "lora", (TEXT, "adapter.alpha=2", "adapter.dropout=0.2", "adapter.targets=attention+mlp")),
+    "sd21-lora-rslora": Case("sd21", "lora", ("adapter.rslora=true", "adapter.alpha=6", "diffusion={min_snr_gamma: 5}")),
+    "sd21-lora-ema": Case("sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'")),
+    "sdxl-lora-dora": Case("sdxl", "lora", ("adapter.dora=true", "adapter.alpha=7")),
+    "sdxl-lora-text": Case("sdxl", "lora", (TEXT, "adapter.targets=all-linear", "adapter.alpha=3", "adapter.rslora=true")),
+    "emoji-lora": Case("emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")),
+    "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
+    "sd21-full-text": Case("sd21", "full", (TEXT,)),
+    "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),
+    "emoji-full": Case("emoji", "full", ("train.ema=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=2")),
+    "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
+    "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),
+}
+
+
+@dataclass
+class Overfitted:
+    """A case trained on one picture: losses on fixed noise before and after, weights before, and the finished job."""
+
+    job: Job
+    before: dict[str, Tensor]
+    losses: tuple[float, float]
+
+
+def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
+    """All that the nets hold, frozen or not, by the names that checkpoints use."""
+    turn = job.model.turns()[0]
+    return {f"{turn.name}.{name}": parameter for name, parameter in turn.net.named_parameters()}
+
+
+def fixed_loss(job: Job) -> float:
+    """The mean loss of 16 fixed draws of noise and timestep on the one picture."""
+    places = range(16)
+    draw = Draw(99, 0, places)
+    batch = job.data.batch(0, [0] * len(places), draw)
+    with torch.no_grad(), job.trainer.state.averaged():
+        return float(job.model.turns()[0].loss(batch, draw).mean())
+
+
+@functools.cache
+def overfitted(name: str) -> Overfitted:
+    recipe = CASES[name].recipe(tiny.root() / "runs" / name, f"data.path={tiny.one_picture()}", f"train.steps={OVERFIT_STEPS}", "data.caption_dropout=0")
+    job = tiny.prepare(recipe)
+    before = {key: parameter.detach().clone() for key, parameter in parameters(job).items()}
+    first = fixed_loss(job)
+    job.trainer.train()
+    found = Overfitted(job, before, (first, fixed_loss(job)))
+    tiny.finish(job)
+    return found
+
+
+def weights(run: Path, step: int) -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:07d}" / "weights.safetensors")
+
+
+def should_train(case: Case, names: set[str]) -> set[str]:
+    """The parameters that a reader of the recipe would expect to train, from their names alone."""
+    found = {name for name in names if "lora_" in name} if case.method == "lora" else set(names)
+    # SDXL reads the first encoder's last layer but one: the last of its three layers and the norm after it do nothing.
+    idle = ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm.")
+    return {name for name in found if not (case.pipeline == "sdxl" and any(part in name for part in idle))}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_learns_and_only_what_should_train_does(name: str) -> None:
+    case, run = CASES[name], overfitted(name)
+    first, last = run.losses
+    assert last < 0.97 * first
+
+    expected = should_train(case, set(run.before))
+    now = parameters(run.job)
+    assert {key for key, parameter in now.items() if parameter.requires_grad} == expected
+    assert any(".encoders." in key for key in expected) == case.text
+    folder = run.job.run.folder
+    third = weights(folder, 3)
+    assert set(third) == expected
+    still = {key for key, tensor in third.items() if torch.equal(tensor, run.before[key])}
+    assert not still, "no gradient reached these within three steps"
+    assert all(torch.equal(parameter, run.before[key]) for key, parameter in now.items() if key not in expected)
+    if case.method == "lora":
+        # B starts at zero, so at the first step no gradient reaches A through it.
+        one = weights(folder, 1)
+        assert all(torch.equal(tensor, run.before[key]) == (".lora_A." in key) for key, tensor in one.items())
+
+
+def test_golden_losses() -> None:
+    """A refactor reproduces these losses. The tolerance is for other CPUs, whose sums round differently."""
+    found = {}
+    for name in CASES:
+        lines = (overfitted(name).job.run.folder / "metrics.jsonl").read_text().splitlines()
+        found[name] = [next(value for key, value in json.loads(line).items() if key.startswith("loss.")) for line in lines]
+    if os.environ.get("FT_RENEW_GOLDEN"):
+        GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in found.items()}, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for name, losses in golden.items():
+        assert found[name] == pytest.approx(losses, rel=1e-3), name
+
+
+@functools.cache
+def redrawn() -> Path:
+    """All cases' pictures, drawn again by plain diffusers in one fresh process."""
+    folder = tiny.root() / "redrawn"
+    folder.mkdir()
+    jobs = []
+    for name, case in CASES.items():
+        run = overfitted(name).job.run.folder
+        sample = overfitted(name).job.plan.recipe.sample
+        jobs.append({
+            "artefact": str(run / "final"),
+            "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" else None,
+            "sample": str(last_sample(name)),
+            "out": str(folder / f"{name}.png"),
+            "prompt": None if case.pipeline == "vae" else sample.prompts[0],
+            "seed": sample.seed,
+            "steps": sample.steps,
+            "guidance": sample.guidance,
+        })
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("redraw.py")
+    done = subprocess.run([sys.executable, "-I", str(script), str(folder / "jobs.json")], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def last_sample(name: str) -> Path:
+    return overfitted(name).job.run.folder / "samples" / f"step-{OVERFIT_STEPS:07d}" / "00.png"
+
+
+def difference(one: Path, other: Path) -> int:
+    """The largest difference of two pictures, in 255ths."""
+    return int(numpy.abs(numpy.array(Image.open(one)).astype(int) - numpy.array(Image.open(other)).astype(int)).max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_diffusers_draws_the_trainers_last_sample(name: str) -> None:
+    again = redrawn() / f"{name}.png"
+    assert difference(again, last_sample(name)) <= 1
+    first = last_sample(name).parent.parent / f"step-{0:07d}" / "00.png"
+    assert difference(first, last_sample(name)) > 5, "training changed nothing that one could see"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+
+    def run(folder: str, *overrides: str) -> Job:
+        return tiny.prepare(case.recipe(tmp_path / folder, "train.steps=4", "sample.prompts=[]", *overrides))
+
+    whole = run("whole")
+    whole.trainer.train()
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int) -> None:
+        if done == 2:
+            raise Killed
+
+    broken = run("broken", "sample.every=2")
+    broken.trainer.observe = kill
+    with pytest.raises(Killed):
+        broken.trainer.train()
+    resumed = tiny.prepare(case.recipe(tmp_path / "broken", "train.steps=4", "sample.prompts=[]"), resume=True)
+    resumed.trainer.train()
+    for file in ("weights", "ema"):
+        one, other = (tmp_path / folder / "checkpoints" / "step-0000004" / f"{file}.safetensors" for folder in ("whole", "broken"))
+        assert one.is_file() == other.is_file() == (file == "weights" or whole.plan.recipe.train.ema is not None)
+        if one.is_file():
+            assert one.read_bytes() == other.read_bytes()
+    assert [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+    if case.dropout:  # its masks belong to a batch as it is computed, so they are others when the batch is split
+        return
+    split = run("split", "train.batch_size=1", "train.accumulation=4")
+    split.trainer.train()
+    one, other = weights(tmp_path / "whole", 4), weights(tmp_path / "split", 4)
+    for key, tensor in one.items():
+        torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=2e-5)
