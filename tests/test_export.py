@@ -161,6 +161,18 @@ def test_dora(tmp_path: Path) -> None:
         torch.testing.assert_close(by_hand, after[f"{layer}.weight"], atol=1e-5, rtol=1e-4)
 
 
+def test_merged_in_half_precision_keeps_the_schedule(tmp_path: Path) -> None:
+    run = run_of("sd15", tmp_path / "run", "model.train_text_encoder=false")
+    recipe = (run / "recipe.yaml").read_text().replace('"family"', '"prediction": "v_prediction", "family"')
+    (run / "recipe.yaml").write_text(recipe + "diffusion: {zero_terminal_snr: true}\n")
+    files = export(run, merge=True, dtype="float16", out=tmp_path / "merged")
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {torch.float16}
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert merged.scheduler.config.prediction_type == "v_prediction"
+    assert float(merged.scheduler.alphas_cumprod[-1]) == 0
+    assert merged.unet.dtype == merged.text_encoder.dtype == torch.float32
+
+
 def test_lora_in_another_dtype_keeps_its_configuration(tmp_path: Path) -> None:
     run = run_of("sd15", tmp_path / "run", "adapter.targets=to_q, q_proj")
     (file,) = export(run, dtype="bfloat16")

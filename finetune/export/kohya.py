@@ -81,6 +81,8 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
             found[f"{layer}.alpha"] = torch.tensor(folded_alpha(settings, net))
     if dtype is not None:
         found = cast(found, dtype, final / LORA_FILE)
+    if any(name.endswith(".dora_scale") for name in found):
+        print("a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another picture from it: give them --merge")
     header = describe(recipe, found)
     save_file(found, target, header | {"sshs_model_hash": tensor_hash(found)})
 

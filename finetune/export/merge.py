@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from finetune.export.folder import copy_folder
 from finetune.models.loading import LORA_FILE, open_pipeline
 from finetune.models.single_file import FAMILIES
 from finetune.models.text_to_image import set_schedule
@@ -16,16 +17,21 @@ from finetune.recipe import Recipe
 def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
     """Write the recipe's base with the LoRA in `final` added to its weights, and the schedule it was trained with.
 
-    Added in float32, cast after: the sum is rounded once.
+    Added in float32, cast after: the sum is rounded once. What lies beside `target` is the caller's to clear away.
 
     Raises:
-        UserError: the base is gone.
+        UserError: the base is gone; or a weight does not fit in `dtype`.
     """
     pipeline: Any = open_pipeline(recipe.model, {family: name for name, family in FAMILIES.items()}[recipe.model.family], torch.float32)
     set_schedule(pipeline, recipe)
     pipeline.load_lora_weights(final / LORA_FILE)
     pipeline.fuse_lora(components=[name for name in pipeline._lora_loadable_modules if hasattr(pipeline, name)], safe_fusing=True)
     pipeline.unload_lora_weights()
-    if dtype is not None:
-        pipeline.to(getattr(torch, dtype))
-    pipeline.save_pretrained(target)
+    if dtype is None:
+        pipeline.save_pretrained(target)
+        return
+    # Not pipeline.to(dtype): transformers writes that into the text encoder's configuration and opens it so, diffusers opens
+    # the UNet beside it in float32, and the two do not fit.
+    whole = target.with_name("float32")
+    pipeline.save_pretrained(whole)
+    copy_folder(whole, dtype, target)
