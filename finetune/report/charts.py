@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 Points = Sequence[tuple[float, float]]
 MOST_POINTS = 2000  # a line keeps so many at most: the lowest and highest of each stretch, so that no spike goes missing
-WINDOWS = 25  # a smoothed line averages over this fraction of the run
+WINDOWS = 12  # a smoothed line averages over this fraction of the run
 LOGARITHMIC_FROM = 5.0  # a steady line's highest value over its lowest, above which the scale is logarithmic
 SIDE = 1000.0  # of the drawing's own square
 
@@ -55,7 +55,7 @@ class Axis:
 
 def smoothed(points: Points, middle: Callable[[list[float]], float] = statistics.fmean) -> list[tuple[float, float]]:
     """The mean (or with `statistics.median`, which lone spikes don't move) of the values around each point."""
-    half = len(points) // (2 * WINDOWS)
+    half = max(len(points) // (2 * WINDOWS), min(4, len(points) // 8))
     found = []
     for centre in {*range(0, len(points), math.ceil(2 * len(points) / MOST_POINTS) or 1), len(points) - 1} if points else ():
         reach = min(half, centre)  # at the start as far ahead as back: where a loss falls steeply, looking only ahead shows it too low

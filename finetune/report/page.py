@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -218,15 +219,15 @@ def _samples(seen: _Seen) -> str:
 def _results(seen: _Seen) -> str:
     files = [(str(path.relative_to(seen.folder)), _bytes(path.stat().st_size)) for path in seen.files]
     listed = "".join(f'<tr><td>{_text(name)}</td><td class="amount soft">{size}</td></tr>' for name, size in files)
-    versions = _rows([("seed", str(seen.plan.recipe.train.seed)), *((name, of) for name, of in seen.versions.items() if of != "absent")])
     if not files:
-        resume = f"ft train {seen.folder / 'recipe.yaml'} --set output.folder={seen.folder} --resume"
-        code = f'<p>Nothing was written yet. This goes on with the run:</p><div class="card"><pre>{_text(resume)}</pre></div>'
+        place = shlex.quote(str(seen.folder))
+        resume = f"ft train {shlex.quote(str(seen.folder / 'recipe.yaml'))} --set output.folder={place} --resume"
+        parts = ["<p>Nothing was written yet. This goes on with the run:</p>", f'<div class="card"><pre>{_text(resume)}</pre></div>']
     else:
-        code = f'<div class="card"><pre>{_text(usage(seen.folder, seen.plan))}</pre></div>'
-    left = f'<div class="card"><h3 style="margin-top:0">Files</h3><table class="rows">{listed}</table></div>' if files else ""
-    right = f'<div class="card"><h3 style="margin-top:0">Made with</h3>{versions}</div>'
-    return _section("results", "The result", f"In {seen.folder}", code, f'<div class="split" style="margin-top:16px">{left}{right}</div>')
+        parts = [f'<div class="card"><table class="rows">{listed}</table></div>', "<h3>To draw with it</h3>"]
+        parts.append(f'<div class="card"><pre>{_text(usage(seen.folder, seen.plan))}</pre></div>')
+    made = [f"seed {seen.plan.recipe.train.seed}", *(f"{name} {version}" for name, version in seen.versions.items() if version != "absent")]
+    return _section("results", "The result", f"In {seen.folder}", *parts, f'<h3>Made with</h3><p class="soft">{_text(" · ".join(made))}</p>')
 
 
 def usage(folder: Path, plan: Plan) -> str:

@@ -48,9 +48,9 @@ def _counts(audit: Audit) -> dict[str, Any]:
 def data_rows(found: dict[str, Any]) -> list[Row]:
     """Name and text of each line about the data; `found` is what `facts` returns."""
     repeats = f", {found['examples']} examples with repeats" if found["examples"] != found["training"] else ""
-    rows = [("train", f"{found['training']} pictures{repeats}")]
+    rows = [("train", f"{_count(found['training'], 'picture')}{repeats}")]
     if found["held_out"]:
-        rows.append(("held out", f"{found['held_out']} pictures, for the validation loss"))
+        rows.append(("held out", f"{_count(found['held_out'], 'picture')}, for the validation loss"))
     sizes = [f"{bucket['width']}×{bucket['height']}" for bucket in found["buckets"]]
     most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
     for size, bucket in zip(sizes, found["buckets"], strict=True):
@@ -58,7 +58,7 @@ def data_rows(found: dict[str, Any]) -> list[Row]:
         crop = f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else "nothing is cropped away"
         rows.append(("sizes" if size == sizes[0] else "", f"{size:<{max(map(len, sizes))}} {bucket['examples']:>{len(str(most))}} {bar:<16} {crop}"))
     if found["upscaled"]:
-        rows.append(("scaled up", f"{found['upscaled']} pictures, smaller than the size they train at"))
+        rows.append(("scaled up", f"{_count(found['upscaled'], 'picture')}, smaller than the size they train at"))
     for problem in found["problems"]:
         names = [_short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
         rows.append(("problem", f"{problem['count']} × {problem['kind']}: {problem['detail']} ({', '.join(names)})"))
@@ -70,7 +70,9 @@ def plan_rows(plan: Plan) -> list[Row]:
     recipe, machine = plan.recipe, plan.machine
     optimizer, train, sample = recipe.optimizer, recipe.train, recipe.sample
     rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
-    batch = f"{plan.global_batch} pictures a step" + (f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else "")
+    accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
+    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + (", gradient checkpointing" if train.gradient_checkpointing else "")
+    threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
     numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else ", what trains in float32") + f", seed {train.seed}"
     looks = f", samples every {sample.every}" if sample.prompts else ", no samples"
@@ -81,10 +83,10 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("loss", _loss(plan)),
         ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
-        ("batch", batch + (", gradient checkpointing" if train.gradient_checkpointing else "")),
+        ("batch", batch),
         ("numbers", numbers + (f", weights averaged with decay {train.ema:g}" if train.ema else "")),
         ("captions", f"{recipe.data.caption_dropout:.0%} left out while training" if recipe.data.caption_dropout else "always read"),
-        ("machine", f"{machine.name}, {machine.processes} × {machine.device}" + (f", {machine.threads} threads" if machine.device == "cpu" else "")),
+        ("machine", f"{machine.name}, {machine.processes} × {machine.device}{threads}"),
         ("keeps", f"a checkpoint every {train.checkpoint_every} steps (the last {train.keep_checkpoints}){looks}"),
         ("folder", plan.folder),
     ]
@@ -143,6 +145,11 @@ def data(audit: Audit) -> str:
 def plan(plan: Plan) -> str:
     """The table of every number of the run."""
     return table("plan", plan_rows(plan))
+
+
+def _count(number: int, what: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _short(name: str) -> str:
