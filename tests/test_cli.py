@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -68,13 +69,16 @@ def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:
 
 
 def test_help_answers_at_once(tmp_path: Path) -> None:
-    seconds = []
+    wall, processor = [], []
     for _ in range(5):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = python("-m", "finetune.cli", "--help", cwd=tmp_path).stdout
-        seconds.append(time.perf_counter() - start)
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        wall.append(time.perf_counter() - start)
+        processor.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
     assert all(f"  {name}" in shown and line in shown for name, line in cli.COMMANDS.items())
-    assert min(seconds) < 0.3, "idle, it takes half of that"
+    assert min(processor) < 0.3, "seconds; 0.15 where this was written"
+    assert min(wall) < 0.9, "seconds; wider, as others may be at work on the machine"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
