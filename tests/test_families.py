@@ -96,8 +96,8 @@ def fixed_loss(job: Job) -> float:
 
 @functools.cache
 def overfitted(name: str) -> Overfitted:
-    recipe = CASES[name].recipe(tiny.root() / "runs" / name, f"data.path={tiny.one_picture()}", f"train.steps={OVERFIT_STEPS}", "data.caption_dropout=0")
-    job = tiny.prepare(recipe)
+    one = (f"data.path={tiny.one_picture()}", "data.caption_dropout=0", f"train.steps={OVERFIT_STEPS}")
+    job = tiny.prepare(CASES[name].recipe(tiny.root() / "runs" / name, *one))
     before = {key: parameter.detach().clone() for key, parameter in parameters(job).items()}
     first = fixed_loss(job)
     job.trainer.train()
@@ -107,7 +107,8 @@ def overfitted(name: str) -> Overfitted:
 
 
 def weights(run: Path, step: int) -> dict[str, Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:07d}" / "weights.safetensors")
+    found: dict[str, Tensor] = load_file(run / "checkpoints" / f"step-{step:07d}" / "weights.safetensors")
+    return found
 
 
 def should_train(case: Case, names: set[str]) -> set[str]:
@@ -231,6 +232,6 @@ def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path
         return
     split = run("split", "train.batch_size=1", "train.accumulation=4")
     split.trainer.train()
-    one, other = weights(tmp_path / "whole", 4), weights(tmp_path / "split", 4)
-    for key, tensor in one.items():
-        torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=2e-5)
+    halves = weights(tmp_path / "split", 4)
+    for key, tensor in weights(tmp_path / "whole", 4).items():
+        torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=2e-5)
