@@ -1,0 +1,291 @@
+"""The data set: only what is new is encoded, and what each step draws of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from finetune.data import dataset
+from finetune.data.dataset import Dataset
+from finetune.data.scan import scan
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.models.turn import Batch, Encoders
+from finetune.planning import Machine, make_plan
+from finetune.recipe import parse_recipe
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+
+
+class Counting(Encoders):
+    """Encoders that count their calls. A picture becomes its pixels, a caption its bytes; eight tokens are read."""
+
+    def __init__(self, picture_key: str = "picture", caption_key: str = "caption", cached: bool = True) -> None:
+        self.picture_key, self.caption_key, self.cached = picture_key, caption_key, cached
+        self.pictures, self.captions, self.released = 0, list[str](), False
+
+    def encode_picture(self, pixels: Tensor) -> Batch:
+        assert not self.released
+        self.pictures += 1
+        return {"pixels": pixels}
+
+    def encode_caption(self, caption: str) -> Batch:
+        assert not self.released
+        self.captions.append(caption)
+        return {"text": torch.tensor([*caption.encode()[:40].ljust(40)])}
+
+    def caption_tokens(self, caption: str) -> tuple[int, int]:
+        return len(caption.split()), 8
+
+    def release(self) -> None:
+        self.released = True
+
+
+def text(batch: Batch) -> list[str]:
+    return [bytes(row.tolist()).decode().strip() for row in batch["text"]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(6):
+        add(tmp_path / "data", number)
+    return tmp_path / "data"
+
+
+def add(folder: Path, number: int) -> None:
+    """A picture whose left and right differ, with its number for a caption."""
+    folder.mkdir(exist_ok=True)
+    picture = Image.new("RGB", (16, 16), (number, 0, 0))
+    picture.paste((0, number, 255), (8, 0, 16, 16))
+    picture.save(folder / f"{number}.png")
+    (folder / f"{number}.txt").write_text(f"number {number}")
+
+
+def opened(folder: Path, encoders: Encoders, processes: int = 1, **sections: dict[str, Any]) -> Dataset:
+    """The data set of `folder`, not yet encoded; its cache is beside it."""
+    content = {
+        "model": {"family": "vae", "build": {"layers_per_block": 1}},
+        "data": {"path": str(folder), "resolution": 16, "buckets": False, "cache": str(folder.parent / "cache")} | sections.pop("data", {}),
+        "train": {"steps": 400, "batch_size": 4, "seed": 3} | sections.pop("train", {}),
+    }
+    recipe = parse_recipe("method: scratch\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items()), "test.yaml", "test")
+    audit = scan(recipe.data)
+    return Dataset(make_plan(recipe, audit, Machine("cpu", "test", processes, 1, False, 1 << 30)), audit, encoders)
+
+
+def encoded(folder: Path, encoders: Counting | None = None, **sections: dict[str, Any]) -> tuple[Dataset, Counting]:
+    encoders = encoders or Counting()
+    data = opened(folder, encoders, 1, **sections)
+    data.encode()
+    return data, encoders
+
+
+def test_only_what_is_new_is_encoded(folder: Path) -> None:
+    _, first = encoded(folder)
+    assert (first.pictures, sorted(first.captions)) == (6, ["", *(f"number {n}" for n in range(6))])
+    assert first.released
+    _, again = encoded(folder)
+    assert (again.pictures, again.captions) == (0, [])
+    add(folder, 6)
+    _, one_more = encoded(folder)
+    assert (one_more.pictures, one_more.captions) == (1, ["number 6"])
+    (folder / "2.txt").write_text("two")
+    _, edited = encoded(folder)
+    assert (edited.pictures, edited.captions) == (0, ["two"])
+    (folder / "2.png").rename(folder / "renamed.png")
+    (folder / "2.txt").rename(folder / "renamed.txt")
+    _, renamed = encoded(folder)
+    assert (renamed.pictures, renamed.captions) == (0, [])
+    Image.new("RGB", (16, 16), "white").save(folder / "1.png")
+    _, repainted = encoded(folder)
+    assert (repainted.pictures, repainted.captions) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "pictures", "captions"),
+    [
+        ({"data": {"background": "#ffffff"}}, 0, 0),  # another name of the same colour
+        ({"data": {"background": "black"}}, 6, 0),
+        ({"data": {"resolution": 8}}, 6, 0),
+        ({"data": {"flip": True}}, 6, 0),
+        ({"encoders": Counting(picture_key="another VAE")}, 6, 0),
+        ({"encoders": Counting(caption_key="another text encoder")}, 0, 7),
+        ({"train": {"batch_size": 1, "seed": 9}}, 0, 0),
+    ],
+)
+def test_the_key_covers_all_that_changes_what_is_encoded(folder: Path, changes: dict[str, Any], pictures: int, captions: int) -> None:
+    encoded(folder)
+    _, found = encoded(folder, **changes)
+    assert (found.pictures, len(found.captions)) == (pictures, captions)
+
+
+def test_what_a_cache_holds_does_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
+    for batch in (1, 4):
+        encoded(folder, data={"cache": str(tmp_path / str(batch))}, train={"batch_size": batch})
+    held = [{path.relative_to(tmp_path / batch): path.read_bytes() for path in (tmp_path / batch).rglob("*.safetensors")} for batch in ("1", "4")]
+    assert len(held[0]) == 2
+    assert held[0] == held[1]
+
+
+def test_a_process_that_waited_finds_what_the_first_encoded(folder: Path) -> None:
+    first, waiting = Counting(), Counting()
+    both = [opened(folder, first, processes=2), opened(folder, waiting, processes=2)]  # both built before either encodes
+    for data in both:
+        data.encode()
+    assert (first.pictures, waiting.pictures, waiting.captions) == (6, 0, [])
+
+
+def test_what_was_encoded_before_an_interruption_is_kept(folder: Path) -> None:
+    class Interrupted(Counting):
+        def encode_picture(self, pixels: Tensor) -> Batch:
+            if self.pictures == 4:
+                raise KeyboardInterrupt
+            return super().encode_picture(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        encoded(folder, Interrupted())
+    _, rest = encoded(folder)
+    assert (rest.pictures, rest.captions) == (2, [])
+
+
+def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
+    data, _ = encoded(folder)
+    for shard in (folder.parent / "cache").rglob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\xaa")
+    repaired, encoders = encoded(folder)
+    assert (encoders.pictures, len(encoders.captions)) == (6, 7)
+    draw = Draw(3, 0, [0, 1, 2, 3])
+    assert same(repaired.batch(0, range(4), draw), data.batch(0, range(4), draw))
+
+
+def test_a_picture_that_changes_after_the_audit_is_not_kept_under_the_old_digest(folder: Path) -> None:
+    data = opened(folder, Counting())
+    Image.new("RGB", (16, 16), "white").save(folder / "5.png")
+    with pytest.raises(UserError, match="has changed") as caught:
+        data.encode()
+    assert caught.value.where == str(folder / "5.png")
+    data = opened(folder, Counting())
+    (folder / "5.png").unlink()
+    with pytest.raises(UserError, match="cannot be read any more"):
+        data.encode()
+
+
+def batches(data: Dataset, steps: int) -> Iterator[tuple[int, Batch]]:
+    for step in range(steps):
+        yield step, data.batch(step, range(4), Draw(3, step, range(4)))
+
+
+def test_a_batch_is_the_pictures_that_the_step_names_with_their_captions(folder: Path) -> None:
+    data, _ = encoded(folder, data={"caption_dropout": 0})
+    for step, batch in batches(data, 6):
+        numbers = [int(Path(name).stem) for name in data.names(step)]
+        assert text(batch) == [f"number {number}" for number in numbers]
+        assert batch["pixels"].shape == (4, 3, 16, 16)
+        red = (batch["pixels"][:, 0, 0, 0] + 1) * 127.5
+        assert red.round().tolist() == numbers
+        assert batch["geometry"].tolist() == [[16, 16, 0, 0, 16, 16]] * 4  # height and width, top and left, height and width
+
+
+def test_repeats_show_a_picture_so_many_times_a_pass(folder: Path) -> None:
+    add(folder.parent / "often", 9)
+    sources = [{"path": str(folder)}, {"path": str(folder.parent / "often"), "repeats": 2}]
+    data = opened(folder, Counting(), data={"path": None, "sources": sources})
+    shown = Counter(Path(name).stem for step in range(2) for name in data.names(step))  # 2 steps of 4: one pass
+    assert shown == {**{str(number): 1 for number in range(6)}, "9": 2}
+
+
+def test_geometry_is_height_first_and_the_corner_after_scaling(folder: Path) -> None:
+    for file in folder.glob("*.png"):
+        file.unlink()
+    Image.new("RGB", (64, 32)).save(folder / "0.png")
+    data, _ = encoded(folder)
+    assert data.batch(0, [0], Draw(3, 0, [0]))["geometry"].tolist() == [[32, 64, 0, 8, 16, 16]]
+
+
+def test_examples_drawn_alone_are_those_of_the_whole_batch(folder: Path) -> None:
+    data, _ = encoded(folder, data={"flip": True, "caption_dropout": 0.5})
+    for step, whole in batches(data, 8):
+        alone = [data.batch(step, [place], Draw(3, step, [place])) for place in range(4)]
+        assert all(torch.equal(whole[name], torch.cat([batch[name] for batch in alone])) for name in whole)
+
+
+def test_flips_are_variants_drawn_for_half_of_the_examples(folder: Path) -> None:
+    data, encoders = encoded(folder, data={"flip": True})
+    assert encoders.pictures == 12
+    mirrored = total = 0
+    for step, batch in batches(data, 100):
+        for picture, name in zip(batch["pixels"], data.names(step), strict=True):
+            number = int(Path(name).stem)
+            left, right = ((corner[[0, 2]] + 1) * 127.5 for corner in (picture[:, 0, 0], picture[:, 0, -1]))
+            plain = left.round().tolist() == [number, 0]
+            assert plain or right.round().tolist() == [number, 0]
+            assert not plain or right.round().tolist() == [0, 255]
+            mirrored, total = mirrored + (not plain), total + 1
+    assert 0.4 < mirrored / total < 0.6  # 0.5 ± 4 deviations of 400 draws
+    assert encoders.pictures == 12
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_captions_are_dropped_at_the_share_asked_for(folder: Path, share: float) -> None:
+    data, _ = encoded(folder, data={"caption_dropout": share})
+    captions = list(itertools.chain(*(text(batch) for _, batch in batches(data, 150))))
+    assert abs(captions.count("") / len(captions) - share) <= (0.08 if 0 < share < 1 else 0)  # ± 4 deviations of 600 draws
+
+
+def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -> None:
+    data, _ = encoded(folder, data={"held_out": 0.34, "flip": True, "caption_dropout": 1.0})
+    held = {Path(p.name).stem for p in data.pictures if p.held_out}
+    assert data.has_validation
+    assert len(held) == 2
+    assert not held & {Path(name).stem for step in range(20) for name in data.names(step)}
+    looks = [data.validation() for _ in range(2)]
+    assert {text(batch)[0] for batch, _ in looks[0]} == {f"number {stem}" for stem in held}
+    for (batch, draw), (batch_again, draw_again) in zip(*looks, strict=True):
+        assert same(batch, batch_again)
+        assert torch.equal(draw.normal("noise", (4,)), draw_again.normal("noise", (4,)))
+    assert len({draw.normal("noise", (1,)).item() for _, draw in looks[0]}) == 2
+    assert not encoded(folder)[0].has_validation
+
+
+def test_memory_is_bounded_and_what_does_not_fit_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = encoded(folder)
+    expected = [batch for _, batch in batches(whole, 12)]
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", 7000)  # two pictures of 3072 bytes
+    data, encoders = encoded(folder)
+    for (_, batch), wanted in zip(batches(data, 12), expected, strict=True):
+        assert same(batch, wanted)
+        assert sum(t.nbytes for entry in data._memory.values() for t in entry.values()) <= 7000
+    assert (encoders.pictures, encoders.captions) == (0, [])
+
+
+def test_encoders_that_are_not_cached_write_nothing_and_are_kept(folder: Path) -> None:
+    data, encoders = encoded(folder, Counting(caption_key="", cached=False))
+    assert (encoders.pictures, encoders.captions, encoders.released) == (0, [], False)
+    assert "text" not in data.batch(0, range(4), Draw(3, 0, range(4)))
+    assert not (folder.parent / "cache").exists()
+
+
+def test_captions_longer_than_the_model_reads(folder: Path) -> None:
+    assert opened(folder, Counting()).long_captions() == ""
+    (folder / "3.txt").write_text("one two three four five six seven eight nine")
+    data = opened(folder, Counting())
+    with pytest.raises(UserError, match="longer than the 8 tokens") as caught:
+        data.long_captions()
+    assert caught.value.where == f"{folder / '3.png'}: 9 tokens"
+    assert "long_captions: truncate" in caught.value.remedy
+    said = opened(folder, Counting(), data={"long_captions": "truncate"}).long_captions()
+    assert "3.png: 9 tokens" in said
+    assert "not read" in said
+    with_prefix = {"path": None, "sources": [{"path": str(folder), "prefix": "seven words more than there are before,"}], "long_captions": "truncate"}
+    assert opened(folder, Counting(), data=with_prefix).long_captions().count("6 of 6") == 1
