@@ -129,7 +129,7 @@ class CaptionAndLatent(Encoders):
 
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
         tokenizer = getattr(self._pipeline, self._family.encoders[0][0])
-        return len(tokenizer(caption).input_ids), tokenizer.model_max_length
+        return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
 
     def release(self) -> None:
         if not self._tokens_only:
