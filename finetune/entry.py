@@ -55,7 +55,8 @@ def told() -> Iterator[None]:
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
     """`told`, for a training script, which SIGTERM stops as Ctrl-C does."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `ft train` starts the launcher with it ignored
+    if LAST_WORDS in os.environ:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # `ft train` starts the launcher deaf to it, and us with it
     signal.signal(signal.SIGTERM, _interrupt)
     with told():
         yield

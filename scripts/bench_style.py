@@ -16,7 +16,9 @@ import argparse
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -43,7 +45,7 @@ DRAWN_AT_ONCE = 20
 
 def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
     """(file names, captions, names the LoRA trains on, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
-    rows = {house: {} for house in HOUSES}
+    rows: dict[str, dict[str, tuple[Path, str]]] = {house: {} for house in HOUSES}
     for folder in ("noto", "twemoji-train", "twemoji-unseen"):
         for line in (ASSETS / "emoji" / folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -55,7 +57,7 @@ def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
 
 
 @torch.no_grad()
-def through_vae(vae: nn.Module, pixels: Tensor) -> Tensor:
+def through_vae(vae: Any, pixels: Tensor) -> Tensor:
     """Each picture encoded to its mean latent and decoded again."""
     shown = Progress("real pictures through the VAE")
     found = []
@@ -74,8 +76,9 @@ class Judge(nn.Module):
         widths = (3, 32, 64, 96, 128)
         blocks = [
             layer
-            for before, after in zip(widths, widths[1:], strict=False)
-            for layer in (nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.SiLU(), nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU())
+            for before, after in pairwise(widths)
+            for convolution in (nn.Conv2d(before, after, 3, 2, 1), nn.Conv2d(after, after, 3, 1, 1))
+            for layer in (convolution, nn.GroupNorm(8, after), nn.SiLU())
         ]
         self.body = nn.Sequential(*blocks)
         self.house = nn.Linear(128, 1)
@@ -99,7 +102,8 @@ def train_judge(pictures: Tensor, generator: torch.Generator) -> Judge:
         house = torch.cat([torch.zeros(JUDGE_PAIRS), torch.ones(JUDGE_PAIRS)])
         similarity = embedding[:JUDGE_PAIRS] @ embedding[JUDGE_PAIRS:].T / 0.1
         same = torch.arange(JUDGE_PAIRS)
-        loss = functional.binary_cross_entropy_with_logits(logit, house) + functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
+        loss = functional.binary_cross_entropy_with_logits(logit, house)
+        loss = loss + functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -173,8 +177,10 @@ def main() -> None:
     base.load_lora_weights(given.run / "final")
     drawn["LoRA"] = draw(base, prompts, sample.steps, sample.guidance, "the LoRA draws")
 
-    print(f"{len(judged_names)} unseen names judged; judge trained on {len(rest)} others; {len(trained)} trained the LoRA; {time.monotonic() - start:.0f} s")
-    print(f"judge's accuracy on real pictures of the judged names: {100 * sum(on_real) / 2:.1f} % (Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f}); goal ≥ 95 %")
+    seconds = time.monotonic() - start
+    print(f"{len(judged_names)} unseen names judged; judge trained on {len(rest)} others; {len(trained)} trained the LoRA; {seconds:.0f} s")
+    apart = f"(Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f})"
+    print(f"judge's accuracy on real pictures of the judged names: {100 * sum(on_real) / 2:.1f} % {apart}; goal ≥ 95 %")
     print(f"{'':<6}{'judged Twemoji':>16}{'right name of ' + str(len(names)):>22}{'among five':>12}")
     for what, pictures in drawn.items():
         twemoji, first, five = judged(judge, pictures, gallery, truth)

@@ -89,7 +89,8 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
             received.append(number)
             os.killpg(launched.pid, signal.SIGINT)
 
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays
+        before = {number: signal.signal(number, pass_on) for number in heard}
         try:
             code = launched.wait()
         finally:
