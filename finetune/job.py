@@ -89,7 +89,6 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
             print(tables.table("captions", [("cut", too_long)]))
         run.create()
         run.write_json("data.json", tables.facts(audit))
-        run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
     with accelerator.main_process_first():  # the others then find everything in the cache
         data.encode(lambda what, done, total: encoding.show(done, total, what))

@@ -81,6 +81,9 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     precision, notes = _precision(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
+    diffusion = recipe.diffusion
+    if diffusion is not None and diffusion.zero_terminal_snr and diffusion.min_snr_gamma is not None:
+        notes += ("min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",)
     return Plan(
         recipe=recipe,
         data=data,

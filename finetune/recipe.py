@@ -96,6 +96,7 @@ class Autoencoder:
     """The VAE's loss: reconstruction + kl_weight · KL, each a mean over the picture's or the latent's elements."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
+    colour_weight: float = _number(1.0, minimum=1)  # above 1, colour errors count more than errors of brightness
     kl_weight: float = _number(1e-4, minimum=0)
 
 

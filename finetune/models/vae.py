@@ -1,7 +1,8 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
 
 Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), loss per picture = mean |x − x̂| (or squared)
-+ kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²). As both terms are means, kl_weight is a β-VAE's β
++ (colour_weight − 1) · the same of x − x̂ without its grey part + kl_weight · mean over latent elements of
+½(μ² + σ² − 1 − log σ²). As both terms are means, kl_weight is a β-VAE's β
 times (latent elements ÷ picture elements), up to the likelihood's scale.
 """
 
@@ -53,7 +54,10 @@ class VaeTurn(Turn):
         latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
         reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))
         difference = reconstruction.float() - pixels
-        error = difference.abs() if self._loss.reconstruction == "l1" else difference.square()
+        # The grey axis holds most of a picture's variance, and colour is learned late, if at all: it gets a say of its own.
+        colour = difference - difference.mean(1, keepdim=True)
+        error, colour_error = (d.abs() if self._loss.reconstruction == "l1" else d.square() for d in (difference, colour))
+        error = error + (self._loss.colour_weight - 1) * colour_error
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         found: Tensor = error.flatten(1).mean(1) + self._loss.kl_weight * kl.flatten(1).mean(1)
