@@ -190,7 +190,10 @@ def test_averages_follow_the_closed_form_and_swap_back() -> None:
     assert torch.equal(ema.averages["weight"], average)
 
 
-def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | Optimizer, sizes: tuple[int, ...] = (64, 80)) -> tuple[Tensor, torch.optim.Optimizer]:
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def stepped(make: Make | Optimizer, sizes: tuple[int, ...] = (64, 80)) -> tuple[Tensor, torch.optim.Optimizer]:
     """A weight after five steps on the same gradients, and its optimizer."""
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(*sizes, generator=generator))

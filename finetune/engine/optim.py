@@ -31,6 +31,9 @@ def make_optimizer(section: Optimizer, parameters: Iterable[nn.Parameter], devic
             raise UserError(
                 "adamw8bit needs bitsandbytes, which cannot be imported here", remedy="pip install bitsandbytes, or set optimizer.name: adamw"
             ) from error
+        for parameter in trained:
+            # bitsandbytes would do so at its first step: a resumed run must find the layout that the unbroken one has.
+            parameter.data = parameter.data.contiguous()
         eight: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
             trained, lr=section.lr, betas=(beta1, beta2), eps=section.eps, weight_decay=section.weight_decay
         )

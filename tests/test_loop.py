@@ -1,0 +1,308 @@
+"""The loop where it could go wrong: killed, launched, in two processes, with NaN, in bfloat16, with a scaler, resumed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from finetune import job as jobs
+from finetune.engine import checkpoint
+from finetune.entry import told
+from finetune.errors import UserError
+from finetune.job import Job
+from finetune.recipe import Recipe, to_dict
+from tests import tiny
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+# A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+COMPARABLE = ("optimizer.eps=1e-4", "optimizer.lr=1e-2", "sample.prompts=[]")
+
+
+def written(recipe: Recipe, folder: Path) -> str:
+    """The recipe as a file."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
+    return str(file)
+
+
+def final_weights(run: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(checkpoint.checkpoints(run / "checkpoints")[-1] / "weights.safetensors")
+    return found
+
+
+def trained(job: Job) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in job.model.turns()[0].net.named_parameters() if parameter.requires_grad}
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_by_accelerate_launch_is_the_unkilled_run(tmp_path: Path) -> None:
+    """SIGKILL in the middle; then `accelerate launch --mixed_precision=fp16 … --resume`, from elsewhere: the same bits.
+
+    On a CPU there is no float16, and the plan says so: the resumed part trains in float32 as the first did.
+    """
+    steps = 80
+
+    def recipe(name: str) -> Recipe:
+        return tiny.recipe("sd15", "lora", *COMPARABLE, f"train.steps={steps}", "train.checkpoint_every=7", folder=tmp_path / name)
+
+    tiny.prepare(recipe("whole")).trainer.train()
+
+    file = written(recipe("killed"), tmp_path)
+    script = str(CHECKOUT / "finetune" / "lora.py")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, script, file], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 10):
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final").exists()
+
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision=fp16", "--num_processes=1", "--cpu", script, file, "--resume"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "a CPU trains in float32" in done.stdout
+    assert "going on after step 7" in done.stdout or "going on after step 14" in done.stdout
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 1))
+    ours, theirs = final_weights(tmp_path / "killed"), final_weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """SDXL with its text encoders' LoRAs: what no gradient reaches would stop the processes' exchange."""
+    common = (*COMPARABLE, "model.train_text_encoder=true", "train.steps=3", "data.held_out=0.2")
+    one = tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=4", folder=tmp_path / "one"))
+    one.trainer.train()
+
+    file = written(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    script = str(CHECKOUT / "finetune" / "lora.py")
+    done = subprocess.run([*command, script, file], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan = json.loads((tmp_path / "two" / "plan.json").read_text())
+    assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4)
+    theirs = final_weights(tmp_path / "two")
+    for name, tensor in final_weights(tmp_path / "one").items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-5)
+    ours, their = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [record["loss.denoiser"] for record in their] == pytest.approx([record["loss.denoiser"] for record in ours], rel=1e-4)
+    assert their[-1]["validation"] == pytest.approx(ours[-1]["validation"], rel=1e-4)
+    alone = tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), resume=True)
+    with pytest.raises(UserError, match="started with 2 processes"):
+        alone.trainer.train()
+
+
+# -- what must stop, and what must not --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poisoned", ["trained", "frozen"])
+def test_nan_stops_before_the_weights_take_it(poisoned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tiny.prepare(tiny.recipe("sd15", "lora", "train.ema=0.9", folder=tmp_path / "run"))
+    job.trainer.take(0)
+    net = job.model.turns()[0].net
+    weight = next(p for p in net.parameters() if p.requires_grad == (poisoned == "trained"))
+    with torch.no_grad():
+        weight[(0,) * weight.ndim] = torch.nan
+    before, average = trained(job), [tensor.clone() for tensor in job.trainer.state.ema.averages.values()]  # type: ignore[union-attr]
+    with pytest.raises(SystemExit) as ended, told():
+        job.trainer.take(1)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "step 2" in said
+    assert all(Path(name).name in said for name in job.data.names(1))
+    assert "optimizer.lr" in said
+    for name, tensor in trained(job).items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(now, then) for now, then in zip(job.trainer.state.ema.averages.values(), average, strict=True))  # type: ignore[union-attr]
+
+
+class Scaled(Accelerator):  # type: ignore[misc]
+    """Accelerate's float16 path on a CPU: its gradient scaler, with the arithmetic left in float32."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.native_amp, self.state._mixed_precision = True, "fp16"
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def autocast(self, *arguments: Any, **named: Any) -> Any:
+        return torch.autocast("cpu", enabled=False)
+
+    def prepare_model(self, model: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
+        return model
+
+
+def test_a_scaler_takes_the_same_step_and_skips_an_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale that overflows is halved and its step skipped; NaN at a scale below 1 is not the scale's, and stops."""
+    plain = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, folder=tmp_path / "plain"))
+    record = plain.trainer.take(0)
+    monkeypatch.setattr(jobs, "Accelerator", Scaled)
+    job = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, folder=tmp_path / "run"))
+    scaler = job.accelerator.scaler
+    assert job.trainer.take(0)["gradient.denoiser"] == pytest.approx(record["gradient.denoiser"], rel=1e-4)
+    for name, tensor in trained(plain).items():
+        torch.testing.assert_close(trained(job)[name], tensor, rtol=1e-4, atol=1e-6)
+    assert job.trainer.state.checkpoint(1).facts["scaler"]["scale"] == 2.0**10
+
+    before = trained(job)
+    overflow = job.trainer.state.parameters[0][0].register_hook(lambda gradient: gradient * torch.inf)
+    assert not job.trainer.take(1)["gradient.denoiser"] < float("inf")
+    overflow.remove()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained(job).items())
+    scaler.update(0.5)
+    with torch.no_grad():
+        job.trainer.state.parameters[0][0][0, 0] = torch.nan
+    with pytest.raises(UserError, match="step 2"):
+        job.trainer.take(1)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> None:
+    counts, found = [], []
+    for checkpointing in ("false", "true"):
+        overrides = ("model.train_text_encoder=true", f"train.gradient_checkpointing={checkpointing}", *COMPARABLE)
+        job = tiny.prepare(tiny.recipe("sd15", "lora", *overrides, folder=tmp_path / checkpointing))
+        calls = dict.fromkeys(("unet", "text"), 0)
+
+        def count(module: nn.Module, inputs: Any, name: str, calls: dict[str, int] = calls) -> None:
+            calls[name] += 1
+
+        net: Any = job.model.turns()[0].net
+        # One behind the first adapter: before it nothing is kept, so nothing is computed again.
+        net.denoiser.up_blocks[1].resnets[1].register_forward_pre_hook(lambda m, i, count=count: count(m, i, "unet"))
+        net.encoders["text_encoder"].encoder.layers[0].self_attn.register_forward_pre_hook(lambda m, i, count=count: count(m, i, "text"))
+        job.trainer.take(0)
+        job.trainer.take(1)
+        counts.append(calls)
+        found.append(trained(job))
+    assert counts == [{"unet": 2, "text": 2}, {"unet": 4, "text": 4}]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bfloat16_is_of_the_base_and_the_arithmetic_alone(method: str, tmp_path: Path) -> None:
+    exact = tiny.prepare(tiny.recipe("sdxl", method, "train.precision=float32", folder=tmp_path / "float32")).trainer.take(0)
+    job = tiny.prepare(tiny.recipe("sdxl", method, "train.precision=bfloat16", folder=tmp_path / "bfloat16"))
+    record = job.trainer.take(0)
+    assert record["loss.denoiser"] == pytest.approx(exact["loss.denoiser"], rel=0.03)
+    assert record["loss.denoiser"] != exact["loss.denoiser"]
+    parameters = job.model.turns()[0].net.parameters()
+    dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in parameters}
+    assert dtypes == ({(True, torch.float32), (False, torch.bfloat16)} if method == "lora" else {(True, torch.float32)})
+    assert job.model.pipeline.vae.dtype == torch.float32  # type: ignore[attr-defined]
+    states = itertools.chain.from_iterable(state.values() for state in job.trainer.state.optimizers[0].state.values())
+    assert {tensor.dtype for tensor in states} == {torch.float32}
+
+
+def test_validation_is_the_same_question_each_time_and_changes_nothing(tmp_path: Path) -> None:
+    found = {}
+    for share in (0.0, 0.4):
+        held = ("data.held_out=0.4", "train.validate_every=1") if share else ("data.held_out=0.4", "train.validate_every=99")
+        job = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, *held, "train.steps=3", "optimizer.lr=1e-9", folder=tmp_path / str(share)))
+        job.trainer.train()
+        found[share] = [json.loads(line) for line in (tmp_path / str(share) / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["validation"] for record in found[0.4]]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert ["validation" in record for record in found[0.0]] == [False, False, True]
+    assert [record["loss.denoiser"] for record in found[0.0]] == [record["loss.denoiser"] for record in found[0.4]]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> None:
+    recipe = tiny.recipe("sd21", "full", f"optimizer.name={optimizer}", "train.steps=3", "sample.prompts=[]", folder=tmp_path / "run")
+    job = tiny.prepare(recipe)
+    for step in range(2):
+        job.trainer.take(step)
+    job.trainer.save(2)
+    job.trainer.take(2)
+    again = tiny.prepare(recipe, resume=True)
+    assert again.trainer.resume() == 2
+    again.trainer.take(2)
+    theirs = trained(again)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in trained(job).items())
+
+
+def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
+    job = tiny.prepare(recipe)
+    job.trainer.take(0)
+    job.trainer.save(1)
+    torch.set_num_threads(2)
+    try:
+        tiny.prepare(recipe, resume=True).trainer.resume()
+    finally:
+        torch.set_num_threads(1)
+    assert "1 threads before, 2 now" in capsys.readouterr().out
+    changed = tiny.prepare(recipe, resume=True)
+    changed.trainer.state._tensors.popitem()
+    with pytest.raises(UserError, match="holds other weights"):
+        changed.trainer.resume()
+
+
+def made(step: int) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(step, {"w": torch.full((4,), float(step))}, {}, {"turn": {"state": {}, "param_groups": []}}, {"threads": 1})
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, made(step), keep=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
+    file = tmp_path / "step-0000003" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found, said = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.step, float(found.weights["w"][0]), found.facts) == (2, 2.0, {"threads": 1})
+    assert said == ["checkpoint step-0000003 is damaged (weights.safetensors has changed): the one before is used"]
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, made(1), keep=1)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="MB are free"):
+        checkpoint.save(tmp_path, made(2), keep=1)
+    monkeypatch.undo()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        checkpoint.save(tmp_path, made(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_tensorboard_writes_beside_the_run(tmp_path: Path) -> None:
+    job = tiny.prepare(tiny.recipe("vae", "scratch", "output.trackers=[tensorboard]", folder=tmp_path / "run"))
+    job.trainer.train()
+    job.accelerator.end_training()
+    assert any(path.stat().st_size for path in (tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
