@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -78,7 +80,9 @@ def test_killed_and_resumed_by_accelerate_launch_is_the_unkilled_run(tmp_path: P
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a CPU trains in float32" in done.stdout
-    assert "going on after step 7" in done.stdout or "going on after step 14" in done.stdout
+    found = re.search(r"going on after step (\d+)", done.stdout)
+    assert found is not None
+    assert 7 <= int(found[1]) < steps
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 1))
     ours, theirs = final_weights(tmp_path / "killed"), final_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
@@ -287,7 +291,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> 
 def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, made(1), keep=1)
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="MB are free"):
         checkpoint.save(tmp_path, made(2), keep=1)
     monkeypatch.undo()
