@@ -52,7 +52,8 @@ def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
     adapter = recipe.adapter
     assert adapter is not None
     names = adapters.layers(pipeline.unet, adapter.targets)
-    pipeline.unet.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha or adapter.rank, target_modules=names, init_lora_weights="gaussian"))
+    alpha = adapter.alpha or adapter.rank
+    pipeline.unet.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.optimizer.lr)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -81,7 +82,7 @@ def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
     return step
 
 
-def rounds(contenders: dict[str, Callable[[int], None]], count: int, steps: int) -> dict[str, float]:
+def rounds(contenders: dict[str, Callable[[int], object]], count: int, steps: int) -> dict[str, float]:
     """Median seconds a step of each contender; they take turns. One untimed step each warms up."""
     for take_step in contenders.values():
         take_step(0)
@@ -99,7 +100,7 @@ def undone(job: Job, what: str) -> Job:
     """Our run with one choice taken back."""
     state = job.trainer.state
     if what == "channels_last":
-        state.turns[0].net.denoiser.to(memory_format=torch.contiguous_format)
+        state.turns[0].net.get_submodule("denoiser").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     elif what == "fused AdamW":
         for group in state.optimizers[0].optimizer.param_groups:
             group["fused"] = False
@@ -116,7 +117,7 @@ def main() -> None:
         recipe = load_recipe("lora/emoji", [f"train.batch_size={batch}"] if batch else [])
         with tempfile.TemporaryDirectory() as folder:
             job = ours(recipe, Path(folder) / "ours")
-            contenders: dict[str, Callable[[int], None]] = {"ours": job.trainer.take, "the usual way": usual(recipe, job)}
+            contenders: dict[str, Callable[[int], object]] = {"ours": job.trainer.take, "the usual way": usual(recipe, job)}
             for what in ("channels_last", "fused AdamW"):
                 contenders[f"ours without {what}"] = undone(ours(recipe, Path(folder) / what), what).trainer.take
             found = rounds(contenders, given.rounds, given.steps)
