@@ -6,11 +6,13 @@ The three entry scripts, `ft train`, `ft check` and the Python API all stand on 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from safetensors import SafetensorError
 
@@ -52,6 +54,9 @@ def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
         UserError: for a model that cannot be there, or data that the recipe does not allow.
     """
     pretrained.check(recipe)
+    for tracker in recipe.output.trackers:  # Accelerate leaves out what is not installed, and does not say so
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"{tracker} is not installed", where="output.trackers", remedy=f"pip install {tracker}, or remove it there")
     looking = Progress("looking at pictures", enabled=not quiet)
     audit = scan(recipe.data, lambda done, name: looking.show(done, done + 1, name))
     looking.end()
@@ -74,6 +79,7 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
     """
     audit, plan = audit_and_plan(recipe, quiet=not is_main_process())
     run = Run(plan, resume)
+    AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[plan.precision],
         cpu=plan.machine.device == "cpu",

@@ -198,6 +198,11 @@ def test_plain_diffusers_draws_the_trainers_last_sample(name: str) -> None:
     assert difference(first, last_sample(name)) > 5, "training changed nothing that one could see"
 
 
+def test_text_encoders_from_scratch_are_saved_under_the_names_that_all_programs_know() -> None:
+    saved = load_file(overfitted("sd-scratch").job.run.folder / "final" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in saved)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path: Path) -> None:
     case = CASES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -303,6 +304,12 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="could not be written: No space left on device"):
         checkpoint.save(tmp_path, made(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_a_tracker_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        tiny.prepare(tiny.recipe("vae", "scratch", "output.trackers=[wandb]", folder=tmp_path / "run"))
 
 
 def test_tensorboard_writes_beside_the_run(tmp_path: Path) -> None:

@@ -229,12 +229,9 @@ def train(asked: Recipe, resume: bool = False) -> Job:
 
 
 def prepare(asked: Recipe, resume: bool = False) -> Job:
-    """Everything up to the first step. A process may prepare runs of several precisions one after the other here."""
-    from accelerate.state import AcceleratorState
-
+    """Everything up to the first step."""
     from finetune import job
 
-    AcceleratorState._reset_state(reset_partial_state=True)
     return job.prepare(asked, resume)
 
 

@@ -109,8 +109,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip_norm or math.inf)
         mean, size = torch.stack([accelerator.reduce(total, "mean"), norm]).tolist()
         # A scaler skips float16's overflows by itself, and halves its scale; below 1 it is not the scale that overflows.
-        skipped = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
-        if not math.isfinite(mean) or not (math.isfinite(size) or skipped):
+        finite = math.isfinite(size) or (accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1)
+        if not (math.isfinite(mean) and finite):
             self._stop(step, turn, mean, size)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -67,15 +67,18 @@ def add_lora(net: Any, adapter: Adapter) -> list[str]:
     return names
 
 
+def named_as_in_files(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as `text_model.…`: transformers 5 dropped this from its class, but all that reads files knows it."""
+    prefix = "text_model." if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model") else ""
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
 def lora_weights(net: nn.Module) -> dict[str, Tensor]:
     """The adapters' weights under PEFT's names, contiguous float32 on the CPU.
 
     Not under diffusers' older names: it knows those for some layers only, and of a file with both kinds it reads one.
     """
-    found = get_peft_model_state_dict(net)
-    if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model"):
-        # The name that files have for it. transformers 5 dropped it from the class, and what reads files adds or drops it.
-        found = {f"text_model.{name}": tensor for name, tensor in found.items()}
+    found = named_as_in_files(net, get_peft_model_state_dict(net))
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in found.items()}
 
 

@@ -98,7 +98,7 @@ class CaptionAndLatent(Encoders):
         self.caption_key = key_of("caption", type(family).__name__, str(dtype), *vocabulary, *weights)
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
         return {name: getattr(self._pipeline, name) for _, name in self._family.encoders}
 
     @torch.no_grad()
@@ -277,6 +277,9 @@ class TextToImage(Model):
         for name in (self.family.denoiser, "scheduler", *(name for _, name in self.family.encoders if self._trains_text)):
             setattr(whole, name, getattr(self.pipeline, name))
         whole.save_pretrained(folder)
+        if recipe.method == "scratch":  # what was loaded from a file is saved under that file's names
+            for name, encoder in self._encoders.text_encoders.items():
+                encoder.save_pretrained(folder / name, state_dict=adapters.named_as_in_files(encoder, encoder.state_dict()))
         return [folder / "model_index.json"]
 
     def _save_lora(self, folder: Path) -> Path:
