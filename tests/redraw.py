@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
 def redraw(job: dict[str, Any]) -> Any:
     import torch
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 
     if job["prompt"] is None:  # an autoencoder: the picture above is given, the reconstruction below is made again
         import numpy
@@ -30,6 +31,8 @@ def redraw(job: dict[str, Any]) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artefact"])
     if job["base"]:
         pipeline.load_lora_weights(job["artefact"])
+        if (Path(job["artefact"]) / "scheduler").is_dir():
+            pipeline.scheduler = DDIMScheduler.from_pretrained(job["artefact"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         job["prompt"],

@@ -57,7 +57,7 @@ CASES = {
     "sd15-lora": Case("sd15", "lora", ("adapter.alpha=10",)),
     "sd15-lora-text": Case("sd15", "lora", (TEXT, "adapter.alpha=2", "adapter.dropout=0.2", "adapter.targets=attention+mlp")),
     "sd21-lora-rslora": Case("sd21", "lora", ("adapter.rslora=true", "adapter.alpha=6", "diffusion={min_snr_gamma: 5}")),
-    "sd21-lora-ema": Case("sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'")),
+    "sd21-lora-ema": Case("sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'", "diffusion={zero_terminal_snr: true}")),
     "sdxl-lora-dora": Case("sdxl", "lora", ("adapter.dora=true", "adapter.alpha=7")),
     "sdxl-lora-text": Case("sdxl", "lora", (TEXT, "adapter.targets=all-linear", "adapter.alpha=3", "adapter.rslora=true")),
     "emoji-lora": Case("emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")),

@@ -140,6 +140,11 @@ class CaptionAndLatent(Encoders):
             torch.cuda.empty_cache()
 
 
+def changes_schedule(recipe: Recipe) -> bool:
+    """Whether pictures are drawn with another scheduler than the base's own."""
+    return recipe.model.prediction is not None or (recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr)
+
+
 def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
     """Change the pipeline's scheduler as the recipe says; for training and for drawing with what was trained.
 
@@ -269,7 +274,10 @@ class TextToImage(Model):
         return found
 
     def save(self, folder: Path) -> list[Path]:
-        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Else: the whole pipeline."""
+        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Else: the whole pipeline.
+
+        Beside a LoRA lies `scheduler/` if the recipe draws with another than the base's.
+        """
         if self.plan.recipe.method == "lora":
             return [self._save_lora(folder)]
         recipe = self.plan.recipe
@@ -289,4 +297,6 @@ class TextToImage(Model):
             arguments[f"{name}_lora_layers"] = adapters.lora_weights(net)
             arguments[f"{name}_lora_adapter_metadata"] = adapters.lora_configuration(net)
         type(self.pipeline).save_lora_weights(folder, **arguments)
+        if changes_schedule(self.plan.recipe):  # with the base's own, this LoRA would draw other pictures
+            self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         return folder / "pytorch_lora_weights.safetensors"
