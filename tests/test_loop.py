@@ -109,7 +109,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4)
     theirs = final_weights(tmp_path / "two")
     for name, tensor in final_weights(tmp_path / "one").items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=5e-5)  # the order of sums, through three steps of Adam
     ours, their = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert [record["loss.denoiser"] for record in their] == pytest.approx([record["loss.denoiser"] for record in ours], rel=1e-4)
     assert their[-1]["validation"] == pytest.approx(ours[-1]["validation"], rel=1e-4)
