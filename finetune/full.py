@@ -1,6 +1,6 @@
 """Train all weights of a pretrained model: recipe → plan → model → train → save.
 
-    accelerate launch finetune/full.py recipes/full/emoji.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/full.py recipes/full/emoji.yaml [--set KEY=VALUE ...] [--resume]
 """
 
 from __future__ import annotations

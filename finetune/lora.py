@@ -1,6 +1,6 @@
 """Train a LoRA on a pretrained model: recipe → plan → model → train → save.
 
-    accelerate launch finetune/lora.py recipes/lora/emoji.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/lora.py recipes/lora/emoji.yaml [--set KEY=VALUE ...] [--resume]
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ class Autoencoder:
 
     reconstruction: Literal["l1", "l2"] = "l1"
     colour_weight: float = _number(1.0, minimum=1)  # above 1, colour errors count more than errors of brightness
+    coarse_weight: float = _number(0.0, minimum=0)  # also compare pictures averaged over a latent pixel: large areas and their colours come first
     kl_weight: float = _number(1e-4, minimum=0)
 
 

@@ -1,6 +1,6 @@
 """Train a model from scratch: recipe → plan → model → train → save.
 
-    accelerate launch finetune/scratch.py recipes/scratch/emoji-vae.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/scratch.py recipes/scratch/emoji-vae.yaml [--set KEY=VALUE ...] [--resume]
 """
 
 from __future__ import annotations

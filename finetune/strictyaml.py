@@ -145,9 +145,7 @@ def build(declared: Any, node: Node, key: str = "") -> Any:
         raise _wrong(node, key, "one value")
     if origin is typing.Literal:
         if node.content not in arguments:
-            raise UserError(
-                f'"{node.content}" is not a choice of {key}', where=f"{node.where}, {key}", remedy=did_you_mean(node.content, arguments)
-            )
+            raise UserError(f'"{node.content}" is not a choice of {key}', where=f"{node.where}, {key}", remedy=did_you_mean(node.content, arguments))
         return node.content
     return _scalar(declared, node, key)
 

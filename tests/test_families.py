@@ -164,16 +164,18 @@ def redrawn() -> Path:
     for name, case in CASES.items():
         run = overfitted(name).job.run.folder
         sample = overfitted(name).job.plan.recipe.sample
-        jobs.append({
-            "artefact": str(run / "final"),
-            "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" else None,
-            "sample": str(last_sample(name)),
-            "out": str(folder / f"{name}.png"),
-            "prompt": None if case.pipeline == "vae" else sample.prompts[0],
-            "seed": sample.seed,
-            "steps": sample.steps,
-            "guidance": sample.guidance,
-        })
+        jobs.append(
+            {
+                "artefact": str(run / "final"),
+                "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" else None,
+                "sample": str(last_sample(name)),
+                "out": str(folder / f"{name}.png"),
+                "prompt": None if case.pipeline == "vae" else sample.prompts[0],
+                "seed": sample.seed,
+                "steps": sample.steps,
+                "guidance": sample.guidance,
+            }
+        )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("redraw.py")
     done = subprocess.run([sys.executable, "-I", str(script), str(folder / "jobs.json")], cwd=folder, capture_output=True, text=True, check=False)

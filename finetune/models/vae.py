@@ -1,9 +1,9 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
 
-Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), loss per picture = mean |x − x̂| (or squared)
-+ (colour_weight − 1) · the same of x − x̂ without its grey part + kl_weight · mean over latent elements of
-½(μ² + σ² − 1 − log σ²). As both terms are means, kl_weight is a β-VAE's β
-times (latent elements ÷ picture elements), up to the likelihood's scale.
+Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), and the loss of a picture is
+mean |x − x̂| (or squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), with extra weights on
+colour and on coarse structure if the recipe wants them. As the terms are means, kl_weight is a β-VAE's β times
+(latent elements ÷ picture elements), up to the likelihood's scale.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
@@ -54,14 +55,23 @@ class VaeTurn(Turn):
         latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
         reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))
         difference = reconstruction.float() - pixels
-        # The grey axis holds most of a picture's variance, and colour is learned late, if at all: it gets a say of its own.
-        colour = difference - difference.mean(1, keepdim=True)
-        error, colour_error = (d.abs() if self._loss.reconstruction == "l1" else d.square() for d in (difference, colour))
-        error = error + (self._loss.colour_weight - 1) * colour_error
+        error = self._error(difference)
+        if self._loss.coarse_weight:
+            error = error + self._loss.coarse_weight * self._error(functional.avg_pool2d(difference, self._factor))
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        found: Tensor = error.flatten(1).mean(1) + self._loss.kl_weight * kl.flatten(1).mean(1)
+        found: Tensor = error + self._loss.kl_weight * kl.flatten(1).mean(1)
         return found
+
+    def _error(self, difference: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B].
+
+        The grey axis holds most of a picture's variance, so colour is learned late if at all: what is left of the
+        difference without its grey part can be counted more.
+        """
+        colour = difference - difference.mean(1, keepdim=True)
+        of_all, of_colour = ((d.abs() if self._loss.reconstruction == "l1" else d.square()).flatten(1).mean(1) for d in (difference, colour))
+        return of_all + (self._loss.colour_weight - 1) * of_colour
 
 
 class Pixels(Encoders):

@@ -147,7 +147,7 @@ def _data(seen: _Seen) -> str:
         summary = f"{problem['count']} × {_text(problem['kind'])}: {_text(problem['detail'])}"
         parts.append(f'<tr><th class="problem">problem</th><td colspan="2"><details><summary>{summary}</summary><p>{names}</p></details></td></tr>')
     shown = "".join(
-        f'<figure>{_image(shown["picture"], shown["caption"], small=True)}<figcaption>{_text(shown["caption"])}</figcaption></figure>'
+        f"<figure>{_image(shown['picture'], shown['caption'], small=True)}<figcaption>{_text(shown['caption'])}</figcaption></figure>"
         for shown in found.get("pictures", ())
     )
     gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{shown}</div>' if shown else ""
