@@ -254,6 +254,25 @@ def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> 
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in trained(job).items())
 
 
+def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
+    """2 steps, then 4 in the same folder: bit for bit the run of 4; shorter than it is, or with a cosine, it is refused."""
+    asked = {steps: tiny.recipe("sd15", "lora", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "run") for steps in (1, 2, 4)}
+    tiny.train(asked[2])
+    tiny.train(asked[4], resume=True)
+    tiny.train(tiny.recipe("sd15", "lora", "train.steps=4", "sample.prompts=[]", folder=tmp_path / "at-once"))
+    longer, at_once = final_weights(tmp_path / "run"), final_weights(tmp_path / "at-once")
+    assert all(torch.equal(tensor, longer[name]) for name, tensor in at_once.items())
+    with pytest.raises(UserError, match="has taken 4 steps, and 1"):
+        tiny.train(asked[1], resume=True)
+    cosine = [
+        tiny.recipe("sd15", "lora", "optimizer.schedule=cosine", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "cosine")
+        for steps in (1, 2)
+    ]
+    tiny.train(cosine[0])
+    with pytest.raises(UserError, match=r"another train\.steps"):
+        tiny.prepare(cosine[1], resume=True)
+
+
 def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
     job = tiny.prepare(recipe)

@@ -162,6 +162,12 @@ class Trainer:
         for sentence in said:
             self.accelerator.print(sentence)
         done = found.step if found is not None else 0
+        if done > self.plan.steps:
+            raise UserError(
+                f"the run has taken {done} steps, and {self.plan.steps} are asked for",
+                where=str(self.run.folder),
+                remedy=f"set train.steps: {done} or more",
+            )
         if self.accelerator.is_main_process:
             self.run.forget_after(done)
         return done

@@ -110,11 +110,17 @@ def versions() -> dict[str, str]:
 
 
 def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
-    """Raise if a key that shapes the weights differs from the recipe the run was started with."""
+    """Raise if a key that shapes the weights differs from the recipe the run was started with.
+
+    At a constant rate no step knows how many will follow: such a run may be made longer.
+    """
     changed = []
+    endless = before.optimizer.schedule == "constant"
     old, new = to_dict(before), to_dict(now)
     for section in sorted(old.keys() | new.keys()):
         free = FREE_TO_CHANGE.get(section, set())
+        if section == "train" and free is not None and endless:
+            free = free | {"steps", "epochs"}
         if free is None or old.get(section) == new.get(section):
             continue
         if not isinstance(old.get(section), dict) or not isinstance(new.get(section), dict):
