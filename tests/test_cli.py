@@ -281,7 +281,11 @@ with launched():
 """
     outer = f"import sys; from finetune.commands import train; sys.exit(train.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen([sys.executable, "-c", outer], env=environment, stderr=subprocess.PIPE, text=True) as process:
+
+    def as_in_a_terminal() -> None:  # whoever runs the tests in the background has made them deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen([sys.executable, "-c", outer], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal) as process:
         for _ in range(300):
             if (tmp_path / "ready").exists():
                 break
