@@ -9,11 +9,12 @@ import importlib
 import importlib.util
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 
 from finetune import pretrained
@@ -85,6 +86,8 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
         cpu=plan.machine.device == "cpu",
         log_with=list(recipe.output.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
+        # The others wait while the first encodes and draws; on GPUs they would give up after ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     model = importlib.import_module(f"finetune.models.{recipe.model.family}").build(plan, audit)
     accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it

@@ -43,6 +43,10 @@ def pipelines() -> dict[str, str]:
 
 def _check_pipeline(section: Model, families: dict[str, str]) -> None:
     given, wanted = section.path or "", families[section.family]
+    if not wanted:  # its module builds a net at random, and would not look at the path
+        raise UserError(
+            f"family {section.family} is trained from scratch only", where="model.family", remedy="set method: scratch, or another family"
+        )
     path = Path(embedded(given)).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -52,7 +56,7 @@ def _check_pipeline(section: Model, families: dict[str, str]) -> None:
         if found != wanted:
             right = next((name for name, pipeline in families.items() if pipeline and pipeline == found), None)
             raise UserError(
-                f"{given} holds a {found}, and family {section.family} is a {wanted or 'net without a pipeline'}",
+                f"{given} holds a {found}, and family {section.family} is a {wanted}",
                 where="model.path",
                 remedy=f"set model.family: {right}" if right else "give another model.path",
             )

@@ -53,7 +53,8 @@ def test_the_commands_for_ones_own_pictures(folder: Path) -> None:
 
 
 def test_the_python_example(folder: Path) -> None:
-    code = block("Your own pictures", "python").replace('"train.steps=20"', '"train.steps=1", "sample.steps=1", "data.path=my-pictures", "data.held_out=0"')
+    fewer = '"train.steps=1", "sample.steps=1", "data.path=my-pictures", "data.held_out=0"'
+    code = block("Your own pictures", "python").replace('"train.steps=20"', fewer)
     run([sys.executable, "-c", code], folder)
     assert len(list((folder / "runs" / "try" / "drawn").rglob("grid.png"))) == 1
 

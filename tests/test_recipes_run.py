@@ -32,7 +32,7 @@ def test_the_count() -> None:
 def test_says_for_whom_it_is_and_is_short(name: str) -> None:
     lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# For ")
-    assert len(lines) <= (40 if load_recipe(name).method != "scratch" else 60)
+    assert len(lines) <= 40
 
 
 @pytest.mark.parametrize("name", bundled_recipes())

@@ -120,8 +120,8 @@ def _damage(path: Path) -> str:
 
 
 def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
-    optimizer_bytes = sum(_bytes(value) for state in checkpoint.optimizers.values() for slots in state["state"].values() for value in slots.values())
-    needed = optimizer_bytes + sum(map(_bytes, (*checkpoint.weights.values(), *checkpoint.averages.values()))) + (1 << 20)
+    optimizers = {name: state["state"] for name, state in checkpoint.optimizers.items()}
+    needed = _bytes(checkpoint.weights) + _bytes(checkpoint.averages) + _bytes(optimizers) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -132,6 +132,9 @@ def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _bytes(value: Any) -> int:
+    """Of a tensor, a plain number, or a dict of these, nested as bitsandbytes nests its state."""
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 8
 
 

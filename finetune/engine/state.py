@@ -94,4 +94,6 @@ class TrainingState:
             said.append(f"{facts['threads']} threads before, {threads} now: sums run in another order, so going on is exact no more")
         if facts["precision"] != self._plan.precision:
             said.append(f"{facts['precision']} before, {self._plan.precision} now: going on is exact no more")
+        if machine.device != "cpu":
+            said.append("a GPU adds up some gradients in no fixed order: going on is exact but for rounding")
         return said

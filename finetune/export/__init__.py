@@ -30,6 +30,8 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
     Raises:
         UserError: the run is not there or not finished, `out` exists, or the run cannot be written in this form.
     """
+    from safetensors import SafetensorError
+
     recipe = _finished(run)
     _check(recipe, format, merge, dtype)
     name = "-".join(part for part in ("merged" if merge else format, dtype) if part)
@@ -49,9 +51,10 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
             os.replace(aside / target.name, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target} could not be written: {error.strerror or error}", where="--out", remedy="free some space, or choose another place with --out"
+            f"{target} could not be written: {reason}", where="--out", remedy="free some space, or choose another place with --out"
         ) from error
     files = [target] if target.is_file() else sorted(target.rglob("*.safetensors"))
     for file in files:

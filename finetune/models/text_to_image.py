@@ -258,19 +258,21 @@ class TextToImage(Model):
         width, height = request.size or (self.plan.recipe.data.resolution,) * 2
         found = []
         self.pipeline.vae.to(self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-                latents = self.pipeline(
-                    **self.family.prompt(self._conditions(prompt), self._conditions(request.negative)),
-                    num_inference_steps=request.steps,
-                    guidance_scale=request.guidance,
-                    generator=torch.Generator().manual_seed(seed),
-                    width=width,
-                    height=height,
-                    output_type="latent",
-                ).images
-                found.append(decode(self.pipeline, latents))
-        self.pipeline.vae.to("cpu")  # where it waits while training
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+                    latents = self.pipeline(
+                        **self.family.prompt(self._conditions(prompt), self._conditions(request.negative)),
+                        num_inference_steps=request.steps,
+                        guidance_scale=request.guidance,
+                        generator=torch.Generator().manual_seed(seed),
+                        width=width,
+                        height=height,
+                        output_type="latent",
+                    ).images
+                    found.append(decode(self.pipeline, latents))
+        finally:  # also when memory ran out, so that training, which goes on, has it back
+            self.pipeline.vae.to("cpu")
         return found
 
     def save(self, folder: Path) -> list[Path]:

@@ -121,7 +121,10 @@ def _loss(plan: Plan) -> str:
     recipe = plan.recipe
     if recipe.model.family == "vae":
         autoencoder = recipe.autoencoder or Autoencoder()
-        return f"{autoencoder.reconstruction} of the pixels + {autoencoder.kl_weight:g} × KL of the latents"
+        terms = [f"{autoencoder.reconstruction} of the pixels"]
+        terms += [f"(colour × {autoencoder.colour_weight:g})"] if autoencoder.colour_weight != 1 else []
+        terms += [f"+ {autoencoder.coarse_weight:g} × the same of averaged pixels"] if autoencoder.coarse_weight else []
+        return " ".join([*terms, f"+ {autoencoder.kl_weight:g} × KL of the latents"])
     predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[recipe.model.prediction]
     loss = recipe.diffusion
     if loss is None:
