@@ -44,15 +44,15 @@ class Node:
         return isinstance(self.content, str) and not self.quoted and self.content.lower() in NULLS
 
 
-def read(text: str, name: str) -> Node:
-    """Parse `text` to a tree of Nodes. `name` is what errors call the file.
+def read(text: str, name: str, what: str = "a recipe", example: str = "see `ft recipes show lora/emoji`") -> Node:
+    """Parse `text` to a tree of Nodes. `name` is what errors call the file, `what` the kind of it that `example` leads to.
 
     Raises:
         UserError: not YAML, an alias or a tag, a repeated key, nested too deep, or not a mapping at the top.
     """
     root = _compose(text, name)
     if not isinstance(root, yaml.MappingNode):
-        raise UserError("a recipe is a list of `key: value` lines", where=name, remedy="see `ft recipes show lora/emoji`")
+        raise UserError(f"{what} is a list of `key: value` lines", where=name, remedy=example)
     return _node(root, name, 0)
 
 
@@ -62,9 +62,9 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             where = f"{name}:{_line(event.start_mark)}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                raise UserError("anchors and aliases (& and *) are not read in a recipe", where=where, remedy="write the value out")
+                raise UserError("anchors and aliases (& and *) are not read here", where=where, remedy="write the value out")
             if (tag := getattr(event, "tag", None)) not in (None, "!"):
-                raise UserError(f"tags such as {tag} are not read in a recipe", where=where, remedy="write the plain value")
+                raise UserError(f"tags such as {tag} are not read here", where=where, remedy="write the plain value")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

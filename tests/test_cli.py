@@ -54,10 +54,12 @@ def python(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.
     [
         "from finetune import cli; cli.main(['--help'])",
         "from finetune import cli; cli.main(['recipes'])",
+        "from finetune import cli; cli.main(['gpus'])",
+        "from finetune import cli; cli.main(['gpus', 'h200'])",
         "from finetune import cli; cli.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
         "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, pictures, scan, sources",
-        "from finetune.report import nets, page, tables; from finetune.commands import check, export, recipes, sample, train",
+        "from finetune.report import nets, page, tables; from finetune.commands import check, export, gpus, recipes, sample, train",
     ],
 )
 def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:
@@ -108,6 +110,8 @@ def test_the_one_line_help_is_the_commands_own(name: str) -> None:
         (["sample", "/no/run", "--prompt", "a"], "/no/run"),
         (["export", "/no/run"], "/no/run"),
         (["export", "/no/run", "--format", "khya"], "kohya"),
+        (["gpus", "a100"], "a100-40gb or a100-80gb"),
+        (["gpus", "--prices", "/no/prices.yaml"], "/no/prices.yaml"),
     ],
 )
 def test_a_mistake_ends_with_code_2_and_says_what_to_do(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
