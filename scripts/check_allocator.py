@@ -274,13 +274,12 @@ def main() -> int:
         print(f"{'ok   ' if got == case.expected else 'WRONG'} {case.name}  [{case.source}]")
         print("      " + ", ".join(f"{name} {got[name]:,} (expected {value:,})" for name, value in case.expected.items()))
     events = million()
-    start = time.perf_counter()
+    start = time.process_time()
     result = replay(events)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     print(f"{len(CASES) - wrong} of {len(CASES)} as documented")
-    print(
-        f"{len(events):,} events in {seconds:.2f} s: {result.peak_allocated / GIB:.2f} GiB allocated, {result.peak_reserved / GIB:.2f} GiB reserved"
-    )
+    peaks = f"{result.peak_allocated / GIB:.2f} GiB allocated, {result.peak_reserved / GIB:.2f} GiB reserved"
+    print(f"{len(events):,} events in {seconds:.2f} CPU seconds: {peaks}")
     return 1 if wrong else 0
 
 
