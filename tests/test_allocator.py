@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import final
@@ -123,6 +124,27 @@ class Naive:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(sequences(), st.sampled_from([60 * MIB, 130 * MIB, 300 * MIB, 1 << 40]), st.sampled_from([None, 21 * MIB, 40 * MIB]))
 def test_agrees_with_a_naive_model(events: list[Event], capacity: int, max_split: int | None) -> None:
+    compare(events, capacity, max_split)
+
+
+@pytest.mark.parametrize("max_split", [None, 21 * MIB, 40 * MIB])
+def test_agrees_with_a_naive_model_on_a_card_nearly_full(max_split: int | None) -> None:
+    """Large blocks, and no more allocated than two thirds of the card: the cache has to be given back again and again."""
+    for seed in range(150):
+        draw, capacity = random.Random(seed), 300 * MIB
+        events: list[Event] = []
+        live: dict[int, int] = {}
+        for identifier in range(60):
+            size = draw.choice([draw.randint(1, 12), draw.randint(10, 80), 20 * draw.randint(1, 5)]) * MIB
+            while live and sum(live.values()) + size > capacity * 2 // 3:
+                events.append(free(draw.choice(list(live))))
+                del live[events[-1].identifier]
+            events.append(allocate(identifier, size))
+            live[identifier] = size
+        compare(events, capacity, max_split)
+
+
+def compare(events: list[Event], capacity: int, max_split: int | None) -> None:
     result = replay(events, capacity, max_split_size=max_split, timeline=True)
     model = Naive(capacity, max_split or 1 << 60)
     levels: list[tuple[int, int]] = []
