@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,7 +33,7 @@ from finetune.entry import is_main_process
 from finetune.errors import UserError
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
-from finetune.recipe import Recipe
+from finetune.recipe import Recipe, located
 from finetune.report import tables
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
@@ -54,6 +56,11 @@ def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
     Raises:
         UserError: for a model that cannot be there, or data that the recipe does not allow.
     """
+    with located(recipe):
+        return _audit_and_plan(recipe, quiet)
+
+
+def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
     pretrained.check(recipe)
     for tracker in recipe.output.trackers:  # Accelerate leaves out what is not installed, and does not say so
         if importlib.util.find_spec(tracker) is None:
@@ -78,7 +85,12 @@ def prepare(recipe: Recipe, resume: bool = False) -> Job:
     Raises:
         UserError: for whatever cannot work, before anything is computed or written.
     """
-    audit, plan = audit_and_plan(recipe, quiet=not is_main_process())
+    with located(recipe):
+        return _prepare(recipe, resume)
+
+
+def _prepare(recipe: Recipe, resume: bool) -> Job:
+    audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
     run = Run(plan, resume)
     AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all
     accelerator = Accelerator(
@@ -113,8 +125,7 @@ def finish(job: Job) -> Path:
     folder = job.run.folder
     if job.accelerator.is_main_process:
         try:
-            with job.trainer.state.averaged():
-                files = job.model.save(folder / "final")
+            files = _save(job)
         except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
             remedy = "free some space and go on with --resume: no step is taken again"
             raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
@@ -128,6 +139,17 @@ def finish(job: Job) -> Path:
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
     return folder
+
+
+def _save(job: Job) -> list[Path]:
+    """Write `final/` whole or not at all: a kill leaves what was there before."""
+    final, aside = job.run.folder / "final", job.run.folder / ".final.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    with job.trainer.state.averaged():
+        files = [final / file.relative_to(aside) for file in job.model.save(aside)]
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    return files
 
 
 def _report(folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
+from finetune.seeds import key_of
 
 if TYPE_CHECKING:
     from finetune.data.scan import Audit
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Counts of the audit: `examples` are pictures × repeats, `buckets` are (width, height, examples)."""
+    """Counts of the audit: `examples` are pictures × repeats, `buckets` are (width, height, examples).
+
+    `digest` is a hash over every picture's bytes, crop, caption and repeats, in their order.
+    """
 
     pictures: int
     examples: int
     held_out: int
     buckets: tuple[tuple[int, int, int], ...]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
         examples=sum(counts.values()),
         held_out=len(audit.held_out),
         buckets=tuple((bucket.width, bucket.height, count) for bucket, count in counts.items()),
+        digest=key_of(*(f"{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}" for p in audit.pictures)),
     )
     train = recipe.train
     global_batch = train.batch_size * train.accumulation * machine.processes

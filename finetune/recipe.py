@@ -6,8 +6,9 @@ the recipe names; sizes are pixels; rates are per optimizer step. Torch is not i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -157,6 +158,7 @@ class Recipe:
     sample: Sample = field(default_factory=Sample)
     output: Output = field(default_factory=Output)
     name: str = ""  # filled by the loader: the file's name without `.yaml`
+    places: dict[str, str] = field(default_factory=dict, compare=False, repr=False, metadata={"internal": True})  # dotted key → file:line
 
 
 def embedded(path: str) -> str:
@@ -206,7 +208,7 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
             root = strictyaml.override(root, "data.sources=[]")
         root = strictyaml.override(root, assignment)
     recipe: Recipe = strictyaml.build(Recipe, root)
-    recipe = dataclasses.replace(recipe, name=recipe.name or name)
+    recipe = dataclasses.replace(recipe, name=recipe.name or name, places=strictyaml.places(root))
     _check(recipe, source)
     return recipe
 
@@ -247,6 +249,18 @@ def _check(recipe: Recipe, where: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def located(recipe: Recipe) -> Iterator[None]:
+    """Within, an error that names a key of the recipe also says in which line of which file the key stands."""
+    try:
+        yield
+    except UserError as error:
+        place = recipe.places.get(error.where.partition(", ")[0])
+        if place is None:
+            raise
+        raise UserError(error.problem, where=f"{place}, {error.where}", remedy=error.remedy) from error
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
     sections = {"autoencoder", "diffusion", "adapter"}
@@ -255,7 +269,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("internal")}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -122,6 +122,15 @@ def _with(node: Node, keys: list[str], value: Node, where: str) -> Node:
     return Node(children, node.where)
 
 
+def places(node: Node, key: str = "") -> dict[str, str]:
+    """Where each value stands: dotted key → `file:line`."""
+    found = {key: node.where} if key else {}
+    if isinstance(node.content, dict):
+        for name, child in node.content.items():
+            found |= places(child, f"{key}.{name}" if key else name)
+    return found
+
+
 def build(declared: Any, node: Node, key: str = "") -> Any:
     """The value of `node` as the declared type: a frozen dataclass, X | None, tuple[X, ...], dict, Literal or a scalar.
 
@@ -153,7 +162,8 @@ def build(declared: Any, node: Node, key: str = "") -> Any:
 def _build_dataclass(declared: type, node: Node, key: str) -> Any:
     if not isinstance(node.content, dict):
         raise _wrong(node, key, "a section of `key: value` lines")
-    hints = typing.get_type_hints(declared)
+    types_by_name = typing.get_type_hints(declared)
+    hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(declared) if not field.metadata.get("internal")}
     prefix = f"{key}." if key else ""
     for name, child in node.content.items():
         if name not in hints:
@@ -221,8 +231,8 @@ def _untyped(node: Node, key: str) -> Any:
         return node.content
     if node.empty:
         return None
-    if node.content in ("true", "false"):
-        return node.content == "true"
+    if node.content.lower() in ("true", "false"):
+        return node.content.lower() == "true"
     for kind in (int, float):
         try:
             return kind(node.content)

@@ -273,6 +273,17 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
         tiny.prepare(cosine[1], resume=True)
 
 
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    shutil.copytree(tiny.pictures(), tmp_path / "pictures")
+    asked = tiny.recipe("sd15", "lora", f"data.path={tmp_path / 'pictures'}", "sample.prompts=[]", folder=tmp_path / "run")
+    tiny.prepare(asked).trainer.take(0)
+    tiny.prepare(asked, resume=True)
+    caption = next((tmp_path / "pictures").glob("*.txt"))
+    caption.write_text("another caption")
+    with pytest.raises(UserError, match="have changed since this run was started"):
+        tiny.prepare(asked, resume=True)
+
+
 def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
     job = tiny.prepare(recipe)

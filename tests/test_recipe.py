@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, load_recipe, parse_recipe, to_dict
+from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, load_recipe, located, parse_recipe, to_dict
 
 MINIMAL = """\
 method: lora
@@ -177,6 +177,14 @@ def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
 def test_rules_between_keys(overrides: list[str], says: str) -> None:
     error = refusal(MINIMAL, *overrides)
     assert says in error.problem and error.where == "my.yaml" and error.remedy
+
+
+def test_an_error_found_later_still_names_the_line() -> None:
+    """A key that the file leaves out, and what is no key, have none."""
+    for where, expected in (("model.family", "my.yaml:3, model.family"), ("data.cache", "data.cache"), ("a.png", "a.png")):
+        with pytest.raises(UserError) as caught, located(parse()):
+            raise UserError("wrong", where=where)
+        assert caught.value.where == expected
 
 
 def test_free_mapping_keeps_yaml_types_and_reads_1e_4_as_a_number() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import click
 
@@ -20,6 +21,8 @@ def command(recipe: str, overrides: tuple[str, ...]) -> None:
     found = load_recipe(recipe, overrides)
     from finetune.job import audit_and_plan
 
-    audit_and_plan(found)
+    _, plan = audit_and_plan(found)
+    if Path(plan.folder).exists():
+        click.echo(f"{plan.folder} exists already: --resume goes on with it, --set output.folder=… starts another")
     again = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])
     click.echo(f"nothing speaks against it: {again}")

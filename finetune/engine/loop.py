@@ -138,12 +138,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the held-out pictures, with the same noise and timesteps at every validation."""
+        """Mean loss over the held-out pictures, with the same noise and timesteps at every validation, of the averaged weights."""
         turn, device = self.state.turns[0], self.accelerator.device
-        turn.net.eval()
-        with self.accelerator.autocast():
+        with self.state.averaged(), self.accelerator.autocast():
             losses = [turn.loss(self._moved(batch), draw.on(device)).mean() for batch, draw in self.data.validation()]
-        turn.net.train()
         self.clock.lap("validation")
         return float(torch.stack(losses).mean())
 

@@ -17,7 +17,7 @@ import yaml
 
 from finetune.data.cache import write_aside
 from finetune.errors import UserError
-from finetune.planning import Plan, describe
+from finetune.planning import Plan, describe, load_plan
 from finetune.recipe import Recipe, load_recipe, to_dict
 
 # What may change between a run and its resumption: everything else would change the weights.
@@ -54,6 +54,12 @@ class Run:
             )
         if resume and (self.folder / "recipe.yaml").is_file():
             _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
+            if load_plan(self.folder).data.digest != plan.data.digest:
+                raise UserError(
+                    "the pictures or captions have changed since this run was started: going on would draw others than it has drawn",
+                    where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
+                    remedy="put them back as they were, or start a new run: --set output.folder=…",
+                )
 
     def create(self) -> None:
         """Make the folder and write what is known before the first step; the main process calls this."""

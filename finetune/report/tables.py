@@ -74,14 +74,16 @@ def plan_rows(plan: Plan) -> list[Row]:
     batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + (", gradient checkpointing" if train.gradient_checkpointing else "")
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
+    adam = f" (β {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, ε {optimizer.eps:g})" if optimizer.name != "adafactor" else ""
     numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else ", what trains in float32") + f", seed {train.seed}"
-    looks = f", samples every {sample.every}" if sample.prompts else ", no samples"
+    looks = f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})" if sample.prompts else ", no samples"
+    looks += f", validation every {train.validate_every}" if plan.data.held_out else ""
     rows = [
         ("steps", plan.arithmetic),
         ("base", _base(plan)),
         ("trains", _trains(plan)),
         ("loss", _loss(plan)),
-        ("optimizer", f"{optimizer.name}, weight decay {optimizer.weight_decay:g}{clip}"),
+        ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
         ("batch", batch),
         ("numbers", numbers + (f", weights averaged with decay {train.ema:g}" if train.ema else "")),
