@@ -19,7 +19,7 @@ COMMANDS = {
     "train": "Train by a recipe, or go on with a run.",
     "sample": "Draw pictures with what a run has trained.",
     "export": "Write what a run has trained as files for other programs.",
-    "gpus": "List GPUs with their memory, speed and price, or show where one's figures come from.",
+    "gpus": "List GPUs: memory, speed, price, and where figures come from.",
 }
 
 

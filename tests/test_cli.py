@@ -184,7 +184,13 @@ def test_copying_a_recipe_never_overwrites(tmp_path: Path, monkeypatch: pytest.M
 
 def test_check_shows_data_and_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ["check", "lora/emoji", "--set", f"model.path={tiny.pipeline('emoji')}", "--set", "train.batch_size=4"]
+    asked = [
+        "check",
+        "lora/emoji",
+        *("--set", f"model.path={tiny.pipeline('emoji')}"),
+        *("--set", "train.batch_size=4"),
+        *("--set", "train.steps=300"),
+    ]
     assert ft(*asked) == 0
     out = capsys.readouterr().out
     assert "380 pictures ÷ batch 4 ÷ accumulation 1 = 95 steps an epoch → 300 steps = 3.158 epochs" in out

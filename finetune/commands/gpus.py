@@ -24,7 +24,7 @@ sources   ft gpus NAME"""
 @click.option("--prices", type=click.Path(path_type=Path), metavar="FILE", help="Prices in USD/h to use instead: .yaml or .tsv; also FT_PRICES=FILE.")
 @click.option("as_json", "--json", is_flag=True, help="Print everything that is known as JSON.")
 def command(name: str | None, prices: Path | None, as_json: bool) -> None:
-    """List GPUs with their memory, speed and price, or show where one's figures come from.
+    """List GPUs: memory, speed, price, and where figures come from.
 
     NAME is one such as rtx3090, "RTX 3090" or a100-80gb.
     """
