@@ -14,7 +14,7 @@ from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
 from finetune.models.loading import open_pipeline
-from finetune.models.text_to_image import DTYPES, decode, set_schedule
+from finetune.models.text_to_image import DTYPES, draw, set_schedule
 from finetune.models.turn import SampleRequest
 from finetune.planning import Plan, load_plan
 from finetune.pretrained import pipeline_class, pipelines
@@ -83,17 +83,7 @@ def _draw(pipeline: Any, request: SampleRequest) -> list[Any]:
     width, height = request.size or (None, None)
     for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
         drawing.show(number, len(request.prompts), prompt)
-        latents = pipeline(
-            prompt=prompt,
-            negative_prompt=request.negative,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            generator=torch.Generator().manual_seed(seed),
-            width=width,
-            height=height,
-            output_type="latent",
-        ).images
-        pictures.append(decode(pipeline, latents))
+        pictures.append(draw(pipeline, request, seed, prompt=prompt, negative_prompt=request.negative, width=width, height=height))
     drawing.show(len(pictures), len(pictures))
     drawing.end()
     return pictures

@@ -32,6 +32,7 @@ class Progress:
         self._dirty = False
 
     def show(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` are finished; shown only as often as a person or a log can take it."""
         if self._start_done is None:
             self._start, self._start_done = time.monotonic(), done
         now = time.monotonic()

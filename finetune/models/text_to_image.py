@@ -176,6 +176,18 @@ def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Image.Image:
     return found
 
 
+def draw(pipeline: Any, request: SampleRequest, seed: int, **arguments: Any) -> Image.Image:
+    """One picture from its own seed: while training and afterwards alike. `arguments` are the pipeline's: prompt or conditions, size."""
+    latents = pipeline(
+        **arguments,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).images
+    return decode(pipeline, latents)
+
+
 def _checkpoint_activations(net: Any) -> None:
     if isinstance(net, PreTrainedModel):
         # The reentrant kind, once the default there, gives no gradient to adapters behind frozen embeddings.
@@ -261,16 +273,8 @@ class TextToImage(Model):
         try:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-                    latents = self.pipeline(
-                        **self.family.prompt(self._conditions(prompt), self._conditions(request.negative)),
-                        num_inference_steps=request.steps,
-                        guidance_scale=request.guidance,
-                        generator=torch.Generator().manual_seed(seed),
-                        width=width,
-                        height=height,
-                        output_type="latent",
-                    ).images
-                    found.append(decode(self.pipeline, latents))
+                    conditions = self.family.prompt(self._conditions(prompt), self._conditions(request.negative))
+                    found.append(draw(self.pipeline, request, seed, width=width, height=height, **conditions))
         finally:  # also when memory ran out, so that training, which goes on, has it back
             self.pipeline.vae.to("cpu")
         return found
