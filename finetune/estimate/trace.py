@@ -1,0 +1,119 @@
+"""A step on fake tensors: every allocation, release and operator, with no weights and no GPU.
+
+`FakeTensorMode` computes shapes and dtypes only. Above it stands `Recorder`, which sees each operator that the dispatcher
+runs: a storage that it has not seen before is an allocation, a storage that dies is a release.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from finetune.estimate.allocator import Event, allocate, free
+
+
+class Operator(NamedTuple):
+    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes an element."""
+
+    kind: str
+    flops: int
+    bytes: int
+    width: int
+
+
+@final
+@dataclass
+class Section:
+    """Part of a step: where its events begin, and its operators with how often each ran."""
+
+    name: str
+    start: int
+    operators: Counter[Operator] = field(default_factory=Counter)
+
+
+KINDS = {
+    "matmul": ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"),
+    "conv": ("convolution", "_convolution", "convolution_backward"),
+    "attention": (
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
+        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    ),
+}
+KIND = {name: kind for kind, names in KINDS.items() for name in names}
+# No kernel: they make a view, or nothing at all.
+NO_LAUNCH = {"detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias", "_local_scalar_dense"}
+
+
+@final
+class Recorder(TorchDispatchMode):
+    """Events and operators of all that runs within, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.sections: list[Section] = []
+        self._names: dict[int, tuple[int, Any]] = {}  # a living storage's address → its identifier, and the reference that tells of its end
+
+    def section(self, name: str) -> None:
+        """What comes now belongs to `name`."""
+        self.sections.append(Section(name, len(self.events)))
+
+    def adopt(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that are there already as allocated now, in this order; returns their bytes."""
+        return sum(self._see(tensor) for tensor in tensors)
+
+    def _see(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._names:
+            return 0
+        size, identifier = storage.nbytes(), len(self.events)
+
+        def gone(_: Any) -> None:
+            del self._names[address]
+            self.events.append(free(identifier))
+
+        self._names[address] = identifier, weakref.ref(storage, gone)
+        self.events.append(allocate(identifier, size))
+        return int(size)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
+            return 1.0 if args[0].is_floating_point() else 1
+        out = func(*args, **kwargs)
+        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if func.namespace == "aten" and not func.is_view and name not in NO_LAUNCH and self.sections:
+            self.sections[-1].operators[_cost(func, name, args, kwargs, out, outs)] += 1
+        for tensor in outs:
+            self._see(tensor)
+        return out
+
+
+def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]) -> Operator:
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    count = flop_registry.get(func._overloadpacket)
+    flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+    moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
+    width = max((tensor.element_size() for tensor in inputs if tensor.is_floating_point()), default=4)
+    return Operator(KIND.get(name, "other"), flops, sum(moved.values()), width)
+
+
+def tensors_of(net: nn.Module) -> list[Tensor]:
+    """Parameters and buffers in the order in which `.to(device)` would move them."""
+    found: list[Tensor] = []
+    for module in net.modules():
+        found += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return found
