@@ -40,7 +40,7 @@ from finetune.planning import DataFacts, Machine, Plan
 from finetune.recipe import Model as ModelSection
 from finetune.recipe import Precision, Recipe
 
-STEPS = 3  # the first makes the optimizer's state, the second finds the cache as it is from then on, the third is counted
+STEPS = 2  # the first makes the optimizer's state, the second is as all that follow
 DENOISING_STEPS = 2  # of a sample: each is as the last
 
 
@@ -62,17 +62,26 @@ class Phase:
 
 @final
 class Host(Accelerator):
-    """Accelerate on one process, whose autocast is the emulated CUDA's."""
+    """Accelerate on one process, whose autocast is the emulated CUDA's; it tells the recorder where a step's parts begin."""
 
-    def __init__(self, mode: Cuda, dtype: torch.dtype | None) -> None:
+    def __init__(self, mode: Cuda, dtype: torch.dtype | None, recorder: Recorder) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         super().__init__(cpu=True, mixed_precision="no")
-        self._mode, self._dtype = mode, dtype
+        self._mode, self._dtype, self._recorder = mode, dtype, recorder
 
     @contextlib.contextmanager
     def autocast(self, autocast_handler: Any = None) -> Iterator[None]:
+        self._recorder.section("forward")
         with self._mode.autocast(self._dtype):
             yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self._recorder.section("backward")
+        super().backward(loss, **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Any:
+        self._recorder.section("optimizer")
+        return super().clip_grad_norm_(parameters, max_norm, norm_type)
 
 
 @final
@@ -116,14 +125,14 @@ class Subject:
         self._audit = cast(Audit, audit)
         self._autocast = None if precision == "float32" else DTYPES[precision]
 
-    def phases(self) -> dict[str, Phase]:
+    def phases(self, only_training: bool = False) -> dict[str, Phase]:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
         with fake_tensors(), skeletons(), standins.in_place(), cuda() as mode:
             model = self._build()
             encode, example = self._encode(model)
             found = {"encode": encode} if encode is not None else {}
             found["train"] = self._train(model, example, mode)
-            if isinstance(model, TextToImage):
+            if isinstance(model, TextToImage) and not only_training:
                 found["sample"] = self._sample(model)
         return found
 
@@ -162,9 +171,9 @@ class Subject:
             }
             recorder.adopt(tensors)
             recorder.section("state")
-            trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast))
+            trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast, recorder))
             for step in range(STEPS):
-                recorder.section(f"step {step}")
+                recorder.section("batch")
                 trainer.take(step)
             recorder.section("end")
             held["averages"] = sum(_bytes(tensor) for tensor in trainer.state.ema.averages.values()) if trainer.state.ema else 0

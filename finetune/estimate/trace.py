@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
@@ -34,11 +33,11 @@ class Operator(NamedTuple):
 @final
 @dataclass
 class Section:
-    """Part of a step: where its events begin, and its operators with how often each ran."""
+    """Part of a step: where its events begin, and its operators, in order."""
 
     name: str
     start: int
-    operators: Counter[Operator] = field(default_factory=Counter)
+    operators: list[Operator] = field(default_factory=list)
 
 
 KINDS = {
@@ -51,8 +50,8 @@ KINDS = {
     ),
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
-# No kernel: they make a view, or nothing at all.
-NO_LAUNCH = {"detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias", "_local_scalar_dense"}
+# No kernel on the GPU: they make a view, or nothing at all, or draw numbers, which this project does on the host.
+NO_LAUNCH = {"randn", "rand", "randint", "detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias", "_local_scalar_dense"}
 
 
 @final
@@ -96,7 +95,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.namespace == "aten" and not func.is_view and name not in NO_LAUNCH and self.sections:
-            self.sections[-1].operators[_cost(func, name, args, kwargs, out, outs)] += 1
+            self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
         for tensor in outs:
             self._see(tensor)
         return out
