@@ -16,7 +16,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.recipe import load_recipe  # noqa: E402
+from finetune.recipe import load_recipe
 
 # card → (title, recipes by method, native side)
 CARDS = {
@@ -38,6 +38,7 @@ def main(names: tuple[str, ...]) -> None:
         card = measure(name)
         from finetune.estimate.cards import path_of
 
+        path_of(name).parent.mkdir(exist_ok=True)
         path_of(name).write_text(encoded(card), encoding="utf-8")
         print(f"{name}: {len(card['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -75,7 +76,9 @@ def wanted(name: str) -> list[dict[str, Any]]:
     own = load_recipe("lora/emoji").adapter if name == "base" else None
     targets = [own.targets] if own else ["attention", "attention+mlp"]
     found: list[dict[str, Any]] = [
-        {"adapter": target, "checkpointing": checkpointing, "optimizer": "adamw", "rank": RANK} for target in targets for checkpointing in (False, True)
+        {"adapter": target, "checkpointing": checkpointing, "optimizer": "adamw", "rank": RANK}
+        for target in targets
+        for checkpointing in (False, True)
     ]
     for optimizer in ("adamw", "adamw8bit", "adafactor"):
         found += [{"adapter": None, "checkpointing": checkpointing, "optimizer": optimizer, "rank": 0} for checkpointing in (False, True)]
@@ -151,7 +154,11 @@ def outside(first: Any) -> dict[str, Any]:
     from finetune.estimate.subject import DENOISING_STEPS
 
     return {
-        "parameters": {"denoiser": train.held["weights"] // 2, "vae": encode.held["vae"] // 4, "text encoders": encode.held.get("text encoders", 0) // 2},
+        "parameters": {
+            "denoiser": train.held["weights"] // 2,
+            "vae": encode.held["vae"] // 4,
+            "text encoders": encode.held.get("text encoders", 0) // 2,
+        },
         "encode": [held, encoded - held],
         "sample": [sample.held["vae"], drawn - nets],
         "encode_flops": flops["encode pictures"] + flops["encode text"],
@@ -162,7 +169,9 @@ def outside(first: Any) -> dict[str, Any]:
 def encoded(card: dict[str, Any]) -> str:
     """JSON with one line for each key and each variant's key, which a diff can show."""
     head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in card.items() if key != "variants"]
-    variants = [",\n".join(f"   {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in entry.items()) for entry in card["variants"]]
+    variants = [
+        ",\n".join(f"   {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in entry.items()) for entry in card["variants"]
+    ]
     return "{\n" + ",\n".join(head) + ',\n "variants": [\n  {\n' + "\n  },\n  {\n".join(variants) + "\n  }\n ]\n}\n"
 
 

@@ -52,7 +52,7 @@ def configs_of(section: Model) -> tuple[Path, str]:
     raise UserError(
         f'what architecture "{given}" has cannot be told from here',
         where="model.path",
-        remedy=f"download it and give its folder or .safetensors file; known on the hub are {', '.join(sorted(REPOSITORIES))}, and all of family sdxl",
+        remedy=f"give its folder or .safetensors file; known on the hub are all of family sdxl, and {', '.join(sorted(REPOSITORIES))}",
     )
 
 

@@ -111,7 +111,9 @@ def load(name: str) -> Card:
 
 
 def _variant(entry: dict[str, Any]) -> Variant:
-    works = {key: tuple(Work(kind, width, (f0, f1), (b0, b1), count) for kind, width, f0, f1, b0, b1, count in entry[key]) for key in ("micro", "update")}
+    works = {
+        key: tuple(Work(kind, width, (f0, f1), (b0, b1), count) for kind, width, f0, f1, b0, b1, count in entry[key]) for key in ("micro", "update")
+    }
     return Variant(**{**entry, **works, "allocated": tuple(entry["allocated"]), "reserved": tuple(entry["reserved"])})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, final
+from typing import Any, cast, final
 from unittest import mock
 
 import torch
@@ -124,7 +124,7 @@ def attention(
         if missing:
             query, key, value = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (query, key, value))
         out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale or width**-0.5)[0]
-        return out[..., :width] if missing else out
+        return cast(Tensor, out[..., :width] if missing else out)
     bias = None
     if attn_mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -132,7 +132,9 @@ def attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
         bias = attn_mask.to(query.dtype).expand(shape)
     needs_gradient = any(tensor.requires_grad for tensor in (query, key, value))
-    found: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale)[0]
+    found: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
+    )[0]
     return found
 
 

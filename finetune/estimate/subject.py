@@ -13,7 +13,6 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast, final
 from unittest import mock
 
@@ -61,7 +60,7 @@ class Phase:
 
 
 @final
-class Host(Accelerator):
+class Host(Accelerator):  # type: ignore[misc]
     """Accelerate on one process, whose autocast is the emulated CUDA's; it tells the recorder where a step's parts begin."""
 
     def __init__(self, mode: Cuda, dtype: torch.dtype | None, recorder: Recorder) -> None:
@@ -117,12 +116,15 @@ class Subject:
         precision: of the activations, as the plan resolves it for the card.
         size: width and height of the pictures.
         audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
+        trained_dtype: of what trains; ours is float32, other trainers' runs, which estimates are checked against, often bfloat16.
     """
 
-    def __init__(self, recipe: Recipe, precision: Precision, size: tuple[int, int], audit: Audit | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, precision: Precision, size: tuple[int, int], audit: Audit | None = None, trained_dtype: torch.dtype = torch.float32
+    ) -> None:
         recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
         self.plan, self.size = plan_for(recipe, precision, size), size
-        self._audit = cast(Audit, audit)
+        self._audit, self._trained_dtype = cast(Audit, audit), trained_dtype
         self._autocast = None if precision == "float32" else DTYPES[precision]
 
     def phases(self, only_training: bool = False) -> dict[str, Phase]:
@@ -139,6 +141,8 @@ class Subject:
     def _build(self) -> Model:
         module = importlib.import_module(f"finetune.models.{self.plan.recipe.model.family}")
         found: Model = module.build(self.plan, self._audit)
+        for parameter in found.trained().values():
+            parameter.data = parameter.data.to(self._trained_dtype)
         return found
 
     def _encode(self, model: Model) -> tuple[Phase | None, Batch]:
@@ -184,6 +188,8 @@ class Subject:
         """With the trained nets in place; what training keeps besides them (optimizer, averages) is added by who reports."""
         gc.collect()
         model.pipeline.image_processor = _NoPicture()
+        # Any scheduler's step is a few operators on latents; some others read values, which fake tensors have not.
+        model.pipeline.scheduler = diffusers.DDIMScheduler.from_config(model.pipeline.scheduler.config)
         guidance = max(self.plan.recipe.sample.guidance, 1.0)
         with Recorder() as recorder:
             recorder.adopt(tensor for turn in model.turns() for tensor in tensors_of(turn.net))
@@ -220,7 +226,7 @@ def skeletons() -> Iterator[None]:
     with (
         mock.patch.object(loading, "open_pipeline", _pipeline),
         mock.patch.object(loading, "open_vae", _vae),
-        mock.patch.object(text_to_image, "fingerprint", lambda weights: ""),  # no cache is kept of what has no values
+        mock.patch.object(text_to_image, "fingerprint", return_value=""),  # no cache is kept of what has no values
     ):
         yield
 

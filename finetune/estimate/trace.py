@@ -6,13 +6,11 @@ runs: a storage that it has not seen before is an allocation, a storage that die
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -51,7 +49,21 @@ KINDS = {
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
 # No kernel on the GPU: they make a view, or nothing at all, or draw numbers, which this project does on the host.
-NO_LAUNCH = {"randn", "rand", "randint", "detach", "lift_fresh", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias", "_local_scalar_dense"}
+NO_LAUNCH = {
+    "randn",
+    "rand",
+    "randint",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "alias",
+    "_local_scalar_dense",
+}
 
 
 @final
@@ -59,7 +71,7 @@ class Recorder(TorchDispatchMode):
     """Events and operators of all that runs within, in order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.sections: list[Section] = []
         self._names: dict[int, tuple[int, Any]] = {}  # a living storage's address → its identifier, and the reference that tells of its end

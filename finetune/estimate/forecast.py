@@ -1,0 +1,152 @@
+"""What a run will need, before it starts: memory, hours and money of a recipe on a GPU; and the edits that make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, final
+
+from finetune.errors import UserError
+from finetune.estimate import cards
+from finetune.estimate.architecture import configs_of
+from finetune.estimate.cards import Card, Variant
+from finetune.estimate.constants import EFFICIENCY, FLOAT32_SHARE, GIB
+from finetune.estimate.gpus import Gpu
+from finetune.estimate.memory import Memory, memory
+from finetune.estimate.speed import Speed, speed
+from finetune.recipe import Recipe, located
+
+LARGEST_LEVERS = 3  # edits that are proposed at once
+MOST_IMAGES = 100_000_000
+
+
+@final
+@dataclass(frozen=True)
+class Lever:
+    """An edit of a recipe that saves memory: `key: value`, and what it costs besides time."""
+
+    key: str
+    value: Any
+    cost: str
+
+    @property
+    def words(self) -> str:
+        said = {True: "true", False: "false", None: "null"}.get(self.value, self.value) if not isinstance(self.value, int | float) else self.value
+        return f"{self.key}: {str(said).lower() if isinstance(said, bool) else said}"
+
+
+@final
+@dataclass(frozen=True)
+class Forecast:
+    """A recipe on a GPU.
+
+    Attributes:
+        edits: levers that were pulled beyond what the recipe says.
+        images: pictures that train.
+        steps: of the optimizer.
+        hours: of training, samples and encoding; not of downloads.
+        usd: (least, most) for these hours; None where the GPU has no price.
+        limit: bytes that the GPU has.
+    """
+
+    recipe: Recipe
+    name: str
+    card: Card
+    variant: Variant
+    gpu: Gpu
+    edits: tuple[Lever, ...]
+    images: int
+    memory: Memory
+    speed: Speed
+    steps: int
+    arithmetic: str
+    hours: float
+    usd: tuple[float, float] | None
+    limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.limit
+
+
+def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = ()) -> Forecast:
+    """What `recipe` needs on `gpu` for `images` pictures.
+
+    Raises:
+        UserError: no card covers the recipe, or the number of pictures is none.
+    """
+    if not 1 <= images <= MOST_IMAGES:
+        raise UserError(f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}")
+    with located(recipe):
+        _, card_name = configs_of(recipe.model)
+        if recipe.method == "scratch" or card_name not in cards.known():
+            raise UserError("no card covers this model yet", where="model.family", remedy=f"covered are {', '.join(cards.known())}, LoRA and full")
+        card = cards.load(card_name)
+        variant = cards.variant_of(card, recipe)
+    found = memory(card, variant, recipe, gpu)
+    pace = speed(card, variant, recipe, gpu)
+    train = recipe.train
+    batch = train.batch_size * train.accumulation
+    trained = max(1, round(images * (1 - recipe.data.held_out)))
+    steps = train.steps or max(1, math.ceil(trained / batch * (train.epochs or 0) - 1e-9))
+    length = f"× {train.epochs:g} epochs = {steps:,} steps" if train.epochs else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
+    arithmetic = f"{trained:,} pictures ÷ batch {train.batch_size} ÷ accumulation {train.accumulation} {length}"
+    hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
+    usd = (hours * gpu.price.low, hours * gpu.price.high) if gpu.price else None
+    limit = int(gpu.visible_gib * GIB)
+    return Forecast(recipe, name, card, variant, gpu, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
+
+
+def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
+    """Seconds of encoding every picture once, in float32, and of the samples while training."""
+    area = (recipe.data.resolution / card.resolution) ** 2
+    rate = gpu.tflops * 1e12 * EFFICIENCY["conv"]
+    looks = steps // recipe.sample.every + 2
+    drawn = looks * len(recipe.sample.prompts) * recipe.sample.steps * card.sample_flops
+    return area * (images * card.encode_flops / (rate * FLOAT32_SHARE) + drawn / rate)
+
+
+def levers(recipe: Recipe) -> list[Lever]:
+    """The edits that save memory and that this recipe has not made yet."""
+    train, found = recipe.train, []
+    if not train.gradient_checkpointing:
+        found.append(Lever("train.gradient_checkpointing", True, "the same result"))
+    if train.batch_size > 1:
+        found.append(Lever("train.batch_size", 1, f"train.accumulation × {train.batch_size} keeps the result the same"))
+    if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
+        found.append(Lever("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result"))
+    if recipe.optimizer.name != "adafactor" and recipe.method == "full":
+        found.append(Lever("optimizer.name", "adafactor", "less steady than AdamW"))
+    if train.ema:
+        found.append(Lever("train.ema", None, "samples less smooth"))
+    if recipe.adapter and recipe.adapter.rank > 4:
+        found.append(Lever("adapter.rank", 4, "the adapter holds less"))
+    smaller = int(recipe.data.resolution * 0.75) // 64 * 64
+    if smaller >= 256:
+        found.append(Lever("data.resolution", smaller, "less detail than the base was made for"))
+    return found
+
+
+def pulled(recipe: Recipe, edits: tuple[Lever, ...]) -> Recipe:
+    """The recipe with `edits` made. A smaller batch is made up for by accumulation."""
+    for lever in edits:
+        section, _, key = lever.key.partition(".")
+        before = getattr(recipe, section)
+        changed = dataclasses.replace(before, **{key: lever.value})
+        if lever.key == "train.batch_size":
+            changed = dataclasses.replace(changed, accumulation=before.accumulation * before.batch_size // lever.value)
+        recipe = dataclasses.replace(recipe, **{section: changed})
+    return recipe
+
+
+def fitting(first: Forecast) -> list[Forecast]:
+    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does."""
+    known = levers(first.recipe)
+    for count in range(1, LARGEST_LEVERS + 1):
+        tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
+        found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits) for edits in tried]
+        if fit := [one for one in found if one.fits]:
+            return sorted(fit, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
+    return []
