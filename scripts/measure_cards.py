@@ -57,7 +57,7 @@ def measure(name: str) -> dict[str, Any]:
         for batch in BATCHES:
             runs[batch] = traced(recipe, method, side, overrides, batch, not first)
             first = first or runs[batch]
-        higher = traced(recipe, method, side, {**overrides, "rank": HIGHER_RANK}, 1, False) if method == "lora" else None
+        higher = traced(recipe, method, side, {**overrides, "rank": HIGHER_RANK}, BATCHES[0], False) if method == "lora" else None
         variants.append(variant(method, overrides, runs, higher))
         print(f"{name} {method} {overrides}", flush=True)
     return {
@@ -115,7 +115,7 @@ def variant(method: str, overrides: dict[str, Any], runs: dict[int, Any], higher
         "state": held["optimizer"],
         "allocated": line(low.peak_allocated, high.peak_allocated),
         "reserved": line(low.peak_reserved, high.peak_reserved),
-        "rank_bytes": (replay(higher["train"].events).peak_reserved - low.peak_reserved) / (HIGHER_RANK - RANK) if higher else 0.0,
+        "rank_bytes": (replay(higher["train"].events).peak_allocated - low.peak_allocated) / (HIGHER_RANK - RANK) if higher else 0.0,
     }
     return found | {key: works(*(operators(runs[batch]["train"], names) for batch in BATCHES)) for key, names in parts.items()}
 

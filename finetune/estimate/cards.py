@@ -49,7 +49,7 @@ class Variant:
         trained: parameters that train, at that rank.
         weights, adapters, state: bytes of what stays frozen, of what trains, and of the optimizer's state.
         allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native picture): without averages.
-        rank_bytes: reserved bytes that one rank more adds.
+        rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
         micro: operators of a forward and a backward pass; `update`: of what comes once a step.
     """
 
