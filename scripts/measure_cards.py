@@ -31,11 +31,12 @@ RANK, HIGHER_RANK = 16, 64
 
 @click.command()
 @click.argument("names", nargs=-1)
-def main(names: tuple[str, ...]) -> None:
+@click.option("--fewer", is_flag=True, help="Only LoRA on attention, and full fine-tuning with checkpointing and a small optimizer.")
+def main(names: tuple[str, ...], fewer: bool) -> None:
     """Measure the cards NAMES, or all."""
     for name in names or CARDS:
         start = time.perf_counter()
-        card = measure(name)
+        card = measure(name, fewer)
         from finetune.estimate.cards import path_of
 
         path_of(name).parent.mkdir(exist_ok=True)
@@ -43,7 +44,7 @@ def main(names: tuple[str, ...]) -> None:
         print(f"{name}: {len(card['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, fewer: bool = False) -> dict[str, Any]:
     """One card as plain values."""
     import diffusers
     import torch
@@ -52,6 +53,9 @@ def measure(name: str) -> dict[str, Any]:
     variants = []
     first: Any = None
     for overrides in wanted(name):
+        small = overrides["checkpointing"] and overrides["optimizer"] in ("adamw8bit", "adafactor")
+        if fewer and overrides["adapter"] != "attention" and not small:
+            continue
         method = "full" if overrides["adapter"] is None else "lora"
         runs = {}
         for batch in BATCHES:
