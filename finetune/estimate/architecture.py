@@ -11,6 +11,7 @@ from finetune.errors import UserError
 from finetune.recipe import ASSETS, Model, embedded
 
 CONFIGS = ASSETS / "configs"
+DENOISERS = ASSETS / "denoisers"  # architectures without a family here yet: class, configuration, source
 # Repositories on the hub whose architecture is known without asking; of family sdxl all have the same.
 REPOSITORIES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",

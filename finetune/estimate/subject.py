@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast, final
 from unittest import mock
@@ -117,15 +117,25 @@ class Subject:
         size: width and height of the pictures.
         audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
         trained_dtype: of what trains; ours is float32, other trainers' runs, which estimates are checked against, often bfloat16.
+        build: makes the model of a plan, where it is no family of `models/`.
+        autocast: other trainers' runs may compute in `precision` without it.
     """
 
     def __init__(
-        self, recipe: Recipe, precision: Precision, size: tuple[int, int], audit: Audit | None = None, trained_dtype: torch.dtype = torch.float32
+        self,
+        recipe: Recipe,
+        precision: Precision,
+        size: tuple[int, int],
+        audit: Audit | None = None,
+        trained_dtype: torch.dtype = torch.float32,
+        build: Callable[[Plan], Model] | None = None,
+        autocast: bool = True,
     ) -> None:
         recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
         self.plan, self.size = plan_for(recipe, precision, size), size
         self._audit, self._trained_dtype = cast(Audit, audit), trained_dtype
-        self._autocast = None if precision == "float32" else DTYPES[precision]
+        self._make = build or self._family
+        self._autocast = DTYPES[precision] if autocast and precision != "float32" else None
 
     def phases(self, only_training: bool = False) -> dict[str, Phase]:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
@@ -139,10 +149,14 @@ class Subject:
         return found
 
     def _build(self) -> Model:
-        module = importlib.import_module(f"finetune.models.{self.plan.recipe.model.family}")
-        found: Model = module.build(self.plan, self._audit)
+        found = self._make(self.plan)
         for parameter in found.trained().values():
             parameter.data = parameter.data.to(self._trained_dtype)
+        return found
+
+    def _family(self, plan: Plan) -> Model:
+        module = importlib.import_module(f"finetune.models.{plan.recipe.model.family}")
+        found: Model = module.build(plan, self._audit)
         return found
 
     def _encode(self, model: Model) -> tuple[Phase | None, Batch]:

@@ -6,8 +6,10 @@ runs: a storage that it has not seen before is an allocation, a storage that die
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
@@ -66,6 +68,19 @@ NO_LAUNCH = {
 }
 
 
+_integer = ContextVar("integer", default=1)
+
+
+@contextlib.contextmanager
+def reading(integer: int) -> Iterator[None]:
+    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values."""
+    before = _integer.set(integer)
+    try:
+        yield
+    finally:
+        _integer.reset(before)
+
+
 @final
 class Recorder(TorchDispatchMode):
     """Events and operators of all that runs within, in order."""
@@ -103,7 +118,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
-            return 1.0 if args[0].is_floating_point() else 1
+            return 1.0 if args[0].is_floating_point() else _integer.get()
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.namespace == "aten" and not func.is_view and name not in NO_LAUNCH and self.sections:
