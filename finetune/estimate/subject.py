@@ -1,7 +1,8 @@
 """The very run that a recipe describes, on fake tensors: its own `Model`, its own `Trainer`, phase by phase.
 
 Nothing is rebuilt here. What differs from a real run: nets come from their configurations, without weights; the batch
-is made up, in the shapes that the encoders give; and Accelerate's autocast is CUDA's (`emulate`).
+is made up, in the shapes that the encoders give; and, unless the run is traced as a CPU's, Accelerate's autocast is
+CUDA's (`emulate`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast, final
+from typing import Any, Literal, cast, final
 from unittest import mock
 
 import diffusers
@@ -61,9 +62,9 @@ class Phase:
 
 @final
 class Host(Accelerator):  # type: ignore[misc]
-    """Accelerate on one process, whose autocast is the emulated CUDA's; it tells the recorder where a step's parts begin."""
+    """Accelerate on one process, whose autocast is the emulated CUDA's, if any; it tells the recorder where a step's parts begin."""
 
-    def __init__(self, mode: Cuda, dtype: torch.dtype | None, recorder: Recorder) -> None:
+    def __init__(self, mode: Cuda | None, dtype: torch.dtype | None, recorder: Recorder) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         super().__init__(cpu=True, mixed_precision="no")
         self._mode, self._dtype, self._recorder = mode, dtype, recorder
@@ -71,7 +72,7 @@ class Host(Accelerator):  # type: ignore[misc]
     @contextlib.contextmanager
     def autocast(self, autocast_handler: Any = None) -> Iterator[None]:
         self._recorder.section("forward")
-        with self._mode.autocast(self._dtype):
+        with self._mode.autocast(self._dtype) if self._mode else torch.autocast("cpu", self._dtype, enabled=self._dtype is not None):
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -85,15 +86,15 @@ class Host(Accelerator):  # type: ignore[misc]
 
 @final
 class MadeUp:
-    """Stands for the run's `Dataset`: batches in the shapes that the encoders give."""
+    """Stands for the run's `Dataset`: batches in the shapes that the encoders give, each tensor made by `make`."""
 
     has_validation = False
 
-    def __init__(self, example: Batch) -> None:
-        self._example = example
+    def __init__(self, example: Batch, make: Callable[..., Tensor] = torch.empty) -> None:
+        self._example, self._make = example, make
 
     def batch(self, step: int, places: tuple[int, ...], draw: Draw) -> Batch:
-        return {name: torch.empty((len(places), *tensor.shape), dtype=tensor.dtype) for name, tensor in self._example.items()}
+        return {name: self._make((len(places), *tensor.shape), dtype=tensor.dtype) for name, tensor in self._example.items()}
 
     def names(self, step: int) -> list[str]:
         return []
@@ -119,6 +120,7 @@ class Subject:
         trained_dtype: of what trains; ours is float32, other trainers' runs, which estimates are checked against, often bfloat16.
         build: makes the model of a plan, where it is no family of `models/`.
         autocast: other trainers' runs may compute in `precision` without it.
+        device: whose autocast, kernels and optimizers are traced; "cpu" is there to hold the trace against real runs.
     """
 
     def __init__(
@@ -130,25 +132,28 @@ class Subject:
         trained_dtype: torch.dtype = torch.float32,
         build: Callable[[Plan], Model] | None = None,
         autocast: bool = True,
+        device: Literal["cuda", "cpu"] = "cuda",
     ) -> None:
         recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
         self.plan, self.size = plan_for(recipe, precision, size), size
         self._audit, self._trained_dtype = cast(Audit, audit), trained_dtype
         self._make = build or self._family
         self._autocast = DTYPES[precision] if autocast and precision != "float32" else None
+        self._device = device
 
     def phases(self, only_training: bool = False) -> dict[str, Phase]:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
-        with fake_tensors(), skeletons(), standins.in_place(), cuda() as mode:
-            model = self._build()
-            encode, example = self._encode(model)
+        with fake_tensors(), skeletons(), standins.in_place(), cuda() if self._device == "cuda" else contextlib.nullcontext() as mode:
+            model = self.build()
+            encode, example = self.encode(model)
             found = {"encode": encode} if encode is not None else {}
             found["train"] = self._train(model, example, mode)
             if isinstance(model, TextToImage) and not only_training:
                 found["sample"] = self._sample(model)
         return found
 
-    def _build(self) -> Model:
+    def build(self) -> Model:
+        """The recipe's model; within `skeletons` from configurations alone."""
         found = self._make(self.plan)
         for parameter in found.trained().values():
             parameter.data = parameter.data.to(self._trained_dtype)
@@ -159,7 +164,8 @@ class Subject:
         found: Model = module.build(plan, self._audit)
         return found
 
-    def _encode(self, model: Model) -> tuple[Phase | None, Batch]:
+    def encode(self, model: Model) -> tuple[Phase | None, Batch]:
+        """What encoding takes, and an example of its outcome; the text encoders are then released."""
         encoders = model.encoders()
         width, height = self.size
         pixels = torch.empty(3, height, width)
@@ -178,7 +184,7 @@ class Subject:
         encoders.release()
         return Phase(recorder.events, recorder.sections, held), picture | caption | geometry
 
-    def _train(self, model: Model, example: Batch, mode: Cuda) -> Phase:
+    def _train(self, model: Model, example: Batch, mode: Cuda | None) -> Phase:
         gc.collect()
         with Recorder() as recorder:
             trained = {id(parameter) for parameter in model.trained().values()}
