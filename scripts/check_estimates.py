@@ -1,124 +1,189 @@
-"""Published runs beside what is predicted for them: scripts/check_estimates.py. Takes minutes; needs no GPU.
+"""Published runs beside what is predicted for them: scripts/check_estimates.py [--traces FILE]. Needs no GPU; a first run takes about half an hour.
 
-The runs are finetune/assets/published_runs.tsv, each with its source. A row that cannot be traced yet is named with the reason.
+The runs are finetune/assets/published_runs.tsv, each with its source. A row that cannot be described is named with the reason.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import click
 
-from finetune.recipe import ASSETS, load_recipe
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-# What other trainers' words mean here: model → the recipe that describes it.
-MODELS = {"SD1.5 (dreamshaper-8)": "lora/sd15", "SDXL base 1.0": "lora/sdxl", "SD2 UNet 866M": "full/sd21"}
-METHODS = {"LoRA attn qkvo": "attention", "from scratch (MLPerf)": ""}  # the targets of an adapter
-GPUS = {"H100 80GB": "h100-sxm", "L40S 48GB": "l40s", "8x H100 SXM 80GB": "h100-sxm", "8x H200 141GB": "h200", "64x L40S 48GB": "l40s"}
-CHECKPOINTING = {"no": "false", "yes (every block)": "true", "yes": "true"}
+import published
+
+from finetune.estimate.cards import Work
+from finetune.estimate.constants import CONTEXT, GIB, PACE, Pace
+from finetune.estimate.gpus import find
+from finetune.estimate.memory import around
+from finetune.estimate.speed import bounds
+from finetune.recipe import ASSETS
+
+ALL_OF_IT = "nvidia-smi"  # in the notes: what was measured holds CUDA's context too
 
 
-class Row(NamedTuple):
-    """One published run that could be traced: GiB and seconds a step; the peak is what PyTorch reserved (0: was not said)."""
+class Found(NamedTuple):
+    """A published run beside its prediction: GiB and seconds a step; 0 where nothing was published."""
 
-    name: str
-    model: str
+    row: dict[str, str]
+    works: tuple[Work, ...]
     measured: float
     predicted: float
     measured_seconds: float
-    predicted_seconds: float
     parameters_only: float
     formula: float
 
+    def seconds(self, pace: Pace = PACE) -> float:
+        return bounds(self.works, 1.0, 1, find(published.GPUS[self.row["gpu"]]), pace).seconds
 
-def main() -> None:
+
+@click.command()
+@click.option("--traces", type=click.Path(path_type=Path), help="Keep the traces in this file, and read them from it the next time.")
+@click.option("--only", default="", help="Only the rows whose id holds this word.")
+def main(traces: Path | None, only: str) -> None:
+    """Predict every published run, and print it beside what was measured."""
     lines = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
-    rows = [dict(zip(header, line.split("\t"), strict=False)) for line in lines[1:]]
+    rows = [row for line in lines[1:] if only in (row := dict(zip(header, line.split("\t"), strict=False)))["id"]]
+    known: dict[str, Any] = json.loads(traces.read_text()) if traces is not None and traces.exists() else {}
     found, left = [], Counter[str]()
     for row in rows:
-        reason = why_not(row)
-        if reason:
+        if reason := published.why_not(row):
             left[reason] += 1
             continue
-        found.append(predicted(row))
-        one = found[-1]
-        peak = f"{one.measured:>6.2f} GiB" if one.measured else "         ?"
-        off = f"({one.predicted / one.measured - 1:+.1%})" if one.measured else ""
-        pace = f"{one.measured_seconds:.3f} s, predicted {one.predicted_seconds:.3f} ({one.predicted_seconds / one.measured_seconds - 1:+.0%})"
-        print(f"{one.name:<42} {peak}, predicted {one.predicted:>6.2f} {off:<8}   {pace}", flush=True)
-    print(f"\n{len(found)} of {len(rows)} rows; not traced:")
+        key = " ".join(row[name] for name in KEY)
+        if key not in known:
+            known[key] = traced(row)
+            if traces is not None:
+                traces.write_text(json.dumps(known))
+        found.append(beside(row, known[key]))
+        print(line_of(found[-1]), flush=True)
+    print(f"\n{len(found)} of {len(rows)} rows; not predicted:")
     print("\n".join(f"  {count:>3}  {reason}" for reason, count in left.most_common()))
-    print("\nerrors                      median    90 %")
-    for title, pairs in (
-        ("memory", [(one.predicted, one.measured) for one in found if one.measured]),
-        ("s/step", [(one.predicted_seconds, one.measured_seconds) for one in found]),
-        ("parameters × bytes", [(one.parameters_only, one.measured) for one in found if one.measured]),
-        ("12 × batch × (side/512)²", [(one.formula, one.measured) for one in found if one.measured]),
-    ):
-        errors = sorted(abs(predicted / measured - 1) for predicted, measured in pairs)
-        print(f"  {title:<26}{statistics.median(errors):>6.1%} {errors[min(len(errors) - 1, int(0.9 * len(errors)))]:>6.1%}")
+    errors(found)
 
 
-def why_not(row: dict[str, str]) -> str:
-    """Why a row is not traced; "" if it is."""
-    if row["model"] not in MODELS:
-        return f"{row['model']}: no family here yet"
-    if row["method"] not in METHODS:
-        return f"{row['method']}: an adapter that is not here yet"
-    if "int8" in row["weights_dtype"] or "fp8" in row["weights_dtype"]:
-        return f"{row['weights_dtype']}: not here yet"
-    if "fp8" in row["compute_dtype"] or row["compute_dtype"] == "NeMo":
-        return f"computes in {row['compute_dtype']}: what precision is not said"
-    if row["grad_ckpt"] not in CHECKPOINTING:
-        return f"checkpointing {row['grad_ckpt']}: not here yet"
-    return "" if row["gpu"] in GPUS else f"GPU {row['gpu']}"
+KEY = ("model", "method", "resolution", "batch_per_gpu", "rank", "weights_dtype", "compute_dtype", "optimizer", "grad_ckpt")
 
 
-def predicted(row: dict[str, str]) -> Row:
-    """The step of a published run, traced."""
-    import torch
+def traced(row: dict[str, str]) -> dict[str, Any]:
+    """What the step of a published run reserves, holds and runs."""
+    from unittest import mock
 
     from finetune.estimate.allocator import replay
-    from finetune.estimate.cards import Work
-    from finetune.estimate.constants import GIB, WORKSPACE, WORKSPACE_HOPPER
-    from finetune.estimate.gpus import find
-    from finetune.estimate.memory import HOPPER
-    from finetune.estimate.speed import bounds
+    from finetune.estimate.denoiser import DenoiserModel
     from finetune.estimate.subject import Subject
+    from finetune.recipe import load_recipe
 
-    side, batch = int(row["resolution"].partition("x")[0]), int(row["batch_per_gpu"])
-    sets = [f"train.batch_size={batch}", "train.accumulation=1", "train.ema=null", "optimizer.name=adamw"]
-    sets += [f"train.gradient_checkpointing={CHECKPOINTING[row['grad_ckpt']]}"]
-    sets += [f"adapter.rank={row['rank']}", f"adapter.targets={METHODS[row['method']]}"] if METHODS[row["method"]] else []
-    dtype = torch.bfloat16 if "adapter bf16" in row["weights_dtype"] else torch.float32
-    phase = Subject(load_recipe(MODELS[row["model"]], sets), "bfloat16", (side, side), trained_dtype=dtype).phases(only_training=True)["train"]
-    gpu = find(GPUS[row["gpu"]])
-    reserved = replay(phase.events).peak_reserved + (WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE)
-    works = [Work(one.kind, one.width, (one.flops, 0), (one.bytes, 0), 1) for one in last_step(phase)]
+    run = published.described(row)
+    sets = [f"train.batch_size={run.batch}", "train.accumulation=1", "train.ema=null", "optimizer.name=adamw"]
+    sets += [f"train.gradient_checkpointing={str(run.checkpointed == (1, 1)).lower()}"]
+    recipe = load_recipe("full/sd15" if run.full else "lora/sd15", sets)
+    subject = Subject(
+        recipe,
+        "bfloat16",
+        run.size,
+        trained_dtype=run.trained,
+        build=lambda plan: DenoiserModel(plan, run.denoiser, run.size, run.adapt),
+        autocast=run.autocast,
+    )
+    with mock.patch("finetune.engine.state.make_optimizer", lambda section, parameters, device: run.optimizer(parameters)):
+        phase = subject.phases(only_training=True)["train"]
+    last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
+    works = Counter(tuple(operator) for section in phase.sections[last:] for operator in section.operators)
+    replayed = replay(phase.events)
+    return {
+        "reserved": replayed.peak_reserved,
+        "allocated": replayed.peak_allocated,
+        "held": phase.held,
+        "works": [[*operator, count] for operator, count in works.items()],
+    }
+
+
+def beside(row: dict[str, str], trace: dict[str, Any]) -> Found:
+    gpu = find(published.GPUS[row["gpu"]])
+    batch, sides = int(row["batch_per_gpu"]), [int(side) for side in re.findall(r"\d+", row["resolution"])][-2:]
+    context = CONTEXT if ALL_OF_IT in row["notes"] else 0
     pace = re.search(r"\(([\d.]+) per GPU\)", row["seconds_per_step_or_its"])
-    seconds = batch / float(pace[1]) if pace else float(row["seconds_per_step_or_its"].split()[0])
-    return Row(
-        name=row["id"],
-        model=row["model"],
+    said = row["seconds_per_step_or_its"].split()[0]
+    area = sides[0] * sides[-1] / 512**2
+    return Found(
+        row=row,
+        works=tuple(Work(kind, width, (flops, 0), (moved, 0), count) for kind, flops, moved, width, count in trace["works"]),
         measured=0.0 if row["peak_vram_gb"] == "-" else float(row["peak_vram_gb"]),
-        predicted=reserved / GIB,
-        measured_seconds=seconds,
-        predicted_seconds=sum(bounds(works, 1.0, 1, gpu)[:3]),
-        parameters_only=(phase.held["weights"] + phase.held["trained"] * 4) / GIB,
-        formula=12 * batch * (side / 512) ** 2 * 1e9 / GIB,
+        predicted=(trace["reserved"] + around(gpu) - CONTEXT + context) / GIB,
+        measured_seconds=batch / float(pace[1]) if pace else 0.0 if said == "-" else float(said),
+        parameters_only=(trace["held"]["weights"] + trace["held"]["trained"] * 4) / GIB,
+        formula=(24 if row["method"].startswith(("full", "from")) else 16 if row["method"] == "dora" else 12) * batch * area * 1e9 / GIB,
     )
 
 
-def last_step(phase: Any) -> Iterable[Any]:
-    last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
-    return [operator for section in phase.sections[last:] for operator in section.operators]
+def line_of(one: Found) -> str:
+    memory = f"{one.measured:>6.2f} GiB, predicted {one.predicted:>6.2f} ({one.predicted / one.measured - 1:+6.1%})" if one.measured else " " * 38
+    pace = ""
+    if one.measured_seconds:
+        said = one.seconds()
+        pace = f"{one.measured_seconds:.3f} s, predicted {said:.3f} ({said / one.measured_seconds - 1:+.0%})"
+    return f"{one.row['id']:<42} {memory}   {pace}"
+
+
+def errors(found: list[Found]) -> None:
+    """Medians and 90th percentiles of |predicted ÷ measured − 1|; time also with the constants fit without the row's own model."""
+    memory = [one for one in found if one.measured]
+    timed = [one for one in found if one.measured_seconds]
+    print("\nerrors                        median    90 %   rows")
+    table = [
+        ("memory", [one.predicted / one.measured for one in memory]),
+        ("s/step", [one.seconds() / one.measured_seconds for one in timed]),
+        ("s/step, its model left out", left_out(timed)),
+        ("parameters × bytes", [one.parameters_only / one.measured for one in memory]),
+        ("{24, 12, 16} × batch × area", [one.formula / one.measured for one in memory]),
+    ]
+    for title, ratios in table:
+        off = sorted(abs(ratio - 1) for ratio in ratios)
+        if off:
+            print(f"  {title:<28}{statistics.median(off):>6.1%} {off[min(len(off) - 1, int(0.9 * len(off)))]:>7.1%}   {len(off):>4}")
+
+
+# -- the fit ------------------------------------------------------------------------------------------------------------
+
+
+def left_out(found: list[Found]) -> list[float]:
+    """predicted ÷ measured of every row, with constants fit on the rows of all other models; the fit on all of them is printed."""
+    ratios = []
+    for model in sorted({one.row["model"] for one in found}):
+        pace = fit([one for one in found if one.row["model"] != model])
+        ratios += [one.seconds(pace) / one.measured_seconds for one in found if one.row["model"] == model]
+    print("  fit on all rows:", {name: float(f"{value:.3g}") for name, value in vars(fit(found)).items()})
+    return ratios
+
+
+def fit(found: Sequence[Found]) -> Pace:
+    """Coordinate descent on the mean of |log(predicted ÷ measured)|, in steps that shrink. A share is at most 1."""
+    best, step = PACE, 0.4
+
+    def loss(pace: Pace) -> float:
+        return statistics.mean(abs(math.log(one.seconds(pace) / one.measured_seconds)) for one in found)
+
+    least = loss(best)
+    while step > 0.02:
+        tried = [replace(best, **{key: min(1.0, value * factor)}) for key, value in vars(best).items() for factor in (1 + step, 1 / (1 + step))]
+        now, pace = min(((loss(pace), pace) for pace in tried), key=lambda pair: pair[0])
+        if now < least - 1e-5:
+            least, best = now, pace
+        else:
+            step /= 2
+    return best
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import final
+
 MIB, GIB = 1 << 20, 1 << 30
 
 # cuBLAS's workspace, which PyTorch takes from its own cache for each handle (aten/src/ATen/cuda/CublasHandlePool.cpp,
@@ -13,11 +16,27 @@ WORKSPACE_HOPPER = 2 * 32 * MIB
 # of 2022–2026, 0.13 to 0.60 GiB (shown by `ft estimate --json` as "CUDA context"); github pytorch/pytorch #16417, diffusers #10994 and others.
 CONTEXT = int(0.49 * GIB)
 
-# Seconds that the host takes to launch one operator of a training step through Python, autograd and PEFT. Fit on steps bound by the
-# host: SD 1.5 LoRA, batch 1, on an H100 and on an L40S (SimpleTuner, SEGMENTED_CHECKPOINTING.md); scripts/check_estimates.py shows it.
-LAUNCH = 55e-6
 
-# Share of the dense 16-bit peak, and of the memory's bandwidth, that kernels of a kind reach. A first setting, checked by scripts/check_estimates.py.
-EFFICIENCY = {"matmul": 0.60, "conv": 0.50, "attention": 0.45, "other": 1.0}
-BANDWIDTH = 0.75
-FLOAT32_SHARE = 0.25  # of the 16-bit tensor peak, for float32 factors: tensor cores are off by default (torch.backends.cuda.matmul.allow_tf32)
+@final
+@dataclass(frozen=True)
+class Pace:
+    """How fast a GPU and its host work through a step's operators.
+
+    Attributes:
+        launch: seconds that the host takes for one operator of a training step, through Python, autograd and PEFT.
+        matmul, conv, attention: the share of the dense 16-bit peak that kernels of this kind reach.
+        bandwidth: the share of the memory's bandwidth that kernels reach.
+        float32: the share of the 16-bit peak that float32 factors reach: tensor cores are off by default
+            (torch.backends.cuda.matmul.allow_tf32).
+    """
+
+    launch: float
+    matmul: float
+    conv: float
+    attention: float
+    bandwidth: float
+    float32: float
+
+
+# Fit on the published runs by scripts/check_estimates.py, which prints the fit and its errors with each model left out.
+PACE = Pace(launch=55e-6, matmul=0.60, conv=0.50, attention=0.45, bandwidth=0.75, float32=0.25)

@@ -248,8 +248,8 @@ class DenoiserTurn(Turn):
 
     name = "denoiser"
 
-    def __init__(self, net: nn.Module, inputs: Inputs, dtype: torch.dtype) -> None:
-        self.net, self._inputs, self._dtype = net, inputs, dtype
+    def __init__(self, net: nn.Module, inputs: Inputs) -> None:
+        self.net, self._inputs = net, inputs
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         latents = batch["latents"]
@@ -257,13 +257,15 @@ class DenoiserTurn(Turn):
         share = time.view(-1, *(1,) * (latents.ndim - 1))
         noisy = (1 - share) * latents + share * noise
         names, fixed = self._inputs.names, self._inputs.fixed(len(latents))
-        given = {name: self._typed(batch[name]) for name in self._inputs.conditions} | fixed
+        dtype = next(self.net.parameters()).dtype
+        given = {name: _typed(batch[name], dtype) for name in self._inputs.conditions} | fixed
         with reading(self._inputs.integers):
-            predicted = self.net(**{names[0]: noisy.to(self._dtype), names[1]: time}, **given, return_dict=False)[0]
+            predicted = self.net(**{names[0]: noisy.to(dtype), names[1]: time}, **given, return_dict=False)[0]
         return (predicted[:, : latents.shape[1]].float() - (noise - latents)).square().flatten(1).mean(1)
 
-    def _typed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @final
@@ -277,9 +279,8 @@ class DenoiserModel(Model):
     def __init__(self, plan: Plan, denoiser: Denoiser, size: tuple[int, int], adapt: Callable[[nn.Module], object] | None = None) -> None:
         recipe = plan.recipe
         net, full = denoiser.net(), recipe.method != "lora"
-        dtype = torch.float32 if full else DTYPES[plan.precision]
         self._inputs = denoiser.inputs(size)
-        nn.Module.to(net, dtype)
+        nn.Module.to(net, torch.float32 if full else DTYPES[plan.precision])
         net.requires_grad_(full)
         if adapt is not None:
             adapt(net)
@@ -287,7 +288,7 @@ class DenoiserModel(Model):
             add_lora(net, recipe.adapter)
         if recipe.train.gradient_checkpointing:
             net.enable_gradient_checkpointing()  # type: ignore[operator]
-        self._turn = DenoiserTurn(net, self._inputs, dtype)
+        self._turn = DenoiserTurn(net, self._inputs)
 
     def turns(self) -> tuple[Turn, ...]:
         return (self._turn,)

@@ -12,7 +12,7 @@ from finetune.errors import UserError
 from finetune.estimate import cards
 from finetune.estimate.architecture import configs_of
 from finetune.estimate.cards import Card, Variant
-from finetune.estimate.constants import EFFICIENCY, FLOAT32_SHARE, GIB
+from finetune.estimate.constants import GIB, PACE
 from finetune.estimate.gpus import Gpu
 from finetune.estimate.memory import Memory, memory
 from finetune.estimate.speed import Speed, speed
@@ -102,10 +102,10 @@ def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Leve
 def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
     """Seconds of encoding every picture once, in float32, and of the samples while training."""
     area = (recipe.data.resolution / card.resolution) ** 2
-    rate = gpu.tflops * 1e12 * EFFICIENCY["conv"]
+    rate = gpu.tflops * 1e12 * PACE.conv
     looks = steps // recipe.sample.every + 2
     drawn = looks * len(recipe.sample.prompts) * recipe.sample.steps * card.sample_flops
-    return area * (images * card.encode_flops / (rate * FLOAT32_SHARE) + drawn / rate)
+    return area * (images * card.encode_flops / (rate * PACE.float32) + drawn / rate)
 
 
 def levers(recipe: Recipe) -> list[Lever]:

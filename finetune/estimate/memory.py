@@ -47,8 +47,6 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Memory:
     reserved = variant.reserved[0] + variant.reserved[1] * load + variant.rank_bytes * higher + state - variant.state * grown
     allocated = variant.allocated[0] + variant.allocated[1] * load + variant.rank_bytes * higher + state - variant.state * grown
     averages = 4 * trained if recipe.train.ema else 0.0
-    workspace = WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE
-    around = workspace + CONTEXT
     kept = variant.weights + adapters + state + averages
     gradients = min(4 * trained, allocated - variant.weights - adapters - state)
     parts = {
@@ -59,18 +57,23 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Memory:
         "averages": averages,
         "activations": allocated - variant.weights - adapters - state - gradients,
         "fragmentation": reserved - allocated,
-        "cuBLAS workspace": workspace,
+        "cuBLAS workspace": around(gpu) - CONTEXT,
         "CUDA context": CONTEXT,
     }
     # In full fine-tuning what is frozen, the text encoders too, stays in float32 (`models.text_to_image`).
     encoders = 2 * card.parameters["text encoders"] if recipe.method == "full" else 0
     phases = {
-        "encode": card.encode[0] + card.encode[1] * area + encoders + around,
-        "train": reserved + averages + around,
-        "sample": kept + card.sample[0] + card.sample[1] * area + around,
-        "save": kept + around,
+        "encode": card.encode[0] + card.encode[1] * area + encoders + around(gpu),
+        "train": reserved + averages + around(gpu),
+        "sample": kept + card.sample[0] + card.sample[1] * area + around(gpu),
+        "save": kept + around(gpu),
     }
     return Memory({name: round(value) for name, value in parts.items() if value}, {name: round(value) for name, value in phases.items()})
+
+
+def around(gpu: Gpu) -> int:
+    """What is there whatever trains: CUDA's context and cuBLAS's workspace."""
+    return CONTEXT + (WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE)
 
 
 def state_bytes(recipe: Recipe, variant: Variant) -> float:

@@ -1,4 +1,4 @@
-"""How long a step takes on a GPU, from a card: each operator takes the longest of computing, moving its bytes and being launched."""
+"""How long a step takes on a GPU, from a card: its kernels compute or move bytes, and the host has to launch each of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from finetune.estimate.cards import Card, Variant, Work
-from finetune.estimate.constants import BANDWIDTH, EFFICIENCY, FLOAT32_SHARE, LAUNCH
+from finetune.estimate.constants import PACE, Pace
 from finetune.estimate.gpus import Gpu
 from finetune.recipe import Recipe
 
@@ -15,7 +15,13 @@ from finetune.recipe import Recipe
 @final
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimizer step, by what they are bound by, and its operators."""
+    """Seconds of one optimizer step.
+
+    Attributes:
+        compute, bandwidth: of kernels bound by arithmetic and by memory.
+        launch: in which the GPU waits for the host, which launches kernels one after another.
+        operators: of the step.
+    """
 
     compute: float
     bandwidth: float
@@ -30,27 +36,34 @@ class Speed:
 def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Speed:
     """The step of `recipe` on `gpu`: as many forward and backward passes as it accumulates, and one update."""
     area = (recipe.data.resolution / card.resolution) ** 2
-    pass_ = bounds(variant.micro, area, recipe.train.batch_size, gpu)
+    once = bounds(variant.micro, area, recipe.train.batch_size, gpu)
     update = bounds(variant.update, area, recipe.train.batch_size, gpu)
     times = recipe.train.accumulation
-    return Speed(*(times * one + other for one, other in zip(pass_, update, strict=True)))  # type: ignore[arg-type]
+    return Speed(
+        times * once.compute + update.compute,
+        times * once.bandwidth + update.bandwidth,
+        times * once.launch + update.launch,
+        times * once.operators + update.operators,
+    )
 
 
-def bounds(works: Iterable[Work], area: float, batch: int, gpu: Gpu) -> tuple[float, float, float, int]:
-    """Seconds by bound, and operators, of `works` for `batch` pictures of `area` native ones each."""
-    compute = bandwidth = launch = 0.0
+def bounds(works: Iterable[Work], area: float, batch: int, gpu: Gpu, pace: Pace = PACE) -> Speed:
+    """`works` for `batch` pictures of `area` native ones each.
+
+    A kernel takes the longer of computing and of moving its bytes; the host runs ahead of the GPU, so that the whole takes
+    the longer of all kernels and of all launches.
+    """
+    compute = bandwidth = 0.0
     operators = 0
     for work in works:
         # Attention's FLOPs grow with the square of the picture's area, all else with the area.
         flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
         moved = work.bytes[0] + work.bytes[1] * batch * area
-        rate = gpu.tflops * 1e12 * EFFICIENCY[work.kind] * (1.0 if work.width == 2 else FLOAT32_SHARE)
-        computing, moving = flops / rate, moved / (gpu.bandwidth * 1e9 * BANDWIDTH)
+        rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
+        computing, moving = flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)
         operators += work.count
-        if max(computing, moving) <= LAUNCH:
-            launch += work.count * LAUNCH
-        elif computing >= moving:
+        if computing >= moving:
             compute += work.count * computing
         else:
             bandwidth += work.count * moving
-    return compute, bandwidth, launch, operators
+    return Speed(compute, bandwidth, max(0.0, operators * pace.launch - compute - bandwidth), operators)

@@ -1,0 +1,288 @@
+"""Published runs of other trainers, described so that `Subject` can trace them: model, adapter, storage, optimizer.
+
+What a run's trainer does otherwise than ours is said here once, by the words of finetune/assets/published_runs.tsv.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.estimate.architecture import CONFIGS
+from finetune.estimate.denoiser import Denoiser, load
+
+# Models → the denoiser's name in assets/denoisers, or its folder in assets/configs.
+MODELS = {
+    "FLUX.2-klein-base-4B": "flux2-klein-4b",
+    "LongCat-Image 6B": "longcat-image",
+    "Lumina-Image-2.0 2B": "lumina2",
+    "PixArt 900M-1024-v0.6 (SimpleTuner default flavour, not the 600M)": "pixart-900m",
+    "SD1.5 (dreamshaper-8)": "sd15",
+    "SDXL base 1.0": "sdxl",
+    "Krea-2-Raw": "krea2",
+    "CogVideoX-2b": "cogvideox-2b",
+    "SD2 UNet 866M": "sd21",
+}
+GPUS = {
+    "NVIDIA L40S": "l40s",
+    "H100 80GB": "h100-sxm",
+    "L40S 48GB": "l40s",
+    "8x H100 SXM 80GB": "h100-sxm",
+    "8x H200 141GB": "h200",
+    "64x L40S 48GB": "l40s",
+    "A100 80GB (finetrainers/cogvideox-factory)": "a100-80gb",
+}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """One published run.
+
+    Attributes:
+        full: whether the weights themselves train.
+        stored: dtype of the frozen weights; int8 and float8 are dequantised at each use.
+        trained: dtype of what trains.
+        autocast: whether it computes under autocast.
+        checkpointed: (blocks that are, of every so many).
+        adapt: puts the adapter on a net.
+        optimizer: makes it of parameters.
+    """
+
+    denoiser: Denoiser
+    size: tuple[int, int]
+    batch: int
+    full: bool
+    stored: torch.dtype
+    trained: torch.dtype
+    autocast: bool
+    checkpointed: tuple[int, int]
+    adapt: Callable[[nn.Module], object]
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def why_not(row: dict[str, str]) -> str:
+    """Why a row cannot be described; "" if it can."""
+    if row["model"] not in MODELS:
+        return (
+            f"{row['model']}: {'its GPU and what was measured are not said' if 'aMUSEd' in row['model'] else 'batch, precision or side are not said'}"
+        )
+    if row["gpu"] not in GPUS:
+        return f"GPU {row['gpu']}: not in the table"
+    if "UNet+TEs" in row["method"] or "?" in row["resolution"]:
+        return f"{row['method']}: {'it trains the text encoders too' if 'TEs' in row['method'] else 'its resolution is not said'}"
+    if "fp8?" in row["compute_dtype"] or row["compute_dtype"].startswith("NeMo"):
+        return f"computes in {row['compute_dtype']}: what precision is not said"
+    return ""
+
+
+def described(row: dict[str, str]) -> Run:
+    full = row["method"].startswith(("full", "from scratch"))
+    weights = row["weights_dtype"]
+    stored = next((dtype for word, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)) if word in weights), torch.bfloat16)
+    master = full and not row["compute_dtype"].endswith("no autocast")
+    trained = torch.bfloat16 if "adapter bf16" in weights or row["model"].startswith("Krea") or (full and not master) else torch.float32
+    partial = re.search(r"partial \((\d) of every (\d) blocks\)", row["grad_ckpt"])
+    checkpointed = (int(partial[1]), int(partial[2])) if partial else (1, 1) if row["grad_ckpt"].startswith("yes") else (0, 1)
+    sides = [int(side) for side in re.findall(r"\d+", row["resolution"])][-2:]
+    return Run(
+        denoiser=_denoiser(MODELS[row["model"]]),
+        size=(sides[-1], sides[0]),
+        batch=int(row["batch_per_gpu"]),
+        full=full,
+        stored=torch.float32 if master else stored,
+        trained=trained,
+        autocast=not row["compute_dtype"].endswith("no autocast"),
+        checkpointed=checkpointed,
+        adapt=lambda net: _adapted(net, row, stored),
+        optimizer=OPTIMIZERS[row["optimizer"]],
+    )
+
+
+def _denoiser(name: str) -> Denoiser:
+    if not (CONFIGS / name).is_dir():
+        return load(name)
+    config = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
+    return Denoiser(name, config, resolution=512, tokens=77)
+
+
+# -- adapters -----------------------------------------------------------------------------------------------------------
+
+
+def _adapted(net: nn.Module, row: dict[str, str], stored: torch.dtype) -> None:
+    if stored != torch.bfloat16:
+        quantize(net, stored)
+    if not row["method"].startswith(("full", "from scratch")):
+        _lokr(net, row["method"]) if "LoKr" in row["method"] else _peft(net, row)
+    step, every = described(row).checkpointed
+    if 0 < step < every:
+        checkpoint_some(net, step, every)
+
+
+def _peft(net: nn.Module, row: dict[str, str]) -> None:
+    """An adapter of PEFT, on attention or, as PEFT's own comparison does, on every linear layer of the blocks."""
+    import peft
+
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | Stored)]
+    inside = [name for name in linear if "blocks." in name]
+    rank = int(re.match(r"\d+", row["rank"])[0]) if re.match(r"\d+", row["rank"]) else 0  # type: ignore[index]
+    if row["model"].startswith("FLUX.2"):
+        targets = inside
+    else:
+        targets = [name for name in linear if name.endswith(ATTENTION)]
+    config: Any
+    if row["method"] == "ia3":
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=[name for name in targets if ".ff" in name])
+    elif row["method"] == "loha":
+        config = peft.LoHaConfig(r=rank, alpha=rank, target_modules=targets)
+    else:
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=row["method"] == "dora", init_lora_weights="gaussian")
+    net.requires_grad_(False)
+    peft.inject_adapter_in_model(config, net)
+
+
+def _lokr(net: Any, method: str) -> None:
+    """LyCORIS's own LoKr, attached to the net so that it trains with it."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    if "bypass" in method:
+        LycorisNetwork.apply_preset({"target_module": ["Attention"], "module_algo_map": {}})
+        found = create_lycoris(net, 1.0, linear_dim=10_000, linear_alpha=1, algo="lokr", factor=12, bypass_mode=True)
+    else:
+        LycorisNetwork.apply_preset(
+            {"target_module": ["Attention", "FeedForward"], "module_algo_map": {"Attention": {"factor": 2}, "FeedForward": {"factor": 4}}}
+        )
+        found = create_lycoris(net, 1.0, linear_dim=10_000, linear_alpha=1, algo="lokr", full_matrix=True)
+    found.apply_to()
+    net.requires_grad_(False)
+    net.lycoris = found
+    found.requires_grad_(True)
+
+
+# -- storage ------------------------------------------------------------------------------------------------------------
+
+
+@final
+class Stored(nn.Linear):
+    """A linear layer whose weight is kept in 8 bits with a scale a row, and dequantised at each use: autograd keeps the dequantised one."""
+
+    def quantized(self, dtype: torch.dtype) -> None:
+        weight = self.weight
+        del self.weight
+        self.register_buffer("stored", torch.empty(weight.shape, dtype=dtype))
+        self.register_buffer("scale", torch.empty((weight.shape[0], 1), dtype=torch.bfloat16))
+
+    @property
+    def dequantized(self) -> Tensor:
+        return self.stored.to(torch.bfloat16) * self.scale  # type: ignore[operator]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.dequantized, self.bias)
+
+
+def quantize(net: nn.Module, dtype: torch.dtype) -> None:
+    """Keep every linear layer's weight in `dtype`."""
+    for module in list(net.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = Stored
+            module.quantized(dtype)  # type: ignore[attr-defined]
+
+
+def checkpoint_some(net: Any, step: int, every: int) -> None:
+    """Checkpoint `step` of every `every` blocks, in the order in which a forward pass comes to them."""
+    net.enable_gradient_checkpointing()
+    calls = 0
+    for module in net.modules():
+        whole = getattr(module, "_gradient_checkpointing_func", None)
+        if whole is None:
+            continue
+
+        def some(block: Any, *args: Any, whole: Any = whole) -> Any:
+            nonlocal calls
+            calls += 1
+            return whole(block, *args) if (calls - 1) % every < step else block(*args)
+
+        module._gradient_checkpointing_func = some
+
+
+# -- optimizers ---------------------------------------------------------------------------------------------------------
+
+
+@final
+class PerTensor(torch.optim.Optimizer):
+    """SimpleTuner's adamw_bf16: one tensor after another, three bfloat16 states a weight, and stochastic rounding in six operators."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(list(parameters), {"lr": 1e-4})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None
+            for key in ("mean", "square", "shift"):
+                state.setdefault(key, torch.zeros_like(parameter))
+            state["mean"].mul_(0.9)
+            _rounded(state["mean"], lambda wide, gradient=gradient: wide.add_(gradient))
+            state["square"].mul_(0.999).addcmul_(gradient, gradient)
+            deviation = state["square"].sqrt().add_(1e-8)
+            _rounded(state["shift"], lambda wide, state=state, deviation=deviation: wide.addcdiv_(state["mean"], deviation))
+            before = parameter.clone()
+            _rounded(parameter, lambda wide, state=state: wide.add_(state["shift"]))
+            before.sub_(parameter)
+            _rounded(state["shift"], lambda wide, before=before: wide.add_(before))
+
+
+def _rounded(target: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """Change a bfloat16 tensor in float32, and round back by random bits."""
+    wide = change(target.float())
+    bits = torch.randint_like(wide, 1 << 16, dtype=torch.int32)
+    bits.add_(wide.view(torch.int32)).bitwise_and_(-65536)
+    target.copy_(bits.view(torch.float32))
+
+
+@final
+class OneState(torch.optim.Optimizer):
+    """Lion's memory and operators: one state a weight, one tensor after another."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(list(parameters), {"lr": 1e-4})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
+            state = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+            parameter.mul_(0.99).add_(state.lerp(parameter.grad, 0.1).sign_())  # type: ignore[arg-type]
+            state.lerp_(parameter.grad, 0.02)
+
+
+def _foreach(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, foreach=True)
+
+
+def _fused(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def _eight_bit(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    from finetune.estimate.standins import AdamW8bit
+
+    return AdamW8bit(list(parameters))
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]] = {
+    "AdamW": _foreach,
+    "AdamW (torch)": _foreach,
+    "AdamW (fused, distributed)": _fused,
+    "AdamW8bit": _eight_bit,
+    "AdamW 8bit bnb": _eight_bit,
+    "adamw_bf16": PerTensor,
+    "optimi-lion (example config)": OneState,
+}
