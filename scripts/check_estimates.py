@@ -18,9 +18,7 @@ from typing import Any, NamedTuple
 
 import click
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
-import published
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.estimate.cards import Work
 from finetune.estimate.constants import CONTEXT, GIB, PACE, Pace
@@ -28,6 +26,7 @@ from finetune.estimate.gpus import find
 from finetune.estimate.memory import around
 from finetune.estimate.speed import bounds
 from finetune.recipe import ASSETS
+from scripts import published
 
 ALL_OF_IT = "nvidia-smi"  # in the notes: what was measured holds CUDA's context too
 
