@@ -133,10 +133,7 @@ def _peft(net: nn.Module, row: dict[str, str]) -> None:
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear | Stored)]
     inside = [name for name in linear if "blocks." in name]
     rank = int(re.match(r"\d+", row["rank"])[0]) if re.match(r"\d+", row["rank"]) else 0  # type: ignore[index]
-    if row["model"].startswith("FLUX.2"):
-        targets = inside
-    else:
-        targets = [name for name in linear if name.endswith(ATTENTION)]
+    targets = inside if row["model"].startswith("FLUX.2") else [name for name in linear if name.endswith(ATTENTION)]
     config: Any
     if row["method"] == "ia3":
         config = peft.IA3Config(target_modules=targets, feedforward_modules=[name for name in targets if ".ff" in name])
@@ -174,17 +171,13 @@ class Stored(nn.Linear):
     """A linear layer whose weight is kept in 8 bits with a scale a row, and dequantised at each use: autograd keeps the dequantised one."""
 
     def quantized(self, dtype: torch.dtype) -> None:
-        weight = self.weight
-        del self.weight
-        self.register_buffer("stored", torch.empty(weight.shape, dtype=dtype))
-        self.register_buffer("scale", torch.empty((weight.shape[0], 1), dtype=torch.bfloat16))
+        shape = self._parameters.pop("weight").shape  # type: ignore[union-attr]
+        self.register_buffer("stored", torch.empty(shape, dtype=dtype))
+        self.register_buffer("scale", torch.empty((shape[0], 1), dtype=torch.bfloat16))
 
     @property
-    def dequantized(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         return self.stored.to(torch.bfloat16) * self.scale  # type: ignore[operator]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.dequantized, self.bias)
 
 
 def quantize(net: nn.Module, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ import click
 from finetune.errors import UserError
 from finetune.estimate.choose import GOALS, RECIPES, Choice, choose
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, fitting, forecast
+from finetune.estimate.forecast import Forecast, fitting, forecast, levers
 from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find
 from finetune.recipe import embedded, load_recipe
 
@@ -28,12 +28,16 @@ HOW_SURE = "memory and time come from the step itself, traced; no run of ours on
 @click.option("--vram", type=float, help="A GPU that is not listed: its memory in GiB, with --tflops and --bandwidth.")
 @click.option("--tflops", type=float, help="Its dense 16-bit TFLOP/s.")
 @click.option("--bandwidth", type=float, help="Its memory's GB/s.")
+@click.option("--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="How many of them train together.")
 @click.option("--price", type=float, help="USD per hour, instead of the listed price.")
 @click.option("--budget", type=float, help="The most USD that the run may cost.")
 @click.option("--hours", type=float, help="The most hours that it may take.")
 @click.option("--resolution", type=int, help="Side of the pictures, instead of each recipe's.")
 @click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of RECIPE.")
+@click.option("--trace", is_flag=True, help="Run the step on fake tensors: any configuration, in a minute instead of at once.")
+@click.option("--denoiser", metavar="CONFIG.json", help="Trace this denoiser of diffusers with RECIPE's settings (lora/sdxl's if none is named).")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.html", help="Draw memory over one step, and time against batch.")
 @click.option("--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit.")
 @click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
 def command(recipe: str | None, images: int | None, gpu_name: str | None, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -41,18 +45,20 @@ def command(recipe: str | None, images: int | None, gpu_name: str | None, overri
 
     With RECIPE, that run taken apart. Without, a table of what --images pictures could train on --gpu, and a recommendation.
     """
-    gpu = _gpu(gpu_name, options)
+    gpu, gpus = _gpu(gpu_name, options), options["gpus"]
     if options["resolution"]:
         overrides += (f"data.resolution={options['resolution']}",)
-    if recipe is not None:
-        one = _forecast(recipe, gpu, images, overrides)
+    if recipe is not None or options["denoiser"]:
+        one = _one(recipe or "lora/sdxl", gpu, images, overrides, options)
         click.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
         return
+    if options["trace"] or options["plot"]:
+        raise UserError("which run?", where="--trace" if options["trace"] else "--plot", remedy="name a recipe: ft estimate lora/sdxl --trace")
     if images is None:
         raise UserError("how many pictures are there?", where="--images", remedy="for example: ft estimate --images 3000 --gpu rtx3090")
     if GOALS[options["goal"]].startswith(("a latent", "exact")):
         raise UserError(GOALS[options["goal"]], where="--goal", remedy="quality, speed and diversity choose between the fine-tuning recipes")
-    found = [_brought_in(_forecast(name, gpu, images, overrides)) for name in RECIPES]
+    found = [_brought_in(forecast(load_recipe(name, overrides), name, gpu, images, gpus=gpus)) for name in RECIPES]
     choice = choose(found, images, options["budget"], options["hours"], options["goal"])
     if options["write"]:
         _write(choice.forecast, options["write"])
@@ -83,9 +89,19 @@ def local_gpu() -> str | None:
     return None
 
 
-def _forecast(name: str, gpu: Gpu, images: int | None, overrides: tuple[str, ...]) -> Forecast:
-    recipe = load_recipe(name, overrides)
-    return forecast(recipe, name, gpu, images if images is not None else _count(recipe))
+def _one(name: str, gpu: Gpu, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]) -> Forecast:
+    """The forecast of one recipe, from its card or, where that is asked for, from a trace."""
+    recipe, gpus = load_recipe(name, overrides), options["gpus"]
+    images = images if images is not None else _count(recipe)
+    if not (options["trace"] or options["denoiser"] or options["plot"]):
+        return forecast(recipe, name, gpu, images, gpus=gpus)
+    from finetune.commands.traced import plotted, traced_card  # torch's side
+
+    card, phases = traced_card(recipe, gpu, options["denoiser"])
+    one = forecast(recipe, options["denoiser"] or name, gpu, images, gpus=gpus, traced=card)
+    if options["plot"]:
+        plotted(one, phases, options["plot"])
+    return one
 
 
 def _count(recipe: Any) -> int:
@@ -116,7 +132,7 @@ def _brought_in(one: Forecast) -> Forecast:
 def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int) -> str:
     """The table of what could be trained, and the recommendation."""
     price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
-    lines = [f"{images:,} pictures on one {gpu.name} · {gpu.visible_gib:.1f} GiB usable{price}"]
+    lines = [f"{images:,} pictures on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB usable{price}"]
     lines.append(f"   {'recipe':<11} {'':<16} {'memory':<{BAR + 13}} {'s/step':>7} {'time':>10} {'cost':>13}")
     for one in found:
         mark = "▸" if one is choice.forecast else " "
@@ -136,12 +152,11 @@ def apart(one: Forecast) -> str:
     """One run: memory by part and by phase, time by bound, and the edits that make it fit if it does not."""
     from finetune.report.tables import table
 
-    gpu = one.gpu
     peak = max(one.memory.parts.values())
     memory = [(name, f"{value / GIB:>7.2f} GiB  {'█' * round(24 * value / peak)}") for name, value in one.memory.parts.items()]
     phases = [(name, f"{value / GIB:>7.2f} GiB{'  ← the peak' if name == one.memory.largest else ''}") for name, value in one.memory.phases.items()]
     pace = one.speed
-    bounds = [(name, getattr(pace, name)) for name in ("compute", "bandwidth", "launch")]
+    bounds = [(name, getattr(pace, name)) for name in ("compute", "bandwidth", "launch", "exchange") if getattr(pace, name)]
     time = [
         ("steps", one.arithmetic),
         (
@@ -159,7 +174,7 @@ def apart(one: Forecast) -> str:
         else f"does not fit: {one.memory.peak / GIB:.1f} of {one.limit / GIB:.1f} GiB"
     )
     lines = [
-        f"{one.name} on {gpu.name}: {fits}",
+        f"{one.name} on {_many(one)}: {fits}",
         table("memory while training", memory),
         table("memory by phase", phases),
         table("time and money", time),
@@ -171,6 +186,11 @@ def apart(one: Forecast) -> str:
 
 def _advice(one: Forecast) -> list[tuple[str, str]]:
     found = fitting(one)[:4]
+    if not found and len(one.card.variants) == 1:
+        return [
+            (f"{lever.key}={lever.value}".replace("True", "true").replace("None", "null"), f"not traced; {lever.cost}")
+            for lever in levers(one.recipe)
+        ]
     if not found:
         return [("none", "nothing in the recipe makes it fit: a larger GPU, or a smaller model")]
     rows = []
@@ -221,6 +241,10 @@ def _values(one: Forecast) -> dict[str, Any]:
         "hours": one.hours,
         "usd": one.usd,
     }
+
+
+def _many(one: Forecast) -> str:
+    return f"one {one.gpu.name}" if one.gpus == 1 else f"{one.gpus} × {one.gpu.name}"
 
 
 def _size(one: Forecast) -> str:

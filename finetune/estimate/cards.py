@@ -49,6 +49,7 @@ class Variant:
         trained: parameters that train, at that rank.
         weights, adapters, state: bytes of what stays frozen, of what trains, and of the optimizer's state.
         allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native picture): without averages.
+        accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
         micro: operators of a forward and a backward pass; `update`: of what comes once a step.
     """
@@ -64,6 +65,7 @@ class Variant:
     state: int
     allocated: tuple[float, float]
     reserved: tuple[float, float]
+    accumulating: tuple[tuple[float, float], tuple[float, float]]
     rank_bytes: float
     micro: tuple[Work, ...]
     update: tuple[Work, ...]
@@ -105,7 +107,11 @@ def known() -> tuple[str, ...]:
 @functools.cache
 def load(name: str) -> Card:
     """The card of this name."""
-    found: dict[str, Any] = json.loads((CARDS / f"{name}.json").read_text(encoding="utf-8"))
+    return parsed(json.loads((CARDS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def parsed(found: dict[str, Any]) -> Card:
+    """A card from plain values, as its file holds them."""
     pairs = {key: tuple(found[key]) for key in ("encode", "sample")}
     return Card(**{**found, **pairs, "variants": tuple(_variant(entry) for entry in found["variants"])})
 
@@ -114,7 +120,8 @@ def _variant(entry: dict[str, Any]) -> Variant:
     works = {
         key: tuple(Work(kind, width, (f0, f1), (b0, b1), count) for kind, width, f0, f1, b0, b1, count in entry[key]) for key in ("micro", "update")
     }
-    return Variant(**{**entry, **works, "allocated": tuple(entry["allocated"]), "reserved": tuple(entry["reserved"])})
+    lines = {"allocated": tuple(entry["allocated"]), "reserved": tuple(entry["reserved"])}
+    return Variant(**{**entry, **works, **lines, "accumulating": tuple(tuple(line) for line in entry["accumulating"])})
 
 
 def variant_of(card: Card, recipe: Recipe) -> Variant:

@@ -16,6 +16,9 @@ WORKSPACE_HOPPER = 2 * 32 * MIB
 # of 2022–2026, 0.13 to 0.60 GiB (shown by `ft estimate --json` as "CUDA context"); github pytorch/pytorch #16417, diffusers #10994 and others.
 CONTEXT = int(0.49 * GIB)
 
+# Bytes a second that a GPU sends to the next in a ring, where nothing better than PCI Express 4.0 × 16 joins them: half of its 32 GB/s.
+INTERCONNECT = 16e9
+
 
 @final
 @dataclass(frozen=True)

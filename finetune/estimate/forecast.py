@@ -43,6 +43,7 @@ class Forecast:
     """A recipe on a GPU.
 
     Attributes:
+        gpus: how many train together; all else but `usd` is of each.
         edits: levers that were pulled beyond what the recipe says.
         images: pictures that train.
         steps: of the optimizer.
@@ -56,6 +57,7 @@ class Forecast:
     card: Card
     variant: Variant
     gpu: Gpu
+    gpus: int
     edits: tuple[Lever, ...]
     images: int
     memory: Memory
@@ -71,32 +73,42 @@ class Forecast:
         return self.memory.peak <= self.limit
 
 
-def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = ()) -> Forecast:
+def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = (), gpus: int = 1, traced: Card | None = None) -> Forecast:
     """What `recipe` needs on `gpu` for `images` pictures.
+
+    Args:
+        gpus: how many of them train together, each on its own batches (DDP).
+        traced: a card of this very configuration, instead of the one of its architecture.
 
     Raises:
         UserError: no card covers the recipe, or the number of pictures is none.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}")
-    with located(recipe):
-        _, card_name = configs_of(recipe.model)
-        if recipe.method == "scratch" or card_name not in cards.known():
-            raise UserError("no card covers this model yet", where="model.family", remedy=f"covered are {', '.join(cards.known())}, LoRA and full")
-        card = cards.load(card_name)
-        variant = cards.variant_of(card, recipe)
-    found = memory(card, variant, recipe, gpu)
-    pace = speed(card, variant, recipe, gpu)
+    card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe)
+    found = memory(card, variant, recipe, gpu, gpus)
+    pace = speed(card, variant, recipe, gpu, gpus)
     train = recipe.train
-    batch = train.batch_size * train.accumulation
+    batch = train.batch_size * train.accumulation * gpus
     trained = max(1, round(images * (1 - recipe.data.held_out)))
     steps = train.steps or max(1, math.ceil(trained / batch * (train.epochs or 0) - 1e-9))
     length = f"× {train.epochs:g} epochs = {steps:,} steps" if train.epochs else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
-    arithmetic = f"{trained:,} pictures ÷ batch {train.batch_size} ÷ accumulation {train.accumulation} {length}"
+    shared = f" ÷ {gpus} GPUs" if gpus > 1 else ""
+    arithmetic = f"{trained:,} pictures ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
     hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
-    usd = (hours * gpu.price.low, hours * gpu.price.high) if gpu.price else None
+    usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
-    return Forecast(recipe, name, card, variant, gpu, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
+    return Forecast(recipe, name, card, variant, gpu, gpus, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
+
+
+def _card_and_variant(recipe: Recipe) -> tuple[Card, Variant]:
+    with located(recipe):
+        _, name = configs_of(recipe.model)
+        if recipe.method == "scratch" or name not in cards.known():
+            known = ", ".join(card for card in cards.known() if cards.load(card).family)
+            raise UserError("no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}, LoRA and full")
+        card = cards.load(name)
+        return card, cards.variant_of(card, recipe)
 
 
 def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
@@ -142,11 +154,11 @@ def pulled(recipe: Recipe, edits: tuple[Lever, ...]) -> Recipe:
 
 
 def fitting(first: Forecast) -> list[Forecast]:
-    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does."""
-    known = levers(first.recipe)
+    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does, or it was traced."""
+    known = levers(first.recipe) if len(first.card.variants) > 1 else []
     for count in range(1, LARGEST_LEVERS + 1):
         tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
-        found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits) for edits in tried]
+        found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits, first.gpus) for edits in tried]
         if fit := [one for one in found if one.fits]:
             return sorted(fit, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
     return []

@@ -36,17 +36,22 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Memory:
-    """What `recipe` takes on `gpu`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace."""
+def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1) -> Memory:
+    """What `recipe` takes on `gpu`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace.
+
+    On several GPUs, DistributedDataParallel keeps every gradient once more, in buckets (`gradient_as_bucket_view` is off in Accelerate).
+    """
     area = (recipe.data.resolution / card.resolution) ** 2
     load = area * recipe.train.batch_size
     higher = (recipe.adapter.rank - variant.rank) if recipe.adapter else 0
     grown = recipe.adapter.rank / variant.rank if recipe.adapter else 1.0
     adapters, trained = variant.adapters * grown, variant.trained * grown
     state = state_bytes(recipe, variant) * grown
-    reserved = variant.reserved[0] + variant.reserved[1] * load + variant.rank_bytes * higher + state - variant.state * grown
-    allocated = variant.allocated[0] + variant.allocated[1] * load + variant.rank_bytes * higher + state - variant.state * grown
+    lines = variant.accumulating if recipe.train.accumulation > 1 else (variant.allocated, variant.reserved)
+    more = variant.rank_bytes * higher + state - variant.state * grown
+    allocated, reserved = (line[0] + line[1] * load + more for line in lines)
     averages = 4 * trained if recipe.train.ema else 0.0
+    buckets = 4 * trained if gpus > 1 else 0.0
     kept = variant.weights + adapters + state + averages
     gradients = min(4 * trained, allocated - variant.weights - adapters - state)
     parts = {
@@ -55,6 +60,7 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Memory:
         "gradients": gradients,
         f"optimizer ({recipe.optimizer.name})": state,
         "averages": averages,
+        "gradient buckets": buckets,
         "activations": allocated - variant.weights - adapters - state - gradients,
         "fragmentation": reserved - allocated,
         "cuBLAS workspace": around(gpu) - CONTEXT,
@@ -64,7 +70,7 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Memory:
     encoders = 2 * card.parameters["text encoders"] if recipe.method == "full" else 0
     phases = {
         "encode": card.encode[0] + card.encode[1] * area + encoders + around(gpu),
-        "train": reserved + averages + around(gpu),
+        "train": reserved + averages + buckets + around(gpu),
         "sample": kept + card.sample[0] + card.sample[1] * area + around(gpu),
         "save": kept + around(gpu),
     }

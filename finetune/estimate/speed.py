@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from finetune.estimate.cards import Card, Variant, Work
-from finetune.estimate.constants import PACE, Pace
+from finetune.estimate.constants import INTERCONNECT, PACE, Pace
 from finetune.estimate.gpus import Gpu
 from finetune.recipe import Recipe
 
@@ -20,6 +20,7 @@ class Speed:
     Attributes:
         compute, bandwidth: of kernels bound by arithmetic and by memory.
         launch: in which the GPU waits for the host, which launches kernels one after another.
+        exchange: of gradients between GPUs.
         operators: of the step.
     """
 
@@ -27,23 +28,29 @@ class Speed:
     bandwidth: float
     launch: float
     operators: int
+    exchange: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.bandwidth + self.launch
+        return self.compute + self.bandwidth + self.launch + self.exchange
 
 
-def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu) -> Speed:
-    """The step of `recipe` on `gpu`: as many forward and backward passes as it accumulates, and one update."""
+def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1) -> Speed:
+    """The step of `recipe` on `gpu`: as many forward and backward passes as it accumulates, and one update.
+
+    On several, a ring sends each gradient 2 (n − 1) / n times; that part of it runs beside the backward pass is left out.
+    """
     area = (recipe.data.resolution / card.resolution) ** 2
     once = bounds(variant.micro, area, recipe.train.batch_size, gpu)
     update = bounds(variant.update, area, recipe.train.batch_size, gpu)
     times = recipe.train.accumulation
+    grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
     return Speed(
         times * once.compute + update.compute,
         times * once.bandwidth + update.bandwidth,
         times * once.launch + update.launch,
         times * once.operators + update.operators,
+        2 * (gpus - 1) / gpus * 4 * variant.trained * grown / INTERCONNECT,
     )
 
 
