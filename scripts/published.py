@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from importlib.util import find_spec
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,8 @@ def why_not(row: dict[str, str]) -> str:
         return f"GPU {row['gpu']}: not in the table"
     if "UNet+TEs" in row["method"] or "?" in row["resolution"]:
         return f"{row['method']}: {'it trains the text encoders too' if 'TEs' in row['method'] else 'its resolution is not said'}"
+    if "LyCORIS" in row["method"] and find_spec("lycoris") is None:
+        return "LyCORIS: pip install lycoris-lora"
     if "fp8?" in row["compute_dtype"] or row["compute_dtype"].startswith("NeMo"):
         return f"computes in {row['compute_dtype']}: what precision is not said"
     return ""
@@ -185,7 +188,7 @@ def quantize(net: nn.Module, dtype: torch.dtype) -> None:
     for module in list(net.modules()):
         if type(module) is nn.Linear:
             module.__class__ = Stored
-            module.quantized(dtype)  # type: ignore[attr-defined]
+            cast(Stored, module).quantized(dtype)
 
 
 def checkpoint_some(net: Any, step: int, every: int) -> None:
@@ -216,26 +219,25 @@ class PerTensor(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": 1e-4})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
             state, gradient = self.state[parameter], parameter.grad
             assert gradient is not None
             for key in ("mean", "square", "shift"):
                 state.setdefault(key, torch.zeros_like(parameter))
             state["mean"].mul_(0.9)
-            _rounded(state["mean"], lambda wide, gradient=gradient: wide.add_(gradient))
+            _rounded(state["mean"], state["mean"].float().add_(gradient))
             state["square"].mul_(0.999).addcmul_(gradient, gradient)
             deviation = state["square"].sqrt().add_(1e-8)
-            _rounded(state["shift"], lambda wide, state=state, deviation=deviation: wide.addcdiv_(state["mean"], deviation))
+            _rounded(state["shift"], state["shift"].float().addcdiv_(state["mean"], deviation))
             before = parameter.clone()
-            _rounded(parameter, lambda wide, state=state: wide.add_(state["shift"]))
+            _rounded(parameter, parameter.float().add_(state["shift"]))
             before.sub_(parameter)
-            _rounded(state["shift"], lambda wide, before=before: wide.add_(before))
+            _rounded(state["shift"], state["shift"].float().add_(before))
 
 
-def _rounded(target: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """Change a bfloat16 tensor in float32, and round back by random bits."""
-    wide = change(target.float())
+def _rounded(target: Tensor, wide: Tensor) -> None:
+    """Round float32 values to a bfloat16 tensor by random bits."""
     bits = torch.randint_like(wide, 1 << 16, dtype=torch.int32)
     bits.add_(wide.view(torch.int32)).bitwise_and_(-65536)
     target.copy_(bits.view(torch.float32))
@@ -249,10 +251,10 @@ class OneState(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": 1e-4})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
             state = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-            parameter.mul_(0.99).add_(state.lerp(parameter.grad, 0.1).sign_())  # type: ignore[arg-type]
+            parameter.mul_(0.99).add_(state.lerp(parameter.grad, 0.1).sign_())
             state.lerp_(parameter.grad, 0.02)
 
 

@@ -13,7 +13,7 @@ from finetune.estimate.forecast import Forecast
 from finetune.estimate.gpus import Gpu
 from finetune.estimate.speed import bounds
 from finetune.estimate.subject import Phase
-from finetune.recipe import Recipe, located
+from finetune.recipe import Precision, Recipe, located
 from finetune.report import charts
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # that time is drawn for
@@ -28,7 +28,7 @@ def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, d
     from finetune.estimate.denoiser import DenoiserModel, load
     from finetune.estimate.measure import point
 
-    precision = "bfloat16" if gpu.bfloat16 else "float16"
+    precision: Precision = "bfloat16" if gpu.bfloat16 else "float16"
     if denoiser is not None:
         given, size = load(denoiser), (recipe.data.resolution, recipe.data.resolution)
         return point(given.title, recipe, precision, lambda plan: DenoiserModel(plan, given, size))

@@ -260,7 +260,7 @@ class DenoiserTurn(Turn):
         dtype = next(self.net.parameters()).dtype
         given = {name: _typed(batch[name], dtype) for name in self._inputs.conditions} | fixed
         with reading(self._inputs.integers):
-            predicted = self.net(**{names[0]: noisy.to(dtype), names[1]: time}, **given, return_dict=False)[0]
+            predicted: Tensor = self.net(**{names[0]: noisy.to(dtype), names[1]: time}, **given, return_dict=False)[0]
         return (predicted[:, : latents.shape[1]].float() - (noise - latents)).square().flatten(1).mean(1)
 
 
