@@ -49,7 +49,8 @@ class Found(NamedTuple):
 @click.command()
 @click.option("--traces", type=click.Path(path_type=Path), help="Keep the traces in this file, and read them from it the next time.")
 @click.option("--only", default="", help="Only the rows whose id holds this word.")
-def main(traces: Path | None, only: str) -> None:
+@click.option("--write", is_flag=True, help="Write the errors to finetune/assets/accuracy.json, from which ft estimate says how sure it is.")
+def main(traces: Path | None, only: str, write: bool) -> None:
     """Predict every published run, and print it beside what was measured."""
     lines = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
@@ -69,7 +70,9 @@ def main(traces: Path | None, only: str) -> None:
         print(line_of(found[-1]), flush=True)
     print(f"\n{len(found)} of {len(rows)} rows; not predicted:")
     print("\n".join(f"  {count:>3}  {reason}" for reason, count in left.most_common()))
-    errors(found)
+    found_errors = errors(found)
+    if write:
+        (ASSETS / "accuracy.json").write_text(json.dumps(found_errors, indent=1) + "\n", encoding="utf-8")
 
 
 KEY = ("model", "method", "resolution", "batch_per_gpu", "rank", "weights_dtype", "compute_dtype", "optimizer", "grad_ckpt")
@@ -136,22 +139,24 @@ def line_of(one: Found) -> str:
     return f"{one.row['id']:<42} {memory}   {pace}"
 
 
-def errors(found: list[Found]) -> None:
+def errors(found: list[Found]) -> dict[str, dict[str, float]]:
     """Medians and 90th percentiles of |predicted ÷ measured − 1|; time also with the constants fit without the row's own model."""
     memory = [one for one in found if one.measured]
     timed = [one for one in found if one.measured_seconds]
+    table = {
+        "memory": [one.predicted / one.measured for one in memory],
+        "s/step": [one.seconds() / one.measured_seconds for one in timed],
+        "s/step, its model left out": left_out(timed),
+        "parameters × bytes": [one.parameters_only / one.measured for one in memory],
+        "{24, 12, 16} × batch × area": [one.formula / one.measured for one in memory],
+    }
     print("\nerrors                        median    90 %   rows")
-    table = [
-        ("memory", [one.predicted / one.measured for one in memory]),
-        ("s/step", [one.seconds() / one.measured_seconds for one in timed]),
-        ("s/step, its model left out", left_out(timed)),
-        ("parameters × bytes", [one.parameters_only / one.measured for one in memory]),
-        ("{24, 12, 16} × batch × area", [one.formula / one.measured for one in memory]),
-    ]
-    for title, ratios in table:
-        off = sorted(abs(ratio - 1) for ratio in ratios)
-        if off:
-            print(f"  {title:<28}{statistics.median(off):>6.1%} {off[min(len(off) - 1, int(0.9 * len(off)))]:>7.1%}   {len(off):>4}")
+    said = {}
+    for title, ratios in table.items():
+        if off := sorted(abs(ratio - 1) for ratio in ratios):
+            said[title] = {"median": statistics.median(off), "90 %": off[min(len(off) - 1, int(0.9 * len(off)))], "rows": len(off)}
+            print(f"  {title:<28}{said[title]['median']:>6.1%} {said[title]['90 %']:>7.1%}   {len(off):>4}")
+    return said
 
 
 # -- the fit ------------------------------------------------------------------------------------------------------------
@@ -159,8 +164,11 @@ def errors(found: list[Found]) -> None:
 
 def left_out(found: list[Found]) -> list[float]:
     """predicted ÷ measured of every row, with constants fit on the rows of all other models; the fit on all of them is printed."""
-    ratios = []
-    for model in sorted({one.row["model"] for one in found}):
+    ratios: list[float] = []
+    models = sorted({one.row["model"] for one in found})
+    if len(models) < 2:
+        return ratios
+    for model in models:
         pace = fit([one for one in found if one.row["model"] != model])
         ratios += [one.seconds(pace) / one.measured_seconds for one in found if one.row["model"] == model]
     print("  fit on all rows:", {name: float(f"{value:.3g}") for name, value in vars(fit(found)).items()})

@@ -14,11 +14,10 @@ from finetune.estimate.choose import GOALS, RECIPES, Choice, choose
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast, fitting, forecast, levers
 from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find
-from finetune.recipe import embedded, load_recipe
+from finetune.recipe import ASSETS, embedded, load_recipe
 
 BAR = 12  # characters of a memory bar
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-HOW_SURE = "memory and time come from the step itself, traced; no run of ours on a GPU has been measured against them yet"
 
 
 @click.command()
@@ -144,7 +143,7 @@ def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int) -> st
         else:
             lines.append(f"{head}  does not fit: nothing in the recipe brings it under {one.limit / GIB:.1f}")
     best = choice.forecast
-    lines += ["", f"Recommended: {best.name}, because {choice.reason}", f"Start:       {_start(best)}", f"How sure:    {HOW_SURE}"]
+    lines += ["", f"Recommended: {best.name}, because {choice.reason}", f"Start:       {_start(best)}", f"How sure:    {how_sure()}"]
     return "\n".join(lines)
 
 
@@ -181,7 +180,15 @@ def apart(one: Forecast) -> str:
     ]
     if not one.fits:
         lines.append(table("edits that make it fit", _advice(one)))
-    return "\n".join([*lines, f"How sure: {HOW_SURE}"])
+    return "\n".join([*lines, f"How sure: {how_sure()}"])
+
+
+def how_sure() -> str:
+    """The errors that scripts/check_estimates.py found on published runs, each with the constants fit on other models than its own."""
+    found = json.loads((ASSETS / "accuracy.json").read_text(encoding="utf-8"))
+    memory, time = found["memory"], found["s/step, its model left out"]
+    errors = ", ".join(f"{name} ±{of['90 %']:.0%} (median {of['median']:.0%})" for name, of in (("memory", memory), ("time", time)))
+    return f"{errors}: 90 % of {memory['rows']} published runs of other trainers; none of ours on a GPU was measured yet"
 
 
 def _advice(one: Forecast) -> list[tuple[str, str]]:
