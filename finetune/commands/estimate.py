@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from finetune.errors import UserError
+from finetune.estimate.advice import advice, sets
 from finetune.estimate.choose import GOALS, RECIPES, Choice, choose
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, fitting, forecast, levers
+from finetune.estimate.forecast import Forecast, fitting, forecast
 from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find
 from finetune.recipe import ASSETS, embedded, load_recipe
 
@@ -179,7 +179,7 @@ def apart(one: Forecast) -> str:
         table("time and money", time),
     ]
     if not one.fits:
-        lines.append(table("edits that make it fit", _advice(one)))
+        lines.append(table("edits that make it fit", advice(one)))
     return "\n".join([*lines, f"How sure: {how_sure()}"])
 
 
@@ -191,31 +191,8 @@ def how_sure() -> str:
     return f"{errors}: 90 % of {memory['rows']} published runs of other trainers; none of ours on a GPU was measured yet"
 
 
-def _advice(one: Forecast) -> list[tuple[str, str]]:
-    found = fitting(one)[:4]
-    if not found and len(one.card.variants) == 1:
-        return [
-            (f"{lever.key}={lever.value}".replace("True", "true").replace("None", "null"), f"not traced; {lever.cost}")
-            for lever in levers(one.recipe)
-        ]
-    if not found:
-        return [("none", "nothing in the recipe makes it fit: a larger GPU, or a smaller model")]
-    rows = []
-    for edited in found:
-        saved, slower = (one.memory.peak - edited.memory.peak) / GIB, edited.hours / one.hours - 1
-        sets = " ".join(f"--set {lever.key}={lever.value}" for lever in edited.edits)
-        rows.append((f"−{saved:.1f} GiB", f"{slower:+.0%} time  {sets}  ({'; '.join(lever.cost for lever in edited.edits)})"))
-    return rows
-
-
 def _start(one: Forecast) -> str:
-    sets = [
-        f"{lever.key}={'null' if lever.value is None else str(lever.value).lower() if isinstance(lever.value, bool) else lever.value}"
-        for lever in one.edits
-    ]
-    if any(lever.key == "train.batch_size" for lever in one.edits):
-        sets.append(f"train.accumulation={one.recipe.train.accumulation}")
-    return " ".join(["ft train", one.name, "--set data.path=FOLDER", *(f"--set {shlex.quote(assignment)}" for assignment in sets)])
+    return f"ft train {one.name} --set data.path=FOLDER {sets(one)}".rstrip()
 
 
 def _write(one: Forecast, file: Path) -> None:

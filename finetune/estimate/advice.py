@@ -1,0 +1,38 @@
+"""The edits that bring a run into a GPU's memory, in words and as `--set` takes them: the same in `ft estimate` and `ft train`."""
+
+from __future__ import annotations
+
+import shlex
+
+from finetune.estimate.constants import GIB
+from finetune.estimate.forecast import Forecast, Lever, fitting, levers
+
+MOST_WAYS = 4  # to make it fit, that are named
+
+
+def advice(one: Forecast) -> list[tuple[str, str]]:
+    """For a run that does not fit: what each way to make it fit saves, and what it costs; cheapest in time first."""
+    if len(one.card.variants) == 1:  # a trace of this configuration says nothing of others
+        return [(assignment(lever), f"not traced; {lever.cost}") for lever in levers(one.recipe)]
+    found = fitting(one)[:MOST_WAYS]
+    if not found:
+        return [("none", "nothing in the recipe makes it fit: a larger GPU, or a smaller model")]
+    rows = []
+    for edited in found:
+        saved, slower = (one.memory.peak - edited.memory.peak) / GIB, edited.hours / one.hours - 1
+        rows.append((f"−{saved:.1f} GiB", f"{slower:+.0%} time  {sets(edited)}  ({'; '.join(lever.cost for lever in edited.edits)})"))
+    return rows
+
+
+def sets(one: Forecast) -> str:
+    """The `--set`s that make the edits of this forecast; a smaller batch brings the accumulation that makes up for it."""
+    made = [assignment(lever) for lever in one.edits]
+    if any(lever.key == "train.batch_size" for lever in one.edits):
+        made.append(f"train.accumulation={one.recipe.train.accumulation}")
+    return " ".join(f"--set {shlex.quote(one)}" for one in made)
+
+
+def assignment(lever: Lever) -> str:
+    """`key=value` as a recipe's YAML reads it."""
+    said = "null" if lever.value is None else str(lever.value).lower() if isinstance(lever.value, bool) else lever.value
+    return f"{lever.key}={said}"
