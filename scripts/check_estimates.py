@@ -24,7 +24,7 @@ from finetune.estimate.cards import Work
 from finetune.estimate.constants import CONTEXT, GIB, PACE, Pace
 from finetune.estimate.gpus import find
 from finetune.estimate.memory import around
-from finetune.estimate.speed import bounds
+from finetune.estimate.speed import step
 from finetune.recipe import ASSETS
 from scripts import published
 
@@ -35,7 +35,8 @@ class Found(NamedTuple):
     """A published run beside its prediction: GiB and seconds a step; 0 where nothing was published."""
 
     row: dict[str, str]
-    works: tuple[Work, ...]
+    micro: tuple[Work, ...]
+    update: tuple[Work, ...]
     measured: float
     predicted: float
     measured_seconds: float
@@ -43,7 +44,7 @@ class Found(NamedTuple):
     formula: float
 
     def seconds(self, pace: Pace = PACE) -> float:
-        return bounds(self.works, 1.0, 1, find(published.GPUS[self.row["gpu"]]), pace).seconds
+        return step(self.micro, self.update, 1, find(published.GPUS[self.row["gpu"]]), pace).seconds
 
 
 @click.command()
@@ -102,13 +103,17 @@ def traced(row: dict[str, str]) -> dict[str, Any]:
     with mock.patch("finetune.engine.state.make_optimizer", lambda section, parameters, device: run.optimizer(parameters)):
         phase = subject.phases(only_training=True)["train"]
     last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
-    works = Counter(tuple(operator) for section in phase.sections[last:] for operator in section.operators)
+    parts = {"micro": ("batch", "forward", "backward"), "update": ("optimizer",)}
+    works = {
+        part: Counter(tuple(operator) for section in phase.sections[last:] if section.name in names for operator in section.operators)
+        for part, names in parts.items()
+    }
     replayed = replay(phase.events)
     return {
         "reserved": replayed.peak_reserved,
         "allocated": replayed.peak_allocated,
         "held": phase.held,
-        "works": [[*operator, count] for operator, count in works.items()],
+        **{part: [[*operator, count] for operator, count in counted.items()] for part, counted in works.items()},
     }
 
 
@@ -121,13 +126,18 @@ def beside(row: dict[str, str], trace: dict[str, Any]) -> Found:
     area = sides[0] * sides[-1] / 512**2
     return Found(
         row=row,
-        works=tuple(Work(kind, width, (flops, 0), (moved, 0), count) for kind, flops, moved, width, count in trace["works"]),
+        micro=works_of(trace["micro"]),
+        update=works_of(trace["update"]),
         measured=0.0 if row["peak_vram_gb"] == "-" else float(row["peak_vram_gb"]),
         predicted=(trace["reserved"] + around(gpu) - CONTEXT + context) / GIB,
         measured_seconds=batch / float(pace[1]) if pace else 0.0 if said == "-" else float(said),
         parameters_only=(trace["held"]["weights"] + trace["held"]["trained"] * 4) / GIB,
         formula=(24 if row["method"].startswith(("full", "from")) else 16 if row["method"] == "dora" else 12) * batch * area * 1e9 / GIB,
     )
+
+
+def works_of(lines: list[list[Any]]) -> tuple[Work, ...]:
+    return tuple(Work(kind, width, (flops, 0), (moved, 0), count) for kind, flops, moved, width, count in lines)
 
 
 def line_of(one: Found) -> str:

@@ -142,7 +142,7 @@ def test_denoiser_traces(name: str) -> None:
     given = load(name)
     with fake_tensors():
         assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(PUBLISHED[name], rel=0.01)
-    cut = {key: 1 for key in DEPTHS} | ({"dual_attention_layers": [0]} if "sd35" in name else {})
+    cut = dict.fromkeys(DEPTHS, 1) | ({"dual_attention_layers": [0]} if "sd35" in name else {})
     small = dataclasses.replace(given, config=given.config | {key: value for key, value in cut.items() if key in signature_of(given)})
     recipe = load_recipe("lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256"])
     subject = Subject(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))

@@ -11,7 +11,7 @@ from finetune.estimate.cards import Card
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.gpus import Gpu
-from finetune.estimate.speed import bounds
+from finetune.estimate.speed import step
 from finetune.estimate.subject import Phase
 from finetune.recipe import Precision, Recipe, located
 from finetune.report import charts
@@ -74,6 +74,6 @@ def _time(one: Forecast) -> str:
     card = cards.load(one.card.name) if one.card.name in cards.known() else one.card
     points = []
     for batch in BATCHES if len(card.variants) > 1 else ():
-        pace = bounds(one.variant.micro, (one.recipe.data.resolution / card.resolution) ** 2, batch, one.gpu)
+        pace = step(one.variant.micro, (), 1, one.gpu, area=(one.recipe.data.resolution / card.resolution) ** 2, batch=batch)
         points.append((float(batch), pace.seconds / batch))
     return charts.chart("seconds a picture, forward and backward, against the batch", [charts.Line(points, "dots")], from_zero=True)

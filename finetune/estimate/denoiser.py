@@ -6,7 +6,9 @@ denoiser (its text encoders, its VAE) is not part of it: only the training phase
 
 from __future__ import annotations
 
+import inspect
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,8 +80,9 @@ class Denoiser:
                 where="--denoiser",
                 remedy=f"give the config.json of one of: {', '.join(sorted(INPUTS))}",
             )
-        cls = getattr(diffusers, name)
-        return cls.from_config({key: value for key, value in self.config.items() if key != "_name_or_path"})  # type: ignore[no-any-return]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers' own classes use parts that diffusers deprecates
+            return getattr(diffusers, name).from_config(self.config)  # type: ignore[no-any-return]
 
     def inputs(self, size: tuple[int, int]) -> Inputs:
         return INPUTS[self.config["_class_name"]](_Defaults(self), *size)
@@ -110,8 +113,6 @@ class _Defaults:
     """A denoiser's configuration with the class's own values for what it leaves out."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        import inspect
-
         cls = getattr(diffusers, denoiser.config["_class_name"])
         signature = inspect.signature(cls.__init__).parameters
         self._values = {key: parameter.default for key, parameter in signature.items()} | denoiser.config

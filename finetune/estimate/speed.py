@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from finetune.estimate.cards import Card, Variant, Work
@@ -40,37 +40,37 @@ def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1)
 
     On several, a ring sends each gradient 2 (n − 1) / n times; that part of it runs beside the backward pass is left out.
     """
-    area = (recipe.data.resolution / card.resolution) ** 2
-    once = bounds(variant.micro, area, recipe.train.batch_size, gpu)
-    update = bounds(variant.update, area, recipe.train.batch_size, gpu)
-    times = recipe.train.accumulation
+    load = (recipe.data.resolution / card.resolution) ** 2, recipe.train.batch_size
+    found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
     grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
-    return Speed(
-        times * once.compute + update.compute,
-        times * once.bandwidth + update.bandwidth,
-        times * once.launch + update.launch,
-        times * once.operators + update.operators,
-        2 * (gpus - 1) / gpus * 4 * variant.trained * grown / INTERCONNECT,
-    )
+    return replace(found, exchange=2 * (gpus - 1) / gpus * 4 * variant.trained * grown / INTERCONNECT)
 
 
-def bounds(works: Iterable[Work], area: float, batch: int, gpu: Gpu, pace: Pace = PACE) -> Speed:
-    """`works` for `batch` pictures of `area` native ones each.
+def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pace: Pace = PACE, area: float = 1.0, batch: int = 1) -> Speed:
+    """A step of `times` passes and an update, for `batch` pictures of `area` native ones each.
 
-    A kernel takes the longer of computing and of moving its bytes; the host runs ahead of the GPU, so that the whole takes
-    the longer of all kernels and of all launches.
+    A kernel takes the longer of computing and of moving its bytes. The host runs ahead of the GPU until the step's end,
+    so that the step takes the longer of all kernels and of all launches.
     """
-    compute = bandwidth = 0.0
+    compute = bandwidth = host = 0.0
     operators = 0
-    for work in works:
-        # Attention's FLOPs grow with the square of the picture's area, all else with the area.
-        flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
-        moved = work.bytes[0] + work.bytes[1] * batch * area
-        rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
-        computing, moving = flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)
-        operators += work.count
-        if computing >= moving:
-            compute += work.count * computing
-        else:
-            bandwidth += work.count * moving
-    return Speed(compute, bandwidth, max(0.0, operators * pace.launch - compute - bandwidth), operators)
+    for works, repeated, launch in ((micro, times, pace.launch), (update, 1, pace.launch_update)):
+        for work in works:
+            count = repeated * work.count
+            computing, moving = seconds(work, gpu, pace, area, batch)
+            operators += count
+            host += count * launch
+            if computing >= moving:
+                compute += count * computing
+            else:
+                bandwidth += count * moving
+    return Speed(compute, bandwidth, max(0.0, host - compute - bandwidth), operators)
+
+
+def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:
+    """Seconds of one of these operators' arithmetic, and of its bytes."""
+    # Attention's FLOPs grow with the square of the picture's area, all else with the area.
+    flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
+    moved = work.bytes[0] + work.bytes[1] * batch * area
+    rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
+    return flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)

@@ -1,0 +1,185 @@
+"""Real steps on this machine's CPU beside their traces, in bytes: scripts/check_trace.py. About two minutes on two cores.
+
+Both run the project's own Trainer for two steps in float32. What the real run allocates is counted by torch's profiler, which
+sees every allocation and release of torch's CPU allocator; the trace says it from fake tensors (`Subject(device="cpu")`).
+Not counted on either side: what libraries allocate for themselves (oneDNN's scratch).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.profiler import ProfilerActivity, profile, record_function
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.data.dataset import Dataset
+from finetune.engine.loop import Trainer
+from finetune.engine.run import Run
+from finetune.estimate.allocator import Event
+from finetune.estimate.denoiser import Denoiser, DenoiserModel
+from finetune.estimate.subject import STEPS, MadeUp, Subject, skeletons
+from finetune.estimate.trace import tensors_of
+from finetune.models.turn import Model
+from finetune.planning import Plan
+from finetune.recipe import ASSETS, Recipe, load_recipe
+
+MOST = 0.001  # the goal: |traced ÷ real − 1|
+TRAINING = "# training"  # marks the training phase in the profile
+MIB = 1 << 20
+
+# Over the embedded base's: a UNet of 103 M parameters, and one with SDXL's conditions.
+BLOCKS = {"down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2], "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"]}
+MIDDLE = {**BLOCKS, "block_out_channels": [128, 256, 512], "layers_per_block": 2, "attention_head_dim": 8, "norm_num_groups": 32}
+XL = {
+    **BLOCKS,
+    "block_out_channels": [64, 128, 192],
+    "transformer_layers_per_block": [1, 2, 2],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 64,
+    "cross_attention_dim": 256,
+    "norm_num_groups": 32,
+}
+SD3 = Denoiser(
+    "a small SD 3",
+    {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 32,
+        "num_layers": 4,
+        "num_attention_heads": 8,
+        "caption_projection_dim": 512,
+        "joint_attention_dim": 256,
+        "pooled_projection_dim": 128,
+        "pos_embed_max_size": 48,
+    },
+    resolution=256,
+    tokens=77,
+)
+
+
+class Case(NamedTuple):
+    """One configuration: a recipe at a side; `build` where it is no family's model."""
+
+    name: str
+    recipe: Recipe
+    side: int
+    build: Callable[[Plan], Model] | None = None
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        missed = sum(not compared(case) for case in cases(Path(folder)))
+    sys.exit(f"{missed} off by more than {MOST:.1%}" if missed else 0)
+
+
+def cases(folder: Path) -> Iterator[Case]:
+    def recipe(name: str, checkpointing: bool, *more: str) -> Recipe:
+        sets = [f"train.gradient_checkpointing={str(checkpointing).lower()}", "train.ema=null", "train.accumulation=1"]
+        return load_recipe(name, [*sets, *more])
+
+    for checkpointing in (False, True):
+        said = ", checkpointing" if checkpointing else ""
+        yield Case(f"base, LoRA{said}", recipe("lora/emoji", checkpointing, "train.batch_size=4"), 64)
+        yield Case(f"base, full{said}", recipe("full/emoji", checkpointing, "train.batch_size=4"), 64)
+        small = f"model.path={pipeline(folder / f'xl{checkpointing}', XL, two_encoders=True)}"
+        yield Case(f"small SDXL, LoRA{said}", recipe("lora/sdxl", checkpointing, small, "train.batch_size=2"), 128)
+        middle = f"model.path={pipeline(folder / f'middle{checkpointing}', MIDDLE)}"
+        yield Case(f"middle UNet, full{said}", recipe("full/sd15", checkpointing, middle, "optimizer.name=adamw", "train.batch_size=1"), 128)
+        transformer = recipe("lora/sd15", checkpointing, "train.batch_size=2")
+        yield Case(f"small SD 3, LoRA{said}", transformer, 256, lambda plan: DenoiserModel(plan, SD3, (256, 256)))
+    yield Case("base, full, 8-bit AdamW", recipe("full/emoji", False, "optimizer.name=adamw8bit", "train.batch_size=4"), 64)
+    averaged = load_recipe("full/emoji", ["train.accumulation=2", "train.batch_size=4", "train.ema=0.99"])
+    yield Case("base, full, averages, accumulation", averaged, 64)
+
+
+def pipeline(folder: Path, unet: dict[str, Any], two_encoders: bool = False) -> Path:
+    """The embedded base's folder without weights, its UNet changed."""
+    for file in (ASSETS / "base").rglob("*"):
+        if file.suffix in (".json", ".txt"):
+            (folder / file.relative_to(ASSETS / "base")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / file.relative_to(ASSETS / "base"))
+    changed(folder / "unet" / "config.json", **unet)
+    if two_encoders:
+        changed(folder / "text_encoder" / "config.json", projection_dim=64, architectures=["CLIPTextModelWithProjection"])
+        for name in ("text_encoder", "tokenizer"):
+            shutil.copytree(folder / name, folder / f"{name}_2")
+        parts = {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"]}
+        without = dict.fromkeys(("safety_checker", "requires_safety_checker"))
+        changed(folder / "model_index.json", _class_name="StableDiffusionXLPipeline", **parts, **without)
+    return folder
+
+
+def changed(file: Path, **values: Any) -> None:
+    found = json.loads(file.read_text(encoding="utf-8")) | values
+    file.write_text(json.dumps({key: value for key, value in found.items() if value is not None}), encoding="utf-8")
+
+
+def compared(case: Case) -> bool:
+    """Print one line; whether the two agree."""
+    start = time.perf_counter()
+    subject = Subject(case.recipe, "float32", (case.side, case.side), device="cpu", build=case.build)
+    phase = subject.phases(only_training=True)["train"]
+    traced = peak_of(phase.events, next(section.start for section in phase.sections if section.name == "state"))
+    real, parameters = taken(subject)
+    off = traced / real - 1
+    print(
+        f"{case.name:<36} {parameters / 1e6:>6.1f} M parameters   real {real / MIB:>9.3f} MiB   traced {traced / MIB:>9.3f}"
+        f"   {off:+.3%}   {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    return abs(off) <= MOST
+
+
+def peak_of(events: list[Event], start: int) -> int:
+    """The most bytes that were there at once from event `start` on."""
+    sizes: dict[int, int] = {}
+    total = peak = 0
+    for number, event in enumerate(events):
+        if event.size is None:
+            total -= sizes.pop(event.identifier)
+        else:
+            sizes[event.identifier] = event.size
+            total += event.size
+        if number >= start:
+            peak = max(peak, total)
+    return peak
+
+
+def taken(subject: Subject) -> tuple[int, int]:
+    """The peak of a real run, bytes: what the nets hold, and the most that training has allocated on top; and the net's parameters."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, skeletons():
+        model = subject.build()
+        _, example = subject.encode(model)
+        gc.collect()
+        with record_function(TRAINING):
+            made_up = cast(Dataset, MadeUp(example, torch.zeros))
+            trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
+            for step in range(STEPS):
+                trainer.take(step)
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for turn in model.turns() for tensor in tensors_of(turn.net)}
+    events = profiled.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == TRAINING)
+    total = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        if event.start_ns() >= start:
+            total += event.nbytes()
+            peak = max(peak, total)
+    return sum(held.values()) + peak, sum(parameter.numel() for turn in model.turns() for parameter in turn.net.parameters())
+
+
+if __name__ == "__main__":
+    main()
