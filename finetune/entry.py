@@ -23,8 +23,8 @@ LAST_WORDS = "FT_LAST_WORDS"
 MISTAKE, INTERRUPTED = 2, 130
 
 
-def arguments(method: Method) -> tuple[Recipe, bool]:
-    """Read `RECIPE [--set KEY=VALUE ...] [--resume]`; returns (recipe, resume).
+def arguments(method: Method) -> tuple[Recipe, bool, bool]:
+    """Read `RECIPE [--set KEY=VALUE ...] [--resume] [--force]`; returns (recipe, resume, force).
 
     Raises:
         UserError: among others, for a recipe of another method.
@@ -33,12 +33,13 @@ def arguments(method: Method) -> tuple[Recipe, bool]:
     parser.add_argument("recipe", help="a YAML file, or the name of a bundled recipe (`ft recipes` lists them)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one value of the recipe")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's folder")
+    parser.add_argument("--force", action="store_true", help="train even what the estimate says does not fit")
     given = parser.parse_args()
     recipe = load_recipe(given.recipe, given.set)
     if recipe.method != method:
         remedy = f"launch finetune/{recipe.method}.py, or use `ft train`"
         raise UserError(f"this recipe is of method {recipe.method}", where=given.recipe, remedy=remedy)
-    return recipe, given.resume
+    return recipe, given.resume, given.force
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Train all weights of a pretrained model: recipe → plan → model → train → save.
 
-accelerate launch finetune/full.py recipes/full/emoji.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/full.py recipes/full/emoji.yaml [--set KEY=VALUE ...] [--resume] [--force]
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def main() -> None:
     from finetune.entry import arguments, launched, quiet_libraries
 
     with launched():
-        recipe, resume = arguments("full")  # what is asked; refused here, before anything that takes long
+        recipe, resume, force = arguments("full")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
         from finetune.report import nets
 
-        job = prepare(recipe, resume)  # audited, planned, base loaded in float32, pictures encoded
+        job = prepare(recipe, resume, force)  # audited, planned, base loaded in float32, pictures encoded
         job.accelerator.print(nets.whole(job.model, job.plan))  # with the memory that this takes
         job.trainer.train()  # the one loop; the denoiser itself has gradients
         finish(job)  # a whole pipeline as diffusers loads it, and the report

@@ -25,16 +25,17 @@ from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
 from finetune.engine.loop import Trainer
-from finetune.engine.machine import this_machine
+from finetune.engine.machine import forget_peak, memory_left, memory_peak, this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
 from finetune.errors import UserError
+from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe, located
-from finetune.report import tables
+from finetune.report import nets, tables
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -79,19 +80,49 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
     return audit, plan
 
 
-def prepare(recipe: Recipe, resume: bool = False) -> Job:
-    """Everything up to the first step: audited, planned, built, encoded, on the device.
+def foretell(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
+    """What the estimate says of the plan, printed in one line.
+
+    Raises:
+        UserError: the run does not fit into the GPU, and is not forced.
+    """
+    expected = expect(plan)
+    if not quiet:
+        print(expected.line)
+    if expected.forecast is not None and not expected.forecast.fits and not force:
+        raise does_not_fit(expected.forecast)
+    return expected
+
+
+def _refuse_too_large(model: Model, plan: Plan) -> None:
+    """A GPU's memory is estimated; of a machine's own, what training cannot do without is counted."""
+    needed, there = sum(nets.of_what_trains(model, plan).values()), plan.machine.memory_bytes
+    if plan.machine.device != "cuda" and needed > there:
+        raise UserError(
+            f"what trains takes {nets.gigabytes(needed)} before the first picture, and this machine has {nets.gigabytes(there)}",
+            where="method" if plan.recipe.method == "full" else "model",
+            remedy="train a LoRA or a smaller model; or --force to train all the same",
+        )
+
+
+def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
+    """Everything up to the first step: audited, planned, estimated, built, encoded, on the device.
+
+    Args:
+        force: train even what does not fit into memory.
 
     Raises:
         UserError: for whatever cannot work, before anything is computed or written.
     """
     with located(recipe):
-        return _prepare(recipe, resume)
+        return _prepare(recipe, resume, force)
 
 
-def _prepare(recipe: Recipe, resume: bool) -> Job:
+def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
     run = Run(plan, resume)
+    expected = foretell(plan, force, quiet=not is_main_process())
+    forget_peak()  # of what this process did before
     AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[plan.precision],
@@ -102,6 +133,8 @@ def _prepare(recipe: Recipe, resume: bool) -> Job:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     model = importlib.import_module(f"finetune.models.{recipe.model.family}").build(plan, audit)
+    if not force:
+        _refuse_too_large(model, plan)
     accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
     data = Dataset(plan, audit, model.encoders())
     too_long = data.long_captions()  # known only now that the tokenizers are
@@ -116,7 +149,8 @@ def _prepare(recipe: Recipe, resume: bool) -> Job:
     encoding.end()
     if recipe.output.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.name})
-    trainer = Trainer(plan, model, data, run, accelerator, observe=lambda done: draw_samples(plan, model, run.folder, done))
+    pace = Pace(expected, lambda: memory_left(accelerator.device))
+    trainer = Trainer(plan, model, data, run, accelerator, lambda done: draw_samples(plan, model, run.folder, done), pace)
     return Job(plan, audit, model, data, run, accelerator, trainer)
 
 
@@ -125,7 +159,7 @@ def finish(job: Job) -> Path:
     folder = job.run.folder
     if job.accelerator.is_main_process:
         try:
-            files = _save(job)
+            files, compared = _save(job), _compare(job)
         except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
             remedy = "free some space and go on with --resume: no step is taken again"
             raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
@@ -135,7 +169,8 @@ def finish(job: Job) -> Path:
             places.append(("before and after", folder / "before-after.png"))
         if report is not None:
             places.append(("report", report))
-        print("\n".join(["written", *(f"  {name:<17} {place}" for name, place in places)]))
+        lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
+        print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
     return folder
@@ -150,6 +185,15 @@ def _save(job: Job) -> list[Path]:
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     return files
+
+
+def _compare(job: Job) -> list[tuple[str, str]]:
+    """Write `estimate.json`, if this process took any step; returns the closing lines about it."""
+    if not job.trainer.pace.seconds:
+        return []
+    found = job.trainer.pace.compared(memory_peak(job.accelerator.device))
+    job.run.write_json("estimate.json", found)
+    return [(name, f"{measured}, and {estimated} was estimated ({off})" if off else measured) for name, estimated, measured, off in rows(found)]
 
 
 def _report(folder: Path) -> Path | None:
@@ -173,16 +217,17 @@ def plan(recipe: Recipe) -> Plan:
     return audit_and_plan(recipe, quiet=True)[1]
 
 
-def train(recipe: Recipe, resume: bool = False) -> Path:
+def train(recipe: Recipe, resume: bool = False, force: bool = False) -> Path:
     """Train by `recipe` in this process, as `ft train` does; returns the run's folder.
 
     Args:
         recipe: from `finetune.load_recipe`.
         resume: go on with the run in the recipe's folder, bit for bit.
+        force: train even what does not fit into memory.
 
     Raises:
         UserError: for whatever cannot work, before anything is computed or written; or at a loss that is not finite.
     """
-    job = prepare(recipe, resume)
+    job = prepare(recipe, resume, force)
     job.trainer.train()
     return finish(job)

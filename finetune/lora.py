@@ -1,6 +1,6 @@
 """Train a LoRA on a pretrained model: recipe → plan → model → train → save.
 
-accelerate launch finetune/lora.py recipes/lora/emoji.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/lora.py recipes/lora/emoji.yaml [--set KEY=VALUE ...] [--resume] [--force]
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def main() -> None:
     from finetune.entry import arguments, launched, quiet_libraries
 
     with launched():
-        recipe, resume = arguments("lora")  # what is asked; refused here, before anything that takes long
+        recipe, resume, force = arguments("lora")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
         from finetune.report import nets
 
-        job = prepare(recipe, resume)  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
+        job = prepare(recipe, resume, force)  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
         job.accelerator.print(nets.adapted(job.model))
         job.trainer.train()  # the one loop; only the adapters have gradients
         finish(job)  # pytorch_lora_weights.safetensors, and the report

@@ -1,6 +1,6 @@
 """Train a model from scratch: recipe → plan → model → train → save.
 
-accelerate launch finetune/scratch.py recipes/scratch/emoji-vae.yaml [--set KEY=VALUE ...] [--resume]
+accelerate launch finetune/scratch.py recipes/scratch/emoji-vae.yaml [--set KEY=VALUE ...] [--resume] [--force]
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def main() -> None:
     from finetune.entry import arguments, launched, quiet_libraries
 
     with launched():
-        recipe, resume = arguments("scratch")  # what is asked; refused here, before anything that takes long
+        recipe, resume, force = arguments("scratch")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
         from finetune.report import nets
 
-        job = prepare(recipe, resume)  # audited, planned, nets built at random, pictures encoded
+        job = prepare(recipe, resume, force)  # audited, planned, nets built at random, pictures encoded
         job.accelerator.print(nets.built(job.model))
         job.trainer.train()  # the one loop; every net has gradients in its turn
         finish(job)  # the net or the whole pipeline as diffusers loads it, and the report

@@ -19,9 +19,10 @@ def command(recipe: str, overrides: tuple[str, ...]) -> None:
     RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2 says that the run cannot work, and why.
     """
     found = load_recipe(recipe, overrides)
-    from finetune.job import audit_and_plan
+    from finetune.job import audit_and_plan, foretell
 
     _, plan = audit_and_plan(found)
+    foretell(plan)
     if Path(plan.folder).exists():
         click.echo(f"{plan.folder} exists already: --resume goes on with it, --set output.folder=… starts another")
     again = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])

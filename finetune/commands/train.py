@@ -23,17 +23,20 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 @click.argument("recipe")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, such as train.batch_size=2.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
+@click.option("--force", is_flag=True, help="Train even what the estimate says does not fit into memory.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One for each GPU.")
 @click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="Short for --set train.precision=…")
-def command(recipe: str, overrides: tuple[str, ...], resume: bool, processes: int, precision: str | None) -> None:
+def command(recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, processes: int, precision: str | None) -> None:
     """Train by a recipe, or go on with a run.
 
-    RECIPE is a YAML file, or the name of a bundled recipe. This is `accelerate launch` of finetune/lora.py, full.py or
+    RECIPE is a YAML file, or the name of a bundled recipe. What will not fit into the GPU is refused, with the edit that
+    makes it fit. This is `accelerate launch` of finetune/lora.py, full.py or
     scratch.py, and prints that command. Ctrl-C stops it, --resume goes on.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
-    arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *(["--resume"] if resume else [])]
+    flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
+    arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]
     environment, launch = launcher(method, processes, has_gpu())
     click.echo("$ " + shlex.join([*(f"{key}={value}" for key, value in environment.items()), "accelerate", "launch", *launch, *arguments]))
     sys.stdout.flush()

@@ -19,6 +19,7 @@ from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.state import TrainingState
 from finetune.errors import UserError
+from finetune.estimate.expect import Expected, Pace
 from finetune.models.turn import Batch, Model, Turn
 from finetune.planning import Plan
 from finetune.seeds import mix
@@ -43,13 +44,22 @@ class Trainer:
 
     Args:
         observe: called with the number of finished steps when the recipe asks for samples, the averaged weights in place.
+        pace: is told how long each step takes, and warns when that is far from the estimate.
     """
 
     def __init__(
-        self, plan: Plan, model: Model, data: Dataset, run: Run, accelerator: Accelerator, observe: Callable[[int], None] | None = None
+        self,
+        plan: Plan,
+        model: Model,
+        data: Dataset,
+        run: Run,
+        accelerator: Accelerator,
+        observe: Callable[[int], None] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.plan, self.data, self.run, self.accelerator, self.observe = plan, data, run, accelerator, observe
         self.state = TrainingState(plan, model, accelerator)
+        self.pace = pace or Pace(Expected(None, "none was asked for"), lambda: None)
         self.clock = Clock()
 
     def train(self) -> None:
@@ -133,6 +143,9 @@ class Trainer:
         if self.plan.recipe.output.trackers:
             self.accelerator.log(record, step=int(record["step"]))
         losses = [f"{name.partition('.')[2]} loss {value:.4f}" for name, value in record.items() if name.startswith("loss.")]
+        if warning := self.pace.took(record["seconds"]):
+            progress.end()
+            self.accelerator.print(warning, flush=True)
         progress.show(int(record["step"]), self.plan.steps, " · ".join([f"{record['seconds']:.2f} s/step", *losses]))
         self.clock.lap("log")
 

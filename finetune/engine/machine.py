@@ -33,6 +33,25 @@ def this_machine() -> Machine:
     return Machine("cpu", _cpu_name(), processes, torch.get_num_threads(), False, _host_memory(), launcher)
 
 
+def forget_peak() -> None:
+    """Begin to count the peak of `memory_peak` anew."""
+    if torch.cuda.is_initialized():  # untested where no GPU is at hand
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_peak(device: torch.device) -> int | None:
+    """The most bytes that PyTorch has reserved on the device; None where it does not count them, as on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def memory_left(device: torch.device) -> float | None:
+    """The share of the device's memory that no process has taken; None where it is not a GPU's own."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return float(free / total)
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """A run's folder: what was asked, what was planned, what happened, and what came out.
 
 recipe.yaml  plan.json  versions.json  data.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  trackers/
-final/  before-after.png  report.html
+final/  estimate.json  before-after.png  report.html
 """
 
 from __future__ import annotations

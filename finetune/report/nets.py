@@ -32,16 +32,22 @@ def adapted(model: Model) -> str:
 
 def whole(model: Model, plan: Plan) -> str:
     """For full fine-tuning: how many weights train, and the memory that they take before the first picture comes."""
-    trained, recipe = _count(model.trained().values()), plan.recipe
-    parts = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, recipe.optimizer.name: OPTIMIZER_BYTES[recipe.optimizer.name]}
-    if recipe.train.ema:
-        parts["averages"] = FLOAT32_BYTES
-    summed = " + ".join(f"{name} {_gigabytes(size * trained)}" for name, size in parts.items())
+    parts = of_what_trains(model, plan)
+    summed = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     rows = [
-        ("train", f"{_short(trained)} parameters, all in float32"),
-        ("memory", f"{summed} = {_gigabytes(sum(parts.values()) * trained)}, before the first picture"),
+        ("train", f"{_short(_count(model.trained().values()))} parameters, all in float32"),
+        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first picture"),
     ]
     return table("weights", rows)
+
+
+def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
+    """The bytes that what trains takes, whatever the batch: its weights, and what is kept beside each of them."""
+    trained, optimizer = _count(model.trained().values()), plan.recipe.optimizer.name
+    parts = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, optimizer: OPTIMIZER_BYTES[optimizer]}
+    if plan.recipe.train.ema:
+        parts["averages"] = FLOAT32_BYTES
+    return {name: size * trained for name, size in parts.items()}
 
 
 def built(model: Model) -> str:
@@ -69,5 +75,5 @@ def _short(count: int) -> str:
     return f"{count / size:.3g} {unit}".rstrip()
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"

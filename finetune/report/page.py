@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.engine.progress import duration
+from finetune.estimate import expect
 from finetune.planning import Plan, load_plan
 from finetune.pretrained import pipelines
 from finetune.recipe import embedded
@@ -36,6 +37,7 @@ class _Seen:
     plan: Plan
     records: list[dict[str, float]]
     data: dict[str, Any] | None
+    estimate: dict[str, Any] | None
     versions: dict[str, str]
     looks: dict[int, list[pictures.Drawn]]
     files: list[Path]  # of final/
@@ -57,7 +59,7 @@ def write_report(run_folder: Path) -> Path:
     """
     seen = _read(run_folder)
     style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    sections = (_head(seen), _before_after(seen), _data(seen), _plan(seen), _curves(seen), _samples(seen), _results(seen))
+    sections = (_head(seen), _before_after(seen), _data(seen), _plan(seen), _curves(seen), _estimate(seen), _samples(seen), _results(seen))
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -72,13 +74,14 @@ def write_report(run_folder: Path) -> Path:
 
 def _read(folder: Path) -> _Seen:
     plan = load_plan(folder)
-    data, versions = folder / "data.json", folder / "versions.json"
+    data, estimate, versions = (folder / name for name in ("data.json", "estimate.json", "versions.json"))
     files = sorted(path for path in (folder / "final").rglob("*") if path.is_file())
     return _Seen(
         folder,
         plan,
         _records(folder / "metrics.jsonl"),
         json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
+        json.loads(estimate.read_text(encoding="utf-8")) if estimate.is_file() else None,
         json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
         pictures.looks(folder, plan.recipe.sample.prompts),
         files,
@@ -193,6 +196,19 @@ def _curves(seen: _Seen) -> str:
 
 def _raw_and_smoothed(points: list[tuple[float, float]]) -> list[charts.Line]:
     return [charts.Line(points, "raw"), charts.Line(charts.smoothed(points), "smooth")]
+
+
+def _estimate(seen: _Seen) -> str:
+    if seen.estimate is None:
+        return ""
+    head = "".join(f'<td class="amount soft">{name}</td>' for name in ("estimated", "measured", "off by"))
+    body = "".join(
+        f"<tr><th>{name}</th>" + "".join(f'<td class="amount">{_text(text)}</td>' for text in texts) + "</tr>"
+        for name, *texts in expect.rows(seen.estimate)
+    )
+    gpu, reason = seen.estimate["gpu"], seen.estimate["no_estimate"]
+    lead = f"What was said before the first step for {gpu}, and what the run then took." if gpu else f"There was no estimate: {reason}."
+    return _section("estimate", "Estimated and measured", lead, f'<div class="card"><table class="rows"><tr><th></th>{head}</tr>{body}</table></div>')
 
 
 def _samples(seen: _Seen) -> str:

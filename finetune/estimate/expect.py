@@ -1,0 +1,168 @@
+"""What `ft train` makes of the estimate: a line and a refusal before the run, a warning while it runs, a comparison at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from finetune.engine.progress import duration
+from finetune.errors import UserError
+from finetune.estimate.advice import advice, sets
+from finetune.estimate.constants import CONTEXT, GIB
+from finetune.estimate.forecast import Forecast, forecast, levers, pulled
+from finetune.estimate.gpus import find
+from finetune.planning import Plan
+
+WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
+WINDOW, FEWEST = 20, 5  # steps whose median is the pace of now, and how many there must be
+SLOW = 2.0  # times the estimate
+FULL = 0.03  # share of a GPU's memory that is left when it is nearly full
+WORTHWHILE = 0.05  # share of a GPU's memory that an edit has to save to be named against spilling
+NO_COUNTER = "PyTorch counts no peak on this device"
+
+
+@final
+@dataclass(frozen=True)
+class Expected:
+    """The forecast of a plan on its own machine; or None, and the reason why there is none."""
+
+    forecast: Forecast | None
+    reason: str = ""
+
+    @property
+    def line(self) -> str:
+        one = self.forecast
+        if one is None:
+            return f"no estimate: {self.reason}"
+        fits = "" if one.fits else ", which does not fit"
+        time = f"{_seconds(one.speed.seconds)} a step, {duration(3600 * one.hours)} with encoding and samples"
+        return f"estimate: {_memory(one)} of {one.gpu.name}{fits}; {time}"
+
+
+def expect(plan: Plan) -> Expected:
+    """What `plan` will need of the GPU that it names, whose memory is the machine's own figure."""
+    machine, train = plan.machine, plan.recipe.train
+    if machine.device != "cuda":
+        return Expected(None, f"the estimates are for GPUs, and this run takes {machine.device}")
+    if plan.precision == "float32":
+        return Expected(None, "the cards are of 16-bit arithmetic, and this run computes in float32")
+    counted = dataclasses.replace(plan.recipe, train=dataclasses.replace(train, steps=plan.steps, epochs=None))
+    try:
+        gpu = dataclasses.replace(find(machine.name), visible_gib=machine.memory_bytes / GIB)
+        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, gpus=machine.processes)
+    except UserError as error:
+        return Expected(None, error.problem)
+    return Expected(one)
+
+
+def does_not_fit(one: Forecast) -> UserError:
+    """The refusal of a run, with the edits that `ft estimate` would name."""
+    ways = "".join(f"\n         {saved}  {text}" for saved, text in advice(one))
+    return UserError(
+        f"this run does not fit: it takes {_memory(one)} that {one.gpu.name} has",
+        where=f"the peak is in the phase {one.memory.largest} (`ft estimate` takes it apart)",
+        remedy=f"one of these, or --force to train all the same{ways}",
+    )
+
+
+@final
+class Pace:
+    """Seconds of the steps that this process took, held against the estimate.
+
+    Args:
+        expected: of the run.
+        memory_left: the share of the device's memory that is free; None where nothing counts it.
+    """
+
+    def __init__(self, expected: Expected, memory_left: Callable[[], float | None]) -> None:
+        self.expected, self.seconds = expected, list[float]()
+        self._memory_left, self._warned = memory_left, False
+
+    def took(self, seconds: float) -> str:
+        """Book a step; returns a warning, once, when the run is far slower than was estimated, else ""."""
+        self.seconds.append(seconds)
+        one = self.expected.forecast
+        if one is None or self._warned:
+            return ""
+        live = too_slow(self.seconds, one.speed.seconds)
+        if live is None:
+            return ""
+        self._warned = True
+        return warning(one, live, self._memory_left())
+
+    def compared(self, memory_bytes: int | None) -> dict[str, Any]:
+        """Estimated beside measured, as plain values for `estimate.json`.
+
+        Args:
+            memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; None where it is not counted.
+        """
+        one = self.expected.forecast
+        return {
+            "gpu": one.gpu.name if one else None,
+            "no_estimate": None if one else self.expected.reason,
+            "memory_bytes": {
+                "estimated": one.memory.peak - CONTEXT if one else None,
+                "measured": memory_bytes,
+                "not_measured": NO_COUNTER if memory_bytes is None else None,
+            },
+            "seconds_per_step": {"estimated": one.speed.seconds if one else None, "measured": typical(self.seconds), "steps": len(self.seconds)},
+        }
+
+
+def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
+    """The median of the last steps if it is more than `SLOW` times the estimate; None while there are too few to say."""
+    recent = seconds[max(WARM_UP, len(seconds) - WINDOW) :]
+    if len(recent) < FEWEST:
+        return None
+    live = statistics.median(recent)
+    return live if live > SLOW * estimated else None
+
+
+def warning(one: Forecast, live: float, memory_left: float | None) -> str:
+    """That steps take `live` seconds, what was estimated, and what is likely to help."""
+    said = f"warning: a step takes {_seconds(live)}, and {_seconds(one.speed.seconds)} was estimated for {one.gpu.name}. "
+    if memory_left is None or memory_left > FULL:
+        return said + "Look for another process on the GPU, a power limit or a slow disk."
+    edited = cheapest(one)
+    mend = f"a new run with {sets(edited)} would save {(one.memory.peak - edited.memory.peak) / GIB:.1f} GiB" if edited else "take a larger GPU"
+    return said + f"Its memory is nearly full ({memory_left:.0%} is free) and likely spills: {mend}."
+
+
+def cheapest(one: Forecast) -> Forecast | None:
+    """The single edit that saves memory worth naming at the least hours; a smaller resolution only if nothing else does."""
+    made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.gpus) for lever in levers(one.recipe)]
+    useful = [edited for edited in made if one.memory.peak - edited.memory.peak >= WORTHWHILE * one.limit]
+    return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The median step once all is warm; of a run shorter than that, its last."""
+    return statistics.median(seconds[WARM_UP:] or seconds[-1:])
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, estimated, measured and how far the estimate is off, of `estimate.json`: for the terminal and the report."""
+    table = []
+    shown: Callable[[float], str]
+    for name, key, shown in (("memory", "memory_bytes", _gibibytes), ("a step", "seconds_per_step", _seconds)):
+        estimated, measured = found[key]["estimated"], found[key]["measured"]
+        if estimated is None and measured is None:
+            continue
+        off = f"{estimated / measured - 1:+.0%}" if estimated and measured else ""
+        table.append((name, shown(estimated) if estimated else "—", shown(measured) if measured else "—", off))
+    return table
+
+
+def _memory(one: Forecast) -> str:
+    return f"{one.memory.peak / GIB:.1f} of the {one.limit / GIB:.1f} GiB"
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"
