@@ -103,9 +103,9 @@ def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Leve
 
 def _card_and_variant(recipe: Recipe) -> tuple[Card, Variant]:
     with located(recipe):
-        _, name = configs_of(recipe.model)
-        if recipe.method == "scratch" or name not in cards.known():
-            known = ", ".join(card for card in cards.known() if cards.load(card).family)
+        name = configs_of(recipe.model)[1] if recipe.method != "scratch" else ""
+        if name not in cards.known():
+            known = ", ".join(cards.known())
             raise UserError("no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}, LoRA and full")
         card = cards.load(name)
         return card, cards.variant_of(card, recipe)
@@ -127,6 +127,8 @@ def levers(recipe: Recipe) -> list[Lever]:
         found.append(Lever("train.gradient_checkpointing", True, "the same result"))
     if train.batch_size > 1:
         found.append(Lever("train.batch_size", 1, f"train.accumulation × {train.batch_size} keeps the result the same"))
+    elif train.accumulation > 1 and recipe.method == "full":
+        found.append(Lever("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier"))
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
         found.append(Lever("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result"))
     if recipe.optimizer.name != "adafactor" and recipe.method == "full":
