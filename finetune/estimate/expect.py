@@ -64,7 +64,7 @@ def does_not_fit(one: Forecast) -> UserError:
     return UserError(
         f"this run does not fit: it takes {_memory(one)} that {one.gpu.name} has",
         where=f"the peak is in the phase {one.memory.largest} (`ft estimate` takes it apart)",
-        remedy=f"one of these, or --force to train all the same{ways}",
+        remedy=f"with an edit that makes it fit, or --force to train all the same{ways}",
     )
 
 

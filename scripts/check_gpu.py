@@ -1,0 +1,222 @@
+"""This machine's GPU held against the estimates: scripts/check_gpu.py [NAME …]. Takes some minutes on a GPU; without one it says what it would run.
+
+Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on pictures of noise.
+Where the weights of a base are not on this machine its nets come from the bundled configurations, with random weights: neither
+memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, and at the end a row
+for each run in the columns of finetune/assets/published_runs.tsv.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import click
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune.engine.machine import forget_peak, memory_peak, this_machine
+from finetune.entry import quiet_libraries, told
+from finetune.errors import UserError
+from finetune.estimate.advice import sets
+from finetune.estimate.constants import CONTEXT, GIB
+from finetune.estimate.expect import WARM_UP, typical
+from finetune.estimate.forecast import Forecast, fitting, forecast
+from finetune.estimate.gpus import Gpu, find
+from finetune.estimate.trace import NO_LAUNCH
+from finetune.planning import Machine
+from finetune.recipe import ASSETS, load_recipe
+from finetune.report.tables import table
+
+BASE = ("lora/emoji", "full/emoji")
+RECIPES = (*BASE, "lora/sd15", "full/sd15", "lora/sd21", "full/sd21", "lora/sdxl", "full/sdxl")
+PICTURES, LEAST_SIDE = 16, 64
+SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+class Ran(NamedTuple):
+    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights it had."""
+
+    training: int | None
+    peak: int | None
+    seconds: float
+    operators: int
+    weights: str
+    precision: str
+
+
+@final
+class Operators(TorchDispatchMode):
+    """Counts the operators that run within, as a trace does: views and what launches nothing are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "aten" and not func.is_view and func._overloadpacket.__name__ not in NO_LAUNCH
+        return func(*args, **(kwargs or {}))
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--gpu", "gpu_name", help="The GPU that is estimated for: by default the one that is here, else rtx3090.")
+@click.option("--cpu", is_flag=True, help="Run on the CPU, by default the bundled base's recipes: there PyTorch counts no memory.")
+@click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=12, show_default=True, help="Of each run.")
+@click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of every recipe.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.tsv", help="Also add the rows to this file.")
+def main(names: tuple[str, ...], gpu_name: str | None, cpu: bool, steps: int, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Run the recipes NAMES, or all, and print estimated beside measured."""
+    with told(), tempfile.TemporaryDirectory() as temporary:
+        if cpu:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        machine, folder = this_machine(), Path(temporary)
+        gpu = find(gpu_name or (machine.name if machine.device == "cuda" else "rtx3090"))
+        if machine.device == "cuda":
+            gpu = dataclasses.replace(gpu, visible_gib=machine.memory_bytes / GIB)
+        elif not cpu:
+            print(f"no CUDA GPU is here; on one {gpu.name} this would run:")
+        if cpu:
+            print(f"measured on {machine.name}, and estimated for one {gpu.name}: what can be held against each other are the operators")
+        rows = []
+        for name in names or (BASE if cpu else RECIPES):
+            one = _settings(name, gpu, folder, steps, overrides)
+            print(_title(one), flush=True)
+            if not one.fits or not (cpu or machine.device == "cuda"):
+                print(table("estimated", _estimated(one)))
+                continue
+            if (ran := _run(one, folder, steps)) is not None:
+                print(table("estimated and measured", _compared(one, ran)))
+                rows.append(_row(one, ran, machine))
+        if rows:
+            print("\n".join(["", *rows]))
+        if out:
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(row + "\n" for row in rows)
+
+
+def _settings(name: str, gpu: Gpu, folder: Path, steps: int, overrides: tuple[str, ...]) -> Forecast:
+    """The recipe, on pictures of noise, as it fits: with the cheapest edits where it does not by itself."""
+    short = ["train.epochs=null", f"train.steps={steps + 1}", "optimizer.warmup_steps=0", "data.held_out=0", "data.buckets=false"]
+    short += ["sample.prompts=[noise]", "sample.steps=2", f"data.path={folder / 'pictures'}", f"data.cache={folder / 'cache'}"]
+    one = forecast(load_recipe(name, [*short, f"output.folder={folder / name}", *overrides]), name, gpu, PICTURES)
+    found = [one] if one.fits else fitting(one)
+    return found[0] if found else one
+
+
+def _title(one: Forecast) -> str:
+    fits = "" if one.fits else f": does not fit {one.gpu.name}, whatever is edited"
+    return f"\n{one.name} {sets(one)}".rstrip() + fits
+
+
+def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
+    """Train a few steps and draw a picture; None if memory ran out, which is said."""
+    quiet_libraries()
+    (folder / "pictures").mkdir(exist_ok=True)
+    side = max(LEAST_SIDE, one.recipe.data.resolution)
+    for number in range(PICTURES):
+        Image.effect_noise((side, side), 64).convert("RGB").save(folder / "pictures" / f"{number}.png")
+        (folder / "pictures" / f"{number}.txt").write_text(f"noise {number}", encoding="utf-8")
+    try:
+        return _trained(one, steps)
+    except torch.OutOfMemoryError as error:
+        print(f"   memory ran out, and {one.memory.peak / GIB:.2f} of {one.limit / GIB:.2f} GiB were estimated: {error}", flush=True)
+        return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_initialized():  # untested where no GPU is at hand
+            torch.cuda.empty_cache()
+
+
+def _trained(one: Forecast, steps: int) -> Ran:
+    from finetune.estimate.subject import skeletons
+    from finetune.job import prepare
+
+    weights = "its own weights"
+    with contextlib.redirect_stdout(io.StringIO()):  # the tables of data and plan
+        try:
+            job = prepare(one.recipe, force=True)
+        except UserError:
+            weights = "random weights"
+            with skeletons():
+                job = prepare(one.recipe, force=True)
+    trainer, device = job.trainer, job.accelerator.device
+    encoding = memory_peak(device)
+    forget_peak()
+    seconds = [trainer.take(step)["seconds"] for step in range(steps)]
+    training = memory_peak(device)
+    with Operators() as counted:
+        trainer.take(steps)
+    assert trainer.observe is not None
+    with trainer.state.averaged():
+        trainer.observe(steps)
+    peak = max(filter(None, (encoding, training, memory_peak(device))), default=None)
+    return Ran(training, peak, typical(seconds), counted.count, weights, job.plan.precision)
+
+
+def _estimated(one: Forecast) -> list[tuple[str, str]]:
+    return [
+        ("training", f"{(one.memory.phases['train'] - CONTEXT) / GIB:.2f} GiB reserved"),
+        ("whole run", f"{(one.memory.peak - CONTEXT) / GIB:.2f} GiB reserved, and CUDA's context; {one.limit / GIB:.2f} GiB are there"),
+        ("a step", f"{one.speed.seconds:.3f} s"),
+        ("operators", f"{one.speed.operators:,}"),
+    ]
+
+
+def _compared(one: Forecast, ran: Ran) -> list[tuple[str, str]]:
+    found = [
+        (f"{(ran.training or 0) / GIB:.2f}", one.memory.phases["train"] - CONTEXT, ran.training),
+        (f"{(ran.peak or 0) / GIB:.2f}", one.memory.peak - CONTEXT, ran.peak),
+        (f"{ran.seconds:.3f}", one.speed.seconds, ran.seconds),
+        (f"{ran.operators:,}", one.speed.operators, ran.operators),
+    ]
+    said = [f"{text} measured ({estimated / measured - 1:+.0%})" if measured else "not counted" for text, estimated, measured in found]
+    return [*((name, f"{estimated}; {measured}") for (name, estimated), measured in zip(_estimated(one), said, strict=True)), ("nets", ran.weights)]
+
+
+def _row(one: Forecast, ran: Ran, machine: Machine) -> str:
+    """The run as a line of published_runs.tsv."""
+    recipe, precision = one.recipe, SHORT[ran.precision]
+    train, adapter, gpu = recipe.train, recipe.adapter, one.gpu.name if machine.device == "cuda" else "CPU"
+    values = {
+        "id": "-".join(["ft", one.name.replace("/", "-"), *(lever.key.partition(".")[2] for lever in one.edits), gpu.lower().replace(" ", "")]),
+        "model": one.card.title,
+        "method": f"LoRA {adapter.targets}" if adapter else "full fine-tune",
+        "resolution": f"{recipe.data.resolution}x{recipe.data.resolution}",
+        "batch_per_gpu": str(train.batch_size),
+        "grad_accum": str(train.accumulation),
+        "rank": str(adapter.rank) if adapter else "-",
+        "weights_dtype": f"{precision} (adapter fp32)" if adapter and precision != "fp32" else "fp32",
+        "compute_dtype": "fp32" if precision == "fp32" else f"{precision}, autocast",
+        "optimizer": recipe.optimizer.name,
+        "grad_ckpt": "yes" if train.gradient_checkpointing else "no",
+        "text_encoder_trained": "no",
+        "latents_cached": "yes",
+        "text_embeds_cached": "yes",
+        "gpu": gpu,
+        "peak_vram_gb": f"{ran.training / GIB:.2f}" if ran.training else "-",
+        "seconds_per_step_or_its": f"{ran.seconds:.3f} s/step",
+        "total_hours": "-",
+        "cost_usd": "-",
+        "notes": f"[A] GiB; metric=torch max_memory_reserved, training only; {ran.weights}; {ran.operators} operators; EMA {train.ema or 'none'};"
+        f" torch {torch.__version__}",
+        "source": f"scripts/check_gpu.py, {datetime.date.today()}",
+    }
+    header = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").partition("\n")[0]
+    return "\t".join(values[column] for column in header.split("\t"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""`ft train` beside the estimate: the refusal before, the warning during, the comparison after; and scripts/check_gpu.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from finetune import cli, entry, job
+from finetune.commands import train
+from finetune.errors import UserError
+from finetune.estimate.advice import advice
+from finetune.estimate.constants import CONTEXT, GIB
+from finetune.estimate.expect import FEWEST, WARM_UP, WINDOW, Expected, Pace, expect, rows, too_slow, typical, warning
+from finetune.estimate.forecast import Forecast, forecast
+from finetune.estimate.gpus import find
+from finetune.planning import Machine, Plan
+from finetune.recipe import ASSETS, Recipe, load_recipe
+from finetune.report.page import write_report
+from tests import tiny
+
+SMALL_GPU = Machine("cuda", "NVIDIA GeForce RTX 3060", 1, 2, True, int(11.8 * GIB))
+
+
+def recipe_of(name: str, folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(name, [f"data.path={tiny.pictures()}", f"output.folder={folder / 'run'}", "data.held_out=0", *overrides])
+
+
+def planned(name: str, machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Plan:
+    monkeypatch.setattr(job, "this_machine", lambda: machine)
+    return job.audit_and_plan(recipe_of(name, folder, *overrides), quiet=True)[1]
+
+
+def of(name: str, *overrides: str, gpu: str = "rtx3060") -> Forecast:
+    return forecast(load_recipe(name, overrides), name, find(gpu), 100)
+
+
+# -- before -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_advice_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"does not fit: it takes [\d.]+ of the 11\.8 GiB that RTX 3060") as refused:
+        job.foretell(plan)
+    one = expect(plan).forecast
+    assert one is not None and "which does not fit" in capsys.readouterr().out
+    for saved, text in advice(one):
+        assert f"{saved}  {text}" in refused.value.remedy
+    assert "--force" in refused.value.remedy and "--set train.ema=null" in refused.value.remedy
+    assert job.foretell(plan, force=True).forecast == one
+    edited = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch, "train.ema=null")
+    assert job.foretell(edited).line == capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="does not fit"):  # before anything is built or written
+        job.prepare(recipe_of("full/sd15", tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(job, "this_machine", lambda: SMALL_GPU)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", "full/sd15", "--set", f"data.path={tiny.pictures()}"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "\nestimate: " in shown.out and "--set train.ema=null" in shown.err
+
+
+def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with repeats, several processes, and the memory that torch sees, which of cards sold under one name differs."""
+    machine = dataclasses.replace(SMALL_GPU, name="NVIDIA GeForce RTX 4060 Ti", processes=2, memory_bytes=int(7.6 * GIB))
+    plan = planned("lora/sd15", machine, tmp_path, monkeypatch, "train.epochs=10", "train.accumulation=1")
+    one = expect(plan).forecast
+    assert one is not None
+    assert (one.steps, one.gpus, one.images, one.limit) == (plan.steps, 2, 5, int(7.6 * GIB))
+    assert "of the 7.6 GiB of RTX 4060 Ti" in Expected(one).line and "a step, " in Expected(one).line
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "overrides", "says"),
+    [
+        ("lora/sd15", {"name": "NVIDIA RTX 6000 Ada Generation"}, (), 'no GPU here is called "NVIDIA RTX 6000 Ada Generation"'),
+        ("lora/sd15", {}, ("train.precision=float32",), "computes in float32"),
+        ("lora/sd15", {}, ("adapter.dora=true",), "does not cover DoRA"),
+        ("lora/sd15", {"device": "cpu"}, (), "this run takes cpu"),
+    ],
+)
+def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
+    name: str, changes: dict[str, str], overrides: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = job.foretell(planned(name, dataclasses.replace(SMALL_GPU, **changes), tmp_path, monkeypatch, *overrides))  # type: ignore[arg-type]
+    assert found.forecast is None and found.line.startswith("no estimate: ") and says in found.line
+
+
+def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "this_machine", lambda: Machine("cpu", "A processor", 1, 1, False, 2**16))
+    with pytest.raises(UserError, match="before the first picture, and this machine has"):
+        job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"), force=True)
+
+
+def test_force_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[list[str]] = []
+    monkeypatch.setattr(train, "run", lambda arguments, environment: launched.append(arguments))
+    with pytest.raises(SystemExit):
+        cli.main(["train", "lora/emoji", "--force"])
+    script = next(number for number, argument in enumerate(launched[0]) if argument.endswith("lora.py"))
+    monkeypatch.setattr(sys, "argv", launched[0][script:])
+    assert entry.arguments("lora")[1:] == (False, True)
+    monkeypatch.setattr(sys, "argv", ["lora.py", "lora/emoji"])
+    assert entry.arguments("lora")[1:] == (False, False)
+
+
+# -- while it runs ----------------------------------------------------------------------------------------------------
+
+
+def test_slow_is_twice_the_estimate_by_the_last_steps_median() -> None:
+    warm = [9.0] * WARM_UP  # first steps say nothing
+    assert too_slow([*warm, *[2.1] * (FEWEST - 1)], 1.0) is None
+    assert too_slow([*warm, *[2.1] * FEWEST], 1.0) == 2.1
+    assert too_slow([*warm, *[1.9] * FEWEST], 1.0) is None
+    assert too_slow([*warm, *[9.0] * 9, *[1.0] * 11], 1.0) is None  # a slow while that is over
+    assert too_slow([*warm, *[1.0] * 500, *[3.0] * WINDOW], 1.0) == 3.0
+    assert typical([9.0, 9.0, 9.0, 1.0, 1.2, 1.1]) == 1.1 and typical([9.0, 2.0]) == 2.0
+
+
+def test_the_warning_names_figure_estimate_and_lever() -> None:
+    one = of("lora/sdxl", "train.gradient_checkpointing=false")
+    said = warning(one, 7.5, 0.4)
+    assert "takes 7.5 s" in said and f"{one.speed.seconds:.3g} s was estimated for RTX 3060" in said and "another process" in said
+    assert "--set train.gradient_checkpointing=true would save" in warning(one, 7.5, 0.01)  # not the rank, which saves next to nothing
+    assert "--set train.batch_size=1 --set train.accumulation=8" in warning(of("lora/sd15", "train.batch_size=8", "train.accumulation=1"), 7.5, 0.0)
+    assert "another process" in warning(one, 7.5, None)
+
+
+def test_a_run_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny.prepare(tiny.recipe("sd15", "lora", f"train.steps={WARM_UP + FEWEST + 4}", folder=tmp_path / "run"))
+    one = of("lora/sd15")
+    unlikely = dataclasses.replace(one, speed=dataclasses.replace(one.speed, compute=1e-9, bandwidth=0.0, launch=0.0))
+    made.trainer.pace = Pace(Expected(unlikely), lambda: 0.5)
+    made.trainer.train()
+    assert capsys.readouterr().out.count("warning: a step takes ") == 1
+    assert len(made.trainer.pace.seconds) == WARM_UP + FEWEST + 4
+
+
+# -- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe("sd15", "lora", "train.steps=5", folder=tmp_path / "run")
+    done = tiny.train(recipe)
+    found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
+    assert found["gpu"] is None and "cpu" in found["no_estimate"]
+    assert found["memory_bytes"] == {"estimated": None, "measured": None, "not_measured": "PyTorch counts no peak on this device"}
+    assert found["seconds_per_step"] == {"estimated": None, "measured": typical(done.trainer.pace.seconds), "steps": 5}
+    assert f"took\n  a step            {found['seconds_per_step']['measured']:.3g} s\nwritten" in capsys.readouterr().out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert '<section id="estimate">' in page and "There was no estimate: the estimates are for GPUs" in page
+    tiny.train(recipe, resume=True)  # takes no step, and leaves what was measured
+    assert json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8")) == found
+
+    one = of("lora/sd15")
+    pace = Pace(Expected(one), lambda: None)
+    for _ in range(9):
+        pace.took(one.speed.seconds / 0.9)
+    found = pace.compared(int((one.memory.peak - CONTEXT) / 1.05))
+    assert [(name, off) for name, _, _, off in rows(found)] == [("memory", "+5%"), ("a step", "-10%")]
+    done.run.write_json("estimate.json", found)
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "What was said before the first step for RTX 3060" in page and '<td class="amount">+5%</td>' in page
+
+
+# -- scripts/check_gpu.py ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the script may set it
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = util.spec_from_file_location("check_gpu", Path(__file__).resolve().parent.parent / "scripts" / "check_gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_a_gpu_it_says_what_it_would_run(check_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    check_gpu.main(["--gpu", "rtx3060"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert shown.startswith("no CUDA GPU is here; on one RTX 3060 12GB this would run:")
+    assert all(f"\n{name}" in shown for name in check_gpu.RECIPES)
+    assert "\nfull/sd15 --set train.ema=null\n" in shown and "full/sdxl: does not fit" in shown
+
+
+def test_on_a_cpu_it_measures_by_the_same_code(check_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.tsv"
+    check_gpu.main(["--cpu", "--steps", "4", "--set", "train.batch_size=2", "--out", str(out), "lora/emoji"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "not counted" in shown and "operators" in shown and "its own weights" in shown
+    header = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t")
+    (row,) = (dict(zip(header, line.split("\t"), strict=True)) for line in out.read_text(encoding="utf-8").splitlines())
+    assert (row["gpu"], row["peak_vram_gb"], row["resolution"], row["batch_per_gpu"]) == ("CPU", "-", "64x64", "2")
+    assert float(row["seconds_per_step_or_its"].removesuffix(" s/step")) > 0
