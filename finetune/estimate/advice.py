@@ -26,8 +26,8 @@ def advice(one: Forecast) -> list[tuple[str, str]]:
 
 def sets(one: Forecast) -> str:
     """The `--set`s that make the edits of this forecast; a smaller batch brings the accumulation that makes up for it."""
-    made = [assignment(lever) for lever in one.edits]
-    if any(lever.key == "train.batch_size" for lever in one.edits):
+    made = [assignment(lever) for lever in one.edits if lever.key != "train.accumulation"]
+    if len(made) < len(one.edits) or any(lever.key == "train.batch_size" for lever in one.edits):
         made.append(f"train.accumulation={one.recipe.train.accumulation}")
     return " ".join(f"--set {shlex.quote(one)}" for one in made)
 
