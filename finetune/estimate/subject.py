@@ -14,7 +14,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final
 from unittest import mock
 
 import diffusers
@@ -132,7 +132,7 @@ class Subject:
         trained_dtype: torch.dtype = torch.float32,
         build: Callable[[Plan], Model] | None = None,
         autocast: bool = True,
-        device: Literal["cuda", "cpu"] = "cuda",
+        device: standins.Device = "cuda",
     ) -> None:
         recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
         self.plan, self.size = plan_for(recipe, precision, size), size
@@ -143,7 +143,7 @@ class Subject:
 
     def phases(self, only_training: bool = False) -> dict[str, Phase]:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
-        with fake_tensors(), skeletons(), standins.in_place(), cuda() if self._device == "cuda" else contextlib.nullcontext() as mode:
+        with fake_tensors(), skeletons(), standins.in_place(self._device), cuda() if self._device == "cuda" else contextlib.nullcontext() as mode:
             model = self.build()
             encode, example = self.encode(model)
             found = {"encode": encode} if encode is not None else {}
@@ -186,7 +186,7 @@ class Subject:
 
     def _train(self, model: Model, example: Batch, mode: Cuda | None) -> Phase:
         gc.collect()
-        with Recorder() as recorder:
+        with standins.recorder(self._device) as recorder:
             trained = {id(parameter) for parameter in model.trained().values()}
             tensors = [tensor for turn in model.turns() for tensor in tensors_of(turn.net)]
             held = {

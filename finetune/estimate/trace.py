@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
@@ -83,10 +83,15 @@ def reading(integer: int) -> Iterator[None]:
 
 @final
 class Recorder(TorchDispatchMode):
-    """Events and operators of all that runs within, in order."""
+    """Events and operators of all that runs within, in order.
 
-    def __init__(self) -> None:
+    Args:
+        scratch: tells, by an operator's name and arguments, the bytes that its kernel takes for itself while it runs.
+    """
+
+    def __init__(self, scratch: Callable[[str, Any], int] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._scratch = scratch
         self.events: list[Event] = []
         self.sections: list[Section] = []
         self._names: dict[int, tuple[int, Any]] = {}  # a living storage's address → its identifier, and the reference that tells of its end
@@ -125,6 +130,8 @@ class Recorder(TorchDispatchMode):
             self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
         for tensor in outs:
             self._see(tensor)
+        if self._scratch is not None and (size := self._scratch(name, args)):
+            self.events += [allocate(identifier := len(self.events), size), free(identifier)]
         return out
 
 

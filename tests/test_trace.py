@@ -1,0 +1,103 @@
+"""The trace against real CPU runs, in bytes: the stand-ins for bitsandbytes, what kernels take for themselves, and whole steps."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from finetune.estimate import standins
+from finetune.estimate.emulate import fake_tensors
+from finetune.estimate.trace import tensors_of
+from finetune.models.adapters import add_lora
+from finetune.recipe import Adapter
+from scripts import check_trace
+
+SCRATCHPAD = 64 << 10  # bytes: oneDNN's, which the trace leaves out
+SCALARS = 16  # bytes: numbers that meet tensors
+
+
+def real(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple[int, int]:
+    """Bytes that the net holds, and the most that the work allocates on top."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        net, work = prepare()
+        with record_function(check_trace.TRAINING):
+            kept = work()
+    del kept
+    return check_trace.held(net), check_trace.counted(profiled)
+
+
+def traced(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple[int, int]:
+    """The same, on fake tensors."""
+    with fake_tensors(), standins.in_place("cpu"):
+        net, work = prepare()
+        gc.collect()
+        with standins.recorder("cpu") as recorder:
+            held = recorder.adopt(tensors_of(net))
+            start = len(recorder.events)
+            kept = work()
+            peak = check_trace.peak_of(recorder.events, start)
+    del kept
+    return held, peak - held
+
+
+@pytest.mark.parametrize("compress_statistics", [False, True])
+def test_nf4_takes_what_bitsandbytes_takes(compress_statistics: bool) -> None:
+    """Two layers in NF4 under PEFT's adapters: what they hold, and what forward and backward allocate."""
+
+    def prepare() -> tuple[nn.Module, Callable[[], object]]:
+        net = nn.Sequential(nn.Linear(512, 1024), nn.SiLU(), nn.Linear(1024, 512, bias=False))
+        standins.quantise(net, compress_statistics)
+        add_lora(net, Adapter(rank=4, targets="all-linear"))
+        return net, lambda: net(torch.zeros(2, 64, 512)).square().mean().backward()
+
+    assert traced(prepare) == pytest.approx(real(prepare), abs=SCALARS)
+
+
+def test_eight_bit_adamw_takes_what_bitsandbytes_takes() -> None:
+    """The first step makes the state, the second finds it; on a CPU both compute in float32 copies, one tensor after the other."""
+
+    def prepare() -> tuple[nn.Module, Callable[[], object]]:
+        net = nn.Sequential(nn.Linear(300, 500), nn.Linear(20, 30))
+
+        def work() -> object:
+            optimizer = bitsandbytes.optim.AdamW8bit(net.parameters())
+            for _ in range(2):
+                for parameter in net.parameters():
+                    parameter.grad = torch.zeros(parameter.shape)
+                optimizer.step()
+            return optimizer
+
+        return net, work
+
+    assert traced(prepare) == pytest.approx(real(prepare), abs=SCALARS)
+
+
+@pytest.mark.parametrize("last", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("kernel", "stride", "batch"), [(3, 1, 2), (3, 2, 2), (1, 1, 2), (1, 1, 16)])
+def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch: int, last: tuple[bool, bool]) -> None:
+    """Input and weights plainly laid out or channels last: copies, reordered weights, gradients on their way."""
+
+    def laid_out(tensor: Tensor, last: bool) -> Tensor:
+        return tensor.to(memory_format=torch.channels_last) if last else tensor
+
+    def prepare() -> tuple[nn.Module, Callable[[], object]]:
+        net = nn.Conv2d(160, 192, kernel, stride, padding=kernel // 2)
+        net.weight.data = laid_out(net.weight.data, last[1])
+        return net, lambda: net(laid_out(torch.zeros(batch, 160, 32, 32), last[0]).requires_grad_()).sum().backward()
+
+    (held, peak), (really_held, real_peak) = traced(prepare), real(prepare)
+    assert held == really_held
+    assert peak == pytest.approx(real_peak, abs=SCRATCHPAD)
+
+
+@pytest.mark.parametrize("name", ["base, full", "base, LoRA, checkpointing"])
+def test_a_step_takes_what_its_trace_says(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = next(case for case in check_trace.cases(tmp_path) if case.name == name)
+    assert check_trace.compared(case), capsys.readouterr().out
