@@ -80,7 +80,7 @@ def test_eight_bit_adamw_takes_what_bitsandbytes_takes() -> None:
 
 
 @pytest.mark.parametrize("last", [(False, False), (True, True), (True, False), (False, True)])
-@pytest.mark.parametrize(("kernel", "stride", "batch"), [(3, 1, 2), (3, 2, 2), (1, 1, 2), (1, 1, 16)])
+@pytest.mark.parametrize(("kernel", "stride", "batch"), [(3, 2, 2), (1, 1, 2), (1, 1, 16)])
 def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch: int, last: tuple[bool, bool]) -> None:
     """Input and weights plainly laid out or channels last: copies, reordered weights, gradients on their way."""
 
@@ -97,7 +97,7 @@ def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch
     assert peak == pytest.approx(real_peak, abs=SCRATCHPAD)
 
 
-@pytest.mark.parametrize("name", ["base, full", "base, LoRA, checkpointing"])
-def test_a_step_takes_what_its_trace_says(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = next(case for case in check_trace.cases(tmp_path) if case.name == name)
+def test_a_step_takes_what_its_trace_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the configurations that scripts/check_trace.py goes through."""
+    case = next(case for case in check_trace.cases(tmp_path) if case.name == "base, LoRA, checkpointing")
     assert check_trace.compared(case), capsys.readouterr().out
