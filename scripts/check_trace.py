@@ -5,9 +5,10 @@ allocation and release of torch's CPU allocator, to the byte, oneDNN's and bitsa
 fake tensors (`Subject(device="cpu")`). Prints the two peaks side by side; exits with 1 if one is off by more than 0.1 %.
 
 The trace knows what convolutions and the fused AdamW of a CPU take for themselves while they run (`standins.recorder`; a GPU's take other
-amounts, so this says nothing of those), and leaves out oneDNN's scratchpads and the row sums of norms and attention: some KiB. Not counted on either side: what does not go through torch's allocator, such as the
-buffers of matrix products and Python's own memory. One difference is known, and moves none of these peaks: while a mode such as the
-recorder is on, autograd adds gradients that meet into a new tensor, where a real run reuses the older one.
+amounts, of which this says nothing), and leaves out oneDNN's scratchpads and the row sums of norms and attention: some KiB.
+Not counted on either side: what does not go through torch's allocator, such as the buffers of matrix products and Python's own memory.
+One difference is known, and moves none of these peaks: while a mode such as the recorder is on, autograd adds gradients that meet into
+a new tensor, where a real run reuses the older one.
 """
 
 from __future__ import annotations
