@@ -137,7 +137,7 @@ def beside(row: dict[str, str], trace: dict[str, Any]) -> Found:
 
 
 def works_of(lines: list[list[Any]]) -> tuple[Work, ...]:
-    return tuple(Work(kind, width, (flops, 0), (moved, 0), count) for kind, flops, moved, width, count in lines)
+    return tuple(Work(kind, width, eager, (flops, 0), (moved, 0), count) for kind, flops, moved, width, eager, count in lines)
 
 
 def line_of(one: Found) -> str:
@@ -150,13 +150,19 @@ def line_of(one: Found) -> str:
 
 
 def errors(found: list[Found]) -> dict[str, dict[str, float]]:
-    """Medians and 90th percentiles of |predicted ÷ measured − 1|; time also with the constants fit without the row's own model."""
+    """Medians and 90th percentiles of |predicted ÷ measured − 1|, of all runs and of those that run torch's own operators.
+
+    Only on the latter are constants fit; "its model left out" are the errors when they are fit without the row's own model.
+    """
     memory = [one for one in found if one.measured]
     timed = [one for one in found if one.measured_seconds]
+    own = [one for one in timed if published.own_kernels(one.row)]
     table = {
         "memory": [one.predicted / one.measured for one in memory],
+        "memory, torch's operators": [one.predicted / one.measured for one in memory if published.own_kernels(one.row)],
         "s/step": [one.seconds() / one.measured_seconds for one in timed],
-        "s/step, its model left out": left_out(timed),
+        "s/step, torch's operators": [one.seconds() / one.measured_seconds for one in own],
+        "  its model left out": left_out(own),
         "parameters × bytes": [one.parameters_only / one.measured for one in memory],
         "{24, 12, 16} × batch × area": [one.formula / one.measured for one in memory],
     }
@@ -181,7 +187,7 @@ def left_out(found: list[Found]) -> list[float]:
     for model in models:
         pace = fit([one for one in found if one.row["model"] != model])
         ratios += [one.seconds(pace) / one.measured_seconds for one in found if one.row["model"] == model]
-    print("  fit on all rows:", {name: float(f"{value:.3g}") for name, value in vars(fit(found)).items()})
+    print("  fit:", {name: float(f"{value:.3g}") for name, value in vars(fit(found)).items()})
     return ratios
 
 

@@ -86,6 +86,12 @@ def why_not(row: dict[str, str]) -> str:
     return ""
 
 
+def own_kernels(row: dict[str, str]) -> bool:
+    """Whether a run is of PyTorch's own operators. SDNQ rotates and dequantises by kernels of its own, which are not traced;
+    LyCORIS' Kronecker products take, on an H100 too, several times what their bytes and FLOPs say."""
+    return "LyCORIS" not in row["method"] and "sdnq" not in row["weights_dtype"]
+
+
 def described(row: dict[str, str]) -> Run:
     full = row["method"].startswith(("full", "from scratch"))
     weights = row["weights_dtype"]

@@ -27,12 +27,14 @@ class Work:
     Attributes:
         kind: matmul, conv, attention or other.
         width: bytes of a factor: 2 is what tensor cores are fast at.
+        eager: whether Python runs them and autograd records them; the host takes longer then.
         flops, bytes: each operator's, as (what does not grow, what one native picture more adds).
         count: how many of them a step runs.
     """
 
     kind: str
     width: int
+    eager: bool
     flops: tuple[float, float]
     bytes: tuple[float, float]
     count: int
@@ -118,7 +120,8 @@ def parsed(found: dict[str, Any]) -> Card:
 
 def _variant(entry: dict[str, Any]) -> Variant:
     works = {
-        key: tuple(Work(kind, width, (f0, f1), (b0, b1), count) for kind, width, f0, f1, b0, b1, count in entry[key]) for key in ("micro", "update")
+        key: tuple(Work(kind, width, bool(eager), (f0, f1), (b0, b1), count) for kind, width, eager, f0, f1, b0, b1, count in entry[key])
+        for key in ("micro", "update")
     }
     lines = {"allocated": tuple(entry["allocated"]), "reserved": tuple(entry["reserved"])}
     return Variant(**{**entry, **works, **lines, "accumulating": tuple(tuple(line) for line in entry["accumulating"])})

@@ -82,10 +82,10 @@ def works(low: list[Any], high: list[Any]) -> list[list[Any]]:
     """Operators that cost the same, with their number; the two lists are of the same step at BATCHES, so they go side by side."""
     counted: Counter[tuple[Any, ...]] = Counter()
     for one, other in zip(low, high, strict=True):
-        if (one.kind, one.width) != (other.kind, other.width):
+        if (one.kind, one.width, one.eager) != (other.kind, other.width, other.eager):
             raise RuntimeError(f"the step at batch {BATCHES[0]} and the one at batch {BATCHES[1]} run other operators: {one}, {other}")
-        counted[(one.kind, one.width, *line(one.flops, other.flops), *line(one.bytes, other.bytes))] += 1
-    return [[*key, count] for key, count in sorted(counted.items(), key=lambda item: -item[0][3])]
+        counted[(one.kind, one.width, int(one.eager), *line(one.flops, other.flops), *line(one.bytes, other.bytes))] += 1
+    return [[*key, count] for key, count in sorted(counted.items(), key=lambda item: -item[0][4])]
 
 
 def outside(first: dict[str, Phase]) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pa
     """
     compute = bandwidth = host = 0.0
     operators = 0
-    for works, repeated, launch in ((micro, times, pace.launch), (update, 1, pace.launch_update)):
+    for works, repeated in ((micro, times), (update, 1)):
         for work in works:
             count = repeated * work.count
             computing, moving = seconds(work, gpu, pace, area, batch)
             operators += count
-            host += count * launch
+            host += count * (pace.launch if work.eager else pace.launch_engine)
             if computing >= moving:
                 compute += count * computing
             else:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,12 +23,16 @@ from finetune.estimate.allocator import Event, allocate, free
 
 
 class Operator(NamedTuple):
-    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes an element."""
+    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes an element.
+
+    `eager`: Python ran it and autograd recorded it (forward passes, what a checkpoint computes again); else autograd's engine or an optimizer did.
+    """
 
     kind: str
     flops: int
     bytes: int
     width: int
+    eager: bool
 
 
 @final
@@ -141,7 +146,7 @@ def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Ten
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
     width = max((tensor.element_size() for tensor in inputs if tensor.is_floating_point()), default=4)
-    return Operator(KIND.get(name, "other"), flops, sum(moved.values()), width)
+    return Operator(KIND.get(name, "other"), flops, sum(moved.values()), width, torch.is_grad_enabled())
 
 
 def tensors_of(net: nn.Module) -> list[Tensor]:
