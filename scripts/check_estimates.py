@@ -162,7 +162,7 @@ def errors(found: list[Found]) -> dict[str, dict[str, float]]:
         "memory, torch's operators": [one.predicted / one.measured for one in memory if published.own_kernels(one.row)],
         "s/step": [one.seconds() / one.measured_seconds for one in timed],
         "s/step, torch's operators": [one.seconds() / one.measured_seconds for one in own],
-        "  its model left out": left_out(own),
+        "s/step, its model left out": left_out(own),
         "parameters × bytes": [one.parameters_only / one.measured for one in memory],
         "{24, 12, 16} × batch × area": [one.formula / one.measured for one in memory],
     }

@@ -184,11 +184,13 @@ def apart(one: Forecast) -> str:
 
 
 def how_sure() -> str:
-    """The errors that scripts/check_estimates.py found on published runs, each with the constants fit on other models than its own."""
+    """The errors that scripts/check_estimates.py found on published runs; of time with the constants fit on other models than a run's own."""
     found = json.loads((ASSETS / "accuracy.json").read_text(encoding="utf-8"))
-    memory, time = found["memory"], found["s/step, its model left out"]
-    errors = ", ".join(f"{name} ±{of['90 %']:.0%} (median {of['median']:.0%})" for name, of in (("memory", memory), ("time", time)))
-    return f"{errors}: 90 % of {memory['rows']} published runs of other trainers; none of ours on a GPU was measured yet"
+    said = [
+        f"{name} ±{of['90 %']:.0%} in 90 % of {of['rows']} published runs (median ±{of['median']:.0%})"
+        for name, of in (("memory", found["memory"]), ("time", found["s/step, its model left out"]))
+    ]
+    return "; ".join(said) + "; no run of ours on a GPU was measured yet"
 
 
 def _start(one: Forecast) -> str:
