@@ -187,8 +187,11 @@ def how_sure() -> str:
     """The errors that scripts/check_estimates.py found on published runs; of time with the constants fit on other models than a run's own."""
     found = json.loads((ASSETS / "accuracy.json").read_text(encoding="utf-8"))
     said = [
-        f"{name} ±{of['90 %']:.0%} in 90 % of {of['rows']} published runs (median ±{of['median']:.0%})"
-        for name, of in (("memory", found["memory"]), ("time", found["s/step, its model left out"]))
+        f"{name} ±{of['90 %']:.0%} in 90 % of {of['rows']} {runs} (median ±{of['median']:.0%})"
+        for name, runs, of in (
+            ("memory", "published runs", found["memory"]),
+            ("time", "that run torch's own operators", found["s/step, its model left out"]),
+        )
     ]
     return "; ".join(said) + "; no run of ours on a GPU was measured yet"
 
