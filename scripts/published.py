@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -217,29 +218,40 @@ def checkpoint_some(net: Any, step: int, every: int) -> None:
 # -- optimizers ---------------------------------------------------------------------------------------------------------
 
 
-@final
-class PerTensor(torch.optim.Optimizer):
-    """SimpleTuner's adamw_bf16: one tensor after another, three bfloat16 states a weight, and stochastic rounding in six operators."""
+class OneAfterAnother(torch.optim.Optimizer, ABC):
+    """An optimizer that goes through its tensors one by one."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__(list(parameters), {"lr": 1e-4})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
-            state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None
-            for key in ("mean", "square", "shift"):
-                state.setdefault(key, torch.zeros_like(parameter))
-            state["mean"].mul_(0.9)
-            _rounded(state["mean"], state["mean"].float().add_(gradient))
-            state["square"].mul_(0.999).addcmul_(gradient, gradient)
-            deviation = state["square"].sqrt().add_(1e-8)
-            _rounded(state["shift"], state["shift"].float().addcdiv_(state["mean"], deviation))
-            before = parameter.clone()
-            _rounded(parameter, parameter.float().add_(state["shift"]))
-            before.sub_(parameter)
-            _rounded(state["shift"], state["shift"].float().add_(before))
+        """Update every tensor that has a gradient."""
+        for parameter in (one for group in self.param_groups for one in group["params"]):
+            if parameter.grad is not None:
+                self.update(parameter, parameter.grad, self.state[parameter])
+
+    @abstractmethod
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """Update one tensor and its state."""
+
+
+@final
+class PerTensor(OneAfterAnother):
+    """SimpleTuner's adamw_bf16: three bfloat16 states a weight, and stochastic rounding in six operators."""
+
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        for key in ("mean", "square", "shift"):
+            state.setdefault(key, torch.zeros_like(parameter))
+        state["mean"].mul_(0.9)
+        _rounded(state["mean"], state["mean"].float().add_(gradient))
+        state["square"].mul_(0.999).addcmul_(gradient, gradient)
+        deviation = state["square"].sqrt().add_(1e-8)
+        _rounded(state["shift"], state["shift"].float().addcdiv_(state["mean"], deviation))
+        before = parameter.clone()
+        _rounded(parameter, parameter.float().add_(state["shift"]))
+        before.sub_(parameter)
+        _rounded(state["shift"], state["shift"].float().add_(before))
 
 
 def _rounded(target: Tensor, wide: Tensor) -> None:
@@ -250,18 +262,13 @@ def _rounded(target: Tensor, wide: Tensor) -> None:
 
 
 @final
-class OneState(torch.optim.Optimizer):
-    """Lion's memory and operators: one state a weight, one tensor after another."""
+class OneState(OneAfterAnother):
+    """Lion's memory and operators: one state a weight."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__(list(parameters), {"lr": 1e-4})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
-            state = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
-            parameter.mul_(0.99).add_(state.lerp(parameter.grad, 0.1).sign_())
-            state.lerp_(parameter.grad, 0.02)
+    def update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        mean = state.setdefault("mean", torch.zeros_like(parameter))
+        parameter.mul_(0.99).add_(mean.lerp(gradient, 0.1).sign_())
+        mean.lerp_(gradient, 0.02)
 
 
 def _foreach(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

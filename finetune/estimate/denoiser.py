@@ -253,6 +253,7 @@ class DenoiserTurn(Turn):
         self.net, self._inputs = net, inputs
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """Mean squared error of each picture's predicted velocity, [B] float32."""
         latents = batch["latents"]
         noise, time = draw.normal("noise", latents.shape[1:]), draw.uniform("time")
         share = time.view(-1, *(1,) * (latents.ndim - 1))
