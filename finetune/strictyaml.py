@@ -20,6 +20,7 @@ import yaml
 from finetune.errors import UserError, did_you_mean
 
 MAXIMUM_DEPTH = 12
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same nodes; in C, where PyYAML was built with it, ten times sooner
 NULLS = {"null", "~", ""}
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 # What a field's metadata may bound, the test, and the words for it.
@@ -59,13 +60,13 @@ def read(text: str, name: str, what: str = "a recipe", example: str = "see `ft r
 def _compose(text: str, name: str) -> yaml.Node | None:
     """The nodes of PyYAML, with nothing in them that is not written out."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for event in yaml.parse(text, Loader=LOADER):
             where = f"{name}:{_line(event.start_mark)}"
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError("anchors and aliases (& and *) are not read here", where=where, remedy="write the value out")
             if (tag := getattr(event, "tag", None)) not in (None, "!"):
                 raise UserError(f"tags such as {tag} are not read here", where=where, remedy="write the plain value")
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(
