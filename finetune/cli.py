@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train by a recipe, or go on with a run.",
     "sample": "Draw pictures with what a run has trained.",
     "export": "Write what a run has trained as files for other programs.",
+    "doctor": "Say what of this machine works, and what to do about the rest.",
     "gpus": "List GPUs: memory, speed, price, and where figures come from.",
 }
 

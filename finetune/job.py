@@ -20,8 +20,8 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 
 from finetune import pretrained
-from finetune.data.cache import cache_folder
 from finetune.data.dataset import Dataset
+from finetune.data.places import cache_folder
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
 from finetune.engine.loop import Trainer

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune.data import cache
-from finetune.data.cache import Store, cache_folder, fingerprint
+from finetune.data.cache import Store, fingerprint
+from finetune.data.places import cache_folder
 from finetune.errors import UserError
 
 # -- the store --------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def python(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.
         "from finetune import cli; cli.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
         "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, pictures, scan, sources",
-        "from finetune.report import nets, page, tables; from finetune.commands import check, export, gpus, recipes, sample, train",
+        "from finetune.report import nets, page, tables; from finetune.commands import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
 def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:

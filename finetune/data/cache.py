@@ -148,15 +148,6 @@ def write_aside(path: Path, content: bytes) -> None:
         raise
 
 
-def cache_folder(wanted: str | None) -> Path:
-    """The recipe's `data.cache`, else $FT_CACHE, else the user's cache folder."""
-    if wanted:
-        return Path(wanted).expanduser()
-    if os.environ.get("FT_CACHE"):
-        return Path(os.environ["FT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
-
-
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes: equal exactly for equal weights."""
     digest = hashlib.sha256()

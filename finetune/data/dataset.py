@@ -11,9 +11,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from finetune.data.cache import Store, cache_folder
+from finetune.data.cache import Store
 from finetune.data.order import Order
 from finetune.data.pictures import Crop, apply, decode
+from finetune.data.places import cache_folder
 from finetune.data.scan import Audit, Picture
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
