@@ -122,11 +122,17 @@ class Train:
     accumulation: int = _number(1, minimum=1)  # batches added up before the optimizer steps
     seed: int = _number(0, minimum=0)
     precision: Precision | None = None  # none: bfloat16 where the device has it, else float16 on CUDA, else float32
-    gradient_checkpointing: bool = False  # less memory, about a third more time
+    # Less memory, about a third more time: true computes every block again in the backward pass, n every n-th.
+    gradient_checkpointing: bool | int = _number(False, minimum=1)
     ema: float | None = _number(None, above=0, below=1)  # decay of the averaged weights that are saved and sampled
     checkpoint_every: int = _number(500, minimum=1)
     keep_checkpoints: int = _number(2, minimum=1)
     validate_every: int = _number(200, minimum=1)
+
+    @property
+    def checkpointed(self) -> int:
+        """Of how many blocks one is computed again in the backward pass; 0: of none."""
+        return int(self.gradient_checkpointing)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ that name file, line and key. Anchors, aliases and tags are not read: a recipe i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import types
@@ -142,7 +143,8 @@ def build(declared: Any, node: Node, key: str = "") -> Any:
     if origin in (typing.Union, types.UnionType):
         if node.empty and type(None) in arguments:
             return None
-        return build(next(a for a in arguments if a is not type(None)), node, key)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        return build(kinds[0], node, key) if len(kinds) == 1 else _either(kinds, node, key)
     if dataclasses.is_dataclass(declared):
         return _build_dataclass(typing.cast(type, declared), node, key)
     if origin is tuple:
@@ -158,6 +160,14 @@ def build(declared: Any, node: Node, key: str = "") -> Any:
             raise UserError(f'"{node.content}" is not a choice of {key}', where=f"{node.where}, {key}", remedy=did_you_mean(node.content, arguments))
         return node.content
     return _scalar(declared, node, key)
+
+
+def _either(kinds: list[Any], node: Node, key: str) -> Any:
+    """The value as the first of several scalar types that it is."""
+    for kind in kinds:
+        with contextlib.suppress(UserError):
+            return build(kind, node, key)
+    raise _wrong(node, key, ", or ".join(_name(kind) for kind in kinds))
 
 
 def _build_dataclass(declared: type, node: Node, key: str) -> Any:
@@ -189,7 +199,7 @@ def _build_dataclass(declared: type, node: Node, key: str) -> Any:
 def _check_range(value: Any, field: dataclasses.Field[Any], node: Node, key: str) -> None:
     for name, (holds, words) in BOUNDS.items():
         bound = field.metadata.get(name)
-        if bound is not None and isinstance(value, int | float) and not holds(value, bound):
+        if bound is not None and isinstance(value, int | float) and not isinstance(value, bool) and not holds(value, bound):
             raise UserError(f"{key} must be {words} {bound}, not {value}", where=f"{node.where}, {key}", remedy=f"set {key} to {words} {bound}")
 
 

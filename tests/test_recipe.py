@@ -254,3 +254,15 @@ def test_any_override_is_read_or_refused_with_a_message(key: str, text: str) -> 
             parse(MINIMAL, assignment)
         except UserError as error:
             assert error.problem
+
+
+@pytest.mark.parametrize(("written", "every"), [("true", 1), ("false", 0), ("1", 1), ("3", 3)])
+def test_gradient_checkpointing_is_of_every_block_or_every_nth(written: str, every: int) -> None:
+    recipe = parse(added("train", f"gradient_checkpointing: {written}"))
+    assert recipe.train.checkpointed == every
+    assert parse(yaml.safe_dump(to_dict(recipe))).train == recipe.train
+
+
+@pytest.mark.parametrize(("written", "said"), [("0", "at least 1"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")])
+def test_gradient_checkpointing_of_nonsense_is_refused(written: str, said: str) -> None:
+    assert said in str(refusal(added("train", f"gradient_checkpointing: {written}")))

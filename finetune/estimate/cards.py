@@ -58,7 +58,7 @@ class Variant:
 
     method: str
     targets: str
-    checkpointing: bool
+    checkpointing: int
     optimizer: str
     rank: int
     trained: int
@@ -134,11 +134,12 @@ def variant_of(card: Card, recipe: Recipe) -> Variant:
         UserError: the card does not hold it.
     """
     adapter = recipe.adapter
-    wanted = (recipe.method, adapter.targets if adapter else "", recipe.train.gradient_checkpointing)
+    wanted = (recipe.method, adapter.targets if adapter else "", recipe.train.checkpointed)
     alike = [v for v in card.variants if (v.method, v.targets, v.checkpointing) == wanted]
     special = "a trained text encoder" if recipe.model.train_text_encoder else "DoRA" if adapter and adapter.dora else ""
     if special or not alike:
-        what = special or (f'targets "{wanted[1]}"' if adapter else f"method {recipe.method}")
+        sparse = f"train.gradient_checkpointing: {recipe.train.checkpointed}" if recipe.train.checkpointed > 1 else ""
+        what = special or sparse or (f'targets "{wanted[1]}"' if adapter else f"method {recipe.method}")
         raise UserError(f"the card of {card.title} does not cover {what}", where="adapter.targets" if adapter else "method", remedy="add --trace")
     # An adapter's state is small and adds up with the rest, so one optimizer's measurement serves all (`memory.state_bytes`).
     return next((v for v in alike if v.optimizer == recipe.optimizer.name), alike[0])

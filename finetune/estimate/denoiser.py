@@ -23,6 +23,7 @@ from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.trace import reading
 from finetune.models.adapters import add_lora
+from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.text_to_image import DTYPES
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn
 from finetune.planning import Plan
@@ -288,8 +289,7 @@ class DenoiserModel(Model):
             adapt(net)
         elif recipe.adapter is not None:
             add_lora(net, recipe.adapter)
-        if recipe.train.gradient_checkpointing:
-            net.enable_gradient_checkpointing()  # type: ignore[operator]
+        checkpoint_activations(net, recipe.train.checkpointed)
         self._turn = DenoiserTurn(net, self._inputs)
 
     def turns(self) -> tuple[Turn, ...]:

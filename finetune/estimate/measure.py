@@ -24,7 +24,7 @@ def point(title: str, recipe: Recipe, precision: Precision, build: Callable[[Pla
     phases = Subject(without, precision, (side, side), build=build).phases()
     overrides = {
         "adapter": recipe.adapter.targets if recipe.adapter else None,
-        "checkpointing": recipe.train.gradient_checkpointing,
+        "checkpointing": recipe.train.checkpointed,
         "optimizer": recipe.optimizer.name,
         "rank": recipe.adapter.rank if recipe.adapter else 0,
     }

@@ -15,13 +15,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from finetune.data.cache import fingerprint
 from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.models import adapters, loading
+from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
@@ -188,15 +188,6 @@ def draw(pipeline: Any, request: SampleRequest, seed: int, **arguments: Any) -> 
     return decode(pipeline, latents)
 
 
-def _checkpoint_activations(net: Any) -> None:
-    if isinstance(net, PreTrainedModel):
-        # The reentrant kind, once the default there, gives no gradient to adapters behind frozen embeddings.
-        enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    else:
-        net.enable_gradient_checkpointing()
-
-
 class TextToImage(Model):
     """Args:
     family: what is peculiar to it.
@@ -243,8 +234,7 @@ class TextToImage(Model):
                 adapted[name] = adapters.add_lora(net, adapter)
             else:
                 net.requires_grad_(True)
-            if self.plan.recipe.train.gradient_checkpointing:
-                _checkpoint_activations(net)
+            checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         for part in self.family.unread(encoders) if encoders else ():
             part.requires_grad_(False)
         return adapted

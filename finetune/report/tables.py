@@ -71,7 +71,7 @@ def plan_rows(plan: Plan) -> list[Row]:
     optimizer, train, sample = recipe.optimizer, recipe.train, recipe.sample
     rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
     accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
-    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + (", gradient checkpointing" if train.gradient_checkpointing else "")
+    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + _checkpointed(train.checkpointed)
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
     adam = f" (β {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, ε {optimizer.eps:g})" if optimizer.name != "adafactor" else ""
@@ -95,6 +95,10 @@ def plan_rows(plan: Plan) -> list[Row]:
     if recipe.model.family == "vae":
         rows = [row for row in rows if row[0] != "captions"]
     return rows + [("note", note) for note in plan.notes]
+
+
+def _checkpointed(every: int) -> str:
+    return {0: "", 1: ", gradient checkpointing"}.get(every, f", gradient checkpointing of one block in {every}")
 
 
 def _base(plan: Plan) -> str:
