@@ -87,6 +87,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     precision, notes = _precision(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
+    notes += _optimizer_notes(recipe)
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr and diffusion.min_snr_gamma is not None:
         notes += ("min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",)
@@ -101,6 +102,16 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
         folder=recipe.output.folder or f"runs/{recipe.method}-{recipe.name}",
         notes=notes,
     )
+
+
+def _optimizer_notes(recipe: Recipe) -> tuple[str, ...]:
+    """Settings that an optimizer takes and that are hardly meant."""
+    optimizer = recipe.optimizer
+    if optimizer.name == "prodigy" and optimizer.lr != 1:
+        return (f"Prodigy finds the learning rate itself: optimizer.lr multiplies it, and {optimizer.lr:g} is given where 1 is usual",)
+    if optimizer.name == "schedulefree" and optimizer.schedule != "constant":
+        return (f"schedule-free AdamW averages instead of lowering the rate: with schedule {optimizer.schedule} the late steps count less still",)
+    return ()
 
 
 def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, ...]]:

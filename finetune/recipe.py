@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -104,14 +104,19 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
-    lr: float = _number(1e-4, above=0)
-    betas: tuple[float, ...] = (0.9, 0.999)
+    name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree", "lion", "came"] = "adamw"
+    lr: float = _number(1e-4, above=0)  # Prodigy finds its rate itself, and lr multiplies it: 1 is usual
+    betas: tuple[float, ...] | None = None  # none: 0.9 and 0.999; Lion's: 0.9 and 0.99
     eps: float = _number(1e-8, above=0)
     weight_decay: float = _number(0.01, minimum=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = _number(0, minimum=0)
     clip_norm: float | None = _number(1.0, above=0)
+
+    @property
+    def moments(self) -> tuple[float, ...]:
+        """The betas, the optimizer's own where the recipe gives none."""
+        return self.betas if self.betas is not None else (0.9, 0.99) if self.name == "lion" else (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -244,8 +249,7 @@ def _check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
-    refuse(len(recipe.optimizer.betas) != 2, "optimizer.betas are two numbers", "write `betas: [0.9, 0.999]`")
-    refuse(any(not 0 <= beta < 1 for beta in recipe.optimizer.betas), "optimizer.betas lie in [0, 1)", "write `betas: [0.9, 0.999]`")
+    _check_optimizer(recipe, refuse)
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr:
         refuse(
@@ -253,6 +257,19 @@ def _check(recipe: Recipe, where: str) -> None:
             "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
             "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
         )
+
+
+def _check_optimizer(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:
+    optimizer = recipe.optimizer
+    betas, averages = optimizer.moments, optimizer.name == "schedulefree"
+    refuse(len(betas) != 2, "optimizer.betas are two numbers", "write `betas: [0.9, 0.999]`")
+    refuse(any(not 0 <= beta < 1 for beta in betas), "optimizer.betas lie in [0, 1)", "write `betas: [0.9, 0.999]`")
+    refuse(averages and betas[0] == 0, "without a first beta, schedule-free AdamW has nothing to average", "write `betas: [0.9, 0.999]`")
+    refuse(
+        averages and recipe.train.ema is not None,
+        "schedule-free AdamW averages the weights itself: a second average of them says nothing",
+        "remove train.ema",
+    )
 
 
 @contextlib.contextmanager

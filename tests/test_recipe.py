@@ -171,6 +171,8 @@ def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
         (["model.path=null"], "model.path is missing"),
         (["optimizer.betas=[0.9]"], "two numbers"),
         (["optimizer.betas=[0.9, 1.0]"], "lie in [0, 1)"),
+        (["optimizer.name=schedulefree", "optimizer.betas=[0, 0.9]"], "nothing to average"),
+        (["optimizer.name=schedulefree", "train.ema=0.9"], "averages the weights itself"),
         (["diffusion.zero_terminal_snr=true", "model.prediction=epsilon"], "needs v_prediction"),
     ],
 )

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from finetune.data.dataset import Dataset
 from finetune.engine import checkpoint
 from finetune.engine.draw import Draw
-from finetune.engine.optim import learning_rate
+from finetune.engine.optim import found_rate, learning_rate
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.state import TrainingState
@@ -88,6 +88,7 @@ class Trainer:
         record: dict[str, float] = {"step": step + 1, "lr": rate}
         for number, turn in enumerate(self.state.turns):
             record[f"loss.{turn.name}"], record[f"gradient.{turn.name}"] = self._turn(step, number, rate)
+            record["lr"] = found_rate(self.state.optimizers[number])
         if self.state.ema is not None:
             self.state.ema.update(step)
         self.clock.lap("optimizer")

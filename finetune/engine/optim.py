@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,37 +13,94 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.recipe import Optimizer
 
+# Weights up to which an update is made of all tensors at once. It has a few launches instead of some a tensor, and holds a few float32
+# copies of what trains: little for an adapter (128 MiB each at most), and more than the gradients for a whole net.
+AT_ONCE = 1 << 25
+CAME_RESIDUAL = 0.9999  # the third β of CAME (arXiv:2307.02047, §4.1)
+
 
 def make_optimizer(section: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """The optimizer over float32 `parameters`.
 
-    AdamW is torch's fused kernel: one pass over each tensor instead of a dozen. 8-bit AdamW is bitsandbytes', whose
-    tensors under 4,096 elements keep float32 state. Adafactor is transformers', with the recipe's fixed rate.
+    AdamW is torch's fused kernel: one pass over each tensor instead of a dozen. Adafactor is transformers', with the recipe's fixed rate.
     """
     trained = list(parameters)
-    beta1, beta2 = section.betas
+    betas = section.moments
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    found: torch.optim.Optimizer
     if section.name == "adamw":
-        return torch.optim.AdamW(
-            trained, lr=section.lr, betas=(beta1, beta2), eps=section.eps, weight_decay=section.weight_decay, fused=device.type in ("cpu", "cuda")
-        )
-    if section.name == "adamw8bit":
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise UserError(
-                "adamw8bit needs bitsandbytes, which cannot be imported here", remedy="pip install bitsandbytes, or set optimizer.name: adamw"
-            ) from error
-        for parameter in trained:
-            # bitsandbytes would do so at its first step: a resumed run must find the layout that the unbroken one has.
-            parameter.data = parameter.data.contiguous()
-        eight: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-            trained, lr=section.lr, betas=(beta1, beta2), eps=section.eps, weight_decay=section.weight_decay
-        )
-        return eight
-    from transformers.optimization import Adafactor
+        found = torch.optim.AdamW(trained, betas=(betas[0], betas[1]), eps=section.eps, fused=device.type in ("cpu", "cuda"), **common)
+    elif section.name == "adamw8bit":
+        found = _eight_bit(trained, common | {"betas": betas, "eps": section.eps})
+    elif section.name == "adafactor":
+        from transformers.optimization import Adafactor
 
-    found: torch.optim.Optimizer = Adafactor(trained, lr=section.lr, weight_decay=section.weight_decay, relative_step=False, scale_parameter=False)
+        found = Adafactor(trained, relative_step=False, scale_parameter=False, **common)
+    else:
+        found = _adaptive(section, trained, common | {"betas": betas})
     return found
+
+
+def _eight_bit(trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """bitsandbytes' 8-bit AdamW, whose tensors under 4,096 elements keep float32 state."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            "adamw8bit needs bitsandbytes, which cannot be imported here", remedy="pip install bitsandbytes, or set optimizer.name: adamw"
+        ) from error
+    for parameter in trained:
+        # bitsandbytes would do so at its first step: a resumed run must find the layout that the unbroken one has.
+        parameter.data = parameter.data.contiguous()
+    found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, **arguments)
+    return found
+
+
+def _adaptive(section: Optimizer, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """pytorch-optimizer's Prodigy (arXiv:2306.06101), schedule-free AdamW (2405.15682), Lion (2302.06675) or CAME (2307.02047).
+
+    Prodigy corrects its moments' bias, and a warm-up does not count in the distance it judges, as its authors advise for diffusion
+    models. CAME's own two ε stay as they are.
+    """
+    import pytorch_optimizer
+
+    arguments["foreach"] = sum(parameter.numel() for parameter in trained) <= AT_ONCE
+    if section.name == "came":
+        arguments["betas"] = (*arguments["betas"], CAME_RESIDUAL)
+    if section.name in ("prodigy", "schedulefree"):
+        arguments["eps"] = section.eps
+    if section.name == "prodigy":
+        arguments |= {"bias_correction": True, "safeguard_warmup": True}
+    names = {"prodigy": "Prodigy", "schedulefree": "ScheduleFreeAdamW", "lion": "Lion", "came": "CAME"}
+    found: torch.optim.Optimizer = getattr(pytorch_optimizer, names[section.name])(trained, **arguments)
+    return found
+
+
+def found_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of the last step: Prodigy's is what it found, d times the recipe's."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] * group.get("d", 1.0))
+
+
+@contextlib.contextmanager
+def schedule_free(optimizer: Any) -> Iterator[None]:
+    """Within, weights are the averages x that a schedule-free optimizer is judged by, not the y at which it takes gradients. Others have none.
+
+    The way back by arithmetic would round, and a run would depend on when one looked: y is kept aside, on the host.
+    """
+    if "train_mode" not in optimizer.param_groups[0]:
+        yield
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.copy_(before)
 
 
 def learning_rate(section: Optimizer, step: int, steps: int) -> float:

@@ -28,7 +28,10 @@ FREE_TO_CHANGE = {
     "train": {"checkpoint_every", "keep_checkpoints", "validate_every"},
     "data": {"cache"},
 }
-LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "safetensors", "numpy", "pillow")
+LIBRARIES = (
+    *("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "pytorch-optimizer"),
+    *("safetensors", "numpy", "pillow"),
+)
 
 
 class Run:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from finetune.engine.checkpoint import Checkpoint
-from finetune.engine.optim import Ema, make_optimizer
+from finetune.engine.optim import Ema, make_optimizer, schedule_free
 from finetune.errors import UserError
 from finetune.models.turn import Model
 from finetune.planning import Plan
@@ -35,13 +35,16 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the nets are in evaluation mode and hold their averaged weights, if the run keeps any."""
+        """Within, the nets are in evaluation mode and hold their averaged weights, if the run or its optimizer keeps any."""
         for turn in self.turns:
             turn.net.eval()
         if self.ema is not None:
             self.ema.swap()
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                for optimizer in self.optimizers:
+                    stack.enter_context(schedule_free(optimizer))
+                yield
         finally:
             if self.ema is not None:
                 self.ema.swap()

@@ -131,7 +131,7 @@ def levers(recipe: Recipe) -> list[Lever]:
         found.append(Lever("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier"))
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
         found.append(Lever("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result"))
-    if recipe.optimizer.name != "adafactor" and recipe.method == "full":
+    if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # others' rates would not suit it
         found.append(Lever("optimizer.name", "adafactor", "less steady than AdamW"))
     if train.ema:
         found.append(Lever("train.ema", None, "samples less smooth"))

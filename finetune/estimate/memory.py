@@ -46,7 +46,7 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1
     higher = (recipe.adapter.rank - variant.rank) if recipe.adapter else 0
     grown = recipe.adapter.rank / variant.rank if recipe.adapter else 1.0
     adapters, trained = variant.adapters * grown, variant.trained * grown
-    state = state_bytes(recipe, variant) * grown
+    state = state_bytes(card, recipe, variant) * grown
     lines = variant.accumulating if recipe.train.accumulation > 1 else (variant.allocated, variant.reserved)
     more = variant.rank_bytes * higher + state - variant.state * grown
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
@@ -82,13 +82,33 @@ def around(gpu: Gpu) -> int:
     return CONTEXT + (WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE)
 
 
-def state_bytes(recipe: Recipe, variant: Variant) -> float:
-    """The optimizer's state for what trains at the rank of the measurement.
-
-    AdamW keeps two float32 values a weight; bitsandbytes' 8-bit one two bytes, and two float32 scales for 256 weights;
-    Adafactor a sum for each row and column: of an adapter of rank r, about one float32 value for r weights.
-    """
+def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
+    """The optimizer's state for what trains at the rank of the measurement."""
     name = recipe.optimizer.name
     if variant.optimizer == name:
         return variant.state
-    return variant.trained * {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "adafactor": 4 / max(1, variant.rank)}[name]
+    factored = next((one for one in card.variants if one.method == variant.method and one.optimizer == "adafactor"), None)
+    # Matrices of an adapter of rank r have about one row or column for r weights; of whole nets, Adafactor's measurement tells.
+    sums = 1 / variant.rank if variant.rank else factored.state / 4 / factored.trained if factored else 0.0
+    return variant.trained * bytes_a_weight(name, sums)
+
+
+def bytes_a_weight(name: str, sums: float = 0.0) -> float:
+    """What an optimizer keeps for each weight that trains.
+
+    All is float32 but bitsandbytes' two moments of a byte each, with a scale for 256 of them. Prodigy keeps both moments, where it
+    started from and the sum that its rate is judged by; schedule-free AdamW the second moment and the point that it averages; Lion
+    one moment. Adafactor keeps sums over rows and columns, CAME those of two quantities, and a moment.
+
+    Args:
+        sums: rows and columns for each weight.
+    """
+    return {
+        "adamw": 8.0,
+        "adamw8bit": 2 * (1 + 4 / 256),
+        "adafactor": 4 * sums,
+        "prodigy": 16.0,
+        "schedulefree": 8.0,
+        "lion": 4.0,
+        "came": 4 + 8 * sums,
+    }[name]

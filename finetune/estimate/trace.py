@@ -78,7 +78,7 @@ _integer = ContextVar("integer", default=1)
 
 @contextlib.contextmanager
 def reading(integer: int) -> Iterator[None]:
-    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values."""
+    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values. (A float is 1, a truth is false.)"""
     before = _integer.set(integer)
     try:
         yield
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
-            return 1.0 if args[0].is_floating_point() else _integer.get()
+            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else _integer.get()
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.namespace == "aten" and not func.is_view and name not in NO_LAUNCH and self.sections:

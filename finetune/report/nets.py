@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from finetune.estimate.memory import bytes_a_weight
 from finetune.report.tables import table
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from finetune.planning import Plan
 
 FLOAT32_BYTES = 4
-# What an optimizer keeps for each weight, in bytes. Adafactor keeps sums over rows and columns, next to nothing.
-OPTIMIZER_BYTES = {"adamw": 2 * FLOAT32_BYTES, "adamw8bit": 2, "adafactor": 0}
 
 
 def adapted(model: Model) -> str:
@@ -44,10 +43,10 @@ def whole(model: Model, plan: Plan) -> str:
 def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
     """The bytes that what trains takes, whatever the batch: its weights, and what is kept beside each of them."""
     trained, optimizer = _count(model.trained().values()), plan.recipe.optimizer.name
-    parts = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, optimizer: OPTIMIZER_BYTES[optimizer]}
+    parts: dict[str, float] = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, optimizer: bytes_a_weight(optimizer)}
     if plan.recipe.train.ema:
         parts["averages"] = FLOAT32_BYTES
-    return {name: size * trained for name, size in parts.items()}
+    return {name: round(size * trained) for name, size in parts.items()}
 
 
 def built(model: Model) -> str:

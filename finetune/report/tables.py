@@ -74,7 +74,8 @@ def plan_rows(plan: Plan) -> list[Row]:
     batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + _checkpointed(train.checkpointed)
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
-    adam = f" (β {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, ε {optimizer.eps:g})" if optimizer.name != "adafactor" else ""
+    epsilon = f", ε {optimizer.eps:g}" if optimizer.name not in ("lion", "came") else ""
+    adam = f" (β {optimizer.moments[0]:g} and {optimizer.moments[1]:g}{epsilon})" if optimizer.name != "adafactor" else ""
     numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else ", what trains in float32") + f", seed {train.seed}"
     looks = f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})" if sample.prompts else ", no samples"
     looks += f", validation every {train.validate_every}" if plan.data.held_out else ""

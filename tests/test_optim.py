@@ -1,0 +1,148 @@
+"""The optimizers of pytorch-optimizer, as this project sets them: their papers' formulas, what they keep, and what a plan says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune import planning
+from finetune.data.scan import scan
+from finetune.engine.optim import found_rate, learning_rate, make_optimizer, schedule_free
+from finetune.estimate.emulate import fake_tensors
+from finetune.estimate.memory import bytes_a_weight
+from finetune.estimate.trace import Recorder
+from finetune.recipe import Optimizer
+from tests import tiny
+
+SHAPE, STEPS = (6, 9), 40
+
+
+def gradients() -> tuple[Tensor, list[Tensor]]:
+    """A start, and gradients that mostly agree: a distance is there to be found."""
+    generator = torch.Generator().manual_seed(0)
+    start, common = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
+    return start, [common + 0.3 * torch.randn(SHAPE, generator=generator) for _ in range(STEPS)]
+
+
+def lion(one: Optimizer) -> Tensor:
+    """arXiv:2302.06675, algorithm 2."""
+    weight, found = gradients()
+    moment, (beta1, beta2) = torch.zeros(SHAPE), (0.9, 0.99)
+    for step, gradient in enumerate(found):
+        rate = learning_rate(one, step, STEPS)
+        weight = weight - rate * ((beta1 * moment + (1 - beta1) * gradient).sign() + one.weight_decay * weight)
+        moment = beta2 * moment + (1 - beta2) * gradient
+    return weight
+
+
+def schedulefree(one: Optimizer) -> Tensor:
+    """arXiv:2405.15682, algorithm 1; returns the average x."""
+    start, found = gradients()
+    average, anchor, second, summed, (beta1, beta2) = start, start, torch.zeros(SHAPE), 0.0, (0.9, 0.999)
+    for step, gradient in enumerate(found):
+        rate = learning_rate(one, step, STEPS)
+        looked = (1 - beta1) * anchor + beta1 * average
+        second = beta2 * second + (1 - beta2) * gradient**2
+        scaled = gradient / ((second / (1 - beta2 ** (step + 1))).sqrt() + one.eps)
+        anchor = anchor - rate * (scaled + one.weight_decay * looked)
+        summed += rate**2
+        share = rate**2 / summed
+        average = (1 - share) * average + share * anchor
+    return average
+
+
+def prodigy(one: Optimizer) -> Tensor:
+    """arXiv:2306.06101, algorithm 4, with Adam's bias correction; r and s stand without the factor 1 − √β₂, which cancels in d̂.
+
+    While the rate warms up, s takes γ as 1, so that small rates do not make the distance look large (`safeguard_warmup`).
+    """
+    start, found = gradients()
+    weight, first, second, ratio, total = start, torch.zeros(SHAPE), torch.zeros(SHAPE), 0.0, torch.zeros(SHAPE)
+    distance, (beta1, beta2) = 1e-6, (0.9, 0.999)
+    for step, gradient in enumerate(found):
+        rate = distance * learning_rate(one, step, STEPS) * math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta1 ** (step + 1))
+        ratio = math.sqrt(beta2) * ratio + distance * rate * float((gradient * (start - weight)).sum())
+        total = math.sqrt(beta2) * total + distance * distance * gradient
+        first = beta1 * first + (1 - beta1) * distance * gradient
+        second = beta2 * second + (1 - beta2) * distance**2 * gradient**2
+        distance = max(distance, ratio / float(total.abs().sum()))
+        weight = weight * (1 - one.weight_decay * rate) - rate * first / (second.sqrt() + distance * one.eps)
+    return weight
+
+
+def came(one: Optimizer) -> Tensor:
+    """arXiv:2307.02047, algorithm 2: Adafactor's update, its moment, and that divided by how far the two lie apart."""
+    weight, found = gradients()
+    moment, rows, columns, far_rows, far_columns = torch.zeros(SHAPE), *(torch.zeros(size) for size in SHAPE), *(torch.zeros(size) for size in SHAPE)
+    beta1, beta2, beta3 = 0.9, 0.999, 0.9999
+    for step, gradient in enumerate(found):
+        rate = learning_rate(one, step, STEPS)
+        rows = beta2 * rows + (1 - beta2) * (gradient**2 + 1e-30).mean(1)
+        columns = beta2 * columns + (1 - beta2) * (gradient**2 + 1e-30).mean(0)
+        update = gradient / (torch.outer(rows, columns) / rows.mean()).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        moment = beta1 * moment + (1 - beta1) * update
+        apart = (update - moment) ** 2 + 1e-16
+        far_rows = beta3 * far_rows + (1 - beta3) * apart.mean(1)
+        far_columns = beta3 * far_columns + (1 - beta3) * apart.mean(0)
+        weight = weight * (1 - rate * one.weight_decay) - rate * moment / (torch.outer(far_rows, far_columns) / far_rows.mean()).sqrt()
+    return weight
+
+
+@pytest.mark.parametrize("reference", [lion, schedulefree, prodigy, came])
+def test_the_papers_steps(reference: Callable[[Optimizer], Tensor]) -> None:
+    name: Any = reference.__name__
+    section = Optimizer(name=name, lr=1.0 if name == "prodigy" else 1e-2, weight_decay=0.1, warmup_steps=2)
+    start, found = gradients()
+    weight = nn.Parameter(start)
+    optimizer = make_optimizer(section, [weight], torch.device("cpu"))
+    for step, gradient in enumerate(found):
+        weight.grad = gradient.clone()
+        optimizer.param_groups[0]["lr"] = learning_rate(section, step, STEPS)
+        optimizer.step()
+    trained = weight.detach().clone()
+    with schedule_free(optimizer):
+        moved = (weight.detach() - gradients()[0]).norm()
+        torch.testing.assert_close(weight.detach() - gradients()[0], reference(section) - gradients()[0], rtol=1e-3, atol=1e-5 * float(moved))
+    assert torch.equal(weight, trained)
+    if name == "prodigy":
+        assert 1e-6 < found_rate(optimizer) < 1, "the rate that is told is the one that was found"
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "schedulefree", "lion", "came"])
+def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
+    """An adapter of rank 8, for real and as the trace sees it; a step's number and the like are a few bytes."""
+    rank, width = 8, 512
+    with contextlib.ExitStack() as stack:
+        if fake:
+            stack.enter_context(fake_tensors())
+            recorder = stack.enter_context(Recorder())
+            recorder.section("optimizer")
+        parameters = [nn.Parameter(torch.ones(rank, width)), nn.Parameter(torch.ones(width, rank))]
+        optimizer = make_optimizer(Optimizer(name=name), parameters, torch.device("cpu"))
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert name != "prodigy" or "d_hat" in optimizer.param_groups[0], "a trace must not end where the step asks whether all gradients are zero"
+        kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    assert kept / (2 * rank * width) == pytest.approx(bytes_a_weight(name, 1 / rank + 1 / width), abs=0.01)
+
+
+def test_settings_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
+    def notes(*overrides: str) -> str:
+        recipe = tiny.recipe("sd15", "lora", *overrides, folder=tmp_path)
+        machine = planning.Machine("cpu", "a CPU", 1, 1, True, 1 << 30)
+        return " ".join(planning.make_plan(recipe, scan(recipe.data), machine).notes)
+
+    assert "1 is usual" in notes("optimizer.name=prodigy")
+    assert not notes("optimizer.name=prodigy", "optimizer.lr=1")
+    assert "averages instead" in notes("optimizer.name=schedulefree", "optimizer.schedule=cosine")
+    assert not notes("optimizer.name=schedulefree")
