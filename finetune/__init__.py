@@ -6,6 +6,7 @@
     print(finetune.plan(recipe).arithmetic)  # pictures ÷ batch … = steps
     run = finetune.train(recipe)  # the run's folder
     finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the files drawn
+    model = finetune.open_model("runs/scratch-vae")  # of families in pixel space: the model itself, to draw with and to ask
 
 A mistake in what was given raises `finetune.UserError`. Nothing is imported before it is used, so `import finetune` costs
 nothing.
@@ -19,12 +20,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.errors import UserError
     from finetune.job import plan, train
+    from finetune.models.pixels import open_model
     from finetune.recipe import Recipe, load_recipe
     from finetune.sampling import sample
 
-__all__ = ["Recipe", "UserError", "load_recipe", "plan", "sample", "train"]
+__all__ = ["Recipe", "UserError", "load_recipe", "open_model", "plan", "sample", "train"]
 
-_MODULES = {"Recipe": "recipe", "UserError": "errors", "load_recipe": "recipe", "plan": "job", "sample": "sampling", "train": "job"}
+_MODULES = {
+    "Recipe": "recipe",
+    "UserError": "errors",
+    "load_recipe": "recipe",
+    "open_model": "models.pixels",
+    "plan": "job",
+    "sample": "sampling",
+    "train": "job",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,7 @@ def pipelines() -> dict[str, str]:
     found = {}
     for path in sorted(_FAMILIES.glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "\ndef build(" in text:
+        if re.search(r"^(def build\(|build = )", text, re.MULTILINE):
             named = re.search(r'^    pipeline = "(\w+)"', text, re.MULTILINE)
             found[path.stem] = named[1] if named else ""
     return found

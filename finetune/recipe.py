@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from finetune import strictyaml
+from finetune import nets, strictyaml
 from finetune.errors import UserError, did_you_mean
 
 Method = Literal["lora", "full", "scratch"]
@@ -24,9 +24,7 @@ ASSETS = _PACKAGE / "assets"
 RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
 
 
-def _number(default: Any, **bounds: float) -> Any:
-    """A field with a range: `minimum`/`maximum` are allowed values, `above`/`below` are not."""
-    return field(default=default, metadata=bounds)
+_number = strictyaml.number
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Model:
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
     train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
-    build: dict[str, Any] = field(default_factory=dict)  # from scratch: the arguments of each net's class
+    build: dict[str, Any] = field(default_factory=dict)  # from scratch, of families without a `net` section: the arguments of each net's class
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,9 @@ class Data:
     unreadable_pictures: Literal["stop", "skip"] = "stop"
     long_captions: Literal["stop", "truncate"] = "stop"
     held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of pictures kept for the validation loss
+    classes: Literal["captions", "folders"] | None = None  # families that draw pixels: what a picture's class is; none: they learn no condition
+    grey: bool = False  # families that draw pixels: one channel instead of three
+    levels: int = _number(256, minimum=2, maximum=256)  # families that draw pixels: values that a channel takes, evenly spaced
     cache: str | None = None  # where latents and embeddings are kept; none: the user's cache folder
 
 
@@ -163,6 +164,7 @@ class Recipe:
     data: Data
     train: Train
     adapter: Adapter | None = None
+    net: Any = None  # the family's own section, a `Net` of `finetune.nets`; none: it has none
     diffusion: Diffusion | None = None
     autoencoder: Autoencoder | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -218,10 +220,28 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
         if assignment.startswith("data.path="):  # the one folder given on the command line stands for all of the recipe's
             root = strictyaml.override(root, "data.sources=[]")
         root = strictyaml.override(root, assignment)
-    recipe: Recipe = strictyaml.build(Recipe, root)
-    recipe = dataclasses.replace(recipe, name=recipe.name or name, places=strictyaml.places(root))
+    rest, net = _split(root)
+    recipe: Recipe = strictyaml.build(Recipe, rest)
+    recipe = dataclasses.replace(recipe, net=net(recipe.model.family), name=recipe.name or name, places=strictyaml.places(root))
     _check(recipe, source)
     return recipe
+
+
+def _split(root: strictyaml.Node) -> tuple[strictyaml.Node, Callable[[str], Any]]:
+    """The recipe without its `net` section, and what reads that section for a family: its keys are the family's own."""
+    children = dict(root.content) if isinstance(root.content, dict) else {}
+    given = children.pop("net", None)
+
+    def net(family: str) -> Any:
+        declared = nets.section(family)
+        if declared is not None:
+            return strictyaml.build(declared, given or strictyaml.Node({}, root.where), "net")
+        if given is not None:
+            remedy = f"families with one: {', '.join(nets.families())}"
+            raise UserError(f'family "{family}" has no `net` section', where=f"{given.where}, net", remedy=remedy)
+        return None
+
+    return dataclasses.replace(root, content=children), net
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -245,7 +265,17 @@ def _check(recipe: Recipe, where: str) -> None:
         "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
         "set adapter.dora: false, or model.train_text_encoder: false",
     )
-    refuse(recipe.method == "scratch" and not model.build, "from scratch needs model.build, the nets", "see `ft recipes show scratch/emoji-vae`")
+    refuse(
+        recipe.method == "scratch" and not model.build and recipe.net is None,
+        "from scratch needs model.build, the nets",
+        "see `ft recipes show scratch/emoji-vae`",
+    )
+    refuse(recipe.net is not None and bool(model.build), f"family {model.family} is described by its `net` section", "remove model.build")
+    refuse(
+        recipe.net is None and (data.classes is not None or data.grey or data.levels != Data.levels),
+        f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
+        "remove them",
+    )
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
@@ -286,7 +316,7 @@ def located(recipe: Recipe) -> Iterator[None]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
-    sections = {"autoencoder", "diffusion", "adapter"}
+    sections = {"autoencoder", "diffusion", "adapter", "net"}
     return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
 
 

@@ -14,6 +14,7 @@ from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
 from finetune.models.loading import open_pipeline
+from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
 from finetune.models.text_to_image import DTYPES, draw, set_schedule
 from finetune.models.turn import SampleRequest
 from finetune.planning import Plan, load_plan
@@ -66,8 +67,7 @@ def sample(
         negative=defaults.negative if negative is None else negative,
     )
     target = _free_folder(out, place if plan is not None else Path())
-    pipeline = _open_run(place, plan) if plan is not None else _open_folder(place, str(run))
-    pictures = _draw(pipeline, request)
+    pictures = _draw(_open_run(place, plan) if plan is not None else _open_folder(place, str(run)), request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
         return write_pictures(pictures, request, target)
@@ -76,28 +76,33 @@ def sample(
 
 
 @torch.no_grad()
-def _draw(pipeline: Any, request: SampleRequest) -> list[Any]:
+def _draw(opened: Any, request: SampleRequest) -> list[Any]:
     """One picture after the other: batched, their last bits would depend on the company they are in."""
     pictures = []
     drawing = Progress("drawing")
     width, height = request.size or (None, None)
     for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
         drawing.show(number, len(request.prompts), prompt)
-        pictures.append(draw(pipeline, request, seed, prompt=prompt, negative_prompt=request.negative, width=width, height=height))
+        if isinstance(opened, PixelModel):
+            pictures += opened.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+        else:
+            pictures.append(draw(opened, request, seed, prompt=prompt, negative_prompt=request.negative, width=width, height=height))
     drawing.show(len(pictures), len(pictures))
     drawing.end()
     return pictures
 
 
 def _open_run(folder: Path, plan: Plan) -> Any:
-    """The pipeline that a run trained, with the schedule it was trained with."""
+    """The pipeline that a run trained, with the schedule it was trained with; or its model in pixel space."""
     recipe, final = plan.recipe, folder / "final"
     class_name = pipelines()[recipe.model.family]
-    if not class_name:
+    if not class_name and recipe.net is None:
         raise UserError(f"a run of family {recipe.model.family} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}")
     if not any(final.rglob("*.safetensors")):
         remedy = f"finish it: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume"
         raise UserError("this run has no final weights yet", where=str(final), remedy=remedy)
+    if recipe.net is not None:
+        return _opened(final)
     if recipe.method != "lora":
         return _placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, _dtype(plan.precision)))
     pipeline: Any = _placed(open_pipeline(recipe.model, class_name, _dtype(plan.precision)))
@@ -109,12 +114,20 @@ def _open_run(folder: Path, plan: Plan) -> Any:
 def _open_folder(folder: Path, given: str) -> Any:
     if not folder.is_dir():
         raise UserError(f"there is no run {given}", remedy="give the folder that `ft train` made, a diffusers folder, or embedded:base")
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return _opened(folder)
     class_name = pipeline_class(folder / "model_index.json", given)
     family = next((family for family, name in pipelines().items() if name == class_name), None)
     if family is None:
         known = ", ".join(filter(None, pipelines().values()))
         raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
     return _placed(open_pipeline(Model(family, str(folder)), class_name, _dtype(None)))
+
+
+def _opened(folder: Path) -> PixelModel:
+    model = open_model(folder)
+    model.net.to(this_machine().device)
+    return model
 
 
 def _placed(pipeline: Any) -> Any:

@@ -33,6 +33,11 @@ BOUNDS = {
 }
 
 
+def number(default: Any, **bounds: float) -> Any:
+    """A dataclass's field with a range: `minimum`/`maximum` are allowed values, `above`/`below` are not."""
+    return dataclasses.field(default=default, metadata=bounds)
+
+
 @dataclass(frozen=True)
 class Node:
     """One value of the file: `content` is a str (scalar), a list of Nodes or a dict of name → Node."""

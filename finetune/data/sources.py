@@ -22,6 +22,7 @@ REMEDIES = {
     "unreadable picture": "repair or remove the file, or set data.unreadable_pictures: skip",
     "missing picture": "put the file there or remove the line, or set data.unreadable_pictures: skip",
     "missing caption": "write a .txt file beside each picture or a metadata.jsonl, or set data.missing_captions: empty (or skip)",
+    "missing class": "move it into the folder of its class, or set data.classes: captions",
     "unreadable caption": "save the caption as UTF-8 text",
 }
 
@@ -86,6 +87,13 @@ def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
             where="data.path",
             remedy="put pictures there (" + " ".join(sorted(READ_SUFFIXES)) + "), or correct data.path",
         )
+    if data.classes == "folders":
+        for file in pictures:
+            if file.parent == folder:
+                yield Problem(_printable(file), "missing class", "lies in no folder of its class", True)
+            else:
+                yield Entry(_printable(file), _printable(Path(file.parent.name)), file.read_bytes)
+        return
     captions = Captions(folder, files, data.caption_column)
     for file in pictures:
         found = captions.of(file)
@@ -139,6 +147,8 @@ def _looks_like_hub_name(path: str) -> bool:
 
 def _dataset(folder: Path | None, name: str, data: Data) -> Iterator[Entry | Problem]:
     """Rows of a Hugging Face data set: in `folder`, by `save_to_disk` or as parquet files, or of a name on the hub."""
+    if data.classes == "folders":
+        raise UserError("a data set's rows lie in no folders", where="data.classes", remedy="set data.classes: captions, and data.caption_column")
     splits = _open_splits(folder, name)
     chosen = "train" if "train" in splits else next(iter(splits))
     for split in splits.keys() - {chosen}:

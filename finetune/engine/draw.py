@@ -38,9 +38,9 @@ class Draw:
         """Standard normal, [B, *shape] float32. Equal purposes draw equal numbers: name each use apart."""
         return torch.stack([torch.randn(*shape, generator=g) for g in self._generators(purpose)]).to(self._device)
 
-    def uniform(self, purpose: str) -> Tensor:
-        """Uniform in [0, 1), [B] float32."""
-        return torch.stack([torch.rand((), generator=g) for g in self._generators(purpose)]).to(self._device)
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform in [0, 1), [B, *shape] float32."""
+        return torch.stack([torch.rand(tuple(shape), generator=g) for g in self._generators(purpose)]).to(self._device)
 
     def integers(self, purpose: str, below: int) -> Tensor:
         """Uniform in 0 … below − 1, [B] int64."""

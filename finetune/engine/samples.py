@@ -43,6 +43,8 @@ def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
             drawing.show(number, len(request.prompts), prompt)
             pictures += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
         write_pictures(pictures, request, target)
+        for name, picture in model.exhibits().items():
+            enlarged(picture).save(target / f"{name}.png")
     except Exception:  # whatever goes wrong in a look must not cost the training
         traceback.print_exc()
         print(f"the samples of step {done} could not be drawn (see above); training goes on", flush=True)

@@ -90,6 +90,10 @@ class Model(ABC):
     def save(self, folder: Path) -> list[Path]:
         """Write the artefact that other programs load; returns the files."""
 
+    def exhibits(self) -> dict[str, Image]:
+        """What a look shows besides its samples, by a name for the file."""
+        return {}
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by a name that is stable from run to run."""
         found: dict[str, nn.Parameter] = {}

@@ -93,7 +93,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("keeps", f"a checkpoint every {train.checkpoint_every} steps (the last {train.keep_checkpoints}){looks}"),
         ("folder", plan.folder),
     ]
-    if recipe.model.family == "vae":
+    if recipe.model.family == "vae" or (recipe.net is not None and recipe.data.classes is None):
         rows = [row for row in rows if row[0] != "captions"]
     return rows + [("note", note) for note in plan.notes]
 
@@ -112,6 +112,8 @@ def _trains(plan: Plan) -> str:
     """What gets gradients, and of an adapter the numbers that make its scale."""
     recipe = plan.recipe
     adapter = recipe.adapter
+    if recipe.net is not None:
+        return "all weights"
     text_encoder = recipe.model.family != "vae" and (recipe.model.train_text_encoder or recipe.method == "scratch")
     if adapter is None:
         return "all weights" + (" of denoiser and text encoder" if text_encoder else "" if recipe.model.family == "vae" else " of the denoiser")
@@ -126,6 +128,8 @@ def _trains(plan: Plan) -> str:
 
 def _loss(plan: Plan) -> str:
     recipe = plan.recipe
+    if recipe.net is not None:
+        return str(recipe.net.loss)
     if recipe.model.family == "vae":
         autoencoder = recipe.autoencoder or Autoencoder()
         terms = [f"{autoencoder.reconstruction} of the pixels"]

@@ -1,0 +1,58 @@
+"""Every recipe of a family in pixel space, made small: what the tests that take all of them through start from.
+
+    from tests import scratch
+    scratch.recipe("vae", tmp_path / "run", "train.steps=4")    # a recipe of `recipes/scratch/`, on a dozen 8×8 digits
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.recipe import ASSETS, Recipe, load_recipe
+from tests import tiny
+
+DIGITS = ("data.resolution=8", "data.grey=true", "data.levels=17", "data.classes=folders", "data.missing_captions=stop")
+COMMON = ("train.batch_size=4", "train.epochs=null", "sample.prompts=['0', '1']", "train.ema=null", "optimizer.warmup_steps=0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe of `family`. `small` makes the recipe's net tiny; `steps` is how long it takes for its loss to fall.
+
+    Attributes:
+        unequal: why two processes do not equal one with twice the batch, "" if they do.
+        unchanged: endings of parameters that three steps need not move, such as a codebook that averages move instead.
+    """
+
+    family: str
+    small: tuple[str, ...]
+    steps: int = 6
+    unequal: str = ""
+    unchanged: tuple[str, ...] = ()
+
+
+CASES = {
+    "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
+    "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
+}
+
+
+@functools.cache
+def digits() -> Path:
+    """Twelve digits of two classes, a folder a class."""
+    folder = tiny.root() / "digits"
+    for name in ("0", "1"):
+        (folder / name).mkdir(parents=True)
+        for file in sorted((ASSETS / "digits" / "train" / name).glob("*.png"))[:6]:
+            shutil.copy(file, folder / name)
+    return folder
+
+
+def recipe(name: str, folder: Path, *overrides: str) -> Recipe:
+    """The recipe of that name in `recipes/scratch/`, small, its run in `folder`."""
+    case = CASES[name]
+    given = (f"data.path={digits()}", f"output.folder={folder}", f"train.steps={case.steps}", *DIGITS, *COMMON, *case.small, *overrides)
+    return load_recipe(f"scratch/{name}", given)

@@ -1,0 +1,197 @@
+"""Every recipe in pixel space through the same tests: it learns, all of it trains, it draws, and its files give it back."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune import nets
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.estimate.subject import Subject
+from finetune.job import Job
+from finetune.models.pixels import PixelModel, Space, open_model
+from finetune.models.turn import SampleRequest
+from finetune.recipe import bundled_recipes, load_recipe
+from finetune.sampling import sample
+from tests import scratch, tiny
+from tests.scratch import CASES
+
+SEEDS = (3, 4)
+
+
+def test_no_recipe_is_left_out() -> None:
+    in_pixels = {name.partition("/")[2] for name in bundled_recipes() if load_recipe(name).model.family in nets.families()}
+    assert in_pixels == set(CASES)
+
+
+@dataclass
+class Trained:
+    job: Job
+    losses: tuple[float, float]
+    before: dict[str, Tensor]
+
+
+def fixed_loss(job: Job) -> float:
+    """The mean loss of all turns over fixed draws of twelve pictures."""
+    draw = Draw(99, 0, range(12))
+    batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
+    with torch.no_grad(), job.trainer.state.averaged():
+        return float(job.model.turns()[0].loss(batch, draw).mean())
+
+
+@functools.cache
+def trained(name: str) -> Trained:
+    rate = ("optimizer.lr=3e-3", "optimizer.schedule=constant", "train.checkpoint_every=1", "train.keep_checkpoints=99", "sample.every=1000")
+    job = tiny.prepare(scratch.recipe(name, tiny.root() / "scratch" / name, *rate))
+    before = {key: tensor.detach().clone() for key, tensor in job.model.state().items()}
+    first = fixed_loss(job)
+    job.trainer.train()
+    found = Trained(job, (first, fixed_loss(job)), before)
+    tiny.finish(job)
+    return found
+
+
+def pixel_model(name: str) -> PixelModel:
+    model = trained(name).job.model
+    assert isinstance(model, PixelModel)
+    model.net.eval()
+    return model
+
+
+def drawn(model: PixelModel, seeds: tuple[int, ...] = SEEDS) -> Tensor:
+    request = SampleRequest(("0",) * len(seeds), seeds, steps=2, guidance=1.0)
+    with torch.no_grad():
+        return model.draw(torch.zeros(len(seeds), dtype=torch.long), Draw(0, "sample", seeds), request)
+
+
+def weights(folder: Path, step: int) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(folder / "checkpoints" / f"step-{step:07d}" / "weights.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_loss_falls_and_every_parameter_trains(name: str) -> None:
+    run = trained(name)
+    assert run.losses[1] < run.losses[0]
+    third = weights(run.job.run.folder, 3)
+    parameters = run.job.model.trained()
+    still = {key for key in parameters if torch.equal(third[key], run.before[key]) and not key.endswith(CASES[name].unchanged or ("-",))}
+    assert not still, "no gradient reached these within three steps"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_draws_levels_each_picture_from_its_own_seed(name: str) -> None:
+    model = pixel_model(name)
+    both = drawn(model)
+    assert both.shape == (2, *model.space.shape) and both.dtype == torch.uint8 and int(both.max()) < model.space.levels
+    assert torch.equal(both, drawn(model)), "the same seeds draw the same"
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(both[1:], drawn(model, SEEDS[1:])), "a picture depends on its company"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_its_files_give_it_back(name: str) -> None:
+    folder = trained(name).job.run.folder
+    model, opened = pixel_model(name), open_model(folder)
+    assert (opened.space, opened.section) == (model.space, model.section)
+    assert all(torch.equal(tensor, opened.net.state_dict()[key]) for key, tensor in model.net.state_dict().items())
+    assert torch.equal(drawn(opened), drawn(model))
+    step = trained(name).job.plan.steps
+    for number, file in enumerate(sample(folder, [])):
+        shown = folder / "samples" / f"step-{step:07d}" / f"{number:02d}.png"
+        assert file.name == shown.name and numpy.array_equal(_pixels(file), _pixels(shown))
+
+
+def _pixels(file: Path) -> numpy.ndarray:
+    with Image.open(file) as picture:
+        return numpy.array(picture)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
+    whole = trained(name).job.run.folder
+
+    class Killed(Exception):
+        pass
+
+    def kill(done: int) -> None:
+        if done == 2:
+            raise Killed
+
+    rate = ("optimizer.lr=3e-3", "optimizer.schedule=constant", "train.checkpoint_every=1")
+    broken = tiny.prepare(scratch.recipe(name, tmp_path / "run", *rate, "sample.every=2"))
+    broken.trainer.observe = kill
+    with pytest.raises(Killed):
+        broken.trainer.train()
+    resumed = tiny.prepare(scratch.recipe(name, tmp_path / "run", *rate, "train.steps=3"), resume=True)
+    resumed.trainer.observe = None
+    resumed.trainer.train()
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    once = weights(whole, 3)
+    assert all(torch.equal(tensor, once[key]) for key, tensor in weights(tmp_path / "run", 3).items())
+
+
+@pytest.mark.parametrize("name", {case.family: name for name, case in CASES.items()}.values())
+def test_its_step_runs_on_fake_tensors(name: str) -> None:
+    job = trained(name).job
+    phases = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
+    held = sum(parameter.numel() for parameter in job.model.trained().values()) * 4
+    assert phases["train"].held["trained"] == held
+    assert any(operator.flops for section in phases["train"].sections for operator in section.operators)
+
+
+def test_levels_and_pictures_are_inverse() -> None:
+    for levels in (2, 17, 256):
+        space = Space(3, 2, 3, levels)
+        some = torch.randint(levels, (5, 3, 2, 3), dtype=torch.uint8)
+        pixels = torch.stack([torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in space.pictures(some)])
+        assert torch.equal(torch.stack([space.levels_of(one.float() / 127.5 - 1) for one in pixels]), some)
+        assert torch.equal(space.quantised(space.scaled(some)), some)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["net.latnet=4"], r"net\.latnet[\s\S]*latent"),
+        (["net.latent=0"], r"net\.latent must be at least 1"),
+        (["net.halvings=4"], r"cannot be halved 4 times"),
+        (["data.resolution=16"], r"12 pictures are smaller than the model's 16×16"),
+        (["data.classes=null", f"data.path={tiny.pictures()}", "data.resolution=32", "data.bucket_step=8", "data.buckets=true"], r"of one size"),
+        (["model.build={a: 1}"], r"remove model.build"),
+        (["model.family=sd"], r'family "sd" has no `net` section'),
+    ],
+)
+def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny.prepare(scratch.recipe("vae", tmp_path / "run", *overrides))
+    assert re.search(told, "\n".join(caught.value.lines()))
+
+
+def test_too_few_pictures(tmp_path: Path) -> None:
+    one, lonely = tmp_path / "one" / "0", tmp_path / "lonely"
+    one.mkdir(parents=True)
+    files = sorted(scratch.digits().rglob("*.png"))
+    (one / "a.png").write_bytes(files[0].read_bytes())
+    for name, pictures in (("0", files[:2]), ("1", files[2:3])):
+        (lonely / name).mkdir(parents=True)
+        for number, file in enumerate(pictures):
+            (lonely / name / f"{number}.png").write_bytes(file.read_bytes())
+    (lonely / "stray.png").write_bytes(files[0].read_bytes())
+    with pytest.raises(UserError, match="one picture only"):
+        tiny.prepare(scratch.recipe("vae", tmp_path / "a", f"data.path={tmp_path / 'one'}"))
+    with pytest.raises(UserError, match="lies in no folder of its class"):
+        tiny.prepare(scratch.recipe("vae", tmp_path / "b", f"data.path={lonely}"))
+    (lonely / "stray.png").unlink()
+    with pytest.raises(UserError, match="1 of 2 classes have one picture only"):
+        tiny.prepare(scratch.recipe("vae", tmp_path / "c", f"data.path={lonely}"))
