@@ -32,10 +32,12 @@ from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
 from finetune.errors import UserError
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
+from finetune.export.metadata import stamp
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe, located
 from finetune.report import nets, tables
+from finetune.report.card import write_card
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -182,6 +184,8 @@ def _save(job: Job) -> list[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     with job.trainer.state.averaged():
         files = [final / file.relative_to(aside) for file in job.model.save(aside)]
+    stamp(aside, job.plan, job.plan.steps)
+    write_card(aside, job.run.folder, job.plan, job.plan.steps)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     return files

@@ -179,6 +179,19 @@ def embedded(path: str) -> str:
     return str(ASSETS / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
 
 
+def public_name(path: str) -> str:
+    """What a model or folder is called among strangers: a hub's or an embedded name as it is, of a path on this machine its end."""
+    given = Path(path).expanduser()
+    if path.startswith("embedded:") or (path.count("/") == 1 and not path.startswith((".", "/", "~")) and not given.exists()):
+        return path
+    return given.stem if given.suffix == ".safetensors" else given.name
+
+
+def trigger_words(recipe: Recipe) -> tuple[str, ...]:
+    """What the sources' captions begin with, each once."""
+    return tuple(dict.fromkeys(source.prefix for source in recipe.data.sources if source.prefix))
+
+
 def find_recipe(path_or_name: str) -> Path:
     """A recipe by its file, or a bundled one by name: `lora/emoji`, `recipes/lora/emoji.yaml`."""
     path = Path(path_or_name)

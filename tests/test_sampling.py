@@ -31,14 +31,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from finetune.planning import load_plan
-from finetune.report.page import usage
+from finetune.report.usage import usage
 from finetune.sampling import sample
 root = Path(sys.argv[1])
 for name in sys.argv[2:]:
     for file in sample(root / name, []):
         print(file)
     plan = load_plan(root / name)
-    lines = usage(root / name, plan).splitlines()
+    lines = usage(plan, plan.recipe.model.path, str(root / name / "final")).splitlines()
     assert lines[-1].startswith("pipeline(")
     scope = {}
     exec("\\n".join(lines[:-1]), scope)

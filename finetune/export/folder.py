@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from finetune.errors import UserError
+
+HASH = "sshs_model_hash"
 
 
 def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
@@ -28,7 +31,8 @@ def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors" and dtype is not None:
             tensors, metadata = read(path)
-            save_file(cast(tensors, dtype, path), destination, metadata)
+            tensors = cast(tensors, dtype, path)
+            save_file(tensors, destination, metadata | (hashes(tensors) if HASH in metadata else {}))
         else:
             shutil.copyfile(path, destination)
 
@@ -52,3 +56,10 @@ def cast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tenso
         if tensor.isfinite().all() and not found[name].isfinite().all():
             raise UserError(f"{name} has weights too large for {dtype}", where=str(where), remedy="export it as bfloat16 or float32")
     return found
+
+
+def hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of a safetensors file's bytes after its header, under the names of both conventions; the header may change then."""
+    content = save(tensors)
+    found = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    return {HASH: found, "modelspec.hash_sha256": f"0x{found}"}

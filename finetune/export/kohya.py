@@ -7,21 +7,17 @@ trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x's and 2
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.export.folder import cast, read
+from finetune.export.folder import cast, hashes, read
+from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
 from finetune.models.loading import LORA_FILE
-from finetune.models.single_file import BY_WIDTH
 from finetune.recipe import Recipe
 
 SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up
@@ -60,7 +56,7 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
         UserError: the LoRA has a layer that this format has no name for.
     """
     tensors, metadata = read(final / LORA_FILE)
-    settings = json.loads(metadata["lora_adapter_metadata"])
+    settings = settings_of(metadata)
     sdxl = recipe.model.family == "sdxl"
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -83,14 +79,8 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):
         print("a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another picture from it: give them --merge")
-    header = describe(recipe, found)
-    save_file(found, target, header | {"sshs_model_hash": tensor_hash(found)})
-
-
-def folded_alpha(settings: dict[str, Any], net: str) -> float:
-    """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank."""
-    alpha, rank = float(settings[f"{net}.lora_alpha"]), int(settings[f"{net}.r"])
-    return alpha * math.sqrt(rank) if settings.get(f"{net}.use_rslora") else alpha
+    told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
+    save_file(found, target, told | describe(recipe, tensors, settings) | hashes(found))
 
 
 def layer_name(net: str, path: str, sdxl: bool) -> str:
@@ -123,43 +113,3 @@ def sgm_path(path: str) -> str:
     if kind == "resnets":
         rest = [RESNET[rest[0]], *rest[1:]]
     return ".".join([place, *rest])
-
-
-def describe(recipe: Recipe, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The file's metadata: sd-scripts' `ss_` keys that programs show or filter by, and ModelSpec's required keys.
-
-    ModelSpec: https://github.com/Stability-AI/ModelSpec. Which Stable Diffusion it is, the width of the text conditions
-    tells; the keys that would say it are left out if no adapted layer reads them.
-    """
-    downs = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
-    ranks = {tensor.shape[0] for tensor in downs.values()}
-    alphas = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
-    widths = {tensor.shape[1] for name, tensor in downs.items() if "attn2_to_k" in name or "attn2_to_v" in name}
-    size = recipe.data.resolution
-    predicts_v = recipe.model.prediction != "epsilon"
-    base, architecture = {
-        "sd15": ("sd_v1", "stable-diffusion-v1"),
-        "sd21": ("sd_v2_v", "stable-diffusion-v2-768-v") if predicts_v else ("sd_v2", "stable-diffusion-v2-512"),
-        "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    }.get("sdxl" if recipe.model.family == "sdxl" else BY_WIDTH.get(next(iter(widths), 0), ""), ("", ""))
-    found = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": str(max(alphas)),
-        "ss_base_model_version": base,
-        "ss_v2": str(base.startswith("sd_v2")) if base else "",
-        "ss_resolution": str((size, size)),
-        "ss_output_name": recipe.name,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if recipe.model.family == "sdxl" else "diffusers",
-        "modelspec.title": recipe.name,
-        "modelspec.resolution": f"{size}x{size}",
-    }
-    return {key: value for key, value in found.items() if value}
-
-
-def tensor_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a safetensors file's bytes after its header (sd-scripts, library/train_util.py, addnet_hash_safetensors)."""
-    content = save(tensors)
-    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()

@@ -18,9 +18,9 @@ from typing import Any
 from finetune.engine.progress import duration
 from finetune.estimate import expect
 from finetune.planning import Plan, load_plan
-from finetune.pretrained import pipelines
 from finetune.recipe import embedded
 from finetune.report import charts, pictures, tables
+from finetune.report.usage import usage
 
 MOST_LOOKS = 8  # columns of the samples through time: the first, the last, and some spread between
 MOST_PAIRS = 12
@@ -241,36 +241,10 @@ def _results(seen: _Seen) -> str:
         parts = ["<p>Nothing was written yet. This goes on with the run:</p>", f'<div class="card"><pre>{_text(resume)}</pre></div>']
     else:
         parts = [f'<div class="card"><table class="rows">{listed}</table></div>', "<h3>To draw with it</h3>"]
-        parts.append(f'<div class="card"><pre>{_text(usage(seen.folder, seen.plan))}</pre></div>')
+        lines = usage(seen.plan, embedded(seen.plan.recipe.model.path or ""), str(seen.folder / "final"))
+        parts.append(f'<div class="card"><pre>{_text(lines)}</pre></div>')
     made = [f"seed {seen.plan.recipe.train.seed}", *(f"{name} {version}" for name, version in seen.versions.items() if version != "absent")]
     return _section("results", "The result", f"In {seen.folder}", *parts, f'<h3>Made with</h3><p class="soft">{_text(" · ".join(made))}</p>')
-
-
-def usage(folder: Path, plan: Plan) -> str:
-    """The lines of Python that draw with what the run wrote, in plain diffusers."""
-    recipe, final = plan.recipe, str(folder / "final")
-    if recipe.model.family == "vae":
-        return f"from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({final!r})"
-    prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"
-    name = pipelines()[recipe.model.family]
-    draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('picture.png')"
-    if recipe.method != "lora":
-        return f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({final!r})\n{draw}"
-    base = embedded(recipe.model.path or "")
-    single = base.endswith((".safetensors", ".ckpt"))
-    lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({final!r})", draw]
-    wanted: dict[str, object] = {"prediction_type": recipe.model.prediction} if recipe.model.prediction else {}
-    if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
-        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
-    scheduler = Path(base) / "scheduler" / "scheduler_config.json"
-    there = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler.is_file() else {}
-    if any(there.get(key) != value for key, value in wanted.items()):  # a LoRA's file cannot carry the schedule that it was trained with
-        imported = f"DDIMScheduler, {name}"
-        changes = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
-        lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {changes}\n)")
-    else:
-        imported = name
-    return f"from diffusers import {imported}\n\n" + "\n".join(lines)
 
 
 # -- small parts ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""What a LoRA's file says of itself in its header, for the programs that list, filter and check such files.
+
+`ss_…` are the keys of kohya-ss/sd-scripts (train_network.py), which A1111 and model managers show; `sshs_model_hash` is its
+hash (library/train_util.py, precalculate_safetensors_hashes); `modelspec.…` follow ModelSpec 1.0.1
+(https://github.com/Stability-AI/ModelSpec; the names of architectures as sd-scripts' and musubi-tuner's sai_model_spec.py have
+them). Diffusers' own entry, `lora_adapter_metadata`, stands beside and is not touched. Nothing here names a place on the machine
+that trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.export.folder import hashes, read
+from finetune.models.loading import LORA_FILE
+from finetune.models.single_file import BY_WIDTH
+from finetune.planning import Plan
+from finetune.recipe import Recipe, public_name, trigger_words
+
+PEFT = "lora_adapter_metadata"  # diffusers' entry: PEFT's configuration of each net, in JSON
+SGM = "https://github.com/Stability-AI/generative-models"
+# Kind of base → sd-scripts' name of the base, ModelSpec's of the architecture and of the code it comes from.
+ARCHITECTURES = {
+    "sd15": ("sd_v1", "stable-diffusion-v1", "diffusers"),
+    "sd21": ("sd_v2", "stable-diffusion-v2-512", "diffusers"),
+    "sd21-v": ("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", SGM),
+    "sd3": ("sd3_m", "stable-diffusion-3-5-medium", "diffusers"),
+    "flux": ("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
+    "flux2": ("flux2", "Flux.2-klein-4b", "https://github.com/black-forest-labs/flux2"),
+    "qwen_image": ("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
+    "z_image": ("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
+    "lumina2": ("lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0"),
+}
+
+
+def stamp(folder: Path, plan: Plan, steps: int) -> None:
+    """Write into the LoRA file in `folder` what it is and how it was trained, if there is one.
+
+    Args:
+        plan: of the run.
+        steps: that it has taken.
+    """
+    path = folder / LORA_FILE
+    if path.is_file():
+        tensors, metadata = read(path)
+        found = metadata | describe(plan.recipe, tensors, settings_of(metadata)) | trained(plan, steps)
+        save_file(tensors, path, found | hashes(tensors))
+
+
+def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of each net, `unet.r` and the like."""
+    found: dict[str, Any] = json.loads(metadata.get(PEFT, "{}"))
+    return found
+
+
+def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, str]:
+    """What the LoRA is: base, architecture, rank, alpha, resolution, trigger words. What is not known is left out.
+
+    Args:
+        tensors: under PEFT's names, before any conversion.
+        settings: PEFT's.
+    """
+    name, architecture, implementation = ARCHITECTURES.get(_kind(recipe, tensors), ("", "", ""))
+    ranks, nets = [int(value) for key, value in settings.items() if key.endswith(".r")], {key.partition(".")[0] for key in settings}
+    words, size = trigger_words(recipe), recipe.data.resolution
+    found = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks)) if ranks else "",
+        "ss_network_alpha": f"{max(folded_alpha(settings, net) for net in nets):g}" if ranks else "",
+        "ss_base_model_version": name,
+        "ss_v2": str(name.startswith("sd_v2")) if name else "",
+        "ss_sd_model_name": public_name(recipe.model.path or ""),
+        "ss_resolution": str((size, size)),
+        "ss_output_name": recipe.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora" if architecture else "",
+        "modelspec.implementation": implementation,
+        "modelspec.title": recipe.name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.trigger_phrase": ", ".join(words),
+        "modelspec.usage_hint": f"Trigger words: {', '.join(words)}" if words else "",
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def trained(plan: Plan, steps: int) -> dict[str, str]:
+    """How it was trained, as numbers under sd-scripts' keys and as ModelSpec's description."""
+    recipe, data = plan.recipe, plan.data
+    train, optimizer = recipe.train, recipe.optimizer
+    mixed = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[plan.precision]
+    found: dict[str, Any] = {
+        "ss_num_train_images": data.examples,
+        "ss_num_batches_per_epoch": math.ceil(plan.steps_per_epoch * train.accumulation),
+        "ss_num_epochs": math.ceil(steps / plan.steps_per_epoch),
+        "ss_steps": steps,
+        "ss_max_train_steps": plan.steps,
+        "ss_batch_size_per_device": train.batch_size,
+        "ss_gradient_accumulation_steps": train.accumulation,
+        "ss_gradient_checkpointing": bool(train.gradient_checkpointing),
+        "ss_learning_rate": optimizer.lr,
+        "ss_lr_scheduler": optimizer.schedule,
+        "ss_lr_warmup_steps": optimizer.warmup_steps,
+        "ss_optimizer": optimizer.name,
+        "ss_max_grad_norm": optimizer.clip_norm,
+        "ss_mixed_precision": mixed,
+        "ss_seed": train.seed,
+        "ss_cache_latents": True,
+        "ss_caption_dropout_rate": recipe.data.caption_dropout,
+    }
+    if recipe.diffusion is not None:
+        found |= {"ss_min_snr_gamma": recipe.diffusion.min_snr_gamma, "ss_noise_offset": recipe.diffusion.noise_offset}
+    return {key: str(value) for key, value in found.items()} | {
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.description": summary(plan, steps),
+    }
+
+
+def summary(plan: Plan, steps: int) -> str:
+    """The training in one sentence."""
+    recipe, pictures = plan.recipe, f"{plan.data.pictures} picture" + ("s" if plan.data.pictures > 1 else "")
+    return (
+        f"Trained by ft on {pictures}, {steps} steps of {plan.global_batch} at about {recipe.data.resolution}×{recipe.data.resolution}"
+        f" pixels, {recipe.optimizer.name} at a rate of {recipe.optimizer.lr:g}"
+    )
+
+
+def folded_alpha(settings: Mapping[str, Any], net: str) -> float:
+    """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank."""
+    alpha, rank = float(settings[f"{net}.lora_alpha"]), int(settings[f"{net}.r"])
+    return alpha * math.sqrt(rank) if settings.get(f"{net}.use_rslora") else alpha
+
+
+def _kind(recipe: Recipe, tensors: Mapping[str, Tensor]) -> str:
+    """A key of `ARCHITECTURES`. Which Stable Diffusion it is, the width of the text conditions tells, if an adapted layer reads them."""
+    if recipe.model.family != "sd":
+        return recipe.model.family
+    widths = _widths((name, tensor.shape) for name, tensor in tensors.items())
+    kind = BY_WIDTH.get(next(iter(widths), 0), "")
+    return "sd21-v" if kind == "sd21" and recipe.model.prediction != "epsilon" else kind
+
+
+def _widths(shapes: Iterable[tuple[str, Iterable[int]]]) -> set[int]:
+    ends = (".attn2.to_k.lora_A.weight", ".attn2.to_v.lora_A.weight")
+    return {list(shape)[1] for name, shape in shapes if name.endswith(ends)}

@@ -1,0 +1,48 @@
+"""The lines of Python that draw with what a run wrote, in plain diffusers. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from finetune.planning import Plan
+from finetune.pretrained import pipelines
+from finetune.recipe import embedded
+
+
+def usage(plan: Plan, base: str, weights: str) -> str:
+    """The lines, the last of which draws; "" for a family that diffusers has no pipeline for.
+
+    Args:
+        base: what a LoRA is loaded on, as the reader of the lines is to name it.
+        weights: the folder with what was trained, likewise.
+    """
+    recipe = plan.recipe
+    if recipe.model.family == "vae":
+        return f"from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({weights!r})"
+    name = pipelines().get(recipe.model.family)
+    if not name:
+        return ""
+    prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"
+    draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('picture.png')"
+    if recipe.method != "lora":
+        return f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({weights!r})\n{draw}"
+    single = base.endswith((".safetensors", ".ckpt"))
+    lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({weights!r})", draw]
+    imported = name
+    if changes := _schedule(plan):  # a LoRA's file cannot carry the schedule that it was trained with
+        imported = f"DDIMScheduler, {name}"
+        told = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {told}\n)")
+    return f"from diffusers import {imported}\n\n" + "\n".join(lines)
+
+
+def _schedule(plan: Plan) -> dict[str, object]:
+    """What the recipe changes in the base's scheduler, where the base is not so already as far as can be seen."""
+    recipe = plan.recipe
+    wanted: dict[str, object] = {"prediction_type": recipe.model.prediction} if recipe.model.prediction else {}
+    if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
+        wanted |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    file = Path(embedded(recipe.model.path or "")) / "scheduler" / "scheduler_config.json"
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return wanted if any(there.get(key) != value for key, value in wanted.items()) else {}

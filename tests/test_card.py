@@ -1,0 +1,118 @@
+"""What lies in `final/` beside the weights, and in the header of a LoRA's file: true, readable by the hub, and nothing private."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+
+from finetune.export import export
+from finetune.export.metadata import PEFT
+from finetune.models.loading import LORA_FILE
+from finetune.planning import load_plan
+from finetune.recipe import public_name
+from finetune.report.card import write_card
+from tests import tiny
+
+PROMPT = "a [red] *circle* | `<script>`"
+
+
+@cache
+def run() -> Path:
+    """A trained LoRA: a trigger word, a scale that is not 1, a prompt full of Markdown."""
+    folder = tiny.root() / "card"
+    sources = f'data.sources=[{{path: "{tiny.pictures()}", prefix: "sks"}}]'
+    more = ("data.path=null", "data.long_captions=truncate", "adapter.rslora=true", "adapter.alpha=3")
+    tiny.train(tiny.recipe("sd15", "lora", *more, sources, f'sample.prompts=["{PROMPT}"]', folder=folder))
+    return folder
+
+
+def header(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        found: dict[str, str] = opened.metadata()
+    return found
+
+
+def content_hash(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def test_the_file_says_what_it_is_and_how_it_was_trained() -> None:
+    file = run() / "final" / LORA_FILE
+    found = header(file)
+    assert {
+        "ss_network_dim": "4",
+        "ss_network_alpha": "6",  # 3 · √4: rsLoRA's scale, folded
+        "ss_sd_model_name": "sd15",
+        "ss_resolution": "(32, 32)",
+        "ss_num_train_images": "5",
+        "ss_steps": "2",
+        "ss_num_epochs": "1",
+        "ss_learning_rate": "0.001",
+        "modelspec.title": "tiny",
+        "modelspec.resolution": "32x32",
+        "modelspec.trigger_phrase": "sks",
+        "sshs_model_hash": content_hash(file),
+        "modelspec.hash_sha256": f"0x{content_hash(file)}",
+    }.items() <= found.items()
+    assert found["modelspec.description"].startswith("Trained by ft on 5 pictures, 2 steps of 2 at about 32×32")
+    assert PEFT in found
+
+
+def test_what_is_exported_says_the_same_under_its_own_hash(tmp_path: Path) -> None:
+    whole = header(run() / "final" / LORA_FILE)
+    for layout, out in (("diffusers", tmp_path / "half"), ("kohya", tmp_path / "half.safetensors")):
+        (file,) = export(run(), layout, dtype="float16", out=out)
+        found = header(file)
+        assert found["sshs_model_hash"] == content_hash(file) != whole["sshs_model_hash"]
+        assert {key: found[key] for key in whole if "hash" not in key and key != PEFT} == {
+            key: value for key, value in whole.items() if "hash" not in key and key != PEFT
+        }
+        assert (PEFT in found) == (layout == "diffusers")
+
+
+def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
+    final = run() / "final"
+    card = ModelCard.load(final / "README.md")
+    front = card.data.to_dict()
+    assert (front["library_name"], front["pipeline_tag"], front["instance_prompt"]) == ("diffusers", "text-to-image", "sks")
+    assert "lora" in front["tags"]
+    assert "base_model" not in front, "the base is no name on the hub: it would lead nowhere"
+    (shown,) = front["widget"]
+    assert shown["text"] == PROMPT
+    with Image.open(final / shown["output"]["url"]) as picture, Image.open(run() / "samples" / "step-0000002" / "00.png") as last:
+        assert picture.tobytes() == last.tobytes()
+    assert r"a \[red\] \*circle\* \| \`&lt;script>\`" in card.text
+    assert "pipeline.load_lora_weights('FOLDER-OF-THIS-FILE')" in card.text
+    assert "| steps | 5 pictures ÷ batch 2" in card.text
+    assert "| train | 5 pictures |" in card.text
+
+
+def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
+    plan = load_plan(run())
+    model = dataclasses.replace(plan.recipe.model, path="stabilityai/stable-diffusion-2-1")
+    write_card(tmp_path, run(), dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, model=model)), 2)
+    front = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (front["base_model"], front["base_model_relation"]) == ("stabilityai/stable-diffusion-2-1", "adapter")
+
+
+def test_nothing_private_leaves() -> None:
+    for file in (run() / "final").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            for private in (str(tiny.root()), str(Path.home()), str(tiny.pictures())):
+                assert private.encode() not in content, file
+
+
+def test_public_names(tmp_path: Path) -> None:
+    assert public_name("owner/model") == "owner/model"
+    assert public_name("embedded:base") == "embedded:base"
+    assert public_name(str(tmp_path / "my-model")) == "my-model"
+    assert public_name("~/models/dream.v1.safetensors") == "dream.v1"
+    assert public_name("./models/mine") == "mine"
