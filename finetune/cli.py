@@ -18,6 +18,7 @@ COMMANDS = {
     "estimate": "Say what a run will need: GPU memory, hours, money.",
     "check": "Look at a recipe, its pictures and its plan, without training.",
     "train": "Train by a recipe, or go on with a run.",
+    "runs": "List runs: running, stopped, finished or failed, how far, how long to go.",
     "sample": "Draw pictures with what a run has trained.",
     "export": "Write what a run has trained as files for other programs.",
     "doctor": "Say what of this machine works, and what to do about the rest.",

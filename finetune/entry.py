@@ -8,19 +8,25 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from finetune.errors import UserError
+from finetune.errors import Stopped, UserError
 from finetune.recipe import Method, Recipe, load_recipe
 
 # The environment's name for the file in which a script started by `ft train` leaves its exit code and last words:
-# `accelerate launch` turns every failure into 1, and with several processes talks at length itself.
+# `accelerate launch` turns every failure into 1, and with several processes talks at length itself. Beside that file,
+# the script leaves one named by its process id: the signals that `ft train` receives go there.
 LAST_WORDS = "FT_LAST_WORDS"
-MISTAKE, INTERRUPTED = 2, 130
+LAUNCHER = "FT_LAUNCHER"  # the process id of `ft train`
+PATIENCE = 300.0  # seconds that a run whose launcher is gone has for its step and its checkpoint
+MISTAKE = 2
+STOPPED = "stopped; --resume goes on from the last checkpoint"
 
 
 def arguments(method: Method) -> tuple[Recipe, bool, bool]:
@@ -49,23 +55,52 @@ def told() -> Iterator[None]:
         yield
     except UserError as error:
         _end(MISTAKE, "\n".join(error.lines()))
+    except Stopped as stopped:
+        _end(128 + stopped.number, f"\n{stopped}")
     except KeyboardInterrupt:
-        _end(INTERRUPTED, "\nstopped; --resume goes on from the last checkpoint")
+        _end(128 + signal.SIGINT, f"\n{STOPPED}")
 
 
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
-    """`told`, for a training script, which SIGTERM stops as Ctrl-C does."""
-    if LAST_WORDS in os.environ:
+    """`told`, for a training script, which SIGTERM stops as Ctrl-C does, and which does not outlive its launcher."""
+    if place := os.environ.get(LAST_WORDS):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # `ft train` starts the launcher deaf to it, and us with it
+        Path(place).with_name(str(os.getpid())).touch()
     signal.signal(signal.SIGTERM, _interrupt)
+    if place or "ACCELERATE_MIXED_PRECISION" in os.environ:  # our parent is Accelerate's launcher
+        threading.Thread(target=_follow, args=(os.getppid(), int(os.environ.get(LAUNCHER, "0"))), daemon=True).start()
     with told():
         yield
 
 
+def _follow(parent: int, launcher: int) -> None:
+    """End as by SIGTERM once the process that started this one is gone, or `ft train` behind it: nobody could end it else."""
+    while os.getppid() == parent and _is_there(launcher):
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks; process 0 is our own group, which is there
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def rank() -> int:
+    """Of this process among the run's; known before Accelerate is there to ask."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
-    """Whether this process speaks for all of a run's; known before Accelerate is there to ask."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for all of a run's."""
+    return rank() == 0
 
 
 def quiet_libraries() -> None:
@@ -85,7 +120,7 @@ def quiet_libraries() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Stopped(STOPPED, number)
 
 
 def _end(code: int, words: str) -> NoReturn:

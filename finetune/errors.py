@@ -29,6 +29,19 @@ class UserError(Exception):
         return found
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended what was running, as its user wished: no failure.
+
+    Args:
+        words: what was stopped, and how to go on.
+        number: of the signal; a command ends with 128 + `number`.
+    """
+
+    def __init__(self, words: str, number: int) -> None:
+        self.number = number
+        super().__init__(words)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"?` for the nearest known word, else the list of what is known."""
     known = sorted(known)

@@ -146,36 +146,43 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         run.create()
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
-    with accelerator.main_process_first():  # the others then find everything in the cache
+    with run.status.phase("encoding"), accelerator.main_process_first():  # the others then find everything in the cache
         data.encode(lambda what, done, total: encoding.show(done, total, what))
     encoding.end()
     if recipe.output.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.name})
     pace = Pace(expected, lambda: memory_left(accelerator.device))
-    trainer = Trainer(plan, model, data, run, accelerator, lambda done: draw_samples(plan, model, run.folder, done), pace)
+    observe = (lambda done: draw_samples(plan, model, run.folder, done)) if recipe.sample.prompts else None
+    trainer = Trainer(plan, model, data, run, accelerator, observe, pace)
     return Job(plan, audit, model, data, run, accelerator, trainer)
 
 
 def finish(job: Job) -> Path:
     """Write the artefact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
-    folder = job.run.folder
-    if job.accelerator.is_main_process:
-        try:
-            files, compared = _save(job), _compare(job)
-        except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
-            remedy = "free some space and go on with --resume: no step is taken again"
-            raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
-        places = [("LoRA" if job.plan.recipe.method == "lora" else "model", files[0] if len(files) == 1 else folder / "final")]
-        report = _report(folder)
-        if (folder / "before-after.png").is_file():
-            places.append(("before and after", folder / "before-after.png"))
-        if report is not None:
-            places.append(("report", report))
-        lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
-        print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
-    job.accelerator.wait_for_everyone()
+    with job.run.status.phase("writing"):
+        if job.accelerator.is_main_process:
+            _write(job)
+        job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
-    return folder
+    job.run.status.finished()
+    return job.run.folder
+
+
+def _write(job: Job) -> None:
+    folder = job.run.folder
+    try:
+        files, compared = _save(job), _compare(job)
+    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+        remedy = "free some space and go on with --resume: no step is taken again"
+        raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
+    places = [("LoRA" if job.plan.recipe.method == "lora" else "model", files[0] if len(files) == 1 else folder / "final")]
+    report = _report(folder)
+    if (folder / "before-after.png").is_file():
+        places.append(("before and after", folder / "before-after.png"))
+    if report is not None:
+        places.append(("report", report))
+    lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
+    print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
 
 
 def _save(job: Job) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 import finetune
 from finetune import cli, entry, job, pretrained
 from finetune.commands import train
+from finetune.engine import runs
 from finetune.errors import UserError
 from finetune.recipe import Recipe, bundled_recipes
 from tests import tiny
@@ -308,6 +311,40 @@ with launched():
     assert told == "\nstopped; --resume goes on from the last checkpoint\n"
 
 
+@pytest.mark.parametrize("gone", ["accelerate's launcher", "ft train"])
+def test_nothing_outlives_its_launcher(gone: str, tmp_path: Path) -> None:
+    """`accelerate launch` dies of SIGTERM and leaves its script behind; `ft train` may be killed."""
+    script = f"""
+import time
+from pathlib import Path
+from finetune.entry import launched
+with launched():
+    Path({str(tmp_path / "ready")!r}).touch()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt as stopped:
+        Path({str(tmp_path / "stopped")!r}).write_text(str(stopped.number))
+"""
+    if gone == "ft train":
+        outer = f"from finetune.commands import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
+    else:
+        outer = f"import sys; sys.argv = ['', {script!r}]; {_LAUNCHER}"
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "ACCELERATE_MIXED_PRECISION": "no"}
+    with subprocess.Popen([sys.executable, "-c", outer], env=environment) as process:
+        _until((tmp_path / "ready").exists)
+        process.kill() if gone == "ft train" else process.terminate()
+    _until((tmp_path / "stopped").exists)
+    assert (tmp_path / "stopped").read_text() == "15"
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
 def test_of_several_processes_the_first_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
@@ -350,8 +387,10 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
             time.sleep(0.05)
         process.terminate()
         assert process.stderr is not None
-        assert process.stderr.read().endswith("stopped; --resume goes on from the last checkpoint\n")
+        assert re.search(r"SIGTERM: finishing this step.*\n\nstopped after step \d+, which is saved; .*--resume goes on", process.stderr.read(), re.S)
         assert process.wait(60) == 143
+    stopped = runs.look(tmp_path / "run")
+    assert stopped.state == "stopped" and stopped.saved[-1] == stopped.step < stopped.steps == 40
 
     again = python(*asked[1:], "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

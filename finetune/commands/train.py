@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ from types import FrameType
 
 import click
 
-from finetune.entry import LAST_WORDS
+from finetune.entry import LAST_WORDS, LAUNCHER
 from finetune.recipe import Method, load_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -31,7 +32,8 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, 
 
     RECIPE is a YAML file, or the name of a bundled recipe. What will not fit into the GPU is refused, with the edit that
     makes it fit. This is `accelerate launch` of finetune/lora.py, full.py or
-    scratch.py, and prints that command. Ctrl-C stops it, --resume goes on.
+    scratch.py, and prints that command. Ctrl-C finishes the step, saves and stops, a second one stops at once;
+    --resume goes on.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
@@ -78,19 +80,27 @@ def has_gpu() -> bool:
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> int:
-    """Run the launcher to its end; returns the training script's own exit code.
+    """Run the launcher to its end; returns the training script's own exit code, or 128 + the signal that ended it.
 
-    The launcher gets a process group of its own, to which Ctrl-C, SIGTERM and a closed terminal are passed on as one
-    SIGINT. It is deaf to that itself (else it would end with a traceback, and before the training has stopped).
+    Ctrl-C, SIGTERM and a closed terminal are passed on to the training processes themselves, which finish their step and
+    save: `accelerate launch` would leave a single one behind, and kill several after 30 seconds. It has a process group
+    of its own, and is deaf to Ctrl-C, else it would end with a traceback before the training has stopped.
     """
     with tempfile.TemporaryDirectory() as folder:
         last_words = Path(folder) / "words"
-        launched = subprocess.Popen(arguments, env={**os.environ, **environment, LAST_WORDS: str(last_words)}, process_group=0, preexec_fn=_deafen)
+        given = {**os.environ, **environment, LAST_WORDS: str(last_words), LAUNCHER: str(os.getpid())}
+        launched = subprocess.Popen(arguments, env=given, process_group=0, preexec_fn=_deafen)
         received: list[int] = []
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             received.append(number)
-            os.killpg(launched.pid, signal.SIGINT)
+            wish = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+            if processes := [int(file.name) for file in Path(folder).iterdir() if file.name.isdigit()]:
+                for process in processes:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, wish)
+            else:  # none has begun: the launcher, and what it has just started
+                os.killpg(launched.pid, signal.SIGTERM)
 
         heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays
         before = {number: signal.signal(number, pass_on) for number in heard}
@@ -103,7 +113,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
             told, _, words = last_words.read_text(encoding="utf-8").partition("\n")
             click.echo(words, err=True)
             code = int(told)
-        return 128 + received[0] if received else code
+        return 128 + received[0] if code and received else code
 
 
 def _deafen() -> None:

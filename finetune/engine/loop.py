@@ -6,37 +6,25 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 
 from finetune.data.dataset import Dataset
 from finetune.engine import checkpoint
+from finetune.engine.clock import Clock, Watchdog
 from finetune.engine.draw import Draw
+from finetune.engine.faults import not_finite
 from finetune.engine.optim import found_rate, learning_rate
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
+from finetune.engine.signals import Signals
 from finetune.engine.state import TrainingState
-from finetune.errors import UserError
+from finetune.errors import Stopped, UserError
 from finetune.estimate.expect import Expected, Pace
-from finetune.models.turn import Batch, Model, Turn
+from finetune.models.turn import Batch, Model
 from finetune.planning import Plan
 from finetune.seeds import mix
-
-
-class Clock:
-    """Wall seconds by what they went to. On a GPU they show when the host was busy, not when the kernels ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, what: str) -> None:
-        """Book the time since the last call on `what`."""
-        now = time.perf_counter()
-        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
-        self._last = now
 
 
 class Trainer:
@@ -61,25 +49,36 @@ class Trainer:
         self.state = TrainingState(plan, model, accelerator)
         self.pace = pace or Pace(Expected(None, "none was asked for"), lambda: None)
         self.clock = Clock()
+        self.progress = Progress("step", enabled=accelerator.is_main_process)
 
     def train(self) -> None:
-        """Take every step of the plan that is not yet taken."""
-        train, sample, steps = self.plan.recipe.train, self.plan.recipe.sample, self.plan.steps
+        """Take every step of the plan that is not yet taken.
+
+        Raises:
+            Stopped: a signal came; the steps that were finished are saved.
+            UserError: a loss, a gradient or a disk that training cannot go on with.
+        """
+        signals = Signals(self.accelerator)
+        with self.run.status.phase("training"), Watchdog(self.run.status, self.clock, self._say), signals.heard():
+            self._train(signals)
+
+    def _train(self, signals: Signals) -> None:
+        train, steps = self.plan.recipe.train, self.plan.steps
         done = self.resume()
-        if done == 0:
-            self._observe(0)
-        progress = Progress("step", enabled=self.accelerator.is_main_process)
+        self._observe(done, signals)
         for step in range(done, steps):
             record, done = self.take(step), step + 1
-            if self.data.has_validation and (done % train.validate_every == 0 or done == steps):
+            stopping = signals.agreed()
+            saves = done % train.checkpoint_every == 0 or done == steps or self._draws(done) or stopping
+            if self.data.has_validation and not stopping and (done % train.validate_every == 0 or saves):
                 record["validation"] = self.validate()
-            self._log(record, progress)
-            if done % train.checkpoint_every == 0 or done == steps:
-                self.save(done)
-            if done % sample.every == 0 or done == steps:
-                progress.end()
-                self._observe(done)
-        progress.end()
+            self._log(record)
+            if saves:
+                self.save(done, record.get("validation"))
+            if stopping:
+                raise Stopped(f"stopped after step {done}, which is saved; --resume goes on from there", stopping)
+            self._observe(done, signals)
+        self.progress.end()
 
     def take(self, step: int) -> dict[str, float]:
         """Take one step (counted from 0): each turn in order. Returns its line of `metrics.jsonl`."""
@@ -122,7 +121,7 @@ class Trainer:
         # A scaler skips float16's overflows by itself, and halves its scale; below 1 it is not the scale that overflows.
         finite = math.isfinite(size) or (accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1)
         if not (math.isfinite(mean) and finite):
-            self._stop(step, turn, mean, size)
+            raise not_finite(step, turn.name, mean, size, self.data.names(step), self.run.folder)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -138,32 +137,34 @@ class Trainer:
     def _moved(self, batch: Batch) -> Batch:
         return {key: value.to(self.accelerator.device) for key, value in batch.items()}
 
-    def _log(self, record: dict[str, float], progress: Progress) -> None:
+    def _log(self, record: dict[str, float]) -> None:
+        self.run.status.step(int(record["step"]))
         if self.accelerator.is_main_process:
             self.run.log(record)
         if self.plan.recipe.output.trackers:
             self.accelerator.log(record, step=int(record["step"]))
         losses = [f"{name.partition('.')[2]} loss {value:.4f}" for name, value in record.items() if name.startswith("loss.")]
         if warning := self.pace.took(record["seconds"]):
-            progress.end()
-            self.accelerator.print(warning, flush=True)
-        progress.show(int(record["step"]), self.plan.steps, " · ".join([f"{record['seconds']:.2f} s/step", *losses]))
+            self._say(warning)
+        self.progress.show(int(record["step"]), self.plan.steps, " · ".join([f"{record['seconds']:.2f} s/step", *losses]))
         self.clock.lap("log")
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the held-out pictures, with the same noise and timesteps at every validation, of the averaged weights."""
         turn, device = self.state.turns[0], self.accelerator.device
-        with self.state.averaged(), self.accelerator.autocast():
+        with self.run.status.phase("validating"), self.state.averaged(), self.accelerator.autocast():
             losses = [turn.loss(self._moved(batch), draw.on(device)).mean() for batch, draw in self.data.validation()]
         self.clock.lap("validation")
         return float(torch.stack(losses).mean())
 
-    def save(self, done: int) -> None:
-        """Write the checkpoint of `done` finished steps."""
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.run.folder / "checkpoints", self.state.checkpoint(done), self.plan.recipe.train.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+    def save(self, done: int, validation: float | None = None) -> None:
+        """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""
+        with self.run.status.phase("saving"):
+            if self.accelerator.is_main_process:
+                found = self.state.checkpoint(done, validation)
+                checkpoint.save(self.run.folder / "checkpoints", found, self.plan.recipe.train.keep_checkpoints)
+            self.accelerator.wait_for_everyone()
         self.clock.lap("checkpoint")
 
     def resume(self) -> int:
@@ -182,20 +183,20 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             self.run.forget_after(done)
+        self.run.status.step(done)
         return done
 
-    def _observe(self, done: int) -> None:
-        """Draw samples, on the main process; the others wait at the next step's gradients."""
-        if self.observe is None or not self.accelerator.is_main_process:
-            return
-        with self.state.averaged():
-            self.observe(done)
-        self.clock.lap("samples")
+    def _draws(self, done: int) -> bool:
+        return self.observe is not None and (done % self.plan.recipe.sample.every == 0 or done == self.plan.steps)
 
-    def _stop(self, step: int, turn: Turn, loss: float, norm: float) -> NoReturn:
-        before = checkpoint.checkpoints(self.run.folder / "checkpoints")
-        raise UserError(
-            f"step {step + 1}: the {turn.name} loss is {loss:g} and its gradient's norm {norm:g}; stopped before the weights took it",
-            where="; ".join(self.data.names(step)),
-            remedy=f"the last good checkpoint is {before[-1] if before else 'none yet'}; try a lower optimizer.lr or train.precision: float32",
-        )
+    def _observe(self, done: int, signals: Signals) -> None:
+        """Draw samples when it is time, on the main process; the others wait at the next step's gradients."""
+        if self.observe is not None and self._draws(done) and self.accelerator.is_main_process:
+            self.progress.end()
+            with self.run.status.phase("sampling"), self.state.averaged(), signals.may_cut():
+                self.observe(done)
+            self.clock.lap("samples")
+
+    def _say(self, sentence: str) -> None:
+        self.progress.end()
+        self.accelerator.print(sentence, flush=True)

@@ -1,7 +1,7 @@
 """A run's folder: what was asked, what was planned, what happened, and what came out.
 
 recipe.yaml  plan.json  versions.json  data.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  trackers/
-final/  estimate.json  before-after.png  report.html
+status/  final/  estimate.json  before-after.png  report.html
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import yaml
 
 from finetune.data.cache import write_aside
+from finetune.engine.status import Reporter
+from finetune.entry import rank
 from finetune.errors import UserError
 from finetune.planning import Plan, describe, load_plan
 from finetune.recipe import Recipe, load_recipe, to_dict
@@ -46,6 +49,7 @@ class Run:
 
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan, self.folder = plan, Path(plan.folder)
+        self.status = Reporter(self.folder, rank(), plan.steps)
         try:
             exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
         except OSError as error:
@@ -65,8 +69,15 @@ class Run:
                 )
 
     def create(self) -> None:
-        """Make the folder and write what is known before the first step; the main process calls this."""
+        """Make the folder, take it for this process, and write what is known before the first step; the main process calls this.
+
+        Raises:
+            UserError: the folder cannot be written, or another process trains in it.
+        """
         try:
+            self.status.lock()
+            for left in self.folder.glob(".*.part"):  # by a kill in the middle of writing
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
             self.write("recipe.yaml", yaml.safe_dump(to_dict(self.plan.recipe), sort_keys=False, allow_unicode=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from finetune.engine.progress import Progress
 from finetune.models.turn import Model, SampleRequest
 from finetune.planning import Plan
 from finetune.report.pictures import enlarged, grid
+
+GRID = "grid.png"
 
 
 def request_of(plan: Plan) -> SampleRequest:
@@ -30,11 +33,14 @@ def request_of(plan: Plan) -> SampleRequest:
 
 
 def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
-    """Draw the recipe's prompts after `done` steps into `samples/step-N/`; a failure is told, and training goes on."""
+    """Draw the recipe's prompts after `done` steps into `samples/step-N/`, unless a run that was stopped there has.
+
+    A failure is told, and training goes on.
+    """
     request = request_of(plan)
-    if not request.prompts:
-        return
     target = folder / "samples" / f"step-{done:07d}"
+    if not request.prompts or (done and (target / GRID).is_file()):
+        return
     drawing = Progress("samples")
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -61,5 +67,7 @@ def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Pa
             said.add_itxt(key, str(value))
         files.append(folder / f"{number:02d}.png")
         picture.save(files[-1], pnginfo=said)
-    grid([enlarged(picture) for picture in pictures], request.prompts).save(folder / "grid.png")
+    aside = folder / f".{GRID}"  # there once all is there
+    grid([enlarged(picture) for picture in pictures], request.prompts).save(aside)
+    os.replace(aside, folder / GRID)
     return files

@@ -51,7 +51,7 @@ class TrainingState:
             for turn in self.turns:
                 turn.net.train()
 
-    def checkpoint(self, step: int) -> Checkpoint:
+    def checkpoint(self, step: int, validation: float | None = None) -> Checkpoint:
         """All that a run needs to go on after `step` finished steps. Its tensors are the living ones: write them at once."""
         scaler = self._accelerator.scaler
         return Checkpoint(
@@ -60,6 +60,7 @@ class TrainingState:
             averages={name: tensor.contiguous() for name, tensor in self.ema.averages.items()} if self.ema is not None else {},
             optimizers={turn.name: optimizer.state_dict() for turn, optimizer in zip(self.turns, self.optimizers, strict=True)},
             facts={
+                "validation": validation,
                 "threads": torch.get_num_threads(),
                 "processes": self._plan.machine.processes,
                 "precision": self._plan.precision,

@@ -1,0 +1,257 @@
+"""Runs from outside and their ends: what they report, how they are listed, watched and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import cli
+from finetune.commands import runs as command
+from finetune.engine import checkpoint, clock, runs, status
+from finetune.errors import Stopped, UserError
+from finetune.job import Job
+from tests import tiny
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def prepared(folder: Path, *overrides: str, resume: bool = False) -> Job:
+    return tiny.prepare(tiny.recipe("sd15", "lora", "train.steps=6", "train.checkpoint_every=4", *overrides, folder=folder), resume)
+
+
+def weights(job: Job) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in job.model.trained().items()}
+
+
+def at_step(job: Job, step: int, then: Callable[[], None]) -> None:
+    """Have the trainer do `then` in the middle of `step`, counted from 0."""
+    take = job.trainer.take
+
+    def taken(number: int) -> dict[str, float]:
+        if number == step:
+            then()
+        return take(number)
+
+    job.trainer.take = taken  # type: ignore[method-assign, assignment]
+
+
+def send(*numbers: int) -> Callable[[], None]:
+    def sent() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return sent
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
+def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run")
+    at_step(job, 2, send(*numbers))
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved; --resume") as stopped:
+        job.trainer.train()
+    assert stopped.value.number == numbers[0]
+    seen = runs.look(tmp_path / "run")
+    assert (seen.state, seen.step, seen.saved, seen.reason) == ("stopped", 3, (3,), str(stopped.value))
+    again = prepared(tmp_path / "run", resume=True)
+    again.trainer.train()
+    whole = prepared(tmp_path / "whole")
+    whole.trainer.train()
+    theirs = weights(again)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(whole).items())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run")
+    at_step(job, 5, send(signal.SIGINT, signal.SIGINT))
+    with pytest.raises(Stopped, match="stopped at once"):
+        job.trainer.train()
+    assert runs.look(tmp_path / "run").saved == (4,)
+
+
+def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) -> None:
+    """Step 3's samples are due; the signal comes while they are drawn: one more step is taken, and nothing is lost."""
+    job = prepared(tmp_path / "run", "sample.every=3")
+    drawn, observe = list[int](), job.trainer.observe
+    assert observe is not None
+
+    def look(done: int) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not reached")
+        drawn.append(done)
+
+    job.trainer.observe = look
+    with pytest.raises(Stopped, match="after step 4"):
+        job.trainer.train()
+    assert drawn == [0] and runs.look(tmp_path / "run").saved == (3, 4)
+    (tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").unlink()  # as if it had been killed while drawing
+    prepared(tmp_path / "run", "sample.every=3", resume=True).trainer.train()
+    assert [path.parent.name for path in sorted((tmp_path / "run" / "samples").glob("*/grid.png"))] == ["step-0000003", "step-0000006"]
+
+
+def test_a_save_comes_before_samples_and_a_failed_look_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepared(tmp_path / "run", "sample.every=5")
+    found: list[tuple[int, ...]] = []
+
+    def fail(request: object) -> None:
+        found.append(runs.look(tmp_path / "run").saved)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(job.model, "sample", fail)
+    job.trainer.train()
+    assert found == [(), (4, 5), (5, 6)]
+    assert runs.look(tmp_path / "run").step == 6
+
+
+# -- the watchdog -----------------------------------------------------------------------------------------------------
+
+
+def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run")
+    said: list[str] = []
+    freeze = threading.Event()
+    job.trainer.data.batch = lambda *arguments: freeze.wait() and None  # type: ignore[method-assign, assignment]
+
+    def watch() -> None:
+        watchdog = clock.Watchdog(job.run.status, job.trainer.clock, said.append, beat=0.02, patience=0.1)
+        with job.run.status.phase("training"), watchdog, pytest.raises(AttributeError):
+            job.trainer.take(0)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    time.sleep(0.5)
+    seen = runs.look(tmp_path / "run").processes[0]
+    freeze.set()
+    thread.join()
+    assert len(said) == 1 and said[0].startswith("warning: nothing has moved for 0 s in step 1: the run stands at engine/loop.py:")
+    assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
+
+
+def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
+    def one(rank: int, waits: bool) -> status.Status:
+        return status.Status("running", "training", 11, 20, rank, "host", 1, 0.0, 0.0, 0.0, 400.0, f"file.py:{rank}", waits)
+
+    assert clock.stall([one(0, True), one(1, False)], 400) == (
+        "warning: nothing has moved for 6 m 40 s in step 12: rank 1 on host stands at file.py:1; the other waits for it"
+    )
+    assert "rank 0 on host stands at file.py:0; rank 1 on host" in clock.stall([one(0, True), one(1, True)], 400)
+
+
+def test_waiting_for_the_others_is_told_from_work() -> None:
+    import torch.distributed as distributed
+
+    found: list[tuple[str, bool]] = []
+
+    def inside() -> None:
+        found.append(clock.place(sys._getframe()))
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(context: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
+            inside()
+            return gradient
+
+    inside()
+    Waits.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
+    assert [waits for _, waits in found] == [False, True]
+    assert "torch/distributed/" in distributed.__file__, "what `clock` looks for"
+
+
+# -- from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_one_process_own(tmp_path: Path) -> None:
+    holder = f"""
+import sys
+from pathlib import Path
+from finetune.engine.status import Reporter
+reporter = Reporter(Path({str(tmp_path)!r}), 0, 10)
+reporter.lock()
+with reporter.phase("training"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", holder], cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        assert status.is_locked(tmp_path)
+        with pytest.raises(UserError, match="another process trains in this run's folder"):
+            status.Reporter(tmp_path, 0, 10).lock()
+        process.kill()
+    assert not status.is_locked(tmp_path)
+    assert status.read(tmp_path)[0].state == "running", "its last word"
+    status.Reporter(tmp_path, 0, 10).lock()
+
+
+def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepared(tmp_path / "runs" / "done", "data.held_out=0.2", "train.validate_every=2")
+    job.trainer.train()
+    tiny.finish(job)
+    failing = prepared(tmp_path / "runs" / "failing")
+
+    def fail() -> None:
+        raise UserError("the disk is gone")
+
+    at_step(failing, 2, fail)
+    with pytest.raises(UserError):
+        failing.trainer.train()
+    killed = prepared(tmp_path / "runs" / "killed")
+    killed.run.status._write(phase="saving")
+    monkeypatch.setattr(runs, "is_locked", lambda folder: folder.name == "alive")
+    alive = prepared(tmp_path / "runs" / "alive")
+    alive.run.status._write(phase="training", quiet=400.0, at="data/dataset.py:1 in batch")
+    alive.run.log({"step": 2, "seconds": 2.0, "loss.denoiser": 0.5})
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["runs", "--folder", str(tmp_path / "runs")])
+    lines = {line.split()[1].rpartition("/")[2]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["done"].startswith("✓") and lines["done"].endswith("6/6  finished")
+    assert lines["failing"].startswith("✗") and lines["failing"].endswith("2/6  failed: the disk is gone")
+    assert lines["killed"].startswith("†") and "killed: it ended without a word, saving, 20" in lines["killed"]
+    assert lines["alive"].startswith("▸") and lines["alive"].endswith("2/6  training · 8 s left")
+
+    for name, expected in {
+        "done": ["after steps 4, 6", ", validation loss"],
+        "failing": ["failed: the disk is gone", f"--set output.folder={tmp_path / 'runs' / 'failing'} --resume", "no checkpoint yet"],
+        "alive": ["rank 0  training on", "nothing has moved for 6 m 40 s, it stands at data/dataset.py:1 in batch", "denoiser 0.5, 2 s/step"],
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main(["runs", "show", str(tmp_path / "runs" / name)])
+        shown = capsys.readouterr().out
+        assert all(part in shown for part in expected), shown
+    with pytest.raises(SystemExit):
+        cli.main(["runs", "--folder", str(tmp_path / "runs"), "--json"])
+    assert {Path(run["folder"]).name: run["state"] for run in json.loads(capsys.readouterr().out)}["killed"] == "killed"
+    away = replace(alive.run.status.now, host="elsewhere", beat=time.time())
+    monkeypatch.undo()
+    assert runs._state(tmp_path, (away,))[0] == "running"
+    assert runs._state(tmp_path, (replace(away, beat=time.time() - 100),))[0] == "killed"
+    assert command.MARKS.keys() == {"running", "finished", "stopped", "killed", "failed"}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"steps": null}'])
+def test_what_is_no_run_is_said(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError):
+        runs.look(tmp_path)
+    assert checkpoint.checkpoints(tmp_path) == []
