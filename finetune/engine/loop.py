@@ -191,10 +191,11 @@ class Trainer:
 
     def _observe(self, done: int, signals: Signals) -> None:
         """Draw samples when it is time, on the main process; the others wait at the next step's gradients."""
-        if self.observe is not None and self._draws(done) and self.accelerator.is_main_process:
+        observe = self.observe
+        if observe is not None and self._draws(done) and self.accelerator.is_main_process:
             self.progress.end()
-            with self.run.status.phase("sampling"), self.state.averaged(), signals.may_cut():
-                self.observe(done)
+            with self.run.status.phase("sampling"), self.state.averaged():
+                signals.cut_short(lambda: observe(done))
             self.clock.lap("samples")
 
     def _say(self, sentence: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import final
 
@@ -17,7 +17,7 @@ from finetune.errors import Stopped
 
 
 class CutShort(BaseException):
-    """Raised by a first signal inside `Signals.may_cut`, and caught there. No `Exception`: nothing else is to catch it."""
+    """Raised by a first signal inside `Signals.cut_short`, and caught there. No `Exception`: nothing else is to catch it."""
 
 
 @final
@@ -56,12 +56,12 @@ class Signals:
         if self._cuts:
             raise CutShort
 
-    @contextlib.contextmanager
-    def may_cut(self) -> Iterator[None]:
-        """Within, a first signal ends what is done here: samples, which take long and can be drawn again."""
-        self._cuts = not self._asked
+    def cut_short(self, work: Callable[[], None]) -> None:
+        """Do `work`, which a first signal ends: samples take long, and can be drawn again."""
         try:
-            yield
+            self._cuts = not self._asked
+            work()
+            self._cuts = False
         except CutShort:
             pass
         finally:
