@@ -49,6 +49,29 @@ def sample(
     """
     place = Path(embedded(str(run))).expanduser()
     plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
+    request = request_for(plan, prompts, seeds, steps, guidance, negative)
+    target = free_folder(out, place if plan is not None else Path())
+    pictures = _draw(_open_run(place, plan) if plan is not None else _open_folder(place, str(run)), request)
+    try:
+        target.mkdir(parents=True, exist_ok=out is not None)
+        return write_pictures(pictures, request, target)
+    except OSError as error:
+        raise UserError(f"the pictures cannot be written: {error.strerror}", where=str(target), remedy="choose another place with --out") from error
+
+
+def request_for(
+    plan: Plan | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+) -> SampleRequest:
+    """What is asked for, completed by what the run's recipe says; for the arguments see `sample`.
+
+    Raises:
+        UserError: neither names anything to draw.
+    """
     defaults = request_of(plan) if plan is not None else SampleRequest((), (), Sample().steps, Sample().guidance)
     first_seed = plan.recipe.sample.seed if plan is not None else Sample().seed
     asked = tuple(prompts) or defaults.prompts
@@ -58,7 +81,7 @@ def sample(
         wanted = [(prompt, seed) for prompt in asked for seed in seeds]
     else:
         wanted = [(prompt, first_seed + number) for number, prompt in enumerate(asked)]
-    request = replace(
+    return replace(
         defaults,
         prompts=tuple(prompt for prompt, _ in wanted),
         seeds=tuple(seed for _, seed in wanted),
@@ -66,13 +89,6 @@ def sample(
         guidance=defaults.guidance if guidance is None else guidance,
         negative=defaults.negative if negative is None else negative,
     )
-    target = _free_folder(out, place if plan is not None else Path())
-    pictures = _draw(_open_run(place, plan) if plan is not None else _open_folder(place, str(run)), request)
-    try:
-        target.mkdir(parents=True, exist_ok=out is not None)
-        return write_pictures(pictures, request, target)
-    except OSError as error:
-        raise UserError(f"the pictures cannot be written: {error.strerror}", where=str(target), remedy="choose another place with --out") from error
 
 
 @torch.no_grad()
@@ -104,8 +120,8 @@ def _open_run(folder: Path, plan: Plan) -> Any:
     if recipe.net is not None:
         return _opened(final)
     if recipe.method != "lora":
-        return _placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, _dtype(plan.precision)))
-    pipeline: Any = _placed(open_pipeline(recipe.model, class_name, _dtype(plan.precision)))
+        return placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, dtype_of(plan.precision)))
+    pipeline: Any = placed(open_pipeline(recipe.model, class_name, dtype_of(plan.precision)))
     set_schedule(pipeline, recipe)
     pipeline.load_lora_weights(str(final))
     return pipeline
@@ -121,7 +137,7 @@ def _open_folder(folder: Path, given: str) -> Any:
     if family is None:
         known = ", ".join(filter(None, pipelines().values()))
         raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
-    return _placed(open_pipeline(Model(family, str(folder)), class_name, _dtype(None)))
+    return placed(open_pipeline(Model(family, str(folder)), class_name, dtype_of(None)))
 
 
 def _opened(folder: Path) -> PixelModel:
@@ -130,12 +146,13 @@ def _opened(folder: Path) -> PixelModel:
     return model
 
 
-def _placed(pipeline: Any) -> Any:
+def placed(pipeline: Any) -> Any:
+    """The pipeline on the device that draws, silent."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(this_machine().device)
 
 
-def _dtype(precision: Precision | None) -> torch.dtype:
+def dtype_of(precision: Precision | None) -> torch.dtype:
     """On a CPU float32, which shows the weights as they are; elsewhere the run's, or what the device is good at."""
     machine = this_machine()
     if machine.device == "cpu":
@@ -143,7 +160,7 @@ def _dtype(precision: Precision | None) -> torch.dtype:
     return DTYPES[precision or ("bfloat16" if machine.bfloat16 else "float16")]
 
 
-def _free_folder(out: Path | None, beside: Path) -> Path:
+def free_folder(out: Path | None, beside: Path) -> Path:
     """Where to write, not made yet; nothing that is there will be touched."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

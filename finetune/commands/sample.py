@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from finetune.entry import quiet_libraries
+from finetune.errors import UserError
 
 
 @click.command()
@@ -16,17 +17,51 @@ from finetune.entry import quiet_libraries
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default as the recipe says.")
 @click.option("--guidance", type=click.FloatRange(min=0), help="How strictly to follow the prompt (1: plainly); by default as the recipe says.")
 @click.option("--negative", help="What not to draw; by default as the recipe says.")
+@click.option("--strengths", help="Of a LoRA, such as 0.4,0.7,1: a sheet a prompt, with a column for each.")
+@click.option("--checkpoints", help="all, or steps such as 500,1000: a row of the sheet for each.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A new folder for the pictures; by default in the run's own.")
 def command(
-    run: str, prompts: tuple[str, ...], seeds: tuple[int, ...], steps: int | None, guidance: float | None, negative: str | None, out: Path | None
+    run: str,
+    prompts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    steps: int | None,
+    guidance: float | None,
+    negative: str | None,
+    strengths: str | None,
+    checkpoints: str | None,
+    out: Path | None,
 ) -> None:
     """Draw pictures with what a run has trained.
 
     RUN is the run's folder; a diffusers folder or embedded:base are drawn with too. Writes a file for each picture, and
-    grid.png with them all.
+    grid.png with them all. With --strengths or --checkpoints, sheets by which to choose among a LoRA's checkpoints.
     """
+    several = strengths is not None or checkpoints is not None
+    factors = numbers(strengths or "1", "--strengths", "0.4,0.7,1")
+    chosen = None if checkpoints in (None, "all") else [int(step) for step in numbers(checkpoints or "", "--checkpoints", "all, or 500,1000")]
     quiet_libraries()
+    if several:
+        from finetune.strengths import compare
+
+        sheets = compare(run, factors, chosen, prompts, seeds or None, steps, guidance, negative, out)
+        click.echo("\n".join(map(str, sheets)))
+        return
     from finetune.sampling import sample
 
     files = sample(run, prompts, seeds or None, steps=steps, guidance=guidance, negative=negative, out=out)
     click.echo(f"{len(files)} pictures and grid.png are in {files[0].parent}")
+
+
+def numbers(text: str, option: str, example: str) -> list[float]:
+    """`0.4,0.7,1` as numbers.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f'"{text}" is no list of numbers', where=option, remedy=f"write {option} {example}") from None
+    if not all(abs(number) < 1e9 for number in found):
+        raise UserError(f'"{text}" holds no usable number', where=option, remedy=f"write {option} {example}")
+    return found

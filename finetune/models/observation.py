@@ -31,7 +31,6 @@ class Observation(ABC):
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
         """[B, parameters, H, W] and uniform [B, draws, H, W] → levels [B, C, H, W] uint8, a function of both."""
 
-
     @abstractmethod
     def mean(self, parameters: Tensor) -> Tensor:
         """E[levels], rounded, [B, C, H, W] uint8."""

@@ -113,6 +113,26 @@ def grid(pictures: Sequence[Picture], labels: Sequence[str] = (), columns: int |
     return sheet
 
 
+def sheet(pictures: Sequence[Picture], rows: Sequence[str], columns: Sequence[str], title: str, gap: int = 8) -> Picture:
+    """A table of pictures, row after row, on white: a title over it, the name of each row left of it and of each column above."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(TEXT)
+    width, height, line = max(p.width for p in pictures), max(p.height for p in pictures), TEXT + 4
+    left, top = gap + round(max(map(font.getlength, rows))) + gap, gap + 2 * line + gap
+    made = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    pen = ImageDraw.Draw(made)
+    pen.text((gap, gap), _wrapped(title, made.width - 2 * gap, font.getlength)[0], "#111111", font)
+    for number, name in enumerate(columns):
+        pen.text((left + number * (width + gap), gap + line), name, "#444444", font)
+    for number, name in enumerate(rows):
+        pen.text((gap, top + number * (height + gap) + height // 2 - TEXT // 2), name, "#444444", font)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, len(columns))
+        made.paste(picture, (left + column * (width + gap), top + row * (height + gap)))
+    return made
+
+
 def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]:
     """`text` in at most two lines no wider than `width` pixels, cut with … where it is longer."""
     lines: list[str] = [""]

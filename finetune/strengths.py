@@ -1,0 +1,143 @@
+"""The pictures by which one chooses: a LoRA run's checkpoints × strengths, from the same prompt and seed. One sheet a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from finetune.engine import checkpoint
+from finetune.engine.progress import Progress
+from finetune.errors import UserError
+from finetune.models import adapters
+from finetune.models.loading import open_pipeline
+from finetune.models.text_to_image import draw, set_schedule
+from finetune.models.turn import SampleRequest
+from finetune.planning import Plan, load_plan
+from finetune.pretrained import pipelines
+from finetune.report.pictures import enlarged, sheet
+from finetune.sampling import dtype_of, free_folder, placed, request_for
+
+
+def compare(
+    run: str | Path,
+    strengths: Sequence[float],
+    steps_taken: Sequence[int] | None = None,
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    out: Path | None = None,
+) -> list[Path]:
+    """Draw every prompt (with every seed) by every checkpoint at every strength.
+
+    Args:
+        run: the folder of a LoRA run, finished or not.
+        strengths: factors on what the LoRA adds: 0 is the base, 1 as it was trained.
+        steps_taken: checkpoints by the steps that the run had taken; none: all that it keeps.
+        prompts, seeds, steps, guidance, negative, out: as for `finetune.sampling.sample`.
+
+    Returns:
+        The sheets, `sheet-NN.png`, one for each prompt and seed: rows are checkpoints, columns strengths.
+
+    Raises:
+        UserError: the run is no LoRA's, or keeps no such checkpoint.
+    """
+    folder = Path(run).expanduser()
+    plan = load_plan(folder)
+    if plan.recipe.method != "lora":
+        raise UserError(
+            f"this run is of method {plan.recipe.method}: only a LoRA has a strength", where=str(folder), remedy="draw it without --strengths"
+        )
+    kept = _checkpoints(folder, steps_taken)
+    request = request_for(plan, prompts, seeds, steps, guidance, negative)
+    target = free_folder(out, folder)
+    pipeline, nets = _open(plan)
+    rows = [f"step {int(path.name.removeprefix('step-')):,}" for path in kept]
+    columns = [f"{strength:g}" for strength in strengths]
+    drawing = Progress("drawing")
+    drawn: list[list[Any]] = [[] for _ in request.prompts]  # by prompt, row after row
+    for row, path in enumerate(kept):
+        _load(nets, path)
+        for column, strength in enumerate(strengths):
+            _set_strength(nets, strength)
+            for number in range(len(request.prompts)):
+                done = (row * len(strengths) + column) * len(request.prompts) + number
+                drawing.show(done, len(kept) * len(strengths) * len(request.prompts), f"{rows[row]}, strength {columns[column]}")
+                drawn[number].append(_picture(pipeline, request, number))
+    drawing.end()
+    try:
+        return _write(target, request, rows, columns, drawn)
+    except OSError as error:
+        raise UserError(f"the pictures cannot be written: {error.strerror}", where=str(target), remedy="choose another place with --out") from error
+
+
+def _checkpoints(folder: Path, steps_taken: Sequence[int] | None) -> list[Path]:
+    """Folders of the checkpoints asked for, in the order of training."""
+    there = {int(path.name.removeprefix("step-")): path for path in checkpoint.checkpoints(folder / "checkpoints")}
+    known = ", ".join(map(str, there)) or "none"
+    if missing := [number for number in steps_taken or () if number not in there]:
+        more = "train with a larger train.keep_checkpoints to have more"
+        raise UserError(f"there is no checkpoint of step {missing[0]}", where="--checkpoints", remedy=f"kept here: {known}; {more}")
+    if not there:
+        raise UserError("this run has no checkpoint yet", where=str(folder), remedy=f"go on with it: ft train {folder / 'recipe.yaml'} --resume")
+    return [path for number, path in there.items() if steps_taken is None or number in steps_taken]
+
+
+def _open(plan: Plan) -> tuple[Any, dict[str, nn.Module]]:
+    """The base with adapters as the trainer puts them on, and its nets by the beginning of their names in checkpoints."""
+    recipe = plan.recipe
+    assert recipe.adapter is not None
+    pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(plan.precision))
+    set_schedule(pipeline, recipe)
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if recipe.model.train_text_encoder and hasattr(pipeline, name)]
+    nets = {"denoiser.denoiser.": pipeline.unet} | {f"denoiser.encoders.{name}.": getattr(pipeline, name) for name in encoders}
+    for net in nets.values():
+        adapters.add_lora(net, recipe.adapter)
+        net.eval()
+    return placed(pipeline), nets
+
+
+@torch.no_grad()
+def _load(nets: dict[str, nn.Module], path: Path) -> None:
+    """Take the adapters' weights from a checkpoint: the averaged ones where the run keeps them, since these are what it writes at its end."""
+    found = checkpoint.load(path)
+    weights = found.weights | found.averages
+    for prefix, net in nets.items():
+        for name, parameter in net.named_parameters():
+            if prefix + name in weights:
+                parameter.copy_(weights[prefix + name])
+
+
+def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
+    """Multiply what every adapter adds, besides by its own alpha / rank."""
+    for net in nets.values():
+        for module in net.modules():
+            if isinstance(module, BaseTunerLayer):
+                for name in module.active_adapters:
+                    module.set_scale(name, strength)
+
+
+@torch.no_grad()
+def _picture(pipeline: Any, request: SampleRequest, number: int) -> Any:
+    width, height = request.size or (None, None)
+    one = replace(request, prompts=(request.prompts[number],), seeds=(request.seeds[number],))
+    return draw(pipeline, one, one.seeds[0], prompt=one.prompts[0], negative_prompt=one.negative, width=width, height=height)
+
+
+def _write(target: Path, request: SampleRequest, rows: list[str], columns: list[str], drawn: list[list[Any]]) -> list[Path]:
+    target.mkdir(parents=True, exist_ok=True)
+    sheets = []
+    for number, (prompt, seed, cells) in enumerate(zip(request.prompts, request.seeds, drawn, strict=True)):
+        for place, picture in enumerate(cells):
+            row, column = divmod(place, len(columns))
+            picture.save(target / f"{number:02d}-{rows[row].replace(' ', '-').replace(',', '')}-strength-{columns[column]}.png")
+        sheets.append(target / f"sheet-{number:02d}.png")
+        sheet([enlarged(cell) for cell in cells], rows, [f"strength {column}" for column in columns], f"{prompt}   (seed {seed})").save(sheets[-1])
+    return sheets
