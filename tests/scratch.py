@@ -36,6 +36,7 @@ class Case:
 
 CASES = {
     "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
+    "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2")),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
 }
 

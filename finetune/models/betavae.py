@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.models.blocks import Residual
-from finetune.models.observation import Categorical, Logistics, Observation
+from finetune.models.observation import Observation, observation_of
 from finetune.models.pixels import LikelihoodModel, Space, class_embedding, levels_in, started
 from finetune.models.turn import Batch, SampleRequest, Turn
 from finetune.nets.betavae import Net
@@ -117,7 +117,7 @@ class BetaVae(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self._observation = Categorical(space) if section.observation == "categorical" else Logistics(space, section.mixtures)
+        self._observation = observation_of(section.observation, space, section.mixtures)
         self.net: Autoencoder = Autoencoder(space, section, self._observation)
         self._latent, self._turn = section.latent, ElboTurn(self.net, section, self._observation)
 

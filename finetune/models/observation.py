@@ -6,7 +6,7 @@ Both give probabilities of levels, not densities, so −log₂ p ÷ dimensions i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -138,3 +138,8 @@ class Logistics(Observation):
             found = (weights * self._mean(channel, means, coefficients, scaled)).sum(1).clamp(-1, 1)
             scaled = torch.cat([scaled[:, :channel], found[:, None], scaled[:, channel + 1 :]], 1)
         return self._space.quantised(scaled)
+
+
+def observation_of(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> Observation:
+    """By the recipe's word."""
+    return Categorical(space) if kind == "categorical" else Logistics(space, mixtures)

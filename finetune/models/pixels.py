@@ -177,17 +177,22 @@ class PixelModel(Model):
 
     def examples(self, count: int) -> Batch:
         """`count` pictures that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
-        training = self.audit.training if self.audit is not None else ()
-        return self._batch(training[:: max(1, len(training) // count)][:count])
+        audit = self._seen()
+        return self.batch_of(audit.training[:: max(1, len(audit.training) // count)][:count], audit.background)
 
     def examples_by_class(self, count: int = 8) -> dict[str, Batch]:
         """Some pictures of each class, by its name."""
-        training = self.audit.training if self.audit is not None else ()
-        return {name: self._batch([p for p in training if p.caption == name][:count]) for name in self.space.classes}
+        audit = self._seen()
+        return {name: self.batch_of([p for p in audit.training if p.caption == name][:count], audit.background) for name in self.space.classes}
 
-    def _batch(self, pictures: Sequence[Picture]) -> Batch:
-        background, encoders = self.audit.background if self.audit is not None else "", self.encoders()
-        found = []
+    def _seen(self) -> Audit:
+        if self.audit is None:
+            raise ValueError("an opened model has no training pictures")
+        return self.audit
+
+    def batch_of(self, pictures: Sequence[Picture], background: str) -> Batch:
+        """Pictures of an audit as a batch."""
+        encoders, found = self.encoders(), []
         for picture in pictures:
             image = apply(decode(picture.read(), background), picture.crop)
             found.append(encoders.encode_picture(to_tensor(numpy.asarray(image))) | encoders.encode_caption(picture.caption))
@@ -213,12 +218,12 @@ class LikelihoodModel(PixelModel):
     exact: ClassVar[bool]
 
     @abstractmethod
-    def nats(self, batch: Batch, draw: Draw) -> Tensor:
-        """−log p of each picture, or an upper bound on it, in nats, [B]; `draw` gives what a bound draws."""
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """−log p of each picture, or an upper bound on it, in nats, [B]; what a bound needs it draws so many times a picture."""
 
-    def bits_per_dimension(self, batch: Batch, draw: Draw) -> Tensor:
+    def bits_per_dimension(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
         """`nats`, as bits a channel of a pixel, [B]."""
-        return self.nats(batch, draw) / (self.space.dimensions * math.log(2))
+        return self.nats(batch, draw, particles) / (self.space.dimensions * math.log(2))
 
 
 def started(plan: Plan, audit: Audit) -> Model:

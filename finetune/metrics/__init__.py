@@ -1,0 +1,1 @@
+"""Numbers about what a model has learned."""
