@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import shutil
 import traceback
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from finetune.data.dataset import Dataset
 from finetune.data.places import cache_folder
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
+from finetune.engine.checkpoint import publish
+from finetune.engine.faults import memory_explained
 from finetune.engine.loop import Trainer
-from finetune.engine.machine import forget_peak, memory_left, memory_peak, this_machine
+from finetune.engine.machine import forget_peak, memory_left, memory_live, memory_peak, this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.samples import draw_samples
@@ -146,7 +147,8 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         run.create()
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
-    with run.status.phase("encoding"), accelerator.main_process_first():  # the others then find everything in the cache
+    tight = memory_explained(recipe, expected, lambda: memory_live(accelerator.device, {}))
+    with run.status.phase("encoding"), tight, accelerator.main_process_first():  # the others then find everything in the cache
         data.encode(lambda what, done, total: encoding.show(done, total, what))
     encoding.end()
     if recipe.output.trackers:
@@ -193,8 +195,7 @@ def _save(job: Job) -> list[Path]:
         files = [final / file.relative_to(aside) for file in job.model.save(aside)]
     stamp(aside, job.plan, job.plan.steps)
     write_card(aside, job.run.folder, job.plan, job.plan.steps)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
+    publish(aside, final)
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -28,6 +29,7 @@ from finetune.engine import checkpoint
 from finetune.entry import told
 from finetune.errors import UserError
 from finetune.job import Job
+from finetune.models.text_to_image import CaptionAndLatent
 from finetune.recipe import Recipe, to_dict
 from tests import tiny
 
@@ -113,9 +115,9 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     ours, their = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert [record["loss.denoiser"] for record in their] == pytest.approx([record["loss.denoiser"] for record in ours], rel=1e-4)
     assert their[-1]["validation"] == pytest.approx(ours[-1]["validation"], rel=1e-4)
-    alone = tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), resume=True)
-    with pytest.raises(UserError, match="started with 2 processes"):
-        alone.trainer.train()
+    with pytest.raises(UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2") as refused:
+        tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), resume=True)
+    assert "--set train.accumulation=2" in refused.value.remedy
 
 
 # -- what must stop, and what must not --------------------------------------------------------------------------------
@@ -140,6 +142,57 @@ def test_nan_stops_before_the_weights_take_it(poisoned: str, tmp_path: Path, cap
     for name, tensor in trained(job).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
     assert all(torch.equal(now, then) for now, then in zip(job.trainer.state.ema.averages.values(), average, strict=True))  # type: ignore[union-attr]
+
+
+def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = CaptionAndLatent.encode_picture
+
+    def poisoned(self: CaptionAndLatent, pixels: Tensor) -> dict[str, Tensor]:
+        return {key: value * torch.nan for key, value in encode(self, pixels).items()}
+
+    monkeypatch.setattr(CaptionAndLatent, "encode_picture", poisoned)
+    asked = tiny.recipe("sd15", "lora", f"data.cache={tmp_path / 'cache'}", folder=tmp_path / "run")
+    with pytest.raises(UserError, match="of the picture that are not finite") as caught:
+        tiny.prepare(asked)
+    assert Path(caught.value.where).suffix in (".png", ".jpg", ".webp")
+    monkeypatch.undo()
+    tiny.prepare(asked, resume=True).trainer.take(0)
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is torch's own, raised where CUDA would raise it; the estimate is of a card that the run was said to fit."""
+    from finetune.estimate.expect import Expected
+    from finetune.estimate.forecast import forecast
+    from finetune.estimate.gpus import find
+    from finetune.recipe import load_recipe
+
+    job = tiny.prepare(tiny.recipe("sd15", "lora", "train.ema=0.9", folder=tmp_path / "run"))
+    job.trainer.take(0)
+    if estimated:
+        one = forecast(load_recipe("lora/sdxl", ["train.batch_size=2"]), "lora/sdxl", find("rtx3090"), 100)
+        assert one.fits
+        job.trainer.pace.expected = Expected(one)
+
+    def full(*arguments: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB")
+
+    monkeypatch.setattr(job.trainer.state.turns[0], "loss", full)
+    with pytest.raises(UserError) as caught:
+        job.trainer.train()
+    told = caught.value
+    assert told.problem == "the device has no memory left for 2.00 GiB more"
+    assert told.where.startswith("estimate: " if estimated else "no estimate: ")
+    parts = job.trainer.state.live()
+    sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
+    assert sizes["weights that train"] == sizes["averages"] and sizes["adamw"] > 2 * sizes["averages"] and sizes["frozen weights"] > 0
+    assert sizes["gradients"] == 0, "given back after each step"
+    assert "frozen weights 0.00 GiB, weights that train" in told.where
+    edits = re.findall(r"--set ([\w.]+=[\w.]+)|^ +([\w.]+=[\w.]+)", told.remedy, re.M)
+    assert edits and all("=" in "".join(edit) for edit in edits)
+    if estimated:
+        fits = [line for line in told.remedy.splitlines() if "GiB" in line]
+        assert fits and all(line.strip().startswith("−") for line in fits)
 
 
 class Scaled(Accelerator):  # type: ignore[misc]
@@ -338,6 +391,52 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="could not be written: No space left on device"):
         checkpoint.save(tmp_path, made(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: None, 5: float("nan"), 6: 0.6}
+    for step, loss in losses.items():
+        found = made(step)
+        found.facts["validation"] = loss
+        (tmp_path / ".step-0000099.part").mkdir()
+        checkpoint.save(tmp_path, found, keep=2)
+        assert not list(tmp_path.glob(".*")), "what a kill left goes"
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000005", "step-0000006"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-0000002"
+
+
+def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real full disk, found when the free space has been looked at already; and once room is made, the bits of the undisturbed run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        asked = [tiny.recipe("sd15", "lora", "train.steps=4", "train.checkpoint_every=2", folder=at / "run") for at in (disk, tmp_path)]
+        job = tiny.prepare(asked[0])
+        check = checkpoint._check_space
+
+        def then_fill(folder: Path, found: checkpoint.Checkpoint) -> None:
+            check(folder, found)
+            if found.step == 4:
+                with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+                    while file.write(b"0" * 4096):
+                        pass
+
+        monkeypatch.setattr(checkpoint, "_check_space", then_fill)
+        with pytest.raises(UserError, match=r"the checkpoint of step 4 could not be written: .*No space"):
+            job.trainer.train()
+        monkeypatch.undo()
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+        with pytest.raises(UserError, match="No space left on device"):
+            tiny.prepare(asked[0], resume=True).trainer.train()
+        (disk / "filler").unlink()
+        tiny.prepare(asked[0], resume=True).trainer.train()
+        ours = final_weights(disk / "run")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)  # lazily: the run's lock is open while this process lives
+    tiny.prepare(asked[1]).trainer.train()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in final_weights(tmp_path / "run").items())
 
 
 def test_a_tracker_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

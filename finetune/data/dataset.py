@@ -136,7 +136,7 @@ class Dataset:
 
         def compute() -> Batch:
             image = apply(decode(_unchanged(picture), self.background), replace(crop, mirrored=mirrored))
-            return self.encoders.encode_picture(to_tensor(numpy.asarray(image)))
+            return _finite(self.encoders.encode_picture(to_tensor(numpy.asarray(image))), picture)
 
         return self._kept(self.encoders.picture_key, key, compute)
 
@@ -164,6 +164,18 @@ class Dataset:
         while self._memory_bytes > MEMORY_BYTES:
             self._memory_bytes -= _bytes(self._memory.popitem(last=False)[1])
         return found
+
+
+def _finite(encoded: Batch, picture: Picture) -> Batch:
+    """What an encoder made of a picture: a NaN would be kept in the cache, and would stop every run that draws it."""
+    for name, tensor in encoded.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"the VAE makes {name} of the picture that are not finite",
+                where=picture.name,
+                remedy="the VAE's weights are damaged or not made for this: give another model.vae; nothing of this picture was kept",
+            )
+    return encoded
 
 
 def _unchanged(picture: Picture) -> bytes:

@@ -1,8 +1,8 @@
 """Checkpoints: all that a run needs to go on bit for bit, written so that one is there whole or not at all.
 
 A checkpoint is a folder `step-N`: `weights.safetensors` (what trains, and the nets' buffers), `ema.safetensors`,
-`optimizer-<turn>.pt`, `state.json`, and last `manifest.json` with the size and SHA-256 of each. It is written beside
-its place, synced and renamed.
+`optimizer-<turn>.pt`, `state.json` (with the validation loss, where there is one), and last `manifest.json` with the size
+and SHA-256 of each. It is written beside its place, synced and renamed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.engine.runs import validations
 from finetune.errors import UserError
 
 MANIFEST = "manifest.json"
+NAME = "step-{:07d}"
 
 
 @dataclass
@@ -37,15 +39,16 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` under `folder` and delete all but the newest `keep`.
+    """Write `checkpoint` under `folder` and delete all but the newest `keep` and the best by validation loss.
 
     Raises:
         UserError: the disk is too full; nothing that was there is lost.
     """
-    target = folder / f"step-{checkpoint.step:07d}"
+    target = folder / NAME.format(checkpoint.step)
     aside = folder / f".{target.name}.part"
+    for left in folder.glob(".step-*.part"):  # by a kill in the middle of saving
+        shutil.rmtree(left, ignore_errors=True)
     _check_space(folder, checkpoint)
-    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         save_file(checkpoint.weights, aside / "weights.safetensors")
@@ -56,8 +59,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (aside / "state.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.facts}, indent=1))
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps(files, indent=1))
-        for file in aside.iterdir():
-            _sync(file)
+        publish(aside, target)
     except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is the second for safetensors, the third for torch.save
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -66,12 +68,25 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             where=str(folder),
             remedy="free some space and go on with --resume: earlier checkpoints are untouched",
         ) from error
+    for old in set(checkpoints(folder)[:-keep]) - {best(folder)}:
+        os.replace(old, aside)  # first, so that a kill leaves no half of one
+        shutil.rmtree(aside)
+    return target
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Put the folder `aside` in the place of `target`, all of it on the disk before it has that name."""
+    for path in (*aside.rglob("*"), aside):
+        _sync(path)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
-    _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return target
+    _sync(target.parent)
+
+
+def best(folder: Path) -> Path | None:
+    """The finished checkpoint with the least validation loss, the newer of two equals; None if none was validated."""
+    known = [(loss, -step) for step, loss in validations(folder).items() if loss is not None]
+    return folder / NAME.format(-min(known)[1]) if known else None
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -14,13 +14,14 @@ from finetune.data.dataset import Dataset
 from finetune.engine import checkpoint
 from finetune.engine.clock import Clock, Watchdog
 from finetune.engine.draw import Draw
-from finetune.engine.faults import not_finite
+from finetune.engine.faults import memory_explained, not_finite, too_far
+from finetune.engine.machine import memory_live
 from finetune.engine.optim import found_rate, learning_rate
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
 from finetune.engine.signals import Signals
 from finetune.engine.state import TrainingState
-from finetune.errors import Stopped, UserError
+from finetune.errors import Stopped
 from finetune.estimate.expect import Expected, Pace
 from finetune.models.turn import Batch, Model
 from finetune.planning import Plan
@@ -56,10 +57,11 @@ class Trainer:
 
         Raises:
             Stopped: a signal came; the steps that were finished are saved.
-            UserError: a loss, a gradient or a disk that training cannot go on with.
+            UserError: a loss, a gradient, a disk or a memory that training cannot go on with.
         """
         signals = Signals(self.accelerator)
-        with self.run.status.phase("training"), Watchdog(self.run.status, self.clock, self._say), signals.heard():
+        tight = memory_explained(self.plan.recipe, self.pace.expected, lambda: memory_live(self.accelerator.device, self.state.live()))
+        with self.run.status.phase("training"), Watchdog(self.run.status, self.clock, self._say), signals.heard(), tight:
             self._train(signals)
 
     def _train(self, signals: Signals) -> None:
@@ -131,7 +133,7 @@ class Trainer:
     def places(self, micro: int) -> list[int]:
         """This process's places in the global batch, for one of its accumulated batches."""
         size = self.plan.recipe.train.batch_size
-        start = (micro * self.plan.machine.processes + self.accelerator.process_index) * size
+        start = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
         return list(range(start, start + size))
 
     def _moved(self, batch: Batch) -> Batch:
@@ -176,11 +178,7 @@ class Trainer:
             self.accelerator.print(sentence)
         done = found.step if found is not None else 0
         if done > self.plan.steps:
-            raise UserError(
-                f"the run has taken {done} steps, and {self.plan.steps} are asked for",
-                where=str(self.run.folder),
-                remedy=f"set train.steps: {done} or more",
-            )
+            raise too_far(done, self.plan.steps, self.run.folder)
         if self.accelerator.is_main_process:
             self.run.forget_after(done)
         self.run.status.step(done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from finetune.planning import Machine
 from finetune.recipe import Precision
@@ -50,6 +51,18 @@ def memory_left(device: torch.device) -> float | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return float(free / total)
+
+
+def memory_live(device: torch.device, parts: dict[str, list[Tensor]]) -> dict[str, int]:
+    """Bytes on `device` of each part's tensors, of all other live ones, and of what PyTorch keeps besides; on a CPU of the parts alone."""
+    found = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
+    if device.type == "cuda":  # untested where no GPU is at hand
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        found |= {"activations and others": allocated - sum(found.values()), "kept by PyTorch": reserved - allocated}
+        found["other processes and CUDA itself"] = total - free - reserved
+    return found
 
 
 def _cpu_name() -> str:

@@ -6,6 +6,7 @@ status/  final/  estimate.json  before-after.png  report.html
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ FREE_TO_CHANGE = {
     "output": None,
     "sample": None,
     "name": None,
-    "train": {"checkpoint_every", "keep_checkpoints", "validate_every"},
+    "train": {"checkpoint_every", "keep_checkpoints", "validate_every", "batch_size", "accumulation"},  # of these two, see `_refuse_other_batch`
     "data": {"cache"},
 }
 LIBRARIES = (
@@ -61,7 +62,9 @@ class Run:
             )
         if resume and (self.folder / "recipe.yaml").is_file():
             _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
-            if load_plan(self.folder).data.digest != plan.data.digest:
+            before = load_plan(self.folder)
+            _refuse_other_batch(before, plan)
+            if before.data.digest != plan.data.digest:
                 raise UserError(
                     "the pictures or captions have changed since this run was started: going on would draw others than it has drawn",
                     where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
@@ -87,12 +90,20 @@ class Run:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> UserError:
-        remedy = "choose another place: --set output.folder=…"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space and go on with --resume" if full else "choose another place: --set output.folder=…"
         return UserError(f"the run's folder cannot be used: {error.strerror}", where=str(self.folder), remedy=remedy)
 
     def write(self, name: str, text: str) -> Path:
-        """Write one text file whole or not at all."""
-        write_aside(self.folder / name, text.encode())
+        """Write one text file whole or not at all.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            write_aside(self.folder / name, text.encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -128,6 +139,21 @@ def versions() -> dict[str, str]:
             found[library] = "absent"
     found["threads"] = os.environ.get("OMP_NUM_THREADS", "as torch chose")
     return found
+
+
+def _refuse_other_batch(before: Plan, now: Plan) -> None:
+    """Processes, batch and accumulation may change together: what a step draws depends on places in the global batch alone."""
+    if before.global_batch == now.global_batch:
+        return
+    train, processes = now.recipe.train, now.machine.processes
+    accumulation, rest = divmod(before.global_batch, train.batch_size * processes)
+    remedy = f"--set train.accumulation={accumulation}" if not rest else f"go on with {before.machine.processes} processes and the recipe as it was"
+    raise UserError(
+        f"this run takes {before.global_batch} pictures a step, and {processes} × batch {train.batch_size} × accumulation {train.accumulation}"
+        f" would take {now.global_batch}",
+        where=now.folder,
+        remedy=f"{remedy}, or start a new run: --set output.folder=…",
+    )
 
 
 def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:

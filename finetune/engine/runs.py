@@ -75,7 +75,7 @@ def look(folder: Path) -> Seen:
     state, reason = _state(folder, processes)
     seconds = [record["seconds"] for record in records[-20:] if isinstance(record.get("seconds"), float)]
     left = statistics.median(seconds) * (steps - step) if state == "running" and seconds else None
-    losses = validations(folder)
+    losses = validations(folder / "checkpoints")
     known = [(loss, saved) for saved, loss in losses.items() if loss is not None]
     best = min(known)[::-1] if known else None
     phase = processes[0].phase if processes and state == "running" else ""
@@ -97,9 +97,9 @@ def _state(folder: Path, processes: tuple[Status, ...]) -> tuple[str, str]:
 
 
 def validations(folder: Path) -> dict[int, float | None]:
-    """Step → validation loss, None if it was not taken or is not finite, of each finished checkpoint of a run, oldest first."""
+    """Step → validation loss, None if it was not taken or is not finite, of each finished checkpoint in `folder`, oldest first."""
     found: dict[int, float | None] = {}
-    for path in sorted(folder.glob("checkpoints/step-*/manifest.json")):
+    for path in sorted(folder.glob("step-*/manifest.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads((path.parent / "state.json").read_text(encoding="utf-8"))
             loss = state.get("validation")

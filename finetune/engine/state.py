@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from finetune.engine.checkpoint import Checkpoint
 from finetune.engine.optim import Ema, make_optimizer, schedule_free
@@ -51,6 +52,19 @@ class TrainingState:
             for turn in self.turns:
                 turn.net.train()
 
+    def live(self) -> dict[str, list[Tensor]]:
+        """The tensors that stay from step to step, by part."""
+        weights = [tensor for turn in self.turns for tensor in (*turn.net.parameters(), *turn.net.buffers())]
+        trained = {id(parameter) for parameters in self.parameters for parameter in parameters}
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return {
+            "frozen weights": [tensor for tensor in weights if id(tensor) not in trained],
+            "weights that train": [tensor for tensor in weights if id(tensor) in trained],
+            "gradients": [tensor.grad for tensor in weights if id(tensor) in trained and tensor.grad is not None],
+            self._plan.recipe.optimizer.name: [value for state in states for value in state.values() if isinstance(value, Tensor)],
+            "averages": list(self.ema.averages.values()) if self.ema is not None else [],
+        }
+
     def checkpoint(self, step: int, validation: float | None = None) -> Checkpoint:
         """All that a run needs to go on after `step` finished steps. Its tensors are the living ones: write them at once."""
         scaler = self._accelerator.scaler
@@ -73,17 +87,11 @@ class TrainingState:
         """Go back to `found`; returns a sentence for each reason why going on will not be exact.
 
         Raises:
-            UserError: the checkpoint is of other weights or of another number of processes.
+            UserError: the checkpoint is of other weights.
         """
         facts, machine = found.facts, self._plan.machine
         if self._tensors.keys() != found.weights.keys():
             raise UserError("the checkpoint holds other weights than this recipe trains", where=self._plan.folder, remedy="start a new run")
-        if facts["processes"] != machine.processes:
-            raise UserError(
-                f"this run was started with {facts['processes']} processes, and {machine.processes} would take other pictures a step",
-                where=self._plan.folder,
-                remedy=f"go on with {facts['processes']} processes, or start a new run: --set output.folder=…",
-            )
         for name, tensor in self._tensors.items():
             tensor.copy_(found.weights[name])
         if self.ema is not None:
@@ -96,6 +104,8 @@ class TrainingState:
         said = []
         if facts["threads"] != (threads := torch.get_num_threads()):
             said.append(f"{facts['threads']} threads before, {threads} now: sums run in another order, so going on is exact no more")
+        if facts["processes"] != machine.processes:
+            said.append(f"{facts['processes']} processes before, {machine.processes} now: the same pictures a step, summed in another order")
         if facts["precision"] != self._plan.precision:
             said.append(f"{facts['precision']} before, {self._plan.precision} now: going on is exact no more")
         if machine.device != "cpu":
