@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 
 from finetune import pretrained
 from finetune.data.dataset import Dataset
-from finetune.data.places import cache_folder
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
 from finetune.engine.checkpoint import publish
@@ -77,7 +76,6 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
     audit.raise_if_stopped()
     plan = make_plan(recipe, audit, this_machine())
     refuse_inside(Path(plan.folder), recipe.data, "output.folder")
-    refuse_inside(cache_folder(recipe.data.cache), recipe.data, "data.cache")
     if not quiet:
         print(tables.plan(plan))
     return audit, plan
@@ -148,7 +146,10 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
     tight = memory_explained(recipe, expected, lambda: memory_live(accelerator.device, {}))
-    with run.status.phase("encoding"), tight, accelerator.main_process_first():  # the others then find everything in the cache
+    with run.status.phase("encoding"), tight:
+        if accelerator.num_processes > 1:  # each a share; what others encoded is then in the cache
+            data.encode(lambda what, done, total: encoding.show(done, total, what), (accelerator.process_index, accelerator.num_processes))
+            accelerator.wait_for_everyone()
         data.encode(lambda what, done, total: encoding.show(done, total, what))
     encoding.end()
     if recipe.output.trackers:

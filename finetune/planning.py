@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
-from finetune.seeds import key_of
 
 if TYPE_CHECKING:
     from finetune.data.scan import Audit
@@ -78,7 +77,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
         examples=sum(counts.values()),
         held_out=len(audit.held_out),
         buckets=tuple((bucket.width, bucket.height, count) for bucket, count in counts.items()),
-        digest=key_of(*(f"{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}" for p in audit.pictures)),
+        digest=audit.digest(),
     )
     train = recipe.train
     global_batch = train.batch_size * train.accumulation * machine.processes

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.data.pictures import Bucket, decode, fit
-from finetune.data.scan import Audit, Picture, _hold_out, scan
+from finetune.data.index import Index, Picture
+from finetune.data.pictures import Bucket, decode, fit, upright
+from finetune.data.scan import Audit, scan
 from finetune.errors import UserError
 from finetune.recipe import Data, Source
 from finetune.report import tables
@@ -74,7 +77,7 @@ def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_pa
     first = 1 if name.endswith("jsonl") else 2
     assert problems(audit) == {
         "unnamed.png": ("missing caption", "no caption was found, so it does not train"),
-        "blank.png": ("missing caption", "no caption was found, so it does not train"),
+        "blank.png": ("missing caption", "its caption is empty, so it does not train"),
         f'{name}:{first + 2} ("gone.png")': ("missing picture", "names a picture that is not there"),
         'outside.png")': ("missing picture", "names a file outside its folder, which is not read"),
         "unnamed.txt": ("unused caption", "not read: a metadata file speaks for its picture"),
@@ -195,28 +198,78 @@ def test_unreadable_pictures_stop_the_run_or_are_skipped_by_name(tmp_path: Path)
     assert "unreadable_pictures: skip" in caught.value.remedy
 
 
-def test_each_picture_is_read_once_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(4):
-        put(tmp_path, f"{number}.png", caption="x")
-    opened: list[str] = []
-    decoded: list[bytes] = []
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a picture was read and decoded. The clock is taken to be fine enough for files just written."""
+    found: Counter[str] = Counter()
     read_bytes = Path.read_bytes
 
     def counting_read(self: Path) -> bytes:
-        opened.append(self.name)
+        found["read"] += self.suffix == ".png"
         return read_bytes(self)
 
-    def counting_decode(content: bytes, background: str) -> Image.Image:
-        decoded.append(content)
-        return decode(content, background)
+    def counting_decode(picture: Image.Image, background: str) -> Image.Image:
+        found["decoded"] += 1
+        return upright(picture, background)
 
     monkeypatch.setattr(Path, "read_bytes", counting_read)
-    monkeypatch.setattr("finetune.data.scan.decode", counting_decode)
+    monkeypatch.setattr("finetune.data.looks.upright", counting_decode)
+    monkeypatch.setattr("finetune.data.memo.SETTLED_SECONDS", -1)
+    return found
+
+
+def test_each_picture_is_read_once_and_progress_is_told(tmp_path: Path, counted: Counter[str]) -> None:
+    for number in range(4):
+        put(tmp_path / "data", f"{number}.png", f"rgb({number}, 7, 7)", caption="x")
     told: list[tuple[int, str]] = []
-    scan(data(tmp_path), lambda seen, name: told.append((seen, Path(name).name)))
-    assert sorted(name for name in opened if name.endswith(".png")) == ["0.png", "1.png", "2.png", "3.png"]
-    assert len(decoded) == 4
+    scan(data(tmp_path / "data", cache=str(tmp_path / "cache")), lambda seen, name: told.append((seen, Path(name).name)))
+    assert counted == {"read": 4, "decoded": 4}
     assert told == [(number, f"{number}.png") for number in range(4)]
+
+
+def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[str]) -> None:
+    folder = tmp_path / "data"
+    for number in range(3):
+        put(folder, f"{number}.png", f"rgb({number}, 7, 7)", (16 + number, 16), caption="x")
+    put(folder, "broken.png", caption="x").write_bytes(b"broken")
+    recipe = data(folder, cache=str(tmp_path / "cache"), unreadable_pictures="skip")
+
+    def again() -> tuple[Audit, dict[str, int]]:
+        counted.clear()
+        return scan(recipe), dict(counted)
+
+    first, _ = again()
+    second, cost = again()
+    assert cost == {}
+    assert (list(second.pictures), second.problems, second.findings) == (list(first.pictures), first.problems, first.findings)
+    # The same size, and the old time put back: the time of change tells.
+    times = (folder / "1.png").stat()
+    put(folder, "1.png", "rgb(9, 7, 7)", (17, 16))
+    os.utime(folder / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (folder / "2.png").rename(folder / "3.png")
+    (folder / "2.txt").rename(folder / "3.txt")
+    third, cost = again()
+    assert cost == {"read": 2, "decoded": 1}  # what was only renamed is known by its bytes
+    assert [p.digest for p in third.pictures] != [p.digest for p in first.pictures]
+    assert third.pictures[1].digest == hashlib.sha256((folder / "1.png").read_bytes()).hexdigest()
+    # Another background is another picture; a damaged memo is another memo.
+    scan(dataclasses.replace(recipe, background="black"))
+    assert counted["decoded"] == 4
+    for damage in (b"no data base", b""):
+        for file in (tmp_path / "cache").glob("audit.sqlite*"):
+            file.write_bytes(damage)
+        assert list(again()[0].pictures) == list(third.pictures)
+    assert again()[1] == {}
+
+
+def test_a_file_that_was_just_written_is_looked_at_again(tmp_path: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tick of the clock it could change again unseen."""
+    put(tmp_path / "data", "a.png", "rgb(1, 7, 7)", caption="x")
+    monkeypatch.setattr("finetune.data.memo.SETTLED_SECONDS", 3600)
+    recipe = data(tmp_path / "data", cache=str(tmp_path / "cache"))
+    scan(recipe)
+    scan(recipe)
+    assert counted == {"read": 2, "decoded": 1}
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
@@ -244,23 +297,31 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-@given(st.sets(st.binary(min_size=8, max_size=8), min_size=2, max_size=30), st.floats(0.01, 0.5), st.randoms(use_true_random=False))
+@given(st.sets(st.binary(min_size=32, max_size=32), min_size=2, max_size=30), st.floats(0.01, 0.5), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=30)
 def test_held_out_pictures_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [Bucket(16, 16)]), len(digests)
     pictures = [Picture(f"{n}.png", "", digest.hex(), crop, 1, False, bytes) for n, digest in enumerate(sorted(digests))]
     random.shuffle(pictures)
-    held = {p.digest for p in _hold_out(pictures, share) if p.held_out}
+
+    def held_out(pictures: list[Picture], share: float) -> list[str]:
+        index = Index()
+        for picture in pictures:
+            index.append(picture)
+        index.hold_out(share)
+        assert [p.digest for p in index if p.held_out] == [p.digest for p in index.part(held_out=True)]
+        return [picture.digest for picture in index if picture.held_out]
+
+    held = set(held_out(pictures, share))
     assert 1 <= len(held) < count
     assert abs(len(held) - share * count) <= 1
     renamed = [dataclasses.replace(p, name=f"x{n}.png") for n, p in enumerate(random.sample(pictures, count))]
-    assert {p.digest for p in _hold_out(renamed, share) if p.held_out} == held
-    copies = [p.held_out for p in _hold_out([*pictures, *pictures], share)]
-    assert copies[:count] == copies[count:]
+    assert set(held_out(renamed, share)) == held
+    assert sorted(held_out([*pictures, *pictures], share)) == sorted([*held, *held])
     # One more picture takes at most one other's place.
-    more = _hold_out([*pictures, dataclasses.replace(pictures[0], digest="0" * 16)], share)
-    assert len({p.digest for p in more if p.held_out} ^ held) <= 2
-    assert not any(p.held_out for p in _hold_out(pictures, 0.0))
+    more = held_out([*pictures, dataclasses.replace(pictures[0], digest="0" * 64)], share)
+    assert len(set(more) ^ held) <= 2
+    assert held_out(pictures, 0.0) == []
 
 
 def test_held_out_pictures_are_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Caption:
-    """`text` is None where there is none. `problem` says why one that is there cannot be read, else ""."""
+    """`text` is None where there is none, "" where it is empty. `problem` says why one that is there cannot be read, else ""."""
 
     text: str | None
     problem: str = ""
@@ -63,7 +63,7 @@ class Captions:
             return Caption(None)
         self._asked.add(file)
         try:
-            return Caption(_one_line(file.read_text(encoding="utf-8-sig")))
+            return Caption(one_line(file.read_text(encoding="utf-8-sig")))
         except UnicodeDecodeError as error:
             return Caption(None, f"{file.name} is not UTF-8 (byte {error.start})")
         except OSError as error:
@@ -99,9 +99,9 @@ class Captions:
         return None
 
 
-def _one_line(text: str) -> str | None:
-    """Line breaks and runs of blanks become one blank; None if nothing is left."""
-    return " ".join(text.split()) or None
+def one_line(text: str) -> str:
+    """Line breaks and runs of blanks become one blank."""
+    return " ".join(text.split())
 
 
 def _table(file: Path, column: str) -> dict[str, tuple[str, Caption]]:
@@ -125,7 +125,7 @@ def _table(file: Path, column: str) -> dict[str, tuple[str, Caption]]:
         if name in captions:
             raise UserError(f'"{name}" is named twice: here and at {captions[name][0]}', where=place, remedy="keep one of the two lines")
         wrong = "" if caption is None or isinstance(caption, str) else f"the caption at {place} is not text"
-        captions[name] = (place, Caption(_one_line(caption) if isinstance(caption, str) else None, wrong))
+        captions[name] = (place, Caption(one_line(caption) if isinstance(caption, str) else None, wrong))
     return captions
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy
 import torch
 from torch import Tensor
 
+from finetune.data.ahead import ahead, threads
 from finetune.data.cache import Store
 from finetune.data.order import Order
 from finetune.data.pictures import Crop, apply, decode
@@ -22,6 +27,8 @@ from finetune.models.turn import Batch, Encoders, stack
 from finetune.planning import Plan
 from finetune.seeds import key_of, mix
 
+AHEAD_STEPS = threads() + 1  # batches got ready while a step computes
+TENSOR_BYTES = 1024  # of memory, that a tensor takes besides its elements
 MEMORY_BYTES = 2 << 30  # tensors kept in memory; what does not fit is read again from the cache, or decoded again
 
 Progress = Callable[[str, int, int], None]
@@ -39,16 +46,18 @@ class Dataset:
     def __init__(self, plan: Plan, audit: Audit, encoders: Encoders) -> None:
         self.plan, self.encoders = plan, encoders
         self.background = audit.background
-        self.pictures = audit.training + audit.held_out
+        self.pictures = audit.pictures
         self._variants = (False, True) if plan.recipe.data.flip else (False,)
-        examples: dict[object, list[int]] = {}
-        for index, picture in enumerate(audit.training):
-            examples.setdefault(picture.crop.bucket, []).extend([index] * picture.repeats)
-        self.order = Order(list(examples.values()), plan.global_batch, plan.steps, plan.recipe.train.seed)
-        self._validation = range(len(audit.training), len(self.pictures))
+        self.order = Order(_examples_by_bucket(audit), plan.global_batch, plan.steps, plan.recipe.train.seed)
+        self._validation = numpy.flatnonzero(self.pictures.held_out).tolist()
         self._stores: dict[str, Store] = {}
         self._memory: OrderedDict[str, Batch] = OrderedDict()
         self._memory_bytes = 0
+        self._memory_lock = threading.Lock()
+        self._encoder_lock = threading.Lock()  # tokenizers do not bear two callers at once
+        self._released = False
+        self._coming: dict[tuple[int, tuple[int, ...]], Future[Batch]] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     def long_captions(self) -> str:
         """Which captions are longer than the model reads, in one sentence that names pictures; "" if none is.
@@ -56,42 +65,70 @@ class Dataset:
         Raises:
             UserError: some are, and `data.long_captions` is stop.
         """
-        tokens = {caption: self.encoders.caption_tokens(caption) for caption in sorted({p.caption for p in self.pictures})}
-        counts = [(p.name, found) for p in self.pictures if (found := tokens[p.caption]) is not None and found[0] > found[1]]
-        if not counts:
+        tokens = functools.lru_cache(1024)(self.encoders.caption_tokens)
+        count, longest, named = 0, 0, list[str]()
+        for picture in self.pictures:
+            found = tokens(picture.caption)
+            if found is None:
+                return ""
+            if found[0] > found[1]:
+                count, longest = count + 1, found[1]
+                named += [f"{picture.name}: {found[0]} tokens"] if count <= 5 else []
+        if not count:
             return ""
-        named = ", ".join(f"{name}: {count} tokens" for name, (count, _) in counts[:5]) + (f", and {len(counts) - 5} more" if len(counts) > 5 else "")
-        said = f"captions longer than the {counts[0][1][1]} tokens that this model reads: {len(counts)} of {len(self.pictures)}"
+        names = ", ".join(named) + (f", and {count - 5} more" if count > 5 else "")
+        said = f"captions longer than the {longest} tokens that this model reads: {count} of {len(self.pictures)}"
         if self.plan.recipe.data.long_captions == "truncate":
-            return f"{said}, their ends are not read ({named})"
-        raise UserError(said, where=named, remedy="shorten them, or set data.long_captions: truncate")
+            return f"{said}, their ends are not read ({names})"
+        raise UserError(said, where=names, remedy="shorten them, or set data.long_captions: truncate")
 
-    def encode(self, progress: Progress | None = None) -> None:
+    def encode(self, progress: Progress | None = None, share: tuple[int, int] | None = None) -> None:
         """Compute what the cache lacks. Each picture and caption is encoded alone, so that nothing depends on its company.
+
+        Args:
+            progress: called with (what, number of it, of how many).
+            share: (this process's number, processes): only its share of what is lacking, and the encoders are kept.
 
         Raises:
             UserError: the cache cannot be written, or a picture has changed since the audit.
         """
-        if self.encoders.cached:
-            # Only now: a process that waited for the first one to encode finds what that one wrote.
-            folder = cache_folder(self.plan.recipe.data.cache)
-            self._stores = {key: Store(folder / key_of(key)[:24]) for key in {self.encoders.picture_key, self.encoders.caption_key} if key}
+        if not self.encoders.cached:
+            return
+        # Opened anew: a process that waited finds what others wrote.
+        folder = cache_folder(self.plan.recipe.data.cache)
+        self._stores = {key: Store(folder / key_of(key)[:24]) for key in {self.encoders.picture_key, self.encoders.caption_key} if key}
+        mine = range(share[0] if share else 0, len(self.pictures), share[1] if share else 1)
         try:
-            captions = sorted({"", *(p.caption for p in self.pictures)})
-            for number, caption in enumerate(captions):
-                if progress is not None:
-                    progress("captions", number, len(captions))
-                self._caption(caption)
-            wanted = [(p, mirrored) for p in self.pictures for mirrored in self._variants] if self.encoders.cached else []
-            for number, (picture, mirrored) in enumerate(wanted):
-                if progress is not None:
-                    progress("pictures", number, len(wanted))
-                self._picture(picture, mirrored)
+            self._encode_captions(mine, progress)
+            self._encode_pictures(mine, progress)
         finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
-        if self.encoders.cached:
+        if share is None:
             self.encoders.release()
+            self._released = True
+
+    def _encode_captions(self, places: range, progress: Progress | None) -> None:
+        for number, caption in enumerate(itertools.chain([""], (self.pictures[place].caption for place in places))):
+            if progress is not None:
+                progress("captions", number, len(places) + 1)
+            self._caption(caption, keep=False)
+
+    def _encode_pictures(self, places: range, progress: Progress | None) -> None:
+        store = self._stores[self.encoders.picture_key]
+
+        def lacking() -> Iterator[tuple[str, Picture, bool]]:
+            for number, (place, mirrored) in enumerate(itertools.product(places, self._variants)):
+                if progress is not None:
+                    progress("pictures", number, len(places) * len(self._variants))
+                picture = self.pictures[place]
+                if (key := self._picture_key(picture, mirrored)) not in store:
+                    yield key, picture, mirrored
+
+        for key, picture, pixels in ahead(lambda wanted: (*wanted[:2], self._pixels(*wanted[1:])), lacking()):
+            if key not in store:  # a copy of a picture just encoded is
+                with torch.no_grad():
+                    store.put(key, _finite(self.encoders.encode_picture(pixels), picture))
 
     @property
     def has_validation(self) -> bool:
@@ -102,7 +139,19 @@ class Dataset:
         return [self.pictures[index].name for index in self.order.batch(step)]
 
     def batch(self, step: int, places: Sequence[int], draw: Draw) -> Batch:
-        """The examples at `places` of the global batch of `step`, stacked: [B, …] each."""
+        """The examples at `places` of the global batch of `step`, stacked: [B, …] each.
+
+        What is asked of one step will be asked of the next: threads get it ready meanwhile.
+        """
+        self._coming = {wanted: future for wanted, future in self._coming.items() if wanted[0] >= step}
+        self._pool = self._pool or ThreadPoolExecutor(threads(), thread_name_prefix="ft-data")
+        for later in range(step + 1, min(step + 1 + AHEAD_STEPS, self.plan.steps)):
+            if (later, tuple(places)) not in self._coming:
+                self._coming[later, tuple(places)] = self._pool.submit(self._batch, later, tuple(places), draw.of_step(later))
+        ready = self._coming.get((step, tuple(places)))
+        return ready.result() if ready is not None else self._batch(step, places, draw)
+
+    def _batch(self, step: int, places: Sequence[int], draw: Draw) -> Batch:
         order = self.order.batch(step)
         return self._examples([order[place] for place in places], draw, self.plan.recipe.data.caption_dropout)
 
@@ -130,40 +179,75 @@ class Dataset:
             )
         return stack(found)
 
+    def _picture_key(self, picture: Picture, mirrored: bool) -> str:
+        return key_of(picture.digest, repr(picture.crop), int(mirrored), self.background)
+
+    def _pixels(self, picture: Picture, mirrored: bool) -> Tensor:
+        """What the model sees of a picture, [3, H, W] float32 in [-1, 1]."""
+        image = apply(decode(_unchanged(picture), self.background), replace(picture.crop, mirrored=mirrored))
+        return to_tensor(numpy.asarray(image))
+
     def _picture(self, picture: Picture, mirrored: bool) -> Batch:
-        crop = picture.crop
-        key = key_of(picture.digest, repr(crop), int(mirrored), self.background)
-
         def compute() -> Batch:
-            image = apply(decode(_unchanged(picture), self.background), replace(crop, mirrored=mirrored))
-            return _finite(self.encoders.encode_picture(to_tensor(numpy.asarray(image))), picture)
+            pixels = self._pixels(picture, mirrored)
+            with self._encoder_lock:
+                return _finite(self.encoders.encode_picture(pixels), picture)
 
-        return self._kept(self.encoders.picture_key, key, compute)
+        return self._kept(self.encoders.picture_key, self._picture_key(picture, mirrored), compute)
 
-    def _caption(self, caption: str) -> Batch:
-        if not self.encoders.caption_key:
-            return {}
-        return self._kept(self.encoders.caption_key, key_of(caption), lambda: self.encoders.encode_caption(caption))
+    def _caption(self, caption: str, keep: bool = True) -> Batch:
+        def compute() -> Batch:
+            with self._encoder_lock:
+                return self.encoders.encode_caption(caption)
 
-    def _kept(self, encoder: str, key: str, compute: Callable[[], Batch]) -> Batch:
-        """From memory, else from the cache, else computed; kept in both."""
+        return self._kept(self.encoders.caption_key, key_of(caption), compute, keep) if self.encoders.caption_key else {}
+
+    def _kept(self, encoder: str, key: str, compute: Callable[[], Batch], keep: bool = True) -> Batch:
+        """From memory, else from the cache, else computed; kept in both.
+
+        Raises:
+            UserError: the cache has lost it since training began.
+        """
         place = encoder + key
-        if place in self._memory:
-            self._memory.move_to_end(place)
-            return self._memory[place]
+        with self._memory_lock:
+            if place in self._memory:
+                self._memory.move_to_end(place)
+                return self._memory[place]
         if self.encoders.cached:
-            store = self._stores[encoder]
-            if key not in store:
-                with torch.no_grad():
-                    store.put(key, compute())
-            found = store.get(key)
+            found = self._from_cache(self._stores[encoder], key, compute)
         else:
-            found = compute()
-        self._memory[place] = found
-        self._memory_bytes += _bytes(found)
-        while self._memory_bytes > MEMORY_BYTES:
-            self._memory_bytes -= _bytes(self._memory.popitem(last=False)[1])
+            with torch.no_grad():
+                found = compute()
+        if keep:
+            with self._memory_lock:
+                if place not in self._memory:
+                    self._memory_bytes += _bytes(found)
+                self._memory[place] = found
+                while self._memory_bytes > MEMORY_BYTES:
+                    self._memory_bytes -= _bytes(self._memory.popitem(last=False)[1])
         return found
+
+    def _from_cache(self, store: Store, key: str, compute: Callable[[], Batch]) -> Batch:
+        if key not in store:
+            if self._released:
+                raise UserError(
+                    "a part of the cache was lost or damaged while the run used it",
+                    where=str(store.folder),
+                    remedy="go on with --resume: what is lacking is computed again",
+                )
+            with torch.no_grad():
+                store.put(key, compute())
+        return store.get(key)
+
+
+def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
+    """For each bucket, by its first picture, the places in `audit.pictures` of its examples: pictures that train, repeated."""
+    trains, repeats = ~audit.pictures.held_out, audit.pictures.repeats
+    found: dict[object, list[numpy.ndarray]] = {}
+    for crop, places in audit.pictures.crops.items():
+        found.setdefault(crop.bucket, []).append(places[trains[places]])
+    buckets = [numpy.sort(numpy.concatenate(parts)) for parts in found.values()]
+    return [numpy.repeat(bucket, repeats[bucket]) for bucket in sorted((b for b in buckets if len(b)), key=lambda b: int(b[0]))]
 
 
 def _finite(encoded: Batch, picture: Picture) -> Batch:
@@ -206,4 +290,4 @@ def geometry(crop: Crop) -> Tensor:
 
 
 def _bytes(batch: Batch) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
+    return sum(tensor.nbytes + TENSOR_BYTES for tensor in batch.values())

@@ -23,7 +23,7 @@ class Order:
     steps: of the run.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[int]], global_batch: int, steps: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[Sequence[int] | numpy.ndarray], global_batch: int, steps: int, seed: int) -> None:
         self._buckets = [numpy.asarray(bucket) for bucket in buckets if len(bucket)]
         self._global_batch, self._seed = global_batch, seed
         self._bucket_of_step, self._turn_of_step = _schedule([len(b) for b in self._buckets], steps, seed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 # A side above this is taken for a mistake: no resolution that a recipe allows needs it. Pillow's own guard against
 # decompression bombs refuses at 179 million pixels.
 MAXIMUM_SIDE_PIXELS = 16_384
+# Threads decode side by side, but of pictures above this one at a time: each takes up to a gigabyte on its way.
+LARGE_PIXELS = 1 << 25
+_ONE_LARGE = threading.Lock()
 # What `decode` opens, by content and not by a file's ending. Others of Pillow's readers start programs (EPS) or are no pictures.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -30,13 +35,15 @@ def decode(content: bytes, background: str) -> PillowImage.Image:
     Raises:
         Unreadable: empty, no picture, damaged, truncated, or too large to be meant (known before anything is decoded).
     """
-    import warnings
+    return upright(open_picture(content), background)
 
+
+def upright(picture: PillowImage.Image, background: str) -> PillowImage.Image:
+    """`decode` for a picture that is open already."""
     from PIL import Image, ImageOps
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about oddities that it reads well enough
-        picture = _open(content)
+    large = picture.width * picture.height > LARGE_PIXELS
+    with _ONE_LARGE if large else contextlib.nullcontext():
         try:
             picture.load()
             picture = ImageOps.exif_transpose(picture)
@@ -50,10 +57,16 @@ def decode(content: bytes, background: str) -> PillowImage.Image:
             raise Unreadable(f"damaged or truncated ({error})") from error
 
 
-def _open(content: bytes) -> PillowImage.Image:
-    """The picture, not yet decoded."""
+def open_picture(content: bytes) -> PillowImage.Image:
+    """The picture, not yet decoded.
+
+    Raises:
+        Unreadable: empty, no picture, or too large to be meant.
+    """
     from PIL import Image
 
+    # Pillow warns about oddities that it reads well enough. For the whole process: threads share the filters.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     if not content:
         raise Unreadable("the file is empty")
     try:

@@ -1,56 +1,81 @@
 """The audit before a run: every picture and caption of the sources, what trains, and what does not and why.
 
-A folder is read, never written; each picture is read and decoded once. Torch is not imported here.
+A folder is read, never written; each picture is read and decoded once, by threads, and not again while the memo knows it.
+Torch is not imported here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from finetune.data.pictures import Bucket, Crop, Unreadable, buckets, canonical_colour, decode, fit
-from finetune.data.sources import REMEDIES, Entry, Problem, entries
+from finetune.data import duplicates
+from finetune.data.ahead import ahead
+from finetune.data.index import Index, Part, Picture
+from finetune.data.looks import TRAITS, Look, look
+from finetune.data.memo import Memo, stamp_of
+from finetune.data.pictures import Bucket, Crop, Unreadable, buckets, canonical_colour, fit
+from finetune.data.places import cache_folder
+from finetune.data.sources import REMEDIES, Entry, Problem, entries, refuse_inside
 from finetune.errors import UserError
 from finetune.recipe import Data, Source
 
-__all__ = ["Audit", "Picture", "Problem", "scan"]
+__all__ = ["Audit", "Finding", "Picture", "Problem", "scan"]
+
+CHUNK = 8  # pictures that a thread looks at before it hands them over
+TINY = 2.0  # a picture enlarged by more is called tiny
+EXTREME = 1 / 3  # one that loses more than this share of its area to the crop has an extreme aspect ratio
+EXAMPLES = 20  # of a finding, with places
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that trains. `read` gives the file's bytes; `digest` is their SHA-256."""
+class Finding:
+    """Something odd about pictures that train all the same. `examples` are groups of places in `Audit.pictures`: of
+    duplicates those that belong together, else one each."""
 
-    name: str
-    caption: str
-    digest: str
-    crop: Crop
-    repeats: int
-    held_out: bool
-    read: Callable[[], bytes] = field(repr=False, compare=False)
+    kind: str
+    detail: str
+    count: int  # pictures, also those not among the examples
+    examples: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Audit:
-    pictures: tuple[Picture, ...]
+    pictures: Index
     problems: tuple[Problem, ...]
+    findings: tuple[Finding, ...]
     background: str
 
     @property
-    def training(self) -> tuple[Picture, ...]:
-        return tuple(p for p in self.pictures if not p.held_out)
+    def training(self) -> Part:
+        return self.pictures.part(held_out=False)
 
     @property
-    def held_out(self) -> tuple[Picture, ...]:
-        return tuple(p for p in self.pictures if p.held_out)
+    def held_out(self) -> Part:
+        return self.pictures.part(held_out=True)
+
+    def crops(self) -> list[tuple[Crop, int, int]]:
+        """(crop, pictures that train and are cropped so, examples an epoch: pictures × repeats), each crop once."""
+        trains, repeats = ~self.pictures.held_out, self.pictures.repeats
+        found = [(crop, places[trains[places]]) for crop, places in self.pictures.crops.items()]
+        return [(crop, len(places), int(repeats[places].sum())) for crop, places in found if len(places)]
 
     def bucket_counts(self) -> dict[Bucket, int]:
-        """Examples an epoch (pictures × repeats) by bucket."""
+        """Examples an epoch by bucket."""
         counts: Counter[Bucket] = Counter()
-        for picture in self.training:
-            counts[picture.crop.bucket] += picture.repeats
+        for crop, _, examples in self.crops():
+            counts[crop.bucket] += examples
         return dict(sorted(counts.items()))
+
+    def digest(self) -> str:
+        """SHA-256 over every picture's bytes, crop, caption and repeats, in their order."""
+        found = hashlib.sha256()
+        for number, p in enumerate(self.pictures):
+            found.update((("\x1f" if number else "") + f"str:{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}").encode())
+        return found.hexdigest()
 
     def raise_if_stopped(self) -> None:
         """Raise for the problems that the recipe does not allow, naming files.
@@ -76,8 +101,8 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
         progress: called for each picture with (pictures seen before it, its name).
 
     Raises:
-        UserError: a source that is not there or holds no picture, a metadata file that cannot be read, or a setting
-            that no picture could satisfy.
+        UserError: a source that is not there or holds no picture, a metadata file that cannot be read, a cache inside a
+            source, or a setting that no picture could satisfy.
     """
     background = canonical_colour(data.background)
     choices = buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)
@@ -87,48 +112,106 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             where="data.bucket_step",
             remedy=f"set data.bucket_step to at most {data.resolution}",
         )
-    pictures: list[Picture] = []
+    refuse_inside(cache_folder(data.cache), data, "data.cache")
+    index, odd = Index(), _Oddities()
     problems: list[Problem] = []
-    seen = 0
-    for source in data.sources or (Source(data.path or ""),):
-        for found in entries(source, data):
+    memo = Memo(cache_folder(data.cache), background)
+    try:
+        for source, found, seen in _looked_at(data, background, memo):
             if isinstance(found, Problem):
                 problems.append(found)
                 continue
             if progress is not None:
-                progress(seen, found.name)
-            seen += 1
-            outcome = _examine(found, source, data, background, choices)
-            if isinstance(outcome, Picture):
-                pictures.append(outcome)
-                if found.caption is None:
-                    alone = "an empty caption" if not source.prefix else f'only "{source.prefix}" for a caption'
-                    problems.append(Problem(found.name, "missing caption", f"trains with {alone}", stops=False))
-            else:
+                progress(len(index), found.name)
+            outcome = _picture(found, seen, source, data, choices)
+            if isinstance(outcome, Problem):
                 problems.append(outcome)
-    return Audit(_hold_out(pictures, data.held_out), tuple(problems), background)
+                continue
+            if not found.caption:
+                alone = "an empty caption" if not source.prefix else f'only "{source.prefix}" for a caption'
+                problems.append(Problem(found.name, "missing caption", f"trains with {alone}", stops=False))
+            odd.note(len(index), outcome, seen)
+            index.append(outcome)
+    finally:
+        memo.close()
+    index.hold_out(data.held_out)
+    return Audit(index, tuple(problems), odd.findings(index), background)
 
 
-def _examine(entry: Entry, source: Source, data: Data, background: str, choices: list[Bucket]) -> Picture | Problem:
-    if entry.caption is None and data.missing_captions != "empty":
-        return Problem(entry.name, "missing caption", "no caption was found, so it does not train", stops=data.missing_captions == "stop")
+Seen = tuple[bytes, Look | str] | None  # digest, and the look or why it cannot be one; None: not looked at, for want of a caption
+
+
+def _looked_at(data: Data, background: str, memo: Memo) -> Iterator[tuple[Source, Entry | Problem, Seen]]:
+    """Every entry of every source, in order, with what a look at it told."""
+
+    def looked(chunk: list[tuple[Source, Entry | Problem]]) -> list[tuple[Source, Entry | Problem, Seen]]:
+        return [(source, found, _seen(found, data, background, memo)) for source, found in chunk]
+
+    found = ((source, entry) for source in data.sources or (Source(data.path or ""),) for entry in entries(source, data))
+    return itertools.chain.from_iterable(ahead(looked, iter(lambda: list(itertools.islice(found, CHUNK)), [])))
+
+
+def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Seen:
+    if isinstance(entry, Problem) or (not entry.caption and data.missing_captions != "empty"):
+        return None
+    stamp = stamp_of(entry.file) if entry.file else None
+    if (remembered := memo.find(stamp)) is not None:
+        return remembered
+    outcome: Look | str | None
     try:
         content = entry.read()
-        size = decode(content, background).size
     except (Unreadable, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Problem(entry.name, "unreadable picture", reason, stops=data.unreadable_pictures == "stop")
+        return b"", (error.strerror if isinstance(error, OSError) and error.strerror else str(error))
+    digest = hashlib.sha256(content).digest()
+    if (outcome := memo.find_digest(digest)) is None:
+        try:
+            outcome = look(content, background)
+        except Unreadable as error:
+            outcome = str(error)
+    memo.keep(stamp if stamp is not None and stamp == stamp_of(entry.file) else None, digest, outcome)
+    return digest, outcome
+
+
+def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[Bucket]) -> Picture | Problem:
+    if seen is None:
+        why = "no caption was found" if entry.caption is None else "its caption is empty"
+        return Problem(entry.name, "missing caption", f"{why}, so it does not train", stops=data.missing_captions == "stop")
+    digest, outcome = seen
+    if isinstance(outcome, str):
+        return Problem(entry.name, "unreadable picture", outcome, stops=data.unreadable_pictures == "stop")
     # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
     caption = f"{source.prefix} {entry.caption or ''}".strip()
-    return Picture(entry.name, caption, hashlib.sha256(content).hexdigest(), fit(size, choices), source.repeats, False, entry.read)
+    return Picture(entry.name, caption, digest.hex(), fit(outcome.size, choices), source.repeats, False, entry.read)
 
 
-def _hold_out(pictures: list[Picture], share: float) -> tuple[Picture, ...]:
-    """Mark the share of pictures with the smallest digests: the same ones whatever their names and order.
+class _Oddities:
+    """Collects findings, a few examples of each."""
 
-    At least one is held out and one trains. Copies of one picture stay on one side.
-    """
-    digests = sorted({picture.digest for picture in pictures})
-    count = min(max(1, round(share * len(digests))), len(digests) - 1) if share else 0
-    chosen = set(digests[:count])
-    return tuple(replace(picture, held_out=picture.digest in chosen) for picture in pictures)
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[tuple[int, ...]]] = {}
+        self._fingerprints = bytearray()
+
+    def note(self, place: int, picture: Picture, seen: Seen) -> None:
+        assert seen is not None and isinstance(seen[1], Look)
+        self._fingerprints += seen[1].fingerprint
+        crop = picture.crop
+        kinds = [*seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
+        for kind in kinds + (["extreme aspect ratio"] if crop.share_lost > EXTREME else []):
+            self._counts[kind] += 1
+            if self._counts[kind] <= EXAMPLES:
+                self._examples.setdefault(kind, []).append((place,))
+
+    def findings(self, index: Index) -> tuple[Finding, ...]:
+        details = TRAITS | {"tiny": f"enlarged more than {TINY:g} times", "extreme aspect ratio": "more than a third is cropped away"}
+        found = [Finding(kind, detail, self._counts[kind], tuple(self._examples[kind])) for kind, detail in details.items() if self._counts[kind]]
+        copies = duplicates.equal(index.digests, hashlib.sha256().digest_size)
+        alike = duplicates.near(bytes(self._fingerprints))
+        same = list(duplicates.groups(copies))
+        # A group whose pictures are all copies is no news.
+        near = [group for group in duplicates.groups(alike) if len({int(copies[place]) for place in group}) > 1]
+        for kind, detail, several in (("exact duplicate", "the same file again", same), ("near duplicate", "nearly the same picture", near)):
+            if several:
+                examples = tuple(tuple(group[:EXAMPLES]) for group in several[:EXAMPLES])
+                found.append(Finding(kind, detail, sum(map(len, several)), examples))
+        return tuple(found)

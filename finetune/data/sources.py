@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.captions import TABLES, Captions
+from finetune.data.captions import TABLES, Captions, one_line
+from finetune.data.files import read_bytes
 from finetune.data.pictures import Unreadable
 from finetune.errors import UserError
 from finetune.recipe import Data, Source, embedded
@@ -29,11 +31,15 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture not yet looked at. `read` gives its bytes, or raises OSError or Unreadable; `caption` None: there is none."""
+    """A picture not yet looked at. `read` gives its bytes, or raises OSError or Unreadable.
+
+    `caption` is None where there is none, "" where it is empty. `file` is the file with these bytes and no others, if there is one.
+    """
 
     name: str
     caption: str | None
     read: Callable[[], bytes]
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
             if file.parent == folder:
                 yield Problem(_printable(file), "missing class", "lies in no folder of its class", True)
             else:
-                yield Entry(_printable(file), _printable(Path(file.parent.name)), file.read_bytes)
+                yield Entry(_printable(file), _printable(Path(file.parent.name)), functools.partial(read_bytes, str(file)), str(file))
         return
     captions = Captions(folder, files, data.caption_column)
     for file in pictures:
@@ -100,7 +106,7 @@ def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
         if found.problem:
             yield Problem(_printable(file), "unreadable caption", found.problem, True)
         else:
-            yield Entry(_printable(file), found.text, file.read_bytes)
+            yield Entry(_printable(file), found.text, functools.partial(read_bytes, str(file)), str(file))
     for name, detail, missing in captions.unused():
         yield Problem(name, "missing picture" if missing else "unused caption", detail, missing and strict)
 
@@ -174,7 +180,7 @@ def _dataset(folder: Path | None, name: str, data: Data) -> Iterator[Entry | Pro
     for row, caption in enumerate(captions):
         place = f"{name}[{row}]"
         if caption is None or isinstance(caption, str):
-            yield Entry(place, " ".join((caption or "").split()) or None, reader(row))
+            yield Entry(place, None if caption is None else one_line(caption), reader(row))
         else:
             yield Problem(place, "unreadable caption", f'column "{data.caption_column}" holds {type(caption).__name__}, not text', True)
 

@@ -31,6 +31,10 @@ class Draw:
         """The same draws, their tensors on `device`."""
         return Draw(self._seed, self._step, self.places, device)
 
+    def of_step(self, step: int) -> Draw:
+        """What the same places draw in another step."""
+        return Draw(self._seed, step, self.places, self._device)
+
     def _generators(self, purpose: str) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(mix(self._seed, self._step, place, purpose)) for place in self.places]
 

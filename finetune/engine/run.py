@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from finetune.data.cache import write_aside
+from finetune.data.files import write_aside
 from finetune.engine.status import Reporter
 from finetune.entry import rank
 from finetune.errors import UserError

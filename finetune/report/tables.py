@@ -20,27 +20,34 @@ Row = tuple[str, str]
 
 def facts(audit: Audit) -> dict[str, Any]:
     """The audit as plain values, for `data.json`: counts, buckets, problems with files, and some pictures as the model sees them."""
-    spread = audit.training[:: max(1, len(audit.training) // SHOWN_PICTURES)][:SHOWN_PICTURES]
+    training = audit.training
+    spread = training[:: max(1, len(training) // SHOWN_PICTURES)][:SHOWN_PICTURES]
     shown = [{"name": picture.name, "caption": picture.caption, "picture": pictures.of_training(picture, audit.background)} for picture in spread]
     return _counts(audit) | {"pictures": shown}
 
 
 def _counts(audit: Audit) -> dict[str, Any]:
-    training = audit.training
+    crops = audit.crops()
     buckets = []
     for bucket, count in audit.bucket_counts().items():
-        lost = [picture.crop.share_lost for picture in training if picture.crop.bucket == bucket]
-        buckets.append({"width": bucket.width, "height": bucket.height, "examples": count, "lost": sum(lost) / len(lost), "worst": max(lost)})
+        lost = [(crop.share_lost, number) for crop, number, _ in crops if crop.bucket == bucket]
+        mean = sum(share * number for share, number in lost) / sum(number for _, number in lost)
+        buckets.append({"width": bucket.width, "height": bucket.height, "examples": count, "lost": mean, "worst": max(lost)[0]})
+    findings = []
+    for finding in audit.findings:
+        groups = [[audit.pictures[place].name for place in group] for group in finding.examples]
+        findings.append({"kind": finding.kind, "detail": finding.detail, "count": finding.count, "groups": groups})
     problems = []
     for (kind, detail), count in Counter((p.kind, p.detail) for p in audit.problems).items():
         names = [p.name for p in audit.problems if (p.kind, p.detail) == (kind, detail)]
         problems.append({"kind": kind, "detail": detail, "count": count, "names": names[:NAMED_FILES]})
     return {
-        "training": len(training),
+        "training": sum(number for _, number, _ in crops),
         "examples": sum(bucket["examples"] for bucket in buckets),
         "held_out": len(audit.held_out),
-        "upscaled": sum(picture.crop.upscaled for picture in training),
+        "upscaled": sum(number for crop, number, _ in crops if crop.upscaled),
         "buckets": buckets,
+        "findings": findings,
         "problems": problems,
     }
 
@@ -59,6 +66,10 @@ def data_rows(found: dict[str, Any]) -> list[Row]:
         rows.append(("sizes" if size == sizes[0] else "", f"{size:<{max(map(len, sizes))}} {bucket['examples']:>{len(str(most))}} {bar:<16} {crop}"))
     if found["upscaled"]:
         rows.append(("scaled up", f"{_count(found['upscaled'], 'picture')}, smaller than the size they train at"))
+    for finding in found.get("findings", []):  # runs of earlier versions have none
+        groups = [" = ".join(map(_short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]]
+        more = ["…"] if finding["count"] > sum(map(len, finding["groups"][:3])) else []
+        rows.append(("odd", f"{finding['count']} × {finding['kind']}: {finding['detail']} ({', '.join(groups + more)})"))
     for problem in found["problems"]:
         names = [_short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
         rows.append(("problem", f"{problem['count']} × {problem['kind']}: {problem['detail']} ({', '.join(names)})"))

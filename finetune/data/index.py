@@ -1,0 +1,172 @@
+"""Every picture of an audit, as a sequence that holds few bytes of each in memory: a million take some tens of megabytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+import threading
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from finetune.data.pictures import Crop
+
+if TYPE_CHECKING:
+    import numpy
+
+IN_MEMORY_BYTES = 16 << 20  # names and captions up to this stay in memory; more of them go to a file without a name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that trains. `read` gives the file's bytes; `digest` is their SHA-256, in hexadecimal.
+
+    A `read` that is a `functools.partial` of one function and plain values costs no memory, others do.
+    """
+
+    name: str
+    caption: str
+    digest: str
+    crop: Crop
+    repeats: int
+    held_out: bool
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Picture))
+
+
+class Index(Sequence[Picture]):
+    """Pictures, made anew each time one is asked for. What is counted over all of them stands in arrays."""
+
+    def __init__(self) -> None:
+        file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-index-")  # noqa: SIM115 (lives as long as this)
+        self._file, self._lock = file, threading.Lock()
+        weakref.finalize(self, file.close)
+        self._ends = array("Q", [0])
+        self._shared: list[Any] = []  # crops, functions, whatever several pictures have in common
+        self._place_of: dict[Any, int] = {}
+        self._crops, self._repeats = array("I"), array("I")
+        self._digests = bytearray()
+        self._held_out = bytearray()
+
+    def append(self, picture: Picture) -> None:
+        row = json.dumps([self._plain(getattr(picture, name)) for name in _FIELDS]).encode()
+        with self._lock:
+            self._file.seek(self._ends[-1])
+            self._file.write(row)
+        self._ends.append(self._ends[-1] + len(row))
+        self._crops.append(self._place(picture.crop))
+        self._repeats.append(picture.repeats)
+        self._digests += bytes.fromhex(picture.digest)
+        self._held_out.append(picture.held_out)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Picture: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
+    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
+        if isinstance(place, slice):
+            return tuple(self[number] for number in range(*place.indices(len(self))))
+        place = range(len(self))[place]
+        start, end = self._ends[place], self._ends[place + 1]
+        with self._lock:
+            self._file.seek(start)
+            row = json.loads(self._file.read(end - start))
+        values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, row, strict=True)}
+        return Picture(**values | {"held_out": bool(self._held_out[place])})
+
+    def hold_out(self, share: float) -> None:
+        """Mark the share of pictures with the smallest digests: the same ones whatever their names and order.
+
+        At least one is held out and one trains. Copies of one picture stay on one side.
+        """
+        import numpy
+
+        digests = numpy.unique(numpy.frombuffer(self._digests, "V32"))
+        count = min(max(1, round(share * len(digests))), len(digests) - 1) if share else 0
+        self._held_out[:] = numpy.isin(numpy.frombuffer(self._digests, "V32"), digests[: max(0, count)]).astype(numpy.uint8).tobytes()
+
+    def part(self, held_out: bool) -> Part:
+        """The pictures that train, or those that are held out."""
+        import numpy
+
+        return Part(self, numpy.flatnonzero(self.held_out == held_out))
+
+    @property
+    def held_out(self) -> numpy.ndarray:
+        """[N] bool."""
+        import numpy
+
+        return numpy.array(self._held_out, numpy.bool_)
+
+    @property
+    def crops(self) -> dict[Crop, numpy.ndarray]:
+        """Each crop that occurs → the places of its pictures."""
+        import numpy
+
+        numbers = numpy.frombuffer(self._crops, numpy.uint32)
+        order = numpy.argsort(numbers, kind="stable")
+        used, starts = numpy.unique(numbers[order], return_index=True)
+        return {self._shared[number]: places for number, places in zip(used, numpy.split(order, starts[1:]), strict=True)}
+
+    @property
+    def repeats(self) -> numpy.ndarray:
+        """[N] uint32."""
+        import numpy
+
+        return numpy.frombuffer(self._repeats, numpy.uint32)
+
+    @property
+    def digests(self) -> bytes:
+        """SHA-256 after SHA-256, 32 bytes each."""
+        return bytes(self._digests)
+
+    def _plain(self, value: object) -> object:
+        """As JSON has it: scalars as they are, others as [their place in `_shared`], partials with their arguments behind."""
+        if value is None or isinstance(value, str | int | float):
+            return value
+        if isinstance(value, functools.partial) and not value.keywords and all(isinstance(a, str | int) for a in value.args):
+            return [self._place(value.func), *value.args]
+        return [self._place(value)]
+
+    def _rich(self, value: Any) -> object:
+        if not isinstance(value, list):
+            return value
+        shared = self._shared[value[0]]
+        return functools.partial(shared, *value[1:]) if len(value) > 1 else shared
+
+    def _place(self, value: Any) -> int:
+        place = self._place_of.setdefault(value, len(self._shared))
+        if place == len(self._shared):
+            self._shared.append(value)
+        return place
+
+
+class Part(Sequence[Picture]):
+    """Some pictures of an index. `places` [N] are theirs in it."""
+
+    def __init__(self, index: Index, places: numpy.ndarray) -> None:
+        self._index, self.places = index, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, place: int) -> Picture: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
+    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
+        if isinstance(place, slice):
+            return tuple(self._index[int(number)] for number in self.places[place])
+        return self._index[int(self.places[place])]
+
+    def __iter__(self) -> Iterator[Picture]:
+        return (self._index[int(number)] for number in self.places)
