@@ -115,7 +115,8 @@ class Index(Sequence[Picture]):
         numbers = numpy.frombuffer(self._crops, numpy.uint32)
         order = numpy.argsort(numbers, kind="stable")
         used, starts = numpy.unique(numbers[order], return_index=True)
-        return {self._shared[number]: places for number, places in zip(used, numpy.split(order, starts[1:]), strict=True)}
+        ends = [*starts, len(order)][1:]
+        return {self._shared[number]: order[start:end] for number, start, end in zip(used, starts, ends, strict=True)}
 
     @property
     def repeats(self) -> numpy.ndarray:
