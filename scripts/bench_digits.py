@@ -45,7 +45,7 @@ CONTENDERS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 PARTICLES = 256
 
 
-def pictures_of(split: str) -> tuple[Picture, ...]:
+def pictures_of(split: str) -> Sequence[Picture]:
     data = Data(path=f"embedded:digits/{split}", resolution=8, buckets=False, missing_captions="empty")
     return scan(data).pictures
 
