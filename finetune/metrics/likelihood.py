@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from finetune.models.turn import Batch
 BATCH = 128
 
 
-def batches(model: LikelihoodModel, pictures: tuple[Picture, ...], background: str) -> Iterator[Batch]:
+def batches(model: LikelihoodModel, pictures: Sequence[Picture], background: str) -> Iterator[Batch]:
     """The pictures as `model` sees them, in order."""
     for start in range(0, len(pictures), BATCH):
         yield model.batch_of(pictures[start : start + BATCH], background)
 
 
 @torch.no_grad()
-def nats(model: LikelihoodModel, pictures: tuple[Picture, ...], background: str = "white", particles: int = 1, seed: int = 0) -> Tensor:
+def nats(model: LikelihoodModel, pictures: Sequence[Picture], background: str = "white", particles: int = 1, seed: int = 0) -> Tensor:
     """−log p (or an upper bound on it) of each picture in nats, [N] float64.
 
     Args:
