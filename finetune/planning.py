@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
+from finetune.initial import begun
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     """Resolve everything that the recipe left open."""
+    recipe, begun_from = begun(recipe)
     counts = audit.bucket_counts()
     data = DataFacts(
         pictures=len(audit.training),
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     steps_per_epoch = data.examples / global_batch
     steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
     precision, notes = _precision(recipe, machine)
+    notes += begun_from
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
     notes += _optimizer_notes(recipe)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from finetune.errors import UserError, did_you_mean
+from finetune.initial import look
 from finetune.recipe import Model, Recipe, embedded
 
 _FAMILIES = Path(__file__).resolve().parent / "models"
@@ -26,6 +27,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families))
     if recipe.model.path is not None:
         _check_pipeline(recipe.model, families)
+    if recipe.adapter is not None and recipe.adapter.init is not None:
+        look(recipe.adapter.init)
     if recipe.model.vae is not None:
         _check_vae(recipe.model.vae)
 

@@ -81,6 +81,7 @@ class Adapter:
     targets: str = "attention"  # attention, attention+mlp, all-linear, or names of layers, comma-separated
     rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
     dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
+    init: str | None = None  # a LoRA to go on from, in diffusers' or kohya's format: rank, alpha and targets are its own
 
 
 @dataclass(frozen=True)

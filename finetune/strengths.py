@@ -15,6 +15,7 @@ from finetune.engine import checkpoint
 from finetune.engine.progress import Progress
 from finetune.errors import UserError
 from finetune.models import adapters
+from finetune.models.initial import put_on
 from finetune.models.loading import open_pipeline
 from finetune.models.text_to_image import draw, set_schedule
 from finetune.models.turn import SampleRequest
@@ -97,11 +98,13 @@ def _open(plan: Plan) -> tuple[Any, dict[str, nn.Module]]:
     pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if recipe.model.train_text_encoder and hasattr(pipeline, name)]
-    nets = {"denoiser.denoiser.": pipeline.unet} | {f"denoiser.encoders.{name}.": getattr(pipeline, name) for name in encoders}
-    for net in nets.values():
-        adapters.add_lora(net, recipe.adapter)
+    nets = {name: getattr(pipeline, name) for name in ("unet", *encoders)}
+    adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
+    for name, net in nets.items():
+        if name not in adapted:
+            adapters.add_lora(net, recipe.adapter)
         net.eval()
-    return placed(pipeline), nets
+    return placed(pipeline), {"denoiser.denoiser." if name == "unet" else f"denoiser.encoders.{name}.": net for name, net in nets.items()}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -23,11 +24,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 @click.command()
 @click.argument("recipe")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, such as train.batch_size=2.")
+@click.option("--init", help="A LoRA's file to go on from, in diffusers' or kohya's format; short for --set adapter.init=…")
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
 @click.option("--force", is_flag=True, help="Train even what the estimate says does not fit into memory.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One for each GPU.")
 @click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="Short for --set train.precision=…")
-def command(recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, processes: int, precision: str | None) -> None:
+def command(recipe: str, overrides: tuple[str, ...], init: str | None, resume: bool, force: bool, processes: int, precision: str | None) -> None:
     """Train by a recipe, or go on with a run.
 
     RECIPE is a YAML file, or the name of a bundled recipe. What will not fit into the GPU is refused, with the edit that
@@ -36,6 +38,7 @@ def command(recipe: str, overrides: tuple[str, ...], resume: bool, force: bool, 
     --resume goes on.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
+    overrides += (f"adapter.init={json.dumps(init)}",) if init else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
     flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
     arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]

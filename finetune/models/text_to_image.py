@@ -23,6 +23,7 @@ from finetune.errors import UserError
 from finetune.models import adapters, loading
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising
+from finetune.models.initial import put_on
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
 from finetune.recipe import Adapter, Diffusion, Recipe
@@ -227,12 +228,12 @@ class TextToImage(Model):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
         trained = {self.family.denoiser: self.denoiser, **encoders}
-        adapted = {}
+        adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
         net: Any
         for name, net in trained.items():
-            if adapter is not None:
+            if adapter is not None and name not in adapted:
                 adapted[name] = adapters.add_lora(net, adapter)
-            else:
+            elif adapter is None:
                 net.requires_grad_(True)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         for part in self.family.unread(encoders) if encoders else ():
