@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import fitting
 from finetune.errors import UserError
 from finetune.initial import begun
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     steps_per_epoch = data.examples / global_batch
     steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
     precision, notes = _precision(recipe, machine)
-    notes += begun_from
+    notes += begun_from + fitting.notes(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
     notes += _optimizer_notes(recipe)

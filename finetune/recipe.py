@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from finetune import nets, strictyaml
+from finetune import fitting, nets, strictyaml
 from finetune.errors import UserError, did_you_mean
 
 Method = Literal["lora", "full", "scratch"]
 Precision = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["nf4", "int8"]
 _PACKAGE = Path(__file__).resolve().parent
 ASSETS = _PACKAGE / "assets"
 # An installed package carries the recipes inside; in a checkout they lie beside it.
@@ -36,6 +37,9 @@ class Model:
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
     train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
+    quantize: Quantization | None = None  # the frozen denoiser's weights in 4 or 8 bits (QLoRA, arXiv:2305.14314)
+    encoders: Literal["whole", "offload", "nf4", "int8"] = "whole"  # text encoders as they encode; offload: layer by layer from host memory
+    vae_tiling: bool = False  # the VAE works tile by tile: less memory at large sizes, and seams that are hardly seen
     build: dict[str, Any] = field(default_factory=dict)  # from scratch, of families without a `net` section: the arguments of each net's class
 
 
@@ -131,6 +135,7 @@ class Train:
     precision: Precision | None = None  # none: bfloat16 where the device has it, else float16 on CUDA, else float32
     # Less memory, about a third more time: true computes every block again in the backward pass, n every n-th.
     gradient_checkpointing: bool | int = _number(False, minimum=1)
+    offload_blocks: bool = False  # frozen blocks of a transformer wait in host memory: far less on the GPU, and each step copies them twice
     ema: float | None = _number(None, above=0, below=1)  # decay of the averaged weights that are saved and sampled
     checkpoint_every: int = _number(500, minimum=1)
     keep_checkpoints: int = _number(2, minimum=1)
@@ -294,6 +299,7 @@ def _check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
     _check_optimizer(recipe, refuse)
+    fitting.check(recipe, refuse)
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr:
         refuse(

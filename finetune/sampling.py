@@ -13,13 +13,14 @@ from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
+from finetune.models import smaller
 from finetune.models.loading import open_pipeline
 from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
 from finetune.models.text_to_image import DTYPES, draw, set_schedule
 from finetune.models.turn import SampleRequest
 from finetune.planning import Plan, load_plan
 from finetune.pretrained import pipeline_class, pipelines
-from finetune.recipe import Model, Precision, Sample, embedded
+from finetune.recipe import Model, Precision, Recipe, Sample, embedded
 
 
 def sample(
@@ -120,8 +121,8 @@ def _open_run(folder: Path, plan: Plan) -> Any:
     if recipe.net is not None:
         return _opened(final)
     if recipe.method != "lora":
-        return placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, dtype_of(plan.precision)))
-    pipeline: Any = placed(open_pipeline(recipe.model, class_name, dtype_of(plan.precision)))
+        return placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, dtype_of(plan.precision)), recipe)
+    pipeline: Any = placed(open_pipeline(recipe.model, class_name, dtype_of(plan.precision)), recipe)
     set_schedule(pipeline, recipe)
     pipeline.load_lora_weights(str(final))
     return pipeline
@@ -146,9 +147,11 @@ def _opened(folder: Path) -> PixelModel:
     return model
 
 
-def placed(pipeline: Any) -> Any:
-    """The pipeline on the device that draws, silent."""
+def placed(pipeline: Any, recipe: Recipe | None = None) -> Any:
+    """The pipeline on the device that draws, silent; as small there as the run's recipe made it for training."""
     pipeline.set_progress_bar_config(disable=True)
+    if recipe is not None:
+        smaller.fit_drawing(pipeline, recipe, torch.device(this_machine().device))
     return pipeline.to(this_machine().device)
 
 

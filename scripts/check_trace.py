@@ -23,11 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import bitsandbytes
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,10 +36,8 @@ from finetune.engine.loop import Trainer
 from finetune.engine.run import Run
 from finetune.estimate.allocator import Event
 from finetune.estimate.denoiser import Denoiser, DenoiserModel
-from finetune.estimate.standins import quantise
 from finetune.estimate.subject import STEPS, MadeUp, Subject, skeletons
 from finetune.estimate.trace import tensors_of
-from finetune.models.adapters import add_lora
 from finetune.models.turn import Model
 from finetune.planning import Plan
 from finetune.recipe import ASSETS, Recipe, load_recipe
@@ -108,28 +105,26 @@ def cases(folder: Path) -> Iterator[Case]:
         yield Case(f"base, full{said}", recipe("full/emoji", 4, checkpointing), 64)
         yield Case(f"small SDXL, LoRA{said}", recipe("lora/sdxl", 2, checkpointing, small), 128)
         yield Case(f"middle UNet, full{said}", recipe("full/sd15", 2, checkpointing, middle, "optimizer.name=adamw"), 128)
-        yield Case(f"small SD 3, LoRA{said}", recipe("lora/sd15", 2, checkpointing), 256, lambda plan: DenoiserModel(plan, SD3, (256, 256)))
+        yield Case(f"small SD 3, LoRA{said}", recipe("lora/sd15", 2, checkpointing), 256, small_sd3)
     averaged = ("train.ema=0.99", "train.accumulation=2")
     yield Case("base, full, averages, accumulation", recipe("full/emoji", 4, False, *averaged), 64)
     eight = "optimizer.name=adamw8bit"
     yield Case("base, full, 8-bit AdamW", recipe("full/emoji", 4, False, eight), 64)
     yield Case("middle UNet, full, checkpointing, 8-bit", recipe("full/sd15", 1, True, middle, eight), 128)
-    yield Case("small SD 3, LoRA on NF4", recipe("lora/sd15", 2, False), 256, nf4(compress_statistics=False))
-    yield Case("small SD 3, LoRA on NF4, checkpointing", recipe("lora/sd15", 2, True), 256, nf4(compress_statistics=True))
+    for kind in ("nf4", "int8"):
+        for checkpointing in (False, True):
+            said = ", checkpointing" if checkpointing else ""
+            quantized = recipe("lora/sd15", 2, checkpointing, f"model.quantize={kind}")
+            yield Case(f"small SD 3, LoRA on {kind}{said}", quantized, 256, small_sd3)
+    yield Case("base, LoRA on nf4", recipe("lora/emoji", 4, False, "model.quantize=nf4"), 64)
+    every = "train.gradient_checkpointing=2"
+    yield Case("base, full, every second block", recipe("full/emoji", 4, True, every), 64)
+    yield Case("small SD 3, LoRA, every second block", recipe("lora/sd15", 2, True, every), 256, small_sd3)
+    yield Case("small SD 3, LoRA, blocks offloaded", recipe("lora/sd15", 2, True, "train.offload_blocks=true"), 256, small_sd3)
 
 
-def nf4(compress_statistics: bool) -> Callable[[Plan], Model]:
-    """Builds the small SD 3 with its linear layers in NF4; `compress_statistics`: their scales in 8 bits."""
-
-    def build(plan: Plan) -> Model:
-        def adapt(net: nn.Module) -> None:
-            quantise(net, compress_statistics)
-            assert plan.recipe.adapter is not None
-            add_lora(net, plan.recipe.adapter)
-
-        return DenoiserModel(plan, SD3, (256, 256), adapt)
-
-    return build
+def small_sd3(plan: Plan) -> Model:
+    return DenoiserModel(plan, SD3, (256, 256))
 
 
 def pipeline(folder: Path, unet: dict[str, Any], two_encoders: bool = False) -> Path:
@@ -215,11 +210,8 @@ def counted(profiled: profile) -> int:
 
 
 def held(*nets: nn.Module) -> int:
-    """Bytes of the nets' parameters and buffers, and of the scales of 4-bit layers."""
+    """Bytes of the nets' parameters and buffers."""
     tensors = [tensor for net in nets for tensor in tensors_of(net)]
-    for layer in (module for net in nets for module in net.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)):
-        state = layer.weight.quant_state
-        tensors += [value for part in (state, state.state2) if part for value in vars(part).values() if isinstance(value, Tensor)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

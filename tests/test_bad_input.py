@@ -161,6 +161,27 @@ def two_lengths(scene: Scene) -> None:
     scene.set("train.epochs=2")
 
 
+@case("nf4 weights cannot be trained themselves", "method: lora")
+def full_fine_tuning_of_four_bits(scene: Scene) -> None:
+    scene.recipe.write_text(tiny.text("sd15", "full", scene.run))
+    scene.set("model.quantize=nf4")
+
+
+@case("offloading would save nothing", "train.gradient_checkpointing: true")
+def offloaded_blocks_that_are_kept(scene: Scene) -> None:
+    scene.set("train.offload_blocks=true", "train.gradient_checkpointing=2")
+
+
+@case("blocks hold blocks", "it is for transformers")
+def offloaded_blocks_of_a_unet(scene: Scene) -> None:
+    scene.set("train.offload_blocks=true", "train.gradient_checkpointing=true")
+
+
+@case("only encode, and here they train", "model.train_text_encoder: false")
+def quantised_encoders_that_train(scene: Scene) -> None:
+    scene.set("model.encoders=nf4", "model.train_text_encoder=true")
+
+
 # -- pictures and captions ------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,8 @@ CASES = {
     "sd21-lora-ema": Case("sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'", "diffusion={zero_terminal_snr: true}")),
     "sdxl-lora-dora": Case("sdxl", "lora", ("adapter.dora=true", "adapter.alpha=7")),
     "sdxl-lora-text": Case("sdxl", "lora", (TEXT, "adapter.targets=all-linear", "adapter.alpha=3", "adapter.rslora=true")),
+    "sdxl-lora-nf4": Case("sdxl", "lora", ("model.quantize=nf4", "adapter.targets=all-linear", "adapter.dora=true", "model.vae_tiling=true")),
+    "sd15-lora-int8": Case("sd15", "lora", ("model.quantize=int8", "adapter.targets=attention+mlp", "train.gradient_checkpointing=2")),
     "emoji-lora": Case("emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")),
     "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
     "sd21-full-text": Case("sd21", "full", (TEXT,)),

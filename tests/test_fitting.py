@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from typing import Any, cast
 
+import numpy
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
+from finetune.data.dataset import to_tensor
+from finetune.data.pictures import decode
+from finetune.errors import UserError
+from finetune.models import smaller
+from finetune.models.adapters import add_lora
 from finetune.models.checkpointing import checkpoint_activations
+from finetune.models.offload import blocks_of, offload_blocks
+from finetune.models.quantized import QuantizedLinear, dequantized, quantize, whole_weights
+from finetune.recipe import ASSETS, Adapter, Quantization, load_recipe
 from tests import tiny
 
 
 def transformer() -> nn.Module:
     """A FLUX.1 in miniature, of two double and three single blocks."""
     torch.manual_seed(0)
-    sizes = {"in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8, "num_attention_heads": 4}
-    net: nn.Module = FluxTransformer2DModel(**sizes, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[2, 2, 4])
+    sizes = {"in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4}
+    net: nn.Module = FluxTransformer2DModel(**sizes, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8])
     return net
 
 
@@ -75,3 +86,130 @@ def count(calls: Counter[str], name: str, module: nn.Module, inputs: Any) -> Non
 
 def is_block(module: nn.Module) -> bool:
     return type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart, over the second's size."""
+    return float((one.detach() - other.detach()).norm() / other.detach().norm())
+
+
+# -- quantised weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bits", "most"), [("nf4", 4.5, 0.11), ("int8", 8.5, 0.01)])
+def test_a_quantised_layer_is_its_dequantised_weights(kind: Quantization, bits: float, most: float) -> None:
+    """Its products and its input's gradients are those of a linear layer with the rounded weights, to the last bit."""
+    torch.manual_seed(0)
+    layer, values = nn.Linear(64, 128), torch.randn(2, 3, 64, requires_grad=True)
+    packed = QuantizedLinear(layer, kind, torch.float32, torch.device("cpu"), keep_whole=False)
+    held = packed.weight.nbytes + packed.scales.nbytes
+    assert held == bits * layer.weight.numel() / 8
+    assert packed.weight.numel() + packed.packed_away == layer.weight.numel()
+    rounded = nn.Linear(64, 128)
+    rounded.weight.data, rounded.bias.data = packed.dequantize(), layer.bias.data
+    assert 0 < relative(rounded.weight, layer.weight) < most
+    found, expected = packed(values), rounded(values)
+    assert torch.equal(found, expected)
+    one, other = (torch.autograd.grad(product.square().sum(), values)[0] for product in (found, expected))
+    assert torch.equal(one, other)
+
+
+def test_nf4_has_the_levels_of_its_paper() -> None:
+    """Appendix E of QLoRA lists them: quantiles of the normal distribution, with 0 and ±1; two of them a byte, the first above."""
+    levels = dequantized(torch.tensor([0x01, 0x78, 0xEF], dtype=torch.uint8).view(torch.int8)[:, None], torch.ones(1), (1, 6), torch.float32)
+    assert levels.tolist()[0] == pytest.approx([-1.0, -0.6961928009986877, 0.0, 0.07958029955625534, 0.7229568362236023, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_blocks_are_quantised_and_what_all_tokens_pass_is_kept(kind: Quantization) -> None:
+    net = transformer()
+    exact = predict(net)
+    names = quantize(net, kind, torch.float32, keep_whole=True)
+    assert names and all(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in names)
+    left = {name for name, layer in net.named_modules() if type(layer) is nn.Linear}
+    assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= left
+    assert all(net.get_parameter(f"{name}.weight").numel() < 4096 for name in left if "blocks." in name)
+    with torch.no_grad():
+        assert not torch.equal(predict(net), exact)
+        with whole_weights(net):
+            assert torch.equal(predict(net), exact)
+        assert not torch.equal(predict(net), exact)
+
+
+def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
+    """It asks a layer's weights for their dtype and casts to it, which would be bytes."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=50, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    section, ids = load_recipe("lora/sd15").model, torch.arange(20)[None]
+    found = {}
+    for encoders in ("whole", "offload", "nf4", "int8"):
+        torch.manual_seed(0)
+        net = T5EncoderModel(config).eval().requires_grad_(False)
+        smaller.fit_encoders({"text_encoder": net}, dataclasses.replace(section, encoders=encoders), torch.device("cpu"))
+        found[encoders] = net(ids)[0]
+        assert (there(list(net.encoder.block)) == 0) == (encoders == "offload")
+    assert torch.equal(found["offload"], found["whole"])
+    for encoders, most in (("nf4", 0.2), ("int8", 0.02)):
+        assert 0 < relative(found[encoders], found["whole"]) < most
+
+
+# -- blocks in host memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quantization | None) -> None:
+    """The whole backward pass through: a block's weights are there while it computes, and gone after."""
+
+    def prepared() -> nn.Module:
+        net = transformer().requires_grad_(False)
+        if kind:
+            quantize(net, kind, torch.float32)
+        add_lora(net, Adapter(rank=4, targets="all-linear"))
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:  # zero at first: no gradient would reach A
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        checkpoint_activations(net, 1)
+        return net
+
+    expected, net = gradients(prepared()), prepared()
+    weights = sum(parameter.nbytes for name, parameter in net.named_parameters() if "blocks." in name and not parameter.requires_grad)
+    assert offload_blocks(net, torch.device("cpu")) == weights
+    most: list[int] = []
+    blocks = list(blocks_of(net))
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: most.append(there(blocks)))
+    found = gradients(net)
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert len(most) == 2 * len(blocks) and there(blocks) == 0
+    assert max(most) <= max(sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in blocks_of(prepared()))
+
+
+def there(blocks: list[nn.Module]) -> int:
+    """Bytes of frozen weights that are on the device."""
+    return sum(parameter.nbytes for block in blocks for parameter in block.parameters() if not parameter.requires_grad)
+
+
+def test_a_unet_does_not_offload() -> None:
+    recipe = load_recipe("lora/sd15", ["train.offload_blocks=true", "train.gradient_checkpointing=true"])
+    with pytest.raises(UserError, match="blocks hold blocks"):
+        smaller.offload_base(unet(), recipe, torch.device("cpu"))
+
+
+# -- tiles ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = load_recipe("lora/sd15", ["model.vae_tiling=true"]).model
+    monkeypatch.setattr(smaller, "TILE", 64)
+    vae: Any = AutoencoderKL.from_pretrained(ASSETS / "base" / "vae", torch_dtype=torch.float32)
+    emoji = [to_tensor(numpy.asarray(decode(file.read_bytes(), "white"))) for file in sorted((ASSETS / "emoji" / "noto").glob("*.webp"))[:4]]
+    pixels = torch.cat([torch.cat(emoji[:2], dim=2), torch.cat(emoji[2:], dim=2)], dim=1)[None]
+    sides: list[int] = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
+    pictures = []
+    for _ in range(2):
+        latents = vae.encode(pixels).latent_dist.mean
+        pictures.append(vae.decode(latents).sample.detach())
+        smaller.tile(vae, section)
+    assert sides[0] == 128 // 4 and max(sides[1:]) == 64 // 4
+    assert 0 < relative(pictures[1], pictures[0]) < 0.1

@@ -16,7 +16,8 @@ from finetune.estimate import standins
 from finetune.estimate.emulate import fake_tensors
 from finetune.estimate.trace import tensors_of
 from finetune.models.adapters import add_lora
-from finetune.recipe import Adapter
+from finetune.models.quantized import quantize
+from finetune.recipe import Adapter, Quantization
 from scripts import check_trace
 
 SCRATCHPAD = 64 << 10  # bytes: oneDNN's, which the trace leaves out
@@ -47,15 +48,16 @@ def traced(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tup
     return held, peak - held
 
 
-@pytest.mark.parametrize("compress_statistics", [False, True])
-def test_nf4_takes_what_bitsandbytes_takes(compress_statistics: bool) -> None:
-    """Two layers in NF4 under PEFT's adapters: what they hold, and what forward and backward allocate."""
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_layers_take_what_bitsandbytes_takes(kind: Quantization) -> None:
+    """Two layers under PEFT's adapters: what they hold, and what forward and backward allocate."""
 
     def prepare() -> tuple[nn.Module, Callable[[], object]]:
-        net = nn.Sequential(nn.Linear(512, 1024), nn.SiLU(), nn.Linear(1024, 512, bias=False))
-        standins.quantise(net, compress_statistics)
+        blocks = nn.ModuleList([nn.Linear(512, 1024), nn.Linear(1024, 512, bias=False)])
+        net = nn.ModuleDict({"blocks": blocks})
+        assert len(quantize(net, kind, torch.float32)) == 2
         add_lora(net, Adapter(rank=4, targets="all-linear"))
-        return net, lambda: net(torch.zeros(2, 64, 512)).square().mean().backward()
+        return net, lambda: blocks[1](nn.functional.silu(blocks[0](torch.zeros(2, 64, 512)))).square().mean().backward()
 
     assert traced(prepare) == pytest.approx(real(prepare), abs=SCALARS)
 

@@ -22,8 +22,10 @@ from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.trace import reading
+from finetune.models import smaller
 from finetune.models.adapters import add_lora
 from finetune.models.checkpointing import checkpoint_activations
+from finetune.models.quantized import dtype_of
 from finetune.models.text_to_image import DTYPES
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn
 from finetune.planning import Plan
@@ -260,7 +262,7 @@ class DenoiserTurn(Turn):
         share = time.view(-1, *(1,) * (latents.ndim - 1))
         noisy = (1 - share) * latents + share * noise
         names, fixed = self._inputs.names, self._inputs.fixed(len(latents))
-        dtype = next(self.net.parameters()).dtype
+        dtype = dtype_of(self.net)
         given = {name: _typed(batch[name], dtype) for name in self._inputs.conditions} | fixed
         with reading(self._inputs.integers):
             predicted: Tensor = self.net(**{names[0]: noisy.to(dtype), names[1]: time}, **given, return_dict=False)[0]
@@ -285,11 +287,13 @@ class DenoiserModel(Model):
         self._inputs = denoiser.inputs(size)
         nn.Module.to(net, torch.float32 if full else DTYPES[plan.precision])
         net.requires_grad_(full)
+        smaller.quantize_base(net, recipe, DTYPES[plan.precision], torch.device("cpu"))
         if adapt is not None:
             adapt(net)
         elif recipe.adapter is not None:
             add_lora(net, recipe.adapter)
         checkpoint_activations(net, recipe.train.checkpointed)
+        smaller.offload_base(net, recipe, torch.device("cpu"))
         self._turn = DenoiserTurn(net, self._inputs)
 
     def turns(self) -> tuple[Turn, ...]:

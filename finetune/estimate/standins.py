@@ -1,7 +1,7 @@
-"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW and 4-bit layers, and CPU kernels' own memory.
+"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW, and CPU kernels' own memory.
 
-Their layouts are bitsandbytes' (optim/optimizer.py, `Optimizer2State.init_state`; functional.py, `quantize_4bit`), their temporaries
-those of its kernels; tests hold them against the real ones.
+The layout of the state is bitsandbytes' (optim/optimizer.py, `Optimizer2State.init_state`), the temporaries those of its kernels;
+tests hold them against the real ones.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import Any, Literal, final
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.estimate.trace import Recorder
 
 SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
-BLOCK = 256  # elements that share one float32 scale: of an optimizer's state, and of double-quantised scales
-BLOCK_4BIT = 64  # weights that share one scale
+BLOCK = 256  # elements that share one float32 scale: of an optimizer's state
 
 Device = Literal["cuda", "cpu"]
 
@@ -73,89 +72,12 @@ def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
     parameter.addcdiv_(first.add_(gradient), denominator)
 
 
-@final
-class Linear4bit(nn.Linear):
-    """bitsandbytes' Linear4bit: two weights a byte, a float32 scale a block, or a byte a scale and a float32 for a block of scales.
-
-    Its kernel makes the weights whole in the dtype of the input, for as long as the product takes, forward and backward. (On CUDA a fused
-    kernel spares that where few tokens are multiplied.)
-    """
-
-    def __init__(
-        self,
-        input_features: int,
-        output_features: int,
-        bias: bool = True,
-        compute_dtype: torch.dtype | None = None,
-        compress_statistics: bool = True,
-        quant_type: str = "fp4",
-    ) -> None:
-        super().__init__(input_features, output_features, bias)
-        count = input_features * output_features
-        blocks = -(-count // BLOCK_4BIT)
-        weight: Any = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        weight.compress_statistics, weight.quant_type = compress_statistics, quant_type  # PEFT reads them
-        self.weight, self.compute_dtype = weight, compute_dtype
-        self.register_buffer("code", torch.empty(16))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8 if compress_statistics else torch.float32))
-        if compress_statistics:
-            self.register_buffer("absmax2", torch.empty(-(-blocks // BLOCK)))
-            self.register_buffer("code2", torch.empty(256))
-            self.register_buffer("offset", torch.empty(()))
-
-    def forward(self, values: Tensor) -> Tensor:
-        dtype = self.compute_dtype = self.compute_dtype or values.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        found: Tensor = _Product.apply(values.to(dtype), bias, self)  # type: ignore[no-untyped-call]
-        return found.to(values.dtype)
-
-    def whole(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The weights [out, in] in `dtype`, and their scales in float32."""
-        absmax: Tensor = self.get_buffer("absmax")
-        scales = torch.empty(absmax.shape) + self.get_buffer("offset") if absmax.dtype == torch.uint8 else absmax
-        return torch.empty(self.out_features, self.in_features, dtype=dtype), scales
-
-
-@final
-class _Product(torch.autograd.Function):
-    """`MatMul4Bit` (autograd/_functions.py): it keeps neither the input nor the whole weights."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
-        ctx.layer = layer
-        weight, _scales = layer.whole(values.dtype)
-        return nn.functional.linear(values, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        return gradients[0] @ ctx.layer.whole(gradients[0].dtype)[0], None, None
-
-
-def quantise(net: nn.Module, compress_statistics: bool) -> None:
-    """Put frozen layers in NF4, as QLoRA has them (arXiv:2305.14314), in the place of a net's linear layers; `compress_statistics`: doubly quantised.
-
-    Their weights are new ones: it is for runs whose values do not matter. The net is marked as diffusers marks it, which is how PEFT knows it.
-    """
-    import bitsandbytes
-
-    for module in list(net.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear:
-                arguments = {"compress_statistics": compress_statistics, "quant_type": "nf4"}
-                packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, **arguments)
-                module.set_submodule(name, packed.to("cpu").requires_grad_(False))  # quantised on the way to its device
-    net.is_loaded_in_4bit = True  # type: ignore[assignment]
-
-
 @contextlib.contextmanager
 def in_place(device: Device = "cuda") -> Iterator[None]:
-    """Within, `bitsandbytes.optim.AdamW8bit` and `bitsandbytes.nn.Linear4bit` are their stand-ins."""
+    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in."""
     import bitsandbytes
 
-    with (
-        mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
-        mock.patch.object(bitsandbytes.nn, "Linear4bit", Linear4bit),
-    ):
+    with mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)):
         yield
 
 

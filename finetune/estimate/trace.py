@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else _integer.get()
         out = func(*args, **kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if func.namespace == "aten" and not func.is_view and name not in NO_LAUNCH and self.sections:
+        if func.namespace in ("aten", "bitsandbytes") and not func.is_view and name not in NO_LAUNCH and self.sections:
             self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
         for tensor in outs:
             self._see(tensor)

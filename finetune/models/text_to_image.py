@@ -20,13 +20,15 @@ from finetune.data.cache import fingerprint
 from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
-from finetune.models import adapters, loading
+from finetune.models import adapters, loading, smaller
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising
 from finetune.models.initial import put_on
+from finetune.models.quantized import dtype_of, whole_weights
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
 from finetune.recipe import Adapter, Diffusion, Recipe
+from finetune.recipe import Model as ModelSection
 from finetune.seeds import key_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -66,7 +68,7 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         if self.encoders:
             batch = batch | self.family.conditions(dict(self.encoders.items()), batch)
-        dtype = next(self.denoiser.parameters()).dtype
+        dtype = dtype_of(self.denoiser)
         return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
 
 
@@ -87,16 +89,22 @@ class DenoiseTurn(Turn):
 class CaptionAndLatent(Encoders):
     """The VAE's posterior of a picture, and a caption's conditions, or its token ids where text encoders train."""
 
-    def __init__(self, family: Family, pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, tokens_only: bool) -> None:
+    def __init__(
+        self, family: Family, pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype, section: ModelSection, tokens_only: bool
+    ) -> None:
         self._family, self._pipeline, self._device, self._tokens_only = family, pipeline, device, tokens_only
         self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
         vae = pipeline.vae.to(device)
         self._shift, self._scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), f"{self._scale} {self._shift}", str(self._kept_dtype))
+        tiles = ["in tiles"] if section.vae_tiling else []
+        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), f"{self._scale} {self._shift}", str(self._kept_dtype), *tiles)
         tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
         vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
         weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
-        self.caption_key = key_of("caption", type(family).__name__, str(dtype), *vocabulary, *weights)
+        rounded = [section.encoders] if section.encoders in ("nf4", "int8") else []
+        self.caption_key = key_of("caption", type(family).__name__, str(dtype), *vocabulary, *weights, *rounded)
+        if not tokens_only:
+            smaller.fit_encoders(self.text_encoders, section, device)
 
     @property
     def text_encoders(self) -> dict[str, Any]:
@@ -219,7 +227,8 @@ class TextToImage(Model):
         scheduler = self.pipeline.scheduler
         objective = Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
         self._turns = (DenoiseTurn(net, objective),)
-        self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, tokens_only=self._trains_text)
+        smaller.tile(self.pipeline.vae, recipe.model)
+        self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text)
         self._prompts: dict[str, Batch] = {}
 
     def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -228,6 +237,7 @@ class TextToImage(Model):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
         trained = {self.family.denoiser: self.denoiser, **encoders}
+        smaller.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
         net: Any
         for name, net in trained.items():
@@ -236,6 +246,7 @@ class TextToImage(Model):
             elif adapter is None:
                 net.requires_grad_(True)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
+        smaller.offload_base(self.denoiser, self.plan.recipe, self.device)
         for part in self.family.unread(encoders) if encoders else ():
             part.requires_grad_(False)
         return adapted
@@ -262,7 +273,8 @@ class TextToImage(Model):
         found = []
         self.pipeline.vae.to(self.device)
         try:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            # A quantised base draws as the whole one does: on that, the LoRA will be used.
+            with whole_weights(self.denoiser), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 for prompt, seed in zip(request.prompts, request.seeds, strict=True):
                     conditions = self.family.prompt(self._conditions(prompt), self._conditions(request.negative))
                     found.append(draw(self.pipeline, request, seed, width=width, height=height, **conditions))

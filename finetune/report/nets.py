@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.estimate.memory import bytes_a_weight
 from finetune.report.tables import table
@@ -21,7 +21,7 @@ def adapted(model: Model) -> str:
     """For a LoRA: how many layers of each kind got an adapter, and the share of the weights that train."""
     places = {name.partition(".lora_")[0] for name in model.trained()}
     kinds = Counter(_ending(place) for place in places)
-    trained, whole = _count(model.trained().values()), sum(_count(turn.net.parameters()) for turn in model.turns())
+    trained, whole = _count(model.trained().values()), sum(_weights(turn.net) for turn in model.turns())
     rows = [
         ("adapters", f"{len(places)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))),
         ("train", f"{_short(trained)} of {_short(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
@@ -66,6 +66,11 @@ def _ending(place: str) -> str:
 
 def _count(tensors: Iterable[object]) -> int:
     return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def _weights(net: Any) -> int:
+    """Of a net, those too that are packed in fewer elements, or wait elsewhere."""
+    return _count(net.parameters()) + sum(getattr(module, "packed_away", 0) for module in net.modules())
 
 
 def _short(count: int) -> str:

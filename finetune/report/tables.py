@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from finetune import fitting
 from finetune.data.scan import Audit
 from finetune.planning import Plan
 from finetune.recipe import Autoencoder
@@ -82,7 +83,7 @@ def plan_rows(plan: Plan) -> list[Row]:
     optimizer, train, sample = recipe.optimizer, recipe.train, recipe.sample
     rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
     accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
-    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}" + _checkpointed(train.checkpointed)
+    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}"
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
     epsilon = f", ε {optimizer.eps:g}" if optimizer.name not in ("lion", "came") else ""
@@ -98,6 +99,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
         ("batch", batch),
+        *fitting.rows(recipe),
         ("numbers", numbers + (f", weights averaged with decay {train.ema:g}" if train.ema else "")),
         ("captions", f"{recipe.data.caption_dropout:.0%} left out while training" if recipe.data.caption_dropout else "always read"),
         ("machine", f"{machine.name}, {machine.processes} × {machine.device}{threads}"),
@@ -107,10 +109,6 @@ def plan_rows(plan: Plan) -> list[Row]:
     if recipe.model.family == "vae" or (recipe.net is not None and recipe.data.classes is None):
         rows = [row for row in rows if row[0] != "captions"]
     return rows + [("note", note) for note in plan.notes]
-
-
-def _checkpointed(every: int) -> str:
-    return {0: "", 1: ", gradient checkpointing"}.get(every, f", gradient checkpointing of one block in {every}")
 
 
 def _base(plan: Plan) -> str:
