@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -90,34 +89,6 @@ def test_killed_and_resumed_by_accelerate_launch_is_the_unkilled_run(tmp_path: P
     ours, theirs = final_weights(tmp_path / "killed"), final_weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
-    """SDXL with its text encoders' LoRAs: what no gradient reaches would stop the processes' exchange."""
-    common = (*COMPARABLE, "model.train_text_encoder=true", "train.steps=3", "data.held_out=0.2")
-    one = tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=4", folder=tmp_path / "one"))
-    one.trainer.train()
-
-    file = written(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    script = str(CHECKOUT / "finetune" / "lora.py")
-    done = subprocess.run([*command, script, file], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan = json.loads((tmp_path / "two" / "plan.json").read_text())
-    assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4)
-    theirs = final_weights(tmp_path / "two")
-    for name, tensor in final_weights(tmp_path / "one").items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=5e-5)  # the order of sums, through three steps of Adam
-    ours, their = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two"))
-    assert [record["loss.denoiser"] for record in their] == pytest.approx([record["loss.denoiser"] for record in ours], rel=1e-4)
-    assert their[-1]["validation"] == pytest.approx(ours[-1]["validation"], rel=1e-4)
-    with pytest.raises(UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2") as refused:
-        tiny.prepare(tiny.recipe("sdxl", "lora", *common, "train.batch_size=2", folder=tmp_path / "two"), resume=True)
-    assert "--set train.accumulation=2" in refused.value.remedy
 
 
 # -- what must stop, and what must not --------------------------------------------------------------------------------

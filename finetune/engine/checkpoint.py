@@ -94,27 +94,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
-def newest(folder: Path, device: torch.device | str = "cpu") -> tuple[Checkpoint | None, list[str]]:
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each damaged one passed over."""
     said: list[str] = []
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if not damage:
-            return load(path, device), said
+            return load(path), said
         said.append(f"checkpoint {path.name} is damaged ({damage}): the one before is used")
     return None, said
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read one checkpoint."""
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint, into the machine's own memory: on a GPU there is no room for the weights twice."""
     state = json.loads((path / "state.json").read_text())
     averages = path / "ema.safetensors"
     return Checkpoint(
         step=state.pop("step"),
-        weights=load_file(path / "weights.safetensors", device=str(device)),
-        averages=load_file(averages, device=str(device)) if averages.is_file() else {},
+        weights=load_file(path / "weights.safetensors"),
+        averages=load_file(averages) if averages.is_file() else {},
         optimizers={
-            file.stem.removeprefix("optimizer-"): torch.load(file, map_location=device, weights_only=True) for file in path.glob("optimizer-*.pt")
+            file.stem.removeprefix("optimizer-"): torch.load(file, map_location="cpu", weights_only=True) for file in path.glob("optimizer-*.pt")
         },
         facts=state,
     )

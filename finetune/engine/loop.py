@@ -171,7 +171,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the number of finished steps."""
-        found, said = checkpoint.newest(self.run.folder / "checkpoints", self.accelerator.device)
+        found, said = checkpoint.newest(self.run.folder / "checkpoints")
         if found is not None:
             said += [f"going on after step {found.step}", *self.state.restore(found)]
         for sentence in said:

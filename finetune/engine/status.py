@@ -61,7 +61,7 @@ class Reporter:
         self.now = Status("running", "", 0, steps, rank, socket.gethostname(), os.getpid(), now, now, now)
 
     def lock(self) -> None:
-        """Take the run's folder for this process until it ends.
+        """Take the run's folder for this process until the run or the process ends.
 
         Raises:
             UserError: another process trains in it.
@@ -89,7 +89,7 @@ class Reporter:
                 stopped = isinstance(error, KeyboardInterrupt)
                 words = error.problem if isinstance(error, UserError) else str(error) or ("Ctrl-C" if stopped else "")
                 reason = words if stopped or isinstance(error, UserError) else f"{type(error).__name__}: {words}".removesuffix(": ")
-                self._write(state="stopped" if stopped else "failed", reason=reason.strip().partition("\n")[0])
+                self._end("stopped" if stopped else "failed", reason.strip().partition("\n")[0])
             raise
         finally:
             if before.phase:
@@ -106,7 +106,14 @@ class Reporter:
         self._write(quiet=quiet, at=at, waits=waits)
 
     def finished(self) -> None:
-        self._write(state="finished")
+        """The run has come to its end; its folder is free again."""
+        self._end("finished")
+
+    def _end(self, state: str, reason: str = "") -> None:
+        self._write(state=state, reason=reason)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def others(self) -> list[Status]:
         """The last status of every process of this run, by rank."""

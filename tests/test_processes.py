@@ -1,0 +1,130 @@
+"""Two processes on one machine are one with twice the batch: every method, in one launch, since an import costs seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.commands.train import launcher
+from finetune.engine import checkpoint
+from finetune.errors import UserError
+from finetune.recipe import Recipe, to_dict
+from tests import scratch, tiny
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+STEPS = 3
+# A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+COMPARABLE = ("optimizer.eps=1e-4", "optimizer.lr=1e-2", "optimizer.schedule=constant", f"train.steps={STEPS}", "sample.prompts=[]")
+UNDROPPED = {"pixelcnn++": ("net.dropout=0",)}  # what is dropped is drawn for a process's whole batch
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-5}  # float32: the order of sums, through three steps of Adam
+
+
+def _tiny(name: str, method: str, *more: str) -> Callable[..., Recipe]:
+    return lambda folder, *overrides: tiny.recipe(name, method, *COMPARABLE, *more, *overrides, folder=folder)
+
+
+def _in_pixels(name: str) -> Callable[..., Recipe]:
+    return lambda folder, *overrides: scratch.recipe(name, folder, *COMPARABLE, *UNDROPPED.get(name, ()), *overrides)
+
+
+CASES: dict[str, Callable[..., Recipe]] = {
+    # With its text encoders' LoRAs, and validation: what no gradient reaches would stop the processes' exchange.
+    "lora-sdxl": _tiny("sdxl", "lora", "model.train_text_encoder=true", "data.held_out=0.2"),
+    "full-sd15": _tiny("sd15", "full", "train.ema=0.9", "train.gradient_checkpointing=true"),
+    "scratch-sd": _tiny("sd", "scratch"),
+    "scratch-vae": _tiny("vae", "scratch"),
+    **{f"scratch-{name}": _in_pixels(name) for name, case in scratch.CASES.items() if not case.unequal},
+}
+
+
+@dataclass
+class Launched:
+    """What the launch left: each case's run is in `folder`/two/CASE, its twin's in `folder`/one/CASE."""
+
+    folder: Path
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("processes")
+
+    def written(name: str, recipe: Recipe) -> str:
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
+        return str(file)
+
+    files = [written(name, case(folder / "two" / name, "train.batch_size=2")) for name, case in CASES.items()]
+    begun = tiny.prepare(CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=4", "train.steps=2"))
+    begun.trainer.train()  # by one process; the two go on with it
+    begun.run.status.finished()
+    files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2")))
+    files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks")))
+
+    environment, arguments = launcher("lora", 2, False)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=500)
+    return Launched(folder, done.returncode, done.stdout, done.stderr)
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    found = checkpoint.checkpoints(run / "checkpoints")[-1]
+    averages = found / "ema.safetensors"
+    both: dict[str, Tensor] = load_file(found / "weights.safetensors") | (
+        {f"average {name}": tensor for name, tensor in load_file(averages).items()} if averages.is_file() else {}
+    )
+    return both
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launched) -> None:
+    assert f"{name}: 2 × MULTI_CPU\n" in launched.out, launched.err[-3000:]
+    one, two = launched.folder / "one" / name, launched.folder / "two" / name
+    tiny.prepare(CASES[name](one, "train.batch_size=4")).trainer.train()
+    plan = json.loads((two / "plan.json").read_text())
+    assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4)
+    theirs = weights(two)
+    for key, tensor in weights(one).items():
+        torch.testing.assert_close(theirs[key], tensor, **TOLERANCE)
+    for ours, their in zip(metrics(one), metrics(two), strict=True):
+        losses = {key for key in ours if key.startswith("loss.") or key == "validation"}
+        assert losses and {key: their[key] for key in losses} == pytest.approx({key: ours[key] for key in losses}, rel=1e-4)
+
+
+def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
+    assert "going on after step 2\n1 processes before, 2 now: the same pictures a step" in launched.out
+    resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
+    case = CASES["full-sd15"]
+    with pytest.raises(UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2") as refused:
+        tiny.prepare(case(resumed, "train.batch_size=2"), resume=True)
+    assert "--set train.accumulation=2" in refused.value.remedy
+    tiny.prepare(case(resumed, "train.batch_size=2", "train.accumulation=2", "train.steps=4"), resume=True).trainer.train()
+    tiny.prepare(case(whole, "train.batch_size=4", "train.steps=4")).trainer.train()
+    theirs = weights(resumed)
+    for key, tensor in weights(whole).items():
+        torch.testing.assert_close(theirs[key], tensor, **TOLERANCE)
+
+
+def test_a_rank_that_dies_ends_all_with_its_error_shown(launched: Launched) -> None:
+    assert launched.code == 1
+    assert "ValueError: rank 1 has had enough" in launched.err
+    assert not [process for process in psutil.process_iter(["cmdline"]) if str(SCRIPT) in (process.info["cmdline"] or [])]
