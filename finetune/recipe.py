@@ -60,6 +60,7 @@ class Data:
     buckets: bool = True  # keep each picture's aspect ratio; false: crop all to a square
     bucket_step: int = _number(64, minimum=1)  # sides of buckets are multiples of this
     maximum_aspect: float = _number(2.0, minimum=1)  # the longest bucket's long side over its short side
+    streaming: bool = False  # Hugging Face data sets: pictures are read where they are and never downloaded whole
     flip: bool = False  # also show each picture mirrored
     background: str = "white"  # what transparent pictures are laid over: a CSS colour
     image_column: str = "image"  # Hugging Face data sets: the column with the picture

@@ -28,6 +28,7 @@ from finetune.planning import Plan
 from finetune.seeds import key_of, mix
 
 AHEAD_STEPS = threads() + 1  # batches got ready while a step computes
+PIXELS = "pixels"  # the store of pictures as they are, of sources that cannot be asked again and again
 TENSOR_BYTES = 1024  # of memory, that a tensor takes besides its elements
 MEMORY_BYTES = 2 << 30  # tensors kept in memory; what does not fit is read again from the cache, or decoded again
 
@@ -56,6 +57,7 @@ class Dataset:
         self._memory_lock = threading.Lock()
         self._encoder_lock = threading.Lock()  # tokenizers do not bear two callers at once
         self._released = False
+        self._streamed = plan.recipe.data.streaming
         self._coming: dict[tuple[int, tuple[int, ...]], Future[Batch]] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -92,19 +94,22 @@ class Dataset:
         Raises:
             UserError: the cache cannot be written, or a picture has changed since the audit.
         """
-        if not self.encoders.cached:
+        if not (self.encoders.cached or self._streamed):
             return
         # Opened anew: a process that waited finds what others wrote.
         folder = cache_folder(self.plan.recipe.data.cache)
-        self._stores = {key: Store(folder / key_of(key)[:24]) for key in {self.encoders.picture_key, self.encoders.caption_key} if key}
-        mine = range(share[0] if share else 0, len(self.pictures), share[1] if share else 1)
+        keys = {self.encoders.picture_key, self.encoders.caption_key} if self.encoders.cached else {PIXELS}
+        self._stores = {key: Store(folder / key_of(key)[:24]) for key in keys if key}
+        number, processes = share or (0, 1)
+        mine = range(len(self.pictures) * number // processes, len(self.pictures) * (number + 1) // processes)
         try:
-            self._encode_captions(mine, progress)
+            if self.encoders.cached:
+                self._encode_captions(mine, progress)
             self._encode_pictures(mine, progress)
         finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
-        if share is None:
+        if share is None and self.encoders.cached:
             self.encoders.release()
             self._released = True
 
@@ -115,7 +120,7 @@ class Dataset:
             self._caption(caption, keep=False)
 
     def _encode_pictures(self, places: range, progress: Progress | None) -> None:
-        store = self._stores[self.encoders.picture_key]
+        store = self._stores[self.encoders.picture_key if self.encoders.cached else PIXELS]
 
         def lacking() -> Iterator[tuple[str, Picture, bool]]:
             for number, (place, mirrored) in enumerate(itertools.product(places, self._variants)):
@@ -128,7 +133,8 @@ class Dataset:
         for key, picture, pixels in ahead(lambda wanted: (*wanted[:2], self._pixels(*wanted[1:])), lacking()):
             if key not in store:  # a copy of a picture just encoded is
                 with torch.no_grad():
-                    store.put(key, _finite(self.encoders.encode_picture(pixels), picture))
+                    kept = _finite(self.encoders.encode_picture(pixels), picture) if self.encoders.cached else {PIXELS: to_bytes(pixels)}
+                store.put(key, kept)
 
     @property
     def has_validation(self) -> bool:
@@ -189,7 +195,9 @@ class Dataset:
 
     def _picture(self, picture: Picture, mirrored: bool) -> Batch:
         def compute() -> Batch:
-            pixels = self._pixels(picture, mirrored)
+            key = self._picture_key(picture, mirrored)
+            kept = not self.encoders.cached and self._streamed and key in self._stores[PIXELS]
+            pixels = to_floats(self._stores[PIXELS].get(key)[PIXELS]) if kept else self._pixels(picture, mirrored)
             with self._encoder_lock:
                 return _finite(self.encoders.encode_picture(pixels), picture)
 
@@ -277,7 +285,17 @@ def _unchanged(picture: Picture) -> bytes:
 
 def to_tensor(pixels: numpy.ndarray) -> Tensor:
     """[H, W, 3] uint8 → [3, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return to_floats(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 → float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """The uint8 that `to_floats` makes these of."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 def geometry(crop: Crop) -> Tensor:

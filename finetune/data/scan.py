@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 from finetune.data import duplicates
 from finetune.data.ahead import ahead
+from finetune.data.entry import REMEDIES, Entry, Problem
 from finetune.data.index import Index, Part, Picture
 from finetune.data.looks import TRAITS, Look, look
 from finetune.data.memo import Memo, stamp_of
 from finetune.data.pictures import Bucket, Crop, Unreadable, buckets, canonical_colour, fit
 from finetune.data.places import cache_folder
-from finetune.data.sources import REMEDIES, Entry, Problem, entries, refuse_inside
+from finetune.data.sources import entries, refuse_inside
 from finetune.errors import UserError
 from finetune.recipe import Data, Source
 
@@ -159,7 +160,7 @@ def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Se
         return remembered
     outcome: Look | str | None
     try:
-        content = entry.read()
+        content = entry.read() if entry.content is None else entry.content
     except (Unreadable, OSError) as error:
         return b"", (error.strerror if isinstance(error, OSError) and error.strerror else str(error))
     digest = hashlib.sha256(content).digest()

@@ -1,0 +1,301 @@
+"""Data beyond one disk: shards read where they lie, streams read in order; and that a stranger's data set reaches nothing else."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from finetune.data import hugging
+from finetune.data.order import Order
+from finetune.data.pictures import Unreadable
+from finetune.data.scan import scan
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.recipe import Data
+from tests.test_data import data, problems, snapshot
+from tests.test_dataset import Counting, opened
+
+
+def png(number: int, size: tuple[int, int] = (16, 16)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number, 50, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def member(name: str, **changes: Any) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    for key, value in changes.items():
+        setattr(found, key, value)
+    return found
+
+
+def shard(path: Path, files: list[tuple[str, bytes]], *special: tarfile.TarInfo) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            archive.addfile(member(name, size=len(content)), io.BytesIO(content))
+        for one in special:
+            archive.addfile(one)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Seven pictures in three shards, and the same in a folder beside."""
+    (tmp_path / "plain").mkdir()
+    for number in range(7):
+        (tmp_path / "plain" / f"{number}.png").write_bytes(png(number))
+        (tmp_path / "plain" / f"{number}.txt").write_text(f"number {number}")
+    for start in (0, 3, 6):
+        files = [
+            (f"{n}.{kind}", (tmp_path / "plain" / f"{n}.{kind}").read_bytes()) for n in range(start, min(start + 3, 7)) for kind in ("png", "txt")
+        ]
+        shard(tmp_path / "shards" / f"{start}.tar", files)
+    return tmp_path / "shards"
+
+
+def test_pictures_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(shards: Path) -> None:
+    before = snapshot(shards)
+    found, plain = scan(data(shards)), scan(data(shards.parent / "plain"))
+    assert [(p.digest, p.caption, p.crop) for p in found.pictures] == [(p.digest, p.caption, p.crop) for p in plain.pictures]
+    assert [p.read() for p in reversed(found.pictures)] == [p.read() for p in reversed(plain.pictures)]
+    assert found.pictures[4].name == str(shards / "3.tar/4.png")
+    assert found.problems == ()
+    assert [p.caption for p in scan(data(shards / "3.tar")).pictures] == ["number 3", "number 4", "number 5"]
+    assert snapshot(shards) == before
+
+
+def test_training_from_shards_is_training_from_the_folder(shards: Path) -> None:
+    both = [opened(folder, Counting(cached=False)) for folder in (shards, shards.parent / "plain")]
+    for step in (0, 1, 2, 30, 31, 5):  # as after a kill
+        ours, theirs = (each.batch(step, range(4), Draw(3, step, range(4))) for each in both)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
+    words = {"a": {"text": "from  json"}, "b": {"text": 3}, "c": {}, "d": "no object"}
+    files = [
+        (f"{key}.{kind}", png(number) if kind == "jpg" else json.dumps(words[key]).encode())
+        for number, key in enumerate(words)
+        for kind in ("jpg", "json")
+    ]
+    files += [
+        ("e.png", png(9)),
+        ("e.txt", b"a caf\xe9"),
+        ("f.txt", b"alone"),
+        ("g.png", png(8)),
+        ("g.seg.png", b"mask"),
+        ("g.cls", b"3"),
+        (".hidden.png", b""),
+    ]
+    shard(tmp_path / "s" / "a.tar", files)
+    audit = scan(data(tmp_path / "s", missing_captions="skip"))
+    assert [p.caption for p in audit.pictures] == ["from json"]
+    assert {name: detail.split(":")[0] for name, (_, detail) in problems(audit).items()} == {
+        "b.jpg": '"text" in b.json is not text',
+        "c.jpg": "no caption was found, so it does not train",
+        "d.jpg": '"text" in d.json is not text',
+        "e.png": "e.txt is not UTF-8 (byte 5)",
+        "f.txt": "no picture has its name",
+        "g.png": "no caption was found, so it does not train",
+        "g.seg.png": '".seg.png" in shards is not read',
+        "g.cls": '".cls" in shards is not read',
+    }
+
+
+def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    good = [("a.png", png(1)), ("a.txt", b"a"), ("b.png", png(2)), ("b.txt", b"b")]
+    whole = shard(folder / "1.tar", good).read_bytes()
+    (folder / "2.tar").write_bytes(whole[: 512 * 5 + 10])  # within b.png
+    (folder / "3.tar").write_bytes(whole[: 512 * 4])  # between two files: only the end mark is missing
+    (folder / "4.tar").write_bytes(whole[: 512 * 4] + b"\xff" * 512 + whole[512 * 5 :])  # b.png's header
+    (folder / "5.tar").write_bytes(b"no tar at all")
+    (folder / "6.tar").write_bytes(b"")
+    links = [member("out.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), member("hard.png", type=tarfile.LNKTYPE, linkname="a.png")]
+    shard(
+        folder / "7.tar",
+        [("../../up.png", png(3)), ("../../up.txt", b"up"), ("/etc/abs.png", png(4))],
+        *links,
+        member("fifo.png", type=tarfile.FIFOTYPE),
+    )
+    (folder / "8.tar").symlink_to(shard(tmp_path / "outside.tar", good))
+    audit = scan(data(folder, unreadable_pictures="skip", missing_captions="empty"))
+    assert [(Path(p.name).parts[-1], p.caption) for p in audit.pictures] == [
+        *[("a.png", "a")] * 1,
+        ("b.png", "b"),
+        *[("a.png", "a")] * 3,
+        ("up.png", "up"),
+        ("abs.png", ""),
+    ]
+    kinds = [(Path(p.name).name, p.kind) for p in audit.problems if p.kind != "missing caption"]
+    assert kinds == [
+        ("b.png", "damaged shard"),
+        *[(f"{n}.tar", "damaged shard") for n in (3, 4, 5, 6)],
+        *[(name, "unreadable picture") for name in ("out.png", "hard.png", "fifo.png")],
+        ("8.tar", "damaged shard"),
+    ]
+    with pytest.raises(UserError, match="6 damaged shards and 3 unreadable pictures"):
+        scan(data(folder, missing_captions="empty")).raise_if_stopped()
+
+
+def test_shards_among_pictures_are_named(shards: Path) -> None:
+    (shards / "sub").mkdir()
+    (shards / "sub" / "a.png").write_bytes(png(1))
+    (shards / "sub" / "a.txt").write_text("a")
+    audit = scan(data(shards))
+    assert [p.caption for p in audit.pictures] == ["a"]
+    assert [(Path(p.name).name, p.kind) for p in audit.problems] == [(f"{n}.tar", "unused shard") for n in (0, 3, 6)]
+
+
+def test_a_pass_over_shards_is_shuffled_as_a_whole() -> None:
+    """Stated quality: a pass is a uniform permutation, so neighbours come from one of ten shards with chance 1/10."""
+    order = Order([range(5000)], 10, 500, 4)
+    drawn = numpy.array(list(itertools.chain.from_iterable(order.batch(step) for step in range(500))))
+    assert sorted(drawn) == list(range(5000))
+    same = (drawn[1:] // 500 == drawn[:-1] // 500).mean()
+    assert abs(same - 0.1) < 4 * (0.1 * 0.9 / 4999) ** 0.5
+    assert abs(numpy.corrcoef(drawn, numpy.arange(5000))[0, 1]) < 4 / 5000**0.5
+
+
+# -- Hugging Face data sets -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """Nine rows in three files."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    (tmp_path / "rows" / "data").mkdir(parents=True)
+    for start in (0, 3, 6):
+        cells = {
+            "image": [{"bytes": png(n), "path": None} for n in range(start, start + 3)],
+            "text": [f"number {n}" for n in range(start, start + 3)],
+        }
+        datasets.Dataset.from_dict(cells, features=features).to_parquet(str(tmp_path / "rows" / "data" / f"train-{start}-of-9.parquet"))
+    return tmp_path / "rows"
+
+
+def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hugging, "RECENT_ROWS", 2)
+    monkeypatch.setattr(hugging, "STATE_ROWS", 2)
+    streamed, whole = scan(data(parquet, streaming=True)), scan(data(parquet))
+    assert list(streamed.pictures) == list(whole.pictures)
+    assert [p.caption for p in streamed.pictures] == [f"number {n}" for n in range(9)]
+    for number in (8, 0, 7, 7, 3, 4, 5, 1, 8):
+        assert streamed.pictures[number].read() == whole.pictures[number].read()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_stream_is_read_once_for_the_audit_and_once_for_the_cache(parquet: Path, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ready(streaming: bool) -> Any:
+        found = opened(parquet, Counting(cached=cached, caption_key="caption" if cached else ""), data={"streaming": streaming})
+        found.encode()
+        return found
+
+    streamed, whole = ready(True), ready(False)
+    monkeypatch.setattr(hugging._Stream, "read", lambda self, number: pytest.fail("asked the stream again"))
+    for step in (0, 1, 7, 3):
+        ours, theirs = (each.batch(step, range(4), Draw(3, step, range(4))) for each in (streamed, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_each_process_encodes_its_share_and_finds_the_others(shards: Path) -> None:
+    encoders = [Counting(), Counting()]
+    both = [opened(shards, each, processes=2) for each in encoders]
+    for number, each in enumerate(both):
+        each.encode(share=(number, 2))
+    assert [each.pictures for each in encoders] == [3, 4]
+    assert not any(each.released for each in encoders)
+    for each in both:
+        each.encode()
+    assert [each.pictures for each in encoders] == [3, 4]
+    assert all(each.released for each in encoders)
+
+
+# -- trust ----------------------------------------------------------------------------------------------------------------
+
+
+def secret(tmp_path: Path) -> Path:
+    """A data set elsewhere, which another must not reach."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png(1), "path": None}], "text": ["secret"]}, features=features)
+    table.save_to_disk(str(tmp_path / "secret"))
+    table.to_parquet(str(tmp_path / "secret.parquet"))
+    return tmp_path / "secret"
+
+
+@pytest.mark.parametrize("way", ["data file", "split", "link"])
+def test_a_data_set_that_names_files_outside_its_folder_is_refused(tmp_path: Path, parquet: Path, way: str) -> None:
+    hidden, folder = secret(tmp_path), tmp_path / "stranger"
+    folder.mkdir()
+    if way == "data file":
+        arrow = next(hidden.glob("*.arrow")).name
+        (folder / "dataset_info.json").write_bytes((hidden / "dataset_info.json").read_bytes())
+        (folder / "state.json").write_text((hidden / "state.json").read_text().replace(arrow, f"../secret/{arrow}"))
+    elif way == "split":
+        (folder / "dataset_dict.json").write_text('{"splits": ["../secret"]}')
+    else:
+        (folder / "train.parquet").symlink_to(tmp_path / "secret.parquet")
+    with pytest.raises(UserError, match="outside its folder"):
+        scan(data(folder))
+
+
+def test_no_code_of_a_data_set_runs_and_its_readme_is_not_asked(tmp_path: Path, parquet: Path) -> None:
+    secret(tmp_path)
+    canary = tmp_path / "ran"
+    for name in (parquet.name, "dataset", "train"):
+        (parquet / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
+    (parquet / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: ../secret.parquet\n---\n")
+    assert [p.caption for p in scan(data(parquet)).pictures] == [f"number {n}" for n in range(9)]
+    assert not canary.exists()
+
+
+def test_a_data_set_on_the_hub_may_name_only_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    secret(tmp_path)
+
+    def of(files: str, module: str = "datasets.packaged_modules.parquet.parquet") -> Any:
+        return type("Builder", (SimpleNamespace,), {"__module__": module})(config=SimpleNamespace(data_files={"train": [files]}))
+
+    for files in (str(tmp_path / "secret.parquet"), "https://elsewhere/x.parquet", "hf://datasets/other/one@1/x.parquet", "hf://datasets/a/b@1/../x"):
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, files=files: of(files))
+        with pytest.raises(UserError, match="not its own"):
+            scan(Data(path="a/b"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: of("hf://datasets/a/b@1/x.pkl", "datasets.packaged_modules.pandas.pandas"))
+    with pytest.raises(UserError, match="pandas files, which are not read"):
+        scan(Data(path="a/b"))
+
+
+def test_a_row_of_the_hub_cannot_name_a_file_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "mine.png").write_bytes(png(1))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "theirs.png").write_bytes(png(2))
+    (tmp_path / "cache" / "link.png").symlink_to(tmp_path / "mine.png")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    place = hugging._Place(None, "a/b")
+    assert place.bytes_of({"bytes": None, "path": str(tmp_path / "cache" / "theirs.png")}) == png(2)
+    for path in (
+        tmp_path / "mine.png",
+        tmp_path / "cache" / ".." / "mine.png",
+        tmp_path / "cache" / "link.png",
+        os.path.relpath(tmp_path / "mine.png"),
+    ):
+        with pytest.raises(Unreadable, match="outside"):
+            place.bytes_of({"bytes": None, "path": str(path)})
+    assert hugging.on_hub("zip://a.png::hf://datasets/a/b@1/x.zip", "a/b")
+    assert not hugging.on_hub("zip://a.png::https://elsewhere/hf://datasets/a/b@1/x.zip", "a/b")
+    assert not hugging.on_hub("hf://datasets/a/b-other@1/x.zip", "a/b")
