@@ -41,6 +41,7 @@ FIXED = (
 CONTENDERS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
     "vae": ("VAE", 2.17, "scratch/vae", ("net.halvings=2", "net.observation=categorical")),
     "ar": ("autoregressive", 1.95, "scratch/pixelcnn++", ("net.dilation=1", "net.observation=categorical", "net.dropout=0.4")),
+    "flow": ("flow", 2.40, "scratch/glow", ("net.scales=2", "net.coupling=mixture", "net.dequantisation=variational")),
 }
 PARTICLES = 256
 

@@ -37,6 +37,8 @@ class Case:
 CASES = {
     "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
     "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2")),
+    "realnvp": Case("realnvp", ("net.scales=2", "net.steps=2", "net.width=8", "net.blocks=0")),
+    "glow": Case("glow", ("net.scales=2", "net.steps=1", "net.width=8", "net.coupling=mixture", "net.mixtures=2", "net.dequantisation=variational")),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
 }
 

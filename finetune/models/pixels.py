@@ -152,6 +152,9 @@ class PixelModel(Model):
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """Pictures of `classes` ([B] int64; None where the space has none), by `draw` alone: levels [B, C, H, W] uint8."""
 
+    def start(self) -> None:
+        """Set the weights that start by the data, from some training pictures: the same in every process, and before averages are kept."""
+
     def encoders(self) -> Encoders:
         return Levels(self.space)
 
@@ -231,6 +234,7 @@ def started(plan: Plan, audit: Audit) -> Model:
     torch.manual_seed(plan.recipe.train.seed)
     made: PixelModel = _module(plan.recipe.model.family).create(space_of(plan, audit), plan.recipe.net)
     made.audit = audit
+    made.start()
     return made
 
 

@@ -22,7 +22,7 @@ class Section(ABC):
 
 def families() -> list[str]:
     """The families that have a section of their own."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
 def section(family: str) -> type[Section] | None:

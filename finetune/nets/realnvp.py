@@ -1,0 +1,12 @@
+"""The `net` section of RealNVP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.nets._flow import Flow
+
+
+@dataclass(frozen=True)
+class Net(Flow):
+    """As any flow's."""
