@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune import nets
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
+from finetune.estimate.emulate import fake_tensors
 from finetune.estimate.subject import Subject
 from finetune.job import Job
 from finetune.models.pixels import PixelModel, Space, open_model
@@ -144,10 +147,22 @@ def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", {case.family: name for name, case in CASES.items()}.values())
 def test_its_step_runs_on_fake_tensors(name: str) -> None:
+    """As the estimate traces it: no shape and no branch depends on a value."""
     job = trained(name).job
+    real = job.data.batch(0, [0], Draw(0, 0, [0]))
+    with fake_tensors():
+        model = importlib.import_module(f"finetune.models.{CASES[name].family}").build(job.plan, job.model.audit)  # type: ignore[attr-defined]
+        batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
+        for turn in model.turns():
+            loss = turn.loss(batch, Draw(0, 0, range(4)))
+            assert loss.shape == (4,) and isinstance(loss, FakeTensor)
+            loss.mean().backward()
+
+
+def test_a_run_from_scratch_is_traced() -> None:
+    job = trained("vae").job
     phases = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
-    held = sum(parameter.numel() for parameter in job.model.trained().values()) * 4
-    assert phases["train"].held["trained"] == held
+    assert phases["train"].held["trained"] == sum(parameter.numel() for parameter in job.model.trained().values()) * 4
     assert any(operator.flops for section in phases["train"].sections for operator in section.operators)
 
 
