@@ -39,6 +39,7 @@ CASES = {
     "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2")),
     "realnvp": Case("realnvp", ("net.scales=2", "net.steps=2", "net.width=8", "net.blocks=0")),
     "glow": Case("glow", ("net.scales=2", "net.steps=1", "net.width=8", "net.coupling=mixture", "net.mixtures=2", "net.dequantisation=variational")),
+    "imagegpt": Case("imagegpt", ("net.width=8", "net.layers=1", "net.heads=2", "net.palette=5")),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
 }
 

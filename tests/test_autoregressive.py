@@ -88,6 +88,7 @@ def _chi_squared(places: Tensor, expected: Tensor) -> None:
 
 FAMILIES = {
     "pixelcnnpp": {"width": 8, "blocks": 4, "dilation": 2, "mixtures": 2},
+    "imagegpt": {"width": 8, "layers": 1, "heads": 2},
 }
 
 
@@ -113,6 +114,32 @@ def test_pictures_drawn_with_caches_are_those_without(name: str, classes: tuple[
     draw = Draw(0, "sample", range(3))
     with torch.no_grad():
         assert torch.equal(model.draw(which, draw, REQUEST), model.draw_uncached(which, draw))
+
+
+def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None:
+    """By editing each token in turn; three channels a pixel, in the order that `tokens` gives them."""
+    space = Space(3, 2, 2, 4)
+    net = model_of("imagegpt", space, width=8, layers=1, heads=2).net
+    levels = torch.randint(4, (1, 3, 2, 2), dtype=torch.uint8)
+    tokens = net.tokens(levels)
+    assert torch.equal(net.levels(tokens), levels)
+    assert tokens[0, :4].tolist() == [*levels[0, :, 0, 0].tolist(), levels[0, 0, 0, 1]]
+    with torch.no_grad():
+        before = net.transformer(tokens, None)
+        for place in range(12):
+            edited = tokens.clone()
+            edited[0, place] = (edited[0, place] + 1) % 4
+            moved = (net.transformer(edited, None) - before).abs().amax(-1)[0]
+            assert torch.equal(moved > 1e-7, torch.arange(12) > place)
+
+
+def test_a_palette_is_the_colours_of_the_data() -> None:
+    from finetune.models.imagegpt import k_means
+
+    colours = torch.tensor([[0.0, 0, 0], [250, 0, 0], [0, 250, 0], [9, 9, 250]])
+    found = k_means(colours.repeat_interleave(torch.tensor([50, 3, 2, 1]), 0) + torch.rand(56, 3), 4)
+    assert torch.cdist(colours, found).amin(1).max() < 2
+    assert len(k_means(colours, 6)) == 6
 
 
 def test_a_pixel_of_pixelcnn_sees_every_pixel_before_it_and_none_after() -> None:

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune import nets, strictyaml
 from finetune.data.dataset import to_tensor
@@ -234,7 +235,8 @@ def started(plan: Plan, audit: Audit) -> Model:
     torch.manual_seed(plan.recipe.train.seed)
     made: PixelModel = _module(plan.recipe.model.family).create(space_of(plan, audit), plan.recipe.net)
     made.audit = audit
-    made.start()
+    if not isinstance(next(made.net.parameters()), FakeTensor):  # which has no values to start by
+        made.start()
     return made
 
 
