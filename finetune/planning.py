@@ -87,6 +87,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     steps_per_epoch = data.examples / global_batch
     steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
     precision, notes = _precision(recipe, machine)
+    fitting.check_machine(recipe, machine, precision)
     notes += begun_from + fitting.notes(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
@@ -126,6 +127,8 @@ def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, 
         return "float16", (f"bfloat16 was asked for, but {machine.name} has none: float16",)
     if wanted is not None:
         return wanted, ()
+    if recipe.train.weights == "bfloat16" and (machine.device == "cpu" or machine.bfloat16):
+        return "bfloat16", ()
     if machine.device == "cuda":
         return ("bfloat16" if machine.bfloat16 else "float16"), ()
     return "float32", ()

@@ -119,6 +119,8 @@ class Optimizer:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = _number(0, minimum=0)
     clip_norm: float | None = _number(1.0, above=0)
+    clip: Literal["global", "tensor"] = "global"  # what clip_norm bounds: the norm of all gradients together, or of each tensor's alone
+    paged: bool = False  # 8-bit state moves to host memory when the GPU's is full, and back when it is used
 
     @property
     def moments(self) -> tuple[float, ...]:
@@ -134,9 +136,11 @@ class Train:
     accumulation: int = _number(1, minimum=1)  # batches added up before the optimizer steps
     seed: int = _number(0, minimum=0)
     precision: Precision | None = None  # none: bfloat16 where the device has it, else float16 on CUDA, else float32
+    weights: Literal["float32", "bfloat16"] = "float32"  # that train whole; bfloat16 is half as large, and is rounded at random
     # Less memory, about a third more time: true computes every block again in the backward pass, n every n-th.
     gradient_checkpointing: bool | int = _number(False, minimum=1)
     offload_blocks: bool = False  # frozen blocks of a transformer wait in host memory: far less on the GPU, and each step copies them twice
+    fused_backward: bool = False  # each weight steps as soon as its gradient is there, and the gradient goes; of full fine-tuning
     ema: float | None = _number(None, above=0, below=1)  # decay of the averaged weights that are saved and sampled
     checkpoint_every: int = _number(500, minimum=1)
     keep_checkpoints: int = _number(2, minimum=1)

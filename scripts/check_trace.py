@@ -121,6 +121,12 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("base, full, every second block", recipe("full/emoji", 4, True, every), 64)
     yield Case("small SD 3, LoRA, every second block", recipe("lora/sd15", 2, True, every), 256, small_sd3)
     yield Case("small SD 3, LoRA, blocks offloaded", recipe("lora/sd15", 2, True, "train.offload_blocks=true"), 256, small_sd3)
+    inside = ("train.fused_backward=true", "optimizer.clip=tensor")
+    half = "train.weights=bfloat16"
+    yield Case("base, full, fused backward", recipe("full/emoji", 4, False, *inside), 64)
+    yield Case("base, full, bfloat16 weights", recipe("full/emoji", 4, False, half), 64)
+    yield Case("base, full, fused, bfloat16, 8-bit", recipe("full/emoji", 4, True, *inside, half, eight), 64)
+    yield Case("middle UNet, full, fused, Adafactor", recipe("full/sd15", 2, True, middle, *inside, "optimizer.name=adafactor"), 128)
 
 
 def small_sd3(plan: Plan) -> Model:
@@ -152,7 +158,7 @@ def changed(file: Path, **values: Any) -> None:
 def compared(case: Case) -> bool:
     """Print one line; whether the two agree."""
     start = time.perf_counter()
-    subject = Subject(case.recipe, "float32", (case.side, case.side), device="cpu", build=case.build)
+    subject = Subject(case.recipe, case.recipe.train.weights, (case.side, case.side), device="cpu", build=case.build)
     phase = subject.phases(only_training=True)["train"]
     traced = peak_of(phase.events, next(section.start for section in phase.sections if section.name == "state"))
     real, parameters = taken(subject)

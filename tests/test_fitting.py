@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any, cast
 
 import numpy
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import decode
+from finetune.engine.rounding import rounded
+from finetune.engine.update import TensorByTensor, widened
 from finetune.errors import UserError
+from finetune.job import Job
 from finetune.models import smaller
 from finetune.models.adapters import add_lora
 from finetune.models.checkpointing import checkpoint_activations
@@ -213,3 +219,82 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
         smaller.tile(vae, section)
     assert sides[0] == 128 // 4 and max(sides[1:]) == 64 // 4
     assert 0 < relative(pictures[1], pictures[0]) < 0.1
+
+
+# -- the optimizer's step -------------------------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    """Up with the probability of what is cut off; exact values, zeros and infinities stay."""
+    generator = torch.Generator().manual_seed(0)
+    below, above = 1.0, 1.0 + 2**-7  # neighbours in bfloat16
+    for share in (0.0, 1 / 3, 0.5, 0.999):
+        for sign in (1, -1):
+            values = torch.full((40_000,), sign * (below + share * (above - below)))
+            found = rounded(values, generator).float()
+            assert {abs(value) for value in found.tolist()} <= {below, above}
+            deviation = (share * (1 - share) / len(values)) ** 0.5  # of the share that goes up
+            assert abs(float((found.abs() - below).mean()) / (above - below) - share) <= 5 * deviation
+    still = torch.tensor([0.0, -0.0, 1.5, float("inf"), -float("inf"), float("nan"), 3.0e38])
+    assert str(rounded(still, generator)) == str(still.bfloat16())
+
+
+def test_steps_too_small_for_bfloat16_are_taken_on_average() -> None:
+    """A thousand steps of a tenth of what separates neighbours: rounded to the nearest, none would be left."""
+    weight = nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
+    optimizer = TensorByTensor(torch.optim.SGD([widened(weight)], lr=2**-7 / 10), [weight], (0, "turn"))
+    for step in range(1000):
+        optimizer.begin(step)
+        weight.grad = torch.full_like(weight, -1.0)
+        optimizer.step()
+    assert float(weight.detach().float().mean()) == pytest.approx(1 + 1000 * 2**-7 / 10, rel=0.01)
+
+
+def trained(folder: Path, *overrides: str, steps: int = 3, resume: bool = False, taken: bool = True) -> Job:
+    """A tiny SD 1.5 after some steps of full fine-tuning, or before them."""
+    common = ("sample.prompts=[]", "train.checkpoint_every=2", "data.caption_dropout=0", "optimizer.schedule=constant")
+    job = tiny.prepare(tiny.recipe("sd15", "full", *common, f"train.steps={steps}", *overrides, folder=folder), resume)
+    if taken:
+        job.trainer.train()
+    return job
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in job.model.trained().items()}
+
+
+@pytest.mark.parametrize(("name", "clip"), [("adamw", "optimizer.clip_norm=null"), ("adamw8bit", "optimizer.clip=tensor")])
+def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip: str, tmp_path: Path) -> None:
+    """To the last bit, and with no more than one gradient at a time."""
+    setting = (f"optimizer.name={name}", clip, "optimizer.clip_norm=0.01" if "tensor" in clip else clip)
+    after = trained(tmp_path / "after", *setting)
+    inside = trained(tmp_path / "inside", *setting, "train.fused_backward=true", taken=False)
+    counts: list[int] = []
+    parameters = inside.trainer.state.parameters[0]
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda _: counts.append(sum(one.grad is not None for one in parameters)))
+    norms = [inside.trainer.take(step)["gradient.denoiser"] for step in range(3)]
+    lines = (after.run.folder / "metrics.jsonl").read_text().splitlines()
+    assert norms == pytest.approx([json.loads(line)["gradient.denoiser"] for line in lines], rel=1e-5)
+    expected = weights(after)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(inside).items())
+    assert len(counts) == 3 * len(parameters) and max(counts) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "adafactor"])
+def test_bfloat16_weights_learn_and_resume_to_the_bit(name: str, tmp_path: Path) -> None:
+    setting = ("train.weights=bfloat16", f"optimizer.name={name}", "train.fused_backward=true", "optimizer.clip=tensor", "train.ema=0.9")
+    whole = trained(tmp_path / "whole", *setting, steps=4)
+    assert {tensor.dtype for tensor in weights(whole).values()} == {torch.bfloat16}
+    assert whole.trainer.state.ema is not None and {tensor.dtype for tensor in whole.trainer.state.ema.averages.values()} == {torch.float32}
+    trained(tmp_path / "broken", *setting, steps=2)
+    again = trained(tmp_path / "broken", *setting, steps=4, resume=True)
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(again).items())
+    losses = [json.loads(line)["loss.denoiser"] for line in (whole.run.folder / "metrics.jsonl").read_text().splitlines()]
+    exact = trained(tmp_path / "exact", *setting[1:], "train.weights=float32", steps=4)
+    for loss, line in zip(losses, (exact.run.folder / "metrics.jsonl").read_text().splitlines(), strict=True):
+        assert loss == pytest.approx(json.loads(line)["loss.denoiser"], rel=0.03)
+    tiny.finish(whole)
+    saved = load_file(whole.run.folder / "final" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}

@@ -99,10 +99,11 @@ class Trainer:
         """One optimizer step of one turn; returns (mean loss, norm of the gradient before clipping).
 
         Raises:
-            UserError: either is not finite; the weights are as they were before the step.
+            UserError: either is not finite; the weights are as they were before the step, but where they step in the backward pass.
         """
         recipe, accelerator, state = self.plan.recipe, self.accelerator, self.state
-        turn, parameters, optimizer = state.turns[number], state.parameters[number], state.optimizers[number]
+        turn, update = state.turns[number], state.updates[number]
+        update.begin(step, rate)
         total = torch.zeros((), device=accelerator.device)
         for micro in range(recipe.train.accumulation):
             draw = Draw(recipe.train.seed, step, self.places(micro))
@@ -118,16 +119,12 @@ class Trainer:
                 accelerator.backward(loss)
             total += loss.detach()
             self.clock.lap("backward")
-        norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip_norm or math.inf)
-        mean, size = torch.stack([accelerator.reduce(total, "mean"), norm]).tolist()
+        mean, size = torch.stack([accelerator.reduce(total, "mean"), update.clip()]).tolist()
         # A scaler skips float16's overflows by itself, and halves its scale; below 1 it is not the scale that overflows.
         finite = math.isfinite(size) or (accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1)
         if not (math.isfinite(mean) and finite):
-            raise not_finite(step, turn.name, mean, size, self.data.names(step), self.run.folder)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            raise not_finite(step, turn.name, mean, size, self.data.names(step), self.run.folder, taken=recipe.train.fused_backward)
+        update.take()
         return mean, size
 
     def places(self, micro: int) -> list[int]:

@@ -31,7 +31,7 @@ def make_optimizer(section: Optimizer, parameters: Iterable[nn.Parameter], devic
     if section.name == "adamw":
         found = torch.optim.AdamW(trained, betas=(betas[0], betas[1]), eps=section.eps, fused=device.type in ("cpu", "cuda"), **common)
     elif section.name == "adamw8bit":
-        found = _eight_bit(trained, common | {"betas": betas, "eps": section.eps})
+        found = _eight_bit(trained, common | {"betas": betas, "eps": section.eps, "is_paged": pages(section, device)})
     elif section.name == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -39,6 +39,11 @@ def make_optimizer(section: Optimizer, parameters: Iterable[nn.Parameter], devic
     else:
         found = _adaptive(section, trained, common | {"betas": betas})
     return found
+
+
+def pages(section: Optimizer, device: torch.device) -> bool:
+    """Whether the optimizer's state lies in memory that CUDA moves between host and GPU as it is used."""
+    return section.paged and device.type == "cuda"
 
 
 def _eight_bit(trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
@@ -125,12 +130,17 @@ class Ema:
 
     def __init__(self, trained: dict[str, nn.Parameter], decay: float) -> None:
         self._trained, self._decay = trained, decay
-        self.averages = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        # In float32 also of bfloat16 weights: what a step changes in an average is smaller than those could hold.
+        self.averages = {name: parameter.detach().float().clone() for name, parameter in trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self._trained.values()], 1 - decay)
+        if all(parameter.dtype == torch.float32 for parameter in self._trained.values()):
+            torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self._trained.values()], 1 - decay)
+            return
+        for name, parameter in self._trained.items():  # one float32 copy at a time
+            self.averages[name].lerp_(parameter.detach().float(), 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:

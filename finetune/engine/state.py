@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.engine.checkpoint import Checkpoint
 from finetune.engine.optim import Ema, make_optimizer, schedule_free
+from finetune.engine.update import TensorByTensor, make_update, widened
 from finetune.errors import UserError
 from finetune.models.turn import Model
 from finetune.planning import Plan
@@ -28,11 +29,19 @@ class TrainingState:
         self._tensors = model.state()
         self.ema = Ema(model.trained(), plan.recipe.train.ema) if plan.recipe.train.ema else None
         self.parameters = [turn.parameters() for turn in self.turns]
-        self.optimizers = []
+        self.optimizers, self.updates = [], []
         for turn, parameters in zip(self.turns, self.parameters, strict=True):
-            turn.net, optimizer = accelerator.prepare(turn.net, make_optimizer(plan.recipe.optimizer, parameters, accelerator.device))
+            turn.net, optimizer = accelerator.prepare(turn.net, self._optimizer(turn.name, parameters))
             turn.net.train()
             self.optimizers.append(optimizer)
+            self.updates.append(make_update(plan.recipe, parameters, optimizer, accelerator))
+
+    def _optimizer(self, turn: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        recipe, device = self._plan.recipe, self._accelerator.device
+        if recipe.train.weights == "float32" and not recipe.train.fused_backward:
+            return make_optimizer(recipe.optimizer, parameters, device)
+        inner = make_optimizer(recipe.optimizer, [widened(parameter) for parameter in parameters], device)
+        return TensorByTensor(inner, parameters, (recipe.train.seed, turn))
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -285,7 +285,7 @@ class DenoiserModel(Model):
         recipe = plan.recipe
         net, full = denoiser.net(), recipe.method != "lora"
         self._inputs = denoiser.inputs(size)
-        nn.Module.to(net, torch.float32 if full else DTYPES[plan.precision])
+        nn.Module.to(net, DTYPES[recipe.train.weights if full else plan.precision])
         net.requires_grad_(full)
         smaller.quantize_base(net, recipe, DTYPES[plan.precision], torch.device("cpu"))
         if adapt is not None:

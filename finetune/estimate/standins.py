@@ -15,9 +15,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from finetune.engine import optim
 from finetune.estimate.trace import Recorder
 
 SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
+PAGED = 100_000  # elements; smaller tensors' state is not paged (`get_state_buffer`)
 BLOCK = 256  # elements that share one float32 scale: of an optimizer's state
 
 Device = Literal["cuda", "cpu"]
@@ -25,11 +27,15 @@ Device = Literal["cuda", "cpu"]
 
 @final
 class AdamW8bit(torch.optim.Optimizer):
-    """The state of bitsandbytes' AdamW8bit: a byte an element and moment, a scale a block, two maps of 256 values for all."""
+    """The state of bitsandbytes' AdamW8bit: a byte an element and moment, a scale a block, two maps of 256 values for all.
 
-    def __init__(self, parameters: Any, device: Device = "cuda", **defaults: Any) -> None:
+    Paged moments are no part of PyTorch's memory.
+    """
+
+    def __init__(self, parameters: Any, device: Device = "cuda", is_paged: bool = False, **defaults: Any) -> None:
         super().__init__(parameters, defaults)
         self._maps: list[Tensor] = []
+        self._paged = is_paged
         self._on_cpu = device == "cpu"
 
     @torch.no_grad()
@@ -53,9 +59,10 @@ class AdamW8bit(torch.optim.Optimizer):
         if not self._maps:
             self._maps = [torch.empty(256), torch.empty(256)]
         blocks = -(-count // BLOCK)
+        moments = [torch.zeros(0) if self._paged and count >= PAGED else torch.zeros_like(parameter, dtype=torch.uint8) for _ in range(2)]
         return {
-            "state1": torch.zeros_like(parameter, dtype=torch.uint8),
-            "state2": torch.zeros_like(parameter, dtype=torch.uint8),
+            "state1": moments[0],
+            "state2": moments[1],
             "absmax1": torch.zeros(blocks),
             "absmax2": torch.zeros(blocks),
             "qmap1": self._maps[0],
@@ -74,10 +81,13 @@ def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
 
 @contextlib.contextmanager
 def in_place(device: Device = "cuda") -> Iterator[None]:
-    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in."""
+    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in, and pages where `device` does."""
     import bitsandbytes
 
-    with mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)):
+    with (
+        mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
+        mock.patch.object(optim, "pages", lambda section, _: section.paged and device == "cuda"),
+    ):
         yield
 
 

@@ -79,9 +79,9 @@ class Host(Accelerator):  # type: ignore[misc]
         self._recorder.section("backward")
         super().backward(loss, **kwargs)
 
-    def clip_grad_norm_(self, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Any:
+    def unscale_gradients(self, optimizer: Any = None) -> None:
         self._recorder.section("optimizer")
-        return super().clip_grad_norm_(parameters, max_norm, norm_type)
+        super().unscale_gradients(optimizer)
 
 
 @final
@@ -117,7 +117,7 @@ class Subject:
         precision: of the activations, as the plan resolves it for the card.
         size: width and height of the pictures.
         audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
-        trained_dtype: of what trains; ours is float32, other trainers' runs, which estimates are checked against, often bfloat16.
+        trained_dtype: of what trains in other trainers' runs, which estimates are checked against; none: as the recipe says.
         build: makes the model of a plan, where it is no family of `models/`.
         autocast: other trainers' runs may compute in `precision` without it.
         device: whose autocast, kernels and optimizers are traced; "cpu" is there to hold the trace against real runs.
@@ -129,7 +129,7 @@ class Subject:
         precision: Precision,
         size: tuple[int, int],
         audit: Audit | None = None,
-        trained_dtype: torch.dtype = torch.float32,
+        trained_dtype: torch.dtype | None = None,
         build: Callable[[Plan], Model] | None = None,
         autocast: bool = True,
         device: standins.Device = "cuda",
@@ -155,8 +155,9 @@ class Subject:
     def build(self) -> Model:
         """The recipe's model; within `skeletons` from configurations alone."""
         found = self._make(self.plan)
-        for parameter in found.trained().values():
-            parameter.data = parameter.data.to(self._trained_dtype)
+        if self._trained_dtype is not None:
+            for parameter in found.trained().values():
+                parameter.data = parameter.data.to(self._trained_dtype)
         return found
 
     def _family(self, plan: Plan) -> Model:
@@ -175,7 +176,7 @@ class Subject:
         gc.collect()
         with Recorder() as recorder, torch.no_grad():
             held = {"vae": recorder.adopt(tensors_of(model.pipeline.vae))}
-            if not self.plan.recipe.model.train_text_encoder:
+            if not self.plan.recipe.model.train_text_encoder:  # of encoders that wait in host memory, what does not wait
                 held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in encoders.text_encoders.values())  # type: ignore[attr-defined]
             recorder.section("encode text")
             caption = encoders.encode_caption("")

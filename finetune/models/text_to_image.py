@@ -210,7 +210,7 @@ class TextToImage(Model):
         self.plan, self.family = plan, family
         self.device = torch.device(plan.machine.device)
         self.dtype = DTYPES[plan.precision]
-        frozen_dtype = self.dtype if recipe.method == "lora" else torch.float32
+        frozen_dtype = self.dtype if recipe.method == "lora" else DTYPES[recipe.train.weights]
         self.pipeline = (
             loading.assemble(plan, audit, family)
             if recipe.method == "scratch"

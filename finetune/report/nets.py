@@ -34,7 +34,7 @@ def whole(model: Model, plan: Plan) -> str:
     parts = of_what_trains(model, plan)
     summed = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     rows = [
-        ("train", f"{_short(_count(model.trained().values()))} parameters, all in float32"),
+        ("train", f"{_short(_count(model.trained().values()))} parameters, all in {plan.recipe.train.weights}"),
         ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first picture"),
     ]
     return table("weights", rows)
@@ -43,7 +43,10 @@ def whole(model: Model, plan: Plan) -> str:
 def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
     """The bytes that what trains takes, whatever the batch: its weights, and what is kept beside each of them."""
     trained, optimizer = _count(model.trained().values()), plan.recipe.optimizer.name
-    parts: dict[str, float] = {"weights": FLOAT32_BYTES, "gradients": FLOAT32_BYTES, optimizer: bytes_a_weight(optimizer)}
+    width = FLOAT32_BYTES if plan.recipe.train.weights == "float32" else 2
+    parts: dict[str, float] = {"weights": width, "gradients": width, optimizer: bytes_a_weight(optimizer)}
+    if plan.recipe.train.fused_backward:  # one tensor's at a time
+        del parts["gradients"]
     if plan.recipe.train.ema:
         parts["averages"] = FLOAT32_BYTES
     return {name: round(size * trained) for name, size in parts.items()}

@@ -85,10 +85,11 @@ def plan_rows(plan: Plan) -> list[Row]:
     accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
     batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}"
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
-    clip = f", gradients clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
+    clipped = "each tensor's gradient" if optimizer.clip == "tensor" else "gradients"
+    clip = f", {clipped} clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
     epsilon = f", ε {optimizer.eps:g}" if optimizer.name not in ("lion", "came") else ""
     adam = f" (β {optimizer.moments[0]:g} and {optimizer.moments[1]:g}{epsilon})" if optimizer.name != "adafactor" else ""
-    numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else ", what trains in float32") + f", seed {train.seed}"
+    numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else f", what trains in {train.weights}") + f", seed {train.seed}"
     looks = f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})" if sample.prompts else ", no samples"
     looks += f", validation every {train.validate_every}" if plan.data.held_out else ""
     rows = [
