@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 
-from finetune import pretrained
+from finetune import pretrained, prior
 from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
@@ -69,12 +69,13 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"{tracker} is not installed", where="output.trackers", remedy=f"pip install {tracker}, or remove it there")
     looking = Progress("looking at pictures", enabled=not quiet)
-    audit = scan(recipe.data, lambda done, name: looking.show(done, done + 1, name))
+    audit = scan(prior.with_class(recipe), lambda done, name: looking.show(done, done + 1, name))
     looking.end()
     if not quiet:
         print(tables.data(audit))
     audit.raise_if_stopped()
-    plan = make_plan(recipe, audit, this_machine())
+    to_draw = recipe.prior.pictures if recipe.prior is not None and prior.missing(recipe) else 0
+    plan = make_plan(recipe, audit, this_machine(), to_draw)
     refuse_inside(Path(plan.folder), recipe.data, "output.folder")
     if not quiet:
         print(tables.plan(plan))
@@ -121,6 +122,12 @@ def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
 
 def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
+    if prior.missing(recipe):
+        if not resume:
+            Run(plan, resume)  # what speaks against the run is said before a picture is drawn
+        foretell(plan, force, quiet=True)
+        prior.draw(recipe, is_main_process())
+        audit, plan = _audit_and_plan(recipe, quiet=True)
     run = Run(plan, resume)
     expected = foretell(plan, force, quiet=not is_main_process())
     forget_peak()  # of what this process did before

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import fitting
+from finetune.data.pictures import buckets, fit
 from finetune.errors import UserError
 from finetune.initial import begun
 from finetune.recipe import Precision, Recipe, load_recipe, to_dict
@@ -71,17 +72,14 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
-    """Resolve everything that the recipe left open."""
+def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) -> Plan:
+    """Resolve everything that the recipe left open.
+
+    Args:
+        to_draw: class pictures that count, and are not in the audit since the base has not drawn them yet.
+    """
     recipe, begun_from = begun(recipe)
-    counts = audit.bucket_counts()
-    data = DataFacts(
-        pictures=len(audit.training),
-        examples=sum(counts.values()),
-        held_out=len(audit.held_out),
-        buckets=tuple((bucket.width, bucket.height, count) for bucket, count in counts.items()),
-        digest=audit.digest(),
-    )
+    data = _facts(recipe, audit, to_draw)
     train = recipe.train
     global_batch = train.batch_size * train.accumulation * machine.processes
     steps_per_epoch = data.examples / global_batch
@@ -91,7 +89,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
     notes += begun_from + fitting.notes(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
-    notes += _optimizer_notes(recipe)
+    notes += _optimizer_notes(recipe) + _class_notes(recipe, data, to_draw)
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr and diffusion.min_snr_gamma is not None:
         notes += ("min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",)
@@ -106,6 +104,36 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine) -> Plan:
         folder=recipe.output.folder or f"runs/{recipe.method}-{recipe.name}",
         notes=notes,
     )
+
+
+def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
+    """What the audit counted, and the class pictures that are still to be drawn, which will be squares."""
+    counts = {(bucket.width, bucket.height): count for bucket, count in audit.bucket_counts().items()}
+    if to_draw:
+        data = recipe.data
+        square = fit((data.resolution, data.resolution), buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)).bucket
+        counts[square.width, square.height] = counts.get((square.width, square.height), 0) + to_draw
+    return DataFacts(
+        pictures=len(audit.training) + to_draw,
+        examples=sum(counts.values()),
+        held_out=len(audit.held_out),
+        buckets=tuple((*size, count) for size, count in counts.items()),
+        digest=audit.digest(),
+    )
+
+
+def _class_notes(recipe: Recipe, data: DataFacts, to_draw: int) -> tuple[str, ...]:
+    """What is to be known of the class pictures: that they will be drawn, and whether they outnumber the subject's."""
+    prior = recipe.prior
+    if prior is None:
+        return ()
+    said = [f'{to_draw} pictures of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
+    own = data.examples - prior.pictures
+    if own and not 0.5 <= prior.pictures / own <= 2:
+        times = max(1, round(prior.pictures / (own or 1)))
+        mend = f"repeats {times} times as many" if prior.pictures > own else f"prior.pictures: {own}"
+        said.append(f"{prior.pictures} class pictures stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}")
+    return tuple(said)
 
 
 def _optimizer_notes(recipe: Recipe) -> tuple[str, ...]:

@@ -50,6 +50,8 @@ class Source:
     path: str
     repeats: int = _number(1, minimum=1)  # each picture counts so many times an epoch
     prefix: str = ""  # put before every caption: a trigger word
+    weight: float = _number(1.0, above=0)  # factor on the loss of its pictures: below 1 for regularisation
+    limit: int | None = _number(None, minimum=1)  # only so many of its pictures, the first by name
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,22 @@ class Data:
     missing_captions: Literal["stop", "empty", "skip"] = "stop"
     unreadable_pictures: Literal["stop", "skip"] = "stop"
     long_captions: Literal["stop", "truncate"] = "stop"
+    masks: str | None = None  # where the loss counts: `beside` for NAME.mask.png beside each picture, or a folder with masks of the same names
+    outside_mask: float = _number(0.0, minimum=0, below=1)  # how much the loss counts where a mask is black
     held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of pictures kept for the validation loss
     classes: Literal["captions", "folders"] | None = None  # families that draw pixels: what a picture's class is; none: they learn no condition
     grey: bool = False  # families that draw pixels: one channel instead of three
     levels: int = _number(256, minimum=2, maximum=256)  # families that draw pixels: values that a channel takes, evenly spaced
     cache: str | None = None  # where latents and embeddings are kept; none: the user's cache folder
+
+
+@dataclass(frozen=True)
+class Prior:
+    """DreamBooth's prior preservation (arXiv:2208.12242): pictures of the class, drawn by the base before training, train beside yours."""
+
+    prompt: str  # what the class is called, such as `a photo of a dog`; also the caption of its pictures
+    pictures: int = _number(200, minimum=1)
+    weight: float = _number(1.0, above=0)  # factor on their loss
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,7 @@ class Recipe:
     data: Data
     train: Train
     adapter: Adapter | None = None
+    prior: Prior | None = None
     net: Any = None  # the family's own section, a `Net` of `finetune.nets`; none: it has none
     diffusion: Diffusion | None = None
     autoencoder: Autoencoder | None = None
@@ -305,6 +319,7 @@ def _check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
     _check_optimizer(recipe, refuse)
     fitting.check(recipe, refuse)
+    refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr:
         refuse(
@@ -341,7 +356,7 @@ def located(recipe: Recipe) -> Iterator[None]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
-    sections = {"autoencoder", "diffusion", "adapter", "net"}
+    sections = {"autoencoder", "diffusion", "adapter", "prior", "net"}
     return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,17 @@ def request_for(
         guidance=defaults.guidance if guidance is None else guidance,
         negative=defaults.negative if negative is None else negative,
     )
+
+
+@torch.no_grad()
+def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Any]:
+    """Squares that the recipe's base draws before anything is trained, one for each seed."""
+    sample, size = recipe.sample, recipe.data.resolution
+    request = SampleRequest((prompt,), (0,), sample.steps, sample.guidance, sample.negative, (size, size))
+    pipeline: Any = placed(open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(recipe.train.precision)))
+    set_schedule(pipeline, recipe)
+    for seed in seeds:
+        yield draw(pipeline, request, seed, prompt=prompt, negative_prompt=request.negative, width=size, height=size)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from finetune.data import masks
 from finetune.data.ahead import ahead, threads
 from finetune.data.cache import Store
 from finetune.data.order import Order
@@ -48,6 +49,10 @@ class Dataset:
         self.plan, self.encoders = plan, encoders
         self.background = audit.background
         self.pictures = audit.pictures
+        self._weighted = plan.recipe.prior is not None or any(source.weight != 1 for source in plan.recipe.data.sources)
+        self._masked = plan.recipe.data.masks is not None
+        if self._masked and encoders.mask_factor is None:
+            raise UserError("the loss of this family has no places that a mask could weigh", where="data.masks", remedy="remove data.masks")
         self._variants = (False, True) if plan.recipe.data.flip else (False,)
         self.order = Order(_examples_by_bucket(audit), plan.global_batch, plan.steps, plan.recipe.train.seed)
         self._validation = numpy.flatnonzero(self.pictures.held_out).tolist()
@@ -106,6 +111,8 @@ class Dataset:
             if self.encoders.cached:
                 self._encode_captions(mine, progress)
             self._encode_pictures(mine, progress)
+            for place, mirrored in itertools.product(mine if self._masked else (), self._variants):
+                self._mask(self.pictures[place], mirrored, keep=False)
         finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
@@ -181,6 +188,8 @@ class Dataset:
                     **self._picture(picture, self._variants[variant]),
                     **self._caption("" if drop else picture.caption),
                     "geometry": geometry(picture.crop),
+                    **({"weight": torch.tensor(picture.weight)} if self._weighted else {}),
+                    **(self._mask(picture, self._variants[variant]) if self._masked else {}),
                 }
             )
         return stack(found)
@@ -202,6 +211,20 @@ class Dataset:
                 return _finite(self.encoders.encode_picture(pixels), picture)
 
         return self._kept(self.encoders.picture_key, self._picture_key(picture, mirrored), compute)
+
+    def _mask(self, picture: Picture, mirrored: bool, keep: bool = True) -> Batch:
+        """Where the loss of a picture counts and how much, [1, h, w] float32: the mask's mean over each place that has a loss."""
+        factor, outside = self.encoders.mask_factor or 1, self.plan.recipe.data.outside_mask
+
+        def compute() -> Batch:
+            bucket = picture.crop.bucket
+            if not picture.mask:
+                return {"mask": torch.ones(1, bucket.height // factor, bucket.width // factor)}
+            seen = torch.from_numpy(masks.read(picture.mask, picture.mask_digest, picture.crop, mirrored))
+            return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
+
+        key = key_of("mask", picture.mask_digest, repr(picture.crop), int(mirrored), f"{outside} {factor}")
+        return self._kept(self.encoders.picture_key, key, compute, keep)
 
     def _caption(self, caption: str, keep: bool = True) -> Batch:
         def compute() -> Batch:

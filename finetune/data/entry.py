@@ -10,6 +10,7 @@ REMEDIES = {
     "missing picture": "put the file there or remove the line, or set data.unreadable_pictures: skip",
     "missing caption": "write a .txt file beside each picture or a metadata.jsonl, or set data.missing_captions: empty (or skip)",
     "missing class": "move it into the folder of its class, or set data.classes: captions",
+    "unreadable mask": "repair the mask or remove it, or set data.unreadable_pictures: skip",
     "unreadable caption": "save the caption as UTF-8 text",
     "damaged shard": "make or download the shard again",
 }
@@ -28,6 +29,7 @@ class Entry:
     read: Callable[[], bytes]
     file: str = ""
     content: bytes | None = field(default=None, repr=False)
+    mask: str = ""  # the file that says where its loss counts
 
 
 @dataclass(frozen=True)

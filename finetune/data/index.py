@@ -34,6 +34,9 @@ class Picture:
     crop: Crop
     repeats: int
     held_out: bool
+    weight: float  # factor on its loss
+    mask: str  # the file that says where its loss counts, "" if everywhere
+    mask_digest: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
 

@@ -17,6 +17,7 @@ from finetune.data.ahead import ahead
 from finetune.data.entry import REMEDIES, Entry, Problem
 from finetune.data.index import Index, Part, Picture
 from finetune.data.looks import TRAITS, Look, look
+from finetune.data.masks import digest_of
 from finetune.data.memo import Memo, stamp_of
 from finetune.data.pictures import Bucket, Crop, Unreadable, buckets, canonical_colour, fit
 from finetune.data.places import cache_folder
@@ -72,10 +73,12 @@ class Audit:
         return dict(sorted(counts.items()))
 
     def digest(self) -> str:
-        """SHA-256 over every picture's bytes, crop, caption and repeats, in their order."""
+        """SHA-256 over every picture's bytes, crop, caption, repeats, weight and mask, in their order."""
         found = hashlib.sha256()
         for number, p in enumerate(self.pictures):
             found.update((("\x1f" if number else "") + f"str:{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}").encode())
+            if (p.weight, p.mask_digest) != (1, ""):
+                found.update(f" {p.weight} {p.mask_digest}".encode())
         return found.hexdigest()
 
     def raise_if_stopped(self) -> None:
@@ -128,6 +131,8 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             if isinstance(outcome, Problem):
                 problems.append(outcome)
                 continue
+            if data.masks and not found.mask:
+                problems.append(Problem(found.name, "no mask", "its loss counts everywhere", stops=False))
             if not found.caption:
                 alone = "an empty caption" if not source.prefix else f'only "{source.prefix}" for a caption'
                 problems.append(Problem(found.name, "missing caption", f"trains with {alone}", stops=False))
@@ -135,6 +140,10 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             index.append(outcome)
     finally:
         memo.close()
+    if data.masks and index and not any(picture.mask for picture in index):
+        raise UserError(
+            "no picture has a mask", where="data.masks", remedy="NAME.mask.png beside NAME.jpg, or masks of the pictures' names in a folder"
+        )
     index.hold_out(data.held_out)
     return Audit(index, tuple(problems), odd.findings(index), background)
 
@@ -148,8 +157,18 @@ def _looked_at(data: Data, background: str, memo: Memo) -> Iterator[tuple[Source
     def looked(chunk: list[tuple[Source, Entry | Problem]]) -> list[tuple[Source, Entry | Problem, Seen]]:
         return [(source, found, _seen(found, data, background, memo)) for source, found in chunk]
 
-    found = ((source, entry) for source in data.sources or (Source(data.path or ""),) for entry in entries(source, data))
+    found = ((source, entry) for source in data.sources or (Source(data.path or ""),) for entry in _limited(entries(source, data), source.limit))
     return itertools.chain.from_iterable(ahead(looked, iter(lambda: list(itertools.islice(found, CHUNK)), [])))
+
+
+def _limited(found: Iterator[Entry | Problem], limit: int | None) -> Iterator[Entry | Problem]:
+    """Up to the entry that fills `limit`."""
+    for entry in found:
+        if limit is not None and isinstance(entry, Entry):
+            if limit == 0:
+                return
+            limit -= 1
+        yield entry
 
 
 def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Seen:
@@ -182,7 +201,14 @@ def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list
         return Problem(entry.name, "unreadable picture", outcome, stops=data.unreadable_pictures == "stop")
     # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
     caption = f"{source.prefix} {entry.caption or ''}".strip()
-    return Picture(entry.name, caption, digest.hex(), fit(outcome.size, choices), source.repeats, False, entry.read)
+    mask = ""
+    if entry.mask:
+        try:
+            mask = digest_of(entry.mask, outcome.size)
+        except Unreadable as error:
+            return Problem(entry.name, "unreadable mask", str(error), stops=data.unreadable_pictures == "stop")
+    crop = fit(outcome.size, choices)
+    return Picture(entry.name, caption, digest.hex(), crop, source.repeats, False, source.weight, entry.mask, mask, entry.read)
 
 
 class _Oddities:

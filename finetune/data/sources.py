@@ -11,6 +11,7 @@ from finetune.data.captions import TABLES, Captions
 from finetune.data.entry import Entry, Problem
 from finetune.data.files import read_bytes
 from finetune.data.hugging import is_saved, looks_like_hub_name, rows
+from finetune.data.masks import Masks
 from finetune.data.shards import samples, shards_of
 from finetune.errors import UserError
 from finetune.recipe import Data, Source, embedded
@@ -72,7 +73,8 @@ def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
     strict = data.unreadable_pictures == "stop"
     files, refused = _walk(folder)
     yield from (Problem(_printable(path), "unreadable picture", detail, strict) for path, detail in refused)
-    pictures = [file for file in files if file.suffix.lower() in READ_SUFFIXES | OTHER_SUFFIXES]
+    masks = Masks(data.masks, folder, files)
+    pictures = [file for file in files if file.suffix.lower() in READ_SUFFIXES | OTHER_SUFFIXES and file not in masks]
     if not pictures and not refused:
         raise UserError(
             f"the folder {folder} holds no picture",
@@ -94,7 +96,7 @@ def _folder(folder: Path, data: Data) -> Iterator[Entry | Problem]:
         if found.problem:
             yield Problem(_printable(file), "unreadable caption", found.problem, True)
         else:
-            yield Entry(_printable(file), found.text, functools.partial(read_bytes, str(file)), str(file))
+            yield Entry(_printable(file), found.text, functools.partial(read_bytes, str(file)), str(file), mask=masks.of(file))
     for name, detail, missing in captions.unused():
         yield Problem(name, "missing picture" if missing else "unused caption", detail, missing and strict)
 

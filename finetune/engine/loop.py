@@ -114,7 +114,8 @@ class Trainer:
             last = micro == recipe.train.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(turn.net):
                 with accelerator.autocast():
-                    loss = turn.loss(batch, draw.on(accelerator.device)).mean() / recipe.train.accumulation
+                    losses = turn.loss(batch, draw.on(accelerator.device))
+                    loss = (losses * batch["weight"] if "weight" in batch else losses).mean() / recipe.train.accumulation
                 self.clock.lap("forward")
                 accelerator.backward(loss)
             total += loss.detach()

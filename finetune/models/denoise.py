@@ -65,8 +65,10 @@ class Denoising:
             return torch.minimum(alpha, gamma * (1 - alpha))
         return torch.minimum(torch.ones_like(alpha), gamma * (1 - alpha) / alpha)
 
-    def error(self, predicted: Tensor, noised: Noised) -> Tensor:
+    def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of each example, [B] float32: mean over elements of squared or pseudo-Huber error.
+
+        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its picture.
 
         Pseudo-Huber: 2δ(√(e² + δ²) − δ), which is e² for small e and 2δ|e| for large (arXiv:2403.16728, eq. 6, scaled).
         """
@@ -76,4 +78,6 @@ class Denoising:
         else:
             delta = self._loss.huber
             element = 2 * delta * ((difference.square() + delta**2).sqrt() - delta)
+        if mask is not None:
+            element = element * mask
         return element.flatten(1).mean(1) * noised.weight

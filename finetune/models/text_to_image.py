@@ -83,7 +83,7 @@ class DenoiseTurn(Turn):
         mean, deviation = batch["mean"].float(), batch["deviation"].float()
         latents = mean + deviation * draw.normal("posterior", mean.shape[1:])
         noised = self.objective.noise(latents, draw)
-        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised)
+        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, batch.get("mask"))
 
 
 class CaptionAndLatent(Encoders):
@@ -95,6 +95,7 @@ class CaptionAndLatent(Encoders):
         self._family, self._pipeline, self._device, self._tokens_only = family, pipeline, device, tokens_only
         self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
         vae = pipeline.vae.to(device)
+        self.mask_factor = loading.vae_factor(vae)
         self._shift, self._scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         tiles = ["in tiles"] if section.vae_tiling else []
         self.picture_key = key_of("latent", fingerprint(vae.state_dict()), f"{self._scale} {self._shift}", str(self._kept_dtype), *tiles)

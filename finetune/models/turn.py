@@ -41,6 +41,7 @@ class Encoders(ABC):
 
     picture_key: str  # all that a picture's tensors depend on besides its pixels: weights, precision
     caption_key: str  # likewise for captions; "" where captions are not read
+    mask_factor: int | None = None  # picture pixels, along one side, of a place that has a loss; none: masks mean nothing to the family
     cached: bool = True  # False: the tensors are as large as the pictures, keeping them gains nothing
 
     @abstractmethod

@@ -97,6 +97,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("base", _base(plan)),
         ("trains", _trains(plan)),
         ("loss", _loss(plan)),
+        *([("counts", weighing)] if (weighing := _weighing(plan)) else []),
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
         ("batch", batch),
@@ -134,6 +135,16 @@ def _trains(plan: Plan) -> str:
     root = "√" if adapter.rslora else ""
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
     return f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){dropout}"
+
+
+def _weighing(plan: Plan) -> str:
+    """How the loss is weighed from source to source and from place to place; "" if it is not."""
+    data, prior = plan.recipe.data, plan.recipe.prior
+    parts = [f"{_short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
+    parts += [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}'] if prior is not None else []
+    where = "beside the pictures" if data.masks == "beside" else f"in {data.masks}"
+    parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
+    return "; ".join(parts)
 
 
 def _loss(plan: Plan) -> str:

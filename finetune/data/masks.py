@@ -1,0 +1,95 @@
+"""Masks: grey pictures that say where a picture's loss counts, white wholly and black not. They are cropped as their pictures are."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.data.pictures import Crop, Unreadable, apply, decode
+from finetune.errors import UserError
+from finetune.recipe import embedded
+
+if TYPE_CHECKING:
+    import numpy
+
+BESIDE = "beside"  # the setting for NAME.mask.png beside NAME.jpg
+SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+MARK = ".mask"
+UNEQUAL = 0.02  # of aspect ratios: a mask need not be as large as its picture, but must show the same
+
+
+class Masks:
+    """Where the masks of one folder's pictures lie.
+
+    Args:
+        setting: `data.masks`: none, `beside`, or a folder with a mask under each picture's own name.
+        folder: of the pictures.
+        files: all files below it.
+
+    Raises:
+        UserError: the folder of masks is not there.
+    """
+
+    def __init__(self, setting: str | None, folder: Path, files: Sequence[Path]) -> None:
+        self._folder, self._elsewhere = folder, None if setting in (None, BESIDE) else Path(embedded(setting or "")).expanduser()
+        self._files = set(files) if setting == BESIDE else set()
+        if self._elsewhere is not None and not self._elsewhere.is_dir():
+            remedy = f"give a folder, or `{BESIDE}` for NAME{MARK}.png beside each picture"
+            raise UserError(f'there is no folder "{setting}" with masks', where="data.masks", remedy=remedy)
+
+    def __contains__(self, file: Path) -> bool:
+        """Whether a file beside the pictures is a mask and no picture."""
+        return (file in self._files and file.stem.endswith(MARK)) or (self._elsewhere is not None and file.is_relative_to(self._elsewhere))
+
+    def of(self, picture: Path) -> str:
+        """The mask's file, "" if there is none."""
+        for suffix in SUFFIXES:
+            if self._elsewhere is not None:
+                found = self._elsewhere / picture.relative_to(self._folder).with_suffix(suffix)
+                if found.is_file():
+                    return str(found)
+            elif (beside := picture.with_name(f"{picture.stem}{MARK}{suffix}")) in self._files:
+                return str(beside)
+        return ""
+
+
+def digest_of(file: str, size: tuple[int, int]) -> str:
+    """SHA-256 of a mask that fits a picture of `size` (width, height).
+
+    Raises:
+        Unreadable: it does not, or is no picture.
+    """
+    content = _read(file)
+    width, height = decode(content, "black").size
+    if abs(width * size[1] / (height * size[0]) - 1) > UNEQUAL:
+        raise Unreadable(f"its mask {os.path.basename(file)} is {width}×{height}, and the picture {size[0]}×{size[1]}: they must have one shape")
+    return hashlib.sha256(content).hexdigest()
+
+
+def read(file: str, digest: str, crop: Crop, mirrored: bool) -> numpy.ndarray:
+    """What of a mask lies over what the model sees, [H, W] float32 in [0, 1].
+
+    Raises:
+        UserError: it has changed since the audit.
+    """
+    import numpy
+
+    try:
+        content = _read(file)
+    except Unreadable as error:
+        raise UserError(f"the mask cannot be read any more: {error}", where=file, remedy="put it back, and start again") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError("the mask has changed since the run began", where=file, remedy="start again; this run did not see the new one")
+    seen = apply(decode(content, "black"), replace(crop, mirrored=mirrored)).convert("L")
+    return numpy.asarray(seen, dtype=numpy.float32) / 255
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise Unreadable(f"its mask {os.path.basename(file)}: {error.strerror}") from error

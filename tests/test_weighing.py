@@ -1,0 +1,124 @@
+"""Where and how much a loss counts: sources' weights and masks, from the folder to the gradient."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from finetune.data import masks
+from finetune.data.scan import scan
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.recipe import Data
+from tests import tiny
+
+
+def folder_with_masks(tmp_path: Path) -> Path:
+    """The tiny pictures; a mask beside three of them, one of half its picture's size; white is the left half."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny.pictures(), folder)
+    for name, size in (("zero", (32, 32)), ("one", (48, 32)), ("three", (32, 32))):
+        mask = Image.new("L", size, 0)
+        ImageDraw.Draw(mask).rectangle((0, 0, size[0] // 2 - 1, size[1]), fill=255)
+        mask.save(folder / f"{name}.mask.png")
+    return folder
+
+
+def prepared(folder: Path, *overrides: str) -> Any:
+    return tiny.prepare(tiny.recipe("sd15", "lora", "data.caption_dropout=0", "sample.prompts=[]", *overrides, folder=folder))
+
+
+def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path: Path) -> None:
+    job = prepared(tmp_path / "run", f"data.path={folder_with_masks(tmp_path)}", "data.masks=beside", "data.outside_mask=0.25", "data.flip=true")
+    assert job.plan.data.pictures == 5, "masks are no pictures"
+    names = [Path(picture.name).name for picture in job.data.pictures]
+    picture = job.data.pictures[names.index("zero.png")]
+    left = job.data._mask(picture, False)["mask"]
+    assert left.shape == (1, 8, 8)
+    assert left[0, 0].tolist() == [1.0] * 4 + [0.25] * 4
+    assert torch.equal(job.data._mask(picture, True)["mask"], left.flip(-1))
+    assert (job.data._mask(job.data.pictures[names.index("four.jpg")], False)["mask"] == 1).all()
+    # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
+    assert job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
+    assert {problem.detail for problem in job.audit.problems if problem.kind == "no mask"} == {"its loss counts everywhere"}
+
+
+def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
+    data = f"data.path={folder_with_masks(tmp_path)}"
+    job = prepared(tmp_path / "run", data, "data.masks=beside", "train.batch_size=5")
+    turn, places = job.model.turns()[0], range(5)
+    draw = Draw(0, 0, places)
+    batch = job.data.batch(0, list(places), draw)
+    assert batch["mask"].shape == (5, 1, 8, 8)
+
+    def loss(**changes: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = turn.loss(batch | changes, draw)
+        return found
+
+    mean = batch["mean"] + 0
+    noised = turn.objective.noise(mean + batch["deviation"] * draw.normal("posterior", mean.shape[1:]), draw)
+    predicted = turn.net(noised.sample, noised.timestep, batch)
+    by_hand = ((predicted - noised.target).square() * batch["mask"]).mean((1, 2, 3))
+    torch.testing.assert_close(loss(), by_hand)
+    whole, black = loss(mask=torch.ones(5, 1, 8, 8)), loss(mask=torch.zeros(5, 1, 8, 8))
+    assert (loss() <= whole).all() and (loss() < whole).sum() == 3 and (black == 0).all()
+
+
+def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
+    """One step on two sources of equal pictures: gradients are the weighted sums of those of the sources alone."""
+
+    def gradients(name: str, first: float, second: float) -> dict[str, torch.Tensor]:
+        sources = f'data.sources=[{{path: "{tiny.one_picture()}", weight: {first}}}, {{path: "{tiny.pictures()}", limit: 1, weight: {second}}}]'
+        job = prepared(tmp_path / name, "data.path=null", sources, "train.batch_size=2", "optimizer.clip_norm=null", "train.steps=1")
+        assert job.plan.data.pictures == 2
+        kept: dict[str, torch.Tensor] = {}
+        optimizer = job.trainer.state.optimizers[0]
+        step = optimizer.step
+        named = job.model.trained()
+
+        def watched() -> None:
+            kept.update({key: parameter.grad.clone() for key, parameter in named.items()})
+            step()
+
+        optimizer.step = watched
+        job.trainer.take(0)
+        return kept
+
+    both, first, second = gradients("both", 0.25, 3), gradients("first", 1, 1e-30), gradients("second", 1e-30, 1)
+    assert any(gradient.abs().max() > 0 for gradient in both.values())
+    for key, gradient in both.items():
+        torch.testing.assert_close(gradient, 0.25 * first[key] + 3 * second[key], rtol=1e-4, atol=1e-7)
+
+
+def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
+    folder = folder_with_masks(tmp_path)
+    apart = tmp_path / "masks"
+    apart.mkdir()
+    for file in folder.glob("*.mask.png"):
+        file.rename(apart / file.name.replace(".mask", ""))
+    data = Data(path=str(folder), resolution=32, buckets=False, masks=str(apart))
+    plain, masked = scan(Data(path=str(folder), resolution=32, buckets=False)), scan(data)
+    assert sorted(Path(picture.mask).name for picture in masked.pictures if picture.mask) == ["one.png", "three.png", "zero.png"]
+    assert plain.digest() != masked.digest()
+    Image.new("L", (10, 32)).save(apart / "one.png")
+    (problem,) = [problem for problem in scan(data).problems if problem.stops]
+    assert (problem.kind, problem.detail) == ("unreadable mask", "its mask one.png is 10×32, and the picture 48×32: they must have one shape")
+    with pytest.raises(UserError, match="no folder"):
+        scan(Data(path=str(folder), resolution=32, buckets=False, masks=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="no picture has a mask"):
+        scan(Data(path=str(folder), resolution=32, buckets=False, masks="beside"))
+
+
+def test_a_mask_that_changed_is_told(tmp_path: Path) -> None:
+    folder = folder_with_masks(tmp_path)
+    job = prepared(tmp_path / "run", f"data.path={folder}", "data.masks=beside", f"data.cache={tmp_path / 'cache'}")
+    Image.fromarray(numpy.full((32, 32), 7, numpy.uint8)).save(folder / "zero.mask.png")
+    picture = next(picture for picture in job.data.pictures if picture.name.endswith("zero.png"))
+    with pytest.raises(UserError, match="the mask has changed"):
+        masks.read(picture.mask, picture.mask_digest, picture.crop, False)
