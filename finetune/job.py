@@ -153,11 +153,16 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
     tight = memory_explained(recipe, expected, lambda: memory_live(accelerator.device, {}))
+
+    def encoded(what: str, done: int, total: int) -> None:
+        encoding.show(done, total, what)
+        run.status.progress(done, total)
+
     with run.status.phase("encoding"), tight:
         if accelerator.num_processes > 1:  # each a share; what others encoded is then in the cache
-            data.encode(lambda what, done, total: encoding.show(done, total, what), (accelerator.process_index, accelerator.num_processes))
+            data.encode(encoded, (accelerator.process_index, accelerator.num_processes))
             accelerator.wait_for_everyone()
-        data.encode(lambda what, done, total: encoding.show(done, total, what))
+        data.encode(encoded)
     encoding.end()
     if recipe.output.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.name})

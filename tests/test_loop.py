@@ -30,6 +30,7 @@ from finetune.errors import UserError
 from finetune.job import Job
 from finetune.models.text_to_image import CaptionAndLatent
 from finetune.recipe import Recipe, to_dict
+from scripts import torture
 from tests import tiny
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,14 @@ def trained(job: Job) -> dict[str, Tensor]:
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_by_accelerate_launch_is_the_unkilled_run(tmp_path: Path) -> None:
+def test_killed_anywhere_and_resumed_is_the_unkilled_run(tmp_path: Path) -> None:
+    """A short `scripts/torture.py`: real processes, real SIGKILLs."""
+    (victim,) = torture.run(["lora"], 4, 0, tmp_path, pictures=24)
+    assert not victim.differing
+    assert victim.survived.total() == 4 and len(victim.survived) > 1, victim
+
+
+def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
     """SIGKILL in the middle; then `accelerate launch --mixed_precision=fp16 … --resume`, from elsewhere: the same bits.
 
     On a CPU there is no float16, and the plan says so: the resumed part trains in float32 as the first did.
@@ -68,16 +76,15 @@ def test_killed_and_resumed_by_accelerate_launch_is_the_unkilled_run(tmp_path: P
 
     tiny.prepare(recipe("whole")).trainer.train()
 
-    file = written(recipe("killed"), tmp_path)
-    script = str(CHECKOUT / "finetune" / "lora.py")
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen([sys.executable, script, file], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 10):
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = torture.live(recipe("killed"), False, tmp_path / "log")
+    while not os.waitpid(process, os.WNOHANG)[0] and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 10):
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
 
+    file, script = written(recipe("killed"), tmp_path), str(CHECKOUT / "finetune" / "lora.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision=fp16", "--num_processes=1", "--cpu", script, file, "--resume"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -56,7 +56,8 @@ def show(run: Path, as_json: bool) -> None:
     now = time.time()
     if seen.state == "running":
         for one in seen.processes:
-            alive = f"{one.phase or 'starting'} on {one.host}, process {one.pid}, seen {duration(now - one.beat)} ago"
+            counted = f" {one.done} of {one.total}" if one.total else ""
+            alive = f"{one.phase or 'starting'}{counted} on {one.host}, process {one.pid}, seen {duration(now - one.beat)} ago"
             quiet = f"; nothing has moved for {duration(one.quiet)}, it stands at {one.at}" if one.quiet > PATIENCE else ""
             rows.append((f"rank {one.rank}", alive + quiet))
     elif seen.state != "finished":

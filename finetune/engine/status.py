@@ -21,6 +21,7 @@ from typing import Any, Literal, final
 from finetune.errors import UserError
 
 FOLDER, LOCK = "status", "lock"
+SECONDS_BETWEEN_COUNTS = 0.1
 
 
 @final
@@ -42,6 +43,8 @@ class Status:
     at: str = ""  # the line of this package that its main thread is at
     waits: bool = False  # that line waits for the other processes
     reason: str = ""  # why it stopped or failed
+    done: int = 0  # of the phase's `total` pictures or captions, where it counts them
+    total: int = 0
 
 
 @final
@@ -81,7 +84,7 @@ class Reporter:
     def phase(self, name: str) -> Iterator[None]:
         """Within, the run is in phase `name`. What ends the outermost phase by an exception ends the run, and is its reason."""
         before = self.now
-        self._write(phase=name, since=time.time())
+        self._write(phase=name, since=time.time(), done=0, total=0)
         try:
             yield
         except BaseException as error:
@@ -100,6 +103,12 @@ class Reporter:
     def step(self, done: int) -> None:
         """So many steps are finished; told with the next beat."""
         self.now = dataclasses.replace(self.now, step=done)
+
+    def progress(self, done: int, total: int) -> None:
+        """So much of the phase is done; told some times a second."""
+        self.now = dataclasses.replace(self.now, done=done, total=total)
+        if time.time() - self.now.beat > SECONDS_BETWEEN_COUNTS:
+            self._write()
 
     def beat(self, quiet: float, at: str, waits: bool) -> None:
         """This process is alive; see `Status` for the arguments."""
