@@ -277,9 +277,15 @@ def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
     assert tables.data(scan(data(tmp_path))).encode("utf-8")
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes | None]]:
-    """Every file's and folder's time of change, and every file's bytes."""
-    return {str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in [folder, *folder.rglob("*")]}
+def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
+    """Of every file and folder: bytes, mode, inode, links, owner, size, and the times of modification and of change."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in [folder, *folder.rglob("*")]:
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        found[str(path)] = (content, status.st_mode, status.st_ino, status.st_nlink, status.st_uid, status.st_size, *times)
+    return found
 
 
 def test_the_folder_is_never_written(tmp_path: Path) -> None:

@@ -12,6 +12,11 @@ def read_bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, all links followed, lies in `folder`. (`Path.resolve` raises where links go round in circles.)"""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def write_aside(path: Path, content: bytes) -> None:
     """Write `path` so that it is there whole or not at all: beside it first, synced, then renamed."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")

@@ -19,6 +19,7 @@ from typing import Any
 
 from finetune.data.captions import one_line
 from finetune.data.entry import Entry, Problem
+from finetune.data.files import is_inside
 from finetune.data.pictures import Unreadable
 from finetune.errors import UserError
 from finetune.recipe import Data
@@ -94,7 +95,7 @@ class _Place:
 
             with xopen(path, "rb") as file:
                 return bytes(file.read())
-        if not any(Path(path).resolve().is_relative_to(root.resolve()) for root in self._roots()):
+        if not any(is_inside(Path(path), root) for root in self._roots()):
             raise Unreadable("the row names a file outside the data set, which is not read")
         return Path(path).read_bytes()
 
@@ -230,7 +231,7 @@ def _by_split(folder: Path) -> dict[str, list[str]]:
 
 
 def _inside(path: Path, folder: Path) -> None:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_inside(path, folder):
         problem, remedy = "the data set names a file outside its folder, which is not read", "put the file into the folder, or remove its name"
         raise UserError(problem, where=str(path), remedy=remedy)
 

@@ -30,6 +30,7 @@ __all__ = ["Audit", "Finding", "Picture", "Problem", "scan"]
 CHUNK = 8  # pictures that a thread looks at before it hands them over
 TINY = 2.0  # a picture enlarged by more is called tiny
 EXTREME = 1 / 3  # one that loses more than this share of its area to the crop has an extreme aspect ratio
+LONG_CAPTION = 1000  # characters: no text encoder in use reads so many
 EXAMPLES = 20  # of a finding, with places
 
 
@@ -224,13 +225,18 @@ class _Oddities:
         self._fingerprints += seen[1].fingerprint
         crop = picture.crop
         kinds = [*seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
-        for kind in kinds + (["extreme aspect ratio"] if crop.share_lost > EXTREME else []):
+        kinds += (["extreme aspect ratio"] if crop.share_lost > EXTREME else []) + (["long caption"] if len(picture.caption) > LONG_CAPTION else [])
+        for kind in kinds:
             self._counts[kind] += 1
             if self._counts[kind] <= EXAMPLES:
                 self._examples.setdefault(kind, []).append((place,))
 
     def findings(self, index: Index) -> tuple[Finding, ...]:
-        details = TRAITS | {"tiny": f"enlarged more than {TINY:g} times", "extreme aspect ratio": "more than a third is cropped away"}
+        details = TRAITS | {
+            "tiny": f"enlarged more than {TINY:g} times",
+            "extreme aspect ratio": "more than a third is cropped away",
+            "long caption": f"more than {LONG_CAPTION} characters, of which the end will not be read",
+        }
         found = [Finding(kind, detail, self._counts[kind], tuple(self._examples[kind])) for kind, detail in details.items() if self._counts[kind]]
         copies = duplicates.equal(index.digests, hashlib.sha256().digest_size)
         alike = duplicates.near(bytes(self._fingerprints))

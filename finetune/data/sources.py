@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.data.captions import TABLES, Captions
 from finetune.data.entry import Entry, Problem
-from finetune.data.files import read_bytes
+from finetune.data.files import is_inside, read_bytes
 from finetune.data.hugging import is_saved, looks_like_hub_name, rows
 from finetune.data.masks import Masks
 from finetune.data.shards import samples, shards_of
@@ -50,7 +50,7 @@ def refuse_inside(place: Path, data: Data, key: str) -> None:
     """Nothing is written among the user's pictures: raise if `place`, which `key` names, lies in a source's folder."""
     for source in data.sources or (Source(data.path or ""),):
         folder = Path(embedded(source.path)).expanduser()
-        if folder.is_dir() and place.expanduser().resolve().is_relative_to(folder.resolve()):
+        if folder.is_dir() and is_inside(place.expanduser(), folder):
             remedy = f"set {key} to a folder elsewhere"
             raise UserError(f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=remedy)
 
@@ -63,7 +63,7 @@ def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Prob
     if data.classes == "folders":
         raise UserError("the pictures of shards lie in no folders", where="data.classes", remedy="set data.classes: captions")
     for shard in shards:
-        if not shard.resolve().is_relative_to(path.resolve()):
+        if not is_inside(shard, path):
             yield Problem(_printable(shard), "damaged shard", "a link out of the folder is not followed", data.unreadable_pictures == "stop")
         else:
             yield from samples(shard, _printable(shard), data, READ_SUFFIXES | OTHER_SUFFIXES)
@@ -105,7 +105,6 @@ def _walk(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     """(files that may be read, what may not and why), each sorted. Hidden ones are left out; nothing outside is read."""
     files: list[Path] = []
     refused: list[tuple[Path, str]] = []
-    root = folder.resolve()
 
     def failed(error: OSError) -> None:
         refused.append((Path(error.filename), f"the folder cannot be read: {error.strerror}"))
@@ -114,7 +113,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
         linked = [name for name in folders if (Path(parent) / name).is_symlink()]
         folders[:] = [name for name in folders if not name.startswith(".") and name not in linked]
         for path in (Path(parent) / name for name in names + linked if not name.startswith(".")):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not is_inside(path, folder):
                 refused.append((path, "a link out of the folder is not followed; copy it, or name its folder in data.sources"))
             elif path.is_file():
                 files.append(path)

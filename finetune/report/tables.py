@@ -15,6 +15,7 @@ from finetune.report import pictures
 WIDTH = 100  # characters of a rule; texts may be longer
 SHOWN_PICTURES = 12  # training pictures in the report
 NAMED_FILES = 20  # files named for each kind of problem
+CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 
 Row = tuple[str, str]
 
@@ -193,7 +194,7 @@ def _short(name: str) -> str:
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
-    """A ruled title over aligned rows, for a terminal."""
+    """A ruled title over aligned rows, for a terminal: control characters in other people's names and captions become �."""
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"── {title} {'─' * (WIDTH - len(title) - 4)}"]
-    return "\n".join(lines + [f"   {name:<{width}}  {text}".rstrip() for name, text in rows])
+    return "\n".join(lines + [f"   {name:<{width}}  {text}".rstrip().translate(CONTROL) for name, text in rows])

@@ -1,0 +1,115 @@
+"""Everything odd at once: it trains as it is meant or is refused by name, nothing is dropped, and nothing is written."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from finetune.data.scan import Audit, scan
+from finetune.errors import UserError
+from finetune.recipe import Data
+from finetune.report import tables
+from tests import corpus
+from tests.test_data import put, snapshot
+from tests.test_dataset import Counting, opened
+
+
+def recipe(folder: Path, **changes: object) -> Data:
+    settings = {"path": str(folder), "resolution": 64, "bucket_step": 16, "missing_captions": "skip", "unreadable_pictures": "skip"}
+    return Data(**settings | {"cache": str(folder.parent / "cache")} | changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus.make(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def audit(folder: Path) -> Audit:
+    before = snapshot(folder)
+    found = scan(recipe(folder))
+    assert snapshot(folder) == before
+    return found
+
+
+def relative(path: str, folder: Path) -> str:
+    return path.removeprefix(f"{folder}/").replace("sub/metadata", "metadata")
+
+
+def printable(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def test_what_trains_and_what_is_refused_and_nothing_else(audit: Audit, folder: Path) -> None:
+    assert {relative(p.name, folder) for p in audit.pictures} == {printable(name) for name in corpus.TRAINS}
+    told = {relative(p.name, folder): p.detail for p in audit.problems}
+    assert told.keys() == corpus.REFUSED.keys()
+    for name, reason in corpus.REFUSED.items():
+        assert reason in told[name], name
+
+
+def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
+    told = defaultdict(set)
+    for finding in audit.findings:
+        assert finding.count >= sum(map(len, finding.examples))
+        for place in (place for group in finding.examples for place in group):
+            told[relative(audit.pictures[place].name, folder)].add(finding.kind)
+    odd = {name: kinds - {"exact duplicate", "near duplicate"} for name, kinds in told.items() if kinds - {"exact duplicate", "near duplicate"}}
+    assert odd == {printable(name): set(kinds) for name, kinds in corpus.TRAINS.items() if kinds}
+    assert {name for name, kinds in told.items() if "exact duplicate" in kinds} == {"plain.png", "copy.png"}
+    assert {"plain.png", "again.jpg", "copy.png"} <= {name for name, kinds in told.items() if "near duplicate" in kinds}
+
+
+def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
+    """Red on the left, blue on the right; grey of 16 bits has red's and blue's brightness."""
+    data = opened(folder, Counting(cached=False), data={"resolution": 64, "missing_captions": "skip", "unreadable_pictures": "skip"})
+    for picture in data.pictures:
+        pixels = ((data._pixels(picture, mirrored=False) + 1) * 127.5).round()
+        left, right = pixels[:, 32, 4].tolist(), pixels[:, 32, 60].tolist()
+        if picture.name.endswith("deep.tif"):
+            assert (left, right) == ([76] * 3, [29] * 3)
+        else:
+            assert left == pytest.approx(corpus.RED, abs=6), picture.name
+            assert right == pytest.approx(corpus.BLUE, abs=6), picture.name
+
+
+def test_all_of_it_can_be_shown(audit: Audit) -> None:
+    """On a terminal, too, no name and no caption can do anything but stand there."""
+    shown = tables.data(audit)
+    assert shown.encode("utf-8")
+    assert not any(character < " " and character != "\n" for character in shown)
+    assert tables.facts(audit)["training"] == len(corpus.TRAINS)
+
+
+def test_by_default_all_that_is_wrong_stops_the_run(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"missing captions and .* unreadable") as caught:
+        scan(recipe(folder, missing_captions="stop", unreadable_pictures="stop")).raise_if_stopped()
+    assert "more" in caught.value.where
+
+
+def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
+    """A writer at work: each look sees a whole picture or says that it does not, and what comes later sees the last."""
+    files = [put(tmp_path / "data", f"{number}.png", "red", (64, 64), caption="x") for number in range(6)]
+    contents = [corpus.saved(corpus.halves((64, side)), "PNG") for side in (64, 80, 96)]
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for file in files:
+                for content in contents:
+                    file.write_bytes(content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(12):
+            audit = scan(recipe(tmp_path / "data"))
+            assert len(audit.pictures) + len(audit.problems) == 6
+            assert {p.crop.original for p in audit.pictures} <= {(64, 64), (64, 80), (64, 96)}
+    finally:
+        stop.set()
+        writer.join()
+    assert {p.crop.original for p in scan(recipe(tmp_path / "data")).pictures} == {(64, 96)}
