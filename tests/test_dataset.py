@@ -169,6 +169,16 @@ def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
     assert same(repaired.batch(0, range(4), draw), data.batch(0, range(4), draw))
 
 
+def test_a_cache_that_is_lost_while_it_is_used_is_told(folder: Path) -> None:
+    data, _ = encoded(folder)
+    for shard in (folder.parent / "cache").rglob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(UserError, match="lost or damaged") as caught:
+        data.batch(0, range(4), Draw(3, 0, range(4)))
+    assert "--resume" in caught.value.remedy
+    assert encoded(folder)[1].pictures == 6
+
+
 def test_a_picture_that_changes_after_the_audit_is_not_kept_under_the_old_digest(folder: Path) -> None:
     data = opened(folder, Counting())
     Image.new("RGB", (16, 16), "white").save(folder / "5.png")

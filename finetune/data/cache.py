@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Store:
             found = self._header(shard)[key]
         try:
             return _read(shard, found)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # gone, or cut, since it was checked
             raise KeyError(key) from error
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:

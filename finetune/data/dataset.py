@@ -259,15 +259,17 @@ class Dataset:
         return found
 
     def _from_cache(self, store: Store, key: str, compute: Callable[[], Batch]) -> Batch:
-        if key not in store:
+        try:
+            return store.get(key)
+        except KeyError as error:
             if self._released:
                 raise UserError(
                     "a part of the cache was lost or damaged while the run used it",
                     where=str(store.folder),
                     remedy="go on with --resume: what is lacking is computed again",
-                )
-            with torch.no_grad():
-                store.put(key, compute())
+                ) from error
+        with torch.no_grad():
+            store.put(key, compute())
         return store.get(key)
 
 
