@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from finetune.entry import quiet_libraries
+from finetune.export import Format, export
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "layout", type=click.Choice(["diffusers", "kohya"]), default="diffusers", help="kohya is for ComfyUI and A1111.")
+@click.option("--format", "layout", type=click.Choice(get_args(Format)), default="diffusers", help="One LoRA file for ComfyUI, or by kohya's names.")
 @click.option("--merge", is_flag=True, help="Write the whole model with the LoRA worked into its weights.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Numbers of the file; by default as they are.")
 @click.option("--out", type=click.Path(path_type=Path), help="File or folder to write; by default in the run's folder.")
@@ -21,7 +23,5 @@ def command(run: Path, layout: str, merge: bool, dtype: str | None, out: Path | 
     RUN is the run's folder.
     """
     quiet_libraries()
-    from finetune.export import export
-
     for file in export(run, layout, merge, dtype, out):
         click.echo(file)

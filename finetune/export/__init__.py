@@ -11,7 +11,20 @@ from typing import Literal, get_args
 from finetune.errors import UserError, did_you_mean
 from finetune.recipe import Precision, Recipe, load_recipe
 
-Format = Literal["diffusers", "kohya"]
+Format = Literal["diffusers", "kohya", "comfyui"]
+# Family → formats of one LoRA file, besides diffusers', that other programs and diffusers itself read. Of these, diffusers reads Lumina 2's
+# only where every linear layer is adapted, and PixArt's not at all (its pipeline reads no LoRA; PEFT does). ComfyUI has no Sana.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "sd": ("kohya", "comfyui"),
+    "sdxl": ("kohya", "comfyui"),
+    "sd3": ("comfyui",),
+    "flux": ("kohya", "comfyui"),
+    "flux2": ("kohya", "comfyui"),
+    "qwen_image": ("kohya", "comfyui"),
+    "z_image": ("kohya", "comfyui"),
+    "pixart": ("comfyui",),
+    "lumina2": ("comfyui",),
+}
 
 
 def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str | None = None, out: Path | None = None) -> list[Path]:
@@ -19,10 +32,10 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
 
     Args:
         run: the run's folder.
-        format: `diffusers` (a LoRA file or a pipeline's folder) or `kohya` (one LoRA file for ComfyUI and A1111).
+        format: `diffusers` (a LoRA file or a pipeline's folder), or one LoRA file by the names of `kohya` or of `comfyui`.
         merge: a LoRA's whole pipeline, the LoRA added to its weights.
         dtype: float32, float16 or bfloat16 for every weight; none keeps them as they are.
-        out: the folder to make, or for kohya the `.safetensors` file; none: inside the run, under `export/`.
+        out: the folder to make, or for the others the `.safetensors` file; none: inside the run, under `export/`.
 
     Returns:
         The weight files written.
@@ -35,14 +48,16 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
     recipe = _finished(run)
     _check(recipe, format, merge, dtype)
     name = "-".join(part for part in ("merged" if merge else format, dtype) if part)
-    suffix = ".safetensors" if format == "kohya" else ""
+    suffix = "" if format == "diffusers" else ".safetensors"
     target = out or run / "export" / f"{recipe.name}-{name}{suffix}"
     if target.exists():
         raise UserError(
             f"{target} exists already; nothing in it was touched", where="--out", remedy="choose another place with --out, or remove it yourself"
         )
     if suffix and target.suffix != suffix:
-        raise UserError(f'a kohya LoRA is one file, and "{target.name}" does not end in {suffix}', where="--out", remedy=f"--out {target}{suffix}")
+        raise UserError(
+            f'a LoRA of this format is one file, and "{target.name}" does not end in {suffix}', where="--out", remedy=f"--out {target}{suffix}"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -63,10 +78,14 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
 
 
 def _write(run: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
-    if format == "kohya":
+    if format != "diffusers" and recipe.model.family in ("sd", "sdxl"):  # ComfyUI knows their layers by kohya's names
         from finetune.export.kohya import write_kohya
 
         write_kohya(run / "final", recipe, dtype, target)
+    elif format != "diffusers":
+        from finetune.export.conventions import write_transformer
+
+        write_transformer(run / "final", recipe, format, dtype, target)
     elif merge:
         from finetune.export.merge import write_merged
 
@@ -91,12 +110,15 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
         raise UserError(f'there is no format "{format}"', where="--format", remedy=did_you_mean(format, get_args(Format)))
     if dtype is not None and dtype not in get_args(Precision):
         raise UserError(f'there is no dtype "{dtype}"', where="--dtype", remedy=did_you_mean(dtype, get_args(Precision)))
-    if recipe.method != "lora" and (merge or format == "kohya"):
+    if recipe.method != "lora" and (merge or format != "diffusers"):
         raise UserError(
             f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
-            remedy="export it without --merge and --format kohya",
+            remedy=f"export it without --merge and --format {format}",
         )
-    if merge and format == "kohya":
-        raise UserError(
-            "a merged model is a diffusers folder, and kohya's format is for LoRAs", where="--merge, --format kohya", remedy="leave one of them out"
-        )
+    known = FORMATS.get(recipe.model.family, ())
+    if format not in ("diffusers", *known):
+        problem = f"{format} has no names for the layers of {recipe.model.family}"
+        raise UserError(problem, where="--format", remedy=f"export it as {' or '.join(('diffusers', *known))}, or with --merge")
+    if merge and format != "diffusers":
+        problem = f"a merged model is a diffusers folder, and {format}'s format is for LoRAs"
+        raise UserError(problem, where=f"--merge, --format {format}", remedy="leave one of them out")

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from finetune.export import FORMATS
 from finetune.planning import Plan
 from finetune.pretrained import pipelines
 from finetune.recipe import public_name, trigger_words
@@ -23,7 +24,7 @@ MOST_PICTURES = 8
 HERE = "FOLDER-OF-THIS-FILE"
 PRIVATE = ("folder", "base", "note")  # rows of the plan that may name places
 COMFYUI = (
-    "`ft export RUN --format kohya` writes the LoRA under the names that ComfyUI knows; put that file into `ComfyUI/models/loras`,"
+    "`ft export RUN --format comfyui` writes the LoRA under the names that ComfyUI knows; put that file into `ComfyUI/models/loras`,"
     " and load it with the node *Load LoRA* between the checkpoint and the sampler."
 )
 METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}
@@ -51,7 +52,7 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
     place = base.replace("embedded:", "finetune/assets/")  # as it lies in a checkout
     if lines := usage(plan, place, HERE):
         parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
-    if recipe.method == "lora" and recipe.model.family in ("sd", "sdxl"):
+    if recipe.method == "lora" and "comfyui" in FORMATS.get(recipe.model.family, ()):
         parts.append(f"## With ComfyUI\n\n{COMFYUI}")
     data = run / "data.json"
     if data.is_file():

@@ -1,0 +1,168 @@
+"""A transformer's LoRA under other programs' names: diffusers' own converters read back what was trained, layer by layer.
+
+Its converters of FLUX.1 and Lumina 2 know the real widths only, so these layers are as wide as the real ones; a LoRA of rank 2 is small
+all the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.export import FORMATS, export
+from finetune.export.conventions import CONVENTIONS
+from finetune.export.metadata import PEFT
+from finetune.models.loading import LORA_FILE
+
+Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
+CLASSES = {
+    "sd3": "StableDiffusion3Pipeline",
+    "flux": "FluxPipeline",
+    "flux2": "Flux2KleinPipeline",
+    "qwen_image": "QwenImagePipeline",
+    "z_image": "ZImagePipeline",
+    "lumina2": "Lumina2Pipeline",
+}
+
+
+def attention(block: str, width: int, names: tuple[str, ...]) -> Layers:
+    return {f"{block}.attn.{name}": (width, width) for name in names}
+
+
+BOTH = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FLUX = {
+    **attention("transformer_blocks.1", 64, BOTH),
+    **{f"transformer_blocks.1.{name}": (256, 64) for name in ("ff.net.0.proj", "ff_context.net.0.proj")},
+    **{f"transformer_blocks.1.{name}": (64, 256) for name in ("ff.net.2", "ff_context.net.2")},
+    **attention("single_transformer_blocks.3", 3072, ("to_q", "to_k", "to_v")),
+    "single_transformer_blocks.3.proj_mlp": (12288, 3072),
+    "single_transformer_blocks.3.proj_out": (3072, 15360),
+}
+FLUX2 = {
+    **attention("transformer_blocks.0", 64, BOTH),
+    **{f"transformer_blocks.0.{name}": (384, 64) for name in ("ff.linear_in", "ff_context.linear_in")},
+    **{f"transformer_blocks.0.{name}": (64, 192) for name in ("ff.linear_out", "ff_context.linear_out")},
+    "single_transformer_blocks.2.attn.to_qkv_mlp_proj": (576, 64),
+    "single_transformer_blocks.2.attn.to_out": (64, 256),
+    "x_embedder": (64, 128),
+}
+QWEN = {
+    **attention("transformer_blocks.0", 64, BOTH),
+    "transformer_blocks.0.img_mlp.net.0.proj": (256, 64),
+    "transformer_blocks.0.txt_mlp.net.2": (64, 256),
+    "transformer_blocks.0.img_mod.1": (384, 64),
+}
+Z_IMAGE = {
+    f"{block}.{layer}": (64, 64)
+    for block in ("layers.1", "noise_refiner.0", "context_refiner.1")
+    for layer in (*(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")), "feed_forward.w1", "feed_forward.w2")
+}
+LUMINA2 = {
+    **{f"layers.0.attn.{name}": (width, 2304) for name, width in (("to_q", 2304), ("to_k", 768), ("to_v", 768), ("to_out.0", 2304))},
+    **{f"layers.0.feed_forward.linear_{number}": (64, 64) for number in (1, 2, 3)},
+    "layers.0.norm1.linear": (64, 64),
+}
+SD3 = attention("transformer_blocks.2", 64, BOTH)
+LAYERS: dict[str, Layers] = {"sd3": SD3, "flux": FLUX, "flux2": FLUX2, "qwen_image": QWEN, "z_image": Z_IMAGE, "lumina2": LUMINA2, "pixart": SD3}
+
+
+def run_of(family: str, folder: Path, alpha: float = 2.0, layers: Layers | None = None) -> tuple[Path, dict[str, Tensor]]:
+    """A run's folder with a LoRA of rank 2, and its tensors."""
+    torch.manual_seed(0)
+    tensors = {}
+    for path, (outputs, inputs) in (layers or LAYERS[family]).items():
+        tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(2, inputs)
+        tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(outputs, 2)
+    (folder / "final").mkdir(parents=True)
+    settings = {"transformer.r": 2, "transformer.lora_alpha": alpha, "transformer.use_rslora": False}
+    save_file(tensors, folder / "final" / LORA_FILE, {PEFT: json.dumps(settings), "format": "pt"})
+    model = json.dumps({"family": family, "path": "owner/model"})
+    (folder / "recipe.yaml").write_text(
+        f"method: lora\nname: mine\nmodel: {model}\ndata: {{path: pictures}}\ntrain: {{steps: 1}}\nadapter: {{rank: 2, alpha: {alpha}}}\n"
+    )
+    return folder, tensors
+
+
+def change(tensors: dict[str, Tensor], path: str) -> Tensor:
+    """What the LoRA adds to a layer's outputs for eight random inputs, in float64: the layers themselves are large."""
+    down, up = (tensors[f"transformer.{path}.lora_{side}.weight"].double() for side in "AB")
+    return up @ (down @ torch.randn(down.shape[1], 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+
+
+def read_back(family: str, file: Path) -> dict[str, Tensor]:
+    found = getattr(diffusers, CLASSES[family]).lora_state_dict(str(file))
+    state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
+    return state
+
+
+@pytest.mark.parametrize(("family", "layout"), [pair for pair in CONVENTIONS if pair[0] in CLASSES])
+def test_diffusers_reads_back_what_was_trained(family: str, layout: str, tmp_path: Path) -> None:
+    run, tensors = run_of(family, tmp_path / "run")
+    (file,) = export(run, layout)
+    back = read_back(family, file)
+    paths = {name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in back if name.endswith(".lora_A.weight")}
+    assert paths == set(LAYERS[family])
+    for path in paths:
+        torch.testing.assert_close(change(back, path), change(tensors, path), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "layout"), [("flux", "kohya"), ("flux2", "comfyui"), ("qwen_image", "comfyui")])
+def test_a_scale_is_worked_into_the_weights(family: str, layout: str, tmp_path: Path) -> None:
+    run, tensors = run_of(family, tmp_path / "run", alpha=3.0)
+    (file,) = export(run, layout)
+    back = read_back(family, file)
+    for path in LAYERS[family]:
+        torch.testing.assert_close(change(back, path), 1.5 * change(tensors, path), rtol=1e-5, atol=1e-4)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata()["ss_network_alpha"] == opened.metadata()["ss_network_dim"] == "2"
+
+
+def test_a_part_of_what_is_computed_at_once(tmp_path: Path) -> None:
+    """Targets may be q and v alone: the first code's one layer then has zero rows for k and the MLP."""
+    layers = {f"single_transformer_blocks.0.attn.{name}": (3072, 3072) for name in ("to_q", "to_v")}
+    run, tensors = run_of("flux", tmp_path / "run", layers=layers)
+    (file,) = export(run, "kohya")
+    written = load_file(file)
+    assert written["lora_unet_single_blocks_0_linear1.lora_up.weight"].shape == (21504, 4)
+    back = read_back("flux", file)
+    for path in layers:
+        torch.testing.assert_close(change(back, path), change(tensors, path), rtol=1e-12, atol=1e-12)
+    for path in ("single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp"):
+        assert not change(back, path).any()
+
+
+def test_names_as_other_programs_write_them(tmp_path: Path) -> None:
+    expected = {
+        ("flux", "kohya"): "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight",
+        ("flux", "comfyui"): "transformer.single_transformer_blocks.3.proj_mlp.lora_B.weight",
+        ("flux2", "comfyui"): "diffusion_model.double_blocks.0.txt_attn.qkv.lora_A.weight",
+        ("qwen_image", "kohya"): "lora_unet_transformer_blocks_0_attn_add_q_proj.alpha",
+        ("z_image", "kohya"): "lora_unet_layers_1_attention_to_out_0.lora_up.weight",
+        ("lumina2", "comfyui"): "diffusion_model.layers.0.attention.qkv.lora_B.weight",
+        ("pixart", "comfyui"): "transformer.transformer_blocks.2.attn.to_q.lora_A.weight",
+    }
+    for (family, layout), name in expected.items():
+        (file,) = export(run_of(family, tmp_path / f"{family}-{layout}")[0], layout, dtype="bfloat16")
+        assert load_file(file)[name].dtype == torch.bfloat16
+    assert {(family, layout) for family, layouts in FORMATS.items() for layout in layouts} - CONVENTIONS.keys() == {
+        (family, layout) for family in ("sd", "sdxl") for layout in ("kohya", "comfyui")
+    }
+
+
+def test_refusals(tmp_path: Path) -> None:
+    def refused(family: str, layout: str, layers: Layers | None = None) -> str:
+        with pytest.raises(UserError) as caught:
+            export(run_of(family, tmp_path / f"{family}-{layout}-{len(layers or ())}", layers=layers)[0], layout)
+        return str(caught.value)
+
+    assert "comfyui has no names for the layers of sana" in refused("sana", "comfyui", SD3)
+    assert "export it as diffusers or comfyui" in refused("sd3", "kohya")
+    assert 'no name for the layer "norm_out.linear"' in refused("flux", "kohya", {"norm_out.linear": (8, 8)})
