@@ -1,8 +1,10 @@
 """Does the demo's LoRA draw emoji it has never seen in the style it learned, and still the right emoji?
 
-    python scripts/bench_style.py RUN [--judged 200] [--out style.png]
+    python scripts/bench_style.py RUN [RUN …] [--judged 200] [--out style.png]
 
-RUN is a finished run of recipes/lora/emoji.yaml. A small network judges: trained on real pictures of both houses over
+RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was quantised while it
+trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantised base
+also on that, which shows what is lost on the way from the one to the other. A small network judges: trained on real pictures of both houses over
 emoji used neither for the LoRA nor for judging, it says which house drew a picture, and embeds it so that the two
 houses' pictures of one emoji lie close (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748). Real pictures pass through
 the VAE before it learns or is scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names, from
@@ -34,6 +36,7 @@ from finetune.data.dataset import to_tensor
 from finetune.data.pictures import decode
 from finetune.engine.progress import Progress
 from finetune.models.loading import open_pipeline
+from finetune.models.quantized import quantize
 from finetune.recipe import ASSETS, load_recipe
 from finetune.report.pictures import grid
 from finetune.seeds import key_of
@@ -148,11 +151,11 @@ def judged(judge: Judge, pixels: Tensor, gallery: Tensor, truth: list[int]) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--judged", type=int, default=200, help="how many unseen names are drawn and judged")
-    parser.add_argument("--out", type=Path, default=Path("style.png"), help="the picture: base, LoRA and real Twemoji, by name")
+    parser.add_argument("--out", type=Path, default=Path("style.png"), help="the picture: base, LoRAs and real Twemoji, by name")
     given = parser.parse_args()
-    recipe = load_recipe(given.run / "recipe.yaml")
+    recipe = load_recipe(given.runs[0] / "recipe.yaml")
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     start = time.monotonic()
@@ -174,21 +177,36 @@ def main() -> None:
     prompts = [captions[number] for number in truth]
     sample = recipe.sample
     drawn = {"base": draw(base, prompts, sample.steps, sample.guidance, "the base draws")}
-    base.load_lora_weights(given.run / "final")
-    drawn["LoRA"] = draw(base, prompts, sample.steps, sample.guidance, "the LoRA draws")
+    for run in given.runs:
+        what = "LoRA" if len(given.runs) == 1 else run.name
+        base.load_lora_weights(run / "final")
+        drawn[what] = draw(base, prompts, sample.steps, sample.guidance, f"{what} draws")
+        base.unload_lora_weights()
+        if kind := load_recipe(run / "recipe.yaml").model.quantize:
+            other = open_pipeline(recipe.model, "StableDiffusionPipeline", torch.float32)
+            other.set_progress_bar_config(disable=True)
+            quantize(other.unet, kind, torch.float32)
+            other.load_lora_weights(run / "final")
+            drawn[f"{what} on {kind}"] = draw(other, prompts, sample.steps, sample.guidance, f"{what} draws on {kind}")
 
     seconds = time.monotonic() - start
     print(f"{len(judged_names)} unseen names judged; judge trained on {len(rest)} others; {len(trained)} trained the LoRA; {seconds:.0f} s")
     apart = f"(Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f})"
     print(f"judge's accuracy on real pictures of the judged names: {100 * sum(on_real) / 2:.1f} % {apart}; goal ≥ 95 %")
-    print(f"{'':<6}{'judged Twemoji':>16}{'right name of ' + str(len(names)):>22}{'among five':>12}")
+    width = max(map(len, drawn)) + 2
+    print(f"{'':<{width}}{'judged Twemoji':>16}{'right name of ' + str(len(names)):>22}{'among five':>12}")
     for what, pictures in drawn.items():
         twemoji, first, five = judged(judge, pictures, gallery, truth)
-        print(f"{what:<6}{100 * twemoji:>14.1f} %{100 * first:>20.1f} %{100 * five:>10.1f} %")
-    shown = [row[:12] for row in (drawn["base"], drawn["LoRA"], pixels[1, truth])]
+        print(f"{what:<{width}}{100 * twemoji:>14.1f} %{100 * first:>20.1f} %{100 * five:>10.1f} %")
+    for what in drawn:
+        whole = what.partition(" on ")[0]
+        if whole != what:
+            lost, learned = (127.5 * float((drawn[one] - drawn[whole]).abs().mean()) for one in (what, "base"))
+            print(f"{what}: {lost:.2f} of 255 from what it draws on the whole base, which is {learned:.2f} from the base's own")
+    shown = [row[:12] for row in (*drawn.values(), pixels[1, truth])]
     tiles = torch.cat(shown).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     grid([Image.fromarray(tile).resize((128, 128), Image.Resampling.NEAREST) for tile in tiles], columns=12).save(given.out)
-    print(f"rows of {given.out}: base, LoRA, real Twemoji; columns: {', '.join(prompts[:12])}")
+    print(f"rows of {given.out}: {', '.join(drawn)}, real Twemoji; columns: {', '.join(prompts[:12])}")
 
 
 if __name__ == "__main__":
