@@ -190,7 +190,7 @@ def _write(job: Job) -> None:
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         remedy = "free some space and go on with --resume: no step is taken again"
         raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
-    places = [("LoRA" if job.plan.recipe.method == "lora" else "model", files[0] if len(files) == 1 else folder / "final")]
+    places = [("adapter" if job.plan.recipe.adapter else "model", files[0] if len(files) == 1 else folder / "final")]
     report = _report(folder)
     if (folder / "before-after.png").is_file():
         places.append(("before and after", folder / "before-after.png"))

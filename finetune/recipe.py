@@ -91,14 +91,23 @@ class Prior:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA (Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A."""
+    """What trains in place of the weights W, by PEFT's names and meanings.
 
+    LoRA (arXiv:2106.09685): W + (alpha / rank) B A. LoHa (arXiv:2108.06098): two such products, multiplied element by element. LoKr
+    (arXiv:2309.14859): a Kronecker product of a small matrix and such a product. OFT (arXiv:2306.07280): W times a rotation made of
+    blocks, whose side is `rank`.
+    """
+
+    kind: Literal["lora", "loha", "lokr", "oft"] = "lora"
     rank: int = _number(16, minimum=1)
     alpha: float | None = _number(None, above=0)  # none: as the rank, a scale of 1
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # end of a layer's name, a regular expression → its own rank
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise → its own alpha
     dropout: float = _number(0.0, minimum=0, below=1)
-    targets: str = "attention"  # attention, attention+mlp, all-linear, or names of layers, comma-separated
+    targets: str = "attention"  # attention, attention+mlp, all-linear, or ends of layers' names, regular expressions, comma-separated
     rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
     dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
+    pissa: bool = False  # start from the weights' largest singular values (arXiv:2404.02948): learns faster, and the file has twice the rank
     init: str | None = None  # a LoRA to go on from, in diffusers' or kohya's format: rank, alpha and targets are its own
 
 
@@ -298,11 +307,8 @@ def _check(recipe: Recipe, where: str) -> None:
         f"method {recipe.method} trains the weights themselves: it has no adapter",
         "remove the `adapter` section, or set `method: lora`",
     )
-    refuse(
-        recipe.adapter is not None and recipe.adapter.dora and model.train_text_encoder,
-        "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
-        "set adapter.dora: false, or model.train_text_encoder: false",
-    )
+    if recipe.adapter is not None:
+        _check_adapter(recipe.adapter, model, refuse)
     refuse(
         recipe.method == "scratch" and not model.build and recipe.net is None,
         "from scratch needs model.build, the nets",
@@ -327,6 +333,43 @@ def _check(recipe: Recipe, where: str) -> None:
             "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
             "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
         )
+
+
+def _check_adapter(adapter: Adapter, model: Model, refuse: Callable[[bool, str, str], None]) -> None:
+    """What PEFT cannot do, as far as it can be known before the layers are."""
+    refuse(
+        adapter.dora and model.train_text_encoder,
+        "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
+        "set adapter.dora: false, or model.train_text_encoder: false",
+    )
+    refuse(
+        adapter.dora and adapter.pissa,
+        "DoRA with PiSSA cannot be handed out: its magnitudes belong to weights that PiSSA has changed",
+        "set one of adapter.dora and adapter.pissa to false",
+    )
+    for name in ("rslora", "dora", "pissa", "dropout"):
+        given = adapter.kind != "lora" and getattr(adapter, name)
+        refuse(bool(given), f"adapter.{name} is LoRA's: {adapter.kind} has no such thing", f"remove adapter.{name}, or set adapter.kind: lora")
+    for name in ("alpha", "rank_pattern", "alpha_pattern"):
+        given = adapter.kind == "oft" and getattr(adapter, name)
+        refuse(
+            bool(given),
+            f"adapter.{name} means nothing to OFT: a rotation has no scale, and PEFT gives all its blocks one size",
+            f"remove adapter.{name}",
+        )
+    what = "PiSSA changes the weights, and" if adapter.pissa else f"PEFT's {adapter.kind} adds whole weights to the layer's, and"
+    refuse(
+        model.quantize is not None and (adapter.pissa or adapter.kind in ("loha", "lokr")),
+        f"{what} {model.quantize} weights cannot be changed",
+        "remove model.quantize, or train a plain LoRA",
+    )
+    refuse(
+        adapter.init is not None and (adapter.kind != "lora" or adapter.pissa or bool(adapter.rank_pattern or adapter.alpha_pattern)),
+        "adapter.init goes on from a LoRA, whose ranks and alphas are its own",
+        "remove adapter.kind, adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init",
+    )
+    numbers = (*adapter.rank_pattern.values(), *adapter.alpha_pattern.values())
+    refuse(any(number <= 0 for number in numbers), "ranks and alphas of a pattern are above 0", "correct adapter.rank_pattern, adapter.alpha_pattern")
 
 
 def _check_optimizer(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:

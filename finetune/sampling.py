@@ -13,7 +13,7 @@ from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
-from finetune.models import smaller
+from finetune.models import adapters, smaller
 from finetune.models.loading import open_pipeline
 from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
 from finetune.models.text_to_image import DTYPES, draw, set_schedule
@@ -135,7 +135,7 @@ def _open_run(folder: Path, plan: Plan) -> Any:
         return placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, dtype_of(plan.precision)), recipe)
     pipeline: Any = placed(open_pipeline(recipe.model, class_name, dtype_of(plan.precision)), recipe)
     set_schedule(pipeline, recipe)
-    pipeline.load_lora_weights(str(final))
+    adapters.load(pipeline, final)
     return pipeline
 
 

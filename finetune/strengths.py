@@ -56,6 +56,9 @@ def compare(
         raise UserError(
             f"this run is of method {plan.recipe.method}: only a LoRA has a strength", where=str(folder), remedy="draw it without --strengths"
         )
+    if plan.recipe.adapter is not None and (plan.recipe.adapter.kind == "oft" or plan.recipe.adapter.pissa):
+        what = "PiSSA has changed the weights that it adds to" if plan.recipe.adapter.pissa else "OFT turns the weights and adds nothing to them"
+        raise UserError(f"{what}: there is no strength to set", where=str(folder), remedy="draw it without --strengths")
     kept = _checkpoints(folder, steps_taken)
     request = request_for(plan, prompts, seeds, steps, guidance, negative)
     target = free_folder(out, folder)
@@ -102,7 +105,7 @@ def _open(plan: Plan) -> tuple[Any, dict[str, nn.Module]]:
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
     for name, net in nets.items():
         if name not in adapted:
-            adapters.add_lora(net, recipe.adapter)
+            adapters.add_adapter(net, recipe.adapter)
         net.eval()
     return placed(pipeline), {"denoiser.denoiser." if name == "unet" else f"denoiser.encoders.{name}.": net for name, net in nets.items()}
 

@@ -157,7 +157,7 @@ def build(declared: Any, node: Node, key: str = "") -> Any:
             raise _wrong(node, key, "a list, one `- value` a line or [a, b]")
         return tuple(build(arguments[0], child, f"{key}[{i}]") for i, child in enumerate(node.content))
     if origin is dict:
-        return _untyped_mapping(node, key)
+        return _untyped_mapping(node, key) if arguments[1] is Any else _mapping(arguments[1], node, key)
     if not isinstance(node.content, str):
         raise _wrong(node, key, "one value")
     if origin is typing.Literal:
@@ -229,6 +229,12 @@ def _scalar(declared: Any, node: Node, key: str) -> Any:
     if number != number or number in (float("inf"), float("-inf")):
         raise _wrong(node, key, "a finite number")
     return number
+
+
+def _mapping(declared: Any, node: Node, key: str) -> dict[str, Any]:
+    if not isinstance(node.content, dict):
+        raise _wrong(node, key, "a section of `key: value` lines")
+    return {name: build(declared, child, f"{key}.{name}") for name, child in node.content.items()}
 
 
 def _untyped_mapping(node: Node, key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Draw with plain diffusers what runs left behind; imports nothing of this project. A test starts it in a fresh process.
+"""Draw with plain diffusers, and PEFT, what runs left behind; imports nothing of this project. A test starts it in a fresh process.
 
     python redraw.py JOBS.json
 
@@ -17,6 +17,7 @@ from typing import Any
 def redraw(job: dict[str, Any]) -> Any:
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+    from peft import PeftModel
 
     if job["prompt"] is None:  # an autoencoder: the picture above is given, the reconstruction below is made again
         import numpy
@@ -30,7 +31,11 @@ def redraw(job: dict[str, Any]) -> Any:
         return Image.fromarray(torch.cat([above, below], 2)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
     pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artefact"])
     if job["base"]:
-        pipeline.load_lora_weights(job["artefact"])
+        adapters = sorted(Path(job["artefact"]).glob("*/adapter_config.json"))
+        for config in adapters:  # of a kind that diffusers has no file for: PEFT changes the net in place
+            PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)
+        if not adapters:
+            pipeline.load_lora_weights(job["artefact"])
         if (Path(job["artefact"]) / "scheduler").is_dir():
             pipeline.scheduler = DDIMScheduler.from_pretrained(job["artefact"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)

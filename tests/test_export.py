@@ -58,7 +58,7 @@ def run_of(name: str, folder: Path, *overrides: str) -> Path:
         net = getattr(pipeline, part, None)
         if net is None:
             continue
-        adapters.add_lora(net, recipe.adapter)
+        adapters.add_adapter(net, recipe.adapter)
         for key, parameter in net.named_parameters():
             if "lora_magnitude" in key:
                 parameter.data *= 1.3

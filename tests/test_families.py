@@ -63,6 +63,10 @@ CASES = {
     "sdxl-lora-nf4": Case("sdxl", "lora", ("model.quantize=nf4", "adapter.targets=all-linear", "adapter.dora=true", "model.vae_tiling=true")),
     "sd15-lora-int8": Case("sd15", "lora", ("model.quantize=int8", "adapter.targets=attention+mlp", "train.gradient_checkpointing=2")),
     "emoji-lora": Case("emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")),
+    "sd15-pissa": Case("sd15", "lora", ("adapter.pissa=true", "adapter.rank_pattern={attn1.to_q: 8}", "adapter.rslora=true", "adapter.alpha=2")),
+    "sdxl-loha-text": Case("sdxl", "lora", (TEXT, "adapter.kind=loha", "adapter.targets='to_q, down_.*conv1, q_proj'", "adapter.alpha=64")),
+    "sd21-lokr": Case("sd21", "lora", ("adapter.kind=lokr", "adapter.alpha=8", "optimizer.name=schedulefree")),
+    "sd15-oft": Case("sd15", "lora", ("adapter.kind=oft", "adapter.rank=8", "adapter.targets=attention+mlp", "optimizer.lr=5e-2")),
     "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
     "sd21-full-text": Case("sd21", "full", (TEXT,)),
     "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),
@@ -115,7 +119,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 def should_train(case: Case, names: set[str]) -> set[str]:
     """The parameters that a reader of the recipe would expect to train, from their names alone."""
-    found = {name for name in names if "lora_" in name} if case.method == "lora" else set(names)
+    found = {name for name in names if any(f".{kind}_" in name for kind in ("lora", "hada", "lokr", "oft"))} if case.method == "lora" else set(names)
     # SDXL reads the first encoder's last layer but one: the last of its three layers and the norm after it do nothing.
     idle = ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm.")
     return {name for name in found if not (case.pipeline == "sdxl" and any(part in name for part in idle))}
@@ -137,7 +141,7 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
     still = {key for key, tensor in third.items() if torch.equal(tensor, run.before[key])}
     assert not still, "no gradient reached these within three steps"
     assert all(torch.equal(parameter, run.before[key]) for key, parameter in now.items() if key not in expected)
-    if case.method == "lora":
+    if any(".lora_A." in key for key in expected) and "adapter.pissa=true" not in case.overrides:
         # B starts at zero, so at the first step no gradient reaches A through it.
         one = weights(folder, 1)
         assert all(torch.equal(tensor, run.before[key]) == (".lora_A." in key) for key, tensor in one.items())

@@ -24,7 +24,7 @@ from finetune.engine.update import TensorByTensor, widened
 from finetune.errors import UserError
 from finetune.job import Job
 from finetune.models import smaller
-from finetune.models.adapters import add_lora
+from finetune.models.adapters import add_adapter
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.offload import blocks_of, offload_blocks
 from finetune.models.quantized import QuantizedLinear, dequantized, quantize, whole_weights
@@ -170,7 +170,7 @@ def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quan
         net = transformer().requires_grad_(False)
         if kind:
             quantize(net, kind, torch.float32)
-        add_lora(net, Adapter(rank=4, targets="all-linear"))
+        add_adapter(net, Adapter(rank=4, targets="all-linear"))
         for name, parameter in net.named_parameters():
             if "lora_B" in name:  # zero at first: no gradient would reach A
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))

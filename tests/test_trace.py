@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from finetune.estimate import standins
 from finetune.estimate.emulate import fake_tensors
 from finetune.estimate.trace import tensors_of
-from finetune.models.adapters import add_lora
+from finetune.models.adapters import add_adapter
 from finetune.models.quantized import quantize
 from finetune.recipe import Adapter, Quantization
 from scripts import check_trace
@@ -56,7 +56,7 @@ def test_quantised_layers_take_what_bitsandbytes_takes(kind: Quantization) -> No
         blocks = nn.ModuleList([nn.Linear(512, 1024), nn.Linear(1024, 512, bias=False)])
         net = nn.ModuleDict({"blocks": blocks})
         assert len(quantize(net, kind, torch.float32)) == 2
-        add_lora(net, Adapter(rank=4, targets="all-linear"))
+        add_adapter(net, Adapter(rank=4, targets="all-linear"))
         return net, lambda: blocks[1](nn.functional.silu(blocks[0](torch.zeros(2, 64, 512)))).square().mean().backward()
 
     assert traced(prepare) == pytest.approx(real(prepare), abs=SCALARS)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, Recipe
+from finetune.recipe import ASSETS, Adapter, Recipe
 
 CARDS = ASSETS / "cards"
 
@@ -136,13 +136,20 @@ def variant_of(card: Card, recipe: Recipe) -> Variant:
     adapter = recipe.adapter
     wanted = (recipe.method, adapter.targets if adapter else "", recipe.train.checkpointed)
     alike = [v for v in card.variants if (v.method, v.targets, v.checkpointing) == wanted]
-    special = "a trained text encoder" if recipe.model.train_text_encoder else "DoRA" if adapter and adapter.dora else ""
+    special = "a trained text encoder" if recipe.model.train_text_encoder else _special(adapter) if adapter else ""
     if special or not alike:
         sparse = f"train.gradient_checkpointing: {recipe.train.checkpointed}" if recipe.train.checkpointed > 1 else ""
         what = special or sparse or (f'targets "{wanted[1]}"' if adapter else f"method {recipe.method}")
         raise UserError(f"the card of {card.title} does not cover {what}", where="adapter.targets" if adapter else "method", remedy="add --trace")
     # An adapter's state is small and adds up with the rest, so one optimizer's measurement serves all (`memory.state_bytes`).
     return next((v for v in alike if v.optimizer == recipe.optimizer.name), alike[0])
+
+
+def _special(adapter: Adapter) -> str:
+    """What is peculiar to an adapter, and takes other memory and time than a LoRA of its rank."""
+    if adapter.kind != "lora":
+        return f"adapters of kind {adapter.kind}"
+    return "DoRA" if adapter.dora else "ranks by pattern" if adapter.rank_pattern else ""
 
 
 def path_of(name: str) -> Path:

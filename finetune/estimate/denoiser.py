@@ -23,7 +23,7 @@ from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.trace import reading
 from finetune.models import smaller
-from finetune.models.adapters import add_lora
+from finetune.models.adapters import add_adapter
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.quantized import dtype_of
 from finetune.models.text_to_image import DTYPES
@@ -291,7 +291,7 @@ class DenoiserModel(Model):
         if adapt is not None:
             adapt(net)
         elif recipe.adapter is not None:
-            add_lora(net, recipe.adapter)
+            add_adapter(net, recipe.adapter)
         checkpoint_activations(net, recipe.train.checkpointed)
         smaller.offload_base(net, recipe, torch.device("cpu"))
         self._turn = DenoiserTurn(net, self._inputs)

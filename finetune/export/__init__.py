@@ -115,6 +115,9 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
             f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
             remedy=f"export it without --merge and --format {format}",
         )
+    if format != "diffusers" and recipe.adapter is not None and recipe.adapter.kind != "lora":
+        problem = f"{format}'s format is for LoRAs, and this run trained {recipe.adapter.kind}"
+        raise UserError(problem, where="--format", remedy="export it with --merge, or as diffusers")
     known = FORMATS.get(recipe.model.family, ())
     if format not in ("diffusers", *known):
         problem = f"{format} has no names for the layers of {recipe.model.family}"

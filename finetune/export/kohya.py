@@ -74,7 +74,7 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
             found[f"{layer}.lora_up.weight"] = tensor
         else:
             found[f"{layer}.lora_down.weight"] = tensor
-            found[f"{layer}.alpha"] = torch.tensor(folded_alpha(settings, net))
+            found[f"{layer}.alpha"] = torch.tensor(folded_alpha(settings, net, path, len(tensor)))
     if dtype is not None:
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):

@@ -1,4 +1,4 @@
-"""A LoRA's whole pipeline, with W + scale · B A in place of W."""
+"""An adapter's whole pipeline, with W + scale · B A, or what else its kind makes of W, in place of W."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 
 from finetune.export.folder import copy_folder
-from finetune.models.loading import LORA_FILE, open_pipeline
+from finetune.models import adapters
+from finetune.models.loading import open_pipeline
 from finetune.models.single_file import FAMILIES
 from finetune.models.text_to_image import set_schedule
 from finetune.recipe import Recipe
 
 
 def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
-    """Write the recipe's base with the LoRA in `final` added to its weights, and the schedule it was trained with.
+    """Write the recipe's base with the adapter in `final` added to its weights, and the schedule it was trained with.
 
     Added in float32, cast after: the sum is rounded once. What lies beside `target` is the caller's to clear away.
 
@@ -24,9 +25,12 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     """
     pipeline: Any = open_pipeline(recipe.model, {family: name for name, family in FAMILIES.items()}[recipe.model.family], torch.float32)
     set_schedule(pipeline, recipe)
-    pipeline.load_lora_weights(final / LORA_FILE)
-    pipeline.fuse_lora(components=[name for name in pipeline._lora_loadable_modules if hasattr(pipeline, name)], safe_fusing=True)
-    pipeline.unload_lora_weights()
+    wrapped = adapters.load(pipeline, final)
+    for name, net in wrapped.items():
+        setattr(pipeline, name, net.merge_and_unload(safe_merge=True))
+    if not wrapped:
+        pipeline.fuse_lora(components=[name for name in pipeline._lora_loadable_modules if hasattr(pipeline, name)], safe_fusing=True)
+        pipeline.unload_lora_weights()
     if dtype is None:
         pipeline.save_pretrained(target)
         return

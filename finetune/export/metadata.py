@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,9 +134,15 @@ def summary(plan: Plan, steps: int) -> str:
     )
 
 
-def folded_alpha(settings: Mapping[str, Any], net: str) -> float:
-    """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank."""
-    alpha, rank = float(settings[f"{net}.lora_alpha"]), int(settings[f"{net}.r"])
+def folded_alpha(settings: Mapping[str, Any], net: str, path: str = "", rank: int | None = None) -> float:
+    """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank.
+
+    Args:
+        path, rank: of a layer, which may have an alpha by pattern; without, what the other layers have.
+    """
+    own = settings.get(f"{net}.alpha_pattern") or {}
+    alpha = float(next((own[end] for end in own if re.match(rf"(.*\.)?({end})$", path)), settings[f"{net}.lora_alpha"]))
+    rank = rank or int(settings[f"{net}.r"])
     return alpha * math.sqrt(rank) if settings.get(f"{net}.use_rslora") else alpha
 
 

@@ -105,8 +105,10 @@ def _place(given: str, where: str) -> Path | None:
     if (path / "recipe.yaml").is_file() and not final.is_dir():
         raise UserError(f"the run {given} has no final weights yet", where=where, remedy=f"finish it: ft train {path / 'recipe.yaml'} --resume")
     path = final if final.is_dir() else path
-    if (path / LORA_FILE).is_file():
-        raise UserError(f"{given} holds a LoRA, not a base model", where=where, remedy=f"give its base, or merge the two: ft export {given} --merge")
+    if (path / LORA_FILE).is_file() or any(path.glob("*/adapter_config.json")):
+        raise UserError(
+            f"{given} holds an adapter, not a base model", where=where, remedy=f"give its base, or merge the two: ft export {given} --merge"
+        )
     return path
 
 

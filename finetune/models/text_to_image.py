@@ -243,10 +243,12 @@ class TextToImage(Model):
         net: Any
         for name, net in trained.items():
             if adapter is not None and name not in adapted:
-                adapted[name] = adapters.add_lora(net, adapter)
+                adapted[name] = adapters.add_adapter(net, adapter)
             elif adapter is None:
                 net.requires_grad_(True)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
+        if adapter is not None:
+            adapters.check_patterns(adapter, [name for names in adapted.values() for name in names])
         smaller.offload_base(self.denoiser, self.plan.recipe, self.device)
         for part in self.family.unread(encoders) if encoders else ():
             part.requires_grad_(False)
@@ -284,12 +286,13 @@ class TextToImage(Model):
         return found
 
     def save(self, folder: Path) -> list[Path]:
-        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Else: the whole pipeline.
+        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each net.
+        Else: the whole pipeline.
 
-        Beside a LoRA lies `scheduler/` if the recipe draws with another than the base's.
+        Beside an adapter lies `scheduler/` if the recipe draws with another than the base's.
         """
         if self.plan.recipe.method == "lora":
-            return [self._save_lora(folder)]
+            return self._save_adapters(folder)
         recipe = self.plan.recipe
         whole = self.pipeline if recipe.method == "scratch" else loading.open_pipeline(recipe.model, self.family.pipeline, torch.float32)
         for name in (self.family.denoiser, "scheduler", *(name for _, name in self.family.encoders if self._trains_text)):
@@ -300,13 +303,14 @@ class TextToImage(Model):
                 encoder.save_pretrained(folder / name, state_dict=adapters.named_as_in_files(encoder, encoder.state_dict()))
         return [folder / "model_index.json"]
 
-    def _save_lora(self, folder: Path) -> Path:
-        arguments: dict[str, Any] = {}
-        for name in self.adapted:
-            net = getattr(self.pipeline, name)
-            arguments[f"{name}_lora_layers"] = adapters.lora_weights(net)
-            arguments[f"{name}_lora_adapter_metadata"] = adapters.lora_configuration(net)
-        type(self.pipeline).save_lora_weights(folder, **arguments)
-        if changes_schedule(self.plan.recipe):  # with the base's own, this LoRA would draw other pictures
+    def _save_adapters(self, folder: Path) -> list[Path]:
+        nets = {name: getattr(self.pipeline, name) for name in self.adapted}
+        if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other pictures
             self.pipeline.scheduler.save_pretrained(folder / "scheduler")
-        return folder / "pytorch_lora_weights.safetensors"
+        if self.plan.recipe.adapter is not None and self.plan.recipe.adapter.kind != "lora":
+            return [adapters.save_peft(net, folder / name) for name, net in nets.items()]
+        arguments: dict[str, Any] = {}
+        for name, net in nets.items():
+            arguments |= {f"{name}_lora_layers": adapters.lora_weights(net), f"{name}_lora_adapter_metadata": adapters.lora_configuration(net)}
+        type(self.pipeline).save_lora_weights(folder, **arguments)
+        return [folder / loading.LORA_FILE]

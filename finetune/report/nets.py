@@ -18,12 +18,19 @@ FLOAT32_BYTES = 4
 
 
 def adapted(model: Model) -> str:
-    """For a LoRA: how many layers of each kind got an adapter, and the share of the weights that train."""
-    places = {name.partition(".lora_")[0] for name in model.trained()}
-    kinds = Counter(_ending(place) for place in places)
+    """How many layers of each kind got an adapter, of which rank where ranks differ, and the share of the weights that train."""
+    ranks = {
+        name: 0 if hasattr(module, "oft_block_size") else module.r["default"]
+        for turn in model.turns()
+        for name, module in turn.net.named_modules()
+        if "default" in getattr(module, "r", ())
+    }
+    differ = len(set(ranks.values())) > 1
+    kinds = Counter((_ending(name), rank if differ else 0) for name, rank in ranks.items())
     trained, whole = _count(model.trained().values()), sum(_weights(turn.net) for turn in model.turns())
+    layers = ", ".join(f"{count} × {kind}" + (f" (rank {rank})" if rank else "") for (kind, rank), count in sorted(kinds.items()))
     rows = [
-        ("adapters", f"{len(places)} layers: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))),
+        ("adapters", f"{len(ranks)} layers: {layers}"),
         ("train", f"{_short(trained)} of {_short(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
     ]
     return table("adapters", rows)

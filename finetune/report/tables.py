@@ -129,13 +129,19 @@ def _trains(plan: Plan) -> str:
     text_encoder = recipe.model.family != "vae" and (recipe.model.train_text_encoder or recipe.method == "scratch")
     if adapter is None:
         return "all weights" + (" of denoiser and text encoder" if text_encoder else "" if recipe.model.family == "vae" else " of the denoiser")
+    nets = " of denoiser and text encoder" if text_encoder else " of the denoiser"
+    if adapter.kind == "oft":
+        return f"OFT on {adapter.targets}{nets}: blocks of side {adapter.rank}"
     alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
     scale = alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
-    kind = ("DoRA" if adapter.dora else "LoRA") + (", rank-stabilized" if adapter.rslora else "")
-    nets = " of denoiser and text encoder" if text_encoder else " of the denoiser"
+    names = {"lora": "DoRA" if adapter.dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+    kind = names[adapter.kind] + (", rank-stabilized" if adapter.rslora else "") + (" from PiSSA" if adapter.pissa else "")
     root = "√" if adapter.rslora else ""
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
-    return f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){dropout}"
+    own = "".join(f"; {name} {value:g} on {end}" for name in ("rank", "alpha") for end, value in getattr(adapter, f"{name}_pattern").items())
+    return (
+        f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){own}{dropout}"
+    )
 
 
 def _weighing(plan: Plan) -> str:

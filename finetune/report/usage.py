@@ -29,12 +29,16 @@ def usage(plan: Plan, base: str, weights: str) -> str:
         return f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({weights!r})\n{draw}"
     single = base.endswith((".safetensors", ".ckpt"))
     lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({weights!r})", draw]
-    imported = name
+    imported, more = name, ""
+    if recipe.adapter is not None and recipe.adapter.kind != "lora":  # PEFT's folders, one a net, which it changes in place
+        more = "from pathlib import Path\n\nfrom peft import PeftModel\n"
+        lines[1] = f"for config in Path({weights!r}).glob('*/adapter_config.json'):\n"
+        lines[1] += "    PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)"
     if changes := _schedule(plan):  # a LoRA's file cannot carry the schedule that it was trained with
         imported = f"DDIMScheduler, {name}"
         told = ", ".join(f"{key}={value!r}" for key, value in changes.items())
         lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {told}\n)")
-    return f"from diffusers import {imported}\n\n" + "\n".join(lines)
+    return f"{more}from diffusers import {imported}\n\n" + "\n".join(lines)
 
 
 def _schedule(plan: Plan) -> dict[str, object]:

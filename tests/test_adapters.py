@@ -1,0 +1,80 @@
+"""Adapters: which layers get them, at which rank, what is refused of a net's layers, and PiSSA's start. Runs: tests/test_families.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from finetune.errors import UserError
+from finetune.models import adapters
+from finetune.models.adapters import add_adapter, check_patterns
+from finetune.recipe import Adapter
+from tests import tiny
+
+
+def unet() -> Any:
+    return UNet2DConditionModel.from_pretrained(tiny.pipeline("sd15"), subfolder="unet")
+
+
+def test_ends_are_regular_expressions_as_pefts_patterns() -> None:
+    net = unet()
+    assert adapters.layers(net, "mid_block.*attn2.to_[kv]") == [
+        f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{letter}" for letter in ("k", "v")
+    ]
+    assert adapters.layers(net, "o_q, conv_in") == ["conv_in"], "an end begins at a dot"
+    with pytest.raises(UserError, match="no regular expression"):
+        adapters.layers(net, "to_(q")
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_ranks_and_alphas_by_pattern(alpha: float | None) -> None:
+    net = unet()
+    section = Adapter(rank=4, alpha=alpha, rank_pattern={"mid_block.*to_q": 8, "to_q": 2}, alpha_pattern={"attn2.to_k": 8})
+    names = add_adapter(net, section)
+    check_patterns(section, names)
+    for name in names:
+        layer = net.get_submodule(name)
+        rank = (8 if "mid_block" in name else 2) if name.endswith("to_q") else 4
+        scale = 8 / 4 if name.endswith("attn2.to_k") else 1 if alpha is None else alpha / rank
+        assert (layer.r["default"], layer.scaling["default"]) == (rank, scale)
+    with pytest.raises(UserError, match='matches "to_qq"') as caught:
+        check_patterns(Adapter(rank_pattern={"to_qq": 2}), names)
+    assert '"to_q"' in caught.value.remedy
+
+
+def test_pissa_starts_where_the_base_is() -> None:
+    """W′ + B₀ A₀ = W (arXiv:2404.02948, eq. 2–4), B₀ A₀ is the best approximation of its rank, and what is handed out is then nothing."""
+    net, base = unet(), unet()
+    (name,) = add_adapter(net, Adapter(rank=4, alpha=2, targets="mid_block.*attn1.to_q", pissa=True))
+    layer, weight = net.get_submodule(name), base.get_submodule(name).weight
+    product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.base_layer.weight + product, weight, atol=1e-6, rtol=0)
+    left = torch.linalg.svdvals(weight.detach())[4:].square().sum().sqrt()
+    torch.testing.assert_close(layer.base_layer.weight.detach().norm(), left, rtol=1e-3, atol=0)
+    down, up = adapters.lora_weights(net).values()
+    assert down.shape[0] == 8 and (up @ down).abs().max() < 1e-6
+    assert adapters.lora_configuration(net)["lora_alpha"] == 4, "alpha / rank is as it was"
+
+
+REFUSED = {
+    "a rank above the width": (
+        unet,
+        Adapter(rank=17, targets="down_blocks.0.*to_q"),
+        "above the width of down_blocks.0",
+        "rank_pattern: {down_blocks",
+    ),
+    "PiSSA on a convolution": (unet, Adapter(rank=4, targets="conv1", pissa=True), "conv1 is a convolution", "adapter.targets"),
+    "OFT on a convolution": (unet, Adapter(rank=4, targets="conv1", kind="oft"), "OFT of a convolution", "adapter.targets"),
+    "OFT's blocks": (unet, Adapter(rank=7, targets="attention", kind="oft"), "do not divide the 16 inputs", "adapter.rank: 4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_cannot_do_is_refused(name: str) -> None:
+    make, section, says, remedy = REFUSED[name]
+    with pytest.raises(UserError, match=says) as caught:
+        add_adapter(make(), section)
+    assert remedy in caught.value.remedy
