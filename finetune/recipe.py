@@ -209,8 +209,17 @@ class Recipe:
 
 
 def embedded(path: str) -> str:
-    """`embedded:emoji/noto` → the folder inside the package; anything else as it is."""
-    return str(ASSETS / path.removeprefix("embedded:")) if path.startswith("embedded:") else path
+    """`embedded:emoji/noto` → the folder inside the package; anything else as it is.
+
+    Raises:
+        UserError: it would lead out of the package.
+    """
+    if not path.startswith("embedded:"):
+        return path
+    inside = ASSETS / path.removeprefix("embedded:")
+    if not inside.resolve().is_relative_to(ASSETS):
+        raise UserError(f"{path} leads out of what comes with ft", remedy="name the folder itself")
+    return str(inside)
 
 
 def public_name(path: str) -> str:
@@ -298,6 +307,7 @@ def _check(recipe: Recipe, where: str) -> None:
         if condition:
             raise UserError(problem, where=where, remedy=remedy)
 
+    refuse(Path(recipe.name).name != recipe.name, "`name` is one word: the run's folder is called by it", "remove `name`, or the slashes in it")
     train, data, model = recipe.train, recipe.data, recipe.model
     refuse((train.steps is None) == (train.epochs is None), "a run's length is train.steps or train.epochs: one of them", "give exactly one")
     refuse(bool(data.path) == bool(data.sources), "the pictures are at data.path or in data.sources: one of them", "give exactly one")

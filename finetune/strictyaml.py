@@ -21,6 +21,7 @@ import yaml
 from finetune.errors import UserError, did_you_mean
 
 MAXIMUM_DEPTH = 12
+MAXIMUM_LENGTH = 1 << 18  # characters: a recipe has some hundreds
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same nodes; in C, where PyYAML was built with it, ten times sooner
 NULLS = {"null", "~", ""}
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -60,14 +61,23 @@ def read(text: str, name: str, what: str = "a recipe", example: str = "see `ft r
     root = _compose(text, name)
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{what} is a list of `key: value` lines", where=name, remedy=example)
-    return _node(root, name, 0)
+    return _node(root, name)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
-    """The nodes of PyYAML, with nothing in them that is not written out."""
+    """The nodes of PyYAML, with nothing in them that is not written out.
+
+    The parser's events are looked at first: nested deeply, libyaml's composer overflows the stack, and its parser takes minutes.
+    """
+    if len(text) > MAXIMUM_LENGTH:
+        raise UserError(f"longer than {MAXIMUM_LENGTH:,} characters", where=name, remedy="give a file that a person wrote")
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=LOADER):
             where = f"{name}:{_line(event.start_mark)}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAXIMUM_DEPTH + 1:
+                raise UserError(f"nested deeper than {MAXIMUM_DEPTH} levels", where=where)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise UserError("anchors and aliases (& and *) are not read here", where=where, remedy="write the value out")
             if (tag := getattr(event, "tag", None)) not in (None, "!"):
@@ -89,12 +99,10 @@ def _line(mark: Any) -> int:
     return int(mark.line) + 1
 
 
-def _node(node: yaml.Node, name: str, depth: int) -> Node:
+def _node(node: yaml.Node, name: str) -> Node:
     where = f"{name}:{_line(node.start_mark)}"
-    if depth > MAXIMUM_DEPTH:
-        raise UserError(f"nested deeper than {MAXIMUM_DEPTH} levels", where=where)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_node(child, name, depth + 1) for child in node.value], where)
+        return Node([_node(child, name) for child in node.value], where)
     if isinstance(node, yaml.MappingNode):
         children: dict[str, Node] = {}
         for key, value in node.value:
@@ -104,7 +112,7 @@ def _node(node: yaml.Node, name: str, depth: int) -> Node:
             if key.value in children:
                 raise UserError(f'"{key.value}" is given twice', where=line, remedy="keep one of the two lines")
             # A value that stands on a later line than its key is pointed at by its key.
-            children[key.value] = dataclasses.replace(_node(value, name, depth + 1), where=line)
+            children[key.value] = dataclasses.replace(_node(value, name), where=line)
         return Node(children, where)
     return Node(node.value, where, quoted=getattr(node, "style", None) in ("'", '"', "|", ">"))
 
@@ -113,11 +121,11 @@ def override(root: Node, assignment: str) -> Node:
     """Apply one `--set section.key=value`; the value is read as YAML, so lists and sections can be given too."""
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > MAXIMUM_DEPTH:
         raise UserError(f"--set needs KEY=VALUE, not {assignment!r}", remedy="for example: --set train.batch_size=2")
     where = f"--set {path.strip()}"
     composed = _compose(text, where)
-    value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where, 0), where=where)
+    value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where), where=where)
     return _with(root, keys, value, where)
 
 

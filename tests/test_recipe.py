@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune import pretrained
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, load_recipe, located, parse_recipe, to_dict
+from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, embedded, load_recipe, located, parse_recipe, to_dict
 
 MINIMAL = """\
 method: lora
@@ -35,6 +38,12 @@ def parse(text: str = MINIMAL, *overrides: str) -> Recipe:
 def refusal(text: str = MINIMAL, *overrides: str) -> UserError:
     with pytest.raises(UserError) as caught:
         parse(text, *overrides)
+    return caught.value
+
+
+def refusal_of(action: Callable[[], object]) -> UserError:
+    with pytest.raises(UserError) as caught:
+        action()
     return caught.value
 
 
@@ -240,6 +249,33 @@ def test_a_recipe_is_found_by_file_and_by_name(tmp_path: Path) -> None:
         load_recipe(file)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a: " + "[" * 200_000, "? " * 50_000, "- " * 100_000, "\n".join(" " * depth + "a:" for depth in range(600)), "a: " + "9" * 1_000_000],
+    ids=["brackets", "keys", "lists", "sections", "length"],
+)
+def test_a_recipe_made_to_overwhelm_the_reader_is_refused_at_once(text: str) -> None:
+    """libyaml itself takes minutes for the first, and crashes the process at the second."""
+    start = time.perf_counter()
+    assert "deeper than" in (said := refusal(text).problem) or "longer than" in said
+    assert time.perf_counter() - start < 2
+    laughs = "a: &a [x, x]\n" + "\n".join(f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]" for n in range(9))
+    assert "anchors and aliases" in refusal(laughs).problem
+    assert "--set needs" in refusal(MINIMAL, ".".join("a" * 50_000) + "=1").problem
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y", "!!binary aGk="])
+def test_a_tag_makes_nothing(tag: str) -> None:
+    assert "tags such as" in refusal(added("model", f"vae: {tag}")).problem
+
+
+def test_a_recipe_leads_nowhere_but_where_it_says() -> None:
+    assert "leads out of" in refusal_of(lambda: embedded("embedded:../../../etc")).problem
+    assert "one word" in refusal(MINIMAL + "name: ../../elsewhere\n").problem
+    for family in ("os", "../x", "models.sd", "text_to_image", "__init__"):
+        assert "no model family" in refusal_of(lambda family=family: pretrained.check(parse(MINIMAL, f"model.family={family}"))).problem  # type: ignore[misc]
+
+
 # Strings near to YAML, near to recipes: keys, marks and odd characters in any order.
 _WORDS = ["method", "lora", "model", "train", "data", "adapter", "steps", "1e999", "-1", "0x1F", "1_0", "null", "---", "...", "!!set", "&a", "*a"]
 _MARKS = [":", ": ", "\n", "\n  ", "- ", "? ", *"[]{}'\"|>#%@`~=.,", "\t", "\x00", "\ufeff", "\ud7ff", "é"]
@@ -254,6 +290,37 @@ def test_any_text_is_read_or_refused_with_a_message(text: str) -> None:
             parse(whole)
         except UserError as error:
             assert error.problem
+
+
+_LINES = [line for name in ("lora/sdxl", "scratch/emoji-diffusion", "full/emoji") for line in (RECIPES / f"{name}.yaml").read_text().splitlines()]
+_PLACES = st.integers(0, 99)
+_EDITS = st.tuples(st.sampled_from(["drop", "twice", "swap", "indent", "value", "cut"]), _PLACES, _PLACES, st.lists(_TEXT, max_size=3))
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, len(_LINES) - 1), st.integers(5, 60), st.lists(_EDITS, min_size=1, max_size=6))
+def test_any_recipe_with_lines_gone_moved_or_changed_is_read_or_refused(start: int, count: int, edits: list[tuple[str, int, int, list[str]]]) -> None:
+    lines = _LINES[start : start + count]
+    for edit, at, to, words in edits:
+        at, to = at % len(lines), to % len(lines)
+        if edit == "drop":
+            lines[at] = ""
+        elif edit == "twice":
+            lines.insert(to, lines[at])
+        elif edit == "swap":
+            lines[at], lines[to] = lines[to], lines[at]
+        elif edit == "indent":
+            lines[at] = " " * to + lines[at]
+        elif edit == "value":
+            lines[at] = lines[at].partition(":")[0] + ": " + "".join(words)
+        else:
+            lines[at] = lines[at][:to]
+    try:
+        recipe = parse("\n".join(lines))
+    except UserError as error:
+        assert error.problem and error.lines()
+    else:
+        assert parse(yaml.safe_dump(to_dict(recipe))) == recipe
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

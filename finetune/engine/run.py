@@ -131,7 +131,7 @@ class Run:
 
 def versions() -> dict[str, str]:
     """Of Python, the system and the libraries that training stands on."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     for library in LIBRARIES:
         try:
             found[library] = metadata.version(library)

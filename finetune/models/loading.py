@@ -50,6 +50,7 @@ def open_pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) ->
         cls, source = getattr(diffusers, class_name), str(path or given)
         index = _index(path or Path(hf_hub_download(given, "model_index.json")).parent)
         require_class(index["_class_name"], class_name, given)
+        _refuse_foreign(index, given)
         replaced: dict[str, Any] = {"vae": vae} if vae else {}
         if class_name == "StableDiffusionPipeline":  # what only filters finished pictures is not loaded
             replaced |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
@@ -123,6 +124,18 @@ def _index(folder: Path) -> dict[str, Any]:
         )
     found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return found
+
+
+def _refuse_foreign(index: dict[str, Any], given: str) -> None:
+    """Raise if a pipeline names a part that neither diffusers nor transformers has: it would be code of the model's own."""
+    for name, entry in index.items():
+        library = entry[0] if isinstance(entry, list) and entry else None
+        if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
+            raise UserError(
+                f'{given} wants its {name} from "{library}": code of a model is never run',
+                where="model.path, model_index.json",
+                remedy="give a model whose parts diffusers and transformers have",
+            )
 
 
 def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
