@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import operator
 import types
 import typing
@@ -62,6 +63,11 @@ def read(text: str, name: str, what: str = "a recipe", example: str = "see `ft r
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{what} is a list of `key: value` lines", where=name, remedy=example)
     return _node(root, name)
+
+
+def of_plain(values: dict[str, Any], name: str) -> Node:
+    """The Node of plain values, such as JSON gives: what was written by a program and not by a person."""
+    return read(json.dumps(values), name)
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:

@@ -7,7 +7,6 @@ importance-weighted bound (Burda et al. 2016, arXiv:1509.00519, equation 8) inst
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import final
 
@@ -16,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune.engine.draw import Draw
-from finetune.errors import UserError
-from finetune.models.blocks import Residual
+from finetune.models.blocks import halved, larger, smaller
 from finetune.models.observation import Observation, observation_of
 from finetune.models.pixels import LikelihoodModel, Space, class_embedding, levels_in, started
 from finetune.models.turn import Batch, SampleRequest, Turn
@@ -44,27 +42,14 @@ class Autoencoder(nn.Module):
 
     def __init__(self, space: Space, section: Net, observation: Observation) -> None:
         super().__init__()
-        factor = 2**section.halvings
-        if space.height % factor or space.width % factor:
-            raise UserError(
-                f"{space.width}×{space.height} pixels cannot be halved {section.halvings} times",
-                where="net.halvings",
-                remedy=f"set net.halvings lower, or data.resolution to a multiple of {factor}",
-            )
-        self._space, self._small = space, (space.height // factor, space.width // factor)
+        self._space, self._small = space, halved(space, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         features = widths[-1] * self._small[0] * self._small[1]
         self.classes = class_embedding(space, section.latent)
-        down: list[nn.Module] = [nn.Conv2d(space.channels, widths[0], 3, padding=1)]
-        up: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            down += [Residual(before, section.dropout) for _ in range(section.blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
-        for before, after in itertools.pairwise(widths[::-1]):
-            up += [Residual(before, section.dropout) for _ in range(section.blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
-        self.encoder = nn.Sequential(*down, nn.SiLU(), nn.Flatten())
+        self.encoder = nn.Sequential(*smaller(space.channels, widths, section.blocks, section.dropout), nn.Flatten())
         self.read = nn.Linear(features + (section.latent if space.classes else 0), 2 * section.latent)
         self.write = nn.Linear(section.latent * (2 if space.classes else 1), features)
-        self.decoder = nn.Sequential(*up, Residual(widths[0], section.dropout), nn.SiLU(), nn.Conv2d(widths[0], observation.parameters, 3, padding=1))
+        self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
 
     def _with_class(self, features: Tensor, classes: Tensor | None) -> Tensor:
         return features if self.classes is None else torch.cat([features, self.classes(classes)], 1)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import final
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, final
 
 from torch import Tensor, nn
+
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.models.pixels import Space
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -32,3 +39,35 @@ class Residual(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         found: Tensor = features + self.inner(features)
         return found
+
+
+def smaller(inputs: int, widths: Sequence[int], blocks: int, dropout: float) -> list[nn.Module]:
+    """Layers from [B, inputs, H, W] to [B, widths[-1], H/2ⁿ, W/2ⁿ], n = len(widths) − 1: residual blocks, and a strided convolution between."""
+    found: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
+    for before, after in itertools.pairwise(widths):
+        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
+    return [*found, nn.SiLU()]
+
+
+def larger(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> list[nn.Module]:
+    """`smaller` the other way round: from [B, widths[-1], h, w] to [B, outputs, 2ⁿh, 2ⁿw]."""
+    found: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths[::-1]):
+        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
+    return [*found, Residual(widths[0], dropout), nn.SiLU(), nn.Conv2d(widths[0], outputs, 3, padding=1)]
+
+
+def halved(space: Space, halvings: int) -> tuple[int, int]:
+    """(height, width) after so many halvings.
+
+    Raises:
+        UserError: they do not go.
+    """
+    factor = 2**halvings
+    if space.height % factor or space.width % factor:
+        raise UserError(
+            f"{space.width}×{space.height} pixels cannot be halved {halvings} times",
+            where="net.halvings",
+            remedy=f"set net.halvings lower, or data.resolution to a multiple of {factor}",
+        )
+    return space.height // factor, space.width // factor

@@ -20,6 +20,7 @@ MINIMUM_LOG_SCALE = -7.0
 class Observation(ABC):
     """p(levels of a pixel | parameters). `parameters` is the number of a net's outputs for a pixel."""
 
+    _space: Space
     parameters: int
     draws: int  # uniform numbers that `sample` takes a pixel
 
@@ -32,8 +33,12 @@ class Observation(ABC):
         """[B, parameters, H, W] and uniform [B, draws, H, W] → levels [B, C, H, W] uint8, a function of both."""
 
     @abstractmethod
+    def expected(self, parameters: Tensor) -> Tensor:
+        """E[x], scaled to [-1, 1], [B, C, H, W] float32, with its gradient."""
+
     def mean(self, parameters: Tensor) -> Tensor:
-        """E[levels], rounded, [B, C, H, W] uint8."""
+        """E[x] rounded to levels, uint8."""
+        return self._space.quantised(self.expected(parameters))
 
 
 @final
@@ -41,7 +46,7 @@ class Categorical(Observation):
     """A probability for each level. Channels are independent given the parameters."""
 
     def __init__(self, space: Space) -> None:
-        self._channels, self._levels = space.channels, space.levels
+        self._space, self._channels, self._levels = space, space.channels, space.levels
         self.parameters, self.draws = space.channels * space.levels, space.channels
 
     def _logits(self, parameters: Tensor) -> Tensor:
@@ -58,10 +63,9 @@ class Categorical(Observation):
         cumulative = self._logits(parameters).softmax(-1).cumsum(-1)
         return (uniform[..., None] > cumulative[..., :-1]).sum(-1).to(torch.uint8)
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def expected(self, parameters: Tensor) -> Tensor:
         probabilities = self._logits(parameters).softmax(-1)
-        levels = torch.arange(self._levels, device=parameters.device, dtype=torch.float32)
-        return torch.matmul(probabilities, levels).round().to(torch.uint8)
+        return torch.matmul(probabilities, self._space.scaled(torch.arange(self._levels, device=parameters.device)))
 
 
 @final
@@ -129,7 +133,7 @@ class Logistics(Observation):
             found.append(level)
         return torch.stack(found, 1)
 
-    def mean(self, parameters: Tensor) -> Tensor:
+    def expected(self, parameters: Tensor) -> Tensor:
         """Of the logistics before they are cut: the tails beyond the lowest and highest level are left out of account."""
         logits, means, _, coefficients = self._split(parameters)
         weights = logits.softmax(1)
@@ -137,7 +141,7 @@ class Logistics(Observation):
         for channel in range(self._channels):
             found = (weights * self._mean(channel, means, coefficients, scaled)).sum(1).clamp(-1, 1)
             scaled = torch.cat([scaled[:, :channel], found[:, None], scaled[:, channel + 1 :]], 1)
-        return self._space.quantised(scaled)
+        return scaled
 
 
 def observation_of(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> Observation:

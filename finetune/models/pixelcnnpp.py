@@ -9,6 +9,7 @@ since no kept library has it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -21,6 +22,7 @@ from finetune.models.causal import CausalConv, Place
 from finetune.models.observation import Observation, observation_of
 from finetune.models.pixels import LikelihoodModel, Space, class_embedding, levels_in, started
 from finetune.models.turn import Batch, SampleRequest, Turn
+from finetune.nets._stack import Stack
 from finetune.nets.pixelcnnpp import Net
 
 build = started
@@ -68,7 +70,7 @@ class PixelCnn(nn.Module):
         conditioned: width of a condition [B, conditioned]; 0 is none.
     """
 
-    def __init__(self, channels: int, outputs: int, section: Net, conditioned: int) -> None:
+    def __init__(self, channels: int, outputs: int, section: Stack, conditioned: int) -> None:
         super().__init__()
         width, inputs = section.width, channels + 1  # a channel of ones tells the picture from its padding
         # The window of the vertical stream: two rows above; of the horizontal: the row above, and to the left.
@@ -111,10 +113,24 @@ class PixelCnn(nn.Module):
         found: Tensor = self.out(functional.elu(features))
         return found
 
-    def write(self, scaled: Tensor, place: Place) -> None:
-        """Tell the convolutions that read the picture itself what was drawn at the place."""
-        for first in (self.above, self.row_above, self.left):
-            first.write(_with_ones(scaled), place)
+    @torch.no_grad()
+    def draw(self, scaled: Tensor, condition: Tensor | None, pick: Callable[[Tensor, int, int], Tensor]) -> None:
+        """Draw into `scaled` [B, channels, H, W], pixel by pixel, each convolution keeping what it has read.
+
+        Args:
+            pick: (parameters [B, outputs, 1, 1], y, x) → what is drawn there, [B, channels, 1, 1].
+        """
+        caches = Place(*scaled.shape[2:])
+        for y in range(scaled.shape[2]):
+            caches.y, caches.x = y, None
+            vertical = self.vertical(scaled[:, :, y : y + 1], condition, caches)
+            for x in range(scaled.shape[3]):
+                caches.x = x
+                above = [features[:, :, :, x : x + 1] for features in vertical]
+                parameters = self.horizontal(scaled[:, :, y : y + 1, x : x + 1], above, condition, caches)
+                scaled[:, :, y : y + 1, x : x + 1] = pick(parameters, y, x)
+                for first in (self.above, self.row_above, self.left):  # those that read the picture itself
+                    first.write(_with_ones(scaled[:, :, y : y + 1, x : x + 1]), caches)
 
 
 def _with_ones(scaled: Tensor) -> Tensor:
@@ -176,21 +192,13 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return self._turn.loss(batch, draw)
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Pixel by pixel, each convolution keeping what it has read: the vertical stream a row at a time."""
-        uniform, condition = self.uniform(draw), self.net.condition(classes)
-        scaled = torch.zeros(len(draw.places), *self.space.shape, device=self.device)
-        levels = torch.zeros_like(scaled, dtype=torch.uint8)
-        caches = Place(self.space.height, self.space.width)
-        for y in range(self.space.height):
-            caches.y, caches.x = y, None
-            vertical = self.net.cnn.vertical(scaled[:, :, y : y + 1], condition, caches)
-            for x in range(self.space.width):
-                caches.x = x
-                above = [features[:, :, :, x : x + 1] for features in vertical]
-                parameters = self.net.cnn.horizontal(scaled[:, :, y : y + 1, x : x + 1], above, condition, caches)
-                found = self._observation.sample(parameters, uniform[:, :, y : y + 1, x : x + 1])
-                levels[:, :, y, x], scaled[:, :, y, x] = found[:, :, 0, 0], self.space.scaled(found)[:, :, 0, 0]
-                self.net.cnn.write(scaled[:, :, y : y + 1, x : x + 1], caches)
+        uniform, levels = self.uniform(draw), torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device)
+
+        def pick(parameters: Tensor, y: int, x: int) -> Tensor:
+            levels[:, :, y : y + 1, x : x + 1] = self._observation.sample(parameters, uniform[:, :, y : y + 1, x : x + 1])
+            return self.space.scaled(levels[:, :, y : y + 1, x : x + 1])
+
+        self.net.cnn.draw(torch.zeros(levels.shape, device=self.device), self.net.condition(classes), pick)
         return levels
 
     def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:

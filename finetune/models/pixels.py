@@ -15,7 +15,7 @@ import json
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -232,8 +232,14 @@ class LikelihoodModel(PixelModel):
 
 def started(plan: Plan, audit: Audit) -> Model:
     """The family's model with weights at random, by the run's seed; what its module calls `build`."""
+    space = space_of(plan, audit)
+    return begin(plan, audit, lambda: _module(plan.recipe.model.family).create(space, plan.recipe.net))
+
+
+def begin(plan: Plan, audit: Audit, make: Callable[[], PixelModel]) -> PixelModel:
+    """What `make` makes, its weights at random by the run's seed, and those that start by the data set by it."""
     torch.manual_seed(plan.recipe.train.seed)
-    made: PixelModel = _module(plan.recipe.model.family).create(space_of(plan, audit), plan.recipe.net)
+    made = make()
     made.audit = audit
     if not isinstance(next(made.net.parameters()), FakeTensor):  # which has no values to start by
         made.start()
@@ -254,10 +260,11 @@ def open_model(path: str | Path) -> PixelModel:
         declared = nets.section(config["family"])
         if declared is None:
             raise KeyError(config["family"])
-        section = strictyaml.build(declared, strictyaml.read(json.dumps(config["net"]), str(folder / CONFIG)), "net")
+        section = strictyaml.build(declared, strictyaml.of_plain(config["net"], str(folder / CONFIG)), "net")
         module = _module(config["family"])
         model: PixelModel = module.restore(space, section, config) if hasattr(module, "restore") else module.create(space, section)
-        model.net.load_state_dict(load_file(folder / WEIGHTS))
+        if not isinstance(next(model.net.parameters()), FakeTensor):
+            model.net.load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
         remedy = "give a finished run, or the folder that `ft export` wrote"
         raise UserError(f"{path} holds no trained model", where=str(folder), remedy=remedy) from None

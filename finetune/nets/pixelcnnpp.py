@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.nets import Section
+from finetune.nets._stack import Stack
 from finetune.strictyaml import number
 
 
 @dataclass(frozen=True)
-class Net(Section):
-    width: int = number(48, minimum=4)  # channels
-    blocks: int = number(6, minimum=1)  # gated blocks on the way down, and as many on the way up
-    dilation: int = number(1, minimum=1)  # every second block reads so many pixels apart: larger sees farther at the same cost
-    dropout: float = number(0.1, minimum=0, below=1)
+class Net(Stack):
     observation: Literal["categorical", "logistics"] = "logistics"  # a probability for each level of a grey, or mixtures of logistics
     mixtures: int = number(10, minimum=1)  # of logistics a pixel
-
-    @property
-    def loss(self) -> str:
-        return "−log p in nats a picture, exact"

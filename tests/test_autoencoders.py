@@ -1,0 +1,174 @@
+"""Autoencoders from scratch: bounds against quadrature, sums where sums belong, and which side of the book a gradient is on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.engine.draw import Draw
+from finetune.models import betavae, vqvae
+from finetune.models.betavae import gaussian_kl, log_normal
+from finetune.models.pixels import Space
+from finetune.models.vqvae import Quantiser, perplexity
+from finetune.nets.betavae import Net as VaeNet
+from finetune.nets.vqvae import Net as VqNet
+
+SPACE = Space(1, 4, 4, 5)
+
+
+def vae_of(**keys: Any) -> Any:
+    torch.manual_seed(0)
+    model = betavae.create(SPACE, VaeNet(**{"width": 8, "halvings": 1, "latent": 1, "mixtures": 2, **keys}))
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.net.eval()
+    return model
+
+
+def some_levels(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(SPACE.levels, (count, *SPACE.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("observation", ["categorical", "logistics"])
+def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
+    """One latent number: log p(x) = log ∫ N(z; 0, 1) p(x|z) dz by the trapezoid rule on 801 points."""
+    model = vae_of(observation=observation)
+    levels = some_levels(6)
+    z = torch.linspace(-8, 8, 801)
+    with torch.no_grad():
+        parameters = model.net.decode(z[:, None], None)
+        given = torch.stack([model._observation.log_prob(parameters, one.expand(801, -1, -1, -1)).flatten(1).sum(1) for one in levels])
+    exact = (given + log_normal(z)).double().logsumexp(1) + math.log(16 / 800)
+    bounds = []
+    for particles in (1, 5, 50, 1000):
+        pictures = levels.repeat_interleave(40 if particles < 1000 else 2, 0)
+        found = -model.nats({"pixels": pictures}, Draw(0, 0, range(len(pictures))), particles)
+        bounds.append(float(found.mean()))
+    assert bounds[0] < bounds[1] < bounds[2] < float(exact.mean()) + 0.02
+    assert bounds[3] == pytest.approx(float(exact.mean()), abs=0.02)
+
+
+def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
+    """β weighs the KL and nothing else; the loss of a picture does not depend on the others in its batch."""
+    levels, draw = some_levels(3), Draw(0, 0, range(3))
+    losses = {}
+    for beta in (0.0, 1.0, 3.0):
+        model = vae_of(latent=4, beta=beta)
+        (turn,) = model.turns()
+        with torch.no_grad():
+            losses[beta] = turn.loss({"pixels": levels}, draw)
+            mean, logvar = model.net.encode(levels, None)
+    kl = gaussian_kl(mean, logvar)
+    torch.testing.assert_close(losses[1.0] - losses[0.0], kl.sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[3.0] - losses[0.0], 3 * kl.sum(1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        latent = mean + (0.5 * logvar).exp() * draw.normal("posterior", (1, 4))[:, 0]
+        pixels = model._observation.log_prob(model.net.decode(latent, None), levels)
+        torch.testing.assert_close(losses[0.0], -pixels.flatten(1).sum(1))
+        alone = turn.loss({"pixels": levels[2:]}, Draw(0, 0, [2]))
+    torch.testing.assert_close(alone[0], losses[3.0][2])
+    torch.testing.assert_close(model.kl_by_dimension({"pixels": levels}), kl.mean(0))
+
+
+def test_the_kl_is_that_of_samples() -> None:
+    mean, logvar = torch.tensor([[0.7, -1.2, 0.0]]), torch.tensor([[0.3, -2.0, 0.0]])
+    drawn = mean + (0.5 * logvar).exp() * torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
+    sampled = (log_normal(drawn, mean, logvar) - log_normal(drawn)).mean(0)
+    torch.testing.assert_close(gaussian_kl(mean, logvar)[0], sampled, rtol=0, atol=0.01)
+
+
+def test_pictures_from_latents() -> None:
+    model, pictures = vae_of(latent=4), some_levels(4)
+    batch = {"pixels": pictures}
+    rebuilt = model.reconstructions(batch)
+    way = model.interpolation(batch, 5)
+    assert way.shape == (5, *SPACE.shape)
+    assert torch.equal(way[0], rebuilt[0]) and torch.equal(way[-1], rebuilt[1])
+    assert torch.equal(model.arithmetic(batch, batch, batch), rebuilt), "what is added and taken away is the same"
+    first, second = {"pixels": pictures[:1]}, {"pixels": pictures[1:2]}
+    assert torch.equal(model.arithmetic(first, second, first), rebuilt[1:2])
+
+
+def test_the_straight_through_gradient_is_the_identity() -> None:
+    torch.manual_seed(0)
+    quantiser = Quantiser(7, 3, 100)
+    latent, seen = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
+    vectors, to_book, to_latent = quantiser(latent)
+    assert torch.equal(vectors, quantiser.vectors(quantiser.indices(latent)))
+    (gradient,) = torch.autograd.grad((vectors * seen).sum(), latent, retain_graph=True)
+    assert torch.equal(gradient, seen)
+    distance = (latent - vectors).detach()
+    torch.testing.assert_close(to_book, distance.square().flatten(1).sum(1))
+    torch.testing.assert_close(to_latent, to_book)
+    nearest = torch.cdist(latent.movedim(1, -1).flatten(0, 2), quantiser.book).argmin(1)
+    assert torch.equal(quantiser.indices(latent).flatten(), nearest)
+
+
+def test_beta_is_on_the_encoders_side() -> None:
+    """The encoder is pulled to its codes by 2β(z − e); the book is pulled by 2(e − z), whatever β is."""
+    found = {}
+    for beta in (0.25, 1.0):
+        torch.manual_seed(0)
+        quantiser = Quantiser(5, 2, 100)
+        latent = torch.randn(1, 2, 3, 3, requires_grad=True)
+        _, to_book, to_latent = quantiser(latent)
+        found[beta] = torch.autograd.grad((to_book + beta * to_latent).sum(), (latent, quantiser.book))
+    torch.testing.assert_close(found[0.25][0], 0.25 * found[1.0][0])
+    torch.testing.assert_close(found[0.25][1], found[1.0][1])
+    with torch.no_grad():
+        torch.testing.assert_close(found[1.0][0], 2 * (latent - quantiser.vectors(quantiser.indices(latent))))
+    # The net's loss takes them so.
+    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2, beta=0.25))
+    levels = some_levels(2)
+    model.net.eval()
+    parameters, to_book, to_latent = model.net(levels)
+    expected = -model._observation.log_prob(parameters, levels).flatten(1).sum(1) + to_book + 0.25 * to_latent
+    torch.testing.assert_close(model.turns()[0].loss({"pixels": levels}, Draw(0, 0, range(2))), expected)
+
+
+def test_perplexity_counts_the_codes_in_use() -> None:
+    assert float(perplexity(torch.arange(8).repeat(3), 8)) == pytest.approx(8)
+    assert float(perplexity(torch.full((10,), 3), 8)) == pytest.approx(1)
+
+
+def test_dead_codes_come_back_where_one_is_missed() -> None:
+    quantiser = Quantiser(4, 2, 3)
+    with torch.no_grad():
+        quantiser.book.copy_(torch.tensor([[0.0, 0], [50, 50], [60, 60], [70, 70]]))
+    latent = torch.tensor([[0.1, 0.0], [0.0, 0.2], [8.0, 8.0], [9.0, -9.0]]).T.view(1, 2, 4, 1)
+    for _ in range(2):
+        quantiser(latent)
+        assert perplexity(quantiser.indices(latent), 4) == pytest.approx(1)
+    quantiser(latent)
+    assert set(quantiser.indices(latent).flatten().tolist()) == {0, 1, 2, 3}
+    assert quantiser.book[1].tolist() == [9.0, -9.0], "the first dead code takes what fits worst"
+    quantiser.eval()
+    before = quantiser.idle.clone()
+    quantiser(latent * 0)
+    assert torch.equal(quantiser.idle, before), "a look changes nothing"
+
+
+def test_each_turn_trains_its_own_net() -> None:
+    torch.manual_seed(0)
+    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2, adversary=0.5))
+    batch, draw = {"pixels": some_levels(2)}, Draw(0, 0, range(2))
+    autoencoder, critic = model.turns()
+    plain = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2))
+    plain.net.load_state_dict(model.net.state_dict())
+    autoencoder.loss(batch, draw).mean().backward()
+    assert all(parameter.grad is None for parameter in critic.net.parameters())
+    model.net.zero_grad(set_to_none=True)
+    # The critic's share of the gradient at the last layer is `adversary` times the reconstruction's.
+    last = list(model.net.decoder.parameters())[-2]
+    (whole,) = torch.autograd.grad(autoencoder.loss(batch, draw).mean(), last)
+    other = list(plain.net.decoder.parameters())[-2]
+    (without,) = torch.autograd.grad(plain.turns()[0].loss(batch, draw).mean(), other)
+    assert float((whole - without).norm()) == pytest.approx(0.5 * float(without.norm()), rel=0.02)
+    critic.loss(batch, draw).mean().backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    assert all(parameter.grad is not None for parameter in critic.net.parameters())
