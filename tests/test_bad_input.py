@@ -1,78 +1,28 @@
-"""Whatever is wrong with what a person gives: one clear message with the remedy, exit code 2, nothing overwritten."""
+"""Whatever is wrong with the recipe or the pictures: one clear message with the remedy, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
 import zlib
-from collections import namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors import SafetensorError
 
 import finetune
-from finetune.engine import checkpoint
 from tests import tiny
+from tests.scenes import Cases, Scene, check, refused, scene
+
+__all__ = ["scene"]
 
 ROOT = Path(finetune.__file__).resolve().parent.parent
 
-
-@dataclass
-class Scene:
-    """A recipe that trains a LoRA on a tiny model, its pictures, and the ways in which a case spoils them."""
-
-    folder: Path
-    patch: pytest.MonkeyPatch
-    overrides: list[str] = field(default_factory=list)
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
-
-    def set(self, *assignments: str) -> None:
-        self.overrides += assignments
-
-    def append(self, text: str) -> None:
-        self.recipe.write_text(self.recipe.read_text() + text)
-
-    def arguments(self) -> list[str]:
-        return [str(self.recipe), *(part for assignment in self.overrides for part in ("--set", assignment))]
-
-    def no_space(self, when: Callable[[Path], bool]) -> None:
-        """From now on the disk is full for files that `when` picks: whatever is synced to them fails."""
-        sync = os.fsync
-
-        def fsync(descriptor: int) -> None:
-            if when(Path(os.readlink(f"/proc/self/fd/{descriptor}"))):
-                raise OSError(errno.ENOSPC, "No space left on device")
-            sync(descriptor)
-
-        self.patch.setattr(os, "fsync", fsync)
-
-
-def raising(error: Exception) -> Callable[..., Any]:
-    def fail(*arguments: Any, **named: Any) -> Any:
-        raise error
-
-    return fail
+CASES = Cases()
+case = CASES.case
 
 
 def png_of_20000_pixels() -> bytes:
@@ -81,20 +31,6 @@ def png_of_20000_pixels() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
-
-
-CASES: dict[str, tuple[Callable[[Scene], Any], str, str]] = {}
-Spoil = Callable[[Scene], Any]
-
-
-def case(said: str, remedy: str) -> Callable[[Spoil], Spoil]:
-    """Register what spoils a scene, with what must be said (in the problem or its place) and in the remedy."""
-
-    def register(spoil: Spoil) -> Spoil:
-        CASES[spoil.__name__] = (spoil, said, remedy)
-        return spoil
-
-    return register
 
 
 # -- the recipe -----------------------------------------------------------------------------------------------------------
@@ -322,177 +258,9 @@ def resolution_that_the_model_cannot_halve(scene: Scene) -> None:
     scene.set("data.resolution=30")
 
 
-# -- the model --------------------------------------------------------------------------------------------------------------
-
-
-@case("no-model", "model.path|diffusers folder")
-def missing_model(scene: Scene) -> None:
-    scene.set(f"model.path={scene.folder / 'no-model'}")
-
-
-@case("no-one/no-model.*hub", "model|folder")
-def model_that_no_hub_gives(scene: Scene) -> None:
-    scene.set("model.path=no-one/no-model")
-
-
-@case("model_index.json", "diffusers folder")
-def folder_that_is_no_model(scene: Scene) -> None:
-    scene.set(f"model.path={scene.data}")
-
-
-@case("StableDiffusionPipeline", "model.family: sd")
-def model_of_another_family(scene: Scene) -> None:
-    scene.set("model.family=sdxl")
-
-
-@case("unet|diffusion_pytorch_model|could not be", "again|model")
-def model_with_a_cut_file(scene: Scene) -> None:
-    shutil.copytree(tiny.pipeline("sd15"), scene.folder / "model")
-    weights = scene.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    scene.set(f"model.path={scene.folder / 'model'}")
-
-
-# -- where it writes ----------------------------------------------------------------------------------------------------------
-
-
-@case("run exists already; nothing in it was touched", "--resume.*output.folder")
-def run_folder_that_exists(scene: Scene) -> None:
-    (scene.run / "checkpoints").mkdir(parents=True)
-    (scene.run / "recipe.yaml").write_text("of another run")
-
-
-@case("run exists already", "output.folder")
-def file_in_place_of_the_run_folder(scene: Scene) -> None:
-    scene.run.write_text("precious")
-
-
-@case("cannot be used: Not a directory", "output.folder")
-def run_folder_below_a_file(scene: Scene) -> None:
-    scene.set(f"output.folder={scene.recipe / 'run'}")
-
-
-@case("cannot be used: File name too long", "output.folder")
-def run_folder_with_an_endless_name(scene: Scene) -> None:
-    scene.set(f"output.folder={scene.folder / ('x' * 300)}")
-
-
-@case("cannot be used: ", "output.folder")
-def run_folder_where_nobody_may_write(scene: Scene) -> None:
-    scene.set("output.folder=/proc/run")
-
-
-@case("cannot be used: Permission denied", "output.folder")
-def run_folder_without_permission(scene: Scene) -> None:
-    mkdir = Path.mkdir
-
-    def refuse(self: Path, *arguments: Any, **named: Any) -> None:
-        if self.is_relative_to(scene.run):
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        mkdir(self, *arguments, **named)
-
-    scene.patch.setattr(Path, "mkdir", refuse)
-
-
-@case('output.folder lies in ".*data", where nothing is ever written', "elsewhere")
-def run_folder_among_the_pictures(scene: Scene) -> None:
-    scene.set(f"output.folder={scene.data / 'run'}")
-
-
-@case('data.cache lies in ".*data", where nothing is ever written', "elsewhere")
-def cache_among_the_pictures(scene: Scene) -> None:
-    scene.set(f"data.cache={scene.data / '.cache'}")
-
-
-@case("the cache cannot be written: Not a directory", "data.cache.*FT_CACHE")
-def cache_below_a_file(scene: Scene) -> None:
-    scene.set(f"data.cache={scene.recipe / 'cache'}")
-
-
-@case("the cache cannot be written: No space left on device", "data.cache.*FT_CACHE")
-def disk_full_of_cache(scene: Scene) -> None:
-    scene.set(f"data.cache={scene.folder / 'cache'}")
-    scene.no_space(lambda file: file.is_relative_to(scene.folder / "cache"))
-
-
-@case("cannot be used: No space left on device", "output.folder")
-def disk_full_at_the_start(scene: Scene) -> None:
-    scene.no_space(lambda file: file.is_relative_to(scene.run))
-
-
-@case(r"a checkpoint takes .* MB and 0 MB are free", "free some space.*--resume")
-def disk_too_full_for_a_checkpoint(scene: Scene) -> None:
-    usage = namedtuple("usage", "total used free")
-    scene.patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
-
-
-@case("the checkpoint of step 2 could not be written: .*No space left", "free some space.*--resume")
-def disk_full_while_a_checkpoint_is_written(scene: Scene) -> None:
-    scene.patch.setattr(
-        checkpoint, "save_file", raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
-    )
-
-
-@case("the record of step 1 could not be written: No space left", "free some space.*--resume")
-def disk_full_at_the_first_record(scene: Scene) -> None:
-    (scene.run).mkdir()
-    (scene.run / "metrics.jsonl").symlink_to("/dev/full")
-    scene.patch.setattr("finetune.engine.run.Run.__init__", lambda self, plan, resume: self.__dict__.update(plan=plan, folder=scene.run))
-
-
-@case("what was trained could not be written: .*No space left", "free some space.*--resume")
-def disk_full_at_the_end(scene: Scene) -> None:
-    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    scene.patch.setattr("finetune.models.text_to_image.TextToImage.save", raising(error))
-
-
-# -- the test -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    made = Scene(tmp_path, monkeypatch)
-    shutil.copytree(tiny.pictures(), made.data)
-    made.recipe.write_text(tiny.text("sd15", "lora", made.run))
-    made.set(f"data.path={made.data}", "sample.prompts=[]")
-    return made
-
-
-def snapshot(*folders: Path) -> dict[Path, tuple[int, bytes | None]]:
-    paths = [path for folder in folders for path in [folder, *folder.rglob("*")] if path.exists() and not path.is_char_device()]
-    return {path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_told_in_one_message_with_its_remedy(name: str, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    from accelerate.state import AcceleratorState
-
-    from finetune import lora
-
-    spoil, said, remedy = CASES[name]
-    spoil(scene)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    mine = snapshot(scene.data, tiny.pipeline("sd15"))
-    files = {path: path.read_bytes() for path in scene.folder.rglob("*") if path.is_file()}
-    scene.patch.setattr(sys, "argv", ["lora.py", *scene.arguments()])
-    with pytest.raises(SystemExit) as ended:
-        lora.main()
-    captured = capsys.readouterr()
-    check(captured.out, captured.err, said, remedy)
-    assert ended.value.code == 2
-    assert snapshot(scene.data, tiny.pipeline("sd15")) == mine
-    assert {path: path.read_bytes() for path in files} == files
-    assert not list(scene.folder.rglob("*.part"))
-
-
-def check(output: str, errors: str, said: str, remedy: str) -> None:
-    """One message: a line that says what is wrong, the place if there is one, the remedy; and no traceback anywhere."""
-    assert "Traceback" not in output + errors
-    assert len(re.findall("^error: ", output + errors, flags=re.MULTILINE)) == 1
-    message = re.sub(r"\A.*^(?=error: )", "", errors, flags=re.MULTILINE | re.DOTALL).rstrip().split("\n")
-    assert [line.split()[0] for line in message] in (["error:", "mend:"], ["error:", "where:", "mend:"])
-    assert re.search(said, " ".join(message[:-1])), message
-    assert re.search(remedy, message[-1]), message
+    refused(CASES[name], scene, capsys)
 
 
 @pytest.mark.parametrize("name", ["misspelt_key", "missing_folder"])

@@ -167,9 +167,13 @@ def _explained(given: str, where: str) -> Iterator[None]:
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
         told = str(error).strip().partition("\n")[0]
-        if any(isinstance(cause, GatedRepoError | RepositoryNotFoundError) for cause in causes):
-            problem = f'the hub gives "{given}" only to those it knows, or has no such model'
-            remedy = f"correct the name; or accept the licence on https://huggingface.co/{given} and run `hf auth login`"
+        page = f"https://huggingface.co/{given}"
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            problem = f'the hub gives "{given}" only to those who have accepted its licence'
+            remedy = f"accept the licence on {page}, wait where it says so, then `hf auth login` with a token of that account"
+        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            problem = f'the hub has no model "{given}" that you may see'
+            remedy = f"correct the name (look at {page}); if the model is private, `hf auth login` with a token of an account that may see it"
         elif any(isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError) for cause in causes):
             problem = f'"{given}" is no folder here, and the hub cannot be reached'
             remedy = "give a folder or a .safetensors file, or connect this machine (gated models also need `hf auth login`)"

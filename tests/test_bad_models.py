@@ -1,0 +1,111 @@
+"""Whatever is wrong with the model that a recipe names: one clear message with the remedy, exit code 2, nothing overwritten."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import save_file
+
+from finetune.models import loading
+from tests import tiny
+from tests.scenes import Cases, Scene, raising, refused, scene
+
+__all__ = ["scene"]
+
+RESPONSE: Any = SimpleNamespace(headers={}, request=None)
+
+CASES = Cases()
+case = CASES.case
+
+
+@case("no-model", "model.path|diffusers folder")
+def missing_model(scene: Scene) -> None:
+    scene.set(f"model.path={scene.folder / 'no-model'}")
+
+
+@case("no-one/no-model.*hub", "model|folder")
+def model_that_no_hub_gives(scene: Scene) -> None:
+    scene.set("model.path=no-one/no-model")
+
+
+@case("model_index.json", "diffusers folder")
+def folder_that_is_no_model(scene: Scene) -> None:
+    scene.set(f"model.path={scene.data}")
+
+
+@case("StableDiffusionPipeline", "model.family: sd")
+def model_of_another_family(scene: Scene) -> None:
+    scene.set("model.family=sdxl")
+
+
+@case("unet|diffusion_pytorch_model|could not be", "again|model")
+def model_with_a_cut_file(scene: Scene) -> None:
+    shutil.copytree(tiny.pipeline("sd15"), scene.folder / "model")
+    weights = scene.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    scene.set(f"model.path={scene.folder / 'model'}")
+
+
+@case("model/text_encoder.*", "download the model again, whole")
+def model_with_a_piece_missing(scene: Scene) -> None:
+    shutil.copytree(tiny.pipeline("sd15"), scene.folder / "model")
+    shutil.rmtree(scene.folder / "model" / "text_encoder")
+    scene.set(f"model.path={scene.folder / 'model'}")
+
+
+@case("model.safetensors is no checkpoint of SD 1.5, SD 2.1 or SDXL", "diffusers folder")
+def checkpoint_of_something_else(scene: Scene) -> None:
+    save_file({"some.weight": torch.ones(2)}, scene.folder / "model.safetensors")
+    scene.set(f"model.path={scene.folder / 'model.safetensors'}")
+
+
+@case("this is a StableDiffusionXLPipeline, and family sd needs a StableDiffusionPipeline", "set model.family: sdxl")
+def checkpoint_of_another_family(scene: Scene) -> None:
+    layer = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's conditions
+    save_file({layer: torch.ones(1, 2048)}, scene.folder / "model.safetensors")
+    scene.set(f"model.path={scene.folder / 'model.safetensors'}")
+
+
+@case("lora.safetensors is a LoRA, not a base model", "that it was trained on")
+def lora_for_a_base(scene: Scene) -> None:
+    scene.set(f"model.path={lora(scene, 'lora_unet_mid_block_attentions_0_proj_in')}")
+
+
+@case('the hub gives "owner/closed" only to those who have accepted its licence', "https://huggingface.co/owner/closed.*hf auth login")
+def gated_model(scene: Scene) -> None:
+    scene.patch.setattr(loading, "hf_hub_download", raising(GatedRepoError("403 Client Error", response=RESPONSE)))
+    scene.set("model.path=owner/closed")
+
+
+@case('the hub has no model "owner/gone" that you may see', "correct the name.*private.*hf auth login")
+def model_that_the_hub_does_not_show(scene: Scene) -> None:
+    scene.patch.setattr(loading, "hf_hub_download", raising(RepositoryNotFoundError("404 Client Error", response=RESPONSE)))
+    scene.set("model.path=owner/gone")
+
+
+@case("there is no LoRA at", "the folder or run that holds it")
+def lora_to_go_on_from_that_is_not_there(scene: Scene) -> None:
+    scene.set(f"adapter.init={scene.folder / 'gone.safetensors'}")
+
+
+@case("lora does not fit this StableDiffusion; it is a LoRA of another base", "a LoRA of this base in adapter.init")
+def lora_of_another_base(scene: Scene) -> None:
+    scene.set(f"adapter.init={lora(scene, 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q')}")
+
+
+def lora(scene: Scene, layer: str) -> Path:
+    """A LoRA's file by kohya's names, of one layer."""
+    file = scene.folder / "lora.safetensors"
+    save_file({f"{layer}.lora_down.weight": torch.ones(2, 8), f"{layer}.lora_up.weight": torch.ones(8, 2)}, file)
+    return file
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_model_is_told_in_one_message_with_its_remedy(name: str, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(CASES[name], scene, capsys)
