@@ -147,8 +147,10 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     data = Dataset(plan, audit, model.encoders())
     too_long = data.long_captions()  # known only now that the tokenizers are
     if accelerator.is_main_process:
-        if too_long:
-            print(tables.table("captions", [("cut", too_long)]))
+        shown = [{"name": p.name, "caption": p.caption, "tokens": data.encoders.tokens(p.caption)} for p in audit.training[:3]]
+        if too_long or shown[0]["tokens"]:
+            rows = tables.caption_rows(shown) if shown[0]["tokens"] else []
+            print(tables.table("captions as the model reads them", rows + ([("cut", too_long)] if too_long else [])))
         run.create()
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DCon
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
-from finetune.models.single_file import open_single_file, open_single_vae, require_class
+from finetune.models.single_file import PADDING, architecture, clip_tokenizer, open_single_file, open_single_vae, read_shapes, require_class
 from finetune.models.vocabulary import learn_tokenizer
 from finetune.planning import Plan
+from finetune.pretrained import pipelines
 from finetune.recipe import Model as ModelSection
-from finetune.recipe import embedded
+from finetune.recipe import Recipe, embedded
 
 if TYPE_CHECKING:
     from finetune.models.text_to_image import Family
@@ -184,6 +185,29 @@ def _explained(given: str, where: str) -> Iterator[None]:
         else:
             problem, remedy = f'"{given}" could not be loaded: {told}', "download it again, or give another copy; weights must be .safetensors"
         raise UserError(problem, where=where, remedy=remedy) from error
+
+
+def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
+    """The (first) tokenizer of a recipe's model, no weights with it; None where captions are not read.
+
+    Args:
+        captions: of the pictures that train, from which one from scratch learns it.
+
+    Raises:
+        UserError: it is not there or cannot be reached.
+    """
+    section = recipe.model
+    if not pipelines().get(section.family):
+        return None
+    if recipe.method == "scratch":
+        words = section.build.get("tokenizer", {})
+        return learn_tokenizer(captions, words.get("vocabulary", 4096), words.get("length", 77))
+    given = section.path or ""
+    path = _place(given, "model.path")
+    with _explained(given, "model.path"):
+        if path is not None and path.is_file():
+            return clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"])
+        return AutoTokenizer.from_pretrained(str(path or given), subfolder="tokenizer")
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

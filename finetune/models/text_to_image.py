@@ -26,6 +26,7 @@ from finetune.models.denoise import Denoising
 from finetune.models.initial import put_on
 from finetune.models.quantized import dtype_of, whole_weights
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
+from finetune.models.vocabulary import spelled
 from finetune.planning import Plan
 from finetune.recipe import Adapter, Diffusion, Recipe
 from finetune.recipe import Model as ModelSection
@@ -140,6 +141,9 @@ class CaptionAndLatent(Encoders):
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
         tokenizer = getattr(self._pipeline, self._family.encoders[0][0])
         return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
+
+    def tokens(self, caption: str) -> list[str]:
+        return spelled(getattr(self._pipeline, self._family.encoders[0][0]), caption)
 
     def release(self) -> None:
         if not self._tokens_only:

@@ -56,6 +56,10 @@ class Encoders(ABC):
         """(tokens of the caption, most that are read), or None where captions are not read."""
         return None
 
+    def tokens(self, caption: str) -> list[str]:
+        """The caption's tokens as text, for people; none where captions are not read as tokens."""
+        return []
+
     @abstractmethod
     def release(self) -> None:
         """Free what only encoding needs."""

@@ -10,6 +10,7 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -40,6 +41,13 @@ def learn_tokenizer(captions: Iterable[str], entries: int, length: int) -> CLIPT
     merges = learn_merges(words, room)
     tokens = [*letters, *dict.fromkeys(left + right for left, right in merges), *SPECIAL]
     return CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=merges, model_max_length=length)
+
+
+def spelled(tokenizer: Any, caption: str) -> list[str]:
+    """A caption's tokens as text, for people; those behind the last that is read are left out, with a sign."""
+    ids = tokenizer(caption, verbose=False).input_ids
+    found = [tokenizer.decode([number]).strip() for number in ids[: tokenizer.model_max_length]]
+    return found + (["(the rest is not read)"] if len(ids) > len(found) else [])
 
 
 def learn_merges(words: Mapping[str, int], count: int) -> list[Pair]:

@@ -1,11 +1,10 @@
 """`report.html`: a run on one page that stands alone, to look at and to hand on. Also good for a run that is not finished.
 
-Prompts, captions, names and paths are other people's text: whatever goes into the page passes through `_text`.
+Prompts, captions, names and paths are other people's text: whatever goes into the page passes through `text`.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import shlex
@@ -20,13 +19,13 @@ from finetune.estimate import expect
 from finetune.planning import Plan, load_plan
 from finetune.recipe import embedded
 from finetune.report import charts, pictures, tables
+from finetune.report.dataset import data_section
+from finetune.report.markup import document, image, section, text
 from finetune.report.usage import usage
 
 MOST_LOOKS = 8  # columns of the samples through time: the first, the last, and some spread between
 MOST_PAIRS = 12
 LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of a picture before/after and in the samples through time
-
-_text = html.escape
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,8 @@ def write_report(run_folder: Path) -> Path:
         UserError: the folder is no run.
     """
     seen = _read(run_folder)
-    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
     sections = (_head(seen), _before_after(seen), _data(seen), _plan(seen), _curves(seen), _estimate(seen), _samples(seen), _results(seen))
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(seen.plan.recipe.name)} · {seen.plan.recipe.method}</title>\n<style>\n{style}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n</html>\n"
-    )
+    page = document(f"{seen.plan.recipe.name} · {seen.plan.recipe.method}", *sections)
     pictures.write_before_after(run_folder, seen.looks)
     path = run_folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -97,10 +90,6 @@ def _records(path: Path) -> list[dict[str, float]]:
 # -- sections -------------------------------------------------------------------------------------------------------------
 
 
-def _section(name: str, title: str, lead: str, *parts: str) -> str:
-    return f'<section id="{name}">\n<h2>{title}</h2>\n<p class="lead">{_text(lead)}</p>\n' + "\n".join(filter(None, parts)) + "\n</section>"
-
-
 def _head(seen: _Seen) -> str:
     plan, recipe = seen.plan, seen.plan.recipe
     method = {"lora": "LoRA", "full": "Full fine-tuning", "scratch": "Training from scratch"}[recipe.method]
@@ -115,8 +104,8 @@ def _head(seen: _Seen) -> str:
         facts.append(("loss" if len(_turns(seen)) == 1 else f"{turn} loss", f"{charts.smoothed(seen.series(f'loss.{turn}'))[-1][1]:.3g}"))
     if seen.files:
         facts.append(("file" if len(seen.files) == 1 else f"{len(seen.files)} files", _bytes(sum(path.stat().st_size for path in seen.files))))
-    tiles = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
-    return f'<header>\n<h1>{_text(recipe.name)}</h1>\n<p class="state">{_text(what)} · {state}</p>\n<dl class="tiles">{tiles}</dl>\n</header>'
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
+    return f'<header>\n<h1>{text(recipe.name)}</h1>\n<p class="state">{text(what)} · {state}</p>\n<dl class="tiles">{tiles}</dl>\n</header>'
 
 
 def _before_after(seen: _Seen) -> str:
@@ -128,40 +117,19 @@ def _before_after(seen: _Seen) -> str:
     cards = []
     for pair in pairs:
         two = "".join(f"<div><small>{name}</small>{_picture(drawn, LARGE_SIDE, name)}</div>" for name, drawn in zip(names, pair, strict=True))
-        prompt = _text(pair[1].prompt)
+        prompt = text(pair[1].prompt)
         cards.append(f'<figure class="card"><div class="two">{two}</div><figcaption title="{prompt}">{prompt}</figcaption></figure>')
     return f'<section id="before-after" aria-label="before and after">\n<div class="pairs">\n{chr(10).join(cards)}\n</div>\n</section>'
 
 
 def _data(seen: _Seen) -> str:
-    if seen.data is None:
-        return ""
-    found = seen.data
-    rows = [row for row in tables.data_rows(found) if row[0] in ("train", "held out", "scaled up")]
-    parts = [f'<tr><th>{_text(name)}</th><td colspan="2">{_text(text)}</td></tr>' for name, text in rows]
-    most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
-    for bucket in found["buckets"]:
-        bar = f'<span class="bar" style="width:{55 * bucket["examples"] / most:.1f}%"></span>'
-        crop = f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else ""
-        size = f"{bucket['width']}×{bucket['height']}"
-        parts.append(f'<tr><th>{size}</th><td>{bar}{bucket["examples"]:,}</td><td class="amount soft">{crop}</td></tr>')
-    for problem in found["problems"]:
-        names = _text(", ".join(problem["names"]) + (", …" if problem["count"] > len(problem["names"]) else ""))
-        summary = f"{problem['count']} × {_text(problem['kind'])}: {_text(problem['detail'])}"
-        parts.append(f'<tr><th class="problem">problem</th><td colspan="2"><details><summary>{summary}</summary><p>{names}</p></details></td></tr>')
-    shown = "".join(
-        f"<figure>{_image(shown['picture'], shown['caption'], small=True)}<figcaption>{_text(shown['caption'])}</figcaption></figure>"
-        for shown in found.get("pictures", ())
-    )
-    gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{shown}</div>' if shown else ""
-    lead = "Every picture and caption was looked at before training." + ("" if found["problems"] else " Nothing was left out.")
-    return _section("data", "The pictures", lead, f'<div class="card"><table class="rows">{"".join(parts)}</table></div>', gallery)
+    return "" if seen.data is None else data_section(seen.data)
 
 
 def _plan(seen: _Seen) -> str:
     rows = tables.plan_rows(seen.plan)
     lead = dict(rows)["steps"]
-    return _section("plan", "The plan", lead, f'<div class="card">{_rows(row for row in rows if row[0] != "steps")}</div>')
+    return section("plan", "The plan", lead, f'<div class="card">{_rows(row for row in rows if row[0] != "steps")}</div>')
 
 
 def _turns(seen: _Seen) -> list[str]:
@@ -179,7 +147,7 @@ def _curves(seen: _Seen) -> str:
     if validation := seen.series("validation"):
         loss.append(charts.Line(validation, "dots", "held-out pictures"))
     if not loss:
-        return _section("curves", "The training", "No step was taken yet.")
+        return section("curves", "The training", "No step was taken yet.")
     seconds, rate = seen.series("seconds"), seen.series("lr")
     gradient = [line for turn in turns for line in _raw_and_smoothed(seen.series(f"gradient.{turn}"))]
     typical = charts.smoothed(seconds, statistics.median)
@@ -191,7 +159,7 @@ def _curves(seen: _Seen) -> str:
         charts.chart("Gradient norm", gradient, clipped, last=last),
     )
     body = "\n".join(filter(None, drawn))
-    return _section("curves", "The training", f"{seen.done} of {seen.plan.steps} steps.", f'<div class="charts">\n{body}\n</div>')
+    return section("curves", "The training", f"{seen.done} of {seen.plan.steps} steps.", f'<div class="charts">\n{body}\n</div>')
 
 
 def _raw_and_smoothed(points: list[tuple[float, float]]) -> list[charts.Line]:
@@ -203,12 +171,12 @@ def _estimate(seen: _Seen) -> str:
         return ""
     head = "".join(f'<td class="amount soft">{name}</td>' for name in ("estimated", "measured", "off by"))
     body = "".join(
-        f"<tr><th>{name}</th>" + "".join(f'<td class="amount">{_text(text)}</td>' for text in texts) + "</tr>"
+        f"<tr><th>{name}</th>" + "".join(f'<td class="amount">{text(words)}</td>' for words in texts) + "</tr>"
         for name, *texts in expect.rows(seen.estimate)
     )
     gpu, reason = seen.estimate["gpu"], seen.estimate["no_estimate"]
     lead = f"What was said before the first step for {gpu}, and what the run then took." if gpu else f"There was no estimate: {reason}."
-    return _section("estimate", "Estimated and measured", lead, f'<div class="card"><table class="rows"><tr><th></th>{head}</tr>{body}</table></div>')
+    return section("estimate", "Estimated and measured", lead, f'<div class="card"><table class="rows"><tr><th></th>{head}</tr>{body}</table></div>')
 
 
 def _samples(seen: _Seen) -> str:
@@ -224,45 +192,41 @@ def _samples(seen: _Seen) -> str:
     for row in seen.looks[steps[-1]]:
         cells = [at[step].get((row.prompt, row.seed)) for step in steps]
         shown = "".join(f"<td>{_picture(cell, SMALL_SIDE, f'step {step}') if cell else ''}</td>" for step, cell in zip(steps, cells, strict=True))
-        body.append(f'<tr><th><div title="{_text(row.prompt)}">{_text(row.prompt)}</div></th>{shown}</tr>')
+        body.append(f'<tr><th><div title="{text(row.prompt)}">{text(row.prompt)}</div></th>{shown}</tr>')
     table = f'<div class="card strip"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     lead = "The same prompt and seed at every look: only the weights change."
     if seen.plan.recipe.model.family == "vae":
         lead = "In each pair a training picture above, what came back from its latent below."
-    return _section("samples", "The samples through time", lead, table)
+    return section("samples", "The samples through time", lead, table)
 
 
 def _results(seen: _Seen) -> str:
     files = [(str(path.relative_to(seen.folder)), _bytes(path.stat().st_size)) for path in seen.files]
-    listed = "".join(f'<tr><td>{_text(name)}</td><td class="amount soft">{size}</td></tr>' for name, size in files)
+    listed = "".join(f'<tr><td>{text(name)}</td><td class="amount soft">{size}</td></tr>' for name, size in files)
     if not files:
         place = shlex.quote(str(seen.folder))
         resume = f"ft train {shlex.quote(str(seen.folder / 'recipe.yaml'))} --set output.folder={place} --resume"
-        parts = ["<p>Nothing was written yet. This goes on with the run:</p>", f'<div class="card"><pre>{_text(resume)}</pre></div>']
+        parts = ["<p>Nothing was written yet. This goes on with the run:</p>", f'<div class="card"><pre>{text(resume)}</pre></div>']
     else:
         parts = [f'<div class="card"><table class="rows">{listed}</table></div>', "<h3>To draw with it</h3>"]
         lines = usage(seen.plan, embedded(seen.plan.recipe.model.path or ""), str(seen.folder / "final"))
-        parts.append(f'<div class="card"><pre>{_text(lines)}</pre></div>')
+        parts.append(f'<div class="card"><pre>{text(lines)}</pre></div>')
     made = [f"seed {seen.plan.recipe.train.seed}", *(f"{name} {version}" for name, version in seen.versions.items() if version != "absent")]
-    return _section("results", "The result", f"In {seen.folder}", *parts, f'<h3>Made with</h3><p class="soft">{_text(" · ".join(made))}</p>')
+    return section("results", "The result", f"In {seen.folder}", *parts, f'<h3>Made with</h3><p class="soft">{text(" · ".join(made))}</p>')
 
 
 # -- small parts ----------------------------------------------------------------------------------------------------------
 
 
 def _rows(rows: Iterable[tables.Row]) -> str:
-    return '<table class="rows">' + "".join(f"<tr><th>{_text(name)}</th><td>{_text(text)}</td></tr>" for name, text in rows) + "</table>"
+    return '<table class="rows">' + "".join(f"<tr><th>{text(name)}</th><td>{text(words)}</td></tr>" for name, words in rows) + "</table>"
 
 
 def _picture(drawn: pictures.Drawn, side: int, name: str) -> str:
     from PIL import Image
 
     with Image.open(drawn.path) as picture:
-        return _image(pictures.inside_page(picture, side), f"{drawn.prompt}, {name}", small=max(picture.size) <= pictures.LOSSLESS_SIDE)
-
-
-def _image(address: str, alternative: str, small: bool) -> str:
-    return f'<img src="{_text(address)}" alt="{_text(alternative)}"{" class=small" if small else ""} loading="lazy">'
+        return image(pictures.inside_page(picture, side), f"{drawn.prompt}, {name}", small=max(picture.size) <= pictures.LOSSLESS_SIDE)
 
 
 def _bytes(count: int) -> str:

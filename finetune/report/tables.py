@@ -14,16 +14,17 @@ from finetune.report import pictures
 
 WIDTH = 100  # characters of a rule; texts may be longer
 SHOWN_PICTURES = 12  # training pictures in the report
+SHOWN_CHARACTERS = 300  # of a caption in a table
 NAMED_FILES = 20  # files named for each kind of problem
 CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 
 Row = tuple[str, str]
 
 
-def facts(audit: Audit) -> dict[str, Any]:
-    """The audit as plain values, for `data.json`: counts, buckets, problems with files, and some pictures as the model sees them."""
+def facts(audit: Audit, count: int = SHOWN_PICTURES) -> dict[str, Any]:
+    """The audit as plain values, for `data.json`: counts, buckets, problems with files, and `count` pictures as the model sees them."""
     training = audit.training
-    spread = training[:: max(1, len(training) // SHOWN_PICTURES)][:SHOWN_PICTURES]
+    spread = training[:: max(1, len(training) // count)][:count]
     shown = [{"name": picture.name, "caption": picture.caption, "picture": pictures.of_training(picture, audit.background)} for picture in spread]
     return _counts(audit) | {"pictures": shown}
 
@@ -69,11 +70,11 @@ def data_rows(found: dict[str, Any]) -> list[Row]:
     if found["upscaled"]:
         rows.append(("scaled up", f"{_count(found['upscaled'], 'picture')}, smaller than the size they train at"))
     for finding in found.get("findings", []):  # runs of earlier versions have none
-        groups = [" = ".join(map(_short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]]
+        groups = [" = ".join(map(short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]]
         more = ["…"] if finding["count"] > sum(map(len, finding["groups"][:3])) else []
         rows.append(("odd", f"{finding['count']} × {finding['kind']}: {finding['detail']} ({', '.join(groups + more)})"))
     for problem in found["problems"]:
-        names = [_short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
+        names = [short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
         rows.append(("problem", f"{problem['count']} × {problem['kind']}: {problem['detail']} ({', '.join(names)})"))
     return rows
 
@@ -147,7 +148,7 @@ def _trains(plan: Plan) -> str:
 def _weighing(plan: Plan) -> str:
     """How the loss is weighed from source to source and from place to place; "" if it is not."""
     data, prior = plan.recipe.data, plan.recipe.prior
-    parts = [f"{_short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
+    parts = [f"{short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
     parts += [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}'] if prior is not None else []
     where = "beside the pictures" if data.masks == "beside" else f"in {data.masks}"
     parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
@@ -177,11 +178,20 @@ def _loss(plan: Plan) -> str:
 
 def data(audit: Audit) -> str:
     """The table of the data: how many pictures train, which do not and why, sizes and what each crops, some captions."""
-    examples = [(_short(picture.name), picture.caption) for picture in audit.training[:3]]
-    width = max((len(name) for name, _ in examples), default=0)
-    rows = data_rows(_counts(audit))
-    rows += [("captions" if number == 0 else "", f'{name:<{width}}  "{caption}"') for number, (name, caption) in enumerate(examples)]
-    return table("data", rows)
+    examples = [{"name": picture.name, "caption": picture.caption} for picture in audit.training[:3]]
+    return table("data", data_rows(_counts(audit)) + caption_rows(examples))
+
+
+def caption_rows(shown: Sequence[dict[str, Any]], counted: str = "") -> list[Row]:
+    """Some pictures' names and captions, or, where they are known, the captions' tokens; `counted` says more of them."""
+    width = max((len(short(each["name"])) for each in shown), default=0)
+    rows = [(short(each["name"]), " · ".join(each["tokens"]) if each.get("tokens") else f'"{_cut(each["caption"])}"') for each in shown]
+    named = [("captions" if number == 0 else "", f"{name:<{width}}  {words}") for number, (name, words) in enumerate(rows)]
+    return named + ([("", counted)] if counted else [])
+
+
+def _cut(caption: str) -> str:
+    return caption if len(caption) <= SHOWN_CHARACTERS else caption[:SHOWN_CHARACTERS] + "…"
 
 
 def plan(plan: Plan) -> str:
@@ -194,7 +204,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A file's name without its folders."""
     return name.replace("\\", "/").rsplit("/", 1)[-1]
 
