@@ -16,7 +16,7 @@ from finetune.errors import UserError, did_you_mean
 COMMANDS = {
     "recipes": "List the recipes that come with ft, show one, or copy one to edit.",
     "estimate": "Say what a run will need: GPU memory, hours, money.",
-    "data": "Check pictures and captions: what trains, what does not, what is odd, what is there twice.",
+    "data": "Check pictures and captions: what trains, what is odd or twice.",
     "check": "Look at a recipe, its pictures and its plan, without training.",
     "train": "Train by a recipe, or go on with a run.",
     "runs": "List runs: running, stopped, finished or failed, how far, how long to go.",

@@ -18,7 +18,7 @@ SHOWN = 3  # pictures with their tokens
 
 @click.group()
 def command() -> None:
-    """Check pictures and captions: what trains, what does not, what is odd, what is there twice."""
+    """Check pictures and captions: what trains, what is odd or twice."""
 
 
 @command.command()
