@@ -122,6 +122,7 @@ def begun(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         return recipe, ()
     found = look(adapter.init)
     of_file: dict[str, Any] = {"rank": found.rank, "alpha": found.alpha, "rslora": found.flag("use_rslora"), "dora": found.flag("use_dora")}
+    of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
     ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
     said = [f"goes on from {public_name(str(found.file))} in the format of {found.format}, {ranks}; targets are the file's"]
     for name, value in of_file.items():
@@ -132,4 +133,4 @@ def begun(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
 
 
 def _said(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() or "nothing"

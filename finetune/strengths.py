@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.engine import checkpoint
 from finetune.engine.progress import Progress
@@ -56,9 +56,10 @@ def compare(
         raise UserError(
             f"this run is of method {plan.recipe.method}: only a LoRA has a strength", where=str(folder), remedy="draw it without --strengths"
         )
-    if plan.recipe.adapter is not None and (plan.recipe.adapter.kind == "oft" or plan.recipe.adapter.pissa):
-        what = "PiSSA has changed the weights that it adds to" if plan.recipe.adapter.pissa else "OFT turns the weights and adds nothing to them"
-        raise UserError(f"{what}: there is no strength to set", where=str(folder), remedy="draw it without --strengths")
+    if plan.recipe.adapter is not None and plan.recipe.adapter.kind == "oft" and set(strengths) != {1}:
+        raise UserError(
+            "OFT turns the weights, and half a turn is not half its effect: it has no strength", where="--strengths", remedy="--strengths 1"
+        )
     kept = _checkpoints(folder, steps_taken)
     request = request_for(plan, prompts, seeds, steps, guidance, negative)
     target = free_folder(out, folder)
@@ -98,6 +99,7 @@ def _open(plan: Plan) -> tuple[Any, dict[str, nn.Module]]:
     """The base with adapters as the trainer puts them on, and its nets by the beginning of their names in checkpoints."""
     recipe = plan.recipe
     assert recipe.adapter is not None
+    torch.manual_seed(recipe.train.seed)  # as the trainer does: PiSSA's start depends on it
     pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if recipe.model.train_text_encoder and hasattr(pipeline, name)]
@@ -122,12 +124,23 @@ def _load(nets: dict[str, nn.Module], path: Path) -> None:
 
 
 def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
-    """Multiply what every adapter adds, besides by its own alpha / rank."""
+    """Multiply what every adapter adds, besides by its own alpha / rank.
+
+    PiSSA has changed the base W to W − s B₀ A₀: of what it adds, s (B A − B₀ A₀), the second half is in the base, and is changed there.
+    """
     for net in nets.values():
-        for module in net.modules():
-            if isinstance(module, BaseTunerLayer):
-                for name in module.active_adapters:
-                    module.set_scale(name, strength)
+        started: dict[str, Tensor] = getattr(net, "pissa_start", {})
+        for path, module in net.named_modules():
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            for name in module.active_adapters:
+                if f"{path}.lora_A.weight" in started:
+                    down, up = (started[f"{path}.lora_{side}.weight"].to(module.weight.device) for side in "AB")
+                    module.set_scale(name, 1)
+                    own, before = module.scaling[name], getattr(module, "strength", 1.0)
+                    module.weight.data += ((before - strength) * own * (up @ down)).to(module.weight.dtype)
+                    module.strength = strength
+                module.set_scale(name, strength)
 
 
 @torch.no_grad()

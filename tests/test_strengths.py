@@ -61,6 +61,20 @@ def test_each_picture_is_what_it_says_it_is(tmp_path: Path) -> None:
             assert (row[3::6, right + 3 : right + cell : 6] == drawn[f"00-step-{step}-strength-{strength}"]).all()
 
 
+def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Path) -> None:
+    """PiSSA begins with a part of the base's weights, which its strength leaves alone."""
+    folder = tmp_path / "run"
+    more = ("adapter.pissa=true", "adapter.alpha=8", "optimizer.lr=0.02", "train.steps=2", "sample.seed=7")
+    tiny.train(tiny.recipe("sd15", "lora", *more, folder=folder))
+    compare(folder, [1, 0, 0.5, 1], [2], out=tmp_path / "out")
+    drawn = {strength: pixels(tmp_path / "out" / f"00-step-2-strength-{strength}.png") for strength in ("0", "0.5", "1")}
+    (final,) = sample(folder, [PROMPT], out=tmp_path / "final")
+    (base,) = sample(tiny.pipeline("sd15"), [PROMPT], seeds=[7], steps=2, guidance=3, out=tmp_path / "base")
+    assert abs(drawn["0"] - pixels(base)).max() <= 1
+    assert abs(drawn["1"] - pixels(final)).max() <= 1
+    assert abs(drawn["0.5"] - drawn["0"]).max() > 1 and abs(drawn["0.5"] - drawn["1"]).max() > 1
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = ["--prompt", PROMPT, "--prompt", "green triangle", "--steps", "1"]
     with pytest.raises(SystemExit) as ended:

@@ -144,7 +144,7 @@ def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], file: Pat
             raise UserError(f'this format has no name for "{name}"', where=str(file), remedy="export it with --format diffusers, or --merge")
         if match["side"] == "A":
             up = tensors[f"{NET}.{match['path']}.lora_B.weight"]
-            scale = folded_alpha(settings, NET) / len(down)
+            scale = folded_alpha(settings, NET, match["path"], len(down)) / len(down)
             found[match["path"]] = (down, up if scale == 1 else (up.float() * scale).to(up.dtype))
     return found
 
