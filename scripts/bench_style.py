@@ -104,7 +104,8 @@ class Residual(nn.Module):
         self.beside = nn.Conv2d(before, after, 1, 2, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        return functional.relu(self.body(features) + self.beside(features))
+        found: Tensor = functional.relu(self.body(features) + self.beside(features))
+        return found
 
 
 class Names(nn.Module):
