@@ -89,7 +89,8 @@ class House(nn.Module):
 
     def says_twemoji(self, pixels: Tensor) -> Tensor:
         """[B] bool, of the picture and its mirror image together."""
-        return self(pixels) + self(pixels.flip(3)) > 0
+        found: Tensor = self(pixels) + self(pixels.flip(3)) > 0
+        return found
 
 
 class Residual(nn.Module):
@@ -104,8 +105,7 @@ class Residual(nn.Module):
         self.beside = nn.Conv2d(before, after, 1, 2, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        found: Tensor = functional.relu(self.body(features) + self.beside(features))
-        return found
+        return functional.relu(self.body(features) + self.beside(features))
 
 
 class Names(nn.Module):
