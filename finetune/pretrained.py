@@ -25,6 +25,7 @@ def check(recipe: Recipe) -> None:
     family = recipe.model.family
     if family not in families:
         raise UserError(f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families))
+    _check_objective(recipe, named("objective").get(family, ""))
     if recipe.model.path is not None:
         _check_pipeline(recipe.model, families)
     if recipe.adapter is not None and recipe.adapter.init is not None:
@@ -34,14 +35,35 @@ def check(recipe: Recipe) -> None:
 
 
 def pipelines() -> dict[str, str]:
-    """Family → class of its pipeline in diffusers ("" if it has none), read off the modules' text: importing them takes seconds."""
+    """Family → class of its pipeline in diffusers ("" if it has none)."""
+    return named("pipeline")
+
+
+def named(attribute: str) -> dict[str, str]:
+    """Family → what its class says of `attribute` ("" if nothing), read off the modules' text: importing them takes seconds."""
     found = {}
     for path in sorted(_FAMILIES.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if re.search(r"^(def build\(|build = )", text, re.MULTILINE):
-            named = re.search(r'^    pipeline = "(\w+)"', text, re.MULTILINE)
-            found[path.stem] = named[1] if named else ""
+            said = re.search(rf'^    {attribute} = "(\w+)"', text, re.MULTILINE)
+            found[path.stem] = said[1] if said else ""
     return found
+
+
+def _check_objective(recipe: Recipe, objective: str) -> None:
+    """Refuse what belongs to another kind of objective than the family's: noise (a schedule of ε or v), flow (a velocity), or none."""
+    family = recipe.model.family
+    predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "denoises nothing")
+    if recipe.diffusion is not None and objective != "noise":
+        remedy = "remove the section" + (", or see `flow`" if objective == "flow" else "")
+        raise UserError(
+            f"family {family} {predicts}: the `diffusion` section is for families with a noise schedule", where="diffusion", remedy=remedy
+        )
+    if recipe.flow is not None and objective != "flow":
+        remedy = "remove the section" + (", or see `diffusion`" if objective == "noise" else "")
+        raise UserError(f"family {family} {predicts}: the `flow` section is for families that predict a velocity", where="flow", remedy=remedy)
+    if recipe.model.prediction is not None and objective != "noise":
+        raise UserError(f"family {family} {predicts}: there is no other prediction to choose", where="model.prediction", remedy="remove it")
 
 
 def _check_pipeline(section: Model, families: dict[str, str]) -> None:

@@ -122,6 +122,19 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
+class Flow:
+    """The loss of flow matching (arXiv:2403.03206), for families that predict a velocity; none: as the family was trained."""
+
+    sampling: Literal["logit_normal", "mode", "uniform"] | None = None  # how noise levels are drawn, before the shift
+    mean: float = _number(0.0)  # logit-normal: above 0 more noise is seen, below 0 less
+    deviation: float = _number(1.0, above=0)  # logit-normal: smaller sees the middle more, and the ends less
+    mode_scale: float = _number(1.29, minimum=-1, maximum=1.75)  # mode: above 0 the middle is seen more
+    shift: float | None = _number(None, above=0)  # moves noise levels up where above 1; none: as the checkpoint's scheduler says
+    weighting: Literal["none", "cosmap", "sigma_sqrt"] = "none"  # of the loss, by noise level; sigma_sqrt counts fine detail most
+    guidance: float | None = _number(None, minimum=0)  # embedded while training, for nets that read it; none: 1, no guidance
+
+
+@dataclass(frozen=True)
 class Autoencoder:
     """The VAE's loss: reconstruction + kl_weight · KL, each a mean over the picture's or the latent's elements."""
 
@@ -180,7 +193,7 @@ class Sample:
     negative: str = ""
     every: int = _number(500, minimum=1)  # training steps between sample grids
     steps: int = _number(25, minimum=1)  # denoising steps of a sample
-    guidance: float = _number(7.0, minimum=0)  # diffusers' convention: 1 is none
+    guidance: float = _number(7.0, minimum=0)  # as the family's pipeline takes it: mostly 1 is none, of Z-Image 0
     seed: int = _number(0, minimum=0)
 
 
@@ -200,6 +213,7 @@ class Recipe:
     prior: Prior | None = None
     net: Any = None  # the family's own section, a `Net` of `finetune.nets`; none: it has none
     diffusion: Diffusion | None = None
+    flow: Flow | None = None
     autoencoder: Autoencoder | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     sample: Sample = field(default_factory=Sample)
@@ -409,7 +423,7 @@ def located(recipe: Recipe) -> Iterator[None]:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
-    sections = {"autoencoder", "diffusion", "adapter", "prior", "net"}
+    sections = {"autoencoder", "diffusion", "flow", "adapter", "prior", "net"}
     return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
 
 

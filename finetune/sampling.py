@@ -14,13 +14,16 @@ from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
 from finetune.models import adapters, smaller
+from finetune.models.family import Family, family_of
 from finetune.models.loading import open_pipeline
 from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
-from finetune.models.text_to_image import DTYPES, draw, set_schedule
+from finetune.models.text_to_image import DTYPES, draw_words, set_schedule
 from finetune.models.turn import SampleRequest
 from finetune.planning import Plan, load_plan
 from finetune.pretrained import pipeline_class, pipelines
 from finetune.recipe import Model, Precision, Recipe, Sample, embedded
+
+Opened = PixelModel | tuple[Family, Any]  # what draws: a model in pixel space, or a pipeline with its family
 
 
 def sample(
@@ -95,61 +98,61 @@ def request_for(
 @torch.no_grad()
 def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Any]:
     """Squares that the recipe's base draws before anything is trained, one for each seed."""
-    sample, size = recipe.sample, recipe.data.resolution
+    sample, size, family = recipe.sample, recipe.data.resolution, family_of(recipe.model.family)
     request = SampleRequest((prompt,), (0,), sample.steps, sample.guidance, sample.negative, (size, size))
-    pipeline: Any = placed(open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(recipe.train.precision)))
+    pipeline: Any = placed(open_pipeline(recipe.model, family.pipeline, dtype_of(recipe.train.precision)))
     set_schedule(pipeline, recipe)
     for seed in seeds:
-        yield draw(pipeline, request, seed, prompt=prompt, negative_prompt=request.negative, width=size, height=size)
+        yield draw_words(family, pipeline, request, prompt, seed)
 
 
 @torch.no_grad()
-def _draw(opened: Any, request: SampleRequest) -> list[Any]:
+def _draw(opened: Opened, request: SampleRequest) -> list[Any]:
     """One picture after the other: batched, their last bits would depend on the company they are in."""
     pictures = []
     drawing = Progress("drawing")
-    width, height = request.size or (None, None)
     for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
         drawing.show(number, len(request.prompts), prompt)
         if isinstance(opened, PixelModel):
             pictures += opened.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
         else:
-            pictures.append(draw(opened, request, seed, prompt=prompt, negative_prompt=request.negative, width=width, height=height))
+            pictures.append(draw_words(*opened, request, prompt, seed))
     drawing.show(len(pictures), len(pictures))
     drawing.end()
     return pictures
 
 
-def _open_run(folder: Path, plan: Plan) -> Any:
+def _open_run(folder: Path, plan: Plan) -> Opened:
     """The pipeline that a run trained, with the schedule it was trained with; or its model in pixel space."""
     recipe, final = plan.recipe, folder / "final"
-    class_name = pipelines()[recipe.model.family]
-    if not class_name and recipe.net is None:
-        raise UserError(f"a run of family {recipe.model.family} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}")
+    name = recipe.model.family
+    if not pipelines()[name] and recipe.net is None:
+        raise UserError(f"a run of family {name} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}")
     if not any(final.rglob("*.safetensors")):
         remedy = f"finish it: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume"
         raise UserError("this run has no final weights yet", where=str(final), remedy=remedy)
     if recipe.net is not None:
         return _opened(final)
+    family = family_of(name)
     if recipe.method != "lora":
-        return placed(open_pipeline(Model(recipe.model.family, str(final)), class_name, dtype_of(plan.precision)), recipe)
-    pipeline: Any = placed(open_pipeline(recipe.model, class_name, dtype_of(plan.precision)), recipe)
+        return family, placed(open_pipeline(Model(name, str(final)), family.pipeline, dtype_of(plan.precision)), recipe)
+    pipeline: Any = placed(open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision)), recipe)
     set_schedule(pipeline, recipe)
     adapters.load(pipeline, final)
-    return pipeline
+    return family, pipeline
 
 
-def _open_folder(folder: Path, given: str) -> Any:
+def _open_folder(folder: Path, given: str) -> Opened:
     if not folder.is_dir():
         raise UserError(f"there is no run {given}", remedy="give the folder that `ft train` made, a diffusers folder, or embedded:base")
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return _opened(folder)
     class_name = pipeline_class(folder / "model_index.json", given)
-    family = next((family for family, name in pipelines().items() if name == class_name), None)
-    if family is None:
+    name = next((family for family, name in pipelines().items() if name == class_name), None)
+    if name is None:
         known = ", ".join(filter(None, pipelines().values()))
         raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
-    return placed(open_pipeline(Model(family, str(folder)), class_name, dtype_of(None)))
+    return family_of(name), placed(open_pipeline(Model(name, str(folder)), class_name, dtype_of(None)))
 
 
 def _opened(folder: Path) -> PixelModel:

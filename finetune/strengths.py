@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from finetune.engine import checkpoint
 from finetune.engine.progress import Progress
 from finetune.errors import UserError
 from finetune.models import adapters
+from finetune.models.family import Family, family_of
 from finetune.models.initial import put_on
 from finetune.models.loading import open_pipeline
-from finetune.models.text_to_image import draw, set_schedule
+from finetune.models.text_to_image import draw_words, set_schedule
 from finetune.models.turn import SampleRequest
 from finetune.planning import Plan, load_plan
-from finetune.pretrained import pipelines
 from finetune.report.pictures import enlarged, sheet
 from finetune.sampling import dtype_of, free_folder, placed, request_for
 
@@ -63,7 +62,8 @@ def compare(
     kept = _checkpoints(folder, steps_taken)
     request = request_for(plan, prompts, seeds, steps, guidance, negative)
     target = free_folder(out, folder)
-    pipeline, nets = _open(plan)
+    family = family_of(plan.recipe.model.family)
+    pipeline, nets = _open(plan, family)
     rows = [f"step {int(path.name.removeprefix('step-')):,}" for path in kept]
     columns = [f"{strength:g}" for strength in strengths]
     drawing = Progress("drawing")
@@ -75,7 +75,7 @@ def compare(
             for number in range(len(request.prompts)):
                 done = (row * len(strengths) + column) * len(request.prompts) + number
                 drawing.show(done, len(kept) * len(strengths) * len(request.prompts), f"{rows[row]}, strength {columns[column]}")
-                drawn[number].append(_picture(pipeline, request, number))
+                drawn[number].append(draw_words(family, pipeline, request, request.prompts[number], request.seeds[number]))
     drawing.end()
     try:
         return _write(target, request, rows, columns, drawn)
@@ -95,21 +95,21 @@ def _checkpoints(folder: Path, steps_taken: Sequence[int] | None) -> list[Path]:
     return [path for number, path in there.items() if steps_taken is None or number in steps_taken]
 
 
-def _open(plan: Plan) -> tuple[Any, dict[str, nn.Module]]:
+def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     """The base with adapters as the trainer puts them on, and its nets by the beginning of their names in checkpoints."""
     recipe = plan.recipe
     assert recipe.adapter is not None
     torch.manual_seed(recipe.train.seed)  # as the trainer does: PiSSA's start depends on it
-    pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], dtype_of(plan.precision))
+    pipeline: Any = open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if recipe.model.train_text_encoder and hasattr(pipeline, name)]
-    nets = {name: getattr(pipeline, name) for name in ("unet", *encoders)}
+    encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
+    nets = {name: getattr(pipeline, name) for name in (family.denoiser, *encoders)}
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
     for name, net in nets.items():
         if name not in adapted:
             adapters.add_adapter(net, recipe.adapter)
         net.eval()
-    return placed(pipeline), {"denoiser.denoiser." if name == "unet" else f"denoiser.encoders.{name}.": net for name, net in nets.items()}
+    return placed(pipeline), {"denoiser.denoiser." if name == family.denoiser else f"denoiser.encoders.{name}.": net for name, net in nets.items()}
 
 
 @torch.no_grad()
@@ -141,13 +141,6 @@ def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
                     module.weight.data += ((before - strength) * own * (up @ down)).to(module.weight.dtype)
                     module.strength = strength
                 module.set_scale(name, strength)
-
-
-@torch.no_grad()
-def _picture(pipeline: Any, request: SampleRequest, number: int) -> Any:
-    width, height = request.size or (None, None)
-    one = replace(request, prompts=(request.prompts[number],), seeds=(request.seeds[number],))
-    return draw(pipeline, one, one.seeds[0], prompt=one.prompts[0], negative_prompt=one.negative, width=width, height=height)
 
 
 def _write(target: Path, request: SampleRequest, rows: list[str], columns: list[str], drawn: list[list[Any]]) -> list[Path]:

@@ -71,6 +71,10 @@ CASES = {
     "sd21-full-text": Case("sd21", "full", (TEXT,)),
     "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),
     "emoji-full": Case("emoji", "full", ("train.ema=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=2")),
+    "sd3-lora": Case("sd3", "lora", ("adapter.alpha=6",)),
+    "sd3-full": Case("sd3", "full", ("train.gradient_checkpointing=true", "flow={sampling: mode, weighting: cosmap}")),
+    "flux-lora": Case("flux", "lora", ("adapter.targets=attention+mlp", "flow={guidance: 3.5}")),
+    "flux-full": Case("flux", "full", ("train.ema=0.8",)),
     "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
     "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),
 }

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finetune.job import Job
 
 PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
+FLOWS = ("sd3", "flux")  # named as their families; built in `tiny_flows`
 SIZE = 32  # pixels; latents are 8×8
 CAPTIONS = ("a red circle", "a blue square on white", "green triangle", "yellow ring, thick", "two black stripes")
 
@@ -113,7 +114,7 @@ def vae() -> Path:
 
 @functools.cache
 def pipeline(name: str) -> Path:
-    """The diffusers folder of one of `PIPELINES`, its weights random and the same each time."""
+    """The diffusers folder of one of `PIPELINES` or `FLOWS`, its weights random and the same each time."""
     import torch
     from diffusers import (
         AutoencoderKL,
@@ -129,6 +130,11 @@ def pipeline(name: str) -> Path:
     from finetune.models.vocabulary import learn_tokenizer
 
     folder = root() / name
+    if name in FLOWS:
+        from tests import tiny_flows
+
+        tiny_flows.save(name, CAPTIONS, folder)
+        return folder
     autoencoder = AutoencoderKL.from_pretrained(vae())
     torch.manual_seed(PIPELINES.index(name))
     tokenizer = learn_tokenizer(CAPTIONS, 540, 16)
@@ -187,6 +193,11 @@ def pipeline(name: str) -> Path:
     return folder
 
 
+def family(name: str) -> str:
+    """The family of a tiny pipeline."""
+    return name if name in ("sdxl", *FLOWS) else "sd"
+
+
 def text(name: str, method: str, folder: Path) -> str:
     """The YAML behind `recipe`, for tests that need it in a file."""
     model: dict[str, Any]
@@ -201,7 +212,7 @@ def text(name: str, method: str, folder: Path) -> str:
         }
         model = {"family": "sd", "vae": str(vae()), "build": build}
     else:
-        model = {"family": "sdxl" if name == "sdxl" else "sd", "path": str(pipeline(name))}
+        model = {"family": family(name), "path": str(pipeline(name))}
     sections: dict[str, Any] = {
         "model": model,
         "data": {"path": str(pictures()), "resolution": SIZE, "buckets": False},

@@ -40,7 +40,7 @@ class Draw:
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal, [B, *shape] float32. Equal purposes draw equal numbers: name each use apart."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators(purpose)]).to(self._device)
+        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(purpose)]).to(self._device)
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform in [0, 1), [B, *shape] float32."""

@@ -66,10 +66,8 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1
         "cuBLAS workspace": around(gpu) - CONTEXT,
         "CUDA context": CONTEXT,
     }
-    # In full fine-tuning what is frozen, the text encoders too, stays in float32 (`models.text_to_image`).
-    encoders = 2 * card.parameters["text encoders"] if recipe.method == "full" else 0
     phases = {
-        "encode": card.encode[0] + card.encode[1] * area + encoders + around(gpu),
+        "encode": card.encode[0] + card.encode[1] * area + around(gpu),
         "train": reserved + averages + buckets + around(gpu),
         "sample": kept + card.sample[0] + card.sample[1] * area + around(gpu),
         "save": kept + around(gpu),

@@ -12,8 +12,9 @@ import dataclasses
 import gc
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, cast, final
 from unittest import mock
 
@@ -252,7 +253,7 @@ def skeletons() -> Iterator[None]:
         yield
 
 
-def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) -> Any:
+def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})) -> Any:
     """`loading.open_pipeline` without weights."""
     from finetune.estimate.architecture import configs_of
     from finetune.models.single_file import PADDING, clip_tokenizer
@@ -268,12 +269,12 @@ def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) -> Any
             parts[key] = transformers.AutoTokenizer.from_pretrained(str(local)) if local.is_dir() else clip_tokenizer(PADDING[name][key])
         elif entry[0] == "transformers":
             cls = getattr(transformers, entry[1])
-            parts[key] = cls(cls.config_class.from_pretrained(str(folder / key))).to(dtype).eval()
+            parts[key] = cls(cls.config_class.from_pretrained(str(folder / key))).to(own.get(key, dtype)).eval()
         else:
             cls = getattr(diffusers, entry[1])
             part = cls.from_config(cls.load_config(str(folder / key)))
             # nn.Module's own `to`: diffusers' warns of what from_pretrained would do better.
-            parts[key] = nn.Module.to(part, torch.float32 if key == "vae" else dtype).eval() if isinstance(part, nn.Module) else part
+            parts[key] = nn.Module.to(part, torch.float32 if key == "vae" else own.get(key, dtype)).eval() if isinstance(part, nn.Module) else part
     if class_name == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if section.vae:

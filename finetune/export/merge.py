@@ -10,8 +10,8 @@ import torch
 from finetune.export.folder import copy_folder
 from finetune.models import adapters
 from finetune.models.loading import open_pipeline
-from finetune.models.single_file import FAMILIES
 from finetune.models.text_to_image import set_schedule
+from finetune.pretrained import pipelines
 from finetune.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     Raises:
         UserError: the base is gone; or a weight does not fit in `dtype`.
     """
-    pipeline: Any = open_pipeline(recipe.model, {family: name for name, family in FAMILIES.items()}[recipe.model.family], torch.float32)
+    pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], torch.float32)
     set_schedule(pipeline, recipe)
     wrapped = adapters.load(pipeline, final)
     for name, net in wrapped.items():

@@ -1,4 +1,4 @@
-"""The denoising objective for nets with a discrete noise schedule: noising, targets, weights.
+"""What a denoiser learns: the abstract objective, and the one for nets with a discrete noise schedule (`flow` has the other).
 
 Notation of Ho et al. 2020 (arXiv:2006.11239): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, t = 0 … T−1. The signal-to-noise ratio is
 SNR(t) = ᾱ_t / (1−ᾱ_t). v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
@@ -6,6 +6,7 @@ SNR(t) = ᾱ_t / (1−ᾱ_t). v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 @dataclass(frozen=True)
 class Noised:
-    """x_t [B, …], t [B] int64, the net's target [B, …], the weight of each example's loss [B]; all float32 but t."""
+    """x_t [B, …], t [B] as the scheduler counts, the net's target [B, …], the weight of each example's loss [B]; float32, t may be int64."""
 
     sample: Tensor
     timestep: Tensor
@@ -28,7 +29,27 @@ class Noised:
     weight: Tensor
 
 
-class Denoising:
+class Objective(ABC):
+    """How examples are noised, what the net should then say, and how far off it is."""
+
+    @abstractmethod
+    def noise(self, clean: Tensor, draw: Draw) -> Noised:
+        """Noise `clean` [B, C, H, W], each example at a level of its own."""
+
+    def element(self, difference: Tensor) -> Tensor:
+        """The loss of each element of predicted − target."""
+        return difference.square()
+
+    def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
+        """The weighted loss of each example, [B] float32: the mean over its elements.
+
+        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its picture.
+        """
+        element = self.element(predicted.float() - noised.target)
+        return (element if mask is None else element * mask).flatten(1).mean(1) * noised.weight
+
+
+class Denoising(Objective):
     """Args:
     alphas_cumprod: ᾱ_t, [T] float32, as the pipeline's scheduler has them (the last 0 where it has zero terminal SNR).
     prediction: what the net predicts.
@@ -65,19 +86,12 @@ class Denoising:
             return torch.minimum(alpha, gamma * (1 - alpha))
         return torch.minimum(torch.ones_like(alpha), gamma * (1 - alpha) / alpha)
 
-    def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
-        """The weighted loss of each example, [B] float32: mean over elements of squared or pseudo-Huber error.
-
-        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its picture.
+    def element(self, difference: Tensor) -> Tensor:
+        """Squared or pseudo-Huber error.
 
         Pseudo-Huber: 2δ(√(e² + δ²) − δ), which is e² for small e and 2δ|e| for large (arXiv:2403.16728, eq. 6, scaled).
         """
-        difference = predicted.float() - noised.target
         if self._loss.huber is None:
-            element = difference.square()
-        else:
-            delta = self._loss.huber
-            element = 2 * delta * ((difference.square() + delta**2).sqrt() - delta)
-        if mask is not None:
-            element = element * mask
-        return element.flatten(1).mean(1) * noised.weight
+            return difference.square()
+        delta = self._loss.huber
+        return 2 * delta * ((difference.square() + delta**2).sqrt() - delta)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
+from finetune.models.latents import latents_of
 from finetune.models.single_file import PADDING, architecture, clip_tokenizer, open_single_file, open_single_vae, read_shapes, require_class
 from finetune.models.vocabulary import learn_tokenizer
 from finetune.planning import Plan
@@ -27,15 +29,17 @@ from finetune.recipe import Model as ModelSection
 from finetune.recipe import Recipe, embedded
 
 if TYPE_CHECKING:
-    from finetune.models.text_to_image import Family
+    from finetune.models.family import Family
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
 
 
-def open_pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32.
+def open_pipeline(
+    section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> DiffusionPipeline:
+    """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32, the parts in `own` in a dtype of their own.
 
     `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint.
 
@@ -47,7 +51,11 @@ def open_pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) ->
     vae = open_vae(section.vae, class_name) if section.vae else None
     with _explained(given, "model.path"):
         if path is not None and path.is_file():
-            return open_single_file(path, class_name, dtype, vae)
+            opened = open_single_file(path, class_name, torch.float32 if own else dtype, vae)
+            for name, part in opened.components.items():
+                if own and isinstance(part, torch.nn.Module) and name != "vae":
+                    part.to(own.get(name, dtype))
+            return opened
         cls, source = getattr(diffusers, class_name), str(path or given)
         index = _index(path or Path(hf_hub_download(given, "model_index.json")).parent)
         require_class(index["_class_name"], class_name, given)
@@ -58,7 +66,7 @@ def open_pipeline(section: ModelSection, class_name: str, dtype: torch.dtype) ->
         if path:
             _require_pieces(path, index, replaced)
         # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once a picture.
-        dtypes = {"default": dtype} | ({} if vae else {"vae": torch.float32})
+        dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
         found: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
         return found
 
@@ -146,7 +154,7 @@ def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any
             continue
         if not (folder / name).is_dir():
             raise UserError(f"the pipeline lacks its {name}", where=str(folder / name), remedy="download the model again, whole")
-        if name.startswith(("unet", "vae", "text_encoder")):
+        if name.startswith(("unet", "transformer", "vae", "text_encoder")):
             _require_weights(folder / name)
 
 
@@ -210,11 +218,6 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
         return AutoTokenizer.from_pretrained(str(path or given), subfolder="tokenizer")
 
 
-def vae_factor(vae: AutoencoderKL) -> int:
-    """Picture pixels a latent pixel, along one side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
     """A new Stable Diffusion pipeline from `model.build`: its nets at random, its tokenizer learned from the captions.
 
@@ -247,7 +250,7 @@ def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
     unet = UNet2DConditionModel(
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        sample_size=plan.recipe.data.resolution // vae_factor(vae),
+        sample_size=plan.recipe.data.resolution // latents_of(vae).factor,
         cross_attention_dim=text_encoder.config.hidden_size,
         **checked(UNet2DConditionModel, parts.get("unet", {}), "model.build.unet"),
     )

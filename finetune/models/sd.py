@@ -7,28 +7,27 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from finetune.data.scan import Audit
-from finetune.models.text_to_image import Family, TextToImage
+from finetune.models.family import ClipFamily
+from finetune.models.text_to_image import TextToImage
 from finetune.models.turn import Batch, Model
 from finetune.planning import Plan
 
 
-class StableDiffusion(Family):
+class StableDiffusion(ClipFamily):
     pipeline = "StableDiffusionPipeline"
+    objective = "noise"
 
-    def conditions(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
+    def embed(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
         """The last hidden state after the final layer norm, [B, length, width], as the pipeline's `encode_prompt`."""
-        return {"embeddings": encoders["text_encoder"](ids["tokenizer"])[0]}
-
-    def unread(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
-        return []
+        return {"prompt_embeds": encoders["text_encoder"](ids["tokenizer"])[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        found: Tensor = denoiser(noisy, timestep, batch["embeddings"].to(noisy.dtype), return_dict=False)[0]
+        found: Tensor = denoiser(noisy, timestep, batch["prompt_embeds"].to(noisy.dtype), return_dict=False)[0]
         return found
 
-    def prompt(self, positive: Batch, negative: Batch) -> dict[str, Tensor]:
-        return {"prompt_embeds": positive["embeddings"], "negative_prompt_embeds": negative["embeddings"]}
+
+FAMILY = StableDiffusion()
 
 
 def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, StableDiffusion())
+    return TextToImage(plan, audit, FAMILY)

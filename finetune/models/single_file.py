@@ -18,11 +18,19 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from finetune.errors import UserError
+from finetune.pretrained import pipelines
 from finetune.recipe import ASSETS
 
 CONFIGS = ASSETS / "configs"
 BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention → folder of CONFIGS
-FAMILIES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+# A tensor that only this layout has → what it is, told to people who give it where it cannot be read.
+OTHERS = {
+    "double_blocks.0.img_attn.qkv.weight": "FLUX.1 transformer (family flux)",
+    "double_blocks.0.img_attn.norm.key_norm.weight": "FLUX.2 transformer (family flux2)",
+    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3 transformer (family sd3)",
+    "transformer_blocks.0.img_mlp.net.0.proj.weight": "Qwen-Image transformer (family qwen_image)",
+    "noise_refiner.0.attention.qkv.weight": "Lumina or Z-Image transformer (families lumina2, z_image)",
+}
 # SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
 PADDING = {"sd15": {"tokenizer": "<|endoftext|>"}, "sd21": {"tokenizer": "!"}, "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}}
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
@@ -65,7 +73,7 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
 
 def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
     """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
-    config = CONFIGS / ("sdxl" if FAMILIES.get(class_name) == "sdxl" else "sd15")
+    config = CONFIGS / ("sdxl" if class_name == "StableDiffusionXLPipeline" else "sd15")
     found: AutoencoderKL = AutoencoderKL.from_single_file(str(path), config=str(config), subfolder="vae", dtype=torch.float32, local_files_only=True)
     return found
 
@@ -138,6 +146,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 def require_class(found: str, wanted: str, where: Path | str) -> None:
     """Raise if a pipeline is of another class than the recipe's family; the error names the family that fits."""
+    families = {pipeline: family for family, pipeline in pipelines().items()}
     if found != wanted:
-        remedy = f"set model.family: {FAMILIES[found]}" if found in FAMILIES else "give a text-to-image model of the recipe's family"
-        raise UserError(f"this is a {found}, and family {FAMILIES.get(wanted, wanted)} needs a {wanted}", where=str(where), remedy=remedy)
+        remedy = f"set model.family: {families[found]}" if found in families else "give a text-to-image model of the recipe's family"
+        raise UserError(f"this is a {found}, and family {families.get(wanted, wanted)} needs a {wanted}", where=str(where), remedy=remedy)

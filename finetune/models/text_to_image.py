@@ -1,15 +1,16 @@
 """Text-to-image models of diffusers, trained in their latent space: what all such families share.
 
-A family's own file says how its captions become conditions and how its denoiser is called (`Family`); loading, encoding
-and caching, adapters, noise and loss, sampling and saving stand here, once.
+A family's own file says how its captions become conditions and how its denoiser is called (`family`); loading, encoding
+and caching, adapters, the loss, sampling and saving stand here, once.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -22,53 +23,39 @@ from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.models import adapters, loading, smaller
 from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.denoise import Denoising
+from finetune.models.denoise import Denoising, Objective
+from finetune.models.family import ClipFamily, Family
+from finetune.models.flow_matching import FlowMatching
 from finetune.models.initial import put_on
+from finetune.models.latents import decoded_exactly, latents_of
 from finetune.models.quantized import dtype_of, whole_weights
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.models.vocabulary import spelled
 from finetune.planning import Plan
-from finetune.recipe import Adapter, Diffusion, Recipe
+from finetune.recipe import Adapter, Diffusion, Flow, Recipe
 from finetune.recipe import Model as ModelSection
 from finetune.seeds import key_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Family(ABC):
-    """What is peculiar to one family. `encoders` are its (tokenizer, text encoder) pairs, by their names in the pipeline."""
-
-    pipeline: ClassVar[str]
-    denoiser: ClassVar[str] = "unet"
-    encoders: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
-
-    @abstractmethod
-    def conditions(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
-        """Token ids, {tokenizer: [B, length] int64} → what `predict` needs of the caption."""
-
-    @abstractmethod
-    def unread(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
-        """Parts of the text encoders that `conditions` does not depend on: no gradient reaches them, so they do not train."""
-
-    @abstractmethod
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The denoiser's output [B, C, h, w]. `batch` holds `conditions` and `geometry` [B, 6]."""
-
-    @abstractmethod
-    def prompt(self, positive: Batch, negative: Batch) -> dict[str, Tensor]:
-        """Conditions as arguments of the pipeline's call."""
-
-
 class Denoiser(nn.Module):
-    """The denoiser, and the text encoders where they train too: one module, so that one wrapper (DDP) holds all."""
+    """The denoiser, and the text encoders where they train too: one module, so that one wrapper (DDP) holds all.
 
-    def __init__(self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+    Args:
+        guidance: what a net that embeds it is told while training; none for others.
+    """
+
+    def __init__(self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module], guidance: float | None) -> None:
         super().__init__()
         self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(dict(encoders))
+        self.guidance = guidance
 
     def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        if self.encoders:
-            batch = batch | self.family.conditions(dict(self.encoders.items()), batch)
+        if self.encoders and isinstance(self.family, ClipFamily):
+            batch = batch | self.family.embed(dict(self.encoders.items()), batch)
+        if self.guidance is not None:
+            batch = batch | {"guidance": torch.full_like(timestep, self.guidance)}
         dtype = dtype_of(self.denoiser)
         return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
 
@@ -76,13 +63,13 @@ class Denoiser(nn.Module):
 class DenoiseTurn(Turn):
     name = "denoiser"
 
-    def __init__(self, net: Denoiser, objective: Denoising) -> None:
+    def __init__(self, net: Denoiser, objective: Objective) -> None:
         self.net = net
         self.objective = objective
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        mean, deviation = batch["mean"].float(), batch["deviation"].float()
-        latents = mean + deviation * draw.normal("posterior", mean.shape[1:])
+        mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
+        latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
         noised = self.objective.noise(latents, draw)
         return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, batch.get("mask"))
 
@@ -95,16 +82,16 @@ class CaptionAndLatent(Encoders):
     ) -> None:
         self._family, self._pipeline, self._device, self._tokens_only = family, pipeline, device, tokens_only
         self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-        vae = pipeline.vae.to(device)
-        self.mask_factor = loading.vae_factor(vae)
-        self._shift, self._scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         tiles = ["in tiles"] if section.vae_tiling else []
-        self.picture_key = key_of("latent", fingerprint(vae.state_dict()), f"{self._scale} {self._shift}", str(self._kept_dtype), *tiles)
+        self._latents = latents_of(pipeline.vae.to(device))
+        self.mask_factor = self._latents.factor
+        config = json.dumps(dict(pipeline.vae.config), sort_keys=True, default=str)
+        self.picture_key = key_of("latent", fingerprint(pipeline.vae.state_dict()), config, str(self._kept_dtype), *tiles)
         tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
         vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
         weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
         rounded = [section.encoders] if section.encoders in ("nf4", "int8") else []
-        self.caption_key = key_of("caption", type(family).__name__, str(dtype), *vocabulary, *weights, *rounded)
+        self.caption_key = key_of("conditions", type(family).__name__, str(dtype), *vocabulary, *weights, *rounded)
         if not tokens_only:
             smaller.fit_encoders(self.text_encoders, section, device)
 
@@ -115,32 +102,24 @@ class CaptionAndLatent(Encoders):
     @torch.no_grad()
     def encode_picture(self, pixels: Tensor) -> Batch:
         # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once a picture.
-        posterior = self._pipeline.vae.encode(pixels[None].to(self._device, torch.float32)).latent_dist
-        mean, deviation = (posterior.mean[0] - self._shift) * self._scale, posterior.std[0] * self._scale
-        return {"mean": mean.to(self._kept_dtype), "deviation": deviation.to(self._kept_dtype)}
+        found = self._latents.encode(pixels[None].to(self._device, torch.float32))
+        return {name: tensor[0].to(self._kept_dtype) for name, tensor in found.items()}
 
     @torch.no_grad()
     def encode_caption(self, caption: str) -> Batch:
-        ids = self.token_ids(caption)
-        if self._tokens_only:
-            return ids
-        batch = {name: tensor[None].to(self._device) for name, tensor in ids.items()}
-        encoders = {name: encoder.to(self._device) for name, encoder in self.text_encoders.items()}
-        return {name: tensor[0].cpu() for name, tensor in self._family.conditions(encoders, batch).items()}
+        """An empty caption, which guidance steers away from, is encoded as pipelines encode a negative prompt."""
+        if self._tokens_only and isinstance(self._family, ClipFamily):
+            return self._family.token_ids(self._pipeline, caption)
+        return {name: tensor[0].cpu() for name, tensor in self.conditions(caption, negative=not caption).items()}
 
-    def token_ids(self, caption: str) -> Batch:
-        """{tokenizer: [length] int64}, padded and cut to the tokenizer's length."""
-        found = {}
-        for name, _ in self._family.encoders:
-            tokenizer = getattr(self._pipeline, name)
-            found[name] = tokenizer(
-                caption, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-            ).input_ids[0]
-        return found
+    def conditions(self, caption: str, negative: bool) -> Batch:
+        """[1, …] each, on the device."""
+        for encoder in self.text_encoders.values():
+            encoder.to(self._device)
+        return self._family.conditions(self._pipeline, caption, negative, self._device)
 
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
-        tokenizer = getattr(self._pipeline, self._family.encoders[0][0])
-        return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
+        return self._family.caption_tokens(self._pipeline, caption)
 
     def tokens(self, caption: str) -> list[str]:
         return spelled(getattr(self._pipeline, self._family.encoders[0][0]), caption)
@@ -152,6 +131,13 @@ class CaptionAndLatent(Encoders):
         self._pipeline.vae.to("cpu")
         if self._device.type == "cuda":  # untested where no GPU is at hand
             torch.cuda.empty_cache()
+
+
+def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> Objective:
+    """The family's kind of objective, with the schedule of the checkpoint's own scheduler."""
+    if family.objective == "flow":
+        return FlowMatching(scheduler.config, recipe.flow or Flow(), family.sampling, family.patch)
+    return Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
 
 
 def changes_schedule(recipe: Recipe) -> bool:
@@ -180,26 +166,27 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
         )
 
 
-def decode(pipeline: DiffusionPipeline, latents: Tensor) -> Image.Image:
-    """The picture of `latents` [1, C, h, w]; in float32 whatever the precision, as pictures are encoded."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    with torch.autocast(latents.device.type, enabled=False):
-        pixels = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]
-    found: Image.Image = pipeline.image_processor.postprocess(pixels)[0]
+def draw(pipeline: Any, family: Family, request: SampleRequest, seed: int, positive: Batch, negative: Batch) -> Image.Image:
+    """One picture from its own seed, by the pipeline's own call: while training and afterwards alike.
+
+    The VAE decodes in its own precision, float32, as pictures are encoded.
+    """
+    size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
+    with decoded_exactly(pipeline.vae):
+        found: Image.Image = pipeline(
+            **family.call(positive, negative, request.guidance),
+            **size,
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
     return found
 
 
-def draw(pipeline: Any, request: SampleRequest, seed: int, **arguments: Any) -> Image.Image:
-    """One picture from its own seed: while training and afterwards alike. `arguments` are the pipeline's: prompt or conditions, size."""
-    latents = pipeline(
-        **arguments,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    ).images
-    return decode(pipeline, latents)
+@torch.no_grad()
+def draw_words(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Image.Image:
+    """`draw`, of a whole pipeline that encodes the prompt itself."""
+    positive, negative = (family.conditions(pipeline, words, role, pipeline.device) for words, role in ((prompt, False), (request.negative, True)))
+    return draw(pipeline, family, request, seed, positive, negative)
 
 
 class TextToImage(Model):
@@ -211,30 +198,50 @@ class TextToImage(Model):
         recipe = plan.recipe
         if recipe.autoencoder is not None:
             raise UserError("the `autoencoder` section is for the family vae", where="autoencoder", remedy="remove the section")
+        if recipe.model.train_text_encoder and not isinstance(family, ClipFamily):
+            raise UserError(
+                f"the text encoders of family {recipe.model.family} are run once and do not train here",
+                where="model.train_text_encoder",
+                remedy="set it to false; the denoiser's LoRA learns new words too",
+            )
         torch.manual_seed(recipe.train.seed)
         self.plan, self.family = plan, family
         self.device = torch.device(plan.machine.device)
         self.dtype = DTYPES[plan.precision]
-        frozen_dtype = self.dtype if recipe.method == "lora" else DTYPES[recipe.train.weights]
-        self.pipeline = (
-            loading.assemble(plan, audit, family)
-            if recipe.method == "scratch"
-            else loading.open_pipeline(recipe.model, family.pipeline, frozen_dtype)
-        )
+        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch"
+        self.pipeline = self._open(recipe, audit)
         self.pipeline.set_progress_bar_config(disable=True)
-        check_sizes(plan, loading.vae_factor(self.pipeline.vae))
+        check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
         set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
-        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch"
         trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
-        net = Denoiser(family, self.denoiser, trained_encoders)
-        scheduler = self.pipeline.scheduler
-        objective = Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
-        self._turns = (DenoiseTurn(net, objective),)
+        net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
+        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe)),)
         smaller.tile(self.pipeline.vae, recipe.model)
         self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text)
-        self._prompts: dict[str, Batch] = {}
+        self._prompts: dict[tuple[str, bool], Batch] = {}
+
+    def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
+        """Whole weights that train have the recipe's dtype whatever the precision; what stays frozen has the precision's."""
+        if recipe.method == "scratch":
+            return loading.assemble(self.plan, audit, self.family)
+        encoders = tuple(name for _, name in self.family.encoders) if self._trains_text else ()
+        trained = (self.family.denoiser, *encoders) if recipe.method == "full" else ()
+        return loading.open_pipeline(recipe.model, self.family.pipeline, self.dtype, dict.fromkeys(trained, DTYPES[recipe.train.weights]))
+
+    def _guidance(self, flow: Flow) -> float | None:
+        """What the denoiser is told of guidance while training; none if it does not ask.
+
+        Raises:
+            UserError: the recipe names one, and this net has no place for it.
+        """
+        config: Any = self.denoiser.config
+        if config.get("guidance_embeds"):
+            return 1.0 if flow.guidance is None else flow.guidance
+        if flow.guidance is not None:
+            raise UserError("this checkpoint embeds no guidance", where="flow.guidance", remedy="remove it")
+        return None
 
     def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
         """Freeze all but what trains; returns the adapted layers by net."""
@@ -254,37 +261,43 @@ class TextToImage(Model):
         if adapter is not None:
             adapters.check_patterns(adapter, [name for names in adapted.values() for name in names])
         smaller.offload_base(self.denoiser, self.plan.recipe, self.device)
-        for part in self.family.unread(encoders) if encoders else ():
+        unread = self.family.unread(self.denoiser)
+        if encoders and isinstance(self.family, ClipFamily):
+            unread += self.family.unread_text(encoders)
+        for part in unread:
             part.requires_grad_(False)
         return adapted
 
     def turns(self) -> tuple[Turn, ...]:
         return self._turns
 
+    def state(self) -> dict[str, Tensor]:
+        """What trains alone: the nets' buffers are constants (SD 3.5's positions would add 0.9 GB to each checkpoint)."""
+        return dict(self.trained())
+
     def encoders(self) -> Encoders:
         sample = self.plan.recipe.sample
         if not self._trains_text:  # the text encoders will be gone when the samples are drawn
-            self._prompts = {prompt: self._encoders.encode_caption(prompt) for prompt in {*sample.prompts, sample.negative}}
+            for words in (*((prompt, False) for prompt in sample.prompts), (sample.negative, True)):
+                self._prompts[words] = self._conditions(*words)
         return self._encoders
 
-    def _conditions(self, prompt: str) -> Batch:
-        """Conditions of one prompt, [1, …] on the device."""
-        if prompt in self._prompts:
-            return {name: tensor[None].to(self.device) for name, tensor in self._prompts[prompt].items()}
-        ids = {name: tensor[None].to(self.device) for name, tensor in self._encoders.token_ids(prompt).items()}
-        return self.family.conditions(self._encoders.text_encoders, ids)
+    @torch.no_grad()
+    def _conditions(self, prompt: str, negative: bool) -> Batch:
+        """Conditions of one prompt, [1, …]."""
+        return self._prompts.get((prompt, negative)) or self._encoders.conditions(prompt, negative)
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
-        width, height = request.size or (self.plan.recipe.data.resolution,) * 2
+        request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
         found = []
         self.pipeline.vae.to(self.device)
         try:
             # A quantised base draws as the whole one does: on that, the LoRA will be used.
             with whole_weights(self.denoiser), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 for prompt, seed in zip(request.prompts, request.seeds, strict=True):
-                    conditions = self.family.prompt(self._conditions(prompt), self._conditions(request.negative))
-                    found.append(draw(self.pipeline, request, seed, width=width, height=height, **conditions))
+                    conditions = (self._conditions(prompt, negative=False), self._conditions(request.negative, negative=True))
+                    found.append(draw(self.pipeline, self.family, request, seed, *conditions))
         finally:  # also when memory ran out, so that training, which goes on, has it back
             self.pipeline.vae.to("cpu")
         return found

@@ -21,7 +21,6 @@ from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
 from finetune.data.scan import Audit, Picture
 from finetune.engine.draw import Draw
-from finetune.errors import UserError
 from finetune.models import loading
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.planning import Plan
@@ -92,10 +91,6 @@ class Pixels(Encoders):
 
 class Vae(Model):
     def __init__(self, plan: Plan, audit: Audit) -> None:
-        if plan.recipe.diffusion is not None:
-            raise UserError(
-                "the family vae has no noise schedule: the `diffusion` section is for others", where="diffusion", remedy="remove the section"
-            )
         torch.manual_seed(plan.recipe.train.seed)
         build = loading.checked(AutoencoderKL, plan.recipe.model.build, "model.build")
         self.vae = AutoencoderKL(**build).to(memory_format=torch.channels_last)

@@ -9,7 +9,8 @@ from typing import Any
 from finetune import fitting
 from finetune.data.scan import Audit
 from finetune.planning import Plan
-from finetune.recipe import Autoencoder
+from finetune.pretrained import named
+from finetune.recipe import Autoencoder, Flow
 from finetune.report import pictures
 
 WIDTH = 100  # characters of a rule; texts may be longer
@@ -165,6 +166,8 @@ def _loss(plan: Plan) -> str:
         terms += [f"(colour × {autoencoder.colour_weight:g})"] if autoencoder.colour_weight != 1 else []
         terms += [f"+ {autoencoder.coarse_weight:g} × the same of averaged pixels"] if autoencoder.coarse_weight else []
         return " ".join([*terms, f"+ {autoencoder.kl_weight:g} × KL of the latents"])
+    if named("objective")[recipe.model.family] == "flow":
+        return _flow_loss(recipe.flow or Flow(), named("sampling")[recipe.model.family] or "logit_normal")
     predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[recipe.model.prediction]
     loss = recipe.diffusion
     if loss is None:
@@ -174,6 +177,14 @@ def _loss(plan: Plan) -> str:
     parts += [f"noise offset {loss.noise_offset:g}"] if loss.noise_offset else []
     parts += ["noise up to zero terminal SNR"] if loss.zero_terminal_snr else []
     return ", ".join(parts)
+
+
+def _flow_loss(flow: Flow, sampling: str) -> str:
+    chosen = flow.sampling or sampling
+    numbers = {"logit_normal": f" (mean {flow.mean:g}, deviation {flow.deviation:g})", "mode": f" (scale {flow.mode_scale:g})"}.get(chosen, "")
+    shift = f"shifted by {flow.shift:g}" if flow.shift else "shifted as the base's scheduler says"
+    weighting = f", weighted by {flow.weighting}" if flow.weighting != "none" else ""
+    return f"squared error in the velocity; noise levels {chosen.replace('_', '-')}{numbers}, {shift}{weighting}"
 
 
 def data(audit: Audit) -> str:
