@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from finetune.job import Job
 
 PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
-FLOWS = ("sd3", "flux")  # named as their families; built in `tiny_flows`
+FLOWS = ("sd3", "flux", "flux2", "qwen_image", "z_image", "lumina2", "sana", "pixart")  # named as their families; built in `tiny_flows`
 SIZE = 32  # pixels; latents are 8×8
 CAPTIONS = ("a red circle", "a blue square on white", "green triangle", "yellow ring, thick", "two black stripes")
 

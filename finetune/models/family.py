@@ -105,6 +105,11 @@ class ClipFamily(Family):
         return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
 
 
+def chat(tokenizer: Any, caption: str, **template: Any) -> str:
+    """A caption as what a user says, by the tokenizer's own template of a conversation, up to where the answer would begin."""
+    return str(tokenizer.apply_chat_template([{"role": "user", "content": caption}], tokenize=False, add_generation_prompt=True, **template))
+
+
 def family_of(name: str) -> Family:
     """The family that a recipe's `model.family` names: `FAMILY` in its module."""
     found: Family = importlib.import_module(f"finetune.models.{name}").FAMILY

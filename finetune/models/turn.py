@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.errors import UserError
 
@@ -134,5 +135,17 @@ def check_sizes(plan: Plan, multiple: int) -> None:
 
 
 def stack(examples: Sequence[Batch]) -> Batch:
-    """Join examples along a new first dimension."""
-    return {key: torch.stack([example[key] for example in examples]) for key in examples[0]}
+    """Join examples along a new first dimension.
+
+    Tensors of several lengths are filled up with zeros to the longest, and `NAME.lengths`, [B] int64, says what they were.
+    """
+    found: Batch = {}
+    for key in examples[0]:
+        tensors = [example[key] for example in examples]
+        lengths = [len(tensor) if tensor.dim() else 1 for tensor in tensors]
+        if len(set(lengths)) > 1:
+            found[f"{key}.lengths"] = torch.tensor(lengths)
+            found[key] = pad_sequence(tensors, batch_first=True)
+        else:
+            found[key] = torch.stack(tensors)
+    return found
