@@ -3,7 +3,7 @@
     python redraw.py JOBS.json
 
 Each job: `artefact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
-trainer's last picture), `out` (the picture to write), `prompt`, `seed`, `steps`, `guidance`.
+trainer's last picture), `out` (the picture to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call).
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def redraw(job: dict[str, Any]) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         job["prompt"],
-        negative_prompt="",
+        **job["arguments"],
         num_inference_steps=job["steps"],
-        guidance_scale=job["guidance"],
         generator=torch.Generator().manual_seed(job["seed"]),
         height=32,
         width=32,

@@ -75,8 +75,27 @@ CASES = {
     "sd3-full": Case("sd3", "full", ("train.gradient_checkpointing=true", "flow={sampling: mode, weighting: cosmap}")),
     "flux-lora": Case("flux", "lora", ("adapter.targets=attention+mlp", "flow={guidance: 3.5}")),
     "flux-full": Case("flux", "full", ("train.ema=0.8",)),
+    "flux2-lora": Case("flux2", "lora", ("adapter.targets=attention+mlp", "adapter.dora=true")),
+    "flux2-full": Case("flux2", "full", ("train.gradient_checkpointing=true",)),
+    "qwen_image-lora": Case("qwen_image", "lora", ("adapter.targets=attention+mlp", "adapter.alpha=2")),
+    "qwen_image-full": Case("qwen_image", "full"),
+    "z_image-lora": Case("z_image", "lora", ("adapter.targets=attention+mlp", "train.gradient_checkpointing=true")),
+    "z_image-full": Case("z_image", "full"),
+    "lumina2-lora": Case("lumina2", "lora", ("adapter.targets=all-linear", "adapter.rslora=true")),
+    "lumina2-full": Case("lumina2", "full", ("flow={sampling: uniform}",)),
+    "sana-lora": Case("sana", "lora", ("adapter.targets=attention+mlp",)),
+    "sana-full": Case("sana", "full", ("train.gradient_checkpointing=true",)),
+    "pixart-full": Case("pixart", "full", ("diffusion={min_snr_gamma: 5}",)),
     "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
     "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),
+}
+
+# What a net's output does not depend on. SDXL reads the first encoder's last layer but one: the last of its three layers and the norm
+# after it do nothing. In the last block of a net of two streams, what only the text would need.
+IDLE = {
+    "sdxl": ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm."),
+    "sd3": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q."),
+    "qwen_image": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q.", "blocks.1.attn.to_add_out.", "blocks.1.txt_mlp."),
 }
 
 
@@ -124,9 +143,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 def should_train(case: Case, names: set[str]) -> set[str]:
     """The parameters that a reader of the recipe would expect to train, from their names alone."""
     found = {name for name in names if any(f".{kind}_" in name for kind in ("lora", "hada", "lokr", "oft"))} if case.method == "lora" else set(names)
-    # SDXL reads the first encoder's last layer but one: the last of its three layers and the norm after it do nothing.
-    idle = ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm.")
-    return {name for name in found if not (case.pipeline == "sdxl" and any(part in name for part in idle))}
+    return {name for name in found if not any(part in name for part in IDLE.get(case.pipeline, ()))}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,7 +200,7 @@ def redrawn() -> Path:
                 "prompt": None if case.pipeline == "vae" else sample.prompts[0],
                 "seed": sample.seed,
                 "steps": sample.steps,
-                "guidance": sample.guidance,
+                "arguments": arguments(case.pipeline, sample.guidance),
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -191,6 +208,14 @@ def redrawn() -> Path:
     done = subprocess.run([sys.executable, "-I", str(script), str(folder / "jobs.json")], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+def arguments(pipeline: str, guidance: float) -> dict[str, object]:
+    """Of the pipeline's call, as its own documentation has them."""
+    found: dict[str, object] = {"true_cfg_scale" if pipeline == "qwen_image" else "guidance_scale": guidance}
+    if pipeline != "flux2":  # FLUX.2's negative prompt is empty, always
+        found["negative_prompt"] = ""
+    return found | ({"use_resolution_binning": False} if pipeline in ("sana", "pixart") else {})
 
 
 def last_sample(name: str) -> Path:

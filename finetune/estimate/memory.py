@@ -66,8 +66,10 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1
         "cuBLAS workspace": around(gpu) - CONTEXT,
         "CUDA context": CONTEXT,
     }
+    # In full fine-tuning CLIP text encoders stay in float32, trained or not (`models.text_to_image`).
+    encoders = 2 * card.parameters["text encoders"] if recipe.method == "full" and card.family in ("sd", "sdxl") else 0
     phases = {
-        "encode": card.encode[0] + card.encode[1] * area + around(gpu),
+        "encode": card.encode[0] + card.encode[1] * area + encoders + around(gpu),
         "train": reserved + averages + buckets + around(gpu),
         "sample": kept + card.sample[0] + card.sample[1] * area + around(gpu),
         "save": kept + around(gpu),

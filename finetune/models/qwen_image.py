@@ -61,7 +61,11 @@ class QwenImage(Family):
     def call(self, positive: Batch, negative: Batch, guidance: float) -> dict[str, Any]:
         """With masks of ones: without them the pipeline warns that there might be padding."""
         found = super().call(positive, negative, guidance)
-        masks = {f"{name}_mask": torch.ones(found[name].shape[:2], dtype=torch.int64, device=found[name].device) for name in list(found) if "embeds" in name}
+        masks = {
+            f"{name}_mask": torch.ones(found[name].shape[:2], dtype=torch.int64, device=found[name].device)
+            for name in list(found)
+            if "embeds" in name
+        }
         return found | masks
 
 

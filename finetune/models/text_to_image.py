@@ -223,10 +223,10 @@ class TextToImage(Model):
         self._prompts: dict[tuple[str, bool], Batch] = {}
 
     def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
-        """Whole weights that train have the recipe's dtype whatever the precision; what stays frozen has the precision's."""
+        """Whole weights that train have the recipe's dtype whatever the precision, and CLIPs, which are small, with them; the rest has the precision's."""
         if recipe.method == "scratch":
             return loading.assemble(self.plan, audit, self.family)
-        encoders = tuple(name for _, name in self.family.encoders) if self._trains_text else ()
+        encoders = tuple(name for _, name in self.family.encoders) if isinstance(self.family, ClipFamily) else ()
         trained = (self.family.denoiser, *encoders) if recipe.method == "full" else ()
         return loading.open_pipeline(recipe.model, self.family.pipeline, self.dtype, dict.fromkeys(trained, DTYPES[recipe.train.weights]))
 
