@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class PixArtSigma(Family):
     pipeline = "PixArtSigmaPipeline"
     objective = "noise"
     tokens = 300
-    arguments = {"negative_prompt": None, "use_resolution_binning": False, "clean_caption": False}
+    arguments: ClassVar[Mapping[str, Any]] = {"negative_prompt": None, "use_resolution_binning": False, "clean_caption": False}
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
         """T5's states and which of them are no padding, [1, 300, …]."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import SanaPipeline
@@ -24,7 +25,7 @@ class Sana(Family):
     objective = "flow"
     tokens = 300  # of the caption; the instruction's do not count
     patch = 1
-    arguments = {"negative_prompt": None, "use_resolution_binning": False, "clean_caption": False}
+    arguments: ClassVar[Mapping[str, Any]] = {"negative_prompt": None, "use_resolution_binning": False, "clean_caption": False}
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
         """Gemma's last states, of the first token and the last 299, and which are no padding; a negative prompt has no instruction before it."""

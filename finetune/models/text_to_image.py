@@ -223,7 +223,7 @@ class TextToImage(Model):
         self._prompts: dict[tuple[str, bool], Batch] = {}
 
     def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
-        """Whole weights that train have the recipe's dtype whatever the precision, and CLIPs, which are small, with them; the rest has the precision's."""
+        """What trains as a whole has the recipe's dtype, and CLIPs, which are small, with it; the rest has the precision's."""
         if recipe.method == "scratch":
             return loading.assemble(self.plan, audit, self.family)
         encoders = tuple(name for _, name in self.family.encoders) if isinstance(self.family, ClipFamily) else ()
