@@ -40,7 +40,7 @@ def redraw(job: dict[str, Any]) -> Any:
             pipeline.scheduler = DDIMScheduler.from_pretrained(job["artefact"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
-        job["prompt"],
+        prompt=job["prompt"],
         **job["arguments"],
         num_inference_steps=job["steps"],
         generator=torch.Generator().manual_seed(job["seed"]),

@@ -268,7 +268,7 @@ def pixart(captions: tuple[str, ...]) -> Any:
         use_additional_conditions=False,
     )
     scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
-    return PixArtSigmaPipeline(tokenizer, encoder, vae(), transformer, scheduler)
+    return PixArtSigmaPipeline(tokenizer, encoder, vae(shift_factor=None), transformer, scheduler)
 
 
 BUILDS: dict[str, Callable[[tuple[str, ...]], Any]] = {

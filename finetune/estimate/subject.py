@@ -24,6 +24,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit
@@ -33,7 +34,8 @@ from finetune.engine.run import Run
 from finetune.estimate import standins
 from finetune.estimate.allocator import Event
 from finetune.estimate.emulate import Cuda, cuda, fake_tensors
-from finetune.estimate.trace import Recorder, Section, tensors_of
+from finetune.estimate.madeup import MadeUpSteps, MadeUpTokenizer
+from finetune.estimate.trace import Recorder, Section, reading, tensors_of
 from finetune.models import loading, text_to_image
 from finetune.models.text_to_image import DTYPES, TextToImage
 from finetune.models.turn import Batch, Model, SampleRequest
@@ -146,11 +148,13 @@ class Subject:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
         with fake_tensors(), skeletons(), standins.in_place(self._device), cuda() if self._device == "cuda" else contextlib.nullcontext() as mode:
             model = self.build()
-            encode, example = self.encode(model)
-            found = {"encode": encode} if encode is not None else {}
-            found["train"] = self._train(model, example, mode)
-            if isinstance(model, TextToImage) and not only_training:
-                found["sample"] = self._sample(model)
+            # Nets that read a caption's length are given that of a full one.
+            with reading(model.family.tokens) if isinstance(model, TextToImage) and model.family.objective == "flow" else contextlib.nullcontext():
+                encode, example = self.encode(model)
+                found = {"encode": encode} if encode is not None else {}
+                found["train"] = self._train(model, example, mode)
+                if isinstance(model, TextToImage) and not only_training:
+                    found["sample"] = self._sample(model)
         return found
 
     def build(self) -> Model:
@@ -211,7 +215,9 @@ class Subject:
         gc.collect()
         model.pipeline.image_processor = _NoPicture()
         # Any scheduler's step is a few operators on latents; some others read values, which fake tensors have not.
-        model.pipeline.scheduler = diffusers.DDIMScheduler.from_config(model.pipeline.scheduler.config)
+        config = model.pipeline.scheduler.config
+        flow = model.family.objective == "flow"
+        model.pipeline.scheduler = MadeUpSteps(config) if flow else diffusers.DDIMScheduler.from_config(config)
         guidance = max(self.plan.recipe.sample.guidance, 1.0)
         with Recorder() as recorder:
             recorder.adopt(tensor for turn in model.turns() for tensor in tensors_of(turn.net))
@@ -266,13 +272,19 @@ def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype, own: M
             continue
         if entry[0] == "transformers" and "Tokenizer" in entry[1]:
             local = folder / key
-            parts[key] = transformers.AutoTokenizer.from_pretrained(str(local)) if local.is_dir() else clip_tokenizer(PADDING[name][key])
+            padding = PADDING.get(name, {}).get(key)
+            if local.is_dir():
+                parts[key] = transformers.AutoTokenizer.from_pretrained(str(local))
+            else:
+                parts[key] = clip_tokenizer(padding) if padding else MadeUpTokenizer()
         elif entry[0] == "transformers":
             cls = getattr(transformers, entry[1])
             parts[key] = cls(cls.config_class.from_pretrained(str(folder / key))).to(own.get(key, dtype)).eval()
         else:
             cls = getattr(diffusers, entry[1])
-            part = cls.from_config(cls.load_config(str(folder / key)))
+            # A scheduler reads its own values, and they are few.
+            with unset_fake_temporarily() if key == "scheduler" else contextlib.nullcontext():
+                part = cls.from_config(cls.load_config(str(folder / key)))
             # nn.Module's own `to`: diffusers' warns of what from_pretrained would do better.
             parts[key] = nn.Module.to(part, torch.float32 if key == "vae" else own.get(key, dtype)).eval() if isinstance(part, nn.Module) else part
     if class_name == "StableDiffusionPipeline":
