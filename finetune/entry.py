@@ -41,11 +41,28 @@ def arguments(method: Method) -> tuple[Recipe, bool, bool]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's folder")
     parser.add_argument("--force", action="store_true", help="train even what the estimate says does not fit")
     given = parser.parse_args()
+    refuse_sharding()
     recipe = load_recipe(given.recipe, given.set)
     if recipe.method != method:
         remedy = f"launch finetune/{recipe.method}.py, or use `ft train`"
         raise UserError(f"this recipe is of method {recipe.method}", where=given.recipe, remedy=remedy)
     return recipe, given.resume, given.force
+
+
+def sharded(engine: str) -> UserError:
+    """What no run here can do yet: train with weights or optimizer state that no process has whole."""
+    return UserError(
+        f"{engine} is not supported: checkpoints, averaged weights and samples need the whole weights, and it shares them out",
+        where="the configuration of Accelerate, distributed_type",
+        remedy="take MULTI_GPU (`ft train --accelerate many-gpus`); train.gradient_checkpointing and optimizer.name: adamw8bit save memory",
+    )
+
+
+def refuse_sharding() -> None:
+    """Raise for the engines of Accelerate that share out what the trainer needs whole; the launcher says so in the environment."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise sharded(engine)
 
 
 @contextlib.contextmanager

@@ -248,6 +248,52 @@ def test_accelerate_takes_our_flags_without_a_remark(
     assert parsed.training_script_args == ["recipe", "--set", "a=b"]
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in train.CONFIGS.glob("*.yaml")))
+def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Accelerate's own reader, which refuses unknown keys, its own launcher's checks, and its own plugin where one can be made here."""
+    from accelerate.commands import launch
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    file = train.CONFIGS / f"{name}.yaml"
+    text = file.read_text()
+    assert "ntested" in text.partition("\ncompute_environment")[0], "each says that no GPU has seen it"
+    config = load_config_from_file(str(file))
+    parser = launch.launch_command_parser()
+    parsed, _, _ = launch._validate_launch_command(parser.parse_args(["--config_file", str(file), "script.py"]))
+    several = {"one-gpu": 1, "many-machines": 16}.get(name, 2)
+    assert (config.num_processes, parsed.num_processes, parsed.mixed_precision) == (several, several, "no")
+    keys = {action.dest for action in parser._actions}
+    assert {key if key.startswith("fsdp") else f"fsdp_{key}" for key in config.fsdp_config} <= keys
+    assert config.deepspeed_config.keys() <= keys
+    if config.fsdp_config or config.deepspeed_config:
+        with pytest.raises(UserError, match="is not supported"):
+            train.find_config(name)
+        engine = str(config.distributed_type.value)
+        monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+        with pytest.raises(UserError, match=engine):
+            entry.refuse_sharding()
+    else:
+        assert train.find_config(name) == file
+        assert f"--config_file {file}" in " ".join(train.launcher("lora", None, True, name, ("machine_rank=1",))[1])
+        entry.refuse_sharding()
+    if config.fsdp_config:
+        for key, value in prepare_multi_gpu_env(parsed).items():
+            monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "says"), [("many", (), "many-gpus"), ("one-gpu", ("machine_rank",), "KEY=VALUE"), ("one-gpu", ("--x y=1",), "KEY=VALUE")]
+)
+def test_a_configuration_that_is_not_there_is_said(config: str, extra: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        train.launcher("lora", None, True, config, extra)
+    assert says in str(caught.value)
+
+
 def test_threads_are_those_asked_for_or_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert train.threads(2) == 3

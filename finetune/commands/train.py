@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from types import FrameType
 
 import click
 
-from finetune.entry import LAST_WORDS, LAUNCHER
-from finetune.recipe import Method, load_recipe
+from finetune.entry import LAST_WORDS, LAUNCHER, sharded
+from finetune.errors import UserError, did_you_mean
+from finetune.recipe import ASSETS, Method, load_recipe
 
+CONFIGS = ASSETS / "accelerate"
 SCRIPTS = Path(__file__).resolve().parent.parent
 
 
@@ -27,39 +30,97 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 @click.option("--init", help="A LoRA's file to go on from, in diffusers' or kohya's format; short for --set adapter.init=…")
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
 @click.option("--force", is_flag=True, help="Train even what the estimate says does not fit into memory.")
-@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One for each GPU.")
+@click.option("--processes", type=click.IntRange(min=1), help="One for each GPU; 1, or as the configuration of --accelerate says.")
+@click.option("--accelerate", "config", metavar="NAME", help="A configuration of Accelerate: one that comes with ft, or a file.")
+@click.option("--launch", "extra", multiple=True, metavar="KEY=VALUE", help="One more argument of `accelerate launch`, such as machine_rank=1.")
 @click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="Short for --set train.precision=…")
-def command(recipe: str, overrides: tuple[str, ...], init: str | None, resume: bool, force: bool, processes: int, precision: str | None) -> None:
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    init: str | None,
+    resume: bool,
+    force: bool,
+    processes: int | None,
+    config: str | None,
+    extra: tuple[str, ...],
+    precision: str | None,
+) -> None:
     """Train by a recipe, or go on with a run.
 
     RECIPE is a YAML file, or the name of a bundled recipe. What will not fit into the GPU is refused, with the edit that
     makes it fit. This is `accelerate launch` of finetune/lora.py, full.py or
     scratch.py, and prints that command. Ctrl-C finishes the step, saves and stops, a second one stops at once;
     --resume goes on.
+
+    --accelerate takes many-gpus or many-machines (each process holds the whole model), one-gpu, or a file of your own. fsdp2,
+    deepspeed-zero2 and -zero3 come too, and are refused as yet: checkpoints, averaged weights and samples need whole weights.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
     overrides += (f"adapter.init={json.dumps(init)}",) if init else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
     flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
     arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]
-    environment, launch = launcher(method, processes, has_gpu())
+    environment, launch = launcher(method, processes, has_gpu(), config, extra)
     click.echo("$ " + shlex.join([*(f"{key}={value}" for key, value in environment.items()), "accelerate", "launch", *launch, *arguments]))
     sys.stdout.flush()
     sys.exit(run([sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments], environment))
 
 
-def launcher(method: Method, processes: int, gpu: bool) -> tuple[dict[str, str], list[str]]:
-    """Environment and arguments of `accelerate launch`, the script last. Nothing is left to ask, to guess or to warn about."""
-    flags = ["--quiet", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    flags += ["--num_cpu_threads_per_process", str(threads(processes))]
+def launcher(
+    method: Method, processes: int | None, gpu: bool, config: str | None = None, extra: tuple[str, ...] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """Environment and arguments of `accelerate launch`, the script last. Nothing is left to ask, to guess or to warn about.
+
+    Args:
+        config: the name or the file of a configuration; what it says is not said here.
+        extra: `key=value`, each one more argument.
+    """
     environment = {}
-    if processes > 1:
-        flags += ["--multi_gpu", "--main_process_port", "0"]
-        if not gpu:
-            environment["ACCELERATE_USE_CPU"] = "true"  # several processes are "multi-GPU" to Accelerate, on CPUs too
+    script = str(SCRIPTS / f"{method}.py")
+    flags = ["--quiet", "--dynamo_backend", "no", "--mixed_precision", "no"]
+    for assignment in extra:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"--launch needs KEY=VALUE, not {assignment!r}", remedy="for example: --launch machine_rank=1")
+        flags.append(f"--{key}={value}")
+    if config is not None:
+        file = find_config(config)
+        text = file.read_text(encoding="utf-8")
+        several = "MULTI_GPU" in _said(text, "distributed_type")
+        here = processes or int(_said(text, "num_processes") or 1) // int(_said(text, "num_machines") or 1)
+        flags += ["--config_file", str(file), *(("--num_processes", str(processes)) if processes else ())]
+        flags += ["--num_cpu_threads_per_process", str(threads(max(1, here)))]
+    else:
+        several = (processes or 1) > 1
+        flags += ["--num_processes", str(processes or 1), "--num_machines", "1", "--num_cpu_threads_per_process", str(threads(processes or 1))]
+        flags += ["--multi_gpu", "--main_process_port", "0"] if several else []
+    if not gpu and several:
+        environment["ACCELERATE_USE_CPU"] = "true"  # several processes are "multi-GPU" to Accelerate, on CPUs too
     elif not gpu:
         flags.append("--cpu")
-    return environment, [*flags, str(SCRIPTS / f"{method}.py")]
+    return environment, [*flags, script]
+
+
+def find_config(name_or_file: str) -> Path:
+    """A configuration of Accelerate that comes with the project, by its name, or one of the user's, by its file.
+
+    Raises:
+        UserError: there is none, or it shares out what the trainer needs whole.
+    """
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    file = known.get(name_or_file, Path(name_or_file))
+    if not file.is_file():
+        remedy = f"{did_you_mean(name_or_file, known)} Or give a file"
+        raise UserError(f'there is no configuration "{name_or_file}"', where="--accelerate", remedy=remedy)
+    if (engine := _said(file.read_text(encoding="utf-8"), "distributed_type")) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise sharded(engine)
+    return file
+
+
+def _said(text: str, key: str) -> str:
+    """The value of one top-level `key: value` line of a configuration, "" if it has none."""
+    found = re.search(rf"^{key}:\s*['\"]?([\w-]*)", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def threads(processes: int) -> int:

@@ -31,7 +31,9 @@ class TrainingState:
         self.parameters = [turn.parameters() for turn in self.turns]
         self.optimizers, self.updates = [], []
         for turn, parameters in zip(self.turns, self.parameters, strict=True):
-            turn.net, optimizer = accelerator.prepare(turn.net, self._optimizer(turn.name, parameters))
+            # Moved once more, to a device that has a number ("cpu:0"), buffers would become copies, and those taken above stay as they began.
+            placed = [False, True]
+            turn.net, optimizer = accelerator.prepare(turn.net, self._optimizer(turn.name, parameters), device_placement=placed)
             turn.net.train()
             self.optimizers.append(optimizer)
             self.updates.append(make_update(plan.recipe, parameters, optimizer, accelerator))
