@@ -38,10 +38,10 @@ class Case:
 
 CASES = {
     "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
-    "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2")),
+    "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2", "net.dropout=0")),
     "realnvp": Case("realnvp", ("net.scales=2", "net.steps=2", "net.width=8", "net.blocks=0")),
     "glow": Case("glow", ("net.scales=2", "net.steps=1", "net.width=8", "net.coupling=mixture", "net.mixtures=2", "net.dequantisation=variational")),
-    "imagegpt": Case("imagegpt", ("net.width=8", "net.layers=1", "net.heads=2", "net.palette=5")),
+    "imagegpt": Case("imagegpt", ("net.width=8", "net.layers=1", "net.heads=2", "net.palette=5", "net.dropout=0")),
     "vqvae": Case("vqvae", ("net.width=8", "net.halvings=1", "net.codes=6", "net.code=3", "net.revive_after=2", "data.classes=null")),
     "vqgan": Case(
         "vqvae",
@@ -49,8 +49,8 @@ CASES = {
         unequal="each process weighs the critic by its own pictures",
         unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt pictures pull it equally
     ),
-    "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3"), first="vqvae"),
-    "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2"), first="vqgan"),
+    "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first="vqvae"),
+    "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first="vqgan"),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
 }
 
@@ -78,5 +78,5 @@ def recipe(name: str, folder: Path, *overrides: str) -> Recipe:
 def first_stage(name: str) -> Path:
     """A finished run of that recipe."""
     folder = tiny.root() / "first" / name
-    tiny.train(recipe(name, folder, "train.steps=2"))
+    tiny.train(recipe(name, folder, "train.steps=12", "optimizer.lr=1e-2", "optimizer.schedule=constant"))
     return folder

@@ -11,6 +11,7 @@ global generator when it moves dead codes, has a straight-through gradient that 
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -107,9 +108,17 @@ class VqAutoencoder(nn.Module):
         self.read = nn.Conv2d(section.code, widths[-1], 1)
         self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
 
+    def latent(self, levels: Tensor) -> Tensor:
+        """[B, D, h, w], each place's vector of length √D (Yu et al. 2022, arXiv:2110.04627, §3.2).
+
+        Vectors free to grow run away from a book that follows by small steps, until one code is nearest to all.
+        """
+        found: Tensor = self.encoder(self._space.scaled(levels))
+        return functional.normalize(found, dim=1).mul(math.sqrt(found.shape[1]))
+
     def codes(self, levels: Tensor) -> Tensor:
         """[B, h, w] int64."""
-        return self.quantiser.indices(self.encoder(self._space.scaled(levels)))
+        return self.quantiser.indices(self.latent(levels))
 
     def decode(self, vectors: Tensor) -> Tensor:
         """[B, D, h, w] → parameters [B, P, H, W]."""
@@ -118,7 +127,7 @@ class VqAutoencoder(nn.Module):
 
     def forward(self, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(parameters [B, P, H, W], |sg z − e|² [B], |z − sg e|² [B])."""
-        vectors, to_book, to_latent = self.quantiser(self.encoder(self._space.scaled(levels)))
+        vectors, to_book, to_latent = self.quantiser(self.latent(levels))
         return self.decode(vectors), to_book, to_latent
 
 
@@ -200,7 +209,7 @@ class VqVae(PixelModel):
     @torch.no_grad()
     def start(self) -> None:
         """Begin the book with latents of training pictures: codes anywhere else would never be nearest."""
-        latent = self.net.encoder(self.space.scaled(self.examples(STARTING_PICTURES)["pixels"]))
+        latent = self.net.latent(self.examples(STARTING_PICTURES)["pixels"])
         vectors, book = latent.movedim(1, -1).flatten(0, -2), self.net.quantiser.book
         book.copy_(vectors[torch.arange(len(book)) * max(1, len(vectors) // len(book)) % len(vectors)] + 1e-3 * torch.randn_like(book))
 
