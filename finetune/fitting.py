@@ -28,7 +28,7 @@ def check(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:
         "set method: lora, which trains an adapter on them; or remove model.quantize and set train.weights: bfloat16",
     )
     refuse(
-        model.encoders != "whole" and (model.train_text_encoder or recipe.method == "scratch"),
+        model.encoders != "whole" and (model.train_text_encoder or recipe.method == "scratch" or bool(recipe.tokens)),
         f"model.encoders: {model.encoders} is for text encoders that only encode, and here they train",
         "set model.encoders: whole, or model.train_text_encoder: false",
     )

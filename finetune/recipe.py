@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +88,21 @@ class Prior:
     prompt: str  # what the class is called, such as `a photo of a dog`; also the caption of its pictures
     pictures: int = _number(200, minimum=1)
     weight: float = _number(1.0, above=0)  # factor on their loss
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new word for CLIP's text encoders, learned together with the LoRA: pivotal tuning by textual inversion (arXiv:2208.01618)."""
+
+    token: str  # as captions and prompts write it, such as `<my-dog>`
+    init: str = ""  # a word whose meaning it begins with, such as `dog`; "": at random
+    vectors: int = _number(1, minimum=1, maximum=16)  # more hold more, and take as many of the tokens that a caption may have
+    rate: float = _number(10.0, above=0)  # how many times faster than all else it learns
+
+    @property
+    def file(self) -> str:
+        """Where its vectors lie below an artefact's folder."""
+        return f"embeddings/{re.sub('[^A-Za-z0-9_-]+', '', self.token) or 'word'}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,7 @@ class Recipe:
     train: Train
     adapter: Adapter | None = None
     prior: Prior | None = None
+    tokens: tuple[Token, ...] = ()
     net: Any = None  # the family's own section, a `Net` of `finetune.nets`; none: it has none
     diffusion: Diffusion | None = None
     flow: Flow | None = None
@@ -245,8 +262,9 @@ def public_name(path: str) -> str:
 
 
 def trigger_words(recipe: Recipe) -> tuple[str, ...]:
-    """What the sources' captions begin with, each once."""
-    return tuple(dict.fromkeys(source.prefix for source in recipe.data.sources if source.prefix))
+    """What the sources' captions begin with, and new words that do not stand there, each once."""
+    prefixes = [source.prefix for source in recipe.data.sources if source.prefix]
+    return tuple(dict.fromkeys([*prefixes, *(new.token for new in recipe.tokens if not any(new.token in prefix for prefix in prefixes))]))
 
 
 def find_recipe(path_or_name: str) -> Path:
@@ -349,6 +367,10 @@ def _check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
     _check_optimizer(recipe, refuse)
     fitting.check(recipe, refuse)
+    refuse(bool(recipe.tokens) and recipe.method != "lora", "new words are learned together with a LoRA", "set method: lora, or remove `tokens`")
+    for new in recipe.tokens:
+        refuse(len(new.token.split()) != 1, f'"{new.token}" is not one word', "give one without blanks, such as <my-dog>")
+    refuse(len({new.token for new in recipe.tokens}) < len(recipe.tokens), "a word of `tokens` is given twice", "keep one of them")
     refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr:

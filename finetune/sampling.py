@@ -13,7 +13,7 @@ from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
-from finetune.models import adapters, smaller
+from finetune.models import adapters, smaller, words
 from finetune.models.family import Family, family_of
 from finetune.models.loading import open_pipeline
 from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
@@ -139,6 +139,7 @@ def _open_run(folder: Path, plan: Plan) -> Opened:
     pipeline: Any = placed(open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision)), recipe)
     set_schedule(pipeline, recipe)
     adapters.load(pipeline, final)
+    words.load(pipeline, final, recipe)
     return family, pipeline
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune.engine import checkpoint
 from finetune.engine.progress import Progress
 from finetune.errors import UserError
-from finetune.models import adapters
+from finetune.models import adapters, words
 from finetune.models.family import Family, family_of
 from finetune.models.initial import put_on
 from finetune.models.loading import open_pipeline
@@ -102,12 +102,15 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     torch.manual_seed(recipe.train.seed)  # as the trainer does: PiSSA's start depends on it
     pipeline: Any = open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
+    new = words.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
     nets = {name: getattr(pipeline, name) for name in (family.denoiser, *encoders)}
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
     for name, net in nets.items():
         if name not in adapted:
             adapters.add_adapter(net, recipe.adapter)
+    nets |= {name: getattr(pipeline, name) for name in new}
+    for net in nets.values():
         net.eval()
     return placed(pipeline), {"denoiser.denoiser." if name == family.denoiser else f"denoiser.encoders.{name}.": net for name, net in nets.items()}
 

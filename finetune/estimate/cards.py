@@ -136,7 +136,8 @@ def variant_of(card: Card, recipe: Recipe) -> Variant:
     adapter = recipe.adapter
     wanted = (recipe.method, adapter.targets if adapter else "", recipe.train.checkpointed)
     alike = [v for v in card.variants if (v.method, v.targets, v.checkpointing) == wanted]
-    special = "a trained text encoder" if recipe.model.train_text_encoder else _special(adapter) if adapter else ""
+    text = recipe.model.train_text_encoder or recipe.tokens
+    special = "a trained text encoder" if text else _special(adapter) if adapter else ""
     if special or not alike:
         sparse = f"train.gradient_checkpointing: {recipe.train.checkpointed}" if recipe.train.checkpointed > 1 else ""
         what = special or sparse or (f'targets "{wanted[1]}"' if adapter else f"method {recipe.method}")

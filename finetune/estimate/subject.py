@@ -181,7 +181,7 @@ class Subject:
         gc.collect()
         with Recorder() as recorder, torch.no_grad():
             held = {"vae": recorder.adopt(tensors_of(model.pipeline.vae))}
-            if not self.plan.recipe.model.train_text_encoder:  # of encoders that wait in host memory, what does not wait
+            if not (self.plan.recipe.model.train_text_encoder or self.plan.recipe.tokens):  # of encoders that wait in host memory, what does not wait
                 held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in encoders.text_encoders.values())  # type: ignore[attr-defined]
             recorder.section("encode text")
             caption = encoders.encode_caption("")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune.export.folder import copy_folder
-from finetune.models import adapters
+from finetune.models import adapters, words
 from finetune.models.loading import open_pipeline
 from finetune.models.text_to_image import set_schedule
 from finetune.pretrained import pipelines
@@ -31,6 +31,7 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     if not wrapped:
         pipeline.fuse_lora(components=[name for name in pipeline._lora_loadable_modules if hasattr(pipeline, name)], safe_fusing=True)
         pipeline.unload_lora_weights()
+    words.load(pipeline, final, recipe)
     if dtype is None:
         pipeline.save_pretrained(target)
         return

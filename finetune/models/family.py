@@ -95,14 +95,19 @@ class ClipFamily(Family):
         found = {}
         for name, _ in self.encoders:
             tokenizer = getattr(pipeline, name)
+            # A new word of several vectors is spelled out, as the pipeline's own call does.
             found[name] = tokenizer(
-                caption, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+                pipeline.maybe_convert_prompt(caption, tokenizer),
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
             ).input_ids[0]
         return found
 
     def caption_tokens(self, pipeline: DiffusionPipeline, caption: str) -> tuple[int, int]:
         tokenizer = getattr(pipeline, self.reader)
-        return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
+        return len(tokenizer(pipeline.maybe_convert_prompt(caption, tokenizer), verbose=False).input_ids), tokenizer.model_max_length
 
 
 def chat(tokenizer: Any, caption: str, **template: Any) -> str:

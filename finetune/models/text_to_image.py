@@ -21,7 +21,7 @@ from finetune.data.cache import fingerprint
 from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
-from finetune.models import adapters, loading, smaller
+from finetune.models import adapters, loading, smaller, words
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising, Objective
 from finetune.models.family import ClipFamily, Family
@@ -204,16 +204,18 @@ class TextToImage(Model):
                 where="model.train_text_encoder",
                 remedy="set it to false; the denoiser's LoRA learns new words too",
             )
+        words.check(recipe, family, audit)
         torch.manual_seed(recipe.train.seed)
         self.plan, self.family = plan, family
         self.device = torch.device(plan.machine.device)
         self.dtype = DTYPES[plan.precision]
-        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch"
+        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch" or bool(recipe.tokens)
         self.pipeline = self._open(recipe, audit)
         self.pipeline.set_progress_bar_config(disable=True)
         check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
         set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
+        self._words = words.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
         trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
@@ -248,7 +250,8 @@ class TextToImage(Model):
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
-        trained = {self.family.denoiser: self.denoiser, **encoders}
+        whole = not self._words or self.plan.recipe.model.train_text_encoder  # else of the encoders the new words alone train
+        trained = {self.family.denoiser: self.denoiser, **(encoders if whole else {})}
         smaller.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
         net: Any
@@ -266,6 +269,8 @@ class TextToImage(Model):
             unread += self.family.unread_text(encoders)
         for part in unread:
             part.requires_grad_(False)
+        for new in self._words.values():
+            new.offset.requires_grad_(True)
         return adapted
 
     def turns(self) -> tuple[Turn, ...]:
@@ -304,12 +309,12 @@ class TextToImage(Model):
 
     def save(self, folder: Path) -> list[Path]:
         """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each net.
-        Else: the whole pipeline.
+        Beside either: new words in `embeddings/`. Else: the whole pipeline.
 
         Beside an adapter lies `scheduler/` if the recipe draws with another than the base's.
         """
         if self.plan.recipe.method == "lora":
-            return self._save_adapters(folder)
+            return [*self._save_adapters(folder), *words.save(folder, self.plan.recipe.tokens, self._words)]
         recipe = self.plan.recipe
         whole = self.pipeline if recipe.method == "scratch" else loading.open_pipeline(recipe.model, self.family.pipeline, torch.float32)
         for name in (self.family.denoiser, "scheduler", *(name for _, name in self.family.encoders if self._trains_text)):

@@ -27,6 +27,7 @@ COMFYUI = (
     "`ft export RUN --format comfyui` writes the LoRA under the names that ComfyUI knows; put that file into `ComfyUI/models/loras`,"
     " and load it with the node *Load LoRA* between the checkpoint and the sampler."
 )
+WORDS = "The files in `embeddings` go into `ComfyUI/models/embeddings`; in prompts they are called `embedding:NAME`."
 METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}
 
 
@@ -46,14 +47,14 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
     what = METHODS[recipe.method] + (f" for {base}" if base and recipe.method == "lora" else f", from {base}" if base else "")
     parts.append(f"# {_line(recipe.name)}\n\nA {_line(what)}: {plan.data.pictures} pictures, {steps} steps of {plan.global_batch}.")
     if words:
-        parts.append("Begin the prompt with " + " or ".join(f"`{word}`" for word in words) + ".")
+        parts.append("Write into the prompt " + " or ".join(f"`{word}`" for word in words) + ".")
     if shown:
         parts.append(_table(["picture", "prompt"], [[f"![{_line(text)}]({file})", _line(text)] for file, text in shown]))
     place = base.replace("embedded:", "finetune/assets/")  # as it lies in a checkout
     if lines := usage(plan, place, HERE):
         parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
     if recipe.method == "lora" and "comfyui" in FORMATS.get(recipe.model.family, ()):
-        parts.append(f"## With ComfyUI\n\n{COMFYUI}")
+        parts.append(f"## With ComfyUI\n\n{COMFYUI}" + (f" {WORDS}" if recipe.tokens else ""))
     data = run / "data.json"
     if data.is_file():
         parts.append("## The pictures\n\n" + _rows(_data(json.loads(data.read_text(encoding="utf-8")))))

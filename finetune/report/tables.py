@@ -99,6 +99,10 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("steps", plan.arithmetic),
         ("base", _base(plan)),
         ("trains", _trains(plan)),
+        *(
+            ("word", f'"{new.token}": {_count(new.vectors, "vector")} from {new.init or "nothing"}, {new.rate:g} times as fast')
+            for new in recipe.tokens
+        ),
         ("loss", _loss(plan)),
         *([("counts", weighing)] if (weighing := _weighing(plan)) else []),
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
@@ -151,7 +155,7 @@ def _weighing(plan: Plan) -> str:
     data, prior = plan.recipe.data, plan.recipe.prior
     parts = [f"{short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
     parts += [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}'] if prior is not None else []
-    where = "beside the pictures" if data.masks == "beside" else f"in {data.masks}"
+    where = "beside the pictures" if data.masks == "beside" else f"in {short(data.masks or '')}"
     parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
     return "; ".join(parts)
 

@@ -34,11 +34,25 @@ def usage(plan: Plan, base: str, weights: str) -> str:
         more = "from pathlib import Path\n\nfrom peft import PeftModel\n"
         lines[1] = f"for config in Path({weights!r}).glob('*/adapter_config.json'):\n"
         lines[1] += "    PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)"
+    lines[2:2] = [line for new in recipe.tokens for line in _word(new.token, f"{weights}/{new.file}", recipe.model.family)]
     if changes := _schedule(plan):  # a LoRA's file cannot carry the schedule that it was trained with
         imported = f"DDIMScheduler, {name}"
         told = ", ".join(f"{key}={value!r}" for key, value in changes.items())
         lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {told}\n)")
-    return f"{more}from diffusers import {imported}\n\n" + "\n".join(lines)
+    reads = "\nfrom safetensors.torch import load_file" if any("load_file" in line for line in lines) else ""
+    return f"{more}from diffusers import {imported}{reads}\n\n" + "\n".join(lines)
+
+
+def _word(token: str, file: str, family: str) -> list[str]:
+    """Lines that teach the pipeline a new word; SDXL's two text encoders each have their own vectors of it."""
+    if family != "sdxl":
+        return [f"pipeline.load_textual_inversion({file!r}, token={token!r})"]
+    second = "text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2"
+    return [
+        f"words = load_file({file!r})",
+        f"pipeline.load_textual_inversion(words['clip_l'], token={token!r}, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)",
+        f"pipeline.load_textual_inversion(words['clip_g'], token={token!r}, {second})",
+    ]
 
 
 def _schedule(plan: Plan) -> dict[str, object]:
