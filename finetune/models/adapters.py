@@ -152,18 +152,18 @@ def _check(net: nn.Module, names: list[str], adapter: Adapter) -> None:
 
 
 def _check_width(name: str, layer: Any, adapter: Adapter) -> None:
-    """A product of rank r through a narrower layer holds more numbers than the layer, and no more of what it can do."""
+    """A product of rank r through a narrower matrix holds more numbers than the matrix, and no more of what it can do.
+
+    Of a convolution that is let be: those at a net's two ends have few channels, and are few.
+    """
     rank = next((rank for end, rank in adapter.rank_pattern.items() if _ends(name, end, "")), adapter.rank)
-    if isinstance(layer, nn.Conv2d):
-        inside, outside = layer.in_channels // layer.groups * math.prod(layer.kernel_size), layer.out_channels
-    else:
-        inside, outside = layer.in_features, layer.out_features
+    inside, outside = (layer.in_channels, layer.out_channels) if isinstance(layer, nn.Conv2d) else (layer.in_features, layer.out_features)
     if adapter.kind == "oft":
         if inside % rank:
             fitting = max(size for size in range(1, rank + 1) if inside % size == 0)
             remedy = f"set adapter.rank: {fitting}, or leave {name} out of adapter.targets"
             raise UserError(f"OFT's blocks of side {rank} do not divide the {inside} inputs of {name}", where="adapter.rank", remedy=remedy)
-    elif adapter.kind != "lokr" and rank > min(inside, outside):  # LoKr then takes whole factors
+    elif isinstance(layer, nn.Linear) and adapter.kind != "lokr" and rank > min(inside, outside):  # LoKr then takes whole factors
         remedy = f"set adapter.rank_pattern: {{{name}: {min(inside, outside)}}}, a lower adapter.rank, or leave it out of adapter.targets"
         raise UserError(f"rank {rank} is above the width of {name}, {inside} → {outside}", where="adapter.rank", remedy=remedy)
 
