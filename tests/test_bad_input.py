@@ -113,6 +113,21 @@ def offloaded_blocks_of_a_unet(scene: Scene) -> None:
     scene.set("train.offload_blocks=true", "train.gradient_checkpointing=true")
 
 
+@case("predicts noise: the `flow` section", "see `diffusion`")
+def flow_of_a_net_that_predicts_noise(scene: Scene) -> None:
+    scene.set("flow={sampling: mode}")
+
+
+@case("predicts a velocity: the `diffusion` section", "see `flow`")
+def noise_schedule_of_a_flow(scene: Scene) -> None:
+    scene.set("model.family=flux", "diffusion={min_snr_gamma: 5}")
+
+
+@case("predicts a velocity: there is no other prediction", "remove it")
+def prediction_of_a_flow(scene: Scene) -> None:
+    scene.set("model.family=flux", "model.prediction=epsilon")
+
+
 @case("only encode, and here they train", "model.train_text_encoder: false")
 def quantised_encoders_that_train(scene: Scene) -> None:
     scene.set("model.encoders=nf4", "model.train_text_encoder=true")

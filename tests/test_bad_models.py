@@ -44,6 +44,32 @@ def model_of_another_family(scene: Scene) -> None:
     scene.set("model.family=sdxl")
 
 
+@case("is a FLUX.1 transformer \\(family flux\\)", "diffusers folder")
+def one_file_of_another_family(scene: Scene) -> None:
+    save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}, scene.folder / "one.safetensors")
+    scene.set(f"model.path={scene.folder / 'one.safetensors'}")
+
+
+@case("holds a StableDiffusion3Pipeline, and family flux is a FluxPipeline", "model.family: sd3")
+def flow_of_another_family(scene: Scene) -> None:
+    scene.set("model.family=flux", f"model.path={tiny.pipeline('sd3')}")
+
+
+@case("the text encoders of family sd3 are run once", "set it to false")
+def text_encoders_that_do_not_train(scene: Scene) -> None:
+    scene.set("model.family=sd3", f"model.path={tiny.pipeline('sd3')}", "model.train_text_encoder=true")
+
+
+@case("embeds no guidance", "remove it")
+def guidance_that_nothing_reads(scene: Scene) -> None:
+    scene.set("model.family=sd3", f"model.path={tiny.pipeline('sd3')}", "flow={guidance: 3}")
+
+
+@case("PixArtSigmaPipeline reads no LoRA file", "set it to false")
+def pissa_without_a_form(scene: Scene) -> None:
+    scene.set("model.family=pixart", f"model.path={tiny.pipeline('pixart')}", "adapter.pissa=true")
+
+
 @case("unet|diffusion_pytorch_model|could not be", "again|model")
 def model_with_a_cut_file(scene: Scene) -> None:
     shutil.copytree(tiny.pipeline("sd15"), scene.folder / "model")

@@ -85,6 +85,7 @@ CASES = {
     "lumina2-full": Case("lumina2", "full", ("flow={sampling: uniform}",)),
     "sana-lora": Case("sana", "lora", ("adapter.targets=attention+mlp",)),
     "sana-full": Case("sana", "full", ("train.gradient_checkpointing=true",)),
+    "pixart-lora": Case("pixart", "lora", ("adapter.targets=attention+mlp", "adapter.rslora=true")),
     "pixart-full": Case("pixart", "full", ("diffusion={min_snr_gamma: 5}",)),
     "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
     "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),

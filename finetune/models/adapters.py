@@ -24,19 +24,12 @@ from transformers import CLIPTextModel
 from finetune.errors import UserError, did_you_mean
 from finetune.recipe import Adapter
 
-# Endings of layer names in diffusers' denoisers and transformers' CLIP text encoders. FLUX.2's single blocks have attention and MLP
-# in two layers that cannot be told apart; both count as attention.
-ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("to_qkv_mlp_proj", "attn.to_out", "q_proj", "k_proj", "v_proj", "out_proj"),
-)
+# Ends of layer names in diffusers' denoisers and transformers' CLIP text encoders, as regular expressions. FLUX.2's single blocks have
+# attention and MLP in two layers that cannot be told apart; they count as attention. Sana's MLP is convolutions.
+ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "to_qkv_mlp_proj", "[qkv]_proj", "out_proj")
 MLP = (
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "mlp.fc1", "mlp.fc2"),
-    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),  # FLUX.2
-    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),  # Qwen-Image
-    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),  # Z-Image
-    *("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"),  # Lumina
-    *("ff.conv_inverted", "ff.conv_point"),  # Sana, whose MLP is convolutions
+    *(r"(ff|ff_context|img_mlp|txt_mlp)\.net\.(0\.proj|2)", r"mlp\.fc[12]", "proj_mlp", r"single_transformer_blocks\.\d+\.proj_out"),
+    *(r"ff(_context)?\.linear_(in|out)", r"feed_forward\.(w|linear_)[123]", r"ff\.conv_(inverted|point)"),
 )
 ADAPTED = (nn.Linear, nn.Conv2d)
 PARAMETERS = {"lora": "lora_", "loha": "hada_", "lokr": "lokr_", "oft": "oft_"}  # how PEFT begins the names of what it adds

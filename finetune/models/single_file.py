@@ -23,13 +23,13 @@ from finetune.recipe import ASSETS
 
 CONFIGS = ASSETS / "configs"
 BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention → folder of CONFIGS
-# A tensor that only this layout has → what it is, told to people who give it where it cannot be read.
+# How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart) → what it is, told to people.
 OTHERS = {
-    "double_blocks.0.img_attn.qkv.weight": "FLUX.1 transformer (family flux)",
-    "double_blocks.0.img_attn.norm.key_norm.weight": "FLUX.2 transformer (family flux2)",
-    "joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3 transformer (family sd3)",
-    "transformer_blocks.0.img_mlp.net.0.proj.weight": "Qwen-Image transformer (family qwen_image)",
-    "noise_refiner.0.attention.qkv.weight": "Lumina or Z-Image transformer (families lumina2, z_image)",
+    "single_stream_modulation.lin.weight": "a FLUX.2 transformer (family flux2)",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "a FLUX.1 transformer (family flux)",
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias": "a Stable Diffusion 3 (family sd3)",
+    "transformer_blocks.0.img_mlp.net.0.proj.weight": "a Qwen-Image transformer (family qwen_image)",
+    "cap_embedder.0.weight": "a Lumina 2 or Z-Image transformer (family lumina2 or z_image)",
 }
 # SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
 PADDING = {"sd15": {"tokenizer": "<|endoftext|>"}, "sd21": {"tokenizer": "!"}, "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}}
@@ -92,6 +92,13 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
     """
     if is_lora(shapes):
         raise UserError(f"{path.name} is a LoRA, not a base model", where=str(path), remedy="give the checkpoint or folder that it was trained on")
+    for ending, what in OTHERS.items():
+        if any(name.endswith(ending) for name in shapes):
+            raise UserError(
+                f"{path.name} is {what}, of which single files are not read: they lack the text encoders or the VAE",
+                where=str(path),
+                remedy="give the model's diffusers folder or its name on the hub",
+            )
     entry = shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))
     widths = {shape[1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")}
     if entry[1] != 4:

@@ -262,6 +262,9 @@ class TextToImage(Model):
                 net.requires_grad_(True)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
+            if adapter.pissa and self._peft_folders:
+                problem = f"a {self.family.pipeline} reads no LoRA file, and in no other form is a LoRA that began with PiSSA one of the base"
+                raise UserError(problem, where="adapter.pissa", remedy="set it to false")
             adapters.check_patterns(adapter, [name for names in adapted.values() for name in names])
         smaller.offload_base(self.denoiser, self.plan.recipe, self.device)
         unread = self.family.unread(self.denoiser)
@@ -325,11 +328,17 @@ class TextToImage(Model):
                 encoder.save_pretrained(folder / name, state_dict=adapters.named_as_in_files(encoder, encoder.state_dict()))
         return [folder / "model_index.json"]
 
+    @property
+    def _peft_folders(self) -> bool:
+        """Whether what is trained has no form in diffusers: other adapters than LoRA, and PixArt-Σ's pipeline, which loads none."""
+        adapter = self.plan.recipe.adapter
+        return adapter is not None and (adapter.kind != "lora" or not hasattr(self.pipeline, "save_lora_weights"))
+
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
         if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other pictures
             self.pipeline.scheduler.save_pretrained(folder / "scheduler")
-        if self.plan.recipe.adapter is not None and self.plan.recipe.adapter.kind != "lora":
+        if self._peft_folders:
             return [adapters.save_peft(net, folder / name) for name, net in nets.items()]
         arguments: dict[str, Any] = {}
         for name, net in nets.items():
