@@ -196,7 +196,7 @@ def _explained(given: str, where: str) -> Iterator[None]:
 
 
 def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
-    """The (first) tokenizer of a recipe's model, no weights with it; None where captions are not read.
+    """The tokenizer that reads most of a caption of a recipe's model, with the length that is read; None where captions are not read.
 
     Args:
         captions: of the pictures that train, from which one from scratch learns it.
@@ -215,7 +215,12 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
     with _explained(given, "model.path"):
         if path is not None and path.is_file():
             return clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"])
-        return AutoTokenizer.from_pretrained(str(path or given), subfolder="tokenizer")
+        from finetune.models.family import family_of
+
+        family = family_of(section.family)
+        found = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
+        found.model_max_length = getattr(family, "tokens", found.model_max_length)
+        return found
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
