@@ -1,11 +1,12 @@
 """What a million pictures cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and 1 M.
 
-    python scripts/bench_scale.py [--entries 10000 100000 1000000] [--folder FOLDER]
+    python scripts/bench_scale.py [--entries 10000 100000 1000000] [--uncached] [--folder FOLDER]
 
-Makes shards of tiny captioned pictures in four shapes (3 GB for a million, deleted afterwards), and for each size takes,
+Makes shards of tiny captioned pictures in four shapes (4 GB for a million, deleted afterwards), and for each size takes,
 in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order; everything
 encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on batches of 16
-drawn from it. What is measured is the way, not the encoder.
+drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the way, not the
+encoder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import random
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,8 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 if __name__ == "__main__":
@@ -37,7 +39,7 @@ from finetune.models.turn import Batch, Encoders
 from finetune.planning import Machine, make_plan
 from finetune.recipe import parse_recipe
 
-SHAPES = ((24, 24), (32, 16), (16, 32), (30, 18))
+SHAPES = ((24, 24), (32, 16), (16, 32), (28, 20))  # widths are multiples of four: a bitmap pads its rows to that
 SHARD = 10_000
 STEPS, BATCH = 300, 16
 
@@ -46,6 +48,9 @@ class Means(Encoders):
     """A picture becomes the means of its 4×4 patches in half precision, a caption its length."""
 
     picture_key, caption_key = "means", "length"
+
+    def __init__(self, cached: bool) -> None:
+        self.cached = cached
 
     def encode_picture(self, pixels: Tensor) -> Batch:
         return {"mean": nn.functional.adaptive_avg_pool2d(pixels, 4).half()}
@@ -63,16 +68,21 @@ def make(folder: Path, entries: int) -> None:
     for start in range(0, entries, SHARD):
         with tarfile.open(folder / f"{start // SHARD:05d}.tar", "w") as archive:
             for number in range(start, min(start + SHARD, entries)):
-                picture = Image.frombytes("RGB", (4, 4), random.Random(number).randbytes(48)).resize(SHAPES[number % len(SHAPES)])
-                buffer = io.BytesIO()
-                picture.save(buffer, "PNG", compress_level=1)
-                for name, content in ((f"{number:07d}.png", buffer.getvalue()), (f"{number:07d}.txt", f"picture number {number}".encode())):
+                for name, content in ((f"{number:07d}.bmp", bitmap(number)), (f"{number:07d}.txt", f"picture number {number}".encode())):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
 
 
-def measure(shards: Path, cache: Path) -> None:
+def bitmap(number: int) -> bytes:
+    """A Windows bitmap of 4×4 patches in colours of their own."""
+    width, height = SHAPES[number % len(SHAPES)]
+    patches = numpy.frombuffer(random.Random(number).randbytes(48), numpy.uint8).reshape(4, 4, 3)
+    pixels = patches.repeat(-(-height // 4), 0)[:height].repeat(-(-width // 4), 1)[:, :width].tobytes()
+    return struct.pack("<2sIHHIIIIHHIIIIII", b"BM", 54 + len(pixels), 0, 0, 54, 40, width, height, 1, 24, 0, len(pixels), 2835, 2835, 0, 0) + pixels
+
+
+def measure(shards: Path, cache: Path, cached: bool) -> None:
     """Take the way of a run and print {phase: [seconds, peak bytes]}."""
     found: dict[str, tuple[float, int]] = {}
     last = time.perf_counter()
@@ -80,6 +90,7 @@ def measure(shards: Path, cache: Path) -> None:
     def lap(phase: str) -> None:
         nonlocal last
         now = time.perf_counter()
+        print(f"{phase}: {now - last:.1f} s", file=sys.stderr, flush=True)
         found[phase] = (now - last, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         last = now
 
@@ -96,13 +107,14 @@ def measure(shards: Path, cache: Path) -> None:
     audit = scan(recipe.data)
     lap("audit again")
     plan = make_plan(recipe, audit, Machine("cpu", "bench", 1, 1, False, 1 << 34))
-    data = Dataset(plan, audit, Means())
+    data = Dataset(plan, audit, Means(cached))
     lap("plan and order")
-    data.encode()
-    lap("encode")
-    data = Dataset(plan, audit, Means())
-    data.encode()
-    lap("encode again")
+    if cached:
+        data.encode()
+        lap("encode")
+        data = Dataset(plan, audit, Means(cached))
+        data.encode()
+        lap("encode again")
     train(data)
     lap(f"{STEPS} steps")
     print(json.dumps({"buckets": len(plan.data.buckets), "pictures": plan.data.pictures, "phases": found}))
@@ -121,18 +133,20 @@ def train(data: Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--uncached", action="store_true", help="draw from the shards themselves")
     parser.add_argument("--folder", type=Path, help="where the shards and the cache go; none: the system's temporary folder")
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         torch.set_num_threads(1)
-        measure(*given.measure)
+        measure(given.measure[0], given.measure[1], not given.uncached)
         return
     for entries in given.entries:
         folder = Path(tempfile.mkdtemp(prefix="ft-scale-", dir=given.folder))
         try:
             make(folder / "shards", entries)
             command = [sys.executable, __file__, "--measure", str(folder / "shards"), str(folder / "cache")]
+            command += ["--uncached"] if given.uncached else []
             told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         finally:
             shutil.rmtree(folder, ignore_errors=True)

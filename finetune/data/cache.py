@@ -56,6 +56,7 @@ class Store:
         self._checked: set[Path] = set()
         self._damaged: set[Path] = set()
         self._pending: dict[str, dict[str, Tensor]] = {}
+        self._pending_bytes = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for shard in sorted(folder.glob("*.safetensors")):
@@ -89,8 +90,8 @@ class Store:
         kept = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         with self._lock:
             self._pending[key] = kept
-            size = sum(tensor.nbytes for entry in self._pending.values() for tensor in entry.values())
-            if len(self._pending) >= SHARD_ENTRIES or size >= SHARD_BYTES:
+            self._pending_bytes += sum(tensor.nbytes for tensor in kept.values())
+            if len(self._pending) >= SHARD_ENTRIES or self._pending_bytes >= SHARD_BYTES:
                 self.flush()
 
     def flush(self) -> None:
@@ -109,6 +110,7 @@ class Store:
             except OSError as error:
                 raise _unusable(self.folder, error) from error
             self._pending.clear()
+            self._pending_bytes = 0
             self._checked.add(shard)
             self._damaged.discard(shard)
             self._add(shard)
