@@ -51,7 +51,7 @@ CASES = {
     ),
     "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first="vqvae"),
     "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first="vqgan"),
-    "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical")),
+    "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20),
 }
 
 
