@@ -62,7 +62,7 @@ def test_the_python_example(folder: Path) -> None:
 
 
 def test_the_table_of_recipes_names_each() -> None:
-    assert set(re.findall(r"`((?:lora|full|scratch)/[a-z0-9-]+)`", block_of_table())) == set(bundled_recipes())
+    assert set(re.findall(r"`((?:lora|full|scratch)/[a-z0-9+-]+)`", block_of_table())) == set(bundled_recipes())
 
 
 def block_of_table() -> str:
