@@ -46,7 +46,7 @@ class Section:
 
 
 KINDS = {
-    "matmul": ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm"),
+    "matmul": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"),
     "conv": ("convolution", "_convolution", "convolution_backward"),
     "attention": (
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
 
 def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]) -> Operator:
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    count = flop_registry.get(func._overloadpacket)
+    count = flop_registry.get(torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
     width = max((tensor.element_size() for tensor in inputs if tensor.is_floating_point()), default=4)

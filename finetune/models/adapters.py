@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from finetune.errors import UserError, did_you_mean
+from finetune.models.fused import NAME, fuse
 from finetune.recipe import Adapter
 
 # Ends of layer names in diffusers' denoisers and transformers' CLIP text encoders, as regular expressions. FLUX.2's single blocks have
@@ -85,6 +86,7 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         net.add_adapter(config)
     else:
         inject_adapter_in_model(config, net)
+    fuse(net)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(f".{PARAMETERS[adapter.kind]}" in name)
         if parameter.requires_grad:
@@ -190,7 +192,7 @@ def lora_configuration(net: Any) -> dict[str, Any]:
 
     Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each picture would differ.
     """
-    found: dict[str, Any] = net.peft_config["default"].to_dict()
+    found: dict[str, Any] = net.peft_config[NAME].to_dict()
     if hasattr(net, "pissa_start"):  # twice the rank at the same scale, alpha / rank or alpha / √rank
         times = math.sqrt(2) if found["use_rslora"] else 2
         found |= {"r": 2 * found["r"], "lora_alpha": times * found["lora_alpha"], "init_lora_weights": True}
@@ -202,7 +204,7 @@ def lora_configuration(net: Any) -> dict[str, Any]:
 def save_peft(net: Any, folder: Path) -> Path:
     """Write the adapter as PEFT's own folder; returns the file of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(net.peft_config["default"])
+    config = copy.copy(net.peft_config[NAME])
     config.inference_mode = True
     config.save_pretrained(folder)
     file = folder / "adapter_model.safetensors"

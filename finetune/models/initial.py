@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError
 from finetune.initial import KEY, look
+from finetune.models.fused import NAME, fuse
 from finetune.recipe import Adapter, public_name
-
-NAME = "default"  # what `add_adapter` calls its adapters
 
 
 def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
@@ -48,6 +47,7 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
     if sum(map(len, adapted.values())) < found.layers:
         raise _another_base(name, f"{found.layers - sum(map(len, adapted.values()))} of its {found.layers} layers are not there", pipeline)
     for part, net in nets.items():
+        fuse(net)
         _make_trainable(net, {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")}, adapter)
     return {part: layers for part, layers in adapted.items() if layers}
 

@@ -1,0 +1,103 @@
+"""LoRA layers that go together: outputs and gradients are PEFT's, and launches are fewer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from finetune.models import adapters
+from finetune.models.checkpointing import checkpoint_activations
+from finetune.models.fused import FusedLinear
+from finetune.recipe import Adapter
+from tests import tiny
+
+Built = tuple[Any, Callable[[Any], Tensor]]
+
+
+def unet() -> Built:
+    net = UNet2DConditionModel.from_pretrained(tiny.pipeline("sd15"), subfolder="unet")
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 32)
+    return net, lambda net: net(latents, torch.tensor([3, 500]), text, return_dict=False)[0]
+
+
+def text_encoder() -> Built:
+    net = CLIPTextModel.from_pretrained(tiny.pipeline("sd15"), subfolder="text_encoder")
+    return net, lambda net: net(torch.arange(1, 17)[None].repeat(2, 1))[0]
+
+
+def flux2() -> Built:
+    net = Flux2Transformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        guidance_embeds=False,
+    )
+    latents, text = torch.randn(2, 6, 8), torch.randn(2, 5, 24)
+    image, words = torch.zeros(6, 4), torch.zeros(5, 4)
+    return net, lambda net: net(latents, text, torch.tensor([0.3, 0.7]), image, words, return_dict=False)[0]
+
+
+def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], int]:
+    """A step's output, the gradients of what trains, and how many layers are fused. The same weights each time."""
+    tiny.pipeline("sd15")
+    torch.manual_seed(0)
+    net, run = build()
+    net.requires_grad_(False)
+    net.to(dtype)
+    adapters.add_adapter(net, section)
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    checkpoint_activations(net, int(checkpointing))
+    net.train()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        found = run(net)
+    (found.float() * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum().backward()
+    trained = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in trained.values())
+    return found.detach(), trained, sum(isinstance(module, FusedLinear) for module in net.modules())
+
+
+@pytest.mark.parametrize("build", [unet, text_encoder, flux2])
+@pytest.mark.parametrize(("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_outputs_and_gradients_are_pefts(
+    build: Callable[[], Built], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = Adapter(rank=4, alpha=3, targets="all-linear", rank_pattern={"to_k": 2})
+    output, found, fused = gradients(build, section, checkpointing, dtype)
+    monkeypatch.setattr(adapters, "fuse", lambda net: None)
+    expected, theirs, none = gradients(build, section, checkpointing, dtype)
+    assert fused > 10 and none == 0
+    relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
+    torch.testing.assert_close(output, expected, rtol=relative, atol=absolute)
+    assert found.keys() == theirs.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=relative, atol=absolute * float(theirs[name].abs().max()))
+
+
+def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
+    """A group takes it that its layers read one tensor. Where they do not, each computes for itself, and nothing is kept back."""
+    net, _ = unet()
+    net.requires_grad_(False)
+    adapters.add_adapter(net, Adapter(rank=4))
+    attention = net.mid_block.attentions[0].transformer_blocks[0].attn1
+    for layer in (attention.to_q, attention.to_k):
+        nn.init.normal_(layer.lora_B["default"].weight)
+    one, other = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        query, key = attention.to_q(one), attention.to_k(other)
+        for layer, values, found in ((attention.to_q, one, query), (attention.to_k, other, key)):
+            weight = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            torch.testing.assert_close(found, values @ weight.T)
+    assert attention.to_q.group._input is None and not attention.to_q.group._waiting
