@@ -18,6 +18,7 @@ from unittest import mock
 
 import click
 import torch
+from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -121,7 +122,7 @@ def left(net: nn.Module) -> None:
 def uncast(net: nn.Module) -> None:
     """PEFT's layers, whose input stays in the base's precision: autocast would only bring it back there."""
     for module in net.modules():
-        if isinstance(module, fused.Linear):
+        if isinstance(module, Linear):
             module.cast_input_dtype_enabled = False
 
 
