@@ -30,6 +30,7 @@ from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.subject import MadeUp, Subject, skeletons
 from finetune.estimate.trace import Operator, Recorder, reading
 from finetune.models import adapters, fused
+from finetune.models.denoise import Denoising
 from finetune.models.text_to_image import DenoiseTurn
 from finetune.models.turn import Batch, Turn
 from finetune.recipe import Recipe, load_recipe
@@ -89,6 +90,7 @@ def example_loss(turn: Turn, batch: Batch) -> Tensor:
     latents = batch["latents" if isinstance(turn, DenoiserTurn) else "mean"].to(torch.bfloat16)
     noise = torch.randn_like(latents)
     if isinstance(turn, DenoiseTurn):
+        assert isinstance(turn.objective, Denoising)
         table, timesteps = turn.objective.alphas_cumprod.to(torch.bfloat16), torch.randint(0, 1000, (len(latents),))
         signal, sigma = table[timesteps] ** 0.5, (1 - table[timesteps]) ** 0.5  # DDPMScheduler.add_noise
         noisy = signal.view(-1, 1, 1, 1) * latents + sigma.view(-1, 1, 1, 1) * noise

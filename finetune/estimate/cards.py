@@ -150,7 +150,8 @@ def _special(adapter: Adapter) -> str:
     """What is peculiar to an adapter, and takes other memory and time than a LoRA of its rank."""
     if adapter.kind != "lora":
         return f"adapters of kind {adapter.kind}"
-    return "DoRA" if adapter.dora else "ranks by pattern" if adapter.rank_pattern else ""
+    higher = any(rank > adapter.rank for rank in adapter.rank_pattern.values())  # lower ones take no more than is said
+    return "DoRA" if adapter.dora else "higher ranks by pattern" if higher else ""
 
 
 def path_of(name: str) -> Path:
