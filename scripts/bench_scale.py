@@ -1,17 +1,19 @@
 """What a million pictures cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and 1 M.
 
-    python scripts/bench_scale.py [--entries 10000 100000 1000000] [--uncached] [--folder FOLDER]
+    python scripts/bench_scale.py [--entries 10000 100000 1000000] [--uncached | --synthetic] [--folder FOLDER]
 
 Makes shards of tiny captioned pictures in four shapes (4 GB for a million, deleted afterwards), and for each size takes,
 in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order; everything
 encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on batches of 16
 drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the way, not the
-encoder.
+encoder. --synthetic writes no shards: an index is filled with pictures that are made when they are read.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import io
 import json
 import random
@@ -33,11 +35,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.data.dataset import Dataset
-from finetune.data.scan import scan
+from finetune.data.index import Index, Picture
+from finetune.data.pictures import buckets, canonical_colour, fit
+from finetune.data.scan import Audit, scan
 from finetune.engine.draw import Draw
 from finetune.models.turn import Batch, Encoders
 from finetune.planning import Machine, make_plan
-from finetune.recipe import parse_recipe
+from finetune.recipe import Data, parse_recipe
 
 SHAPES = ((24, 24), (32, 16), (16, 32), (28, 20))  # widths are multiples of four: a bitmap pads its rows to that
 SHARD = 10_000
@@ -82,8 +86,19 @@ def bitmap(number: int) -> bytes:
     return struct.pack("<2sIHHIIIIHHIIIIII", b"BM", 54 + len(pixels), 0, 0, 54, 40, width, height, 1, 24, 0, len(pixels), 2835, 2835, 0, 0) + pixels
 
 
-def measure(shards: Path, cache: Path, cached: bool) -> None:
-    """Take the way of a run and print {phase: [seconds, peak bytes]}."""
+def made(entries: int, data: Data) -> Audit:
+    """The audit of pictures that are nowhere: each is made when it is read."""
+    index, choices = Index(), buckets(data.resolution, data.bucket_step, data.maximum_aspect, several=True)
+    crops = [fit(shape, choices) for shape in SHAPES]
+    for number in range(entries):
+        digest = hashlib.sha256(bitmap(number)).hexdigest()
+        name, read = f"shards/{number // SHARD:05d}.tar/{number:07d}.bmp", functools.partial(bitmap, number)
+        index.append(Picture(name, f"picture number {number}", digest, crops[number % len(crops)], 1, False, 1.0, "", "", read))
+    return Audit(index, (), (), canonical_colour(data.background))
+
+
+def measure(shards: Path, cache: Path, cached: bool, synthetic: int) -> None:
+    """Take the way of a run and print {phase: [seconds, peak bytes]}; of so many pictures that are nowhere, if any."""
     found: dict[str, tuple[float, int]] = {}
     last = time.perf_counter()
 
@@ -102,10 +117,14 @@ def measure(shards: Path, cache: Path, cached: bool) -> None:
     }
     recipe = parse_recipe("method: lora\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in sections.items()), "bench.yaml", "bench")
     lap("start")
-    audit = scan(recipe.data)
-    lap("audit")
-    audit = scan(recipe.data)
-    lap("audit again")
+    if synthetic:
+        audit = made(synthetic, recipe.data)
+        lap("index")
+    else:
+        scan(recipe.data)
+        lap("audit")
+        audit = scan(recipe.data)
+        lap("audit again")
     plan = make_plan(recipe, audit, Machine("cpu", "bench", 1, 1, False, 1 << 34))
     data = Dataset(plan, audit, Means(cached))
     lap("plan and order")
@@ -134,19 +153,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--uncached", action="store_true", help="draw from the shards themselves")
+    parser.add_argument("--synthetic", action="store_true", help="pictures that are nowhere, for a look at memory")
     parser.add_argument("--folder", type=Path, help="where the shards and the cache go; none: the system's temporary folder")
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.measure:
         torch.set_num_threads(1)
-        measure(given.measure[0], given.measure[1], not given.uncached)
+        measure(given.measure[0], given.measure[1], not (given.uncached or given.synthetic), given.entries[0] if given.synthetic else 0)
         return
     for entries in given.entries:
         folder = Path(tempfile.mkdtemp(prefix="ft-scale-", dir=given.folder))
         try:
-            make(folder / "shards", entries)
+            if not given.synthetic:
+                make(folder / "shards", entries)
             command = [sys.executable, __file__, "--measure", str(folder / "shards"), str(folder / "cache")]
-            command += ["--uncached"] if given.uncached else []
+            command += ["--uncached"] if given.uncached else ["--synthetic", "--entries", str(entries)] if given.synthetic else []
             told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
