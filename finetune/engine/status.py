@@ -21,7 +21,7 @@ from typing import Any, Literal, final
 from finetune.errors import UserError
 
 FOLDER, LOCK = "status", "lock"
-SECONDS_BETWEEN_COUNTS = 0.1
+SECONDS_BETWEEN_COUNTS = 0.05
 
 
 @final
