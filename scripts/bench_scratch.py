@@ -70,7 +70,12 @@ def ours(model: PixelModel, count: int) -> Contender:
 
 def drawing(model: PixelModel, count: int) -> Contender:
     model.net.eval()
-    return lambda: seconds(lambda: model.draw(None, Draw(0, "sample", range(count)), REQUEST))
+
+    @torch.no_grad()
+    def draw() -> float:
+        return seconds(lambda: model.draw(None, Draw(0, "sample", range(count)), REQUEST))
+
+    return draw
 
 
 def vae(count: int = 16) -> dict[str, tuple[Contender, Contender]]:
