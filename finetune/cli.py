@@ -15,7 +15,7 @@ from finetune.errors import UserError, did_you_mean
 # Name of the module in `finetune/commands/` → what `ft --help` says of it: the first line of its own help.
 COMMANDS = {
     "recipes": "List the recipes that come with ft, show one, or copy one to edit.",
-    "estimate": "Say what a run will need: GPU memory, hours, money.",
+    "estimate": "Say what a run will need: memory, hours, money.",
     "data": "Check pictures and captions: what trains, what is odd or twice.",
     "check": "Look at a recipe, its pictures and its plan, without training.",
     "train": "Train by a recipe, or go on with a run.",

@@ -31,6 +31,8 @@ from finetune.engine.run import Run
 from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
 from finetune.errors import UserError
+from finetune.estimate.calibrate import calibrate
+from finetune.estimate.cpu import calibration, keep
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
 from finetune.export.metadata import stamp
 from finetune.models.turn import Model
@@ -129,6 +131,8 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         prior.draw(recipe, is_main_process())
         audit, plan = _audit_and_plan(recipe, quiet=True)
     run = Run(plan, resume)
+    if plan.machine.device == "cpu" and is_main_process() and not calibration(plan.machine.threads).measured:
+        keep(calibrate())  # two seconds, once on this machine
     expected = foretell(plan, force, quiet=not is_main_process())
     forget_peak()  # of what this process did before
     AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all

@@ -283,6 +283,11 @@ def bundled_recipes() -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 
 
+def run_of(name: str) -> str:
+    """The folder of a bundled recipe's run, if no other is named."""
+    return f"runs/{name.replace('/', '-')}"
+
+
 def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and check all that can be known without data and machine.
 

@@ -99,6 +99,7 @@ def traced(row: dict[str, str]) -> dict[str, Any]:
         trained_dtype=run.trained,
         build=lambda plan: DenoiserModel(plan, run.denoiser, run.size, run.adapt),
         autocast=run.autocast,
+        steps=run.steps,
     )
     with mock.patch("finetune.engine.state.make_optimizer", lambda section, parameters, device: run.optimizer(parameters)):
         phase = subject.phases(only_training=True)["train"]
@@ -129,7 +130,7 @@ def beside(row: dict[str, str], trace: dict[str, Any]) -> Found:
         micro=works_of(trace["micro"]),
         update=works_of(trace["update"]),
         measured=0.0 if row["peak_vram_gb"] == "-" else float(row["peak_vram_gb"]),
-        predicted=(trace["reserved"] + around(gpu) - CONTEXT + context) / GIB,
+        predicted=(trace["reserved"] + around(gpu)["cuBLAS workspace"] + context) / GIB,
         measured_seconds=batch / float(pace[1]) if pace else 0.0 if said == "-" else float(said),
         parameters_only=(trace["held"]["weights"] + trace["held"]["trained"] * 4) / GIB,
         formula=(24 if row["method"].startswith(("full", "from")) else 16 if row["method"] == "dora" else 12) * batch * area * 1e9 / GIB,

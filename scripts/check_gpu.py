@@ -153,17 +153,22 @@ def _trained(one: Forecast, steps: int) -> Ran:
             with skeletons():
                 job = prepare(one.recipe, force=True)
     trainer, device = job.trainer, job.accelerator.device
-    encoding = memory_peak(device)
+    encoding = _reserved(device)
     forget_peak()
     seconds = [trainer.take(step)["seconds"] for step in range(steps)]
-    training = memory_peak(device)
+    training = _reserved(device)
     with Operators() as counted:
         trainer.take(steps)
     assert trainer.observe is not None
     with trainer.state.averaged():
         trainer.observe(steps)
-    peak = max(filter(None, (encoding, training, memory_peak(device))), default=None)
+    peak = max(filter(None, (encoding, training, _reserved(device))), default=None)
     return Ran(training, peak, typical(seconds), counted.count, weights, job.plan.precision)
+
+
+def _reserved(device: torch.device) -> int | None:
+    """The peak that PyTorch reserved on a GPU; what a process on a CPU holds is something else."""
+    return memory_peak(device) if device.type == "cuda" else None
 
 
 def _estimated(one: Forecast) -> list[tuple[str, str]]:

@@ -1,13 +1,17 @@
 """Measure the cards that `ft estimate` answers from, by running each step on fake tensors: scripts/measure_cards.py [NAME …]
 
-No GPU and no weights are needed; a card takes minutes. It writes finetune/assets/cards/NAME.json.
+No GPU and no weights are needed; a card takes minutes. It writes finetune/assets/cards/NAME.json. What there is to measure is read off the
+bundled recipes: one card for each architecture that they fine-tune, and for each net that they make from scratch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,89 +19,128 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.recipe import load_recipe
+from finetune.estimate.architecture import configs_of
+from finetune.estimate.cards import Device, build_key, path_of, settings_of
+from finetune.recipe import Recipe, bundled_recipes, load_recipe
 
-# card → (title, recipes by method, native side)
-CARDS = {
-    "base": ("the embedded base", "emoji", 64),
-    "sd15": ("Stable Diffusion 1.5", "sd15", 512),
-    "sd21": ("Stable Diffusion 2.1", "sd21", 768),
-    "sdxl": ("Stable Diffusion XL", "sdxl", 1024),
-}
 RANK, HIGHER_RANK = 16, 64
+# What is varied of a recipe, by method, each with all others: what the advice may name, and what people turn off.
+CHECKPOINTING = ("false", "true")
+VARIED: dict[str, dict[str, tuple[str, ...]]] = {
+    "lora": {"adapter.targets": ("attention", "attention+mlp"), "train.gradient_checkpointing": CHECKPOINTING},
+    "full": {"train.gradient_checkpointing": CHECKPOINTING, "optimizer.name": ("adamw", "adamw8bit", "adafactor")},
+    "scratch": {},
+}
+WHOLE = ("base", "sd15", "sd21", "sdxl")  # cards with all of this; of other architectures, as large as they are, what their recipes say
+ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
+DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+
+
+def cards() -> dict[str, list[str]]:
+    """The recipes of each card, by its name."""
+    found: dict[str, list[str]] = {}
+    for name in bundled_recipes():
+        recipe = load_recipe(name)
+        found.setdefault(f"scratch-{recipe.name}" if recipe.method == "scratch" else configs_of(recipe.model)[1], []).append(name)
+    return found
 
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--fewer", is_flag=True, help="Only LoRA on attention, and full fine-tuning with checkpointing and a small optimizer.")
-def main(names: tuple[str, ...], fewer: bool) -> None:
+@click.option("--missing", is_flag=True, help="Keep what the cards hold, and measure only variants and devices that they lack.")
+def main(names: tuple[str, ...], missing: bool) -> None:
     """Measure the cards NAMES, or all."""
-    for name in names or CARDS:
+    for name in names or cards():
         start = time.perf_counter()
-        card = measure(name, fewer)
-        from finetune.estimate.cards import path_of
-
+        held = json.loads(path_of(name).read_text(encoding="utf-8")) if missing and path_of(name).is_file() else None
+        card = measure(name, held)
         path_of(name).parent.mkdir(exist_ok=True)
         path_of(name).write_text(encoded(card), encoding="utf-8")
         print(f"{name}: {len(card['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def measure(name: str, fewer: bool = False) -> dict[str, Any]:
-    """One card as plain values."""
+def measure(name: str, held: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One card as plain values; `held`: as it was."""
     import diffusers
     import torch
 
-    from finetune.estimate.measure import BATCHES, outside, variant
+    from finetune.estimate.measure import BATCHES, outside, parameters
 
-    title, recipe, side = CARDS[name]
+    recipes = [load_recipe(one) for one in sorted(cards()[name], reverse=True)]  # LoRA first: its base is whole
+    counts: dict[str, int] = held["parameters"] if held else {}
+    around: dict[str, Any] = held["outside"] if held else {}
+    first: dict[Device, dict[str, Any]] = {}
+    for device in DEVICES:
+        if device not in around and device in {one for one, _ in wanted(name, recipes[0])}:
+            first[device] = traced(varied(recipes[0], {}), device, BATCHES[0], 1, only_training=False)
+            around, counts = around | {device: outside(first[device])}, counts or parameters(first[device])
+    known = held["variants"] if held else []
     variants = []
-    first: Any = None
-    for overrides in wanted(name):
-        small = overrides["checkpointing"] and overrides["optimizer"] in ("adamw8bit", "adafactor")
-        if fewer and overrides["adapter"] != "attention" and not small:
-            continue
-        method = "full" if overrides["adapter"] is None else "lora"
-        # An adapter's gradients weigh nothing beside the rest.
-        accumulations = (1, 2) if method == "full" else (1,)
-        low, high = ([traced(recipe, method, side, overrides, batch, not first, times) for times in accumulations] for batch in BATCHES)
-        first = first or low[0]
-        more = (HIGHER_RANK, traced(recipe, method, side, {**overrides, "rank": HIGHER_RANK}, BATCHES[0], False)) if method == "lora" else None
-        variants.append(variant(method, overrides, low, high, more))
-        print(f"{name} {method} {overrides}", flush=True)
+    for device, recipe in (pair for one in recipes for pair in wanted(name, one)):
+        there = [one for one in known if (one["device"], one["settings"]) == (device, settings_of(recipe))]
+        same = settings_of(recipe) == settings_of(varied(recipes[0], {}))
+        variants.append(there[0] if there else variant_of(name, recipe, device, first.get(device) if same else None))
     return {
         "name": name,
-        "title": title,
-        "family": load_recipe(f"lora/{recipe}").model.family,
-        "resolution": side,
-        **outside(first),
+        "title": (recipes[0].model.path or recipes[0].name).rpartition("/")[2],
+        "family": recipes[0].model.family,
+        "build": build_key(recipes[0]) if recipes[0].method == "scratch" else "",
+        "resolution": recipes[0].data.resolution,
+        "parameters": counts,
+        "outside": around,
         "versions": {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__},
         "variants": variants,
     }
 
 
-def wanted(name: str) -> list[dict[str, Any]]:
-    """The variants of a card: what its recipes say, with and without checkpointing, and the optimizers of full fine-tuning."""
-    own = load_recipe("lora/emoji").adapter if name == "base" else None
-    targets = [own.targets] if own else ["attention", "attention+mlp"]
-    found: list[dict[str, Any]] = [
-        {"adapter": target, "checkpointing": checkpointing, "optimizer": "adamw", "rank": RANK}
-        for target in targets
-        for checkpointing in (False, True)
-    ]
-    for optimizer in ("adamw", "adamw8bit", "adafactor"):
-        found += [{"adapter": None, "checkpointing": checkpointing, "optimizer": optimizer, "rank": 0} for checkpointing in (False, True)]
-    return found
+def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
+    """The variants of a recipe on the card `name`: devices, and the recipe with all that is varied. On a CPU nothing is."""
+    axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
+    if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
+        axes.pop("adapter.targets", None)
+    for chosen in itertools.product(*axes.values()):
+        yield "cuda", varied(recipe, dict(zip(axes, chosen, strict=True)))
+    if name in ON_CPU or recipe.method == "scratch":
+        yield "cpu", varied(recipe, {})
 
 
-def traced(recipe: str, method: str, side: int, overrides: dict[str, Any], batch: int, whole: bool, times: int = 1) -> dict[str, Any]:
+def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
+    """A bundled recipe with other values, at the rank that is measured, without averages (which are added to what a card says)."""
+    sets = [f"{key}={json.dumps(value) if key == 'adapter.targets' else value}" for key, value in chosen.items()]
+    return load_recipe(f"{recipe.method}/{recipe.name}", [*sets, "train.ema=null", *([f"adapter.rank={RANK}"] if recipe.adapter else [])])
+
+
+def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One variant of a card.
+
+    Args:
+        first: the run of it at the first of `BATCHES`, if that was traced already.
+    """
+    from finetune.estimate.measure import BATCHES, variant
+
+    # An adapter's gradients weigh nothing beside the rest.
+    accumulations = (1,) if recipe.method == "lora" else (1, 2)
+    low, high = (
+        [first if first and (batch, times) == (BATCHES[0], 1) else traced(recipe, device, batch, times) for times in accumulations]
+        for batch in BATCHES
+    )
+    higher = None
+    if recipe.adapter is not None and name in WHOLE:
+        adapter = dataclasses.replace(recipe.adapter, rank=HIGHER_RANK)
+        higher = HIGHER_RANK, traced(dataclasses.replace(recipe, adapter=adapter), device, BATCHES[0], 1)
+    print(f"{recipe.method}/{recipe.name} on {device}: {settings_of(recipe)}", flush=True)
+    return variant(recipe, device, low, high, higher)
+
+
+def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training: bool = True) -> dict[str, Any]:
     """The phases of one run on fake tensors."""
+    from finetune.data.scan import scan
     from finetune.estimate.subject import Subject
 
-    sets = [f"train.batch_size={batch}", f"train.accumulation={times}", f"train.gradient_checkpointing={str(overrides['checkpointing']).lower()}"]
-    sets += ["train.ema=null", f"optimizer.name={overrides['optimizer']}"]
-    if method == "lora":
-        sets += [f"adapter.rank={overrides['rank']}", "adapter.targets=" + json.dumps(overrides["adapter"])]
-    return Subject(load_recipe(f"{method}/{recipe}", sets), "bfloat16", (side, side)).phases(only_training=not whole)
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
+    audit = scan(recipe.data) if recipe.method == "scratch" else None
+    side = recipe.data.resolution
+    return Subject(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device).phases(only_training)
 
 
 def encoded(card: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from finetune import cli, entry, job, pretrained
 from finetune.commands import train
 from finetune.engine import runs
 from finetune.errors import UserError
+from finetune.estimate import cpu
 from finetune.recipe import Recipe, bundled_recipes
 from tests import tiny
 
@@ -296,13 +297,13 @@ def test_a_configuration_that_is_not_there_is_said(config: str, extra: tuple[str
 
 def test_threads_are_those_asked_for_or_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert train.threads(2) == 3
+    assert cpu.threads(2) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    assert [train.threads(processes) for processes in (1, 2, 100)] == [8, 4, 1]
+    assert [cpu.threads(processes) for processes in (1, 2, 100)] == [8, 4, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    assert train.threads(1) == 2, "a container's two cores of a large machine"
+    assert cpu.threads(1) == 2, "a container's two cores of a large machine"
 
 
 # What stands between `ft train` and the script: a launcher that starts it, waits, and turns every failure into 1.

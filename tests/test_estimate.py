@@ -15,21 +15,24 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune import cli
+from finetune import cli, nets
+from finetune.commands import estimate
 from finetune.errors import UserError
-from finetune.estimate import cards, choose, standins
+from finetune.estimate import cards, choose, cpu, standins
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
-from finetune.estimate.constants import GIB
+from finetune.estimate.calibrate import calibrate
+from finetune.estimate.constants import GIB, INTERCONNECT
 from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.forecast import Forecast, fitting, forecast, levers, pulled
-from finetune.estimate.gpus import Gpu, described, find
+from finetune.estimate.gpus import Gpu, described, find, this_cpu
+from finetune.estimate.group import Group
 from finetune.estimate.measure import BATCHES, variant
 from finetune.estimate.memory import memory
 from finetune.estimate.subject import Phase, Subject
 from finetune.estimate.trace import Recorder
-from finetune.recipe import Recipe, load_recipe
+from finetune.recipe import Recipe, bundled_recipes, load_recipe
 
 
 def ft(*arguments: str) -> int:
@@ -114,13 +117,18 @@ def test_gradients_do_not_outlive_their_step() -> None:
 
 # Parameters as published: model cards and papers (FLUX.2: PEFT's own measurement; Sana: arXiv:2410.10629; PixArt-Σ: arXiv:2403.04692).
 PUBLISHED = {
+    "amused-256": 603e6,
     "auraflow": 6.8e9,
     "chroma": 8.9e9,
     "cogvideox-2b": 1.7e9,
+    "controlnet-sd15": 361.3e6 + 859.5e6,
     "flux1-dev": 11.9e9,
     "flux2-klein-4b": 3_875_544_576,
+    "hidream-i1": 17.1e9,
+    "kolors": 2.58e9,
     "krea2": 12.8e9,
     "longcat-image": 6.27e9,
+    "ltx-video": 1.92e9,
     "lumina2": 2.61e9,
     "pixart-900m": 0.91e9,
     "pixart-sigma": 0.61e9,
@@ -129,7 +137,7 @@ PUBLISHED = {
     "sd3-medium": 2.03e9,
     "sd35-medium": 2.24e9,
 }
-DEPTHS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers")
+DEPTHS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "num_hidden_layers")
 
 
 def test_every_denoiser_has_its_published_count() -> None:
@@ -142,9 +150,10 @@ def test_denoiser_traces(name: str) -> None:
     given = load(name)
     with fake_tensors():
         assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(PUBLISHED[name], rel=0.01)
-    cut = dict.fromkeys(DEPTHS, 1) | ({"dual_attention_layers": [0]} if "sd35" in name else {})
+    cut = dict.fromkeys(DEPTHS, 1) | ({"dual_attention_layers": [0]} if "sd35" in name else {"llama_layers": [0, 1]} if "hidream" in name else {})
     small = dataclasses.replace(given, config=given.config | {key: value for key, value in cut.items() if key in signature_of(given)})
-    recipe = load_recipe("lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256"])
+    checkpointing = f"train.gradient_checkpointing={str('amused' not in name).lower()}"
+    recipe = load_recipe("lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256", checkpointing])
     subject = Subject(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))
     train = subject.phases()["train"]
     backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]
@@ -171,16 +180,31 @@ def _load_measure_cards() -> Any:
     return module
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_card_of_the_base_is_not_stale(method: str) -> None:
-    """Measured again, a variant of the embedded base is what its card holds. If not: scripts/measure_cards.py."""
+def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
+    """A recipe, a lever or a key that came later makes cards stale: scripts/measure_cards.py."""
     measure = _load_measure_cards()
-    overrides = next(one for one in measure.wanted("base") if (one["adapter"] is None) == (method == "full") and not one["checkpointing"])
-    times = (1, 2) if method == "full" else (1,)
-    low, high = ([measure.traced("emoji", method, 64, overrides, batch, False, accumulation) for accumulation in times] for batch in BATCHES)
-    found = variant(method, overrides, low, high, None)
-    held = json.loads(cards.path_of("base").read_text())
-    entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("method", "targets", "checkpointing", "optimizer")))
+    for name, recipes in measure.cards().items():
+        if name not in cards.known():
+            continue
+        card = cards.load(name)
+        asked = [(device, one) for recipe in recipes for device, one in measure.wanted(name, load_recipe(recipe))]
+        for device, recipe in asked:
+            if device in card.outside:
+                assert cards.variant_of(card, recipe, device).settings == cards.settings_of(recipe), name
+        assert not card.build or card.build == cards.build_key(asked[0][1]), name
+
+
+@pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
+def test_cards_are_not_stale(name: str, device: cards.Device) -> None:
+    """Measured again, a variant is what its card holds. If not: scripts/measure_cards.py."""
+    measure = _load_measure_cards()
+    recipe = measure.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
+    times = (1,) if recipe.method == "lora" else (1, 2)
+    low, high = ([measure.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
+    found = variant(recipe, device, low, high, None)
+    card = next(one for one, recipes in measure.cards().items() if name in recipes)
+    held = json.loads(cards.path_of(card).read_text())
+    entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
     assert {key: entry[key] for key in found if key != "rank_bytes"} == {key: found[key] for key in found if key != "rank_bytes"}
 
 
@@ -248,7 +272,7 @@ def test_accumulation_keeps_gradients_and_takes_time() -> None:
 
 def test_several_gpus_share_the_pictures() -> None:
     """Each takes its own batches: half the steps, gradients once more in buckets, the exchange on top of each step."""
-    one, two = of("full/sd15"), forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, gpus=2)
+    one, two = of("full/sd15"), forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, group=Group(2))
     assert two.steps == pytest.approx(one.steps / 2, abs=1)
     assert two.memory.parts["gradient buckets"] == 4 * one.variant.trained
     assert two.speed.seconds == one.speed.seconds + two.speed.exchange
@@ -274,6 +298,19 @@ def test_every_lever_saves_memory() -> None:
             assert forecast(pulled(first.recipe, (lever,)), name, first.gpu, 3000).memory.phases["train"] < first.memory.phases["train"], lever
 
 
+def test_sharding_shares_out_what_zero_shares_out() -> None:
+    """Stage 3 of ZeRO (arXiv:1910.02054): 1/n of weights, gradients and state; 1.5 times DDP's exchange, in 16 bits for the weights."""
+    recipe = load_recipe("full/sd15", ["train.ema=null", "train.accumulation=1"])
+    one, ddp, fsdp = (forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*of)) for of in ((1,), (4,), (4, "fsdp")))
+    for part in ("trained weights", "gradients", "optimizer (adamw8bit)"):
+        assert fsdp.memory.parts[part] == pytest.approx(one.memory.parts[part] / 4, abs=1)
+    assert "gradient buckets" not in fsdp.memory.parts and fsdp.memory.parts["gathered weights"] > 0
+    assert fsdp.memory.phases["train"] < one.memory.phases["train"] < ddp.memory.phases["train"]
+    trained = one.variant.trained
+    assert ddp.speed.exchange == pytest.approx(2 * 0.75 * 4 * trained / INTERCONNECT)
+    assert fsdp.speed.exchange == pytest.approx(0.75 * (2 + 2 + 4) * trained / INTERCONNECT)
+
+
 # -- the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +324,41 @@ def test_rules_leave_no_gap() -> None:
     for rules in (choose.BY_IMAGES, choose.BY_BUDGET):
         assert all(one.most == following.least for one, following in itertools.pairwise(rules))
         assert rules[-1].most == float("inf")
-        assert all(one.reason for one in rules)
+        assert all(one.reason and one.methods for one in rules)
+
+
+def test_every_recipe_is_of_a_kind_that_the_goals_know() -> None:
+    kinds = {nets.kind(load_recipe(name).model.family) for name in bundled_recipes()}
+    assert kinds <= {kind for goal in choose.GOALS.values() for kind in goal.kinds}
+
+
+def test_little_money_goes_before_many_pictures() -> None:
+    found = [of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
+    choice = choose.choose(found, 20_000, 60, None, "quality")
+    assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
+
+
+def test_small_pictures_are_learned_from_scratch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "3000", "--gpu", "rtx3060", "--data", "small-images") == 0
+    said = capsys.readouterr().out
+    assert "Recommended: scratch/emoji-diffusion, because small pictures" in said
+    assert "First:       ft train scratch/emoji-vae" in said and "lora/" not in said
+
+
+def test_a_latent_space_is_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "3000", "--gpu", "rtx3060", "--goal", "latent") == 0
+    said = capsys.readouterr().out
+    assert "because a latent space: a VAE" in said and "emoji-diffusion" not in said
+
+
+def test_an_autoregressive_model_never_draws_large_pictures() -> None:
+    one = of("lora/sd15")
+    large = dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnnpp")))
+    with pytest.raises(UserError, match="never draws large pictures"):
+        choose.choose([large], 3000, None, None, "likelihood")
+
+
+FOR_PICTURES = {name for name in bundled_recipes() if not name.startswith("scratch/") and not name.endswith("/emoji")}
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,14 +367,63 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3,000 pictures on one RTX 3090" in said
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
-    assert all(name in said for name in choose.RECIPES)
+    assert all(name in said for name in FOR_PICTURES)
 
 
 def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3090", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["recipe"] for one in found["forecasts"]] == list(choose.RECIPES)
-    assert found["recommended"] in choose.RECIPES
+    names = [one["recipe"] for one in found["forecasts"]]
+    assert {*names, *(name for left in found["not covered"].values() for name in left)} == FOR_PICTURES
+    assert found["recommended"] in names
+
+
+# -- a CPU ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_calibrated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
+    count = torch.get_num_threads()
+    assert not cpu.calibration(count).measured
+    found = calibrate(seconds=0.05)
+    cpu.keep(dataclasses.replace(found, threads=count + 1))
+    assert cpu.keep(found).is_relative_to(tmp_path)
+    assert cpu.calibration(count) == found and cpu.calibration(count + 1).threads == count + 1
+    for kind in cpu.KINDS:
+        curve = getattr(found, kind)
+        assert all(one[0] < two[0] and 0 < one[1] <= two[1] for one, two in itertools.pairwise(curve.points))
+    (tmp_path / "cache" / cpu.FILE).write_text("[{")
+    assert not cpu.calibration(count).measured
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    curve = cpu.Curve(((10.0, 1.0), (1000.0, 100.0)))
+    assert [curve.seconds(amount) for amount in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 500])
+
+
+def test_without_a_gpu_the_cpu_is_estimated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "local_gpu", lambda: None)
+    assert ft("--images", "3000") == 0
+    said = capsys.readouterr().out
+    assert "pictures on this CPU (" in said and "Recommended: scratch/" in said and "a CPU is enough" in said and "$" not in said
+    assert ft("scratch/emoji-vae", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"] == "cpu" and found["parts"]["Python, PyTorch"] > 0 and "CUDA context" not in found["parts"]
+
+
+def test_a_cpu_takes_kernels_one_after_another() -> None:
+    """Its step is the sum of all that it does; twice the batch takes longer, and no more than twice as long."""
+    here = this_cpu()
+    once, twice = (forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16))
+    assert once.speed.seconds == pytest.approx(once.speed.compute + once.speed.bandwidth + once.speed.launch)
+    assert once.speed.seconds < twice.speed.seconds <= 2.05 * once.speed.seconds
+    assert once.memory.phases["train"] < twice.memory.phases["train"]
+
+
+def test_recipes_from_scratch_are_known_by_what_they_build() -> None:
+    found = cards.card_of_build(load_recipe("scratch/emoji-vae", ["autoencoder.kl_weight=1e-3", "train.batch_size=4"]))
+    assert found is not None and found.name == "scratch-emoji-vae"
+    assert cards.card_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
 
 
 def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,9 +470,9 @@ BAD = {
     "too little time": (["--images", "3000", "--gpu", "rtx3090", "--hours", "0.01"], "the least is"),
     "too small a GPU": (["--images", "3000", "--vram", "1", "--tflops", "10", "--bandwidth", "100"], "the least is"),
     "not on a card": (["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "adapter.targets=to_q"], "does not cover"),
-    "from scratch": (["scratch/emoji-diffusion", "--gpu", "t4"], "no card covers"),
+    "from scratch, another net": (["scratch/emoji-vae", "--gpu", "t4", "--set", "model.build.latent_channels=4"], "no card covers"),
+    "several CPUs": (["scratch/emoji-vae", "--gpu", "cpu", "--gpus", "2"], "one CPU"),
     "an unknown repository": (["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "model.path=someone/something"], "cannot be told"),
-    "a goal that is not here": (["--images", "10", "--gpu", "t4", "--goal", "likelihood"], "not here yet"),
     "a file that is no denoiser": (["--denoiser", "no-denoiser.json", "--images", "10", "--gpu", "t4"], "no denoiser"),
     "a file that is no JSON": (["--denoiser", "no-json.json", "--images", "10", "--gpu", "t4"], "no JSON object"),
     "a denoiser that is not there": (["--denoiser", "missing.json", "--images", "10", "--gpu", "t4"], "cannot be read"),

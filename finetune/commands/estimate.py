@@ -9,72 +9,128 @@ from typing import Any
 import click
 
 from finetune.errors import UserError
-from finetune.estimate.advice import advice, sets
-from finetune.estimate.choose import GOALS, RECIPES, Choice, choose
-from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, fitting, forecast
-from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find
-from finetune.recipe import ASSETS, embedded, load_recipe
+from finetune.estimate.choose import GOALS, Data, choose, considered
+from finetune.estimate.cpu import keep, threads
+from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast
+from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
+from finetune.estimate.group import Group
+from finetune.estimate.words import apart, compared
+from finetune.recipe import bundled_recipes, embedded, load_recipe
 
-BAR = 12  # characters of a memory bar
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 @click.command()
 @click.argument("recipe", required=False)
 @click.option("--images", type=int, help="How many pictures you have.")
-@click.option("--gpu", "gpu_name", metavar="NAME", help="The GPU, such as rtx3090; `ft gpus` lists them.")
+@click.option("--gpu", "gpu_name", metavar="NAME", help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu; else the one here, else the CPU.")
 @click.option("--vram", type=float, help="A GPU that is not listed: its memory in GiB, with --tflops and --bandwidth.")
 @click.option("--tflops", type=float, help="Its dense 16-bit TFLOP/s.")
 @click.option("--bandwidth", type=float, help="Its memory's GB/s.")
 @click.option("--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="How many of them train together.")
+@click.option(
+    "--sharding",
+    type=click.Choice(["ddp", "fsdp"]),
+    default="ddp",
+    show_default=True,
+    help="ddp: each holds all; fsdp: all shared out.",
+)
 @click.option("--price", type=float, help="USD per hour, instead of the listed price.")
 @click.option("--budget", type=float, help="The most USD that the run may cost.")
 @click.option("--hours", type=float, help="The most hours that it may take.")
 @click.option("--resolution", type=int, help="Side of the pictures, instead of each recipe's.")
 @click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
+@click.option(
+    "--data",
+    type=click.Choice(["images", "small-images"]),
+    default="images",
+    show_default=True,
+    help="small-images: unlike what bases know.",
+)
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of RECIPE.")
 @click.option("--trace", is_flag=True, help="Run the step on fake tensors: any configuration, in a minute instead of at once.")
 @click.option("--denoiser", metavar="CONFIG.json", help="Trace this denoiser of diffusers with RECIPE's settings (lora/sdxl's if none is named).")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.html", help="Draw memory over one step, and time against batch.")
 @click.option("--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine's CPU first, two seconds, and keep the outcome.")
 @click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
 def command(recipe: str | None, images: int | None, gpu_name: str | None, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Say what a run will need: GPU memory, hours, money.
+    """Say what a run will need: memory, hours, money.
 
     With RECIPE, that run taken apart. Without, a table of what --images pictures could train on --gpu, and a recommendation.
     """
-    gpu, gpus = _gpu(gpu_name, options), options["gpus"]
+    if options["calibrate"]:
+        click.echo(_calibrated())
+        if recipe is None and images is None:
+            return
+    gpu, group = _gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
     if options["resolution"]:
         overrides += (f"data.resolution={options['resolution']}",)
     if recipe is not None or options["denoiser"]:
-        one = _one(recipe or "lora/sdxl", gpu, images, overrides, options)
+        one = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
         click.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
         return
     if options["trace"] or options["plot"]:
         raise UserError("which run?", where="--trace" if options["trace"] else "--plot", remedy="name a recipe: ft estimate lora/sdxl --trace")
     if images is None:
         raise UserError("how many pictures are there?", where="--images", remedy="for example: ft estimate --images 3000 --gpu rtx3090")
-    if GOALS[options["goal"]].startswith(("a latent", "exact")):
-        raise UserError(GOALS[options["goal"]], where="--goal", remedy="quality, speed and diversity choose between the fine-tuning recipes")
-    found = [_brought_in(forecast(load_recipe(name, overrides), name, gpu, images, gpus=gpus)) for name in RECIPES]
-    choice = choose(found, images, options["budget"], options["hours"], options["goal"])
+    goal, data, budget = options["goal"], options["data"], options["budget"]
+    found, left = _rows(overrides, goal, data, budget, gpu, group, images)
+    choice = choose(found, images, budget, options["hours"], goal, data)
     if options["write"]:
         _write(choice.forecast, options["write"])
-    values = {"forecasts": [_values(one) for one in found], "recommended": choice.forecast.name, "reason": choice.reason}
-    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images))
+    values = {"forecasts": [_values(one) for one in found], "recommended": choice.forecast.name, "reason": choice.reason, "not covered": left}
+    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left))
+
+
+def _rows(
+    overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
+) -> tuple[list[Forecast], dict[str, list[str]]]:
+    """The bundled recipes that are worth considering, each with the edits that make it fit, LoRA also on quantized weights; and those that
+    no card tells of, by the reason."""
+    found: list[Forecast] = []
+    left: dict[str, list[str]] = {}
+    for name in bundled_recipes():
+        recipe = load_recipe(name, overrides)
+        if not considered(recipe, goal, data, gpu, budget):
+            continue
+        try:
+            found.append(_brought_in(forecast(recipe, name, gpu, images, group=group)))
+        except UserError as error:
+            if not 1 <= images <= MOST_IMAGES:
+                raise
+            left.setdefault(error.problem, []).append(name)
+    if not found:
+        raise UserError(f"{GOALS[goal].reason}; no recipe here that a card tells of is one yet", where="--goal", remedy="quality or diversity")
+    return found, left
+
+
+def _calibrated() -> str:
+    """Measure this machine's CPU and keep the outcome."""
+    import diffusers  # so that what a process holds is what a training process holds
+    import torch
+
+    from finetune.estimate.calibrate import calibrate
+
+    torch.set_num_threads(threads())
+    found = calibrate()
+    rates = ", ".join(f"{kind} {getattr(found, kind).rate / 1e9:.0f} GFLOP/s" for kind in ("matmul", "conv", "attention"))
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s ({versions})\nkept in {keep(found)}"
 
 
 def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
+    """What trains: the GPU that is named or described, else this machine's, else its CPU."""
     given = [options[key] for key in ("vram", "tflops", "bandwidth")]
     if name and any(given):
         raise UserError("the GPU is named and described", where="--gpu", remedy="give --gpu alone, or --vram, --tflops and --bandwidth")
-    if not name and not any(given):
-        name = local_gpu()
-    if not name and not all(given):
-        raise UserError(
-            "a GPU is described by three figures" if any(given) else "no GPU was named, and none is here", remedy=f"--gpu NAME, or {DESCRIBED}"
-        )
+    if any(given) and not all(given):
+        raise UserError("a GPU is described by three figures", remedy=f"--gpu NAME, or {DESCRIBED}")
+    name = name or (None if any(given) else local_gpu() or "cpu")
+    if name and name.lower() == "cpu":
+        if options["gpus"] > 1 or options["price"] is not None:
+            raise UserError("this machine has one CPU, and no price", where="--gpus, --price", remedy="name a GPU: --gpu rtx3090")
+        return this_cpu()
     gpu = find(name) if name else described(*given)
     return at_price(gpu, options["price"]) if options["price"] is not None else gpu
 
@@ -88,16 +144,16 @@ def local_gpu() -> str | None:
     return None
 
 
-def _one(name: str, gpu: Gpu, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]) -> Forecast:
+def _one(name: str, gpu: Gpu, group: Group, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]) -> Forecast:
     """The forecast of one recipe, from its card or, where that is asked for, from a trace."""
-    recipe, gpus = load_recipe(name, overrides), options["gpus"]
+    recipe = load_recipe(name, overrides)
     images = images if images is not None else _count(recipe)
     if not (options["trace"] or options["denoiser"] or options["plot"]):
-        return forecast(recipe, name, gpu, images, gpus=gpus)
+        return forecast(recipe, name, gpu, images, group=group)
     from finetune.commands.traced import plotted, traced_card  # torch's side
 
     card, phases = traced_card(recipe, gpu, options["denoiser"])
-    one = forecast(recipe, options["denoiser"] or name, gpu, images, gpus=gpus, traced=card)
+    one = forecast(recipe, options["denoiser"] or name, gpu, images, group=group, traced=card)
     if options["plot"]:
         plotted(one, phases, options["plot"])
     return one
@@ -126,78 +182,6 @@ def _brought_in(one: Forecast) -> Forecast:
         return one
     found = fitting(one)
     return found[0] if found else one
-
-
-def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int) -> str:
-    """The table of what could be trained, and the recommendation."""
-    price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
-    lines = [f"{images:,} pictures on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB usable{price}"]
-    lines.append(f"   {'recipe':<11} {'':<16} {'memory':<{BAR + 13}} {'s/step':>7} {'time':>10} {'cost':>13}")
-    for one in found:
-        mark = "▸" if one is choice.forecast else " "
-        peak = one.memory.peak / GIB
-        head = f" {mark} {one.name:<11} {_size(one):<16} {peak:>5.1f} GiB"
-        if one.fits:
-            edits = "  with " + ", ".join(lever.words for lever in one.edits) if one.edits else ""
-            lines.append(f"{head}  {_bar(one):<{BAR}} {one.speed.seconds:>7.2f} {_time(one.hours):>10} {_cost(one):>13}{edits}")
-        else:
-            lines.append(f"{head}  does not fit: nothing in the recipe brings it under {one.limit / GIB:.1f}")
-    best = choice.forecast
-    lines += ["", f"Recommended: {best.name}, because {choice.reason}", f"Start:       {_start(best)}", f"How sure:    {how_sure()}"]
-    return "\n".join(lines)
-
-
-def apart(one: Forecast) -> str:
-    """One run: memory by part and by phase, time by bound, and the edits that make it fit if it does not."""
-    from finetune.report.tables import table
-
-    peak = max(one.memory.parts.values())
-    memory = [(name, f"{value / GIB:>7.2f} GiB  {'█' * round(24 * value / peak)}") for name, value in one.memory.parts.items()]
-    phases = [(name, f"{value / GIB:>7.2f} GiB{'  ← the peak' if name == one.memory.largest else ''}") for name, value in one.memory.phases.items()]
-    pace = one.speed
-    bounds = [(name, getattr(pace, name)) for name in ("compute", "bandwidth", "launch", "exchange") if getattr(pace, name)]
-    time = [
-        ("steps", one.arithmetic),
-        (
-            "step",
-            f"{pace.seconds:.3f} s: "
-            + ", ".join(f"{value / pace.seconds:.0%} {name}" for name, value in bounds)
-            + f" ({pace.operators:,} operators)",
-        ),
-        ("time", _time(one.hours) + ", with encoding and samples"),
-        ("cost", _cost(one) or "no price is known"),
-    ]
-    fits = (
-        f"fits: {one.memory.peak / GIB:.1f} of {one.limit / GIB:.1f} GiB"
-        if one.fits
-        else f"does not fit: {one.memory.peak / GIB:.1f} of {one.limit / GIB:.1f} GiB"
-    )
-    lines = [
-        f"{one.name} on {_many(one)}: {fits}",
-        table("memory while training", memory),
-        table("memory by phase", phases),
-        table("time and money", time),
-    ]
-    if not one.fits:
-        lines.append(table("edits that make it fit", advice(one)))
-    return "\n".join([*lines, f"How sure: {how_sure()}"])
-
-
-def how_sure() -> str:
-    """The errors that scripts/check_estimates.py found on published runs; of time with the constants fit on other models than a run's own."""
-    found = json.loads((ASSETS / "accuracy.json").read_text(encoding="utf-8"))
-    said = [
-        f"{name} ±{of['90 %']:.0%} in 90 % of {of['rows']} {runs} (median ±{of['median']:.0%})"
-        for name, runs, of in (
-            ("memory", "published runs", found["memory"]),
-            ("time", "that run torch's own operators", found["s/step, its model left out"]),
-        )
-    ]
-    return "; ".join(said) + "; no run of ours on a GPU was measured yet"
-
-
-def _start(one: Forecast) -> str:
-    return f"ft train {one.name} --set data.path=FOLDER {sets(one)}".rstrip()
 
 
 def _write(one: Forecast, file: Path) -> None:
@@ -230,26 +214,3 @@ def _values(one: Forecast) -> dict[str, Any]:
         "hours": one.hours,
         "usd": one.usd,
     }
-
-
-def _many(one: Forecast) -> str:
-    return f"one {one.gpu.name}" if one.gpus == 1 else f"{one.gpus} × {one.gpu.name}"
-
-
-def _size(one: Forecast) -> str:
-    rank = f"rank {one.recipe.adapter.rank}, " if one.recipe.adapter else ""
-    return f"{rank:<9}{one.recipe.data.resolution:>4}²"
-
-
-def _bar(one: Forecast) -> str:
-    filled = min(BAR, round(BAR * one.memory.peak / one.limit))
-    return "█" * filled + "░" * (BAR - filled)
-
-
-def _time(hours: float) -> str:
-    minutes = round(hours * 60)
-    return f"{minutes} m" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02}"
-
-
-def _cost(one: Forecast) -> str:
-    return f"${one.usd[0]:.2f}–{one.usd[1]:.2f}" if one.usd else ""

@@ -25,17 +25,16 @@ def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, d
     Raises:
         UserError: `denoiser` is none, or the recipe's family cannot be traced.
     """
+    from finetune.data.scan import scan
     from finetune.estimate.denoiser import DenoiserModel, load
     from finetune.estimate.measure import point
 
-    precision: Precision = "bfloat16" if gpu.bfloat16 else "float16"
+    precision: Precision = "float32" if gpu.device == "cpu" else "bfloat16" if gpu.bfloat16 else "float16"
     if denoiser is not None:
         given, size = load(denoiser), (recipe.data.resolution, recipe.data.resolution)
-        return point(given.title, recipe, precision, lambda plan: DenoiserModel(plan, given, size))
+        return point(given.title, recipe, precision, gpu.device, build=lambda plan: DenoiserModel(plan, given, size))
     with located(recipe):
-        if recipe.method == "scratch":
-            raise UserError("training from scratch cannot be traced yet", where="method", remedy="trace a LoRA or full recipe")
-        return point(recipe.name, recipe, precision)
+        return point(recipe.name, recipe, precision, gpu.device, scan(recipe.data) if recipe.method == "scratch" else None)
 
 
 def plotted(one: Forecast, phases: dict[str, Phase], file: Path) -> None:

@@ -18,6 +18,7 @@ import click
 
 from finetune.entry import LAST_WORDS, LAUNCHER, sharded
 from finetune.errors import UserError, did_you_mean
+from finetune.estimate.cpu import threads
 from finetune.recipe import ASSETS, Method, load_recipe
 
 CONFIGS = ASSETS / "accelerate"
@@ -121,20 +122,6 @@ def _said(text: str, key: str) -> str:
     """The value of one top-level `key: value` line of a configuration, "" if it has none."""
     found = re.search(rf"^{key}:\s*['\"]?([\w-]*)", text, re.MULTILINE)
     return found[1] if found else ""
-
-
-def threads(processes: int) -> int:
-    """Of each process: as OMP_NUM_THREADS says, else the physical cores that this process may use, shared out.
-
-    Accelerate would give each process one.
-    """
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given) > 0:
-        return int(given)
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed) // processes)
 
 
 def has_gpu() -> bool:

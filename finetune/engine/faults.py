@@ -62,7 +62,7 @@ def edits(recipe: Recipe, expected: Expected) -> list[tuple[str, str]]:
     if one is None:
         return [(assignment(lever), lever.cost) for lever in levers(recipe)[:MOST_WAYS]] or [("none", "a larger GPU, or a smaller model")]
     tight = dataclasses.replace(one.gpu, visible_gib=TIGHTER * min(one.limit, one.memory.peak) / GIB)
-    return advice(forecast(one.recipe, one.name, tight, one.images, gpus=one.gpus))
+    return advice(forecast(one.recipe, one.name, tight, one.images, group=one.group))
 
 
 def _listed(parts: dict[str, int]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from finetune.estimate.cpu import cpu_name, host_memory
 from finetune.planning import Machine
 from finetune.recipe import Precision
 
@@ -30,19 +33,26 @@ def this_machine() -> Machine:
             launcher,
         )
     if torch.backends.mps.is_available() and not on_cpu:  # untested likewise
-        return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, _host_memory(), launcher)
-    return Machine("cpu", _cpu_name(), processes, torch.get_num_threads(), False, _host_memory(), launcher)
+        return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, host_memory(), launcher)
+    return Machine("cpu", cpu_name(), processes, torch.get_num_threads(), False, host_memory(), launcher)
 
 
 def forget_peak() -> None:
     """Begin to count the peak of `memory_peak` anew."""
     if torch.cuda.is_initialized():  # untested where no GPU is at hand
         torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # only Linux counts it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def memory_peak(device: torch.device) -> int | None:
-    """The most bytes that PyTorch has reserved on the device; None where it does not count them, as on a CPU."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    """The most bytes that PyTorch has reserved on the device, or on a CPU that this process has held; None where nothing counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if device.type == "cpu" else []
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    return None
 
 
 def memory_left(device: torch.device) -> float | None:
@@ -63,17 +73,3 @@ def memory_live(device: torch.device, parts: dict[str, list[Tensor]]) -> dict[st
         found |= {"activations and others": allocated - sum(found.values()), "kept by PyTorch": reserved - allocated}
         found["other processes and CUDA itself"] = total - free - reserved
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or "CPU"
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

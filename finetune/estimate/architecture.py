@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, Model, embedded
+from finetune.recipe import ASSETS, Model, bundled_recipes, embedded, load_recipe, run_of
 
 CONFIGS = ASSETS / "configs"
 DENOISERS = ASSETS / "denoisers"  # architectures without a family here yet: class, configuration, source
@@ -106,11 +106,20 @@ def _width_of_file(path: Path) -> int:
 
 
 def vae_config(given: str) -> dict[str, Any]:
-    """The configuration of the VAE that `model.vae` names; SDXL's, which all of them share in shape, where it is on the hub."""
+    """The configuration of the VAE that `model.vae` names; SDXL's, which all of them share in shape, where it is on the hub.
+
+    Raises:
+        UserError: it is a path at which nothing is, nor will be once a bundled recipe has run.
+    """
     path = Path(embedded(given)).expanduser()
     for folder in (path / "final" / "vae", path / "vae", path / "final", path):
         if (folder / "config.json").is_file():
             found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             return found
+    for name in bundled_recipes():
+        if given == run_of(name):
+            return load_recipe(name).model.build
+    if given.count("/") != 1 or given.startswith((".", "~", "runs/")):
+        raise UserError(f"there is no VAE at {given} yet", where="model.vae", remedy="train it first, or name one that is there")
     shared: dict[str, Any] = json.loads((CONFIGS / "sdxl" / "vae" / "config.json").read_text(encoding="utf-8"))
     return shared

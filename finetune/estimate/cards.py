@@ -1,28 +1,51 @@
 """Cards: what one architecture's step needs, measured once by running it on fake tensors (`scripts/measure_cards.py`).
 
-A card answers without torch. It holds *variants* (method, what carries the adapter, checkpointing, optimizer), each measured at
-two batches; what a step allocates and each operator's FLOPs and bytes are linear in batch × area, but for attention,
-whose FLOPs grow with the square of the area.
+A card answers without torch. It holds *variants*, the settings of a recipe that change what a step is made of (method, what carries
+the adapter, checkpointing, optimizer, …), each measured at two batches; what a step allocates and each operator's FLOPs and
+bytes are linear in batch × area, but for attention, whose FLOPs grow with the square of the area.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, Adapter, Recipe
+from finetune.recipe import ASSETS, Recipe
 
 CARDS = ASSETS / "cards"
+Device = Literal["cuda", "cpu"]
+# Keys of a recipe that tell variants apart, what goes without saying, and how the lack of a variant is told. All else (batch, resolution,
+# rank, averages, …) is arithmetic.
+KEYS: dict[str, tuple[Any, str]] = {
+    "method": ("", "method {}"),
+    "adapter.kind": ("lora", "adapters of kind {}"),
+    "adapter.targets": ("", 'targets "{}"'),
+    "adapter.rank_pattern": (None, "higher ranks by pattern"),
+    "adapter.dora": (False, "DoRA"),
+    "model.train_text_encoder": (False, "a trained text encoder"),
+    "tokens": (None, "words that are learned"),
+    "model.quantize": (None, "a base in {}"),
+    "train.offload_blocks": (False, "blocks that wait in host memory"),
+    "train.fused_backward": (False, "steps inside the backward pass"),
+    "train.weights": ("float32", "trained weights in {}"),
+    "train.gradient_checkpointing": (False, "train.gradient_checkpointing: {}"),
+    "optimizer.name": ("", "the optimizer {}"),
+}
+ADDS_UP = "optimizer.name"  # what an optimizer keeps adds up with the rest (`memory.state_bytes`), so one's measurement serves those without one
+NOT_BUILT = ("data", "train", "optimizer", "sample", "output", "adapter", "name", "places", "vae")  # what says nothing of a net from scratch
 
 
 @final
 @dataclass(frozen=True)
 class Work:
-    """Operators of one kind that cost the same.
+    """Operators of one kind that cost about the same.
 
     Attributes:
         kind: matmul, conv, attention or other.
@@ -43,23 +66,22 @@ class Work:
 @final
 @dataclass(frozen=True)
 class Variant:
-    """One way to train an architecture.
+    """One way to train an architecture on one kind of device.
 
     Attributes:
-        method, targets, checkpointing, optimizer: as in a recipe; `targets` is "" where weights themselves train.
+        device: whose autocast, kernels and optimizers were traced: "cuda" in bfloat16, "cpu" in float32.
+        settings: of the recipe: what it says for `KEYS`.
         rank: at which it was measured; 0 without an adapter.
         trained: parameters that train, at that rank.
         weights, adapters, state: bytes of what stays frozen, of what trains, and of the optimizer's state.
         allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native picture): without averages.
         accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
-        micro: operators of a forward and a backward pass; `update`: of what comes once a step.
+        micro_lines: operators of a forward and a backward pass, as the card's file holds them; `update_lines`: of what comes once a step.
     """
 
-    method: str
-    targets: str
-    checkpointing: int
-    optimizer: str
+    device: Device
+    settings: dict[str, Any]
     rank: int
     trained: int
     weights: int
@@ -69,8 +91,34 @@ class Variant:
     reserved: tuple[float, float]
     accumulating: tuple[tuple[float, float], tuple[float, float]]
     rank_bytes: float
-    micro: tuple[Work, ...]
-    update: tuple[Work, ...]
+    micro_lines: list[list[Any]]
+    update_lines: list[list[Any]]
+
+    @property
+    def micro(self) -> Iterable[Work]:
+        """Operators of a forward and a backward pass."""
+        return _works(self.micro_lines)
+
+    @property
+    def update(self) -> Iterable[Work]:
+        """Operators of what comes once a step."""
+        return _works(self.update_lines)
+
+
+@final
+@dataclass(frozen=True)
+class Outside:
+    """What happens outside the loop on one kind of device.
+
+    Attributes:
+        encode, sample: peaks while encoding one picture and while drawing one, bytes, as (held throughout, more at the native size).
+        encode_flops, sample_flops: of one picture, and of one denoising step of one picture with guidance.
+    """
+
+    encode: tuple[float, float]
+    sample: tuple[float, float]
+    encode_flops: float
+    sample_flops: float
 
 
 @final
@@ -79,24 +127,23 @@ class Card:
     """One architecture.
 
     Attributes:
-        name, title: `sdxl`, `Stable Diffusion XL`.
+        name: of its configuration, or `scratch-` and the recipe's name.
+        title: what people call it.
         family: the recipe's `model.family`.
+        build: of a net from scratch: `build_key` of the recipe that it was measured with.
         resolution: what it was made for: the side of the native picture, pixels.
         parameters: of each net.
-        encode, sample: reserved peaks while encoding one picture and while drawing one, bytes, as (held throughout, more at the native size).
-        encode_flops, sample_flops: of one picture, and of one denoising step of one picture with guidance.
+        outside: by device.
         versions: of the libraries that it was measured with.
     """
 
     name: str
     title: str
     family: str
+    build: str
     resolution: int
     parameters: dict[str, int]
-    encode: tuple[float, float]
-    sample: tuple[float, float]
-    encode_flops: float
-    sample_flops: float
+    outside: dict[str, Outside]
     versions: dict[str, str]
     variants: tuple[Variant, ...]
 
@@ -109,49 +156,92 @@ def known() -> tuple[str, ...]:
 @functools.cache
 def load(name: str) -> Card:
     """The card of this name."""
-    return parsed(json.loads((CARDS / f"{name}.json").read_text(encoding="utf-8")))
+    return parsed(json.loads(path_of(name).read_text(encoding="utf-8")))
 
 
 def parsed(found: dict[str, Any]) -> Card:
     """A card from plain values, as its file holds them."""
-    pairs = {key: tuple(found[key]) for key in ("encode", "sample")}
-    return Card(**{**found, **pairs, "variants": tuple(_variant(entry) for entry in found["variants"])})
+    outside = {
+        device: Outside(tuple(of["encode"]), tuple(of["sample"]), of["encode_flops"], of["sample_flops"]) for device, of in found["outside"].items()
+    }
+    return Card(**{**found, "outside": outside, "variants": tuple(_variant(entry) for entry in found["variants"])})
 
 
 def _variant(entry: dict[str, Any]) -> Variant:
-    works = {
-        key: tuple(Work(kind, width, bool(eager), (f0, f1), (b0, b1), count) for kind, width, eager, f0, f1, b0, b1, count in entry[key])
-        for key in ("micro", "update")
-    }
     lines = {"allocated": tuple(entry["allocated"]), "reserved": tuple(entry["reserved"])}
-    return Variant(**{**entry, **works, **lines, "accumulating": tuple(tuple(line) for line in entry["accumulating"])})
+    works = {"micro_lines": entry["micro"], "update_lines": entry["update"]}
+    kept = {key: value for key, value in entry.items() if key not in ("micro", "update")}
+    return Variant(**{**kept, **works, **lines, "accumulating": tuple(tuple(line) for line in entry["accumulating"])})
 
 
-def variant_of(card: Card, recipe: Recipe) -> Variant:
+def _works(lines: list[list[Any]]) -> Iterable[Work]:
+    for kind, width, eager, f0, f1, b0, b1, count in lines:
+        yield Work(kind, width, bool(eager), (f0, f1), (b0, b1), count)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says for each of `KEYS`, where that does not go without saying."""
+    found = {}
+    for key, (usual, _) in KEYS.items():
+        value: Any = recipe
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if key == "adapter.rank_pattern" and recipe.adapter:  # lower ones take no more than is said
+            value = {layer: rank for layer, rank in value.items() if rank > recipe.adapter.rank}
+        if value and value != usual:
+            found[key] = int(value) if isinstance(value, bool) else value
+    return found
+
+
+def build_key(recipe: Recipe) -> str:
+    """A digest of all that says what net a recipe makes from scratch, and its loss. Weights of terms count as there or not."""
+
+    def shape(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            said = {one.name: (shape(getattr(value, one.name)), shape(_usual(one))) for one in dataclasses.fields(value) if one.name not in NOT_BUILT}
+            return {name: given for name, (given, usual) in said.items() if given != usual}
+        if isinstance(value, dict):
+            return {key: shape(one) for key, one in value.items()}
+        return bool(value) if isinstance(value, float) else value
+
+    return hashlib.sha256(json.dumps(shape(recipe), sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def _usual(field: dataclasses.Field[Any]) -> Any:
+    """What a field is where a recipe says nothing; keys that came later change no digest."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def card_of_build(recipe: Recipe) -> Card | None:
+    """The card of the net that a recipe makes from scratch."""
+    first = f"scratch-{recipe.name}"
+    key = build_key(recipe)
+    for name in sorted((name for name in known() if name.startswith("scratch-")), key=lambda name: name != first):
+        if (card := load(name)).build == key:
+            return card
+    return None
+
+
+def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
     """The variant that a recipe trains.
 
     Raises:
         UserError: the card does not hold it.
     """
-    adapter = recipe.adapter
-    wanted = (recipe.method, adapter.targets if adapter else "", recipe.train.checkpointed)
-    alike = [v for v in card.variants if (v.method, v.targets, v.checkpointing) == wanted]
-    text = recipe.model.train_text_encoder or recipe.tokens
-    special = "a trained text encoder" if text else _special(adapter) if adapter else ""
-    if special or not alike:
-        sparse = f"train.gradient_checkpointing: {recipe.train.checkpointed}" if recipe.train.checkpointed > 1 else ""
-        what = special or sparse or (f'targets "{wanted[1]}"' if adapter else f"method {recipe.method}")
-        raise UserError(f"the card of {card.title} does not cover {what}", where="adapter.targets" if adapter else "method", remedy="add --trace")
-    # An adapter's state is small and adds up with the rest, so one optimizer's measurement serves all (`memory.state_bytes`).
-    return next((v for v in alike if v.optimizer == recipe.optimizer.name), alike[0])
+    wanted = settings_of(recipe)
+    there = [one for one in card.variants if one.device == device]
+    if not there:
+        where = "a CPU" if device == "cpu" else "GPUs"
+        raise UserError(f"the card of {card.title} does not cover {where}", remedy="add --trace")
 
+    def differs(one: Variant, but: str = "") -> list[str]:
+        return [key for key in KEYS if key != but and one.settings.get(key) != wanted.get(key)]
 
-def _special(adapter: Adapter) -> str:
-    """What is peculiar to an adapter, and takes other memory and time than a LoRA of its rank."""
-    if adapter.kind != "lora":
-        return f"adapters of kind {adapter.kind}"
-    higher = any(rank > adapter.rank for rank in adapter.rank_pattern.values())  # lower ones take no more than is said
-    return "DoRA" if adapter.dora else "higher ranks by pattern" if higher else ""
+    if found := [one for one in there if not differs(one)] or [one for one in there if not differs(one, ADDS_UP)]:
+        return found[0]
+    nearest = min((differs(one, ADDS_UP) for one in there), key=len)
+    what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in nearest)
+    raise UserError(f"the card of {card.title} does not cover {what}", where=nearest[0], remedy="add --trace")
 
 
 def path_of(name: str) -> Path:

@@ -10,7 +10,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, final
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
+from finetune.estimate.emulate import Routing
+from finetune.estimate.inputs import INPUTS, Config, Inputs
 from finetune.estimate.trace import reading
 from finetune.models import smaller
 from finetune.models.adapters import add_adapter
@@ -29,28 +31,6 @@ from finetune.models.quantized import dtype_of
 from finetune.models.text_to_image import DTYPES
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn
 from finetune.planning import Plan
-
-Config = dict[str, Any]
-
-
-@final
-@dataclass(frozen=True)
-class Inputs:
-    """What a denoiser is called with.
-
-    Attributes:
-        latents: of one picture, without a batch dimension.
-        conditions: of one picture, by the name of forward's argument.
-        fixed: arguments that do not grow with the batch, or a function of the batch that makes them.
-        names: of forward's arguments for the noisy latents and the timesteps.
-        integers: what reading an integer from a tensor gives (fake tensors have no values), such as a caption's length.
-    """
-
-    latents: Tensor
-    conditions: Batch = field(default_factory=dict)
-    fixed: Callable[[int], dict[str, Any]] = lambda batch: {}
-    names: tuple[str, str] = ("hidden_states", "timestep")
-    integers: int = 1
 
 
 @final
@@ -85,9 +65,11 @@ class Denoiser:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own classes use parts that diffusers deprecates
-            return getattr(diffusers, name).from_config(self.config)  # type: ignore[no-any-return]
+            net: nn.Module = getattr(diffusers, name).from_config(self.config)
+            return Controlled(net, self.config) if name == "ControlNetModel" else net
 
     def inputs(self, size: tuple[int, int]) -> Inputs:
+        """What it is called with, for pictures of (width, height)."""
         return INPUTS[self.config["_class_name"]](_Defaults(self), *size)
 
 
@@ -125,148 +107,69 @@ class _Defaults:
         return self._values[name]
 
 
-# -- what each class is called with: (configuration, width, height) → inputs ---------------------------------------------
-
-
-def _flux(config: Any, width: int, height: int) -> Inputs:
-    """Latents in 2 × 2 patches under an 8-fold VAE: [L, C]; position ids of three axes, FLUX.2's of four."""
-    axes = 4 if config._class_name == "Flux2Transformer2DModel" else 3
-    length = (width // 16) * (height // 16)
-    conditions = {"encoder_hidden_states": torch.empty(config.tokens, config.joint_attention_dim)}
-    if config._class_name == "FluxTransformer2DModel":
-        conditions["pooled_projections"] = torch.empty(config.pooled_projection_dim)
-    if config._class_name in ("FluxTransformer2DModel", "Flux2Transformer2DModel") and config.guidance_embeds:
-        conditions["guidance"] = torch.empty(())
-    if config._class_name == "ChromaTransformer2DModel":
-        conditions["attention_mask"] = torch.empty(config.tokens + length)
-    return Inputs(
-        torch.empty(length, config.in_channels),
-        conditions,
-        lambda batch: {"img_ids": torch.empty(length, axes), "txt_ids": torch.empty(config.tokens, axes)},
-    )
-
-
-def _qwen(config: Any, width: int, height: int) -> Inputs:
-    tall, wide = height // 16, width // 16
-    return Inputs(
-        torch.empty(tall * wide, config.in_channels),
-        {"encoder_hidden_states": torch.empty(config.tokens, config.joint_attention_dim)},
-        lambda batch: {"img_shapes": [[(1, tall, wide)]] * batch},
-    )
-
-
-def _krea(config: Any, width: int, height: int) -> Inputs:
-    length = (width // 16) * (height // 16)
-    return Inputs(
-        torch.empty(length, config.in_channels),
-        {"encoder_hidden_states": torch.empty(config.tokens, config.num_text_layers, config.text_hidden_dim)},
-        lambda batch: {"position_ids": torch.empty(config.tokens + length, 3)},
-    )
-
-
-def _sd3(config: Any, width: int, height: int) -> Inputs:
-    conditions = {"encoder_hidden_states": torch.empty(config.tokens, config.joint_attention_dim)}
-    if config._class_name == "SD3Transformer2DModel":
-        conditions["pooled_projections"] = torch.empty(config.pooled_projection_dim)
-    return Inputs(torch.empty(config.in_channels, height // 8, width // 8), conditions)
-
-
-def _lumina(config: Any, width: int, height: int) -> Inputs:
-    """It reads each caption's length: full ones here."""
-    conditions = {
-        "encoder_hidden_states": torch.empty(config.tokens, config.cap_feat_dim),
-        "encoder_attention_mask": torch.empty(config.tokens, dtype=torch.int64),
-    }
-    return Inputs(torch.empty(config.in_channels, height // 8, width // 8), conditions, integers=config.tokens)
-
-
-def _pixart(config: Any, width: int, height: int) -> Inputs:
-    conditions = {
-        "encoder_hidden_states": torch.empty(config.tokens, config.caption_channels),
-        "encoder_attention_mask": torch.empty(config.tokens),
-    }
-    return Inputs(
-        torch.empty(config.in_channels, height // 8, width // 8),
-        conditions,
-        lambda batch: {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
-    )
-
-
-def _sana(config: Any, width: int, height: int) -> Inputs:
-    """Under DC-AE's 32-fold compression."""
-    conditions = {
-        "encoder_hidden_states": torch.empty(config.tokens, config.caption_channels),
-        "encoder_attention_mask": torch.empty(config.tokens),
-    }
-    return Inputs(torch.empty(config.in_channels, height // 32, width // 32), conditions)
-
-
-def _cogvideox(config: Any, width: int, height: int) -> Inputs:
-    fixed: dict[str, Any] = {}
-    if config.use_rotary_positional_embeddings:
-        length = config.frames * (height // 16) * (width // 16)
-        fixed = {"image_rotary_emb": (torch.empty(length, config.attention_head_dim), torch.empty(length, config.attention_head_dim))}
-    return Inputs(
-        torch.empty(config.frames, config.in_channels, height // 8, width // 8),
-        {"encoder_hidden_states": torch.empty(config.max_text_seq_length, config.text_embed_dim)},
-        lambda batch: fixed,
-    )
-
-
-def _unet(config: Any, width: int, height: int) -> Inputs:
-    """SDXL's six sizes and its pooled text are told by `addition_embed_type`."""
-
-    def fixed(batch: int) -> dict[str, Any]:
-        if config.addition_embed_type != "text_time":
-            return {}
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return {"added_cond_kwargs": {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}}
-
-    conditions = {"encoder_hidden_states": torch.empty(config.tokens, config.cross_attention_dim)}
-    return Inputs(torch.empty(config.in_channels, height // 8, width // 8), conditions, fixed, names=("sample", "timestep"))
-
-
-INPUTS: dict[str, Callable[[Any, int, int], Inputs]] = {
-    "AuraFlowTransformer2DModel": _sd3,
-    "ChromaTransformer2DModel": _flux,
-    "CogVideoXTransformer3DModel": _cogvideox,
-    "Flux2Transformer2DModel": _flux,
-    "FluxTransformer2DModel": _flux,
-    "Krea2Transformer2DModel": _krea,
-    "LongCatImageTransformer2DModel": _flux,
-    "Lumina2Transformer2DModel": _lumina,
-    "PixArtTransformer2DModel": _pixart,
-    "QwenImageTransformer2DModel": _qwen,
-    "SD3Transformer2DModel": _sd3,
-    "SanaTransformer2DModel": _sana,
-    "UNet2DConditionModel": _unet,
-}
-
-
 # -- the model ----------------------------------------------------------------------------------------------------------
 
 
 @final
+class Controlled(nn.Module):
+    """A ControlNet (arXiv:2302.05543) beside the frozen UNet that it was copied from; only the first trains."""
+
+    def __init__(self, control: nn.Module, config: Config) -> None:
+        super().__init__()
+        shared = inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters
+        self.control = control
+        self.unet = diffusers.UNet2DConditionModel.from_config({key: value for key, value in config.items() if key in shared})
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor, **given: Any) -> Any:
+        """As UNet2DConditionModel's, with a picture that steers."""
+        down, middle = self.control(sample, timestep, encoder_hidden_states, controlnet_cond, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return self.unet(sample, timestep, encoder_hidden_states, **residuals, **given)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Controlled:
+        self.control.requires_grad_(requires_grad)
+        self.unet.requires_grad_(False)
+        return self
+
+    def enable_gradient_checkpointing(self, function: Any) -> None:
+        """Of both: the backward pass goes through the UNet's second half."""
+        self.control.enable_gradient_checkpointing(function)  # type: ignore[operator]
+        self.unet.enable_gradient_checkpointing(function)
+
+
+@final
 class DenoiserTurn(Turn):
-    """Flow matching: x_t = (1 − t) x₀ + t ε, and the net predicts ε − x₀."""
+    """x_t = (1 − t) x₀ + t ε, and the loss of the denoiser's kind."""
 
     name = "denoiser"
 
     def __init__(self, net: nn.Module, inputs: Inputs) -> None:
         self.net, self._inputs = net, inputs
+        for module in net.modules():
+            if inputs.experts > 1 and hasattr(module, "experts"):  # hooks, since the backward pass computes blocks again
+                routing = Routing(inputs.experts)
+                module.register_forward_pre_hook(routing.begin)
+                module.register_forward_hook(routing.end, always_call=True)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Mean squared error of each picture's predicted velocity, [B] float32."""
+        """Of each picture, [B] float32."""
         latents = batch["latents"]
         noise, time = draw.normal("noise", latents.shape[1:]), draw.uniform("time")
-        share = time.view(-1, *(1,) * (latents.ndim - 1))
-        noisy = (1 - share) * latents + share * noise
         names, fixed = self._inputs.names, self._inputs.fixed(len(latents))
         dtype = dtype_of(self.net)
         given = {name: _typed(batch[name], dtype) for name in self._inputs.conditions} | fixed
+        if latents.is_floating_point():
+            share = time.view(-1, *(1,) * (latents.ndim - 1))
+            given[names[0]] = ((1 - share) * latents + share * noise).to(dtype)
+        else:  # tokens: some are replaced by the mask's
+            given[names[0]] = torch.where(noise > 0, latents, torch.zeros_like(latents))
+        if names[1]:
+            given[names[1]] = time
+        if "encoder_hidden_states_llama3" in given:  # by layer first
+            given["encoder_hidden_states_llama3"] = given["encoder_hidden_states_llama3"].transpose(0, 1)
         with reading(self._inputs.integers):
-            predicted: Tensor = self.net(**{names[0]: noisy.to(dtype), names[1]: time}, **given, return_dict=False)[0]
-        return (predicted[:, : latents.shape[1]].float() - (noise - latents)).square().flatten(1).mean(1)
+            returned = self.net(**given) if isinstance(self.net, diffusers.UVit2DModel) else self.net(**given, return_dict=False)[0]
+        return self._inputs.loss(returned, noise, latents)
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,6 +195,12 @@ class DenoiserModel(Model):
             adapt(net)
         elif recipe.adapter is not None:
             add_adapter(net, recipe.adapter)
+        if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
+            raise UserError(
+                "UVit2DModel cannot recompute its blocks: in diffusers 0.42 they are called by names that its checkpoint does not take",
+                where="train.gradient_checkpointing",
+                remedy="--set train.gradient_checkpointing=false",
+            )
         checkpoint_activations(net, recipe.train.checkpointed)
         smaller.offload_base(net, recipe, torch.device("cpu"))
         self._turn = DenoiserTurn(net, self._inputs)

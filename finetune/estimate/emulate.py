@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, cast, final
 from unittest import mock
 
@@ -31,6 +32,30 @@ FLOAT32 = {
 }
 FLOAT32_RESULT = {"prod", "softmax", "log_softmax", "cumprod", "cumsum", "sum"}  # computed into float32 without a copy of what goes in
 FLASH_MOST = 256  # the widest head that flash attention takes (torch's sdp_utils.cpp, check_head_dim_size_flash)
+
+
+_experts = ContextVar("experts", default=1)
+
+
+@final
+class Routing:
+    """Hooks of a module within which each of so many boolean masks takes an equal share of the rows: fake tensors have no values to choose by."""
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+
+    def begin(self, *_: Any) -> None:
+        """Before its forward pass."""
+        _experts.set(self._experts)
+
+    def end(self, *_: Any) -> None:
+        """After it."""
+        _experts.set(1)
+
+
+def _share(mask: Tensor) -> Tensor:
+    """As many row numbers as an equal share of `mask` would be."""
+    return torch.arange(-(-len(mask) // _experts.get()))
 
 
 @final
@@ -79,6 +104,8 @@ class Cuda(TorchFunctionMode):
                 kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float32}
         if name == "scaled_dot_product_attention":
             return attention(*args, **kwargs)
+        if name in ("__getitem__", "__setitem__") and isinstance(args[1], Tensor) and args[1].dtype == torch.bool and _experts.get() > 1:
+            args = (args[0], _share(args[1]), *args[2:])
         return func(*args, **kwargs)
 
     def _all_cast(self, values: Any, dtype: torch.dtype) -> Any:

@@ -11,9 +11,10 @@ from typing import Any, final
 from finetune.engine.progress import duration
 from finetune.errors import UserError
 from finetune.estimate.advice import advice, sets
-from finetune.estimate.constants import CONTEXT, GIB
+from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast, forecast, levers, pulled
-from finetune.estimate.gpus import find
+from finetune.estimate.gpus import find, this_cpu
+from finetune.estimate.group import Group
 from finetune.planning import Plan
 
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
@@ -43,19 +44,32 @@ class Expected:
 
 
 def expect(plan: Plan) -> Expected:
-    """What `plan` will need of the GPU that it names, whose memory is the machine's own figure."""
+    """What `plan` will need of the device that it names, whose memory is the machine's own figure."""
     machine, train = plan.machine, plan.recipe.train
-    if machine.device != "cuda":
-        return Expected(None, f"the estimates are for GPUs, and this run takes {machine.device}")
-    if plan.precision == "float32":
-        return Expected(None, "the cards are of 16-bit arithmetic, and this run computes in float32")
+    if reason := _out_of_reach(plan):
+        return Expected(None, reason)
     counted = dataclasses.replace(plan.recipe, train=dataclasses.replace(train, steps=plan.steps, epochs=None))
     try:
-        gpu = dataclasses.replace(find(machine.name), visible_gib=machine.memory_bytes / GIB)
-        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, gpus=machine.processes)
+        found = this_cpu() if machine.device == "cpu" else find(machine.name)
+        gpu = dataclasses.replace(found, visible_gib=machine.memory_bytes / GIB)
+        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, group=Group(machine.processes))
     except UserError as error:
         return Expected(None, error.problem)
     return Expected(one)
+
+
+def _out_of_reach(plan: Plan) -> str:
+    """Why no card can tell of this plan; "" if one may."""
+    machine = plan.machine
+    if machine.device not in ("cuda", "cpu"):
+        return f"the estimates are for NVIDIA GPUs and CPUs, and this run takes {machine.device}"
+    if machine.device == "cuda" and plan.precision == "float32":
+        return "the cards of GPUs are of 16-bit arithmetic, and this run computes in float32"
+    if machine.device == "cpu" and plan.precision != "float32":
+        return f"the cards of CPUs are of float32, and this run computes in {plan.precision}"
+    if machine.device == "cpu" and machine.processes > 1:
+        return "several processes share one CPU"
+    return ""
 
 
 def does_not_fit(one: Forecast) -> UserError:
@@ -97,14 +111,14 @@ class Pace:
         """Estimated beside measured, as plain values for `estimate.json`.
 
         Args:
-            memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; None where it is not counted.
+            memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; on a CPU that of the process; None where it is not counted.
         """
         one = self.expected.forecast
         return {
             "gpu": one.gpu.name if one else None,
             "no_estimate": None if one else self.expected.reason,
             "memory_bytes": {
-                "estimated": one.memory.peak - CONTEXT if one else None,
+                "estimated": one.memory.peak - int(one.memory.parts.get("CUDA context", 0)) if one else None,
                 "measured": memory_bytes,
                 "not_measured": NO_COUNTER if memory_bytes is None else None,
             },
@@ -133,7 +147,7 @@ def warning(one: Forecast, live: float, memory_left: float | None) -> str:
 
 def cheapest(one: Forecast) -> Forecast | None:
     """The single edit that saves memory worth naming at the least hours; a smaller resolution only if nothing else does."""
-    made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.gpus) for lever in levers(one.recipe)]
+    made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group) for lever in levers(one.recipe)]
     useful = [edited for edited in made if one.memory.peak - edited.memory.peak >= WORTHWHILE * one.limit]
     return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)
 

@@ -14,6 +14,7 @@ from finetune.estimate.architecture import configs_of
 from finetune.estimate.cards import Card, Variant
 from finetune.estimate.constants import GIB, PACE
 from finetune.estimate.gpus import Gpu
+from finetune.estimate.group import ALONE, Group
 from finetune.estimate.memory import Memory, memory
 from finetune.estimate.speed import Speed, speed
 from finetune.recipe import Recipe, located
@@ -43,7 +44,7 @@ class Forecast:
     """A recipe on a GPU.
 
     Attributes:
-        gpus: how many train together; all else but `usd` is of each.
+        group: how many train together, and how; all else but `usd` is of each.
         edits: levers that were pulled beyond what the recipe says.
         images: pictures that train.
         steps: of the optimizer.
@@ -57,7 +58,7 @@ class Forecast:
     card: Card
     variant: Variant
     gpu: Gpu
-    gpus: int
+    group: Group
     edits: tuple[Lever, ...]
     images: int
     memory: Memory
@@ -73,11 +74,13 @@ class Forecast:
         return self.memory.peak <= self.limit
 
 
-def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = (), gpus: int = 1, traced: Card | None = None) -> Forecast:
+def forecast(
+    recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = (), group: Group = ALONE, traced: Card | None = None
+) -> Forecast:
     """What `recipe` needs on `gpu` for `images` pictures.
 
     Args:
-        gpus: how many of them train together, each on its own batches (DDP).
+        group: how many of them train together, each on its own batches.
         traced: a card of this very configuration, instead of the one of its architecture.
 
     Raises:
@@ -85,9 +88,10 @@ def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Leve
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}")
-    card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe)
-    found = memory(card, variant, recipe, gpu, gpus)
-    pace = speed(card, variant, recipe, gpu, gpus)
+    card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe, gpu)
+    found = memory(card, variant, recipe, gpu, group)
+    pace = speed(card, variant, recipe, gpu, group)
+    gpus = group.count
     train = recipe.train
     batch = train.batch_size * train.accumulation * gpus
     trained = max(1, round(images * (1 - recipe.data.held_out)))
@@ -98,26 +102,30 @@ def forecast(recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Leve
     hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
-    return Forecast(recipe, name, card, variant, gpu, gpus, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
+    return Forecast(recipe, name, card, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
 
 
-def _card_and_variant(recipe: Recipe) -> tuple[Card, Variant]:
+def _card_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Card, Variant]:
     with located(recipe):
-        name = configs_of(recipe.model)[1] if recipe.method != "scratch" else ""
-        if name not in cards.known():
+        if recipe.method == "scratch":
+            card = cards.card_of_build(recipe)
+        else:
+            name = configs_of(recipe.model)[1]
+            card = cards.load(name) if name in cards.known() else None
+        if card is None:
             known = ", ".join(cards.known())
-            raise UserError("no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}, LoRA and full")
-        card = cards.load(name)
-        return card, cards.variant_of(card, recipe)
+            raise UserError("no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}")
+        return card, cards.variant_of(card, recipe, gpu.device)
 
 
 def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
     """Seconds of encoding every picture once, in float32, and of the samples while training."""
-    area = (recipe.data.resolution / card.resolution) ** 2
-    rate = gpu.tflops * 1e12 * PACE.conv
+    area, out = (recipe.data.resolution / card.resolution) ** 2, card.outside[gpu.device]
+    rate = gpu.calibration.conv.rate if gpu.calibration else gpu.tflops * 1e12 * PACE.conv
+    encoding = rate if gpu.calibration else rate * PACE.float32
     looks = steps // recipe.sample.every + 2
-    drawn = looks * len(recipe.sample.prompts) * recipe.sample.steps * card.sample_flops
-    return area * (images * card.encode_flops / (rate * PACE.float32) + drawn / rate)
+    drawn = looks * len(recipe.sample.prompts) * recipe.sample.steps * out.sample_flops
+    return area * (images * out.encode_flops / encoding + drawn / rate)
 
 
 def levers(recipe: Recipe) -> list[Lever]:
@@ -157,10 +165,20 @@ def pulled(recipe: Recipe, edits: tuple[Lever, ...]) -> Recipe:
 
 def fitting(first: Forecast) -> list[Forecast]:
     """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does, or it was traced."""
-    known = levers(first.recipe) if len(first.card.variants) > 1 else []
+    known = [lever for lever in levers(first.recipe) if _told(first, (lever,)) is not None] if len(first.card.variants) > 1 else []
     for count in range(1, LARGEST_LEVERS + 1):
         tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
-        found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits, first.gpus) for edits in tried]
-        if fit := [one for one in found if one.fits]:
-            return sorted(fit, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
+        if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
+            found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits, first.group) for edits in fit]
+            return sorted(found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
     return []
+
+
+def _told(first: Forecast, edits: tuple[Lever, ...]) -> int | None:
+    """The peak with these edits; None where the card does not tell of them."""
+    recipe = pulled(first.recipe, edits)
+    try:
+        variant = cards.variant_of(first.card, recipe, first.gpu.device)
+    except UserError:
+        return None
+    return memory(first.card, variant, recipe, first.gpu, first.group).peak

@@ -20,10 +20,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from finetune import strictyaml
 from finetune.errors import UserError
+from finetune.estimate.cpu import Calibration, calibration, cpu_name, host_memory, threads
 from finetune.recipe import ASSETS
 
 PRICES = "FT_PRICES"
@@ -75,6 +76,7 @@ class Gpu:
         price: per hour, or None where nothing is known.
         note: what is approximate, derived or disputed in these figures.
         tflops_source, other_source: where `tflops`, and memory and bandwidth, come from.
+        calibration: of a CPU, which is then its own host: how fast it is. None of GPUs, whose pace is their figures' (`constants.PACE`).
         also: words that a full name may add, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
     """
 
@@ -91,6 +93,12 @@ class Gpu:
     tflops_source: str
     other_source: str
     also: str = ""
+    calibration: Calibration | None = None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Whose variants of a card are its own."""
+        return "cpu" if self.calibration else "cuda"
 
     @property
     def model(self) -> str:
@@ -155,6 +163,28 @@ def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
         note=f"torch is taken to see {VISIBLE_SHARE:.0%} of its memory, and its tensor cores to take bfloat16",
         tflops_source="given by hand",
         other_source="given by hand",
+    )
+
+
+def this_cpu(processes: int = 1) -> Gpu:
+    """The CPU of this machine, as something to train on. It has no price."""
+    found = calibration(threads(processes))
+    gib = host_memory() / 2**30
+    measured = f"measured {found.date}" if found.measured else "not measured: taken to be as fast, core for core, as the one that the assets hold"
+    return Gpu(
+        id="cpu",
+        name=f"CPU ({cpu_name()}, {found.threads} thread{'s' if found.threads > 1 else ''})",
+        sold_gb=gib,
+        total_mib=round(gib * 1024),
+        visible_gib=gib,
+        tflops=found.matmul.rate / 1e12,
+        bfloat16=False,
+        bandwidth=found.other.rate / 1e9,
+        price=None,
+        note=measured,
+        tflops_source=measured,
+        other_source=measured,
+        calibration=found,
     )
 
 

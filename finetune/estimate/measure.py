@@ -3,67 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from finetune.data.scan import Audit
 from finetune.estimate.allocator import replay
-from finetune.estimate.cards import Card, parsed
+from finetune.estimate.cards import Card, Device, build_key, parsed, settings_of
 from finetune.estimate.subject import DENOISING_STEPS, Phase, Subject
 from finetune.models.turn import Model
 from finetune.planning import Plan
 from finetune.recipe import Precision, Recipe
 
 BATCHES = (2, 4)  # two points of a line; at 1 some operators differ (what is contiguous anyhow needs no copy)
+ALIKE = math.log(1.5)  # operators within this factor of each other are counted as one, by their means
+BYTES_A_TRAINED = 16  # of a float32 weight, its gradient and AdamW's two moments; at rank 16 of SDXL's attention within 2 % of the measured slope
+DIGITS = 5  # of a card's figures of operators
+UPDATE = ("optimizer",)  # sections of what comes once a step; `MICRO` are those of what is accumulated
+MICRO = ("forward", "backward")
 
 
-def point(title: str, recipe: Recipe, precision: Precision, build: Callable[[Plan], Model] | None = None) -> tuple[Card, dict[str, Phase]]:
+def point(
+    title: str,
+    recipe: Recipe,
+    precision: Precision,
+    device: Device = "cuda",
+    audit: Audit | None = None,
+    build: Callable[[Plan], Model] | None = None,
+) -> tuple[Card, dict[str, Phase]]:
     """A card of this one configuration, and the traced phases that it is made of: a line through one point has no slope."""
     side = recipe.data.resolution
     without = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, ema=None))  # averages are added to what a card says
-    phases = Subject(without, precision, (side, side), build=build).phases()
-    overrides = {
-        "adapter": recipe.adapter.targets if recipe.adapter else None,
-        "checkpointing": recipe.train.checkpointed,
-        "optimizer": recipe.optimizer.name,
-        "rank": recipe.adapter.rank if recipe.adapter else 0,
+    phases = Subject(without, precision, (side, side), audit=audit, build=build, device=device).phases()
+    found = {
+        "name": "traced",
+        "title": title,
+        "family": recipe.model.family,
+        "build": build_key(recipe),
+        "resolution": side,
+        "parameters": parameters(phases),
+        "outside": {device: outside(phases)},
+        "versions": {},
+        "variants": [variant(recipe, device, [phases], [phases], None)],
     }
-    facts = {"name": "traced", "title": title, "family": recipe.model.family, "resolution": side, "versions": {}, **outside(phases)}
-    return parsed({**facts, "variants": [variant(recipe.method, overrides, [phases], [phases], None)]}), phases
+    return parsed(found), phases
 
 
 def variant(
-    method: str, overrides: dict[str, Any], first: list[dict[str, Phase]], second: list[dict[str, Phase]], higher: tuple[int, dict[str, Phase]] | None
+    recipe: Recipe, device: Device, first: list[dict[str, Phase]], second: list[dict[str, Phase]], higher: tuple[int, dict[str, Phase]] | None
 ) -> dict[str, Any]:
     """A variant of a card.
 
     Args:
+        recipe: as it was traced.
         first, second: runs at the two `BATCHES`: without accumulation and, where gradients weigh, with it.
-        higher: a higher rank, and a run at it, as the first of `first`.
+        higher: a higher rank, and a run at it, as the first of `first`; without it, one rank more adds its weights, gradients and state.
     """
     pairs = [[replay(run["train"].events) for run in runs] for runs in zip(first, second, strict=True)]
     peaks = [[line(low.peak_allocated, high.peak_allocated), line(low.peak_reserved, high.peak_reserved)] for low, high in pairs]
     held = first[0]["train"].held
+    rank = recipe.adapter.rank if recipe.adapter else 0
     found = {
-        "method": method,
-        "targets": overrides["adapter"] or "",
-        "checkpointing": overrides["checkpointing"],
-        "optimizer": overrides["optimizer"],
-        "rank": overrides["rank"],
-        "trained": held["trained"] // 4,
+        "device": device,
+        "settings": settings_of(recipe),
+        "rank": rank,
+        "trained": held["trained parameters"],
         "weights": held["weights"],
         "adapters": held["trained"],
         "state": held["optimizer"],
         "allocated": peaks[0][0],
         "reserved": peaks[0][1],
         "accumulating": peaks[-1],
-        "rank_bytes": 0.0,
+        "rank_bytes": BYTES_A_TRAINED * held["trained parameters"] / rank if rank else 0.0,
     }
     if higher:
-        rank, run = higher
-        found["rank_bytes"] = (replay(run["train"].events).peak_allocated - pairs[0][0].peak_allocated) / (rank - overrides["rank"])
-    parts = {"micro": ("forward", "backward"), "update": ("optimizer",)}
-    return found | {key: works(*(operators(runs[0]["train"], names) for runs in (first, second))) for key, names in parts.items()}
+        more, run = higher
+        found["rank_bytes"] = (replay(run["train"].events).peak_allocated - pairs[0][0].peak_allocated) / (more - rank)
+    parts = {"micro": MICRO, "update": UPDATE}
+    return found | {key: works(device, *(operators(runs[0]["train"], names) for runs in (first, second))) for key, names in parts.items()}
 
 
 def line(low: float, high: float) -> list[float]:
@@ -72,34 +90,72 @@ def line(low: float, high: float) -> list[float]:
     return [low - BATCHES[0] * slope, slope]
 
 
-def operators(phase: Any, names: tuple[str, ...]) -> list[Any]:
-    """Operators of the last step, of the sections with these names; of what it accumulates, the last."""
-    last = max(number for number, section in enumerate(phase.sections) if section.name == "forward")
-    return [operator for section in phase.sections[last:] if section.name in names for operator in section.operators]
+def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
+    """Operators of the last step, of the sections with these names; of what it accumulates, the last: of each turn of the step."""
+    last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
+    found: list[Any] = []
+    of_turn: list[Any] = []
+    for section in phase.sections[last:]:
+        if section.name == "forward":
+            of_turn = []
+        if section.name in names:
+            of_turn += section.operators
+        if section.name == "optimizer":
+            found += of_turn
+            of_turn = []
+    return found
 
 
-def works(low: list[Any], high: list[Any]) -> list[list[Any]]:
-    """Operators that cost the same, with their number; the two lists are of the same step at BATCHES, so they go side by side."""
-    counted: Counter[tuple[Any, ...]] = Counter()
+def works(device: Device, low: list[Any], high: list[Any]) -> list[list[Any]]:
+    """Operators that cost about the same, by their means, with their number; the two lists are of one step at BATCHES, so they go side by side."""
+    alike: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     for one, other in zip(low, high, strict=True):
         if (one.kind, one.width, one.eager) != (other.kind, other.width, other.eager):
             raise RuntimeError(f"the step at batch {BATCHES[0]} and the one at batch {BATCHES[1]} run other operators: {one}, {other}")
-        counted[(one.kind, one.width, int(one.eager), *line(one.flops, other.flops), *line(one.bytes, other.bytes))] += 1
-    return [[*key, count] for key, count in sorted(counted.items(), key=lambda item: -item[0][4])]
+        figures = [*line(one.flops, other.flops), *line(one.bytes, other.bytes)]
+        alike[(one.kind, one.width, int(one.eager), *(_ratios if device == "cuda" else _sizes)(*figures))].append(figures)
+    found = [[*key[:3], *(_rounded(sum(column) / len(rows)) for column in zip(*rows, strict=True)), len(rows)] for key, rows in alike.items()]
+    return sorted(found, key=lambda work: (-work[4], -work[6], work))
+
+
+def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
+    """What decides whether FLOPs or bytes bound an operator: a GPU takes twice as long for twice as much of both."""
+    return (_magnitude(f0 / f1 if f1 else 0), _magnitude(b1 / f1 if f1 else 0), _magnitude(b0 / f1 if f1 else 0)) if f0 or f1 else ()
+
+
+def _sizes(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
+    """A CPU's pace also hangs on how much each operator does; and how that grows, on what it does whatever the batch, in quarters."""
+    flops, moved = (one + BATCHES[0] * more for one, more in ((f0, f1), (b0, b1)))
+    return _magnitude(flops), _magnitude(moved), round(4 * f0 / flops) if flops else 0, round(4 * b0 / moved) if moved else 0
+
+
+def _magnitude(figure: float) -> int:
+    return round(math.log(figure) / ALIKE) if figure > 0 else -1_000_000
+
+
+def _rounded(figure: float) -> float:
+    found = float(f"{figure:.{DIGITS}g}")
+    return int(found) if found.is_integer() else found
+
+
+def parameters(first: dict[str, Phase]) -> dict[str, int]:
+    """Of each net, by the bytes that a run at batch 1 holds. A denoiser alone has no others."""
+    train = first["train"]
+    found = {"denoiser": train.held["parameters"], **{name: train.held[name] for name in ("largest unit", "outside units")}}
+    if encode := first.get("encode"):
+        found |= {name: encode.held[f"{name} parameters"] for name in ("vae", "text encoders")}
+    return found
 
 
 def outside(first: dict[str, Phase]) -> dict[str, Any]:
     """What happens outside the loop: encoding and sampling, at batch 1. A denoiser alone does neither."""
-    train = first["train"]
-    found: dict[str, Any] = {"parameters": {"denoiser": train.held["weights"] // 2 or train.held["trained"] // 4}, "encode": [0, 0], "sample": [0, 0]}
-    found |= {"encode_flops": 0, "sample_flops": 0}
+    found: dict[str, Any] = {"encode": [0, 0], "sample": [0, 0], "encode_flops": 0, "sample_flops": 0}
     if encode := first.get("encode"):
-        held = sum(encode.held.values())
-        found["parameters"] |= {"vae": encode.held["vae"] // 4, "text encoders": encode.held.get("text encoders", 0) // 2}
+        held = encode.held["vae"] + encode.held["text encoders"]
         found["encode"] = [held, replay(encode.events).peak_reserved - held]
         found["encode_flops"] = sum(operator.flops for section in encode.sections for operator in section.operators)
     if sample := first.get("sample"):
-        nets = train.held["weights"] + train.held["trained"] + sample.held["vae"]
+        nets = first["train"].held["weights"] + first["train"].held["trained"] + sample.held["vae"]
         found["sample"] = [sample.held["vae"], replay(sample.events).peak_reserved - nets]
         found["sample_flops"] = sum(operator.flops for section in sample.sections for operator in section.operators) / DENOISING_STEPS
     return found

@@ -8,6 +8,7 @@ from typing import final
 from finetune.estimate.cards import Card, Variant
 from finetune.estimate.constants import CONTEXT, WORKSPACE, WORKSPACE_HOPPER
 from finetune.estimate.gpus import Gpu
+from finetune.estimate.group import ALONE, Group
 from finetune.recipe import Recipe
 
 HOPPER = ("h100", "h200", "gh200")
@@ -36,11 +37,13 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1) -> Memory:
-    """What `recipe` takes on `gpu`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace.
+def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Memory:
+    """What `recipe` takes on one of `group`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace.
 
-    On several GPUs, DistributedDataParallel keeps every gradient once more, in buckets (`gradient_as_bucket_view` is off in Accelerate).
+    DistributedDataParallel keeps every gradient once more, in buckets (`gradient_as_bucket_view` is off in Accelerate). A CPU caches
+    nothing, so there it is what is allocated; and the VAE stays where it is.
     """
+    on_cpu, out = gpu.device == "cpu", card.outside[gpu.device]
     area = (recipe.data.resolution / card.resolution) ** 2
     load = area * recipe.train.batch_size
     higher = (recipe.adapter.rank - variant.rank) if recipe.adapter else 0
@@ -50,44 +53,55 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1
     lines = variant.accumulating if recipe.train.accumulation > 1 else (variant.allocated, variant.reserved)
     more = variant.rank_bytes * higher + state - variant.state * grown
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
-    averages = 4 * trained if recipe.train.ema else 0.0
-    buckets = 4 * trained if gpus > 1 else 0.0
-    kept = variant.weights + adapters + state + averages
     gradients = min(4 * trained, allocated - variant.weights - adapters - state)
+    share = group.share
     parts = {
-        "weights": variant.weights,
-        "adapters" if recipe.adapter else "trained weights": adapters,
-        "gradients": gradients,
-        f"optimizer ({recipe.optimizer.name})": state,
-        "averages": averages,
-        "gradient buckets": buckets,
-        "activations": allocated - variant.weights - adapters - state - gradients,
-        "fragmentation": reserved - allocated,
-        "cuBLAS workspace": around(gpu) - CONTEXT,
-        "CUDA context": CONTEXT,
+        "weights": variant.weights * share,
+        "adapters" if recipe.adapter else "trained weights": adapters * share,
+        "gradients": gradients * share,
+        f"optimizer ({recipe.optimizer.name})": state * share,
+        "averages": 4 * trained * share if recipe.train.ema else 0.0,
+        "gradient buckets": 4 * trained if group.count > 1 and not group.sharded else 0.0,
+        "gathered weights": group.gathered(card),
+        "activations": allocated - variant.weights - adapters - state - gradients - group.spared(recipe, trained),
+        "fragmentation": 0.0 if on_cpu else reserved - allocated,
+        "VAE": out.sample[0] if on_cpu else 0.0,
+        **around(gpu),
     }
+    there = sum(around(gpu).values())
+    kept = sum(parts[name] for name in (*list(parts)[:2], f"optimizer ({recipe.optimizer.name})", "averages"))
     # In full fine-tuning CLIP text encoders stay in float32, trained or not (`models.text_to_image`).
-    encoders = 2 * card.parameters["text encoders"] if recipe.method == "full" and card.family in ("sd", "sdxl") else 0
+    of_clip = recipe.method == "full" and card.family in ("sd", "sdxl") and not on_cpu
+    encoders = 2 * card.parameters.get("text encoders", 0) if of_clip else 0
     phases = {
-        "encode": card.encode[0] + card.encode[1] * area + encoders + around(gpu),
-        "train": reserved + averages + buckets + around(gpu),
-        "sample": kept + card.sample[0] + card.sample[1] * area + around(gpu),
-        "save": kept + around(gpu),
+        "encode": out.encode[0] + out.encode[1] * area + encoders + there,
+        "train": sum(parts.values()),
+        "sample": kept + out.sample[0] + out.sample[1] * area + there,
+        "save": kept + there,
     }
     return Memory({name: round(value) for name, value in parts.items() if value}, {name: round(value) for name, value in phases.items()})
 
 
-def around(gpu: Gpu) -> int:
-    """What is there whatever trains: CUDA's context and cuBLAS's workspace."""
-    return CONTEXT + (WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE)
+def around(gpu: Gpu) -> dict[str, float]:
+    """What is there whatever trains: CUDA's context and cuBLAS's workspace; on a CPU, Python and its libraries."""
+    if gpu.calibration:
+        return {"Python, PyTorch": gpu.calibration.held}
+    return {"cuBLAS workspace": WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE, "CUDA context": CONTEXT}
 
 
 def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
     """The optimizer's state for what trains at the rank of the measurement."""
     name = recipe.optimizer.name
-    if variant.optimizer == name:
+    if variant.settings["optimizer.name"] == name:
         return variant.state
-    factored = next((one for one in card.variants if one.method == variant.method and one.optimizer == "adafactor"), None)
+    factored = next(
+        (
+            one
+            for one in card.variants
+            if (one.device, one.settings["method"], one.settings["optimizer.name"]) == (variant.device, recipe.method, "adafactor")
+        ),
+        None,
+    )
     # Matrices of an adapter of rank r have about one row or column for r weights; of whole nets, Adafactor's measurement tells.
     sums = 1 / variant.rank if variant.rank else factored.state / 4 / factored.trained if factored else 0.0
     return variant.trained * bytes_a_weight(name, sums)

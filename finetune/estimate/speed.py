@@ -8,7 +8,9 @@ from typing import final
 
 from finetune.estimate.cards import Card, Variant, Work
 from finetune.estimate.constants import INTERCONNECT, PACE, Pace
+from finetune.estimate.cpu import Calibration
 from finetune.estimate.gpus import Gpu
+from finetune.estimate.group import ALONE, Group
 from finetune.recipe import Recipe
 
 
@@ -35,36 +37,38 @@ class Speed:
         return self.compute + self.bandwidth + self.launch + self.exchange
 
 
-def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, gpus: int = 1) -> Speed:
-    """The step of `recipe` on `gpu`: as many forward and backward passes as it accumulates, and one update.
+def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
+    """The step of `recipe` on one of `group`: as many forward and backward passes as it accumulates, and one update.
 
-    On several, a ring sends each gradient 2 (n − 1) / n times; that part of it runs beside the backward pass is left out.
+    That a part of what is exchanged goes on beside the computing is left out.
     """
     load = (recipe.data.resolution / card.resolution) ** 2, recipe.train.batch_size
     found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
     grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
-    return replace(found, exchange=2 * (gpus - 1) / gpus * 4 * variant.trained * grown / INTERCONNECT)
+    return replace(found, exchange=group.exchanged(card, recipe, variant.trained * grown) / INTERCONNECT)
 
 
 def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pace: Pace = PACE, area: float = 1.0, batch: int = 1) -> Speed:
     """A step of `times` passes and an update, for `batch` pictures of `area` native ones each.
 
-    A kernel takes the longer of computing and of moving its bytes. The host runs ahead of the GPU until the step's end,
-    so that the step takes the longer of all kernels and of all launches.
+    A kernel takes the longer of computing and of moving its bytes. A GPU's host runs ahead of it until the step's end,
+    so that the step takes the longer of all kernels and of all launches; a CPU does both itself.
     """
-    compute = bandwidth = host = 0.0
+    host: Pace | Calibration = gpu.calibration or pace
+    compute = bandwidth = launch = 0.0
     operators = 0
     for works, repeated in ((micro, times), (update, 1)):
         for work in works:
             count = repeated * work.count
             computing, moving = seconds(work, gpu, pace, area, batch)
             operators += count
-            host += count * (pace.launch if work.eager else pace.launch_engine)
+            launch += count * (host.launch if work.eager else host.launch_engine)
             if computing >= moving:
                 compute += count * computing
             else:
                 bandwidth += count * moving
-    return Speed(compute, bandwidth, max(0.0, host - compute - bandwidth), operators)
+    waited = launch if gpu.calibration else max(0.0, launch - compute - bandwidth)
+    return Speed(compute, bandwidth, waited, operators)
 
 
 def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:
@@ -72,5 +76,8 @@ def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[
     # Attention's FLOPs grow with the square of the picture's area, all else with the area.
     flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
     moved = work.bytes[0] + work.bytes[1] * batch * area
+    if gpu.calibration:
+        computing = 0.0 if work.kind == "other" else getattr(gpu.calibration, work.kind).seconds(flops)
+        return computing, gpu.calibration.other.seconds(moved)
     rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
     return flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast, final
@@ -43,7 +43,7 @@ from finetune.planning import DataFacts, Machine, Plan
 from finetune.recipe import Model as ModelSection
 from finetune.recipe import Precision, Recipe
 
-STEPS = 2  # the first makes the optimizer's state, the second is as all that follow
+STEPS = 2
 DENOISING_STEPS = 2  # of a sample: each is as the last
 
 
@@ -123,7 +123,8 @@ class Subject:
         trained_dtype: of what trains in other trainers' runs, which estimates are checked against; none: as the recipe says.
         build: makes the model of a plan, where it is no family of `models/`.
         autocast: other trainers' runs may compute in `precision` without it.
-        device: whose autocast, kernels and optimizers are traced; "cpu" is there to hold the trace against real runs.
+        device: whose autocast, kernels and optimizers are traced.
+        steps: that are; the first makes the optimizer's state, the second is as all that follow.
     """
 
     def __init__(
@@ -136,13 +137,14 @@ class Subject:
         build: Callable[[Plan], Model] | None = None,
         autocast: bool = True,
         device: standins.Device = "cuda",
+        steps: int = STEPS,
     ) -> None:
         recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, prompts=("",), negative=""))
         self.plan, self.size = plan_for(recipe, precision, size), size
         self._audit, self._trained_dtype = cast(Audit, audit), trained_dtype
         self._make = build or self._family
         self._autocast = DTYPES[precision] if autocast and precision != "float32" else None
-        self._device = device
+        self._device, self._steps = device, steps
 
     def phases(self, only_training: bool = False) -> dict[str, Phase]:
         """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
@@ -180,9 +182,16 @@ class Subject:
             return None, encoders.encode_picture(pixels) | encoders.encode_caption("") | geometry
         gc.collect()
         with Recorder() as recorder, torch.no_grad():
-            held = {"vae": recorder.adopt(tensors_of(model.pipeline.vae))}
+            held = {
+                "vae": recorder.adopt(tensors_of(model.pipeline.vae)),
+                "text encoders": 0,
+                **dict.fromkeys(("vae parameters", "text encoders parameters"), 0),
+            }
+            held["vae parameters"] = _parameters(model.pipeline.vae)
             if not (self.plan.recipe.model.train_text_encoder or self.plan.recipe.tokens):  # of encoders that wait in host memory, what does not wait
-                held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in encoders.text_encoders.values())  # type: ignore[attr-defined]
+                texts = list(encoders.text_encoders.values())  # type: ignore[attr-defined]
+                held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in texts)
+                held["text encoders parameters"] = sum(_parameters(net) for net in texts)
             recorder.section("encode text")
             caption = encoders.encode_caption("")
             recorder.section("encode pictures")
@@ -199,10 +208,15 @@ class Subject:
                 "weights": sum(tensor.numel() * tensor.element_size() for tensor in _once(tensors) if id(tensor) not in trained),
                 "trained": sum(tensor.numel() * tensor.element_size() for tensor in _once(tensors) if id(tensor) in trained),
             }
+            held["trained parameters"] = sum(parameter.numel() for parameter in model.trained().values())
+            parameters = [parameter for turn in model.turns() for parameter in turn.net.parameters()]
+            frozen = sum(parameter.numel() for parameter in _once(parameters) if not parameter.requires_grad)
+            held["parameters"] = frozen if self.plan.recipe.method == "lora" else sum(parameter.numel() for parameter in _once(parameters))
+            held |= _units(model)
             recorder.adopt(tensors)
             recorder.section("state")
             trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast, recorder))
-            for step in range(STEPS):
+            for step in range(self._steps):
                 recorder.section("batch")
                 trainer.take(step)
             recorder.section("end")
@@ -235,8 +249,24 @@ class _NoPicture:
         return pixels
 
 
-def _once(tensors: list[Tensor]) -> list[Tensor]:
+def _once(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _units(model: Model) -> dict[str, int]:
+    """Parameters of the largest of the units that Accelerate's FSDP would wrap (a net's `_no_split_modules`), and of what is in none."""
+    nets = [module for turn in model.turns() for module in turn.net.modules() if getattr(module, "_no_split_modules", None)]
+    names = {name for net in nets for name in cast(list[str], net._no_split_modules)}
+    sizes, unit_of = {0: 0}, dict.fromkeys((id(parameter) for turn in model.turns() for parameter in turn.net.parameters()), 0)
+    for module in (module for net in nets for module in net.modules() if type(module).__name__ in names):  # inner ones come after outer ones
+        unit_of |= dict.fromkeys((id(parameter) for parameter in module.parameters()), id(module))
+    for parameter in _once([parameter for turn in model.turns() for parameter in turn.net.parameters()]):
+        sizes[unit_of[id(parameter)]] = sizes.get(unit_of[id(parameter)], 0) + parameter.numel()
+    return {"outside units": sizes.pop(0), "largest unit": max(sizes.values(), default=0)}
+
+
+def _parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def _bytes(tensor: Tensor) -> int:

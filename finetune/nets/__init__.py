@@ -9,10 +9,17 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 
 class Section(ABC):
-    """What every family's `Net` says of itself besides its keys."""
+    """What every family's `Net` says of itself besides its keys.
+
+    Attributes:
+        kind: of model: VAE, GAN, flow, autoregressive or diffusion, by which `ft estimate --goal` chooses.
+    """
+
+    kind: ClassVar[str]
 
     @property
     @abstractmethod
@@ -23,6 +30,12 @@ class Section(ABC):
 def families() -> list[str]:
     """The families that have a section of their own."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+def kind(family: str) -> str:
+    """What kind of model a family is; those without a section of their own are the VAE of latent diffusion, and denoisers."""
+    found = section(family)
+    return found.kind if found else "VAE" if family == "vae" else "diffusion"
 
 
 def section(family: str) -> type[Section] | None:

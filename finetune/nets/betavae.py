@@ -11,6 +11,7 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Net(Section):
+    kind = "VAE"
     latent: int = number(32, minimum=1)  # numbers that a picture is put into
     width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
     halvings: int = number(2, minimum=1)  # times that the sides are halved before the latent is read off

@@ -10,3 +10,5 @@ from finetune.nets._flow import Flow
 @dataclass(frozen=True)
 class Net(Flow):
     """As any flow's."""
+
+    kind = "flow"

@@ -10,6 +10,7 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Net(Section):
+    kind = "autoregressive"
     width: int = number(96, minimum=4)
     layers: int = number(4, minimum=1)
     heads: int = number(4, minimum=1)  # they share the width evenly

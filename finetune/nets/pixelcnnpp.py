@@ -11,5 +11,6 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Net(Stack):
+    kind = "autoregressive"
     observation: Literal["categorical", "logistics"] = "logistics"  # a probability for each level of a grey, or mixtures of logistics
     mixtures: int = number(10, minimum=1)  # of logistics a pixel

@@ -10,6 +10,7 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Net(Stack):
+    kind = "autoregressive"
     embedding: int = number(16, minimum=1)  # numbers that a code is read as
 
     @property

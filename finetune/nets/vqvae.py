@@ -11,6 +11,7 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Net(Section):
+    kind = "VAE"
     width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
     halvings: int = number(2, minimum=1)  # a code stands for a square of 2^halvings pixels
     blocks: int = number(1, minimum=1)  # residual blocks at each size

@@ -1,0 +1,90 @@
+"""Recipes' steps on this machine's CPU beside their estimates, after a two-second calibration in the same run: scripts/check_cpu.py [NAME …]
+
+Times are the processor's, shared out to the threads, so that what else the machine does meanwhile does not count. With --default the
+calibration is also written to finetune/assets/cpu.json: what an unmeasured CPU is taken to be, core for core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import cast
+
+import click
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.data.dataset import Dataset
+from finetune.data.scan import scan
+from finetune.engine.loop import Trainer
+from finetune.engine.run import Run
+from finetune.estimate.calibrate import calibrate
+from finetune.estimate.cpu import FILE, Calibration, plain, threads
+from finetune.estimate.forecast import forecast
+from finetune.estimate.gpus import this_cpu
+from finetune.estimate.subject import MadeUp, Subject, skeletons
+from finetune.recipe import ASSETS, load_recipe
+
+RECIPES = ("scratch/emoji-vae", "scratch/emoji-diffusion", "scratch/vae", "lora/emoji", "full/emoji")
+WARM_UP, STEPS = 2, 5
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--write", is_flag=True, help="Write the errors to finetune/assets/accuracy.json.")
+@click.option("--default", is_flag=True, help="Write the calibration, of one thread, to finetune/assets/cpu.json.")
+def main(names: tuple[str, ...], write: bool, default: bool) -> None:
+    """Take a few steps of each recipe, beside its estimate."""
+    torch.set_num_threads(1 if default else threads())
+    start = time.perf_counter()
+    found = calibrate()
+    print(f"{found.name}, {found.threads} threads, calibrated in {time.perf_counter() - start:.1f} s", flush=True)
+    if default:
+        (ASSETS / FILE).write_text(json.dumps([plain(found)], indent=1) + "\n", encoding="utf-8")
+    off = [compared(name, found) for name in names or RECIPES]
+    errors = sorted(abs(one) for one in off)
+    print(f"{'median':<28} {statistics.median(errors):.0%}, most {errors[-1]:.0%}")
+    if write:
+        file = ASSETS / "accuracy.json"
+        known = json.loads(file.read_text(encoding="utf-8"))
+        known["s/step on a CPU"] = {"median": statistics.median(errors), "most": errors[-1], "rows": len(errors)}
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def compared(name: str, found: Calibration) -> float:
+    """Print one line; predicted ÷ measured − 1."""
+    recipe = load_recipe(name, ["sample.prompts=[]"])
+    one = forecast(recipe, name, dataclasses.replace(this_cpu(), calibration=found), 3000)
+    seconds = statistics.median(taken(name)[WARM_UP:])
+    off = one.speed.seconds / seconds - 1
+    print(f"{name:<28} {seconds:.3f} s, predicted {one.speed.seconds:.3f} ({off:+.0%})", flush=True)
+    return off
+
+
+def taken(name: str) -> list[float]:
+    """Seconds of real steps, on pictures of zeros."""
+    recipe = load_recipe(name)
+    subject = Subject(recipe, "float32", (recipe.data.resolution,) * 2, scan(recipe.data) if recipe.method == "scratch" else None, device="cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with skeletons():
+        model = subject.build()
+        _, example = subject.encode(model)
+        made_up = cast(Dataset, MadeUp(example, torch.zeros))
+        trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
+        found = []
+        for step in range(WARM_UP + STEPS):
+            start = time.process_time()
+            trainer.take(step)
+            found.append((time.process_time() - start) / torch.get_num_threads())
+    return found
+
+
+if __name__ == "__main__":
+    main()
