@@ -73,7 +73,8 @@ def main(traces: Path | None, only: str, write: bool) -> None:
     print("\n".join(f"  {count:>3}  {reason}" for reason, count in left.most_common()))
     found_errors = errors(found)
     if write:
-        (ASSETS / "accuracy.json").write_text(json.dumps(found_errors, indent=1) + "\n", encoding="utf-8")
+        file = ASSETS / "accuracy.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | found_errors, indent=1) + "\n", encoding="utf-8")
 
 
 KEY = ("model", "method", "resolution", "batch_per_gpu", "rank", "weights_dtype", "compute_dtype", "optimizer", "grad_ckpt")
