@@ -190,11 +190,11 @@ def torture(victim: Victim, kills: int, place: Path, dice: random.Random, say: C
         for _ in range(LIVES):
             if hit.total() + victim.survived.total() >= kills:
                 break
-            # The phase that was hit least; what is cached stays so, and only a run's first lives come to it.
-            counts = victim.survived + hit
-            young = not hit.keys() - {"caching"}
-            possible = [phase for phase in AIMED if victim.lasts.get(phase, 0) > SHORTEST[phase] and (young or phase != "caching")]
-            aim = min(possible, key=lambda phase: (counts[phase], dice.random()))
+            # What is cached stays so: a run's first lives alone come to it. After that, the phase that was hit least.
+            counts, young = victim.survived + hit, not hit.keys() - {"caching"}
+            possible = [phase for phase in AIMED if victim.lasts.get(phase, 0) > SHORTEST[phase]]
+            caches = young and "caching" in possible and hit["caching"] < LIVES // len(AIMED)
+            aim = "caching" if caches else min(set(possible) - {"caching"}, key=lambda phase: (counts[phase], dice.random()))
             found = kill_once(victim, recipe, log, aim, dice)
             if found is None:
                 break
