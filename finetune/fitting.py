@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from finetune.recipe import Precision, Recipe
 
 
+TILE = 512  # pixels: side of a VAE's tile; neighbours overlap by a quarter
+QUANTIZED: dict[str, float] = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes a weight: NF4's with the scale of 64; int8's, one a row, weigh nothing
+UNETS = ("sd", "sdxl")  # families whose denoiser is one: its blocks hold blocks
 ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor", "lion", "came")  # optimizers that treat each tensor for itself
 
 
@@ -42,6 +45,11 @@ def check(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:
         train.offload_blocks and train.checkpointed != 1,
         "without checkpointing, the backward pass holds every block's weights until it is through: offloading would save nothing",
         "set train.gradient_checkpointing: true (every block)",
+    )
+    refuse(
+        train.offload_blocks and model.family in UNETS,
+        "a UNet's blocks hold blocks, which the backward pass computes again one by one: none of them can be away as a whole",
+        "remove train.offload_blocks; it is for transformers, such as FLUX or SD 3",
     )
     refuse(
         train.weights == "bfloat16" and recipe.method != "full",

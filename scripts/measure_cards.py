@@ -31,8 +31,20 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "full": {"train.gradient_checkpointing": CHECKPOINTING, "optimizer.name": ("adamw", "adamw8bit", "adafactor")},
     "scratch": {},
 }
+# Further single edits of each recipe: what the advice may name, and the rest of what a recipe can say.
+BESIDE: dict[str, tuple[dict[str, str], ...]] = {
+    "lora": ({"model.quantize": "nf4"}, {"model.quantize": "int8"}, {"train.gradient_checkpointing": "2"}),
+    "full": (
+        {"train.weights": "bfloat16"},
+        {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"},
+        {"train.weights": "bfloat16", "train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"},
+        {"train.gradient_checkpointing": "2"},
+    ),
+    "scratch": (),
+}
 WHOLE = ("base", "sd15", "sd21", "sdxl")  # cards with all of this; of other architectures, as large as they are, what their recipes say
 ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
+SMALL = ("base",)  # on which what stands in BESIDE is measured: larger nets take minutes for each
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 
 
@@ -98,8 +110,14 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
     axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
-    for chosen in itertools.product(*axes.values()):
-        yield "cuda", varied(recipe, dict(zip(axes, chosen, strict=True)))
+    edits = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
+    if name in SMALL:
+        edits += BESIDE[recipe.method]
+    seen: list[dict[str, Any]] = []
+    for edited in (varied(recipe, edit) for edit in edits):
+        if (settings := settings_of(edited)) not in seen:
+            seen.append(settings)
+            yield "cuda", edited
     if name in ON_CPU or recipe.method == "scratch":
         yield "cpu", varied(recipe, {})
 
@@ -118,8 +136,8 @@ def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] 
     """
     from finetune.estimate.measure import BATCHES, variant
 
-    # An adapter's gradients weigh nothing beside the rest.
-    accumulations = (1,) if recipe.method == "lora" else (1, 2)
+    # An adapter's gradients weigh nothing beside the rest, and fused ones do not stay.
+    accumulations = (1,) if recipe.method == "lora" or recipe.train.fused_backward else (1, 2)
     low, high = (
         [first if first and (batch, times) == (BATCHES[0], 1) else traced(recipe, device, batch, times) for times in accumulations]
         for batch in BATCHES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -19,19 +20,22 @@ from finetune import cli, nets
 from finetune.commands import estimate
 from finetune.errors import UserError
 from finetune.estimate import cards, choose, cpu, standins
+from finetune.estimate import memory as memories
+from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.calibrate import calibrate
 from finetune.estimate.constants import GIB, INTERCONNECT
 from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.emulate import cuda, fake_tensors
-from finetune.estimate.forecast import Forecast, fitting, forecast, levers, pulled
+from finetune.estimate.forecast import Forecast, fitting, forecast, levers, pulled, told_levers
 from finetune.estimate.gpus import Gpu, described, find, this_cpu
 from finetune.estimate.group import Group
 from finetune.estimate.measure import BATCHES, variant
 from finetune.estimate.memory import memory
-from finetune.estimate.subject import Phase, Subject
+from finetune.estimate.subject import Phase, Subject, skeletons
 from finetune.estimate.trace import Recorder
+from finetune.models import smaller
 from finetune.recipe import Recipe, bundled_recipes, load_recipe
 
 
@@ -219,11 +223,28 @@ def test_card_answers_between_its_points_as_the_trace_does() -> None:
     assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
 
 
-@pytest.mark.parametrize("edit", ["train.gradient_checkpointing=true", "train.batch_size=2", "optimizer.name=adamw8bit", "train.ema=null"])
-def test_levers_are_true_on_the_trace(edit: str) -> None:
+LEVERS = {
+    "checkpointing": ("train.gradient_checkpointing=true",),
+    "every second block": ("train.gradient_checkpointing=2",),
+    "a smaller batch": ("train.batch_size=2",),
+    "8-bit AdamW": ("optimizer.name=adamw8bit",),
+    "paged": ("optimizer.name=adamw8bit", "optimizer.paged=true"),
+    "no averages": ("train.ema=null",),
+    "bfloat16 weights": ("train.weights=bfloat16",),
+    "fused backward": ("train.fused_backward=true", "optimizer.clip=tensor"),
+}
+
+
+@functools.cache
+def reserved(*overrides: str) -> int:
+    return replay(traced("full/emoji", "train.batch_size=16", *overrides)["train"].events).peak_reserved
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_levers_are_true_on_the_trace(name: str) -> None:
     """Each lever that the advice names saves what it promises: the estimate falls as the traced step does."""
-    before, after = (of("full/emoji", "train.batch_size=16", *more) for more in ((), (edit,)))
-    real = [replay(traced("full/emoji", "train.batch_size=16", *more)["train"].events).peak_reserved for more in ((), (edit,))]
+    before, after = (of("full/emoji", "train.batch_size=16", *more) for more in ((), LEVERS[name]))
+    real = [reserved(), reserved(*LEVERS[name])]
     promised, seen = before.memory.phases["train"] - after.memory.phases["train"], real[0] - real[1]
     assert seen > 0
     assert promised == pytest.approx(seen, rel=0.15, abs=6 << 20)
@@ -294,8 +315,35 @@ def test_what_does_not_fit_is_mended_and_then_fits() -> None:
 def test_every_lever_saves_memory() -> None:
     for name in ("lora/sd15", "full/sd15"):
         first = of(name, "train.gradient_checkpointing=false", "optimizer.name=adamw")
-        for lever in levers(first.recipe):
-            assert forecast(pulled(first.recipe, (lever,)), name, first.gpu, 3000).memory.phases["train"] < first.memory.phases["train"], lever
+        for lever in told_levers(first):
+            after = forecast(pulled(first.recipe, (lever,)), name, first.gpu, 3000).memory.phases
+            assert any(size < first.memory.phases[phase] for phase, size in after.items()), lever
+
+
+def test_every_lever_can_be_set_in_a_recipe() -> None:
+    """What the advice names with `--set`, all of it, a recipe takes."""
+    for name in ("lora/sd15", "full/sd15", "lora/emoji", "full/emoji"):
+        recipe = load_recipe(name, ["train.gradient_checkpointing=false", "optimizer.name=adamw", "train.accumulation=2"])
+        for lever in levers(recipe):
+            assert getattr(load_recipe(name, ["train.accumulation=2", *assignment(lever).split()]), lever.key.partition(".")[0])
+
+
+@pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=int8", "model.encoders=offload", "model.vae_tiling=true"])
+def test_what_encodes_takes_what_its_card_says(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text encoders quantised or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
+    for module in (smaller, memories):
+        monkeypatch.setattr(module, "TILE", 32)
+    recipe = load_recipe("lora/emoji", [edit, "data.resolution=128"])
+    subject = Subject(recipe, "bfloat16", (128, 128))
+    with fake_tensors(), skeletons(), cuda():
+        phase, _ = subject.encode(subject.build())
+    assert phase is not None
+    card = cards.load("base")
+    said = memory(card, cards.variant_of(card, recipe), recipe, find("rtx3090"))
+    promised = said.phases["encode"] - said.parts["cuBLAS workspace"] - said.parts["CUDA context"]
+    whole = sum(card.outside["cuda"].encode)
+    assert promised == pytest.approx(replay(phase.events).peak_reserved, rel=0.1, abs=2 << 20)
+    assert promised != whole
 
 
 def test_sharding_shares_out_what_zero_shares_out() -> None:

@@ -26,13 +26,17 @@ def advice(one: Forecast) -> list[tuple[str, str]]:
 
 def sets(one: Forecast) -> str:
     """The `--set`s that make the edits of this forecast; a smaller batch brings the accumulation that makes up for it."""
-    made = [assignment(lever) for lever in one.edits if lever.key != "train.accumulation"]
-    if len(made) < len(one.edits) or any(lever.key == "train.batch_size" for lever in one.edits):
-        made.append(f"train.accumulation={one.recipe.train.accumulation}")
-    return " ".join(f"--set {shlex.quote(one)}" for one in made)
+    made = dict(edit for lever in one.edits for edit in ((lever.key, lever.value), *lever.also))
+    if {"train.batch_size", "train.accumulation"} & made.keys():
+        made["train.accumulation"] = one.recipe.train.accumulation
+    return " ".join(f"--set {shlex.quote(_as_read(key, value))}" for key, value in made.items())
 
 
 def assignment(lever: Lever) -> str:
-    """`key=value` as a recipe's YAML reads it."""
-    said = "null" if lever.value is None else str(lever.value).lower() if isinstance(lever.value, bool) else lever.value
-    return f"{lever.key}={said}"
+    """`key=value` as a recipe's YAML reads it, of all that the lever sets."""
+    return " ".join(_as_read(key, value) for key, value in ((lever.key, lever.value), *lever.also))
+
+
+def _as_read(key: str, value: object) -> str:
+    said = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    return f"{key}={said}"

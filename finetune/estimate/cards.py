@@ -37,8 +37,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "train.weights": ("float32", "trained weights in {}"),
     "train.gradient_checkpointing": (False, "train.gradient_checkpointing: {}"),
     "optimizer.name": ("", "the optimizer {}"),
+    "optimizer.paged": (False, "a paged state"),
 }
-ADDS_UP = "optimizer.name"  # what an optimizer keeps adds up with the rest (`memory.state_bytes`), so one's measurement serves those without one
+# What an optimizer keeps adds up with the rest (`memory.state_bytes`), so one's measurement serves those without one.
+ADDS_UP = ("optimizer.name", "optimizer.paged")
 NOT_BUILT = ("data", "train", "optimizer", "sample", "output", "adapter", "name", "places", "vae")  # what says nothing of a net from scratch
 
 
@@ -77,6 +79,7 @@ class Variant:
         allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native picture): without averages.
         accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
+        waiting: bytes of blocks that wait in host memory.
         micro_lines: operators of a forward and a backward pass, as the card's file holds them; `update_lines`: of what comes once a step.
     """
 
@@ -93,6 +96,7 @@ class Variant:
     rank_bytes: float
     micro_lines: list[list[Any]]
     update_lines: list[list[Any]]
+    waiting: int = 0
 
     @property
     def micro(self) -> Iterable[Work]:
@@ -113,12 +117,15 @@ class Outside:
     Attributes:
         encode, sample: peaks while encoding one picture and while drawing one, bytes, as (held throughout, more at the native size).
         encode_flops, sample_flops: of one picture, and of one denoising step of one picture with guidance.
+        encoders, tiled: `model.encoders` and `model.vae_tiling` as they were.
     """
 
     encode: tuple[float, float]
     sample: tuple[float, float]
     encode_flops: float
     sample_flops: float
+    encoders: str = "whole"
+    tiled: bool = False
 
 
 @final
@@ -161,9 +168,7 @@ def load(name: str) -> Card:
 
 def parsed(found: dict[str, Any]) -> Card:
     """A card from plain values, as its file holds them."""
-    outside = {
-        device: Outside(tuple(of["encode"]), tuple(of["sample"]), of["encode_flops"], of["sample_flops"]) for device, of in found["outside"].items()
-    }
+    outside = {device: Outside(**of | {key: tuple(of[key]) for key in ("encode", "sample")}) for device, of in found["outside"].items()}
     return Card(**{**found, "outside": outside, "variants": tuple(_variant(entry) for entry in found["variants"])})
 
 
@@ -234,11 +239,11 @@ def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
         where = "a CPU" if device == "cpu" else "GPUs"
         raise UserError(f"the card of {card.title} does not cover {where}", remedy="add --trace")
 
-    def differs(one: Variant, but: str = "") -> list[str]:
-        return [key for key in KEYS if key != but and one.settings.get(key) != wanted.get(key)]
+    def differs(one: Variant, but: tuple[str, ...] = ()) -> list[str]:
+        return [key for key in KEYS if key not in but and one.settings.get(key) != wanted.get(key)]
 
-    if found := [one for one in there if not differs(one)] or [one for one in there if not differs(one, ADDS_UP)]:
-        return found[0]
+    if alike := [one for one in there if not differs(one, ADDS_UP)]:
+        return min(alike, key=lambda one: [key in differs(one) for key in ADDS_UP])
     nearest = min((differs(one, ADDS_UP) for one in there), key=len)
     what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in nearest)
     raise UserError(f"the card of {card.title} does not cover {what}", where=nearest[0], remedy="add --trace")

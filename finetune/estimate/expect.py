@@ -12,7 +12,7 @@ from finetune.engine.progress import duration
 from finetune.errors import UserError
 from finetune.estimate.advice import advice, sets
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, forecast, levers, pulled
+from finetune.estimate.forecast import Forecast, forecast, pulled, told_levers
 from finetune.estimate.gpus import find, this_cpu
 from finetune.estimate.group import Group
 from finetune.planning import Plan
@@ -147,7 +147,7 @@ def warning(one: Forecast, live: float, memory_left: float | None) -> str:
 
 def cheapest(one: Forecast) -> Forecast | None:
     """The single edit that saves memory worth naming at the least hours; a smaller resolution only if nothing else does."""
-    made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group) for lever in levers(one.recipe)]
+    made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group) for lever in told_levers(one)]
     useful = [edited for edited in made if one.memory.peak - edited.memory.peak >= WORTHWHILE * one.limit]
     return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)
 

@@ -17,6 +17,7 @@ from finetune.estimate.gpus import Gpu
 from finetune.estimate.group import ALONE, Group
 from finetune.estimate.memory import Memory, memory
 from finetune.estimate.speed import Speed, speed
+from finetune.fitting import ONE_BY_ONE, TILE, UNETS
 from finetune.recipe import Recipe, located
 
 LARGEST_LEVERS = 3  # edits that are proposed at once
@@ -31,6 +32,7 @@ class Lever:
     key: str
     value: Any
     cost: str
+    also: tuple[tuple[str, Any], ...] = ()  # without which it would be refused
 
     @property
     def words(self) -> str:
@@ -139,10 +141,13 @@ def levers(recipe: Recipe) -> list[Lever]:
         found.append(Lever("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier"))
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
         found.append(Lever("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result"))
+    if recipe.optimizer.name == "adamw8bit" and not recipe.optimizer.paged:
+        found.append(Lever("optimizer.paged", True, "slow while the GPU's memory is full"))
     if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # others' rates would not suit it
         found.append(Lever("optimizer.name", "adafactor", "less steady than AdamW"))
     if train.ema:
         found.append(Lever("train.ema", None, "samples less smooth"))
+    found += _of_weights(recipe)
     if recipe.adapter and recipe.adapter.rank > 4:
         found.append(Lever("adapter.rank", 4, "the adapter holds less"))
     smaller = int(recipe.data.resolution * 0.75) // 64 * 64
@@ -151,27 +156,60 @@ def levers(recipe: Recipe) -> list[Lever]:
     return found
 
 
+def _of_weights(recipe: Recipe) -> list[Lever]:
+    """The edits that make weights or gradients smaller, or let them be elsewhere."""
+    model, train, optimizer, found = recipe.model, recipe.train, recipe.optimizer, list[Lever]()
+    if recipe.method == "lora":
+        if model.quantize is None:
+            found.append(Lever("model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"))
+        if not train.offload_blocks and model.family not in UNETS:
+            also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
+            found.append(Lever("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
+    elif recipe.method == "full" and optimizer.name in ONE_BY_ONE:
+        if train.weights == "float32" and train.precision in (None, "bfloat16"):
+            found.append(Lever("train.weights", "bfloat16", "steps are rounded at random: right on average"))
+        if not train.fused_backward and train.precision != "float16":
+            clip = (("optimizer.clip", "tensor"),) if optimizer.clip_norm and optimizer.clip == "global" else ()
+            single = (("train.accumulation", 1),) if train.accumulation > 1 else ()
+            cost = "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
+            found.append(Lever("train.fused_backward", True, cost, (*clip, *single)))
+    if recipe.method != "scratch" and not model.train_text_encoder and model.encoders == "whole":
+        found.append(Lever("model.encoders", "offload", "the same result, captions encoded more slowly"))
+    if not model.vae_tiling and recipe.data.resolution > TILE:
+        found.append(Lever("model.vae_tiling", True, "seams between tiles that are hardly seen"))
+    return found
+
+
 def pulled(recipe: Recipe, edits: tuple[Lever, ...]) -> Recipe:
     """The recipe with `edits` made. A smaller batch is made up for by accumulation."""
     for lever in edits:
-        section, _, key = lever.key.partition(".")
-        before = getattr(recipe, section)
-        changed = dataclasses.replace(before, **{key: lever.value})
         if lever.key == "train.batch_size":
-            changed = dataclasses.replace(changed, accumulation=before.accumulation * before.batch_size // lever.value)
-        recipe = dataclasses.replace(recipe, **{section: changed})
+            train = recipe.train
+            recipe = _set(recipe, "train.accumulation", train.accumulation * train.batch_size // lever.value)
+        for key, value in ((lever.key, lever.value), *lever.also):
+            recipe = _set(recipe, key, value)
     return recipe
+
+
+def _set(recipe: Recipe, key: str, value: Any) -> Recipe:
+    section, _, name = key.partition(".")
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value})})
 
 
 def fitting(first: Forecast) -> list[Forecast]:
     """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does, or it was traced."""
-    known = [lever for lever in levers(first.recipe) if _told(first, (lever,)) is not None] if len(first.card.variants) > 1 else []
+    known = told_levers(first) if len(first.card.variants) > 1 else []
     for count in range(1, LARGEST_LEVERS + 1):
         tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
         if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
             found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits, first.group) for edits in fit]
             return sorted(found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
     return []
+
+
+def told_levers(first: Forecast) -> list[Lever]:
+    """Those levers of a run that its card tells of."""
+    return [lever for lever in levers(first.recipe) if _told(first, (lever,)) is not None]
 
 
 def _told(first: Forecast, edits: tuple[Lever, ...]) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.data.scan import Audit
 from finetune.estimate.allocator import replay
 from finetune.estimate.cards import Card, Device, build_key, parsed, settings_of
-from finetune.estimate.subject import DENOISING_STEPS, Phase, Subject
+from finetune.estimate.subject import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, Subject
 from finetune.models.turn import Model
 from finetune.planning import Plan
 from finetune.recipe import Precision, Recipe
@@ -43,7 +43,7 @@ def point(
         "build": build_key(recipe),
         "resolution": side,
         "parameters": parameters(phases),
-        "outside": {device: outside(phases)},
+        "outside": {device: outside(phases) | {"encoders": recipe.model.encoders, "tiled": recipe.model.vae_tiling}},
         "versions": {},
         "variants": [variant(recipe, device, [phases], [phases], None)],
     }
@@ -77,6 +77,8 @@ def variant(
         "accumulating": peaks[-1],
         "rank_bytes": BYTES_A_TRAINED * held["trained parameters"] / rank if rank else 0.0,
     }
+    if held["waiting"]:
+        found["waiting"] = held["waiting"]
     if higher:
         more, run = higher
         found["rank_bytes"] = (replay(run["train"].events).peak_allocated - pairs[0][0].peak_allocated) / (more - rank)
@@ -144,6 +146,7 @@ def parameters(first: dict[str, Phase]) -> dict[str, int]:
     found = {"denoiser": train.held["parameters"], **{name: train.held[name] for name in ("largest unit", "outside units")}}
     if encode := first.get("encode"):
         found |= {name: encode.held[f"{name} parameters"] for name in ("vae", "text encoders")}
+        found |= {name: encode.held[name] for name in OF_TEXT_ENCODERS}
     return found
 
 

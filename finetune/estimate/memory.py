@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from finetune.estimate.cards import Card, Variant
+from finetune.estimate.cards import Card, Outside, Variant
 from finetune.estimate.constants import CONTEXT, WORKSPACE, WORKSPACE_HOPPER
 from finetune.estimate.gpus import Gpu
 from finetune.estimate.group import ALONE, Group
+from finetune.fitting import QUANTIZED, TILE, UNETS
 from finetune.recipe import Recipe
 
 HOPPER = ("h100", "h200", "gh200")
@@ -53,7 +54,9 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
     lines = variant.accumulating if recipe.train.accumulation > 1 else (variant.allocated, variant.reserved)
     more = variant.rank_bytes * higher + state - variant.state * grown
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
-    gradients = min(4 * trained, allocated - variant.weights - adapters - state)
+    width = 2 if recipe.train.weights == "bfloat16" else 4
+    # Of a fused step's gradients there is one at a time, which counts as an activation here.
+    gradients = 0.0 if recipe.train.fused_backward else min(width * trained, allocated - variant.weights - adapters - state)
     share = group.share
     parts = {
         "weights": variant.weights * share,
@@ -70,16 +73,37 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
     }
     there = sum(around(gpu).values())
     kept = sum(parts[name] for name in (*list(parts)[:2], f"optimizer ({recipe.optimizer.name})", "averages"))
-    # In full fine-tuning CLIP text encoders stay in float32, trained or not (`models.text_to_image`).
-    of_clip = recipe.method == "full" and card.family in ("sd", "sdxl") and not on_cpu
-    encoders = 2 * card.parameters.get("text encoders", 0) if of_clip else 0
+    encoding, vae = out.encode[0] - spared_by_encoders(card, recipe, on_cpu), tiled(area, card, recipe, out)
     phases = {
-        "encode": out.encode[0] + out.encode[1] * area + encoders + there,
+        "encode": encoding + out.encode[1] * vae + there,
         "train": sum(parts.values()),
-        "sample": kept + out.sample[0] + out.sample[1] * area + there,
+        "sample": kept + out.sample[0] + out.sample[1] * vae + there,
         "save": kept + there,
     }
     return Memory({name: round(value) for name, value in parts.items() if value}, {name: round(value) for name, value in phases.items()})
+
+
+def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
+    """How much less the text encoders take while they encode than they were measured to: whole, in 16 bits (on a CPU in 32).
+
+    In full fine-tuning CLIP text encoders have the width of what trains, trained or not (`models.text_to_image`).
+    """
+    kind, of = recipe.model.encoders, card.parameters
+    there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
+    width = 4 if on_cpu or (recipe.method == "full" and card.family in UNETS and recipe.train.weights == "float32") else 2
+    held = width * there
+    if card.outside["cpu" if on_cpu else "cuda"].encoders == kind:
+        return measured * there - held if kind == "whole" else 0.0
+    if kind == "offload":
+        held -= width * (of.get("text encoders' blocks", 0) - of.get("text encoders' largest block", 0))
+    elif kind != "whole":
+        held -= (width - QUANTIZED[kind]) * of.get("text encoders' quantisable", 0)
+    return measured * there - held
+
+
+def tiled(area: float, card: Card, recipe: Recipe, out: Outside) -> float:
+    """The area, in native pictures, that the VAE sees at once."""
+    return min(area, (TILE / card.resolution) ** 2) if recipe.model.vae_tiling and not out.tiled else area
 
 
 def around(gpu: Gpu) -> dict[str, float]:
@@ -92,8 +116,9 @@ def around(gpu: Gpu) -> dict[str, float]:
 def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
     """The optimizer's state for what trains at the rank of the measurement."""
     name = recipe.optimizer.name
+    paged = 2.0 * variant.trained  # of 8-bit AdamW, its two moments; their scales stay
     if variant.settings["optimizer.name"] == name:
-        return variant.state
+        return float(variant.state - paged * (recipe.optimizer.paged - variant.settings.get("optimizer.paged", False)))
     factored = next(
         (
             one
@@ -104,7 +129,7 @@ def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
     )
     # Matrices of an adapter of rank r have about one row or column for r weights; of whole nets, Adafactor's measurement tells.
     sums = 1 / variant.rank if variant.rank else factored.state / 4 / factored.trained if factored else 0.0
-    return variant.trained * bytes_a_weight(name, sums)
+    return variant.trained * bytes_a_weight(name, sums) - paged * recipe.optimizer.paged
 
 
 def bytes_a_weight(name: str, sums: float = 0.0) -> float:

@@ -23,6 +23,7 @@ class Speed:
         compute, bandwidth: of kernels bound by arithmetic and by memory.
         launch: in which the GPU waits for the host, which launches kernels one after another.
         exchange: of gradients between GPUs.
+        transfer: of blocks that wait in host memory: each comes twice, forward and when it is computed again.
         operators: of the step.
     """
 
@@ -31,10 +32,11 @@ class Speed:
     launch: float
     operators: int
     exchange: float = 0.0
+    transfer: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.bandwidth + self.launch + self.exchange
+        return self.compute + self.bandwidth + self.launch + self.exchange + self.transfer
 
 
 def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
@@ -45,7 +47,8 @@ def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group =
     load = (recipe.data.resolution / card.resolution) ** 2, recipe.train.batch_size
     found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
     grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
-    return replace(found, exchange=group.exchanged(card, recipe, variant.trained * grown) / INTERCONNECT)
+    exchanged, brought = group.exchanged(card, recipe, variant.trained * grown), 2 * recipe.train.accumulation * variant.waiting
+    return replace(found, exchange=exchanged / INTERCONNECT, transfer=brought / INTERCONNECT)
 
 
 def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pace: Pace = PACE, area: float = 1.0, batch: int = 1) -> Speed:

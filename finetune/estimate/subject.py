@@ -37,6 +37,8 @@ from finetune.estimate.emulate import Cuda, cuda, fake_tensors
 from finetune.estimate.madeup import MadeUpSteps, MadeUpTokenizer
 from finetune.estimate.trace import Recorder, Section, reading, tensors_of
 from finetune.models import loading, text_to_image
+from finetune.models.offload import blocks_of
+from finetune.models.quantized import quantizable
 from finetune.models.text_to_image import DTYPES, TextToImage
 from finetune.models.turn import Batch, Model, SampleRequest
 from finetune.planning import DataFacts, Machine, Plan
@@ -44,6 +46,7 @@ from finetune.recipe import Model as ModelSection
 from finetune.recipe import Precision, Recipe
 
 STEPS = 2
+OF_TEXT_ENCODERS = ("text encoders' blocks", "text encoders' largest block", "text encoders' quantisable")  # parameters
 DENOISING_STEPS = 2  # of a sample: each is as the last
 
 
@@ -185,13 +188,16 @@ class Subject:
             held = {
                 "vae": recorder.adopt(tensors_of(model.pipeline.vae)),
                 "text encoders": 0,
-                **dict.fromkeys(("vae parameters", "text encoders parameters"), 0),
+                **dict.fromkeys(("vae parameters", "text encoders parameters", *OF_TEXT_ENCODERS), 0),
             }
             held["vae parameters"] = _parameters(model.pipeline.vae)
             if not (self.plan.recipe.model.train_text_encoder or self.plan.recipe.tokens):  # of encoders that wait in host memory, what does not wait
                 texts = list(encoders.text_encoders.values())  # type: ignore[attr-defined]
                 held["text encoders"] = sum(recorder.adopt(tensors_of(net)) for net in texts)
                 held["text encoders parameters"] = sum(_parameters(net) for net in texts)
+                blocks = [_parameters(block) for net in texts for block in blocks_of(net)]
+                held |= {"text encoders' blocks": sum(blocks), "text encoders' largest block": max(blocks, default=0)}
+                held["text encoders' quantisable"] = sum(net.get_parameter(f"{name}.weight").numel() for net in texts for name in quantizable(net))
             recorder.section("encode text")
             caption = encoders.encode_caption("")
             recorder.section("encode pictures")
@@ -213,6 +219,7 @@ class Subject:
             frozen = sum(parameter.numel() for parameter in _once(parameters) if not parameter.requires_grad)
             held["parameters"] = frozen if self.plan.recipe.method == "lora" else sum(parameter.numel() for parameter in _once(parameters))
             held |= _units(model)
+            held["waiting"] = sum(getattr(module, "waiting_bytes", 0) for turn in model.turns() for module in turn.net.modules())
             recorder.adopt(tensors)
             recorder.section("state")
             trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast, recorder))

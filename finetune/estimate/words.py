@@ -47,7 +47,7 @@ def apart(one: Forecast) -> str:
     memory = [(name, f"{value / GIB:>7.2f} GiB  {'█' * round(24 * value / peak)}") for name, value in one.memory.parts.items()]
     phases = [(name, f"{value / GIB:>7.2f} GiB{'  ← the peak' if name == one.memory.largest else ''}") for name, value in one.memory.phases.items()]
     pace = one.speed
-    bounds = [(name, getattr(pace, name)) for name in ("compute", "bandwidth", "launch", "exchange") if getattr(pace, name)]
+    bounds = [(name, getattr(pace, name)) for name in ("compute", "bandwidth", "launch", "exchange", "transfer") if getattr(pace, name)]
     time = [
         ("steps", one.arithmetic),
         (

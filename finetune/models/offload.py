@@ -7,7 +7,7 @@ changed, and exchange the data of parameters that the backward pass still refers
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import nn
@@ -19,7 +19,10 @@ def offload_blocks(net: nn.Module, device: torch.device) -> int:
     For nets whose blocks stand in one row (transformers, text encoders). In training, the weights of a block that is not checkpointed
     stay on the device until the backward pass has read them: nothing wrong, and nothing saved.
     """
-    return sum(_Waiting(block, device).bytes for block in blocks_of(net))
+    blocks = list(blocks_of(net))
+    for block in blocks:
+        _Waiting(block, device)
+    return sum(cast(int, block.waiting_bytes) for block in blocks)
 
 
 def blocks_of(net: nn.Module) -> Iterator[nn.Module]:
@@ -47,14 +50,11 @@ class _Waiting:
         if device.type == "cuda":  # pinned memory is copied while the host goes on; untested where no GPU is at hand
             self._host = [tensor.pin_memory() for tensor in self._host]
         self._empty = [nn.Parameter(torch.empty(0, dtype=tensor.dtype, device=device), requires_grad=False) for tensor in self._host]
+        block.waiting_bytes = sum(tensor.nbytes for tensor in self._host)  # type: ignore[assignment]
         block.packed_away = sum(tensor.numel() for tensor in self._host)  # type: ignore[assignment]
         block.register_forward_pre_hook(self._load)
         block.register_forward_hook(self._release, always_call=True)
         self._put(self._empty)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._host)
 
     def _load(self, block: nn.Module, inputs: Any) -> None:
         copies = (tensor.to(self._device, non_blocking=True, copy=True) for tensor in self._host)

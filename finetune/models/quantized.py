@@ -36,11 +36,16 @@ def quantize(net: nn.Module, kind: Quantization, dtype: torch.dtype, device: tor
         device: where they are quantised, and stay: a GPU takes milliseconds a layer where a CPU takes a second.
         keep_whole: also keep the weights as they were, in host memory, for `whole_weights`.
     """
-    names = [name for name, layer in net.named_modules() if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and _in_blocks(net, name)]
+    names = quantizable(net)
     for name in names:
         layer: Any = net.get_submodule(name)
         net.set_submodule(name, QuantizedLinear(layer, kind, dtype, torch.device(device), keep_whole))
     return names
+
+
+def quantizable(net: nn.Module) -> list[str]:
+    """Names of the layers that `quantize` would swap."""
+    return [name for name, layer in net.named_modules() if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and _in_blocks(net, name)]
 
 
 def _in_blocks(net: nn.Module, name: str) -> bool:

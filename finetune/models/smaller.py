@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.fitting import TILE
 from finetune.models.offload import offload_blocks
 from finetune.models.quantized import quantize
 from finetune.recipe import Model, Recipe
-
-TILE = 512  # pixels: side of a VAE's tile; neighbours overlap by a quarter
 
 
 def quantize_base(denoiser: nn.Module, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> None:
@@ -26,15 +24,8 @@ def quantize_base(denoiser: nn.Module, recipe: Recipe, dtype: torch.dtype, devic
 
 def offload_base(denoiser: nn.Module, recipe: Recipe, device: torch.device) -> None:
     """After adapters are put on: they stay on the device."""
-    if not recipe.train.offload_blocks:
-        return
-    if isinstance(denoiser, UNet2DConditionModel):
-        raise UserError(
-            "a UNet's blocks hold blocks, which the backward pass computes again one by one: none of them can be away as a whole",
-            where="train.offload_blocks",
-            remedy="remove it; it is for transformers, such as FLUX or SD 3",
-        )
-    offload_blocks(denoiser, device)
+    if recipe.train.offload_blocks:
+        offload_blocks(denoiser, device)
 
 
 def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.device) -> None:
