@@ -20,7 +20,6 @@ from finetune import cli, nets
 from finetune.commands import estimate
 from finetune.errors import UserError
 from finetune.estimate import cards, choose, cpu, standins
-from finetune.estimate import memory as memories
 from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
@@ -35,7 +34,6 @@ from finetune.estimate.measure import BATCHES, variant
 from finetune.estimate.memory import memory
 from finetune.estimate.subject import Phase, Subject, skeletons
 from finetune.estimate.trace import Recorder
-from finetune.models import smaller
 from finetune.recipe import Recipe, bundled_recipes, load_recipe
 
 
@@ -223,28 +221,31 @@ def test_card_answers_between_its_points_as_the_trace_does() -> None:
     assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
 
 
+# Edits, and the batch at which they tell: weights and gradients weigh beside few activations, activations beside many.
 LEVERS = {
-    "checkpointing": ("train.gradient_checkpointing=true",),
-    "every second block": ("train.gradient_checkpointing=2",),
-    "a smaller batch": ("train.batch_size=2",),
-    "8-bit AdamW": ("optimizer.name=adamw8bit",),
-    "paged": ("optimizer.name=adamw8bit", "optimizer.paged=true"),
-    "no averages": ("train.ema=null",),
-    "bfloat16 weights": ("train.weights=bfloat16",),
-    "fused backward": ("train.fused_backward=true", "optimizer.clip=tensor"),
+    "checkpointing": (16, "train.gradient_checkpointing=true"),
+    "every second block": (16, "train.gradient_checkpointing=2"),
+    "a smaller batch": (16, "train.batch_size=2"),
+    "8-bit AdamW": (16, "optimizer.name=adamw8bit"),
+    "paged": (16, "optimizer.name=adamw8bit", "optimizer.paged=true"),
+    "no averages": (16, "train.ema=null"),
+    "bfloat16 weights": (4, "train.weights=bfloat16"),
+    "fused backward": (4, "train.fused_backward=true", "optimizer.clip=tensor"),
 }
 
 
 @functools.cache
 def reserved(*overrides: str) -> int:
-    return replay(traced("full/emoji", "train.batch_size=16", *overrides)["train"].events).peak_reserved
+    return replay(traced("full/emoji", *overrides)["train"].events).peak_reserved
 
 
 @pytest.mark.parametrize("name", LEVERS)
 def test_levers_are_true_on_the_trace(name: str) -> None:
     """Each lever that the advice names saves what it promises: the estimate falls as the traced step does."""
-    before, after = (of("full/emoji", "train.batch_size=16", *more) for more in ((), LEVERS[name]))
-    real = [reserved(), reserved(*LEVERS[name])]
+    batch, *edits = LEVERS[name]
+    settings = [(f"train.batch_size={batch}", *more) for more in ((), edits)]
+    before, after = (of("full/emoji", *setting) for setting in settings)
+    real = [reserved(*setting) for setting in settings]
     promised, seen = before.memory.phases["train"] - after.memory.phases["train"], real[0] - real[1]
     assert seen > 0
     assert promised == pytest.approx(seen, rel=0.15, abs=6 << 20)
@@ -328,22 +329,18 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
             assert getattr(load_recipe(name, ["train.accumulation=2", *assignment(lever).split()]), lever.key.partition(".")[0])
 
 
-@pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=int8", "model.encoders=offload", "model.vae_tiling=true"])
-def test_what_encodes_takes_what_its_card_says(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=offload", "model.vae_tiling=true"])
+def test_what_encodes_takes_what_its_card_says(edit: str) -> None:
     """Text encoders quantised or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
-    for module in (smaller, memories):
-        monkeypatch.setattr(module, "TILE", 32)
-    recipe = load_recipe("lora/emoji", [edit, "data.resolution=128"])
-    subject = Subject(recipe, "bfloat16", (128, 128))
+    recipe = load_recipe("lora/sd21", [edit])
+    subject = Subject(recipe, "bfloat16", (768, 768))
     with fake_tensors(), skeletons(), cuda():
         phase, _ = subject.encode(subject.build())
     assert phase is not None
-    card = cards.load("base")
-    said = memory(card, cards.variant_of(card, recipe), recipe, find("rtx3090"))
+    said, whole = of("lora/sd21", edit).memory, of("lora/sd21").memory
     promised = said.phases["encode"] - said.parts["cuBLAS workspace"] - said.parts["CUDA context"]
-    whole = sum(card.outside["cuda"].encode)
-    assert promised == pytest.approx(replay(phase.events).peak_reserved, rel=0.1, abs=2 << 20)
-    assert promised != whole
+    assert promised == pytest.approx(replay(phase.events).peak_reserved, rel=0.02)
+    assert promised < whole.phases["encode"] - 0.3 * GIB
 
 
 def test_sharding_shares_out_what_zero_shares_out() -> None:
