@@ -243,7 +243,8 @@ def reserved(*overrides: str) -> int:
 def test_levers_are_true_on_the_trace(name: str) -> None:
     """Each lever that the advice names saves what it promises: the estimate falls as the traced step does."""
     batch, *edits = LEVERS[name]
-    settings = [(f"train.batch_size={batch}", *more) for more in ((), edits)]
+    without = ("train.ema=null",) if batch == 4 else ()  # the card's own batch: all but averages is as it was measured
+    settings = [(f"train.batch_size={batch}", *without, *more) for more in ((), edits)]
     before, after = (of("full/emoji", *setting) for setting in settings)
     real = [reserved(*setting) for setting in settings]
     promised, seen = before.memory.phases["train"] - after.memory.phases["train"], real[0] - real[1]
