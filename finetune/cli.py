@@ -19,7 +19,7 @@ COMMANDS = {
     "data": "Check pictures and captions: what trains, what is odd or twice.",
     "check": "Look at a recipe, its pictures and its plan, without training.",
     "train": "Train by a recipe, or go on with a run.",
-    "runs": "List runs: running, stopped, finished or failed, how far, how long to go.",
+    "runs": "List runs: where each stands, how far, and how long to go.",
     "sample": "Draw pictures with what a run has trained.",
     "export": "Write what a run has trained as files for other programs.",
     "doctor": "Say what of this machine works, and what to do about the rest.",

@@ -131,7 +131,7 @@ def test_a_mistake_ends_with_code_2_and_says_what_to_do(arguments: list[str], sa
         (["model.path=HERE/empty"], "it has no model_index.json", "a diffusers folder"),
         (["model.path=HERE/damaged"], "cannot be read", "copy or download"),
         (["model.path=HERE/sdxl"], "holds a StableDiffusionXLPipeline", "set model.family: sdxl"),
-        (["model.path=HERE/flux"], "holds a FluxPipeline", "give another"),
+        (["model.path=HERE/other"], "holds a KandinskyV22Pipeline", "give another"),
         (["model.path=a/b/c"], 'no file or folder "a/b/c"', "hub name"),
         (["model.path=a/b", "model.vae=./nowhere"], 'no file or folder "./nowhere"', "VAE"),
         (["model.path=a/b", "model.vae=HERE/empty"], "holds no trained VAE", "config.json"),
@@ -143,7 +143,7 @@ def test_what_the_model_path_leads_to_is_looked_at(overrides: list[str], says: s
     for name, content in {
         "damaged": "{",
         "sdxl": '{"_class_name": "StableDiffusionXLPipeline"}',
-        "flux": '{"_class_name": "FluxPipeline"}',
+        "other": '{"_class_name": "KandinskyV22Pipeline"}',
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(content)
@@ -203,7 +203,7 @@ def test_check_shows_data_and_plan_and_writes_nothing(tmp_path: Path, monkeypatc
 
 
 def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import finetune.export
+    import finetune.commands.export
     import finetune.sampling
 
     taken: list[object] = []
@@ -213,7 +213,7 @@ def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: p
         return [tmp_path / "a"]
 
     monkeypatch.setattr(finetune.sampling, "sample", take)
-    monkeypatch.setattr(finetune.export, "export", take)
+    monkeypatch.setattr(finetune.commands.export, "export", take)
     named = ["--steps", "5", "--guidance", "2.5", "--out", "there"]
     assert ft("sample", "runs/x", "--prompt", "a", "--prompt", "b c", "--seed", "3", "--seed", "4", *named) == 0
     assert taken == [("runs/x", ("a", "b c"), (3, 4)), {"steps": 5, "guidance": 2.5, "negative": None, "out": Path("there")}]
@@ -441,7 +441,7 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
 
     again = python(*asked[1:], "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.startswith("$ accelerate launch --quiet --num_processes 1 ") and "\ngoing on after step " in again.stdout
+    assert again.stdout.startswith("$ accelerate launch --quiet ") and " --num_processes 1 " in again.stdout and "\ngoing on after step " in again.stdout
     assert "\n── adapters ─" in again.stdout
     noise = [line for line in again.stderr.splitlines() if not line.startswith(("step ", "encoding ", "samples ", "looking "))]
     assert not noise

@@ -21,7 +21,7 @@ MARKS = {"running": "▸", "finished": "✓", "stopped": "‖", "killed": "†",
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 @click.pass_context
 def command(context: click.Context, folder: Path, as_json: bool) -> None:
-    """List runs: running, stopped, finished or failed, how far, how long to go."""
+    """List runs: where each stands, how far, and how long to go."""
     if context.invoked_subcommand is not None:
         return
     found = all_runs(folder)
