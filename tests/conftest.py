@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 # Before any library reads them. One thread, so that sums run in one order wherever the tests run.
@@ -13,6 +14,9 @@ os.environ["FT_CACHE"] = tempfile.mkdtemp(prefix="ft-cache-")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ft-hub-")
 for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(name, None)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job: what is tested would be deaf to Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import atexit
 import shutil

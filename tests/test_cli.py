@@ -441,7 +441,8 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
 
     again = python(*asked[1:], "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.startswith("$ accelerate launch --quiet ") and " --num_processes 1 " in again.stdout and "\ngoing on after step " in again.stdout
+    assert again.stdout.startswith("$ accelerate launch --quiet ") and " --num_processes 1 " in again.stdout
+    assert "\ngoing on after step " in again.stdout
     assert "\n── adapters ─" in again.stdout
     noise = [line for line in again.stderr.splitlines() if not line.startswith(("step ", "encoding ", "samples ", "looking "))]
     assert not noise

@@ -88,8 +88,8 @@ def test_batch_4_is_accumulation_4_is_4_processes(counts: list[int], seed: int) 
 
 def places(batch: int, processes: int, process: int, micro: int) -> list[int]:
     """The loop's own places in the global batch, without a trainer around them."""
-    plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(batch_size=batch)), machine=SimpleNamespace(processes=processes))
-    trainer: Any = SimpleNamespace(plan=plan, accelerator=SimpleNamespace(process_index=process))
+    plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(batch_size=batch)))
+    trainer: Any = SimpleNamespace(plan=plan, accelerator=SimpleNamespace(process_index=process, num_processes=processes))
     return Trainer.places(trainer, micro)
 
 

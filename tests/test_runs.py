@@ -217,7 +217,7 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
     killed.run.status._write(phase="saving")
     monkeypatch.setattr(runs, "is_locked", lambda folder: folder.name == "alive")
     alive = prepared(tmp_path / "runs" / "alive")
-    alive.run.status._write(phase="training", quiet=400.0, at="data/dataset.py:1 in batch")
+    alive.run.status._write(phase="training", done=0, total=0, quiet=400.0, at="data/dataset.py:1 in batch")
     alive.run.log({"step": 2, "seconds": 2.0, "loss.denoiser": 0.5})
 
     capsys.readouterr()
