@@ -160,7 +160,9 @@ def test_denoiser_traces(name: str) -> None:
     train = subject.phases()["train"]
     backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]
     assert sum(operator.kind == "matmul" for operator in backward) >= 2
-    assert train.held["optimizer"] >= 8 * train.held["trained"] / 4
+    # Nothing reads what the text attends to in Qwen-Image's last block: one of its eight adapters has no gradient.
+    idle = 1 / 8 if name == "qwen-image" else 0
+    assert train.held["optimizer"] >= 8 * (1 - idle) * train.held["trained"] / 4
 
 
 def signature_of(given: Denoiser) -> set[str]:
@@ -224,7 +226,7 @@ def test_card_answers_between_its_points_as_the_trace_does() -> None:
 # Edits, and the batch at which they tell: weights and gradients weigh beside few activations, activations beside many.
 LEVERS = {
     "checkpointing": (16, "train.gradient_checkpointing=true"),
-    "every second block": (16, "train.gradient_checkpointing=2"),
+    "every second block": (8, "train.gradient_checkpointing=2"),
     "a smaller batch": (16, "train.batch_size=2"),
     "8-bit AdamW": (16, "optimizer.name=adamw8bit"),
     "paged": (16, "optimizer.name=adamw8bit", "optimizer.paged=true"),
