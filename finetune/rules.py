@@ -1,0 +1,118 @@
+"""Rules between a recipe's keys: what each section allows by itself is declared in `recipe`. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune import fitting
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.recipe import Adapter, Model, Recipe
+
+Refuse = Callable[[bool, str, str], None]  # (condition, problem, remedy): raises if the condition holds
+
+
+def check(recipe: Recipe, where: str) -> None:
+    """Raise if keys contradict one another.
+
+    Args:
+        where: what an error calls the recipe.
+    """
+
+    def refuse(condition: bool, problem: str, remedy: str) -> None:
+        if condition:
+            raise UserError(problem, where=where, remedy=remedy)
+
+    refuse(Path(recipe.name).name != recipe.name, "`name` is one word: the run's folder is called by it", "remove `name`, or the slashes in it")
+    train, data, model = recipe.train, recipe.data, recipe.model
+    refuse((train.steps is None) == (train.epochs is None), "a run's length is train.steps or train.epochs: one of them", "give exactly one")
+    refuse(bool(data.path) == bool(data.sources), "the pictures are at data.path or in data.sources: one of them", "give exactly one")
+    refuse(recipe.method == "lora" and recipe.adapter is None, "a LoRA needs an `adapter` section", "add `adapter: {rank: 16}`")
+    refuse(
+        recipe.method != "lora" and recipe.adapter is not None,
+        f"method {recipe.method} trains the weights themselves: it has no adapter",
+        "remove the `adapter` section, or set `method: lora`",
+    )
+    if recipe.adapter is not None:
+        _adapter(recipe.adapter, model, refuse)
+    refuse(
+        recipe.method == "scratch" and not model.build and recipe.net is None,
+        "from scratch needs model.build, the nets",
+        "see `ft recipes show scratch/emoji-vae`",
+    )
+    refuse(recipe.net is not None and bool(model.build), f"family {model.family} is described by its `net` section", "remove model.build")
+    refuse(
+        recipe.net is None and (data.classes is not None or data.grey or data.levels != type(data).levels),
+        f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
+        "remove them",
+    )
+    refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
+    refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
+    refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
+    _optimizer(recipe, refuse)
+    fitting.check(recipe, refuse)
+    refuse(bool(recipe.tokens) and recipe.method != "lora", "new words are learned together with a LoRA", "set method: lora, or remove `tokens`")
+    for new in recipe.tokens:
+        refuse(len(new.token.split()) != 1, f'"{new.token}" is not one word', "give one without blanks, such as <my-dog>")
+    refuse(len({new.token for new in recipe.tokens}) < len(recipe.tokens), "a word of `tokens` is given twice", "keep one of them")
+    refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
+    diffusion = recipe.diffusion
+    if diffusion is not None and diffusion.zero_terminal_snr:
+        refuse(
+            model.prediction == "epsilon",
+            "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
+            "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
+        )
+
+
+def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:
+    """What PEFT cannot do, as far as it can be known before the layers are."""
+    refuse(
+        adapter.dora and model.train_text_encoder,
+        "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
+        "set adapter.dora: false, or model.train_text_encoder: false",
+    )
+    refuse(
+        adapter.dora and adapter.pissa,
+        "DoRA with PiSSA cannot be handed out: its magnitudes belong to weights that PiSSA has changed",
+        "set one of adapter.dora and adapter.pissa to false",
+    )
+    for name in ("rslora", "dora", "pissa", "dropout"):
+        given = adapter.kind != "lora" and getattr(adapter, name)
+        refuse(bool(given), f"adapter.{name} is LoRA's: {adapter.kind} has no such thing", f"remove adapter.{name}, or set adapter.kind: lora")
+    for name in ("alpha", "rank_pattern", "alpha_pattern"):
+        given = adapter.kind == "oft" and getattr(adapter, name)
+        refuse(
+            bool(given),
+            f"adapter.{name} means nothing to OFT: a rotation has no scale, and PEFT gives all its blocks one size",
+            f"remove adapter.{name}",
+        )
+    what = "PiSSA changes the weights, and" if adapter.pissa else f"PEFT's {adapter.kind} adds whole weights to the layer's, and"
+    refuse(
+        model.quantize is not None and (adapter.pissa or adapter.kind in ("loha", "lokr")),
+        f"{what} {model.quantize} weights cannot be changed",
+        "remove model.quantize, or train a plain LoRA",
+    )
+    refuse(
+        adapter.init is not None and (adapter.kind != "lora" or adapter.pissa or bool(adapter.rank_pattern or adapter.alpha_pattern)),
+        "adapter.init goes on from a LoRA, whose ranks and alphas are its own",
+        "remove adapter.kind, adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init",
+    )
+    numbers = (*adapter.rank_pattern.values(), *adapter.alpha_pattern.values())
+    refuse(any(number <= 0 for number in numbers), "ranks and alphas of a pattern are above 0", "correct adapter.rank_pattern, adapter.alpha_pattern")
+
+
+def _optimizer(recipe: Recipe, refuse: Refuse) -> None:
+    optimizer = recipe.optimizer
+    betas, averages = optimizer.moments, optimizer.name == "schedulefree"
+    refuse(len(betas) != 2, "optimizer.betas are two numbers", "write `betas: [0.9, 0.999]`")
+    refuse(any(not 0 <= beta < 1 for beta in betas), "optimizer.betas lie in [0, 1)", "write `betas: [0.9, 0.999]`")
+    refuse(averages and betas[0] == 0, "without a first beta, schedule-free AdamW has nothing to average", "write `betas: [0.9, 0.999]`")
+    refuse(
+        averages and recipe.train.ema is not None,
+        "schedule-free AdamW averages the weights itself: a second average of them says nothing",
+        "remove train.ema",
+    )
