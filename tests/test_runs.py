@@ -59,6 +59,7 @@ def send(*numbers: int) -> Callable[[], None]:
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
 def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     job = prepared(tmp_path / "run")
     at_step(job, 2, send(*numbers))
     with pytest.raises(Stopped, match="stopped after step 3, which is saved; --resume") as stopped:
@@ -72,7 +73,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tm
     whole.trainer.train()
     theirs = weights(again)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(whole).items())
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
