@@ -135,6 +135,7 @@ class Diffusion:
     noise_offset: float = _number(0.0, minimum=0)  # lets brightness be learned; 0.05–0.1 is usual
     zero_terminal_snr: bool = False  # noise goes to pure noise (arXiv:2305.08891); needs v_prediction
     huber: float | None = _number(None, above=0)  # pseudo-Huber's δ instead of squared error: outliers weigh less
+    shift: float = _number(1.0, above=0)  # above 1 noisy steps are drawn more often: they learn what is where, the others how it is shaded
 
 
 @dataclass(frozen=True)

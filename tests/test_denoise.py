@@ -48,6 +48,19 @@ def test_noised_sample_and_target_are_diffusers_own(prediction: Prediction) -> N
     assert torch.equal(noised.weight, torch.ones(64))
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.5])
+def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> None:
+    """The share drawn below t is that of u below its inverse, u = t / (s − (s − 1) t), and 1 leaves every timestep where it is."""
+    draw = Draw(0, 3, range(20000))
+    drawn = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor)).noise(torch.zeros(20000, 1, 1, 1), draw).timestep
+    if factor == 1:
+        assert torch.equal(drawn, draw.integers("timestep", 1000))
+    assert drawn.min() >= 0
+    assert drawn.max() <= 999
+    for t in (0.2, 0.5, 0.8):
+        assert float((drawn < 1000 * t).float().mean()) == pytest.approx(t / (factor - (factor - 1) * t), abs=0.015)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights(prediction: Prediction) -> None:
     """Hang et al. 2023, §3.4, written with SNR = ᾱ/(1−ᾱ) in float64: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v."""

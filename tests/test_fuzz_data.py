@@ -47,6 +47,7 @@ changes = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_
 cuts = st.one_of(st.just(0), st.integers(0, 1 << 20))
 
 
+@example(content=b"\xef")  # half a byte order mark
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))))
 @many
 def test_captions(folder: Path, content: bytes) -> None:

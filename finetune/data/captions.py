@@ -63,7 +63,7 @@ class Captions:
             return Caption(None)
         self._asked.add(file)
         try:
-            return Caption(one_line(file.read_text(encoding="utf-8-sig")))
+            return Caption(one_line(file.read_bytes().decode("utf-8-sig")))  # read_text takes half a byte order mark for nothing
         except UnicodeDecodeError as error:
             return Caption(None, f"{file.name} is not UTF-8 (byte {error.start})")
         except OSError as error:

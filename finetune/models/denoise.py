@@ -60,8 +60,8 @@ class Denoising(Objective):
         self.alphas_cumprod, self.prediction, self._loss = alphas_cumprod.float(), prediction, loss
 
     def noise(self, clean: Tensor, draw: Draw) -> Noised:
-        """Noise `clean` [B, C, H, W] at a timestep drawn uniformly for each example."""
-        timestep = draw.integers("timestep", len(self.alphas_cumprod))
+        """Noise `clean` [B, C, H, W], each example at a timestep of its own, uniform before the recipe's shift."""
+        timestep = self._shifted(draw.integers("timestep", len(self.alphas_cumprod)))
         noise = draw.normal("noise", clean.shape[1:])
         if self._loss.noise_offset:
             # One number a channel shifts the whole picture, so that its mean brightness is noised too
@@ -71,6 +71,12 @@ class Denoising(Objective):
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
         target = noise if self.prediction == "epsilon" else signal * noise - sigma * clean
         return Noised(signal * clean + sigma * noise, timestep, target, self.weight(timestep))
+
+    def _shifted(self, timestep: Tensor) -> Tensor:
+        """Moves the middle u of each timestep's share of [0, 1] to s u / (1 + (s − 1) u), as flow matching does (arXiv:2403.03206, eq. 23)."""
+        count, factor = len(self.alphas_cumprod), self._loss.shift
+        share = (timestep + 0.5) / count
+        return (count * factor * share / (1 + (factor - 1) * share)).long()
 
     def weight(self, timestep: Tensor) -> Tensor:
         """min-SNR-γ weights (Hang et al. 2023, arXiv:2303.09556, §3.4): min(SNR, γ) on the x_0 loss.

@@ -180,6 +180,7 @@ def _loss(plan: Plan) -> str:
     parts += [f"min-SNR γ {loss.min_snr_gamma:g}"] if loss.min_snr_gamma else []
     parts += [f"noise offset {loss.noise_offset:g}"] if loss.noise_offset else []
     parts += ["noise up to zero terminal SNR"] if loss.zero_terminal_snr else []
+    parts += [f"timesteps shifted by {loss.shift:g}"] if loss.shift != 1 else []
     return ", ".join(parts)
 
 
