@@ -51,6 +51,19 @@ CASES = {
     ),
     "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first="vqvae"),
     "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first="vqgan"),
+    "dcgan": Case(
+        "dcgan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40", "net.generator_norm=batch"),
+        steps=40,
+        unequal="batch norm and the deviation within groups are of each process's own pictures",
+    ),
+    "wgan-gp": Case(
+        "dcgan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.critic_steps=2"),
+        steps=20,
+        unequal="the generator's batch norm is of each process's own pictures",
+        unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
+    ),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20),
 }
 

@@ -46,11 +46,22 @@ class Trained:
 
 
 def fixed_loss(job: Job) -> float:
-    """The mean loss of all turns over fixed draws of twelve pictures."""
+    """The mean loss of the first turn over fixed draws of twelve pictures; of a GAN, whose losses are moves of a game, how far it draws from them."""
     draw = Draw(99, 0, range(12))
     batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
     with torch.no_grad(), job.trainer.state.averaged():
-        return float(job.model.turns()[0].loss(batch, draw).mean())
+        if nets.kind(job.plan.recipe.model.family) != "GAN":
+            return float(job.model.turns()[0].loss(batch, draw).mean())
+        model = job.model
+        assert isinstance(model, PixelModel)
+        made = model.draw(batch["class"], Draw(99, "sample", range(12)), SampleRequest(("",) * 12, tuple(range(12)), 1, 1.0))
+        return energy(*(model.space.scaled(levels).flatten(1) for levels in (batch["pixels"], made)))
+
+
+def energy(some: Tensor, others: Tensor) -> float:
+    """The energy distance of two samples [N, D] (Székely & Rizzo 2013): 2 E|x − y| − E|x − x′| − E|y − y′|, 0 of equal distributions."""
+    within = sum(torch.pdist(sample).mean() for sample in (some, others))
+    return float(2 * torch.cdist(some, others).mean() - within)
 
 
 @functools.cache
@@ -157,6 +168,12 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
             loss = turn.loss(batch, Draw(0, 0, range(4)))
             assert loss.shape == (4,) and isinstance(loss, FakeTensor)
             loss.mean().backward()
+
+
+def test_the_generator_moves_each_so_many_steps() -> None:
+    folder = trained("wgan-gp").job.run.folder
+    taken = {r["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss.generator" in (r := json.loads(line))}
+    assert taken == set(range(1, 21, 2))
 
 
 def test_a_run_from_scratch_is_traced() -> None:

@@ -25,18 +25,22 @@ class Draw:
     """
 
     def __init__(self, seed: int, step: int | str, places: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._seed, self._step, self.places, self._device = seed, step, tuple(places), device
+        self._seed, self.step, self.places, self._device = seed, step, tuple(places), device
 
     def on(self, device: torch.device | str) -> Draw:
         """The same draws, their tensors on `device`."""
-        return Draw(self._seed, self._step, self.places, device)
+        return Draw(self._seed, self.step, self.places, device)
 
     def of_step(self, step: int) -> Draw:
         """What the same places draw in another step."""
         return Draw(self._seed, step, self.places, self._device)
 
+    def apart(self, use: str) -> Draw:
+        """Draws of the same step and places that have nothing to do with these, for a use of their own."""
+        return Draw(mix(self._seed, use), self.step, self.places, self._device)
+
     def _generators(self, purpose: str) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(mix(self._seed, self._step, place, purpose)) for place in self.places]
+        return [torch.Generator().manual_seed(mix(self._seed, self.step, place, purpose)) for place in self.places]
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal, [B, *shape] float32. Equal purposes draw equal numbers: name each use apart."""

@@ -88,6 +88,8 @@ class Trainer:
         rate = learning_rate(self.plan.recipe.optimizer, step, self.plan.steps)
         record: dict[str, float] = {"step": step + 1, "lr": rate}
         for number, turn in enumerate(self.state.turns):
+            if step % turn.every:
+                continue
             record[f"loss.{turn.name}"], record[f"gradient.{turn.name}"] = self._turn(step, number, rate)
             record["lr"] = found_rate(self.state.optimizers[number])
         if self.state.ema is not None:

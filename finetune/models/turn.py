@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.errors import UserError
@@ -28,6 +29,7 @@ class Turn(ABC):
 
     name: str
     net: nn.Module  # what trains in this turn: its parameters with requires_grad
+    every: int = 1  # it is taken in each so many steps, the first of all among them
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -120,6 +122,21 @@ class Model(ABC):
             buffers = dict(turn.net.named_buffers())
             found |= {f"{turn.name}.{name}": tensor for name, tensor in buffers.items() if name in persistent}
         return found
+
+
+def as_constant(net: nn.Module, *arguments: Any) -> Tensor:
+    """What a net says while another trains: gradients pass through it, and none reach its weights."""
+    found: Tensor = functional_call(net, net.state_dict(), arguments)  # whose tensors are detached
+    return found
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The rows of all processes, in their order; alone, the rows themselves."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def check_sizes(plan: Plan, multiple: int) -> None:

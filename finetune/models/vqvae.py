@@ -17,14 +17,13 @@ from typing import final
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from finetune.engine.draw import Draw
 from finetune.models.blocks import halved, larger, smaller
 from finetune.models.observation import Observation, observation_of
 from finetune.models.pixels import PixelModel, Space, levels_in, started
-from finetune.models.turn import Batch, SampleRequest, Turn
+from finetune.models.turn import Batch, SampleRequest, Turn, as_constant, gathered
 from finetune.nets.vqvae import Net
 
 build = started
@@ -37,15 +36,6 @@ def perplexity(indices: Tensor, codes: int) -> Tensor:
     shares = torch.bincount(indices.flatten(), minlength=codes).float() / indices.numel()
     entropy: Tensor = torch.special.entr(shares).sum()
     return entropy.exp()
-
-
-def gathered(values: Tensor) -> Tensor:
-    """The rows of all processes, in their order; alone, the rows themselves."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
 
 
 @final
@@ -161,9 +151,7 @@ class VqTurn(Turn):
         found: Tensor = reconstruction + to_book + self._section.beta * to_latent
         if self._critic is None or not found.requires_grad:  # a validation leaves the critic out: it is another each time
             return found
-        # Its weights are constants in this turn: it judges, and learns in its own.
-        frozen = {name: tensor.detach() for name, tensor in self._critic.state_dict().items()}
-        fooled = -functional_call(self._critic, frozen, (self._observation.expected(parameters),)).flatten(1).mean(1)
+        fooled = -as_constant(self._critic, self._observation.expected(parameters)).flatten(1).mean(1)
         found = found + self._section.adversary * self._balance(reconstruction, fooled) * fooled
         return found.float()
 

@@ -1,0 +1,244 @@
+"""GANs by themselves: losses and penalties against closed forms, a critic's company, unrolling, growing, augmentation, and who trains when."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.models import dcgan
+from finetune.models.adversarial import CriticTurn, GeneratorTurn
+from finetune.models.augment import HIGHEST, Augmentation
+from finetune.models.company import Discrimination, stddev
+from finetune.models.dcgan import Dcgan, Growth
+from finetune.models.objectives import OBJECTIVES, flatness, unit_slope
+from finetune.models.pixels import Space
+from finetune.nets.dcgan import Net
+from tests import scratch, tiny
+
+SPACE = Space(3, 8, 8, 256)
+SMALL = Net(width=8, halvings=2, latent=4, critic_norm="none", generator_norm="none")
+
+
+def make(**changes: Any) -> Dcgan:
+    torch.manual_seed(0)
+    return dcgan.create(SPACE, dataclasses.replace(SMALL, **changes))
+
+
+def some_batch(count: int = 4) -> dict[str, Tensor]:
+    return {"pixels": torch.randint(256, (count, *SPACE.shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)}
+
+
+def turns(model: Dcgan) -> tuple[CriticTurn, GeneratorTurn]:
+    critic, generator = model.turns()
+    assert isinstance(critic, CriticTurn) and isinstance(generator, GeneratorTurn)
+    return critic, generator
+
+
+def test_losses_are_the_papers_and_stay_finite() -> None:
+    true, made = torch.linspace(-9, 9, 7, dtype=torch.float64), torch.linspace(5, -7, 7, dtype=torch.float64)
+    logistic, relativistic = OBJECTIVES["logistic"], OBJECTIVES["relativistic"]
+    torch.testing.assert_close(logistic.critic(true, made), -true.sigmoid().log() - (1 - made.sigmoid()).log())
+    torch.testing.assert_close(logistic.generator(true, made), -made.sigmoid().log())
+    torch.testing.assert_close(relativistic.critic(true, made), -(true - made).sigmoid().log())
+    torch.testing.assert_close(relativistic.generator(true, made), -(made - true).sigmoid().log())
+    torch.testing.assert_close(OBJECTIVES["hinge"].critic(true, made), (1 - true).clamp(min=0) + (1 + made).clamp(min=0))
+    torch.testing.assert_close(OBJECTIVES["wasserstein"].critic(true, made), made - true)
+    for objective in OBJECTIVES.values():
+        for logit in (-200.0, 200.0):
+            of_true, of_made = (torch.full((1,), sign * logit, requires_grad=True) for sign in (1, -1))
+            for loss in (objective.critic(of_true, of_made), objective.generator(of_true, of_made)):
+                gradients = torch.autograd.grad(loss.sum(), (of_true, of_made), allow_unused=True)
+                assert loss.isfinite().all() and all(g is None or g.isfinite().all() for g in gradients)
+    lost = torch.tensor([-20.0], requires_grad=True)  # where log(1 − σ) would give 2e-9
+    assert torch.autograd.grad(logistic.generator(lost, lost).sum(), lost)[0].item() == pytest.approx(-1, abs=1e-6)
+
+
+def test_penalties_of_a_linear_critic() -> None:
+    weight = torch.randn(3, 5, 7, dtype=torch.float64)
+    weight *= 1.337 / weight.norm()
+    pictures = torch.randn(4, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    logits = (pictures * weight).flatten(1).sum(1)
+    assert unit_slope(logits, pictures).tolist() == pytest.approx([0.337**2] * 4)
+    assert flatness(logits, pictures).tolist() == pytest.approx([1.337**2 / 2] * 4)
+    dead = nn.Linear(2, 1)
+    nn.init.zeros_(dead.weight)
+    places = torch.zeros(3, 2, requires_grad=True)
+    unit_slope(dead(places).squeeze(1), places).sum().backward()
+    assert dead.weight.grad is not None and dead.weight.grad.isfinite().all(), "a slope of 0 has no direction, and no NaN"
+
+
+@pytest.mark.parametrize(("key", "weight"), [("r1", 3.0), ("r2", 3.0), ("gradient_penalty", 10.0)])
+def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: float) -> None:
+    plain, each, lazy = (turns(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "lazy": 4}))
+    batch = some_batch()
+
+    def loss(turn: CriticTurn, step: int) -> Tensor:
+        return turn.loss(batch, Draw(0, step, range(4))).detach()
+
+    once = loss(each, 0) - loss(plain, 0)
+    assert (once > 0).all()
+    torch.testing.assert_close(loss(lazy, 0) - loss(plain, 0), 4 * once)
+    assert torch.equal(loss(lazy, 3), loss(plain, 3)) and not torch.equal(loss(lazy, 4), loss(plain, 4))
+
+
+def test_each_turn_trains_its_own_net() -> None:
+    model = make(objective="relativistic", r1=1.0, r2=1.0, augment=0.6)
+    critic, generator = turns(model)
+    for turn, still in ((critic, model.net), (generator, model.critic)):
+        before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
+        turn.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        assert all(parameter.grad is None for parameter in still.parameters())
+        assert all(parameter.grad is not None for parameter in turn.net.parameters())
+        if turn is generator:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in still.state_dict().items())
+        turn.net.zero_grad()
+
+
+def test_stddev_of_a_known_batch() -> None:
+    maps = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 100, 200, 300, 400], dtype=torch.float64).view(12, 1, 1, 1)
+    found = stddev(maps, 4)
+    assert found.shape == (12, 2, 1, 1) and torch.equal(found[:, :1], maps)
+    assert found[:, 1, 0, 0].tolist() == pytest.approx([99.51, 149.18, 188.86] * 4, abs=0.005)
+    assert stddev(torch.randn(1, 3, 2, 2), 4)[0, 3].abs().max() == 0, "alone there is no deviation"
+    alike = torch.ones(4, 3, 2, 2, requires_grad=True)
+    stddev(alike, 4).sum().backward()
+    assert alike.grad is not None and alike.grad.isfinite().all()
+
+
+def test_discrimination_against_a_loop() -> None:
+    layer, features = Discrimination(6, kernels=3, width=2), torch.randn(5, 6)
+    rows = [torch.stack([features[n] @ layer.tensor[:, kernel] for kernel in range(3)]) for n in range(5)]
+    found = layer(features)[:, 6:]
+    for n in range(5):
+        for kernel in range(3):
+            expected = sum(torch.exp(-(rows[n][kernel] - rows[m][kernel]).abs().sum()) for m in range(5) if m != n)
+            torch.testing.assert_close(found[n, kernel], expected)
+
+
+def test_spectral_norm_stretches_nothing_more_than_once() -> None:
+    model = make(critic_norm="spectral")
+    turn = turns(model)[0]
+    for step in range(30):
+        turn.loss(some_batch(), Draw(0, step, range(4)))
+    model.critic.eval()
+    layers = [module for module in model.critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    largest = [torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers]
+    assert len(layers) == 4 and largest == pytest.approx([1.0] * 4, abs=0.02)
+
+
+def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
+    model, batch, draw = make(unroll=2, unroll_rate=0.5), some_batch(), Draw(0, 0, range(4))
+    turn = turns(model)[1]
+    with torch.no_grad():
+        for parameter in model.critic.parameters():
+            parameter.mul_(1.7)  # as they begin, a step hardly moves it
+    objective, true = OBJECTIVES["logistic"], SPACE.scaled(batch["pixels"])
+    made = model.net(draw.apart("generator").normal("latent", (4,)), None, draw).detach()
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.critic.named_parameters()}
+    for _ in range(2):
+        of_true, of_made = (functional_call(model.critic, weights, (pictures, None, draw)) for pictures in (true, made))
+        gradients = torch.autograd.grad(objective.critic(of_true, of_made).mean(), list(weights.values()))
+        weights = {name: (weight - 0.5 * slope).detach().requires_grad_() for (name, weight), slope in zip(weights.items(), gradients, strict=True)}
+    judged = functional_call(model.critic, weights, (made, None, draw))
+    before = {name: tensor.clone() for name, tensor in model.critic.state_dict().items()}
+    loss = turn.loss(batch, draw)
+    torch.testing.assert_close(loss, objective.generator(judged, judged))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.critic.state_dict().items())
+
+    weight = model.net.get_parameter("begin.weight")
+    (gradient,) = torch.autograd.grad(loss.mean(), weight)
+    again = model.net(draw.apart("generator").normal("latent", (4,)), None, draw)
+    as_it_is = objective.generator(judged, functional_call(model.critic, weights, (again, None, draw))).mean()
+    (at_once,) = torch.autograd.grad(as_it_is, weight)
+    step = 0.01 * gradient / gradient.norm()
+    ends = []
+    for sign in (1, -2):
+        with torch.no_grad():
+            weight.add_(sign * step)
+        ends.append(turn.loss(batch, draw).mean().item())
+    measured = (ends[0] - ends[1]) / 0.02
+    assert measured == pytest.approx(gradient.norm().item(), rel=0.02)
+    assert (at_once * step).sum().item() / 0.01 != pytest.approx(measured, rel=0.1), "the critic's own steps do not matter"
+
+
+def test_growing_begins_where_the_smaller_size_was() -> None:
+    assert [Growth(10, 2).at(step) for step in (0, 9, 10, 15, 20, 29, 35, 40, 999)] == [0, 0, 0, 0.5, 1, 1, 1.5, 2, 2]
+    model = make(grow_steps=10, generator_norm="pixel")
+    generator, reader = model.net, model.critic.reader
+    latent, pictures = torch.randn(3, 4), torch.randn(3, *SPACE.shape)
+    drawn = {step: generator(latent, None, Draw(0, step, range(3))) for step in (0, 10, 11, 20, 40)}
+    assert torch.equal(drawn[10], drawn[0]) and not torch.equal(drawn[11], drawn[0])
+    for step, side in ((0, 2), (20, 4)):
+        size = functional.avg_pool2d(drawn[step], 8 // side)
+        assert (functional.interpolate(size, scale_factor=8 // side) - drawn[step]).abs().max() < 1e-6
+    read = {step: reader(pictures, Draw(0, step, range(3))) for step in (0, 10, 11)}
+    assert torch.equal(read[10], read[0]) and not torch.equal(read[11], read[0])
+    generator.eval()
+    assert torch.equal(generator(latent, None, Draw(0, "sample", range(3))), drawn[40]), "it draws at the size of the last step"
+    generator.train()
+    for turn in turns(model):
+        turn.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        assert all(parameter.grad is not None for parameter in turn.net.parameters()), "several processes wait for a gradient of each"
+
+
+def test_augmentation_is_steered_by_signs_and_leaves_pictures_be_at_0() -> None:
+    layer, pictures, draw = Augmentation(0.6, 100), torch.rand(64, 3, 6, 8) * 2 - 1, Draw(0, 0, range(64))
+    assert torch.equal(layer(pictures, draw), pictures)
+    layer.steer(torch.ones(20))
+    assert layer.probability.item() == pytest.approx(0.2)
+    layer.steer(torch.tensor([1.0, 1, 1, -1]))  # a mean of 0.5 is under 0.6
+    assert layer.probability.item() == pytest.approx(0.16)
+    for _ in range(9):
+        layer.steer(torch.ones(20))
+    assert layer.probability.item() == pytest.approx(HIGHEST)
+    moved = layer(pictures.requires_grad_(), draw)
+    assert torch.equal(moved, layer(pictures, draw)) and not any(torch.equal(one, other) for one, other in zip(moved, pictures, strict=True))
+    moved.sum().backward()
+    assert pictures.grad is not None and (pictures.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, picture = Augmentation(0.6, 100), torch.rand(1, 3, 4, 4)
+
+    def only(**values: float) -> Tensor:
+        def drawn(_: Any, draw: Draw, name: str, neutral: float, given: Tensor) -> Tensor:
+            return torch.full_like(given, values.get(name.replace(" ", "_"), neutral))
+
+        monkeypatch.setattr(Augmentation, "_drawn", drawn)
+        found: Tensor = layer(picture, Draw(0, 0, [0]))
+        return found
+
+    torch.testing.assert_close(only(flip=-1), picture.flip(3))
+    torch.testing.assert_close(only(quarters=1), picture.rot90(1, (2, 3)))
+    torch.testing.assert_close(only(shift_0=0.25)[..., :3], picture[..., 1:])
+    torch.testing.assert_close(only(shift_1=0.25)[..., :3, :], picture[..., 1:, :])
+    torch.testing.assert_close(only(brightness=0.3), picture + 0.3)
+    torch.testing.assert_close(only(contrast=0.5), picture / 2)
+    assert only(saturation=0).std(1).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["net.latent=0"], r"net\.latent must be at least 1"),
+        (["net.halvings=4"], r"cannot be halved 4 times"),
+        (["net.critic_norm=batch"], r"batch norm ties its pictures together"),
+        (["net.minibatch=stddev", "net.group=3"], r"a batch of 4 pictures makes no whole groups of 3[\s\S]*train\.batch_size: 3"),
+        (["net.minibatch=discrimination", "train.batch_size=1"], r"one picture a batch has no company"),
+        (["net.objective=minimax"], r"net\.objective"),
+    ],
+)
+def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        tiny.prepare(scratch.recipe("wgan-gp", tmp_path / "run", *overrides))
+    assert re.search(told, "\n".join(caught.value.lines()))
