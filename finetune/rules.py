@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import fitting
+from finetune import fitting, nets
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ def check(recipe: Recipe, where: str) -> None:
         refuse(len(new.token.split()) != 1, f'"{new.token}" is not one word', "give one without blanks, such as <my-dog>")
     refuse(len({new.token for new in recipe.tokens}) < len(recipe.tokens), "a word of `tokens` is given twice", "keep one of them")
     refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
+    nets.check_sampler(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
+    refuse(
+        recipe.net is not None and model.prediction is not None,
+        f"what the net of family {model.family} predicts is said in its `net` section, if at all",
+        "remove model.prediction",
+    )
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr:
         refuse(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetune import nets
 from finetune.engine.machine import this_machine
 from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
@@ -34,6 +35,8 @@ def sample(
     guidance: float | None = None,
     negative: str | None = None,
     out: Path | None = None,
+    sampler: str | None = None,
+    eta: float | None = None,
 ) -> list[Path]:
     """Draw every prompt with every seed, each picture from its own generator, so that it does not depend on the others.
 
@@ -41,7 +44,7 @@ def sample(
         run: a run's folder, a diffusers folder, or `embedded:base`.
         prompts: what to draw; none: the prompts of the run's recipe.
         seeds: none: prompt n has the recipe's seed + n, which draws the run's last samples again.
-        steps, guidance, negative: none: as the run's recipe says.
+        steps, guidance, negative, sampler, eta: none: as the run's recipe says.
         out: where `NN.png` and `grid.png` go, a new or empty folder; none: `drawn/1`, `drawn/2` … in the run (of what is no
             run, in the working directory).
 
@@ -53,7 +56,7 @@ def sample(
     """
     place = Path(embedded(str(run))).expanduser()
     plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
-    request = request_for(plan, prompts, seeds, steps, guidance, negative)
+    request = request_for(plan, prompts, seeds, steps, guidance, negative, sampler, eta)
     target = free_folder(out, place if plan is not None else Path())
     pictures = _draw(_open_run(place, plan) if plan is not None else _open_folder(place, str(run)), request)
     try:
@@ -70,6 +73,8 @@ def request_for(
     steps: int | None = None,
     guidance: float | None = None,
     negative: str | None = None,
+    sampler: str | None = None,
+    eta: float | None = None,
 ) -> SampleRequest:
     """What is asked for, completed by what the run's recipe says; for the arguments see `sample`.
 
@@ -92,6 +97,8 @@ def request_for(
         steps=defaults.steps if steps is None else steps,
         guidance=defaults.guidance if guidance is None else guidance,
         negative=defaults.negative if negative is None else negative,
+        sampler=defaults.sampler if sampler is None else sampler,
+        eta=defaults.eta if eta is None else eta,
     )
 
 
@@ -109,6 +116,10 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
 @torch.no_grad()
 def _draw(opened: Opened, request: SampleRequest) -> list[Any]:
     """One picture after the other: batched, their last bits would depend on the company they are in."""
+    if isinstance(opened, PixelModel):
+        nets.check_sampler(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
+    else:
+        nets.check_sampler(None, opened[0].pipeline, request.sampler, request.eta, "--sampler, --eta")
     pictures = []
     drawing = Progress("drawing")
     for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):

@@ -36,6 +36,7 @@ class Case:
     first: str = ""
 
 
+UNET = ("net.width=8", "net.multiples=[1,2]", "net.attention=1", "sample.steps=3")
 CASES = {
     "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
     "pixelcnn++": Case("pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2", "net.dropout=0")),
@@ -65,6 +66,9 @@ CASES = {
         unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
     ),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20),
+    "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
+    "flow-matching": Case("rectifiedflow", UNET),
+    "edm": Case("edm", UNET),
 }
 
 

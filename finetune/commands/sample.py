@@ -17,6 +17,8 @@ from finetune.errors import UserError
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default as the recipe says.")
 @click.option("--guidance", type=click.FloatRange(min=0), help="How strictly to follow the prompt (1: plainly); by default as the recipe says.")
 @click.option("--negative", help="What not to draw; by default as the recipe says.")
+@click.option("--sampler", help="Of a model that denoises pixels: ddpm, ddim, dpm++, heun or euler; by default as the recipe says.")
+@click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise on the way: 0 adds none, 1 as much as DDPM.")
 @click.option("--strengths", help="Of a LoRA, such as 0.4,0.7,1: a sheet a prompt, with a column for each.")
 @click.option("--checkpoints", help="all, or steps such as 500,1000: a row of the sheet for each.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A new folder for the pictures; by default in the run's own.")
@@ -27,6 +29,8 @@ def command(
     steps: int | None,
     guidance: float | None,
     negative: str | None,
+    sampler: str | None,
+    eta: float | None,
     strengths: str | None,
     checkpoints: str | None,
     out: Path | None,
@@ -48,7 +52,8 @@ def command(
         return
     from finetune.sampling import sample
 
-    files = sample(run, prompts, seeds or None, steps=steps, guidance=guidance, negative=negative, out=out)
+    asked = {"steps": steps, "guidance": guidance, "negative": negative, "out": out, "sampler": sampler, "eta": eta}
+    files = sample(run, prompts, seeds or None, **asked)  # type: ignore[arg-type]
     click.echo(f"{len(files)} pictures and grid.png are in {files[0].parent}")
 
 

@@ -28,6 +28,8 @@ def request_of(plan: Plan) -> SampleRequest:
         steps=sample.steps,
         guidance=sample.guidance,
         negative=sample.negative,
+        sampler=sample.sampler,
+        eta=sample.eta,
         size=plan.data.buckets[0][:2] if len(plan.data.buckets) == 1 else (plan.recipe.data.resolution,) * 2,
     )
 
@@ -63,6 +65,7 @@ def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Pa
     for number, (picture, prompt, seed) in enumerate(zip(pictures, request.prompts, request.seeds, strict=True)):
         said = PngInfo()
         values = {"prompt": prompt, "negative": request.negative, "seed": seed, "steps": request.steps, "guidance": request.guidance}
+        values |= {"sampler": request.sampler} if request.sampler else {}
         for key, value in values.items():
             said.add_itxt(key, str(value))
         files.append(folder / f"{number:02d}.png")

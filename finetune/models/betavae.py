@@ -42,7 +42,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, space: Space, section: Net, observation: Observation) -> None:
         super().__init__()
-        self._space, self._small = space, halved(space, section.halvings)
+        self._space, self._small = space, halved(space.height, space.width, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         features = widths[-1] * self._small[0] * self._small[1]
         self.classes = class_embedding(space, section.latent)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-
-if TYPE_CHECKING:
-    from finetune.models.pixels import Space
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -57,17 +54,17 @@ def larger(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> 
     return [*found, Residual(widths[0], dropout), nn.SiLU(), nn.Conv2d(widths[0], outputs, 3, padding=1)]
 
 
-def halved(space: Space, halvings: int) -> tuple[int, int]:
-    """(height, width) after so many halvings.
+def halved(height: int, width: int, times: int, where: str = "net.halvings", less: str = "set net.halvings lower") -> tuple[int, int]:
+    """(height, width) after so many halvings, which the key `where` asks for.
 
     Raises:
         UserError: they do not go.
     """
-    factor = 2**halvings
-    if space.height % factor or space.width % factor:
+    factor = 2**times
+    if height % factor or width % factor:
         raise UserError(
-            f"{space.width}×{space.height} pixels cannot be halved {halvings} times",
-            where="net.halvings",
-            remedy=f"set net.halvings lower, or data.resolution to a multiple of {factor}",
+            f"{width}×{height} pixels cannot be halved {times} times",
+            where=where,
+            remedy=f"{less}, or data.resolution to a multiple of {factor}",
         )
-    return space.height // factor, space.width // factor
+    return height // factor, width // factor

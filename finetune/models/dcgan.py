@@ -81,7 +81,7 @@ def _reached_all(found: Tensor, net: nn.Module) -> Tensor:
 class DcganGenerator(Generator):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
-        self._grid, widths, norm = halved(space, section.halvings), _widths(section), section.generator_norm
+        self._grid, widths, norm = halved(space.height, space.width, section.halvings), _widths(section), section.generator_norm
         self._sizes, self._growing = section.halvings, section.grow_steps > 0
         self.classes = class_embedding(space, section.latent)
         inputs = section.latent * (2 if self.classes is not None else 1)
@@ -158,7 +158,7 @@ class Dcgan(Adversarial):
                 where="net.critic_norm",
                 remedy="set net.critic_norm: none",
             )
-        grid, channels = halved(self.space, section.halvings), _widths(section)[0]
+        grid, channels = halved(self.space.height, self.space.width, section.halvings), _widths(section)[0]
         critic = Critic(
             self.space, section, DcganReader(self.space, section), channels, lambda channels: (nn.Flatten(), channels * grid[0] * grid[1])
         )

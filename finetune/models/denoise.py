@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.engine.draw import Draw
 from finetune.recipe import Diffusion
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Denoising(Objective):
             noise = noise + self._loss.noise_offset * draw.normal("noise offset", (clean.shape[1], 1, 1))
         alpha = self.alphas_cumprod.to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))
         signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-        target = noise if self.prediction == "epsilon" else signal * noise - sigma * clean
+        target = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - sigma * clean}[self.prediction]
         return Noised(signal * clean + sigma * noise, timestep, target, self.weight(timestep))
 
     def _shifted(self, timestep: Tensor) -> Tensor:
@@ -87,6 +87,8 @@ class Denoising(Objective):
         if gamma is None:
             return torch.ones(len(timestep), device=timestep.device)
         alpha = self.alphas_cumprod.to(timestep.device)[timestep]
+        if self.prediction == "sample":
+            return (alpha / (1 - alpha)).clamp(max=gamma)
         if self.prediction == "v_prediction":
             # min(SNR, γ) / (SNR + 1) with SNR + 1 = 1 / (1 − ᾱ): finite where ᾱ is 0 or 1.
             return torch.minimum(alpha, gamma * (1 - alpha))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.engine.draw import Draw
-from finetune.errors import UserError
 from finetune.models.bijections import ActNorm, Affine, Bijection, Chain, Coupling, Logit, MixtureCdf, Rest, Squeeze
+from finetune.models.blocks import halved
 from finetune.models.pixels import LikelihoodModel, Space, class_embedding, levels_in
 from finetune.models.turn import Batch, SampleRequest, Turn
 from finetune.nets._flow import Flow as Section
@@ -151,13 +151,7 @@ class FlowModel(LikelihoodModel):
 
     def __init__(self, space: Space, section: Section) -> None:
         super().__init__(space, section)
-        factor = 2**section.scales
-        if space.height % factor or space.width % factor:
-            raise UserError(
-                f"{space.width}×{space.height} pixels cannot be halved {section.scales} times",
-                where="net.scales",
-                remedy=f"set net.scales lower, or data.resolution to a multiple of {factor}",
-            )
+        halved(space.height, space.width, section.scales, "net.scales", "set net.scales lower")
         channels, scales, rests = space.channels, [], []
         for number in range(section.scales):
             scales.append(Chain(self.steps(section, channels, number)))

@@ -160,6 +160,10 @@ class PixelModel(Model):
         return Levels(self.space)
 
     @property
+    def family(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
@@ -173,8 +177,7 @@ class PixelModel(Model):
     def save(self, folder: Path) -> list[Path]:
         """Write `config.json` and `model.safetensors`, which `open_model` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        family = type(self).__module__.rpartition(".")[2]
-        config = {"family": family, "space": dataclasses.asdict(self.space), "net": dataclasses.asdict(self.section)} | self.parts()  # type: ignore[call-overload]
+        config = {"family": self.family, "space": dataclasses.asdict(self.space), "net": dataclasses.asdict(self.section)} | self.parts()  # type: ignore[call-overload]
         (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: tensor.detach().contiguous() for name, tensor in self.net.state_dict().items()}, folder / WEIGHTS)
         return [folder / CONFIG, folder / WEIGHTS]

@@ -78,6 +78,8 @@ class SampleRequest:
     guidance: float
     negative: str = ""
     size: tuple[int, int] | None = None  # (width, height); none: the training size
+    sampler: str | None = None  # of those that the family has; none: its usual one
+    eta: float = 0.0  # DDIM's noise on the way: 0 is none, 1 as much as DDPM
 
 
 class Model(ABC):

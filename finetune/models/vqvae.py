@@ -91,7 +91,7 @@ class VqAutoencoder(nn.Module):
 
     def __init__(self, space: Space, section: Net, observation: Observation) -> None:
         super().__init__()
-        self._space, self.grid = space, halved(space, section.halvings)
+        self._space, self.grid = space, halved(space.height, space.width, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         self.encoder = nn.Sequential(*smaller(space.channels, widths, section.blocks, section.dropout), nn.Conv2d(widths[-1], section.code, 1))
         self.quantiser = Quantiser(section.codes, section.code, section.revive_after)

@@ -1,0 +1,162 @@
+"""Diffusion in pixel space: what its families share. A family's own file says which path (`paths`) its pictures take to noise.
+
+The net is diffusers' UNet2DModel. With classes, `data.caption_dropout` has it learn the pictures of no class too, and drawing is
+guided: D = D(no class) + s (D(class) − D(no class)), so that s = 1 is the class as it is (Ho & Salimans 2022, arXiv:2207.12598, where
+s is 1 + w).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.models.blocks import halved
+from finetune.models.paths import Path
+from finetune.models.pixels import PixelModel, Space, levels_in
+from finetune.models.samplers import SAMPLERS, Level, Options
+from finetune.models.turn import Batch, SampleRequest, Turn
+from finetune.nets._unet import UNet as Section
+
+
+class Canvas(ABC):
+    """What is noised: numbers of about the size 1, and pictures as such numbers.
+
+    Attributes:
+        shape: [channels, height, width] of the numbers.
+    """
+
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def read(self, levels: Tensor) -> Tensor:
+        """Levels [B, C, H, W] → numbers [B, *shape] float32."""
+
+    @abstractmethod
+    def write(self, numbers: Tensor) -> Tensor:
+        """The other way round: uint8."""
+
+    @abstractmethod
+    def within(self, numbers: Tensor) -> Tensor:
+        """Numbers held to where expectations of what is noised can lie."""
+
+
+@final
+class Pixels(Canvas):
+    """Pixels in [-1, 1]: so are their expectations, and what a net says beyond it (or guidance makes of it) is cut."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, self.shape = space, space.shape
+
+    def read(self, levels: Tensor) -> Tensor:
+        return self._space.scaled(levels)
+
+    def write(self, numbers: Tensor) -> Tensor:
+        return self._space.quantised(numbers)
+
+    def within(self, numbers: Tensor) -> Tensor:
+        return numbers.clamp(-1, 1)
+
+
+@final
+class Denoiser(nn.Module):
+    """(x [B, C, H, W], how the level is told [B], classes [B] or None) → what the path's objective has the net say, [B, C, H, W]."""
+
+    def __init__(self, shape: tuple[int, int, int], section: Section, classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        _check(height, width, section)
+        sizes = len(section.multiples)
+        kinds = ["Attn" if number >= sizes - section.attention else "" for number in range(sizes)]
+        self.unet = UNet2DModel(
+            sample_size=(height, width),
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=tuple(section.width * multiple for multiple in section.multiples),
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
+            layers_per_block=section.blocks,
+            dropout=section.dropout,
+            attention_head_dim=section.width,
+            norm_num_groups=section.width // 4,
+            num_class_embeds=classes + 1 if classes else None,
+        )
+        nn.init.zeros_(self.unet.conv_out.weight)  # a new net says 0: no worse than knowing nothing
+        for name, parameter in self.unet.named_parameters():
+            if name.endswith("to_k.bias"):  # adds the same to all that a softmax weighs: it changes nothing
+                parameter.requires_grad_(False)
+
+    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None) -> Tensor:
+        found: Tensor = self.unet(noisy, told, class_labels=classes, return_dict=False)[0]
+        return found
+
+
+def _check(height: int, width: int, section: Section) -> None:
+    """Raise if the net cannot be built."""
+    if section.width % 4:
+        raise UserError(f"{section.width} channels cannot be shared out to groups of 4", where="net.width", remedy="a multiple of 4")
+    if not section.multiples or min(section.multiples) < 1:
+        raise UserError("a net has at least one size, and channels at each", where="net.multiples", remedy="such as [1, 2, 2]")
+    halved(height, width, len(section.multiples) - 1, "net.multiples", "set net.multiples to fewer numbers")
+
+
+@final
+class DenoisingTurn(Turn):
+    name = "denoiser"
+
+    def __init__(self, net: Denoiser, path: Path, canvas: Canvas) -> None:
+        self.net, self._path, self._canvas = net, path, canvas
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        levels, classes = levels_in(batch)
+        noised = self._path.objective.noise(self._canvas.read(levels), draw)
+        return self._path.objective.error(self.net(noised.sample, noised.timestep, classes), noised)
+
+
+class DiffusionModel(PixelModel):
+    """A denoiser on a path.
+
+    Args:
+        variance: of DDPM's steps.
+    """
+
+    net: Denoiser
+    section: Section
+
+    def __init__(self, space: Space, section: Section, path: Path, options: Options | None = None) -> None:
+        super().__init__(space, section)
+        self.path, self.canvas, self._options = path, Pixels(space), options or Options()
+        self.net = Denoiser(self.canvas.shape, section, len(space.classes))
+        self._turn = DenoisingTurn(self.net, path, self.canvas)
+
+    def turns(self) -> tuple[Turn, ...]:
+        return (self._turn,)
+
+    def denoised(self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0) -> Tensor:
+        """D(x), [B, *shape] float32, guided."""
+
+        def said(classes: Tensor | None) -> Tensor:
+            told = torch.full((len(noisy),), level.told, device=noisy.device)
+            return self.path.clean(self.net(self.path.read(noisy, level), told, classes).float(), noisy, level)
+
+        if classes is None or guidance == 1:
+            return self.canvas.within(said(classes))
+        free = said(torch.full_like(classes, len(self.space.classes)))
+        return self.canvas.within(free + guidance * (said(classes) - free))
+
+    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        def denoise(noisy: Tensor, level: Level) -> Tensor:
+            return self.denoised(noisy, level, classes, request.guidance)
+
+        def chance(number: int) -> Tensor:
+            return draw.normal(f"step {number}", self.canvas.shape)
+
+        options = Options(request.eta, self._options.variance)
+        start = self.path.spread * draw.normal("start", self.canvas.shape)
+        sampler = SAMPLERS[request.sampler or self.section.sampler]
+        return self.canvas.write(sampler(denoise, start, self.path.levels(request.steps), chance, options))

@@ -1,0 +1,37 @@
+"""Flow matching in pixel space, along straight paths (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)."""
+
+from __future__ import annotations
+
+from typing import final
+
+from finetune.data.scan import Audit
+from finetune.errors import UserError
+from finetune.models.diffusion import DiffusionModel
+from finetune.models.paths import Straight
+from finetune.models.pixels import Space, begin, space_of
+from finetune.models.turn import Model
+from finetune.nets.rectifiedflow import Net
+from finetune.planning import Plan
+from finetune.recipe import Flow
+
+
+@final
+class RectifiedFlow(DiffusionModel):
+    objective = "flow"
+
+    def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
+        super().__init__(space, section, Straight(section.shift, loss))
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    loss = plan.recipe.flow
+    for name in ("shift", "guidance"):
+        if loss is not None and getattr(loss, name) is not None:
+            remedy = "set net.shift, which also drawing reads" if name == "shift" else "remove it: this net embeds no guidance"
+            raise UserError(f"flow.{name} is for pretrained models", where=f"flow.{name}", remedy=remedy)
+    space = space_of(plan, audit)
+    return begin(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
+
+
+def create(space: Space, section: Net) -> RectifiedFlow:
+    return RectifiedFlow(space, section)

@@ -1,0 +1,138 @@
+"""From noise to pictures along a grid of noise levels, whatever the path: x = α x_0 + σ ε at each level.
+
+All of them ask a net for D(x), the expectation of x_0 given x; ε̂ = (x − α D) / σ. The last level has σ = 0: there x is D.
+
+    ddpm   Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7 for levels any distance apart: x is drawn from q(x' | x, x_0 = D)
+    ddim   Song et al. 2020 (arXiv:2010.02502), equations 12 and 16: η = 0 adds no noise, η = 1 is DDPM with the posterior's variance
+    dpm++  Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M): second order in λ = ln(α/σ), from one look a step and the one before
+    heun   Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without churn: second order, two looks a step
+    euler  first order; the flow dx/dt = α̇ D + σ̇ ε̂ in the path's own time t
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Level:
+    """One noise level of a path.
+
+    Attributes:
+        alpha, sigma: x = alpha · x_0 + sigma · ε.
+        time: of the path, falling towards 0, in which the flow runs; alpha_rate, sigma_rate: derivatives by it.
+        told: how the net is told the level.
+    """
+
+    alpha: float
+    sigma: float
+    time: float
+    alpha_rate: float
+    sigma_rate: float
+    told: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """What chance adds on the way: DDIM's η in [0, 1], and which variance DDPM's steps have (`posterior`)."""
+
+    eta: float = 0.0
+    variance: Literal["large", "small"] = "small"
+
+
+Denoise = Callable[[Tensor, Level], Tensor]  # x [B, …] → D(x) [B, …]
+Chance = Callable[[int], Tensor]  # number of a step → standard normal [B, …], the same for the same number
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) from a level to a cleaner one; `large`: the variance of q(x | x')."""
+
+    noisy: float
+    clean: float
+    small: float
+    large: float
+
+
+def posterior(now: Level, then: Level) -> Posterior:
+    """By Bayes' rule from q(x | x') = N(x' α/α', σ² − σ'² α²/α'²): DDPM's equation 7 where the levels are neighbours."""
+    ratio = now.alpha / then.alpha
+    added = now.sigma**2 - (ratio * then.sigma) ** 2
+    share = added / now.sigma**2
+    return Posterior(ratio * (then.sigma / now.sigma) ** 2, then.alpha * share, share * then.sigma**2, added)
+
+
+def noise_of(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
+    """ε̂ such that x = α D + σ ε̂."""
+    return (noisy - level.alpha * clean) / level.sigma
+
+
+def _steps(levels: Sequence[Level]) -> Iterator[tuple[int, tuple[Level, Level]]]:
+    return enumerate(itertools.pairwise(levels))
+
+
+def ddpm(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    for number, (now, then) in _steps(levels):
+        step, clean = posterior(now, then), denoise(noisy, now)
+        noisy = step.noisy * noisy + step.clean * clean
+        if then.sigma:
+            noisy = noisy + math.sqrt(getattr(step, options.variance)) * chance(number)
+    return noisy
+
+
+def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    for number, (now, then) in _steps(levels):
+        clean = denoise(noisy, now)
+        added = options.eta**2 * posterior(now, then).small
+        noisy = then.alpha * clean + math.sqrt(then.sigma**2 - added) * noise_of(noisy, clean, now)
+        if added:
+            noisy = noisy + math.sqrt(added) * chance(number)
+    return noisy
+
+
+def dpm_plus_plus(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    before: tuple[Tensor, float] | None = None  # D of the step before, and how far λ went in it
+    for _, (now, then) in _steps(levels):
+        clean = denoise(noisy, now)
+        if not then.sigma:  # λ goes to infinity: the first order's limit
+            return clean
+        shrinks = then.sigma / now.sigma
+        rises = math.log(then.alpha / now.alpha / shrinks) if now.alpha else math.inf
+        guess = clean
+        if before is not None and rises:
+            earlier, rose = before
+            guess = clean + (rises / (2 * rose)) * (clean - earlier)  # 1 / 2r, r = the last step's rise over this one's
+        noisy = shrinks * noisy + (then.alpha - shrinks * now.alpha) * guess
+        before = clean, rises
+    return noisy
+
+
+def _slope(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
+    return level.alpha_rate * clean + level.sigma_rate * noise_of(noisy, clean, level)
+
+
+def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    for _, (now, then) in _steps(levels):
+        clean = denoise(noisy, now)
+        noisy = noisy + (then.time - now.time) * _slope(noisy, clean, now) if then.sigma else clean
+    return noisy
+
+
+def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    for _, (now, then) in _steps(levels):
+        clean = denoise(noisy, now)
+        if not then.sigma:
+            return clean
+        slope, width = _slope(noisy, clean, now), then.time - now.time
+        ahead = noisy + width * slope
+        noisy = noisy + width / 2 * (slope + _slope(ahead, denoise(ahead, then), then))
+    return noisy
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_plus_plus, "heun": heun, "euler": euler}
