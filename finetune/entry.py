@@ -25,6 +25,7 @@ from finetune.recipe import Method, Recipe, load_recipe
 LAST_WORDS = "FT_LAST_WORDS"
 LAUNCHER = "FT_LAUNCHER"  # the process id of `ft train`
 PATIENCE = 300.0  # seconds that a run whose launcher is gone has for its step and its checkpoint
+FOREIGN = ("DEEPSPEED", "MEGATRON_LM")
 MISTAKE = 2
 STOPPED = "stopped; --resume goes on from the last checkpoint"
 
@@ -41,7 +42,7 @@ def arguments(method: Method) -> tuple[Recipe, bool, bool]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the recipe's folder")
     parser.add_argument("--force", action="store_true", help="train even what the estimate says does not fit")
     given = parser.parse_args()
-    refuse_sharding()
+    refuse_foreign_engines()
     recipe = load_recipe(given.recipe, given.set)
     if recipe.method != method:
         remedy = f"launch finetune/{recipe.method}.py, or use `ft train`"
@@ -49,20 +50,26 @@ def arguments(method: Method) -> tuple[Recipe, bool, bool]:
     return recipe, given.resume, given.force
 
 
-def sharded(engine: str) -> UserError:
-    """What no run here can do yet: train with weights or optimizer state that no process has whole."""
+def foreign(engine: str) -> UserError:
+    """For an engine that takes the optimizer and its step over, and keeps weights and state in pieces of its own."""
     return UserError(
-        f"{engine} is not supported: checkpoints, averaged weights and samples need the whole weights, and it shares them out",
+        f"{engine} is not supported: it keeps optimizer state in pieces of its own, of which no checkpoint that goes on bit for bit is made here",
         where="the configuration of Accelerate, distributed_type",
-        remedy="take MULTI_GPU (`ft train --accelerate many-gpus`); train.gradient_checkpointing and optimizer.name: adamw8bit save memory",
+        remedy="take FSDP2, which shares out the same: weights, gradients and optimizer state (`ft train --accelerate fsdp2`)",
     )
 
 
-def refuse_sharding() -> None:
-    """Raise for the engines of Accelerate that share out what the trainer needs whole; the launcher says so in the environment."""
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise sharded(engine)
+def refuse_foreign_engines() -> None:
+    """Raise for the engines of Accelerate that the trainer cannot work with; the launcher says so in the environment."""
+
+    def asked(engine: str) -> bool:
+        return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+    for engine in FOREIGN:
+        if asked(engine):
+            raise foreign(engine)
+    if asked("FSDP") and os.environ.get("FSDP_VERSION") != "2":
+        raise foreign("FSDP1")
 
 
 @contextlib.contextmanager

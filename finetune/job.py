@@ -5,7 +5,6 @@ The three entry scripts, `ft train`, `ft check` and the Python API all stand on 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
 import traceback
@@ -18,10 +17,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from safetensors import SafetensorError
 
-from finetune import pretrained, prior
+from finetune import pretrained, prior, rebuilt
 from finetune.data.dataset import Dataset
 from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
+from finetune.engine import checkpoint, sharding
 from finetune.engine.checkpoint import publish
 from finetune.engine.faults import memory_explained
 from finetune.engine.loop import Trainer
@@ -34,12 +34,10 @@ from finetune.errors import UserError
 from finetune.estimate.calibrate import calibrate
 from finetune.estimate.cpu import calibration, keep
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
-from finetune.export.metadata import stamp
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe, located
 from finetune.report import nets, tables
-from finetune.report.card import write_card
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -143,8 +141,11 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
         # The others wait while the first encodes and draws; on GPUs they would give up after ten minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+        fsdp_plugin=sharding.plugin(plan.precision) if plan.machine.sharded else None,
     )
-    model = importlib.import_module(f"finetune.models.{recipe.model.family}").build(plan, audit)
+    if plan.machine.sharded:
+        sharding.check(accelerator)
+    model = rebuilt.build(plan, audit)
     if not force:
         _refuse_too_large(model, plan)
     accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
@@ -173,7 +174,8 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     if recipe.output.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.name})
     pace = Pace(expected, lambda: memory_left(accelerator.device))
-    observe = (lambda done: draw_samples(plan, model, run.folder, done)) if recipe.sample.prompts else None
+    drawing = (lambda: _from_newest(plan, audit, run)) if plan.machine.sharded else lambda: model
+    observe = (lambda done: draw_samples(plan, drawing, run.folder, done)) if recipe.sample.prompts else None
     trainer = Trainer(plan, model, data, run, accelerator, observe, pace)
     return Job(plan, audit, model, data, run, accelerator, trainer)
 
@@ -210,12 +212,25 @@ def _save(job: Job) -> list[Path]:
     """Write `final/` whole or not at all: a kill leaves what was there before."""
     final, aside = job.run.folder / "final", job.run.folder / ".final.part"
     shutil.rmtree(aside, ignore_errors=True)
-    with job.trainer.state.averaged():
-        files = [final / file.relative_to(aside) for file in job.model.save(aside)]
-    stamp(aside, job.plan, job.plan.steps)
-    write_card(aside, job.run.folder, job.plan, job.plan.steps)
+    if job.plan.machine.sharded:
+        files = rebuilt.write_of(_from_newest(job.plan, job.audit, job.run), job.plan, job.plan.steps, job.run.folder, aside)
+    else:
+        with job.trainer.state.averaged():
+            files = rebuilt.write_of(job.model, job.plan, job.plan.steps, job.run.folder, aside)
     publish(aside, final)
-    return files
+    return [final / file.relative_to(aside) for file in files]
+
+
+def _from_newest(plan: Plan, audit: Audit, run: Run) -> Model:
+    """The model built anew with the newest checkpoint's weights, on the device: what one process draws and writes where all share the weights.
+
+    A checkpoint comes before every look and at the end. Where the device has no room for the whole net, the look fails, and is told.
+    """
+    model = rebuilt.rebuilt(plan, audit, checkpoint.newest(run.folder / "checkpoints")[0])
+    model.encoders().release()  # it has read the prompts
+    for turn in model.turns():
+        turn.net.to(plan.machine.device)
+    return model
 
 
 def _compare(job: Job) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import fitting
+from finetune import fitting, rules
 from finetune.data.pictures import buckets, fit
 from finetune.errors import UserError
 from finetune.initial import begun
@@ -43,6 +43,7 @@ class Machine:
     bfloat16: bool
     memory_bytes: int
     launcher_precision: Precision | None = None  # given to `accelerate launch --mixed_precision`
+    sharded: bool = False  # weights, gradients and optimizer state shared out among the processes (FSDP2)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
     steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
     precision, notes = _precision(recipe, machine)
     fitting.check_machine(recipe, machine, precision)
+    if machine.sharded:
+        rules.check_sharded(recipe, precision)
     notes += begun_from + fitting.notes(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
         notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)

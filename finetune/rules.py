@@ -10,7 +10,7 @@ from finetune import fitting, nets
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
-    from finetune.recipe import Adapter, Model, Recipe
+    from finetune.recipe import Adapter, Model, Precision, Recipe
 
 Refuse = Callable[[bool, str, str], None]  # (condition, problem, remedy): raises if the condition holds
 
@@ -72,6 +72,31 @@ def check(recipe: Recipe, where: str) -> None:
             "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
             "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
         )
+
+
+def check_sharded(recipe: Recipe, precision: Precision) -> None:
+    """What cannot be where each process has a part of every weight, gradient and optimizer state.
+
+    Raises:
+        UserError: with the key.
+    """
+    train, optimizer = recipe.train, recipe.optimizer
+
+    def refuse(condition: bool, where: str, problem: str, remedy: str) -> None:
+        if condition:
+            raise UserError(f"{problem} (FSDP shares the weights out)", where=where, remedy=f"{remedy}, or train with --accelerate many-gpus")
+
+    refuse(recipe.method == "scratch", "method", "nets from scratch are small, and some of them read their weights between the layers", "train it on one GPU")
+    quantized = f"{recipe.model.quantize} weights are packed, and a part of them means nothing"
+    refuse(recipe.model.quantize is not None, "model.quantize", quantized, "remove it: each GPU holds only its part of the base")
+    refuse(train.offload_blocks, "train.offload_blocks", "blocks lie on the GPUs in parts, and would come from host memory whole", "remove it")
+    refuse(train.fused_backward, "train.fused_backward", "a gradient is there once all processes have summed it, after its block's backward pass", "remove it")
+    alone = "bfloat16 weights step tensor by tensor, rounded by numbers drawn for whole ones"
+    refuse(train.weights == "bfloat16", "train.weights", alone, "set train.weights: float32, of which each GPU holds its part")
+    state = f"{optimizer.name} keeps state, or judges, by whole tensors"
+    refuse(optimizer.name != "adamw", "optimizer.name", state, "set optimizer.name: adamw, whose state is shared out too")
+    scaled = "float16's gradient scaler was never tried on parts of gradients"
+    refuse(precision == "float16", "train.precision", scaled, "set train.precision: bfloat16")
 
 
 def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:

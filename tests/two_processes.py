@@ -1,13 +1,34 @@
 """Launched by `accelerate launch` with two processes: takes each recipe of its arguments to its end, in one import of everything.
 
-A folder that is there already is gone on with. In the last run rank 1 breaks, and all must end with its error shown.
+A folder that is there already is gone on with. Recipes whose names begin with `fsdp` train with their weights shared out. In the last run
+rank 1 breaks, and all must end with its error shown.
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def let_cpus_share() -> None:
+    """Accelerate shares weights out among GPUs only, by one condition in `AcceleratorState.__init__`; what is behind it runs on CPUs as well."""
+    from accelerate import Accelerator, DistributedType, PartialState
+
+    from finetune import job
+
+    class Sharing(Accelerator):
+        def __init__(self, *, fsdp_plugin: Any, **given: Any) -> None:
+            known = PartialState._shared_state
+            if known:  # of the recipe before
+                known["distributed_type"] = DistributedType.MULTI_CPU
+            super().__init__(fsdp_plugin=fsdp_plugin, **given)
+            if fsdp_plugin is not None:
+                known["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+                self.state.fsdp_plugin = fsdp_plugin
+
+    job.Accelerator = Sharing  # type: ignore[misc]
 
 
 def main() -> None:
@@ -18,8 +39,10 @@ def main() -> None:
         quiet_libraries()
         from finetune import job
 
+        let_cpus_share()
         for file in sys.argv[1:]:
             recipe = load_recipe(file)
+            os.environ["ACCELERATE_USE_FSDP"] = str(Path(file).stem.startswith("fsdp")).lower()
             ready = job.prepare(recipe, resume=os.path.isdir(recipe.output.folder or ""))
             accelerator = ready.accelerator
             assert accelerator.num_processes == 2

@@ -16,7 +16,7 @@ from types import FrameType
 
 import click
 
-from finetune.entry import LAST_WORDS, LAUNCHER, sharded
+from finetune.entry import FOREIGN, LAST_WORDS, LAUNCHER, foreign
 from finetune.errors import UserError, did_you_mean
 from finetune.estimate.cpu import threads
 from finetune.recipe import ASSETS, Method, load_recipe
@@ -53,8 +53,8 @@ def command(
     scratch.py, and prints that command. Ctrl-C finishes the step, saves and stops, a second one stops at once;
     --resume goes on.
 
-    --accelerate takes many-gpus or many-machines (each process holds the whole model), one-gpu, or a file of your own. fsdp2,
-    deepspeed-zero2 and -zero3 come too, and are refused as yet: checkpoints, averaged weights and samples need whole weights.
+    --accelerate takes many-gpus or many-machines (each process holds the whole model), fsdp2 (each holds a part of it), one-gpu, or a
+    file of your own. deepspeed-zero2 and -zero3 come too, and are refused: fsdp2 shares out the same.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
     overrides += (f"adapter.init={json.dumps(init)}",) if init else ()
@@ -87,7 +87,7 @@ def launcher(
     if config is not None:
         file = find_config(config)
         text = file.read_text(encoding="utf-8")
-        several = "MULTI_GPU" in _said(text, "distributed_type")
+        several = _said(text, "distributed_type") in ("MULTI_GPU", "FSDP")
         here = processes or int(_said(text, "num_processes") or 1) // int(_said(text, "num_machines") or 1)
         flags += ["--config_file", str(file), *(("--num_processes", str(processes)) if processes else ())]
         flags += ["--num_cpu_threads_per_process", str(threads(max(1, here)))]
@@ -106,21 +106,24 @@ def find_config(name_or_file: str) -> Path:
     """A configuration of Accelerate that comes with the project, by its name, or one of the user's, by its file.
 
     Raises:
-        UserError: there is none, or it shares out what the trainer needs whole.
+        UserError: there is none, or it is for an engine that the trainer cannot work with.
     """
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
     file = known.get(name_or_file, Path(name_or_file))
     if not file.is_file():
         remedy = f"{did_you_mean(name_or_file, known)} Or give a file"
         raise UserError(f'there is no configuration "{name_or_file}"', where="--accelerate", remedy=remedy)
-    if (engine := _said(file.read_text(encoding="utf-8"), "distributed_type")) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise sharded(engine)
+    text = file.read_text(encoding="utf-8")
+    if (engine := _said(text, "distributed_type")) in FOREIGN:
+        raise foreign(engine)
+    if engine == "FSDP" and _said(text, "fsdp_version") != "2":
+        raise foreign("FSDP1")
     return file
 
 
 def _said(text: str, key: str) -> str:
-    """The value of one top-level `key: value` line of a configuration, "" if it has none."""
-    found = re.search(rf"^{key}:\s*['\"]?([\w-]*)", text, re.MULTILINE)
+    """The value of one `key: value` line of a configuration, "" if it has none."""
+    found = re.search(rf"^\s*{key}:\s*['\"]?([\w-]*)", text, re.MULTILINE)
     return found[1] if found else ""
 
 

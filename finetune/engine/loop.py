@@ -163,8 +163,8 @@ class Trainer:
     def save(self, done: int, validation: float | None = None) -> None:
         """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""
         with self.run.status.phase("saving"):
+            found = self.state.checkpoint(done, validation)
             if self.accelerator.is_main_process:
-                found = self.state.checkpoint(done, validation)
                 checkpoint.save(self.run.folder / "checkpoints", found, self.plan.recipe.train.keep_checkpoints)
             self.accelerator.wait_for_everyone()
         self.clock.lap("checkpoint")

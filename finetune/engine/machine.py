@@ -21,6 +21,7 @@ def this_machine() -> Machine:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     launcher = _LAUNCHER.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if torch.cuda.is_available() and not on_cpu:  # untested where no GPU is at hand
         properties = torch.cuda.get_device_properties(0)
         return Machine(
@@ -31,10 +32,11 @@ def this_machine() -> Machine:
             torch.cuda.is_bf16_supported(including_emulation=False),
             properties.total_memory,
             launcher,
+            sharded,
         )
     if torch.backends.mps.is_available() and not on_cpu:  # untested likewise
-        return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, host_memory(), launcher)
-    return Machine("cpu", cpu_name(), processes, torch.get_num_threads(), False, host_memory(), launcher)
+        return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, host_memory(), launcher, sharded)
+    return Machine("cpu", cpu_name(), processes, torch.get_num_threads(), False, host_memory(), launcher, sharded)
 
 
 def forget_peak() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +34,13 @@ def request_of(plan: Plan) -> SampleRequest:
     )
 
 
-def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
+def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: int) -> None:
     """Draw the recipe's prompts after `done` steps into `samples/step-N/`, unless a run that was stopped there has.
 
     A failure is told, and training goes on.
+
+    Args:
+        opened: gives the model, called if there is something to draw.
     """
     request = request_of(plan)
     target = folder / "samples" / f"step-{done:07d}"
@@ -46,7 +49,7 @@ def draw_samples(plan: Plan, model: Model, folder: Path, done: int) -> None:
     drawing = Progress("samples")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        pictures = []
+        model, pictures = opened(), []
         for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             drawing.show(number, len(request.prompts), prompt)
             pictures += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from finetune.engine import sharding
 from finetune.engine.checkpoint import Checkpoint
 from finetune.engine.optim import Ema, make_optimizer, schedule_free
 from finetune.engine.update import TensorByTensor, make_update, widened
@@ -24,19 +25,24 @@ class TrainingState:
         self._plan, self._accelerator = plan, accelerator
         self.turns = model.turns()
         for turn in self.turns:
-            turn.net.to(accelerator.device)
+            # To be shared out, weights lie as torch lays them, and come to the device block by block: there may be no room for all.
+            turn.net.to(**{"memory_format": torch.contiguous_format} if accelerator.is_fsdp2 else {"device": accelerator.device})
         # Taken after the move, which replaces buffers, and before Accelerate's wrapper, which lengthens names.
-        self._tensors = model.state()
-        self.ema = Ema(model.trained(), plan.recipe.train.ema) if plan.recipe.train.ema else None
-        self.parameters = [turn.parameters() for turn in self.turns]
+        self._tensors, trained = model.state(), model.trained()
         self.optimizers, self.updates = [], []
-        for turn, parameters in zip(self.turns, self.parameters, strict=True):
+        for turn in self.turns:
+            if accelerator.is_fsdp2:
+                sharding.cut(accelerator, turn.net)
             # Moved once more, to a device that has a number ("cpu:0"), buffers would become copies, and those taken above stay as they began.
             placed = [False, True]
-            turn.net, optimizer = accelerator.prepare(turn.net, self._optimizer(turn.name, parameters), device_placement=placed)
+            turn.net, optimizer = accelerator.prepare(turn.net, self._optimizer(turn.name, turn.parameters()), device_placement=placed)
             turn.net.train()
             self.optimizers.append(optimizer)
-            self.updates.append(make_update(plan.recipe, parameters, optimizer, accelerator))
+            self.updates.append(make_update(plan.recipe, turn.parameters(), optimizer, accelerator))
+        if accelerator.is_fsdp2:  # by the same names, each tensor is now a part of the one that was there
+            self._tensors, trained = model.state(), model.trained()
+        self.parameters = [turn.parameters() for turn in self.turns]
+        self.ema = Ema(trained, plan.recipe.train.ema) if plan.recipe.train.ema else None
 
     def _optimizer(self, turn: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         recipe, device = self._plan.recipe, self._accelerator.device
@@ -68,22 +74,26 @@ class TrainingState:
         weights = [tensor for turn in self.turns for tensor in (*turn.net.parameters(), *turn.net.buffers())]
         trained = {id(parameter) for parameters in self.parameters for parameter in parameters}
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        return {
+        found = {
             "frozen weights": [tensor for tensor in weights if id(tensor) not in trained],
             "weights that train": [tensor for tensor in weights if id(tensor) in trained],
             "gradients": [tensor.grad for tensor in weights if id(tensor) in trained and tensor.grad is not None],
             self._plan.recipe.optimizer.name: [value for state in states for value in state.values() if isinstance(value, Tensor)],
             "averages": list(self.ema.averages.values()) if self.ema is not None else [],
         }
+        return {name: [sharding.part(tensor) for tensor in tensors] for name, tensors in found.items()}
 
     def checkpoint(self, step: int, validation: float | None = None) -> Checkpoint:
-        """All that a run needs to go on after `step` finished steps. Its tensors are the living ones: write them at once."""
-        scaler = self._accelerator.scaler
+        """All that a run needs to go on after `step` finished steps; whole on the main process, while all call this together.
+
+        Its tensors are the living ones where they are not shared out: write them at once.
+        """
+        scaler, kept = self._accelerator.scaler, self._accelerator.is_main_process
         return Checkpoint(
             step=step,
-            weights={name: tensor.detach().contiguous() for name, tensor in self._tensors.items()},
-            averages={name: tensor.contiguous() for name, tensor in self.ema.averages.items()} if self.ema is not None else {},
-            optimizers={turn.name: optimizer.state_dict() for turn, optimizer in zip(self.turns, self.optimizers, strict=True)},
+            weights=sharding.whole({name: tensor.detach().contiguous() for name, tensor in self._tensors.items()}, kept),
+            averages=sharding.whole({name: tensor.contiguous() for name, tensor in self.ema.averages.items()}, kept) if self.ema is not None else {},
+            optimizers={turn.name: sharding.whole(optimizer.state_dict(), kept) for turn, optimizer in zip(self.turns, self.optimizers, strict=True)},
             facts={
                 "validation": validation,
                 "threads": torch.get_num_threads(),
@@ -104,12 +114,14 @@ class TrainingState:
         if self._tensors.keys() != found.weights.keys():
             raise UserError("the checkpoint holds other weights than this recipe trains", where=self._plan.folder, remedy="start a new run")
         for name, tensor in self._tensors.items():
-            tensor.copy_(found.weights[name])
+            tensor.copy_(sharding.shared(found.weights[name], tensor))
         if self.ema is not None:
             for name, average in self.ema.averages.items():
-                average.copy_(found.averages[name])
-        for turn, optimizer in zip(self.turns, self.optimizers, strict=True):
-            optimizer.load_state_dict(found.optimizers[turn.name])
+                average.copy_(sharding.shared(found.averages[name], average))
+        for turn, optimizer, parameters in zip(self.turns, self.optimizers, self.parameters, strict=True):
+            saved = found.optimizers[turn.name]
+            states = {place: sharding.shared(state, parameters[place]) for place, state in saved["state"].items()}
+            optimizer.load_state_dict(saved | {"state": states})
         if self._accelerator.scaler is not None and facts["scaler"]:
             self._accelerator.scaler.load_state_dict(facts["scaler"])
         said = []

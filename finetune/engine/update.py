@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.engine.rounding import rounded
+from finetune.engine.sharding import full
 from finetune.recipe import Recipe
 from finetune.seeds import mix
 
@@ -127,8 +128,7 @@ class AtOnce(Update):
     def clip(self) -> Tensor:
         most = self._section.clip_norm or math.inf
         if self._section.clip == "global":
-            norm: Tensor = self._accelerator.clip_grad_norm_(self._parameters, most)
-            return norm
+            return full(self._accelerator.clip_grad_norm_(self._parameters, most))
         self._accelerator.unscale_gradients()
         norms = [clip_alone(parameter.grad, most) for parameter in self._parameters if parameter.grad is not None]
         return _norm(torch.stack(norms))
@@ -190,5 +190,4 @@ def clip_alone(gradient: Tensor, most: float) -> Tensor:
 
 
 def _norm(values: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32)
-    return found
+    return full(torch.linalg.vector_norm(values, dtype=torch.float32))

@@ -52,7 +52,8 @@ def expect(plan: Plan) -> Expected:
     try:
         found = this_cpu() if machine.device == "cpu" else find(machine.name)
         gpu = dataclasses.replace(found, visible_gib=machine.memory_bytes / GIB)
-        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, group=Group(machine.processes))
+        group = Group(machine.processes, "fsdp" if machine.sharded else "ddp")
+        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, group=group)
     except UserError as error:
         return Expected(None, error.problem)
     return Expected(one)
