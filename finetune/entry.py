@@ -25,8 +25,10 @@ from finetune.recipe import Method, Recipe, load_recipe
 LAST_WORDS = "FT_LAST_WORDS"
 LAUNCHER = "FT_LAUNCHER"  # the process id of `ft train`
 PATIENCE = 300.0  # seconds that a run whose launcher is gone has for its step and its checkpoint
+GIVEN_WAY = 3.0  # seconds
 FOREIGN = ("DEEPSPEED", "MEGATRON_LM")
 MISTAKE = 2
+_ending = threading.Event()  # this process has said its last words, or will
 STOPPED = "stopped; --resume goes on from the last checkpoint"
 
 
@@ -93,14 +95,26 @@ def launched() -> Iterator[None]:
         Path(place).with_name(str(os.getpid())).touch()
     signal.signal(signal.SIGTERM, _interrupt)
     if place or "ACCELERATE_MIXED_PRECISION" in os.environ:  # our parent is Accelerate's launcher
-        threading.Thread(target=_follow, args=(os.getppid(), int(os.environ.get(LAUNCHER, "0"))), daemon=True).start()
+        threading.Thread(target=_follow, args=(os.getppid(), int(os.environ.get(LAUNCHER, "0")), place), daemon=True).start()
     with told():
-        yield
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # another process may have ended, and our exchange with it: then its words count
+                _give_way()
+            raise
 
 
-def _follow(parent: int, launcher: int) -> None:
-    """End as by SIGTERM once the process that started this one is gone, or `ft train` behind it: nobody could end it else."""
+def _follow(parent: int, launcher: int, last_words: str | None) -> None:
+    """End as by SIGTERM once the process that started this one is gone, or `ft train` behind it: nobody could end it else.
+
+    And end in silence once another process has said its last words: on GPUs, an exchange with it would wait for days.
+    """
     while os.getppid() == parent and _is_there(launcher):
+        if last_words and os.path.exists(last_words) and not _ending.is_set():
+            os._exit(0)
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(PATIENCE)
@@ -148,12 +162,18 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _end(code: int, words: str) -> NoReturn:
+    _ending.set()
     if place := os.environ.get(LAST_WORDS):
         with contextlib.suppress(FileExistsError), open(place, "x", encoding="utf-8") as file:  # of several processes the first has the word
             file.write(f"{code}\n{words}")
-    else:
-        if not is_main_process():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)  # the first process says it, and the launcher then ends the others before they repeat it
-        print(words, file=sys.stderr, flush=True)
+        sys.exit(0)  # a launcher that sees a failure talks at length
+    if not is_main_process():
+        _give_way()  # the first process says it
+    print(words, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _give_way() -> None:
+    """Wait for another process to be heard: where it has ended, its launcher ends this one, or it does so itself (`_follow`)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GIVEN_WAY)

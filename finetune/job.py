@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from safetensors import SafetensorError
 
 from finetune import pretrained, prior, rebuilt
@@ -69,7 +70,7 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"{tracker} is not installed", where="output.trackers", remedy=f"pip install {tracker}, or remove it there")
     looking = Progress("looking at pictures", enabled=not quiet)
-    audit = scan(prior.with_class(recipe), lambda done, name: looking.show(done, done + 1, name))
+    audit = _by_one(lambda: scan(prior.with_class(recipe), lambda done, name: looking.show(done, done + 1, name)))
     looking.end()
     if not quiet:
         print(tables.data(audit))
@@ -80,6 +81,17 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
     if not quiet:
         print(tables.plan(plan))
     return audit, plan
+
+
+def _by_one(work: Callable[[], Audit]) -> Audit:
+    """What `work` gives in the main process, in every process of the run: the others wait, and read neither folder nor stream."""
+    machine = this_machine()
+    if machine.processes == 1:
+        return work()
+    # The exchange between processes, which `Accelerator` will take over. On GPUs, those that wait would give up after ten minutes.
+    PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=7))
+    found: list[Audit] = broadcast_object_list([work() if is_main_process() else None])
+    return found[0]
 
 
 def foretell(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
@@ -139,8 +151,6 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         cpu=plan.machine.device == "cpu",
         log_with=list(recipe.output.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
-        # The others wait while the first encodes and draws; on GPUs they would give up after ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         fsdp_plugin=sharding.plugin(plan.precision) if plan.machine.sharded else None,
     )
     if plan.machine.sharded:

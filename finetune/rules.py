@@ -81,22 +81,19 @@ def check_sharded(recipe: Recipe, precision: Precision) -> None:
         UserError: with the key.
     """
     train, optimizer = recipe.train, recipe.optimizer
-
-    def refuse(condition: bool, where: str, problem: str, remedy: str) -> None:
+    rules = (
+        (recipe.method == "scratch", "method", "a net from scratch is small, and may read its weights between layers", "train it on one GPU"),
+        (recipe.model.quantize is not None, "model.quantize", "weights are packed, and a part of them means nothing", "remove it"),
+        (train.offload_blocks, "train.offload_blocks", "blocks would come from host memory whole", "remove it"),
+        (train.fused_backward, "train.fused_backward", "a gradient is there once all processes have summed its block's", "remove it"),
+        (train.weights == "bfloat16", "train.weights", "they are rounded by numbers drawn for whole tensors", "set train.weights: float32"),
+        (optimizer.name != "adamw", "optimizer.name", f"{optimizer.name} judges or packs whole tensors", "set optimizer.name: adamw"),
+        (precision == "float16", "train.precision", "float16's scaler looks at whole gradients", "set train.precision: bfloat16"),
+    )
+    for condition, where, problem, remedy in rules:
         if condition:
-            raise UserError(f"{problem} (FSDP shares the weights out)", where=where, remedy=f"{remedy}, or train with --accelerate many-gpus")
-
-    refuse(recipe.method == "scratch", "method", "nets from scratch are small, and some of them read their weights between the layers", "train it on one GPU")
-    quantized = f"{recipe.model.quantize} weights are packed, and a part of them means nothing"
-    refuse(recipe.model.quantize is not None, "model.quantize", quantized, "remove it: each GPU holds only its part of the base")
-    refuse(train.offload_blocks, "train.offload_blocks", "blocks lie on the GPUs in parts, and would come from host memory whole", "remove it")
-    refuse(train.fused_backward, "train.fused_backward", "a gradient is there once all processes have summed it, after its block's backward pass", "remove it")
-    alone = "bfloat16 weights step tensor by tensor, rounded by numbers drawn for whole ones"
-    refuse(train.weights == "bfloat16", "train.weights", alone, "set train.weights: float32, of which each GPU holds its part")
-    state = f"{optimizer.name} keeps state, or judges, by whole tensors"
-    refuse(optimizer.name != "adamw", "optimizer.name", state, "set optimizer.name: adamw, whose state is shared out too")
-    scaled = "float16's gradient scaler was never tried on parts of gradients"
-    refuse(precision == "float16", "train.precision", scaled, "set train.precision: bfloat16")
+            remedy += ", or share nothing out: --accelerate many-gpus"
+            raise UserError(f"{where} cannot be with weights shared out by FSDP: {problem}", where=where, remedy=remedy)
 
 
 def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:

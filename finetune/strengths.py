@@ -59,7 +59,7 @@ def compare(
         raise UserError(
             "OFT turns the weights, and half a turn is not half its effect: it has no strength", where="--strengths", remedy="--strengths 1"
         )
-    kept = _checkpoints(folder, steps_taken)
+    kept = checkpoint.kept(folder, steps_taken, "--checkpoints")
     request = request_for(plan, prompts, seeds, steps, guidance, negative)
     target = free_folder(out, folder)
     family = family_of(plan.recipe.model.family)
@@ -81,18 +81,6 @@ def compare(
         return _write(target, request, rows, columns, drawn)
     except OSError as error:
         raise UserError(f"the pictures cannot be written: {error.strerror}", where=str(target), remedy="choose another place with --out") from error
-
-
-def _checkpoints(folder: Path, steps_taken: Sequence[int] | None) -> list[Path]:
-    """Folders of the checkpoints asked for, in the order of training."""
-    there = {int(path.name.removeprefix("step-")): path for path in checkpoint.checkpoints(folder / "checkpoints")}
-    known = ", ".join(map(str, there)) or "none"
-    if missing := [number for number in steps_taken or () if number not in there]:
-        more = "train with a larger train.keep_checkpoints to have more"
-        raise UserError(f"there is no checkpoint of step {missing[0]}", where="--checkpoints", remedy=f"kept here: {known}; {more}")
-    if not there:
-        raise UserError("this run has no checkpoint yet", where=str(folder), remedy=f"go on with it: ft train {folder / 'recipe.yaml'} --resume")
-    return [path for number, path in there.items() if steps_taken is None or number in steps_taken]
 
 
 def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:

@@ -251,7 +251,7 @@ def test_accelerate_takes_our_flags_without_a_remark(
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in train.CONFIGS.glob("*.yaml")))
-def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Accelerate's own reader, which refuses unknown keys, its own launcher's checks, and its own plugin where one can be made here."""
     from accelerate.commands import launch
     from accelerate.commands.config.config_args import load_config_from_file
@@ -269,22 +269,28 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, monkey
     keys = {action.dest for action in parser._actions}
     assert {key if key.startswith("fsdp") else f"fsdp_{key}" for key in config.fsdp_config} <= keys
     assert config.deepspeed_config.keys() <= keys
-    if config.fsdp_config or config.deepspeed_config:
-        with pytest.raises(UserError, match="is not supported"):
+    if config.deepspeed_config:
+        with pytest.raises(UserError, match="DEEPSPEED is not supported"):
             train.find_config(name)
-        engine = str(config.distributed_type.value)
-        monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-        with pytest.raises(UserError, match=engine):
-            entry.refuse_sharding()
-    else:
-        assert train.find_config(name) == file
-        assert f"--config_file {file}" in " ".join(train.launcher("lora", None, True, name, ("machine_rank=1",))[1])
-        entry.refuse_sharding()
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(UserError, match="--accelerate fsdp2"):
+            entry.refuse_foreign_engines()
+        return
+    assert train.find_config(name) == file
+    assert f"--config_file {file}" in " ".join(train.launcher("lora", None, True, name, ("machine_rank=1",))[1])
     if config.fsdp_config:
         for key, value in prepare_multi_gpu_env(parsed).items():
             monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        entry.refuse_foreign_engines()
+        monkeypatch.setenv("FSDP_VERSION", "1")
+        with pytest.raises(UserError, match="FSDP1 is not supported"):
+            entry.refuse_foreign_engines()
+        older = tmp_path / "mine.yaml"
+        older.write_text(text.replace("fsdp_version: 2", "fsdp_version: 1"))
+        with pytest.raises(UserError, match="FSDP1 is not supported"):
+            train.find_config(str(older))
 
 
 @pytest.mark.parametrize(
@@ -324,6 +330,24 @@ def test_the_scripts_own_exit_code_and_words_come_through(body: str, code: int, 
     script = f"import os\nfrom finetune.entry import launched\nfrom finetune.errors import UserError\nwith launched():\n    {body}"
     assert train.run([sys.executable, "-c", _LAUNCHER, script], {"PYTHONPATH": str(CHECKOUT)}) == code
     assert capfd.readouterr().err == says
+
+
+# The same with two processes, as torch's launcher starts them.
+_LAUNCHER_OF_TWO = """
+import os, subprocess, sys
+started = [subprocess.Popen([sys.executable, '-c', sys.argv[1]], env=os.environ | {'RANK': rank, 'WORLD_SIZE': '2'}) for rank in '01']
+sys.exit(1 if any([process.wait() for process in started]) else 0)
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("other", ["time.sleep(0.1); raise RuntimeError('Connection closed by peer')", "time.sleep(60)"])
+def test_what_one_process_refuses_is_said_once_and_ends_all(rank: str, other: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others lose their exchange with it (on CPUs), or would wait for it (on GPUs); neither is told."""
+    script = "import os, time\nfrom finetune.entry import launched\nfrom finetune.errors import UserError\nwith launched():\n"
+    script += f"    if os.environ['RANK'] == '{rank}': raise UserError('the disk is full')\n    {other}"
+    assert train.run([sys.executable, "-c", _LAUNCHER_OF_TWO, script], {"PYTHONPATH": str(CHECKOUT)}) == 2
+    assert capfd.readouterr().err == "error: the disk is full\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import stat
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.engine.runs import validations
 from finetune.errors import UserError
 from finetune.export import export
 from finetune.models import adapters
@@ -199,6 +201,38 @@ def test_whole_pipeline_in_half_the_bytes(tmp_path: Path) -> None:
     assert {opened.unet.dtype, opened.vae.dtype, opened.text_encoder.dtype} == {torch.float32}
     assert opened.safety_checker is None
     assert abs(draw(opened) - draw(StableDiffusionPipeline.from_pretrained(run / "final"))).max() < 0.01
+
+
+def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path: Path) -> None:
+    """Of a schedule-free optimizer, the averages too; and of a run that was never finished."""
+    setting = ("optimizer.name=schedulefree", "optimizer.schedule=constant", "data.held_out=0.2", "sample.prompts=[]")
+    every = ("train.steps=3", "train.checkpoint_every=1", "train.validate_every=1", "train.keep_checkpoints=3")
+    run = tiny.train(tiny.recipe("sd15", "lora", *setting, *every, folder=tmp_path / "run")).run.folder
+    final = load_file(run / "final" / LORA_FILE)
+    shutil.rmtree(run / "final")
+    at = {step: export(run, checkpoint=str(step))[0] for step in (2, 3)}
+    last, before = load_file(at[3]), load_file(at[2])
+    assert last.keys() == final.keys() == before.keys()
+    assert all(torch.equal(last[name], tensor) for name, tensor in final.items())
+    assert not any(torch.equal(before[name], tensor) for name, tensor in final.items())
+    with safe_open(at[2], framework="pt") as file:
+        assert file.metadata()["ss_steps"] == "2"
+    losses = {step: loss for step, loss in validations(run / "checkpoints").items() if loss is not None}
+    best = min(losses, key=lambda step: losses[step])
+    (file,) = export(run, "kohya", checkpoint="best")
+    assert file.name == f"tiny-step-000000{best}-kohya.safetensors"
+    for asked, says in (("4", "there is no checkpoint of step 4"), ("last", '"last" is no checkpoint')):
+        with pytest.raises(UserError, match=says):
+            export(run, checkpoint=asked)
+    with pytest.raises(UserError, match="no final weights yet"):
+        export(run)
+    (run / "checkpoints" / "step-0000002" / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is damaged"):
+        export(run, checkpoint="2", out=tmp_path / "never")
+    for path in run.glob("checkpoints/*/state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"validation": None}))
+    with pytest.raises(UserError, match="none is the best"):
+        export(run, checkpoint="best")
 
 
 def test_refusals(tmp_path: Path) -> None:

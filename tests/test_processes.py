@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,7 +50,10 @@ CASES: dict[str, Callable[..., Recipe]] = {
     "scratch-sd": _tiny("sd", "scratch"),
     "scratch-vae": _tiny("vae", "scratch"),
     **{f"scratch-{name}": _in_pixels(name) for name, case in scratch.CASES.items() if not case.unequal},
+    "fsdp-lora": _tiny("sd15", "lora", "train.accumulation=2", "optimizer.clip=tensor", "data.held_out=0.2"),
 }
+# With averages, and blocks that are gathered once more to compute again; it goes on with what one process has begun.
+SHARDED = _tiny("flux2", "full", "train.ema=0.9", "train.gradient_checkpointing=true", "sample.prompts=[a red circle]", "sample.steps=1")
 
 
 @dataclass
@@ -75,6 +80,13 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     begun.trainer.train()  # by one process; the two go on with it
     begun.run.status.finished()
     files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2")))
+    for name, steps in (("unbroken", STEPS), ("broken", 2), ("broken", STEPS)):
+        place = folder / "two" / f"fsdp-{name}"
+        if not place.is_dir():
+            first = tiny.prepare(SHARDED(place, "train.batch_size=4", "train.steps=1"))
+            first.trainer.train()
+            first.run.status.finished()
+        files.append(written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}")))
     files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks")))
 
     environment, arguments = launcher("lora", None, False, "many-gpus")
@@ -98,17 +110,54 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launched) -> None:
-    assert f"{name}: 2 × MULTI_CPU\n" in launched.out, launched.err[-3000:]
+    assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}\n" in launched.out, launched.err[-3000:]
     one, two = launched.folder / "one" / name, launched.folder / "two" / name
     tiny.prepare(CASES[name](one, "train.batch_size=4")).trainer.train()
     plan = json.loads((two / "plan.json").read_text())
-    assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4)
+    assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4 * plan["recipe"]["train"]["accumulation"])
     theirs = weights(two)
     for key, tensor in weights(one).items():
         torch.testing.assert_close(theirs[key], tensor, **TOLERANCE)
     for ours, their in zip(metrics(one), metrics(two), strict=True):
         losses = {key for key in ours if key.startswith("loss.") or key == "validation"}
         assert losses and {key: their[key] for key in losses} == pytest.approx({key: ours[key] for key in losses}, rel=1e-4)
+
+
+def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launched) -> None:
+    """One process begins, two with a part of the weights each go on, and one takes over: checkpoints, averages, pictures and files are plain."""
+    two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
+    unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
+    assert launched.out.count("going on after step 1\n1 processes before, 2 now") == 2 and "going on after step 2\n" in launched.out
+    assert unbroken.keys() == broken.keys() and all(torch.equal(unbroken[key], tensor) for key, tensor in broken.items())
+    states = [torch.load(two / name / "checkpoints/step-0000003/optimizer-denoiser.pt") for name in ("fsdp-unbroken", "fsdp-broken")]
+    assert all(torch.equal(one, other) for place, state in states[0]["state"].items() for one, other in _pairs(state, states[1]["state"][place]))
+
+    tiny.train(SHARDED(one, "train.batch_size=4"))
+    for key, tensor in weights(one).items():
+        torch.testing.assert_close(unbroken[key], tensor, **TOLERANCE)
+    finals = [one / "final", two / "fsdp-unbroken" / "final"]
+    names = [{str(file.relative_to(final)) for file in final.rglob("*")} for final in finals]
+    assert names[0] == names[1] and "transformer/config.json" in names[0]
+    for name in names[0]:
+        if name.endswith(".safetensors"):
+            written = load_file(finals[1] / name)
+            for key, tensor in load_file(finals[0] / name).items():
+                torch.testing.assert_close(written[key], tensor, **TOLERANCE)
+        elif name.endswith("config.json"):
+            assert (finals[0] / name).read_text() == (finals[1] / name).read_text()
+    drawn = [numpy.asarray(Image.open(place / "samples/step-0000003/00.png"), dtype=float) for place in (one, two / "fsdp-unbroken")]
+    assert abs(drawn[0] - drawn[1]).max() <= 2
+
+    for place, batch in ((one, "train.batch_size=4"), (two / "fsdp-unbroken", "train.batch_size=4")):
+        tiny.prepare(SHARDED(place, batch, "train.steps=4"), resume=True).trainer.train()
+    whole = weights(one)
+    for key, tensor in weights(two / "fsdp-unbroken").items():
+        torch.testing.assert_close(whole[key], tensor, **TOLERANCE)
+
+
+def _pairs(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    assert one.keys() == other.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    return [(one[key], other[key]) for key in one]
 
 
 def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:

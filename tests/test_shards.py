@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,8 +194,11 @@ def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pyte
     streamed, whole = scan(data(parquet, streaming=True)), scan(data(parquet))
     assert list(streamed.pictures) == list(whole.pictures)
     assert [p.caption for p in streamed.pictures] == [f"number {n}" for n in range(9)]
+    sent, table = (pickle.loads(pickle.dumps(audit)) for audit in (streamed, whole))  # as one process hands them to the others
+    assert list(sent.pictures) == list(whole.pictures) and sent.findings == streamed.findings
     for number in (8, 0, 7, 7, 3, 4, 5, 1, 8):
         assert streamed.pictures[number].read() == whole.pictures[number].read()
+        assert sent.pictures[number].read() == table.pictures[number].read() == whole.pictures[number].read()
 
 
 @pytest.mark.parametrize("cached", [True, False])

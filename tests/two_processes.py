@@ -7,7 +7,7 @@ rank 1 breaks, and all must end with its error shown.
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,7 +18,7 @@ def let_cpus_share() -> None:
 
     from finetune import job
 
-    class Sharing(Accelerator):
+    class Sharing(Accelerator):  # type: ignore[misc]
         def __init__(self, *, fsdp_plugin: Any, **given: Any) -> None:
             known = PartialState._shared_state
             if known:  # of the recipe before
@@ -28,7 +28,11 @@ def let_cpus_share() -> None:
                 known["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
                 self.state.fsdp_plugin = fsdp_plugin
 
-    job.Accelerator = Sharing  # type: ignore[misc]
+    job.Accelerator = Sharing  # type: ignore[attr-defined]
+
+
+def nobody(*given: object) -> NoReturn:
+    raise AssertionError("one process looks at the pictures for all")
 
 
 def main() -> None:
@@ -39,6 +43,8 @@ def main() -> None:
         quiet_libraries()
         from finetune import job
 
+        if os.environ["RANK"] != "0":
+            job.scan = nobody
         let_cpus_share()
         for file in sys.argv[1:]:
             recipe = load_recipe(file)
@@ -51,6 +57,9 @@ def main() -> None:
             if file == sys.argv[-1] and accelerator.process_index == 1:
                 raise ValueError("rank 1 has had enough")
             ready.trainer.train()
+            if accelerator.is_fsdp2:
+                accelerator.end_training = lambda: None  # which would end the processes' exchange
+                job.finish(ready)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ from finetune.export import Format, export
 @click.option("--format", "layout", type=click.Choice(get_args(Format)), default="diffusers", help="One LoRA file for ComfyUI, or by kohya's names.")
 @click.option("--merge", is_flag=True, help="Write the whole model with the LoRA worked into its weights.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Numbers of the file; by default as they are.")
+@click.option("--checkpoint", metavar="best|STEPS", help="One that the run keeps: best by validation loss, or by steps taken; by default its end.")
 @click.option("--out", type=click.Path(path_type=Path), help="File or folder to write; by default in the run's folder.")
-def command(run: Path, layout: str, merge: bool, dtype: str | None, out: Path | None) -> None:
+def command(run: Path, layout: str, merge: bool, dtype: str | None, checkpoint: str | None, out: Path | None) -> None:
     """Write what a run has trained as files for other programs.
 
     RUN is the run's folder.
     """
     quiet_libraries()
-    for file in export(run, layout, merge, dtype, out):
+    for file in export(run, layout, merge, dtype, out, checkpoint):
         click.echo(file)

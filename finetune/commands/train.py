@@ -163,10 +163,10 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if code and last_words.is_file():
+        if last_words.is_file():
             told, _, words = last_words.read_text(encoding="utf-8").partition("\n")
             click.echo(words, err=True)
-            code = int(told)
+            code = int(told or 1)
         return 128 + received[0] if code and received else code
 
 

@@ -114,10 +114,13 @@ def on_hub(url: str, name: str) -> bool:
 
 
 class _Table:
-    """A column of pictures on disk."""
+    """A column of pictures on disk. It can be pickled, for the other processes of a run."""
 
     def __init__(self, pictures: Any, place: _Place, column: str) -> None:
         self._pictures, self._place, self._column, self._lock = pictures, place, column, threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _Table, (self._pictures, self._place, self._column)
 
     def read(self, row: int) -> bytes:
         with self._lock:
@@ -129,15 +132,18 @@ class _Stream:
     """Rows that come one after another, by their number: asked for in order they cost nothing more.
 
     Going back starts again from the nearest place that was remembered, so what a number gives never depends on what was
-    asked before.
+    asked before. It can be pickled, for the other processes of a run, which then know these places too.
     """
 
-    def __init__(self, table: Any, place: _Place, column: str) -> None:
+    def __init__(self, table: Any, place: _Place, column: str, states: dict[int, Any] | None = None) -> None:
         self._fresh, self._table, self._place, self._column, self._lock = table, table, place, column, threading.Lock()
-        self._states: dict[int, Any] = {}
+        self._states = states or {}
         self._recent: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._rows: Iterator[dict[str, Any]] | None = None
         self._next = 0
+
+    def __reduce__(self) -> Any:
+        return _Stream, (self._fresh, self._place, self._column, self._states)
 
     def read(self, number: int) -> bytes:
         row = self.row(number)

@@ -8,10 +8,11 @@ import json
 import tempfile
 import threading
 import weakref
+from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, final, overload
 
 from finetune.data.pictures import Crop
 
@@ -43,19 +44,53 @@ class Picture:
 _FIELDS = tuple(f.name for f in dataclasses.fields(Picture))
 
 
-class Index(Sequence[Picture]):
-    """Pictures, made anew each time one is asked for. What is counted over all of them stands in arrays."""
+class Pictures(Sequence[Picture]):
+    """A sequence whose slices are tuples."""
+
+    @abstractmethod
+    def picture(self, place: int) -> Picture:
+        """The one at a place of `range(len(self))`."""
+
+    @overload
+    def __getitem__(self, place: int) -> Picture: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
+    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
+        if isinstance(place, slice):
+            return tuple(self.picture(number) for number in range(len(self))[place])
+        return self.picture(range(len(self))[place])
+
+
+@final
+class Index(Pictures):
+    """Pictures, made anew each time one is asked for. What is counted over all of them stands in arrays.
+
+    It can be pickled, for the other processes of a run.
+    """
 
     def __init__(self) -> None:
-        file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-index-")  # noqa: SIM115 (lives as long as this)
-        self._file, self._lock = file, threading.Lock()
-        weakref.finalize(self, file.close)
+        self._open(b"")
         self._ends = array("Q", [0])
         self._shared: list[Any] = []  # crops, functions, whatever several pictures have in common
         self._place_of: dict[Any, int] = {}
         self._crops, self._repeats = array("I"), array("I")
         self._digests = bytearray()
         self._held_out = bytearray()
+
+    def _open(self, rows: bytes) -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-index-")  # noqa: SIM115 (lives as long as this)
+        self._lock = threading.Lock()
+        weakref.finalize(self, self._file.close)
+        self._file.write(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            self._file.seek(0)
+            return self.__dict__ | {"_file": self._file.read(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open(state["_file"])
 
     def append(self, picture: Picture) -> None:
         row = json.dumps([self._plain(getattr(picture, name)) for name in _FIELDS]).encode()
@@ -71,14 +106,7 @@ class Index(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, place: int) -> Picture: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
-    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
-        if isinstance(place, slice):
-            return tuple(self[number] for number in range(*place.indices(len(self))))
-        place = range(len(self))[place]
+    def picture(self, place: int) -> Picture:
         start, end = self._ends[place], self._ends[place + 1]
         with self._lock:
             self._file.seek(start)
@@ -154,7 +182,8 @@ class Index(Sequence[Picture]):
         return place
 
 
-class Part(Sequence[Picture]):
+@final
+class Part(Pictures):
     """Some pictures of an index. `places` [N] are theirs in it."""
 
     def __init__(self, index: Index, places: numpy.ndarray) -> None:
@@ -163,14 +192,5 @@ class Part(Sequence[Picture]):
     def __len__(self) -> int:
         return len(self.places)
 
-    @overload
-    def __getitem__(self, place: int) -> Picture: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
-    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
-        if isinstance(place, slice):
-            return tuple(self._index[int(number)] for number in self.places[place])
-        return self._index[int(self.places[place])]
-
-    def __iter__(self) -> Iterator[Picture]:
-        return (self._index[int(number)] for number in self.places)
+    def picture(self, place: int) -> Picture:
+        return self._index.picture(int(self.places[place]))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
 
 
+def kept(run: Path, steps: Sequence[int] | None, where: str) -> list[Path]:
+    """The checkpoints of a run after so many steps, or all that it keeps, in the order of training.
+
+    Raises:
+        UserError: one is not there, or none is; `where` is the option that asked.
+    """
+    there = {int(path.name.removeprefix("step-")): path for path in checkpoints(run / "checkpoints")}
+    known = ", ".join(map(str, there)) or "none"
+    if missing := [number for number in steps or () if number not in there]:
+        more = "train with a larger train.keep_checkpoints to have more"
+        raise UserError(f"there is no checkpoint of step {missing[0]}", where=where, remedy=f"kept here: {known}; {more}")
+    if not there:
+        raise UserError("this run has no checkpoint yet", where=str(run), remedy=f"go on with it: ft train {run / 'recipe.yaml'} --resume")
+    return [path for number, path in there.items() if steps is None or number in steps]
+
+
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, and a sentence for each damaged one passed over."""
     said: list[str] = []
@@ -103,6 +120,17 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             return load(path), said
         said.append(f"checkpoint {path.name} is damaged ({damage}): the one before is used")
     return None, said
+
+
+def load_whole(path: Path) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if damage := _damage(path):
+        raise UserError(f"checkpoint {path.name} is damaged ({damage})", where=str(path), remedy="take another")
+    return load(path)
 
 
 def load(path: Path) -> Checkpoint:

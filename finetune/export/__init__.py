@@ -27,8 +27,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
 }
 
 
-def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str | None = None, out: Path | None = None) -> list[Path]:
-    """Write a finished run's artefact anew, whole or not at all; nothing that exists is overwritten.
+def export(
+    run: Path, format: str = "diffusers", merge: bool = False, dtype: str | None = None, out: Path | None = None, checkpoint: str | None = None
+) -> list[Path]:
+    """Write a run's artefact anew, whole or not at all; nothing that exists is overwritten.
 
     Args:
         run: the run's folder.
@@ -36,18 +38,20 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
         merge: a LoRA's whole pipeline, the LoRA added to its weights.
         dtype: float32, float16 or bfloat16 for every weight; none keeps them as they are.
         out: the folder to make, or for the others the `.safetensors` file; none: inside the run, under `export/`.
+        checkpoint: `best` (by validation loss), or the steps that the run had taken; none: its end.
 
     Returns:
         The weight files written.
 
     Raises:
-        UserError: the run is not there or not finished, `out` exists, or the run cannot be written in this form.
+        UserError: the run is not there or not finished, has no such checkpoint, `out` exists, or the run cannot be written in this form.
     """
     from safetensors import SafetensorError
 
-    recipe = _finished(run)
+    recipe = _recipe(run)
     _check(recipe, format, merge, dtype)
-    name = "-".join(part for part in ("merged" if merge else format, dtype) if part)
+    chosen = _chosen(run, checkpoint)
+    name = "-".join(part for part in (chosen.name if checkpoint else "", "merged" if merge else format, dtype) if part)
     suffix = "" if format == "diffusers" else ".safetensors"
     target = out or run / "export" / f"{recipe.name}-{name}{suffix}"
     if target.exists():
@@ -62,7 +66,12 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            _write(run, recipe, format, merge, dtype, aside / target.name)
+            if checkpoint:
+                from finetune.export.chosen import write_artefact
+
+                chosen, path = Path(tempfile.mkdtemp(dir=aside)), chosen
+                write_artefact(run, path, chosen)
+            _write(chosen, recipe, format, merge, dtype, aside / target.name)
             os.replace(aside / target.name, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -77,32 +86,41 @@ def export(run: Path, format: str = "diffusers", merge: bool = False, dtype: str
     return files
 
 
-def _write(run: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
+def _write(final: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
     if format != "diffusers" and recipe.model.family in ("sd", "sdxl"):  # ComfyUI knows their layers by kohya's names
         from finetune.export.kohya import write_kohya
 
-        write_kohya(run / "final", recipe, dtype, target)
+        write_kohya(final, recipe, dtype, target)
     elif format != "diffusers":
         from finetune.export.conventions import write_transformer
 
-        write_transformer(run / "final", recipe, format, dtype, target)
+        write_transformer(final, recipe, format, dtype, target)
     elif merge:
         from finetune.export.merge import write_merged
 
-        write_merged(run / "final", recipe, dtype, target)
+        write_merged(final, recipe, dtype, target)
     else:
         from finetune.export.folder import copy_folder
 
-        copy_folder(run / "final", dtype, target)
+        copy_folder(final, dtype, target)
 
 
-def _finished(run: Path) -> Recipe:
-    """The recipe of a run whose artefact is there."""
+def _recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is no run's folder: it has no recipe.yaml", remedy="give the folder that `ft train` made, such as runs/lora-emoji")
-    if not any((run / "final").rglob("*.safetensors")):
-        raise UserError(f"{run} has no final weights yet", remedy=f"finish it: ft train {run / 'recipe.yaml'} --resume")
     return load_recipe(run / "recipe.yaml")
+
+
+def _chosen(run: Path, checkpoint: str | None) -> Path:
+    """The folder of the run's artefact, or of a checkpoint."""
+    if checkpoint:
+        from finetune.export.chosen import choose
+
+        return choose(run, checkpoint)
+    if not any((run / "final").rglob("*.safetensors")):
+        remedy = f"finish it: ft train {run / 'recipe.yaml'} --resume; or export a --checkpoint"
+        raise UserError(f"{run} has no final weights yet", remedy=remedy)
+    return run / "final"
 
 
 def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
