@@ -222,9 +222,9 @@ def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: p
     assert taken == [("runs/x", (), None), dict.fromkeys(asked)]
     assert str(tmp_path) in capsys.readouterr().out
     assert ft("export", "runs/x", "--format", "kohya", "--dtype", "float16", "--out", "x.safetensors") == 0
-    assert taken == [(Path("runs/x"), "kohya", False, "float16", Path("x.safetensors")), {}]
-    assert ft("export", "runs/x", "--merge") == 0
-    assert taken == [(Path("runs/x"), "diffusers", True, None, None), {}]
+    assert taken == [(Path("runs/x"), "kohya", False, "float16", Path("x.safetensors"), None), {}]
+    assert ft("export", "runs/x", "--merge", "--checkpoint", "best") == 0
+    assert taken == [(Path("runs/x"), "diffusers", True, None, None, "best"), {}]
 
 
 # -- ft train: the launcher -------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def main() -> None:
         from finetune import job
 
         if os.environ["RANK"] != "0":
-            job.scan = nobody
+            job.scan = nobody  # type: ignore[assignment,attr-defined]
         let_cpus_share()
         for file in sys.argv[1:]:
             recipe = load_recipe(file)
