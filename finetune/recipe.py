@@ -210,6 +210,7 @@ class Sample:
     negative: str = ""
     every: int = _number(500, minimum=1)  # training steps between sample grids
     steps: int = _number(25, minimum=1)  # denoising steps of a sample
+    truncation: float = _number(1.0, minimum=0, maximum=2)  # of GANs: how far from the mean picture one is; below 1 more alike and better made
     guidance: float = _number(7.0, minimum=0)  # as the family's pipeline takes it: mostly 1 is none, of Z-Image 0
     sampler: str | None = None  # families that denoise pixels: ddpm, ddim, dpm++ (2M), heun or euler; none: the family's usual one
     eta: float = _number(0.0, minimum=0, maximum=1)  # ddim: 0 adds no noise on the way, 1 as much as ddpm

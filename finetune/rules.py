@@ -49,6 +49,11 @@ def check(recipe: Recipe, where: str) -> None:
         f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
         "remove them",
     )
+    refuse(
+        recipe.sample.truncation != 1 and (recipe.net is None or recipe.net.kind != "GAN"),
+        f"sample.truncation is for GANs, and {model.family} is none",
+        "remove sample.truncation",
+    )
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")

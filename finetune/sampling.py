@@ -15,6 +15,7 @@ from finetune.engine.progress import Progress
 from finetune.engine.samples import request_of, write_pictures
 from finetune.errors import UserError
 from finetune.models import adapters, smaller, words
+from finetune.models.adversarial import Adversarial
 from finetune.models.family import Family, family_of
 from finetune.models.loading import open_pipeline
 from finetune.models.pixels import CONFIG, WEIGHTS, PixelModel, open_model
@@ -37,6 +38,7 @@ def sample(
     out: Path | None = None,
     sampler: str | None = None,
     eta: float | None = None,
+    truncation: float | None = None,
 ) -> list[Path]:
     """Draw every prompt with every seed, each picture from its own generator, so that it does not depend on the others.
 
@@ -44,7 +46,7 @@ def sample(
         run: a run's folder, a diffusers folder, or `embedded:base`.
         prompts: what to draw; none: the prompts of the run's recipe.
         seeds: none: prompt n has the recipe's seed + n, which draws the run's last samples again.
-        steps, guidance, negative, sampler, eta: none: as the run's recipe says.
+        steps, guidance, negative, sampler, eta, truncation: none: as the run's recipe says.
         out: where `NN.png` and `grid.png` go, a new or empty folder; none: `drawn/1`, `drawn/2` … in the run (of what is no
             run, in the working directory).
 
@@ -52,13 +54,16 @@ def sample(
         The single pictures, prompt by prompt.
 
     Raises:
-        UserError: nothing there to draw with, nothing to draw, or `out` holds something.
+        UserError: nothing there to draw with, nothing to draw, nothing to truncate, or `out` holds something.
     """
     place = Path(embedded(str(run))).expanduser()
     plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
-    request = request_for(plan, prompts, seeds, steps, guidance, negative, sampler, eta)
+    request = request_for(plan, prompts, seeds, steps, guidance, negative, sampler, eta, truncation)
     target = free_folder(out, place if plan is not None else Path())
-    pictures = _draw(_open_run(place, plan) if plan is not None else _open_folder(place, str(run)), request)
+    opened = _open_run(place, plan) if plan is not None else _open_folder(place, str(run))
+    if request.truncation != 1 and not isinstance(opened, Adversarial):
+        raise UserError("only a GAN's pictures can be drawn nearer to the mean", where="--truncation", remedy="leave it out")
+    pictures = _draw(opened, request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
         return write_pictures(pictures, request, target)
@@ -75,6 +80,7 @@ def request_for(
     negative: str | None = None,
     sampler: str | None = None,
     eta: float | None = None,
+    truncation: float | None = None,
 ) -> SampleRequest:
     """What is asked for, completed by what the run's recipe says; for the arguments see `sample`.
 
@@ -99,6 +105,7 @@ def request_for(
         negative=defaults.negative if negative is None else negative,
         sampler=defaults.sampler if sampler is None else sampler,
         eta=defaults.eta if eta is None else eta,
+        truncation=defaults.truncation if truncation is None else truncation,
     )
 
 

@@ -65,6 +65,18 @@ CASES = {
         unequal="the generator's batch norm is of each process's own pictures",
         unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
     ),
+    "r3gan": Case(
+        "r3gan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40"),
+        steps=20,
+        unchanged=("critic.logit.bias",),  # as WGAN-GP's
+    ),
+    "stylegan2": Case(
+        "stylegan2",
+        ("net.width=4", "net.halvings=1", "net.latent=4", "net.style=6", "net.mapping=2", "net.lazy=2", "net.augment=0"),
+        steps=50,
+        unequal="the deviation within groups is of each process's own pictures",
+    ),
     "beta-vae": Case("betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20),
     "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
     "flow-matching": Case("rectifiedflow", UNET),

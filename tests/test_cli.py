@@ -216,7 +216,7 @@ def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(finetune.commands.export, "export", take)
     named = ["--steps", "5", "--guidance", "2.5", "--sampler", "ddim", "--eta", "0.5", "--out", "there"]
     assert ft("sample", "runs/x", "--prompt", "a", "--prompt", "b c", "--seed", "3", "--seed", "4", *named) == 0
-    asked = {"steps": 5, "guidance": 2.5, "negative": None, "out": Path("there"), "sampler": "ddim", "eta": 0.5}
+    asked = {"steps": 5, "guidance": 2.5, "negative": None, "out": Path("there"), "sampler": "ddim", "eta": 0.5, "truncation": None}
     assert taken == [("runs/x", ("a", "b c"), (3, 4)), asked]
     assert ft("sample", "runs/x") == 0
     assert taken == [("runs/x", (), None), dict.fromkeys(asked)]

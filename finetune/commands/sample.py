@@ -19,6 +19,7 @@ from finetune.errors import UserError
 @click.option("--negative", help="What not to draw; by default as the recipe says.")
 @click.option("--sampler", help="Of a model that denoises pixels: ddpm, ddim, dpm++, heun or euler; by default as the recipe says.")
 @click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise on the way: 0 adds none, 1 as much as DDPM.")
+@click.option("--truncation", type=click.FloatRange(0, 2), help="Of a GAN: below 1, pictures are more alike and better made.")
 @click.option("--strengths", help="Of a LoRA, such as 0.4,0.7,1: a sheet a prompt, with a column for each.")
 @click.option("--checkpoints", help="all, or steps such as 500,1000: a row of the sheet for each.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A new folder for the pictures; by default in the run's own.")
@@ -31,6 +32,7 @@ def command(
     negative: str | None,
     sampler: str | None,
     eta: float | None,
+    truncation: float | None,
     strengths: str | None,
     checkpoints: str | None,
     out: Path | None,
@@ -45,6 +47,8 @@ def command(
     chosen = None if checkpoints in (None, "all") else [int(step) for step in numbers(checkpoints or "", "--checkpoints", "all, or 500,1000")]
     quiet_libraries()
     if several:
+        if truncation is not None:
+            raise UserError("sheets are of LoRAs, and only a GAN is truncated", where="--truncation", remedy="leave out --truncation")
         from finetune.strengths import compare
 
         sheets = compare(run, factors, chosen, prompts, seeds or None, steps, guidance, negative, out)
@@ -52,7 +56,7 @@ def command(
         return
     from finetune.sampling import sample
 
-    asked = {"steps": steps, "guidance": guidance, "negative": negative, "out": out, "sampler": sampler, "eta": eta}
+    asked = {"steps": steps, "guidance": guidance, "negative": negative, "out": out, "sampler": sampler, "eta": eta, "truncation": truncation}
     files = sample(run, prompts, seeds or None, **asked)  # type: ignore[arg-type]
     click.echo(f"{len(files)} pictures and grid.png are in {files[0].parent}")
 

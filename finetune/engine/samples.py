@@ -30,6 +30,7 @@ def request_of(plan: Plan) -> SampleRequest:
         negative=sample.negative,
         sampler=sample.sampler,
         eta=sample.eta,
+        truncation=sample.truncation,
         size=plan.data.buckets[0][:2] if len(plan.data.buckets) == 1 else (plan.recipe.data.resolution,) * 2,
     )
 
@@ -69,6 +70,8 @@ def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Pa
         said = PngInfo()
         values = {"prompt": prompt, "negative": request.negative, "seed": seed, "steps": request.steps, "guidance": request.guidance}
         values |= {"sampler": request.sampler} if request.sampler else {}
+        if request.truncation != 1:
+            values["truncation"] = request.truncation
         for key, value in values.items():
             said.add_itxt(key, str(value))
         files.append(folder / f"{number:02d}.png")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +179,20 @@ class GeneratorTurn(Turn):
         return weights | buffers
 
 
+class Pyramid(Protocol):
+    """A section whose nets halve the sides again and again."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def halvings(self) -> int: ...
+
+
+def widths_by_size(section: Pyramid) -> list[int]:
+    """Channels by size, from the smallest to full: twice as many after each halving, eight times at most."""
+    return [section.width * min(8, 2 ** (section.halvings - size)) for size in range(section.halvings + 1)]
+
+
 def latent_of(draw: Draw, section: Section) -> Tensor:
     """[B, L], standard normal."""
     return draw.normal("latent", (section.latent,))
@@ -204,7 +218,7 @@ class Adversarial(PixelModel):
         return self._turns
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        return self.space.quantised(self.net(latent_of(draw, self._section), classes, draw))
+        return self.space.quantised(self.net(latent_of(draw, self._section), classes, draw, request.truncation))
 
 
 def build(plan: Plan, audit: Audit) -> Model:

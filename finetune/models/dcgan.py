@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.models import adversarial
-from finetune.models.adversarial import Adversarial, Critic, Generator, Penalty, Reader
+from finetune.models.adversarial import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
 from finetune.models.blocks import halved
 from finetune.models.pixels import Space, class_embedding
 from finetune.nets._adversarial import Adversarial as Section
@@ -62,11 +62,6 @@ class Growth(nn.Module):
         return min(float(self._most), phase // 2 + (within if phase % 2 else 0.0))
 
 
-def _widths(section: Net) -> list[int]:
-    """Channels by size, from the smallest to full."""
-    return [section.width * min(8, 2 ** (section.halvings - size)) for size in range(section.halvings + 1)]
-
-
 def _norm(name: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if name == "batch" else PixelNorm() if name == "pixel" else nn.Identity()
 
@@ -81,7 +76,7 @@ def _reached_all(found: Tensor, net: nn.Module) -> Tensor:
 class DcganGenerator(Generator):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
-        self._grid, widths, norm = halved(space.height, space.width, section.halvings), _widths(section), section.generator_norm
+        self._grid, widths, norm = halved(space.height, space.width, section.halvings), widths_by_size(section), section.generator_norm
         self._sizes, self._growing = section.halvings, section.grow_steps > 0
         self.classes = class_embedding(space, section.latent)
         inputs = section.latent * (2 if self.classes is not None else 1)
@@ -119,7 +114,7 @@ class DcganGenerator(Generator):
 class DcganReader(Reader):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
-        widths, norm = _widths(section), section.critic_norm
+        widths, norm = widths_by_size(section), section.critic_norm
         self._sizes, self._growing = section.halvings, section.grow_steps > 0
         sizes = range(section.halvings + 1) if self._growing else (section.halvings,)
         self.read = nn.ModuleDict(
@@ -158,7 +153,7 @@ class Dcgan(Adversarial):
                 where="net.critic_norm",
                 remedy="set net.critic_norm: none",
             )
-        grid, channels = halved(self.space.height, self.space.width, section.halvings), _widths(section)[0]
+        grid, channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
         critic = Critic(
             self.space, section, DcganReader(self.space, section), channels, lambda channels: (nn.Flatten(), channels * grid[0] * grid[1])
         )

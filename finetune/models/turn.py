@@ -80,6 +80,7 @@ class SampleRequest:
     size: tuple[int, int] | None = None  # (width, height); none: the training size
     sampler: str | None = None  # of those that the family has; none: its usual one
     eta: float = 0.0  # DDIM's noise on the way: 0 is none, 1 as much as DDPM
+    truncation: float = 1.0  # of GANs: how far from the mean picture one is; below 1 more alike and better made
 
 
 class Model(ABC):

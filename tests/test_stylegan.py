@@ -1,0 +1,141 @@
+"""StyleGAN2's layers against loops and closed forms, and how well StyleGAN3's move with their input."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, final
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.engine.draw import Draw
+from finetune.errors import UserError
+from finetune.models import alias_free, stylegan2
+from finetune.models.alias_free import AliasFreeGenerator, equivariance, low_pass, lowered, raised
+from finetune.models.pixels import Space
+from finetune.models.styled import EqualConv, Modulated, doubled, mixed
+from finetune.models.stylegan2 import PathLength, Styled, StyleGan2, path_lengths
+from finetune.models.turn import SampleRequest
+from finetune.nets.stylegan2 import Net
+from finetune.recipe import load_recipe
+
+SPACE = Space(3, 16, 16, 256)
+SMALL = Net(width=4, halvings=2, latent=5, style=6, mapping=2)
+
+
+def make(**changes: Any) -> StyleGan2:
+    torch.manual_seed(0)
+    return stylegan2.create(SPACE, dataclasses.replace(SMALL, **changes))
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_a_modulated_convolution_is_a_loop_over_pictures(demodulate: bool) -> None:
+    layer, maps, styles = Modulated(4, 6, 3, 5, demodulate), torch.randn(3, 4, 7, 8), torch.randn(3, 5)
+    found = layer(maps, styles)
+    for number in range(3):
+        scales = layer.style(styles[number])
+        weight = layer.weight * scales.view(1, -1, 1, 1) / (4 * 9) ** 0.5
+        if demodulate:
+            weight = torch.stack([kernel / kernel.norm() for kernel in weight])
+        torch.testing.assert_close(found[number], functional.conv2d(maps[number], weight, padding=1), rtol=1e-4, atol=1e-5)
+    if demodulate:
+        assert layer.weights(styles).flatten(2).norm(dim=2).flatten().tolist() == pytest.approx([1.0] * 18, abs=1e-5)
+
+
+def test_resampling_keeps_places_and_brightness() -> None:
+    flat, ramp = torch.ones(1, 2, 8, 8), torch.arange(8.0).expand(1, 1, 8, 8)
+    assert doubled(flat).shape == (1, 2, 16, 16)
+    torch.testing.assert_close(doubled(flat)[..., 2:-2, 2:-2], torch.ones(1, 2, 12, 12))
+    # The centre of place n comes to lie between places 2n and 2n + 1.
+    torch.testing.assert_close(doubled(ramp)[0, 0, 4, 3:-3], torch.arange(3, 13) / 2 - 0.25)
+    for side in (1, 3):
+        assert EqualConv(2, 5, side, halving=True)(flat).shape == (1, 5, 4, 4)
+    kernel, other = low_pass(alias_free.SAFE, 2), low_pass(alias_free.SAFE, 4)
+    wide = torch.arange(32.0).expand(1, 1, 32, 32)
+    torch.testing.assert_close(raised(wide, kernel, 2)[0, 0, 32, 12:-12], torch.arange(12, 52) / 2 - 0.25, rtol=0, atol=5e-3)
+    torch.testing.assert_close(raised(wide, other, 4)[0, 0, 64, 24:-24], torch.arange(24, 104) / 4 - 0.375, rtol=6e-3, atol=0)
+    torch.testing.assert_close(lowered(wide, kernel)[0, 0, 8, 4:-4], torch.arange(4, 12) * 2 + 0.5, rtol=0, atol=5e-3)
+
+
+def test_two_styles_cross_at_a_layer() -> None:
+    first, second = torch.zeros(3, 2), torch.ones(3, 2)
+    assert mixed((first, second), 4, torch.tensor([1, 3, 4]))[..., 0].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    generator, latent, draw = make(mixing=1.0).net, torch.randn(8, 5), Draw(0, 0, range(8))
+    assert isinstance(generator, Styled)
+    styles = generator.styles(latent, None, draw)
+    assert styles.shape == (8, generator.layers, 6) and all(len(one.unique(dim=0)) == 2 for one in styles)
+    generator.eval()
+    assert all(len(one.unique(dim=0)) == 1 for one in generator.styles(latent, None, draw))
+
+
+@final
+class Linear(Styled):
+    """Pictures that are linear in their styles, [2, S] → [1, 4, 4]."""
+
+    layers = 2
+
+    def __init__(self) -> None:
+        super().__init__(SPACE, SMALL)
+        self.matrix = torch.randn(16, 12)
+
+    def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
+        return (styles.flatten(1) @ self.matrix.T).view(-1, 1, 4, 4)
+
+
+def test_path_lengths_are_those_of_the_jacobian() -> None:
+    torch.manual_seed(1)
+    generator, draw = Linear(), Draw(0, 0, range(5))
+    styles = torch.randn(5, 2, 6, requires_grad=True)
+    directions = draw.normal("direction", (1, 4, 4)).flatten(1) / 4
+    expected = ((directions @ generator.matrix).view(5, 2, 6).square().sum(2).mean(1)).sqrt()
+    torch.testing.assert_close(path_lengths(generator, styles, draw), expected)
+    penalty = PathLength(generator, dataclasses.replace(SMALL, path_length=3.0))
+    first = penalty(draw, None)
+    lengths = path_lengths(generator, generator.styles(draw.normal("latent", (5,)), None, draw), draw)
+    torch.testing.assert_close(generator.path_mean, 0.01 * lengths.mean())
+    torch.testing.assert_close(first, 3 * (lengths - generator.path_mean).square())
+
+
+def test_truncation_leads_to_the_mean_picture() -> None:
+    model = make()
+    for step in range(3):  # the mean is of styles that were seen
+        model.net(torch.randn(4, 5), None, Draw(0, step, range(4)))
+    model.net.eval()
+    with torch.no_grad():
+        whole, half, mean = (
+            model.net.styles(torch.randn(3, 5, generator=torch.Generator().manual_seed(2)), None, Draw(0, 0, range(3)), share)  # type: ignore[operator]
+            for share in (1.0, 0.5, 0.0)
+        )
+    torch.testing.assert_close(half, (whole + mean) / 2)
+    assert torch.equal(mean[0], mean[1]) and not torch.equal(whole[0], whole[1])
+    request = SampleRequest(("",) * 2, (0, 1), 1, 1.0)
+    drawn = {share: model.draw(None, Draw(0, "sample", (0, 1)), dataclasses.replace(request, truncation=share)) for share in (1.0, 0.3)}
+    assert not torch.equal(drawn[1.0], drawn[0.3])
+    with pytest.raises(UserError, match=r"sample\.truncation is for GANs, and betavae is none"):
+        load_recipe("scratch/vae", ["sample.truncation=0.7"])
+
+
+def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whole pixels, an eighth of a place of the smallest map each: in dB, with the filters and without."""
+    generator = make(alias_free=True, mixing=0.0, width=8).net.eval()
+    assert isinstance(generator, AliasFreeGenerator)
+    styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
+    with_filters = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
+    monkeypatch.setattr(alias_free, "raised", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
+    monkeypatch.setattr(alias_free, "lowered", lambda maps, _: maps[..., ::2, ::2])
+    without = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
+    print(f"equivariance {with_filters} dB, without filters {without} dB")
+    assert min(with_filters) > 40 and max(without) < 30
+
+
+def test_alias_free_layers_train() -> None:
+    model = make(alias_free=True, margin=2)
+    batch = {"pixels": torch.randint(256, (4, *SPACE.shape), dtype=torch.uint8)}
+    for turn in model.turns():
+        loss = turn.loss(batch, Draw(0, 0, range(4)))
+        loss.mean().backward()
+        assert loss.shape == (4,) and loss.isfinite().all()
+        assert all(parameter.grad is not None for parameter in turn.net.parameters())
+        turn.net.zero_grad()
