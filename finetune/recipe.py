@@ -36,6 +36,7 @@ class Model:
     family: str
     path: str | None = None  # hub name, diffusers folder, one .safetensors file, or embedded:base; none when from scratch
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
+    low: str | None = None  # families that make small pictures large: the run that draws the small ones
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
     train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
     quantize: Quantization | None = None  # the frozen denoiser's weights in 4 or 8 bits (QLoRA, arXiv:2305.14314)
@@ -59,7 +60,7 @@ class Source:
 class Data:
     path: str | None = None  # short for one source
     sources: tuple[Source, ...] = ()
-    resolution: int = _number(512, minimum=8, maximum=4096)  # pictures train at about resolution² pixels
+    resolution: int = _number(512, minimum=4, maximum=4096)  # pictures train at about resolution² pixels
     buckets: bool = True  # keep each picture's aspect ratio; false: crop all to a square
     bucket_step: int = _number(64, minimum=1)  # sides of buckets are multiples of this
     maximum_aspect: float = _number(2.0, minimum=1)  # the longest bucket's long side over its short side

@@ -66,6 +66,11 @@ def check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
     nets.check_sampler(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
     refuse(
+        model.low is not None and not getattr(recipe.net, "refines", False),
+        f"family {model.family} draws its pictures from nothing: model.low is for families that make small ones large",
+        "remove model.low",
+    )
+    refuse(
         recipe.net is not None and model.prediction is not None,
         f"what the net of family {model.family} predicts is said in its `net` section, if at all",
         "remove model.prediction",

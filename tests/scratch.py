@@ -25,7 +25,7 @@ class Case:
     Attributes:
         unequal: why two processes do not equal one with twice the batch, "" if they do.
         unchanged: endings of parameters that three steps need not move, such as a codebook that averages move instead.
-        first: the recipe whose run is the first of its two stages, "" if it has one stage.
+        first: of two stages, the key that names the first's run, and its recipe; without one it is an autoencoder of diffusers.
     """
 
     family: str
@@ -33,7 +33,7 @@ class Case:
     steps: int = 6
     unequal: str = ""
     unchanged: tuple[str, ...] = ()
-    first: str = ""
+    first: tuple[str, ...] = ()
 
 
 UNET = ("net.width=8", "net.multiples=[1,2]", "net.attention=1", "sample.steps=3")
@@ -50,8 +50,8 @@ CASES = {
         unequal="each process weighs the critic by its own pictures",
         unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt pictures pull it equally
     ),
-    "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first="vqvae"),
-    "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first="vqgan"),
+    "vq-pixelcnn": Case("vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first=("vae", "vqvae")),
+    "vq-transformer": Case("vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first=("vae", "vqgan")),
     "dcgan": Case(
         "dcgan",
         ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40", "net.generator_norm=batch"),
@@ -81,6 +81,9 @@ CASES = {
     "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
     "flow-matching": Case("rectifiedflow", UNET),
     "edm": Case("edm", UNET),
+    "latent-diffusion": Case("latentdiffusion", (*UNET, "net.multiples=[1]", "net.timesteps=50", "data.grey=false"), first=("vae",)),
+    "cascade-low": Case("ddpm", (*UNET, "data.resolution=4", "net.multiples=[1]", "net.timesteps=50")),
+    "cascade": Case("cascade", (*UNET, "net.timesteps=50"), first=("low", "cascade-low")),
 }
 
 
@@ -98,7 +101,7 @@ def digits() -> Path:
 def recipe(name: str, folder: Path, *overrides: str) -> Recipe:
     """The recipe of that name in `recipes/scratch/`, small, its run in `folder`."""
     case = CASES[name]
-    first = (f"model.vae={first_stage(case.first)}",) if case.first else ()
+    first = (f"model.{case.first[0]}={first_stage(case.first[1]) if case.first[1:] else tiny.vae()}",) if case.first else ()
     given = (f"data.path={digits()}", f"output.folder={folder}", f"train.steps={case.steps}", *DIGITS, *COMMON, *case.small, *first, *overrides)
     return load_recipe(f"scratch/{name}", given)
 

@@ -17,12 +17,17 @@ from torch import Tensor
 
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
+from finetune.models.ddpm import create
+from finetune.models.observation import log_mass
 from finetune.models.paths import Exploding, Preconditioned, Preserving, Straight, alphas_cumprod
 from finetune.models.paths import Path as NoisePath
+from finetune.models.pixels import Space
 from finetune.models.samplers import SAMPLERS, Level, Options, posterior
+from finetune.models.turn import SampleRequest
+from finetune.nets.ddpm import Net
 from finetune.recipe import load_recipe
 from finetune.sampling import sample
-from tests import scratch, tiny
+from tests import scratch, test_scratch, tiny
 
 MEAN, DEVIATION = 0.7, 0.25  # of the Gaussian data
 EDM = Preconditioned(0.5, -1.2, 1.2)
@@ -193,10 +198,6 @@ def test_eta_is_how_much_chance_there_is() -> None:
 
 
 def test_guidance_of_one_is_the_class_itself() -> None:
-    from finetune.models.ddpm import create
-    from finetune.models.pixels import Space
-    from finetune.nets.ddpm import Net
-
     torch.manual_seed(0)
     model = create(Space(1, 4, 4, 17, ("a", "b")), Net(width=8, multiples=(1,), prediction="v_prediction"))
     torch.nn.init.normal_(model.net.unet.conv_out.weight, std=0.02)
@@ -214,6 +215,99 @@ def test_guidance_of_one_is_the_class_itself() -> None:
         assert float(model.denoised(50 * noisy, level, classes, 30.0).abs().max()) == 1, "expectations of pixels lie within their range"
 
 
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_a_normal_distribution_cut_into_levels_adds_up_to_one(levels: int) -> None:
+    """Narrow and wide, far from all levels too, where only one tail is left; and it is the difference of cumulatives where that can be told."""
+    space, everything = Space(1, 1, 1, levels), torch.arange(levels, dtype=torch.uint8)[:, None]
+    mean, deviation = (
+        torch.tensor([0.0, 0.31, -0.99, 2.5, -40.0], dtype=torch.float64),
+        torch.tensor([0.3, 0.004, 1.0, 0.05, 0.01], dtype=torch.float64),
+    )
+    found = log_mass(space, everything.expand(-1, 5), mean, deviation)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.exp().sum(0), torch.ones(5, dtype=torch.float64))
+    edges = space.scaled(everything).double()
+    inside = torch.special.ndtr((edges + 1 / (levels - 1) - mean) / deviation) - torch.special.ndtr((edges - 1 / (levels - 1) - mean) / deviation)
+    torch.testing.assert_close(found.exp()[1:-1], inside[1:-1], rtol=0, atol=1e-12)
+
+
+class OracleNet(torch.nn.Module):
+    """Says ε of Gaussian data of mean 0.1 and deviation 0.2, in place of a trained net."""
+
+    def __init__(self, path: Preserving) -> None:
+        super().__init__()
+        self._levels = [path.level(step) for step in range(len(path))]
+
+    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None) -> Tensor:
+        alpha, sigma = (torch.tensor([getattr(self._levels[int(one)], name) for one in told]).view(-1, 1, 1, 1) for name in ("alpha", "sigma"))
+        clean = 0.1 + 0.04 * alpha / (0.04 * alpha**2 + sigma**2) * (noisy - 0.1 * alpha)
+        return (noisy - alpha * clean) / sigma
+
+
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> None:
+    """On Gaussian data with the exact net all is closed form: a step loses KL(q(x'|x) ‖ p(x'|x)) between normals of one mean.
+
+    q's variance is the posterior's and what x leaves open of x_0; the prior loses KL(q(x_T) ‖ N(0, 1)).
+    """
+    space, steps, draw = Space(1, 32, 32, 256), 30, Draw(1, 0, range(64))
+    torch.manual_seed(0)
+    model = create(space, Net(width=8, multiples=(1,), timesteps=steps, variance=variance))
+    path: Any = model.path
+    model.net = OracleNet(path)  # type: ignore[assignment]
+
+    def lost(true: float, modelled: float) -> float:
+        return 0.5 * (math.log(modelled / true) + true / modelled - 1)
+
+    expected = 0.5 * math.log(2 * math.pi * math.e * 0.04) - math.log(2 / 255)  # the entropy of what the levels hold
+    last = path.level(steps - 1)
+    expected += 0.5 * (last.alpha**2 * (0.04 + 0.01) + last.sigma**2 - 1 - math.log(last.alpha**2 * 0.04 + last.sigma**2))
+    for step in range(steps):
+        now = path.level(step)
+        between = posterior(path.level(max(step, 1)), path.level(max(step, 1) - 1))
+        open_ = 0.04 * now.sigma**2 / (now.alpha**2 * 0.04 + now.sigma**2)  # Var(x_0 | x)
+        true = between.small + between.clean**2 * open_ if step else open_
+        expected += lost(true, getattr(between, variance) if step else between.small)
+    pictures = space.quantised(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
+    whole, sampled = (model.nats({"pixels": pictures}, draw, particles) for particles in (steps, 6))
+    assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
+    assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.1)
+    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 6)), "a picture's chance is its own"
+    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps).mean()) == pytest.approx(expected / math.log(2), rel=3e-3)
+
+
+def test_latents_are_measured_and_not_cut() -> None:
+    job = test_scratch.trained("latent-diffusion").job
+    model: Any = job.model
+    read = model.canvas.read(model.examples(99)["pixels"])
+    assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(read.std((0, 2, 3)), torch.ones(read.shape[1]), atol=1e-4)
+    assert torch.equal(model.canvas.within(1e3 * read), 1e3 * read)
+    pixels = model.space.scaled(model.examples(4)["pixels"])
+    expected = model.net.first.vae.decode(model.net.first.vae.encode(pixels).latent_dist.mode()).sample
+    found = model.canvas.write(model.canvas.read(model.examples(4)["pixels"]))
+    assert (found.int() - model.space.quantised(expected).int()).abs().max() <= 1
+
+
+def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages() -> None:
+    model: Any = test_scratch.pixel_model("cascade")
+    condition, levels, draw = model._condition, model.examples(4)["pixels"], Draw(0, 7, range(4))
+    beside = condition.of_pictures(levels, draw)
+    share = 0.5 * draw.uniform("augmentation")
+    assert torch.equal(beside[:, 1], share.view(-1, 1, 1).expand(-1, 8, 8))
+    small = torch.nn.functional.avg_pool2d(model.space.scaled(levels), 2)
+    clean = condition.beside(small, torch.zeros(4), torch.randn_like(small))
+    torch.testing.assert_close(clean[:, :1], torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear"))
+    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        condition.beside(small, torch.ones(4), noise)[:, :1], torch.nn.functional.interpolate(noise, size=(8, 8), mode="bilinear")
+    )
+    request = SampleRequest((), (), 3, 1.0)
+    first = model.first.draw(torch.zeros(2, dtype=torch.long), Draw(0, "low", (5, 6)), request)
+    told = condition.drawn(torch.zeros(2, dtype=torch.long), Draw(0, "sample", (5, 6)), request)
+    noise = Draw(0, "sample", (5, 6)).normal("augmentation noise", (1, 4, 4))
+    torch.testing.assert_close(told, condition.beside(model.space.scaled(first), torch.full((2,), 0.1), noise))
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "told"),
     [
@@ -228,6 +322,13 @@ def test_guidance_of_one_is_the_class_itself() -> None:
         ("flow-matching", ["flow.shift=3"], r"set net.shift"),
         ("flow-matching", ["diffusion={huber: 0.1}"], r"is for families with a noise schedule"),
         ("edm", ["net.least=90"], r"set net.least below net.most"),
+        ("cascade", ["model.low=null"], r"needs a first[\s\S]*scratch/cascade-low"),
+        ("cascade", ["data.resolution=4"], r"4×4 are no multiple"),
+        ("cascade", ["data.levels=5"], r"other colours, levels or classes"),
+        ("ddpm", ["model.low=runs/x"], r"draws its pictures from nothing"),
+        ("latent-diffusion", ["model.vae=null"], r"train scratch/emoji-vae first"),
+        ("latent-diffusion", ["data.grey=true"], r"reads 3 channels[\s\S]*data.grey: false"),
+        ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
     ],
 )
 def test_mistakes(name: str, overrides: list[str], told: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Draw:
         """The same draws, their tensors on `device`."""
         return Draw(self._seed, self.step, self.places, device)
 
-    def of_step(self, step: int) -> Draw:
+    def of_step(self, step: int | str) -> Draw:
         """What the same places draw in another step."""
         return Draw(self._seed, step, self.places, self._device)
 

@@ -173,5 +173,5 @@ def _too_large(one: Forecast) -> bool:
 
 
 def _first(recipe: Recipe) -> str:
-    """The bundled recipe whose run `model.vae` names."""
-    return next((name for name in bundled_recipes() if recipe.model.vae == run_of(name)), "")
+    """The bundled recipe whose run `model.vae` or `model.low` names."""
+    return next((name for name in bundled_recipes() if run_of(name) in (recipe.model.vae, recipe.model.low)), "")

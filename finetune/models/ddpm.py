@@ -1,36 +1,74 @@
-"""Denoising diffusion in pixel space (Ho et al. 2020, arXiv:2006.11239)."""
+"""Denoising diffusion in pixel space (Ho et al. 2020, arXiv:2006.11239), and its bound on −log p.
+
+The bound (equation 5) is KL(q(x_T | x_0) ‖ N(0, I)) + Σ KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) − log p(x_0 | x_1), where p is
+N with the posterior's mean at D(x_t) and the recipe's variance; at the last step the mass of that normal distribution between a
+level's edges (equation 13), with the posterior's variance of the step before, since its own is 0.
+"""
 
 from __future__ import annotations
 
 from typing import final
 
+import torch
+from torch import Tensor
+
 from finetune.data.scan import Audit
-from finetune.errors import UserError
+from finetune.engine.draw import Draw
 from finetune.models.diffusion import DiffusionModel
+from finetune.models.observation import log_mass
 from finetune.models.paths import Preserving
-from finetune.models.pixels import Space, begin, space_of
-from finetune.models.samplers import Options
-from finetune.models.turn import Model
+from finetune.models.pixels import LikelihoodModel, Space, begin, levels_in, space_of
+from finetune.models.samplers import posterior
+from finetune.models.turn import Batch, Model
 from finetune.nets.ddpm import Net
 from finetune.planning import Plan
 from finetune.recipe import Diffusion
 
 
 @final
-class Ddpm(DiffusionModel):
+class Ddpm(DiffusionModel, LikelihoodModel):
     objective = "noise"
+    exact = False
 
     def __init__(self, space: Space, section: Net, loss: Diffusion | None = None) -> None:
-        path = Preserving(section.timesteps, section.schedule, section.prediction, loss)
-        super().__init__(space, section, path, Options(variance=section.variance))
+        self._steps = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        super().__init__(space, section, self._steps, section.variance)
+        pairs = [(self._steps.level(step), self._steps.level(max(step, 1) - 1)) for step in range(section.timesteps)]
+        between = [posterior(now, then) for now, then in [pairs[1], *pairs[1:]]]  # step 0 has the variance of step 1
+        rows = [(now.alpha, now.sigma, one.clean, one.small, getattr(one, section.variance)) for (now, _), one in zip(pairs, between, strict=True)]
+        self._table = torch.tensor(rows, dtype=torch.float64).T
+
+    @torch.no_grad()
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """The bound, [B]; of its T terms as many as `particles`, one out of each of so many equal parts, stand for all.
+
+        It is the bound on average, and with `particles` = T the whole.
+        """
+        levels, classes = levels_in(batch)
+        clean, steps, device = self.canvas.read(levels), len(self._steps), levels.device
+        parts = (torch.arange(particles, device=device) + draw.uniform("bound's steps", (particles,))) * (steps / particles)
+        alpha, sigma = self._table[:2, -1].tolist()
+        kept, lost = alpha**2, sigma**2
+        total: Tensor = 0.5 * (kept * clean.double().square() + lost - 1 - torch.tensor(lost).log()).flatten(1).sum(1)
+        for number in range(particles):
+            noise = draw.normal(f"bound {number}", self.canvas.shape)
+            total = total + steps / particles * self._term(levels, clean, parts[:, number].long().clamp(max=steps - 1), noise, classes)
+        return total.float()
+
+    def _term(self, levels: Tensor, clean: Tensor, step: Tensor, noise: Tensor, classes: Tensor | None) -> Tensor:
+        """Of step [B] of each example, in nats [B] float64."""
+        alpha, sigma, share, small, variance = self._table.to(clean.device)[:, step].view(5, -1, 1, 1, 1)
+        noisy = (alpha * clean + sigma * noise).float()
+        expected = self.canvas.within(self._steps.expected(self.net(noisy, step.float(), classes).double(), noisy, alpha, sigma))
+        apart = (share * (clean - expected)).square()  # of the two means
+        divergence = 0.5 * ((variance / small).log() + (small + apart) / variance - 1)
+        last = -log_mass(self.space, levels, expected, small.sqrt())
+        return torch.where(step.view(-1, 1, 1, 1) == 0, last, divergence).flatten(1).sum(1)
 
 
 def build(plan: Plan, audit: Audit) -> Model:
-    loss = plan.recipe.diffusion
-    if loss is not None and loss.zero_terminal_snr:
-        raise UserError("the schedules of pixel space end in noise: α is below 0.007 there", where="diffusion.zero_terminal_snr", remedy="remove it")
     space = space_of(plan, audit)
-    return begin(plan, audit, lambda: Ddpm(space, plan.recipe.net, loss))
+    return begin(plan, audit, lambda: Ddpm(space, plan.recipe.net, plan.recipe.diffusion))
 
 
 def create(space: Space, section: Net) -> Ddpm:

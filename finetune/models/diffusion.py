@@ -8,7 +8,7 @@ s is 1 + w).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Literal, final
 
 import torch
 from diffusers import UNet2DModel
@@ -63,11 +63,45 @@ class Pixels(Canvas):
         return numbers.clamp(-1, 1)
 
 
+class Condition(ABC):
+    """What the net reads beside x: channels that are not noised with it.
+
+    Attributes:
+        channels: how many.
+    """
+
+    channels: int
+
+    @abstractmethod
+    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
+        """While training, [B, channels, H, W] of the pictures themselves."""
+
+    @abstractmethod
+    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+        """For pictures that are to be drawn."""
+
+
+@final
+class Nothing(Condition):
+    channels = 0
+
+    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
+        return None
+
+    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+        return None
+
+
 @final
 class Denoiser(nn.Module):
-    """(x [B, C, H, W], how the level is told [B], classes [B] or None) → what the path's objective has the net say, [B, C, H, W]."""
+    """(x [B, C, H, W], how the level is told [B], classes [B] or None, what is read beside x) → what the net says, [B, C, H, W].
 
-    def __init__(self, shape: tuple[int, int, int], section: Section, classes: int) -> None:
+    Args:
+        beside: channels that are read beside x.
+        first: the net of an earlier stage, which draws too and is frozen: one file then holds all that draws.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], section: Section, classes: int, beside: int = 0, first: nn.Module | None = None) -> None:
         super().__init__()
         channels, height, width = shape
         _check(height, width, section)
@@ -75,7 +109,7 @@ class Denoiser(nn.Module):
         kinds = ["Attn" if number >= sizes - section.attention else "" for number in range(sizes)]
         self.unet = UNet2DModel(
             sample_size=(height, width),
-            in_channels=channels,
+            in_channels=channels + beside,
             out_channels=channels,
             block_out_channels=tuple(section.width * multiple for multiple in section.multiples),
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
@@ -84,15 +118,24 @@ class Denoiser(nn.Module):
             dropout=section.dropout,
             attention_head_dim=section.width,
             norm_num_groups=section.width // 4,
+            add_attention=section.attention > 0,
             num_class_embeds=classes + 1 if classes else None,
         )
+        self.first = None if first is None else first.requires_grad_(False).eval()
         nn.init.zeros_(self.unet.conv_out.weight)  # a new net says 0: no worse than knowing nothing
         for name, parameter in self.unet.named_parameters():
             if name.endswith("to_k.bias"):  # adds the same to all that a softmax weighs: it changes nothing
                 parameter.requires_grad_(False)
 
-    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None) -> Tensor:
-        found: Tensor = self.unet(noisy, told, class_labels=classes, return_dict=False)[0]
+    def train(self, mode: bool = True) -> Denoiser:
+        super().train(mode)
+        if self.first is not None:
+            self.first.eval()
+        return self
+
+    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        read = noisy if beside is None else torch.cat([noisy, beside], 1)
+        found: Tensor = self.unet(read, told, class_labels=classes, return_dict=False)[0]
         return found
 
 
@@ -109,13 +152,14 @@ def _check(height: int, width: int, section: Section) -> None:
 class DenoisingTurn(Turn):
     name = "denoiser"
 
-    def __init__(self, net: Denoiser, path: Path, canvas: Canvas) -> None:
-        self.net, self._path, self._canvas = net, path, canvas
+    def __init__(self, net: Denoiser, path: Path, canvas: Canvas, condition: Condition) -> None:
+        self.net, self._path, self._canvas, self._condition = net, path, canvas, condition
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         levels, classes = levels_in(batch)
         noised = self._path.objective.noise(self._canvas.read(levels), draw)
-        return self._path.objective.error(self.net(noised.sample, noised.timestep, classes), noised)
+        said = self.net(noised.sample, noised.timestep, classes, self._condition.of_pictures(levels, draw))
+        return self._path.objective.error(said, noised)
 
 
 class DiffusionModel(PixelModel):
@@ -123,26 +167,38 @@ class DiffusionModel(PixelModel):
 
     Args:
         variance: of DDPM's steps.
+        canvas: what is noised; none: the pixels.
+        condition: what the net reads beside it.
+        first: the net of an earlier stage.
     """
 
     net: Denoiser
     section: Section
 
-    def __init__(self, space: Space, section: Section, path: Path, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        section: Section,
+        path: Path,
+        variance: Literal["large", "small"] = "small",
+        canvas: Canvas | None = None,
+        condition: Condition | None = None,
+        first: nn.Module | None = None,
+    ) -> None:
         super().__init__(space, section)
-        self.path, self.canvas, self._options = path, Pixels(space), options or Options()
-        self.net = Denoiser(self.canvas.shape, section, len(space.classes))
-        self._turn = DenoisingTurn(self.net, path, self.canvas)
+        self.path, self.canvas, self._condition, self._variance = path, canvas or Pixels(space), condition or Nothing(), variance
+        self.net = Denoiser(self.canvas.shape, section, len(space.classes), self._condition.channels, first)
+        self._turn = DenoisingTurn(self.net, path, self.canvas, self._condition)
 
     def turns(self) -> tuple[Turn, ...]:
         return (self._turn,)
 
-    def denoised(self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0) -> Tensor:
+    def denoised(self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0, beside: Tensor | None = None) -> Tensor:
         """D(x), [B, *shape] float32, guided."""
 
         def said(classes: Tensor | None) -> Tensor:
             told = torch.full((len(noisy),), level.told, device=noisy.device)
-            return self.path.clean(self.net(self.path.read(noisy, level), told, classes).float(), noisy, level)
+            return self.path.clean(self.net(self.path.read(noisy, level), told, classes, beside).float(), noisy, level)
 
         if classes is None or guidance == 1:
             return self.canvas.within(said(classes))
@@ -150,13 +206,15 @@ class DiffusionModel(PixelModel):
         return self.canvas.within(free + guidance * (said(classes) - free))
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        beside = self._condition.drawn(classes, draw, request)
+
         def denoise(noisy: Tensor, level: Level) -> Tensor:
-            return self.denoised(noisy, level, classes, request.guidance)
+            return self.denoised(noisy, level, classes, request.guidance, beside)
 
         def chance(number: int) -> Tensor:
             return draw.normal(f"step {number}", self.canvas.shape)
 
-        options = Options(request.eta, self._options.variance)
+        options = Options(request.eta, self._variance)
         start = self.path.spread * draw.normal("start", self.canvas.shape)
         sampler = SAMPLERS[request.sampler or self.section.sampler]
         return self.canvas.write(sampler(denoise, start, self.path.levels(request.steps), chance, options))

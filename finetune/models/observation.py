@@ -144,6 +144,20 @@ class Logistics(Observation):
         return scaled
 
 
+def log_mass(space: Space, levels: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log of the mass of N(mean, deviation²) between each level's edges, the tails falling to the ends; in nats, float64, like `mean`.
+
+    Of a mass in the upper tail the mirror image is taken, so that no difference is of numbers near 1.
+    """
+    scaled, half = space.scaled(levels).double(), 1 / (space.levels - 1)
+    upper = torch.where(levels == space.levels - 1, torch.inf, (scaled + half - mean) / deviation)
+    lower = torch.where(levels == 0, -torch.inf, (scaled - half - mean) / deviation)
+    upper, lower = torch.where(lower > 0, -lower, upper), torch.where(lower > 0, -upper, lower)
+    below = torch.special.log_ndtr(upper)
+    found: Tensor = below + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - below))
+    return found
+
+
 def observation_of(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> Observation:
     """By the recipe's word."""
     return Categorical(space) if kind == "categorical" else Logistics(space, mixtures)

@@ -73,6 +73,8 @@ class Preserving(Path):
     """T steps whose noise adds up to noise alone. Time is the angle φ: α = cos φ, σ = sin φ, so that v = dx/dφ."""
 
     def __init__(self, steps: int, schedule: Literal["linear", "cosine"], prediction: Prediction, loss: Diffusion | None = None) -> None:
+        if loss is not None and loss.zero_terminal_snr:
+            raise UserError("these schedules end in noise: α is below 0.007 there", where="diffusion.zero_terminal_snr", remedy="remove it")
         self._alphas, self._prediction = alphas_cumprod(steps, schedule), prediction
         self.objective = Denoising(torch.tensor(self._alphas), prediction, loss or Diffusion())
 
@@ -94,9 +96,13 @@ class Preserving(Path):
         return [self.level(round(len(self) * (1 - number / steps)) - 1) for number in range(steps + 1)]
 
     def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        return self.expected(predicted, noisy, level.alpha, level.sigma)
+
+    def expected(self, predicted: Tensor, noisy: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+        """`clean`, also where each example has an α and a σ of its own."""
         if self._prediction == "epsilon":
-            return (noisy - level.sigma * predicted) / level.alpha
-        return predicted if self._prediction == "sample" else level.alpha * noisy - level.sigma * predicted
+            return (noisy - sigma * predicted) / alpha
+        return predicted if self._prediction == "sample" else alpha * noisy - sigma * predicted
 
 
 @final

@@ -177,8 +177,7 @@ class PixelModel(Model):
     def save(self, folder: Path) -> list[Path]:
         """Write `config.json` and `model.safetensors`, which `open_model` reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"family": self.family, "space": dataclasses.asdict(self.space), "net": dataclasses.asdict(self.section)} | self.parts()  # type: ignore[call-overload]
-        (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(self.config(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: tensor.detach().contiguous() for name, tensor in self.net.state_dict().items()}, folder / WEIGHTS)
         return [folder / CONFIG, folder / WEIGHTS]
 
@@ -213,6 +212,10 @@ class PixelModel(Model):
             for place, picture in enumerate(self.space.pictures(row)):
                 found.paste(picture, (place * width, number * height))
         return found
+
+    def config(self) -> dict[str, Any]:
+        """All but the weights, as plain values: `of_config` makes the model of it."""
+        return {"family": self.family, "space": dataclasses.asdict(self.space), "net": dataclasses.asdict(self.section)} | self.parts()  # type: ignore[call-overload]
 
     def parts(self) -> dict[str, Any]:
         """What `create` needs besides space and section, as plain values."""
@@ -258,14 +261,7 @@ def open_model(path: str | Path) -> PixelModel:
     folder = Path(path).expanduser()
     folder = folder / "final" if (folder / "recipe.yaml").is_file() else folder
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        space = Space(**config["space"] | {"classes": tuple(config["space"]["classes"])})
-        declared = nets.section(config["family"])
-        if declared is None:
-            raise KeyError(config["family"])
-        section = strictyaml.build(declared, strictyaml.of_plain(config["net"], str(folder / CONFIG)), "net")
-        module = _module(config["family"])
-        model: PixelModel = module.restore(space, section, config) if hasattr(module, "restore") else module.create(space, section)
+        model = of_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder / CONFIG))
         if not isinstance(next(model.net.parameters()), FakeTensor):
             model.net.load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
@@ -275,6 +271,17 @@ def open_model(path: str | Path) -> PixelModel:
         raise UserError(f"the model in {folder} cannot be opened: {error}", where=str(folder / CONFIG), remedy="export it again") from error
     model.net.eval()
     return model
+
+
+def of_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
+    """The model of a `PixelModel.config`, its weights as a new one's; `name` is what errors call it."""
+    space = Space(**config["space"] | {"classes": tuple(config["space"]["classes"])})
+    declared = nets.section(config["family"])
+    if declared is None:
+        raise KeyError(config["family"])
+    section, module = strictyaml.build(declared, strictyaml.of_plain(config["net"], name), "net"), _module(config["family"])
+    found: PixelModel = module.restore(space, section, config) if hasattr(module, "restore") else module.create(space, section)
+    return found
 
 
 def _module(family: str) -> Any:

@@ -21,11 +21,13 @@ class Section(ABC):
         kind: of model: VAE, GAN, flow, autoregressive or diffusion, by which `ft estimate --goal` chooses.
         samplers: ways to draw that the family has to choose from; none: it draws in one way.
         sampler: the one that it takes where none is named.
+        refines: whether it makes another run's small pictures large, `model.low`'s.
     """
 
     kind: ClassVar[str]
     samplers: ClassVar[tuple[str, ...]] = ()
     sampler: ClassVar[str] = ""
+    refines: ClassVar[bool] = False
 
     @property
     @abstractmethod
