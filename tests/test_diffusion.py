@@ -27,7 +27,7 @@ from finetune.models.turn import SampleRequest
 from finetune.nets.ddpm import Net
 from finetune.recipe import load_recipe
 from finetune.sampling import sample
-from tests import scratch, test_scratch, tiny
+from tests import scratch, tiny
 
 MEAN, DEVIATION = 0.7, 0.25  # of the Gaussian data
 EDM = Preconditioned(0.5, -1.2, 1.2)
@@ -269,16 +269,15 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
         true = between.small + between.clean**2 * open_ if step else open_
         expected += lost(true, getattr(between, variance) if step else between.small)
     pictures = space.quantised(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
-    whole, sampled = (model.nats({"pixels": pictures}, draw, particles) for particles in (steps, 6))
+    whole, sampled = (model.nats({"pixels": pictures}, draw, particles) for particles in (steps - 1, 4))
     assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
-    assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.1)
-    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 6)), "a picture's chance is its own"
-    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps).mean()) == pytest.approx(expected / math.log(2), rel=3e-3)
+    assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.05)
+    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 4)), "a picture's chance is its own"
+    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps - 1).mean()) == pytest.approx(expected / math.log(2), rel=3e-3)
 
 
-def test_latents_are_measured_and_not_cut() -> None:
-    job = test_scratch.trained("latent-diffusion").job
-    model: Any = job.model
+def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
+    model: Any = tiny.prepare(scratch.recipe("latent-diffusion", tmp_path / "run")).model
     read = model.canvas.read(model.examples(99)["pixels"])
     assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(read.std((0, 2, 3)), torch.ones(read.shape[1]), atol=1e-4)
     assert torch.equal(model.canvas.within(1e3 * read), 1e3 * read)
@@ -288,8 +287,8 @@ def test_latents_are_measured_and_not_cut() -> None:
     assert (found.int() - model.space.quantised(expected).int()).abs().max() <= 1
 
 
-def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages() -> None:
-    model: Any = test_scratch.pixel_model("cascade")
+def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_path: Path) -> None:
+    model: Any = tiny.prepare(scratch.recipe("cascade", tmp_path / "run")).model
     condition, levels, draw = model._condition, model.examples(4)["pixels"], Draw(0, 7, range(4))
     beside = condition.of_pictures(levels, draw)
     share = 0.5 * draw.uniform("augmentation")

@@ -7,6 +7,7 @@ level's edges (equation 13), with the posterior's variance of the step before, s
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -40,19 +41,23 @@ class Ddpm(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """The bound, [B]; of its T terms as many as `particles`, one out of each of so many equal parts, stand for all.
+        """The bound, [B]. Its largest term, the last step's, is always there; of the T − 1 others as many as `particles` stand for all.
 
-        It is the bound on average, and with `particles` = T the whole.
+        They are drawn one from each of so many equal parts: on average that is the bound, and with `particles` = T − 1 it is all of it.
         """
         levels, classes = levels_in(batch)
-        clean, steps, device = self.canvas.read(levels), len(self._steps), levels.device
-        parts = (torch.arange(particles, device=device) + draw.uniform("bound's steps", (particles,))) * (steps / particles)
-        alpha, sigma = self._table[:2, -1].tolist()
-        kept, lost = alpha**2, sigma**2
-        total: Tensor = 0.5 * (kept * clean.double().square() + lost - 1 - torch.tensor(lost).log()).flatten(1).sum(1)
+        clean, others = self.canvas.read(levels), len(self._steps) - 1
+        kept, lost = self._table[:2, -1].square().tolist()
+        prior = 0.5 * (kept * clean.double().square() + lost - 1 - math.log(lost))
+        places = torch.arange(particles, device=levels.device) + draw.uniform("bound's steps", (particles,))
+        steps = 1 + (places * (others / particles)).long().clamp(max=others - 1)
+
+        def term(step: Tensor, purpose: str) -> Tensor:
+            return self._term(levels, clean, step, draw.normal(purpose, self.canvas.shape), classes)
+
+        total = prior.flatten(1).sum(1) + term(torch.zeros_like(steps[:, 0]), "bound")
         for number in range(particles):
-            noise = draw.normal(f"bound {number}", self.canvas.shape)
-            total = total + steps / particles * self._term(levels, clean, parts[:, number].long().clamp(max=steps - 1), noise, classes)
+            total = total + others / particles * term(steps[:, number], f"bound {number}")
         return total.float()
 
     def _term(self, levels: Tensor, clean: Tensor, step: Tensor, noise: Tensor, classes: Tensor | None) -> Tensor:
