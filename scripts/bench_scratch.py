@@ -1,11 +1,12 @@
 """Families from scratch against the usual way, in turns in one process: steps and pictures a second, as ratios.
 
-    python scripts/bench_scratch.py [--rounds 3] [--only vae glow imagegpt pixelcnn++]
+    python scripts/bench_scratch.py [--rounds 3] [--only vae glow ddpm imagegpt pixelcnn++]
 
 Above 1 is ours faster. References: pythae's VAE (`pip install pythae`, of which only the model and its loss are used, around the same
-encoder and decoder; left out where it is not installed), normflows' Glow of the same widths, transformers' `generate` of the same
-ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole pass a pixel. A step is loss, gradients and AdamW on the same pictures at
-32×32, in a plain loop on both sides; a whole pass a pixel costs every pixel the same, so a few are timed and multiplied.
+encoder and decoder; left out where it is not installed), normflows' Glow of the same widths, diffusers' own unconditional training
+and DDIM written out around the same UNet, transformers' `generate` of the same ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole
+pass a pixel. A step is loss, gradients and AdamW on the same pictures at 32×32, in a plain loop on both sides; a whole pass a pixel
+costs every pixel the same, so a few are timed and multiplied.
 """
 
 from __future__ import annotations
@@ -142,6 +143,41 @@ def glow(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
     }
 
 
+def ddpm(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+    steps = 5  # of a picture: each costs the same
+    model = model_of("ddpm", width=48)
+    unet = UNet2DModel(**{key: value for key, value in model.net.unet.config.items() if not key.startswith("_")})
+    noising, drawing_ = DDPMScheduler(), DDIMScheduler(timestep_spacing="trailing")
+    drawing_.set_timesteps(steps)
+    scaled = SPACE.scaled(pictures(count))
+
+    def loss() -> Tensor:
+        """As examples/unconditional_image_generation of diffusers takes a step."""
+        noise, timesteps = torch.randn(scaled.shape), torch.randint(0, 1000, (count,)).long()
+        found: Tensor = nn.functional.mse_loss(unet(noising.add_noise(scaled, noise, timesteps), timesteps).sample.float(), noise.float())
+        return found
+
+    def drawn() -> None:
+        values = torch.randn(scaled.shape)
+        for timestep in drawing_.timesteps:
+            values = drawing_.step(unet(values, timestep).sample, timestep, values).prev_sample
+        SPACE.pictures(SPACE.quantised(values.clamp(-1, 1)))
+
+    def reference() -> float:
+        unet.eval()
+        with torch.no_grad():
+            return seconds(drawn)
+
+    model.net.eval()
+    request = SampleRequest((), tuple(range(count)), steps, 1.0)
+    return {
+        "DDPM, steps, against diffusers' training": (ours(model, count), stepper(unet, loss)),
+        "DDPM, pictures, against diffusers' DDIM": (lambda: seconds(lambda: model.sample(request)), reference),
+    }
+
+
 def imagegpt(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
     model = model_of("imagegpt", width=64, layers=4, heads=4, palette=64)
     transformer = model.net.transformer
@@ -179,7 +215,7 @@ def pixelcnnpp(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
     return {"PixelCNN++, pictures, against a whole pass a pixel": (drawing(model, count), naive)}
 
 
-PARTS = {"vae": vae, "glow": glow, "imagegpt": imagegpt, "pixelcnn++": pixelcnnpp}
+PARTS = {"vae": vae, "glow": glow, "ddpm": ddpm, "imagegpt": imagegpt, "pixelcnn++": pixelcnnpp}
 
 
 def main() -> None:

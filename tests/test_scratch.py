@@ -21,7 +21,7 @@ from finetune import nets
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.estimate.emulate import fake_tensors
-from finetune.estimate.subject import Subject
+from finetune.estimate.subject import Subject, skeletons
 from finetune.job import Job
 from finetune.models.pixels import PixelModel, Space, open_model
 from finetune.models.turn import SampleRequest
@@ -161,7 +161,7 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
     """As the estimate traces it: no shape and no branch depends on a value."""
     job = trained(name).job
     real = job.data.batch(0, [0], Draw(0, 0, [0]))
-    with fake_tensors():
+    with fake_tensors(), skeletons():
         model = importlib.import_module(f"finetune.models.{CASES[name].family}").build(job.plan, job.model.audit)  # type: ignore[attr-defined]
         batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
         for turn in model.turns():

@@ -55,7 +55,7 @@ class Ddpm(DiffusionModel, LikelihoodModel):
         def term(step: Tensor, purpose: str) -> Tensor:
             return self._term(levels, clean, step, draw.normal(purpose, self.canvas.shape), classes)
 
-        total = prior.flatten(1).sum(1) + term(torch.zeros_like(steps[:, 0]), "bound")
+        total: Tensor = prior.flatten(1).sum(1) + term(torch.zeros_like(steps[:, 0]), "bound")
         for number in range(particles):
             total = total + others / particles * term(steps[:, number], f"bound {number}")
         return total.float()
