@@ -10,7 +10,7 @@ import pytest
 from finetune.recipe import RECIPES, bundled_recipes, load_recipe
 from tests import tiny
 
-COUNT = 42
+COUNT = 44
 # Which tiny build stands for the model that a recipe names.
 STANDS_FOR = {
     "embedded:base": "emoji",
