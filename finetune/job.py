@@ -35,6 +35,8 @@ from finetune.errors import UserError
 from finetune.estimate.calibrate import calibrate
 from finetune.estimate.cpu import calibration, keep
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
+from finetune.metrics.watch import Watch
+from finetune.models.pixels import PixelModel
 from finetune.models.turn import Model
 from finetune.planning import Plan, make_plan
 from finetune.recipe import Recipe, located
@@ -186,7 +188,8 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     pace = Pace(expected, lambda: memory_left(accelerator.device))
     drawing = (lambda: _from_newest(plan, audit, run)) if plan.machine.sharded else lambda: model
     observe = (lambda done: draw_samples(plan, drawing, run.folder, done)) if recipe.sample.prompts else None
-    trainer = Trainer(plan, model, data, run, accelerator, observe, pace)
+    watch = Watch(plan, model, run.folder) if recipe.sample.watch_every and isinstance(model, PixelModel) else None
+    trainer = Trainer(plan, model, data, run, accelerator, observe, pace, watch)
     return Job(plan, audit, model, data, run, accelerator, trainer)
 
 

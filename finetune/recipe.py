@@ -210,6 +210,7 @@ class Sample:
     prompts: tuple[str, ...] = ()
     negative: str = ""
     every: int = _number(500, minimum=1)  # training steps between sample grids
+    watch_every: int | None = _number(None, minimum=1)  # families that draw pixels: steps between looks for lost modes; none: no such looks
     steps: int = _number(25, minimum=1)  # denoising steps of a sample
     truncation: float = _number(1.0, minimum=0, maximum=2)  # of GANs: how far from the mean picture one is; below 1 more alike and better made
     guidance: float = _number(7.0, minimum=0)  # as the family's pipeline takes it: mostly 1 is none, of Z-Image 0

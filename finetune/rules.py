@@ -54,6 +54,11 @@ def check(recipe: Recipe, where: str) -> None:
         f"sample.truncation is for GANs, and {model.family} is none",
         "remove sample.truncation",
     )
+    refuse(
+        recipe.net is None and recipe.sample.watch_every is not None,
+        f"lost modes are watched in families that draw pixels, and {model.family} does not",
+        "remove sample.watch_every; `ft eval` measures a finished run",
+    )
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")

@@ -60,10 +60,10 @@ def sample(
     plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
     request = request_for(plan, prompts, seeds, steps, guidance, negative, sampler, eta, truncation)
     target = free_folder(out, place if plan is not None else Path())
-    opened = _open_run(place, plan) if plan is not None else _open_folder(place, str(run))
+    opened = open_run(place, plan) if plan is not None else _open_folder(place, str(run))
     if request.truncation != 1 and not isinstance(opened, Adversarial):
         raise UserError("only a GAN's pictures can be drawn nearer to the mean", where="--truncation", remedy="leave it out")
-    pictures = _draw(opened, request)
+    pictures = draw(opened, request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
         return write_pictures(pictures, request, target)
@@ -121,26 +121,31 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
 
 
 @torch.no_grad()
-def _draw(opened: Opened, request: SampleRequest) -> list[Any]:
-    """One picture after the other: batched, their last bits would depend on the company they are in."""
+def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
+    """The pictures asked for. One after the other: batched, their last bits depend on the company they are in.
+
+    Args:
+        at_once: models in pixel space draw so many, for those whom the last bits do not matter to.
+    """
     if isinstance(opened, PixelModel):
         nets.check_sampler(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
         nets.check_sampler(None, opened[0].pipeline, request.sampler, request.eta, "--sampler, --eta")
-    pictures = []
+    pictures: list[Any] = []
     drawing = Progress("drawing")
-    for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
-        drawing.show(number, len(request.prompts), prompt)
+    while (number := len(pictures)) < len(request.prompts):
+        drawing.show(number, len(request.prompts), request.prompts[number])
         if isinstance(opened, PixelModel):
-            pictures += opened.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+            some = slice(number, number + at_once)
+            pictures += opened.sample(replace(request, prompts=request.prompts[some], seeds=request.seeds[some]))
         else:
-            pictures.append(draw_words(*opened, request, prompt, seed))
+            pictures.append(draw_words(*opened, request, request.prompts[number], request.seeds[number]))
     drawing.show(len(pictures), len(pictures))
     drawing.end()
     return pictures
 
 
-def _open_run(folder: Path, plan: Plan) -> Opened:
+def open_run(folder: Path, plan: Plan) -> Opened:
     """The pipeline that a run trained, with the schedule it was trained with; or its model in pixel space."""
     recipe, final = plan.recipe, folder / "final"
     name = recipe.model.family
@@ -196,13 +201,13 @@ def dtype_of(precision: Precision | None) -> torch.dtype:
     return DTYPES[precision or ("bfloat16" if machine.bfloat16 else "float16")]
 
 
-def free_folder(out: Path | None, beside: Path) -> Path:
-    """Where to write, not made yet; nothing that is there will be touched."""
+def free_folder(out: Path | None, beside: Path, name: str = "drawn") -> Path:
+    """Where to write, not made yet: `out`, or `name`/1, 2 … beside; nothing that is there will be touched."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already; nothing in it was touched", where="--out", remedy="choose a new folder with --out")
         return out
     number = 1
-    while (beside / "drawn" / str(number)).exists():
+    while (beside / name / str(number)).exists():
         number += 1
-    return beside / "drawn" / str(number)
+    return beside / name / str(number)

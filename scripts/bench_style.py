@@ -6,8 +6,8 @@ RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by sid
 trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantised base
 also on that, which shows what is lost on the way from the one to the other. Two small networks judge, both trained on real
 pictures of both houses over emoji used neither for the LoRA nor for judging: one says which house drew a picture; one embeds it so that the two
-houses' pictures of one emoji lie close (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748). Real pictures pass through
-the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names,
+houses' pictures of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged). Real pictures pass
+through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names,
 from equal seeds, with plain diffusers. A real Noto and Twemoji picture of every name (1,875 × 2, through the VAE) is the
 gallery for retrieval: the nearest one should carry the prompted name.
 """
@@ -15,13 +15,11 @@ gallery for retrieval: the nearest one should carry the prompted name.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy
 import torch
@@ -34,30 +32,16 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.data.dataset import to_tensor
-from finetune.data.pictures import decode
 from finetune.engine.progress import Progress
+from finetune.metrics.emojinet import EmojiNet
 from finetune.models.loading import open_pipeline
 from finetune.models.quantized import quantize
-from finetune.recipe import ASSETS, load_recipe
+from finetune.recipe import load_recipe
 from finetune.report.pictures import grid
 from finetune.seeds import key_of
+from scripts.build_emoji_net import house_loss, names_loss, real_pictures, train_judge
 
-HOUSES = ("noto", "twemoji")
-JUDGE_STEPS, JUDGE_PAIRS = 800, 48
 DRAWN_AT_ONCE = 20
-
-
-def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
-    """(file names, captions, names the LoRA trains on, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
-    rows: dict[str, dict[str, tuple[Path, str]]] = {house: {} for house in HOUSES}
-    for folder in ("noto", "twemoji-train", "twemoji-unseen"):
-        for line in (ASSETS / "emoji" / folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[folder.split("-")[0]][row["file_name"]] = (ASSETS / "emoji" / folder / row["file_name"], row["text"])
-    names = sorted(rows["noto"])
-    trained = {file.name for file in (ASSETS / "emoji" / "twemoji-train").glob("*.webp")}
-    pixels = [[to_tensor(numpy.asarray(decode(rows[house][name][0].read_bytes(), "white"))) for name in names] for house in HOUSES]
-    return names, [rows["noto"][name][1] for name in names], trained, torch.stack([torch.stack(house) for house in pixels])
 
 
 @torch.no_grad()
@@ -108,71 +92,6 @@ class Residual(nn.Module):
         return functional.relu(self.body(features) + self.beside(features))
 
 
-class Names(nn.Module):
-    """[B, 3, 64, 64] → unit embedding of what is drawn [B, 128]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, 32, 64, 96, 128)
-        blocks = [
-            layer
-            for before, after in pairwise(widths)
-            for convolution in (nn.Conv2d(before, after, 3, 2, 1), nn.Conv2d(after, after, 3, 1, 1))
-            for layer in (convolution, nn.GroupNorm(8, after), nn.SiLU())
-        ]
-        self.body = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128 * 16, 128))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return functional.normalize(self.body(pixels), dim=1)
-
-
-Net = TypeVar("Net", bound=nn.Module)
-
-
-def train_judge(net: Net, pictures: Tensor, loss_of: Callable[[Tensor], Tensor], tint: float, generator: torch.Generator, what: str) -> Net:
-    """`pictures`: [2, names, 3, 64, 64]. Each step takes both houses' pictures of some names, moved, mirrored and tinted at random.
-
-    Args:
-        loss_of: of the net's outputs for Noto's pictures and then Twemoji's of the same names.
-        tint: deviation of what is added to each colour; colours lie in [-1, 1].
-    """
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=JUDGE_STEPS)
-    shown = Progress(f"learning to tell {what}")
-    for step in range(JUDGE_STEPS):
-        chosen = torch.randperm(pictures.shape[1], generator=generator)[:JUDGE_PAIRS]
-        loss = loss_of(net(torch.cat([_jitter(pictures[house, chosen], tint, generator) for house in (0, 1)])))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        shown.show(step + 1, JUDGE_STEPS, f"loss {loss.item():.3f}")
-    shown.end()
-    return net.eval()
-
-
-def house_loss(logit: Tensor) -> Tensor:
-    """Cross-entropy with labels of 3 and 97 %: some pictures are all but the same in both houses."""
-    return functional.binary_cross_entropy_with_logits(logit, torch.tensor([0.03, 0.97]).repeat_interleave(JUDGE_PAIRS))
-
-
-def names_loss(embedding: Tensor) -> Tensor:
-    """InfoNCE at temperature 0.1, from each house's pictures to the other's."""
-    similarity = embedding[:JUDGE_PAIRS] @ embedding[JUDGE_PAIRS:].T / 0.1
-    same = torch.arange(JUDGE_PAIRS)
-    return functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
-
-
-def _jitter(pixels: Tensor, tint: float, generator: torch.Generator) -> Tensor:
-    """Shift by up to 3 pixels over white, mirror half of the time, and change each picture's colours a little."""
-    padded = functional.pad(pixels, (3, 3, 3, 3), value=1.0)
-    top, left = torch.randint(0, 7, (2,), generator=generator).tolist()
-    shifted = padded[:, :, top : top + 64, left : left + 64]
-    if torch.rand((), generator=generator) < 0.5:
-        shifted = shifted.flip(3)
-    return (shifted + tint * torch.randn(len(pixels), 3, 1, 1, generator=generator)).clamp(-1, 1)
-
-
 @torch.no_grad()
 def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, what: str) -> Tensor:
     """One picture a caption, picture i from seed i: [N, 3, 64, 64] in [-1, 1]."""
@@ -189,7 +108,7 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, gui
 
 
 @torch.no_grad()
-def judged(house: House, names: Names, pixels: Tensor, gallery: Tensor, truth: list[int]) -> tuple[float, float, float]:
+def judged(house: House, names: EmojiNet, pixels: Tensor, gallery: Tensor, truth: list[int]) -> tuple[float, float, float]:
     """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five)."""
     embedding = names(pixels)
     by_name = torch.stack([embedding @ of_house.T for of_house in gallery]).amax(0)  # [N, names]: the nearer house counts
@@ -218,8 +137,8 @@ def main() -> None:
     real = through_vae(base.vae, pixels.flatten(0, 1)).view_as(pixels)
 
     lessons = real[:, [place[name] for name in rest]]
-    telling_house = train_judge(House(), lessons, house_loss, 0.0, generator, "the house")
-    telling_names = train_judge(Names(), lessons, names_loss, 0.1, generator, "the names")
+    telling_house = train_judge(House(), lessons, lambda net, batch: house_loss(net(batch)), 0.0, generator, "the house")
+    telling_names = train_judge(EmojiNet(64), lessons, lambda net, batch: names_loss(net(batch)), 0.1, generator, "the names")
     truth = [place[name] for name in judged_names]
     with torch.no_grad():
         gallery = torch.stack([torch.cat([telling_names(batch) for batch in house.split(128)]) for house in real])

@@ -11,6 +11,7 @@ import click
 from finetune.errors import UserError
 from finetune.estimate.choose import GOALS, Data, choose, considered
 from finetune.estimate.cpu import keep, threads
+from finetune.estimate.families import quoted
 from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast
 from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
 from finetune.estimate.group import Group
@@ -80,7 +81,8 @@ def command(recipe: str | None, images: int | None, gpu_name: str | None, overri
     if options["write"]:
         _write(choice.forecast, options["write"])
     values = {"forecasts": [_values(one) for one in found], "recommended": choice.forecast.name, "reason": choice.reason, "not covered": left}
-    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left))
+    values["measured"] = quoted(goal)
+    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left, goal))
 
 
 def _rows(

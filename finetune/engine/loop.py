@@ -34,6 +34,7 @@ class Trainer:
     Args:
         observe: called with the number of finished steps when the recipe asks for samples, the averaged weights in place.
         pace: is told how long each step takes, and warns when that is far from the estimate.
+        watch: called likewise when the recipe asks for it; returns what the step's record is told, and an alarm or "".
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Trainer:
         accelerator: Accelerator,
         observe: Callable[[int], None] | None = None,
         pace: Pace | None = None,
+        watch: Callable[[int], tuple[dict[str, float], str]] | None = None,
     ) -> None:
-        self.plan, self.data, self.run, self.accelerator, self.observe = plan, data, run, accelerator, observe
+        self.plan, self.data, self.run, self.accelerator, self.observe, self.watch = plan, data, run, accelerator, observe, watch
         self.state = TrainingState(plan, model, accelerator)
         self.pace = pace or Pace(Expected(None, "none was asked for"), lambda: None)
         self.clock = Clock()
@@ -74,6 +76,7 @@ class Trainer:
             saves = done % train.checkpoint_every == 0 or done == steps or self._draws(done) or stopping
             if self.data.has_validation and not stopping and (done % train.validate_every == 0 or saves):
                 record["validation"] = self.validate()
+            record |= self._watched(done, signals)
             self._log(record)
             if saves:
                 self.save(done, record.get("validation"))
@@ -195,6 +198,24 @@ class Trainer:
             with self.run.status.phase("sampling"), self.state.averaged():
                 signals.cut_short(lambda: observe(done))
             self.clock.lap("samples")
+
+    def _watched(self, done: int, signals: Signals) -> dict[str, float]:
+        """What `watch` sees when it is time, on the main process; an alarm is said."""
+        watch, every = self.watch, self.plan.recipe.sample.watch_every
+        found: dict[str, float] = {}
+        if watch is None or not every or (done % every and done != self.plan.steps) or not self.accelerator.is_main_process:
+            return found
+
+        def look() -> None:
+            seen, alarm = watch(done)
+            found.update(seen)
+            if alarm:
+                self._say(alarm)
+
+        with self.run.status.phase("watching"), self.state.averaged():
+            signals.cut_short(look)
+        self.clock.lap("watch")
+        return found
 
     def _say(self, sentence: str) -> None:
         self.progress.end()

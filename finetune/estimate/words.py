@@ -7,6 +7,7 @@ import json
 from finetune.estimate.advice import advice, sets
 from finetune.estimate.choose import Choice
 from finetune.estimate.constants import GIB
+from finetune.estimate.families import quoted
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.gpus import Gpu
 from finetune.recipe import ASSETS
@@ -14,11 +15,12 @@ from finetune.recipe import ASSETS
 BAR = 12  # characters of a memory bar
 
 
-def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int, left: dict[str, list[str]]) -> str:
+def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int, left: dict[str, list[str]], goal: str = "quality") -> str:
     """The table of what could be trained, the recommended run first, and the recommendation.
 
     Args:
         left: recipes that no card tells of, by the reason.
+        goal: whose measured figures are quoted beside a recommended family in pixel space.
     """
     price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
     lines = [f"{images:,} pictures on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB{' usable' if gpu.device == 'cuda' else ''}{price}"]
@@ -34,6 +36,8 @@ def compared(found: list[Forecast], choice: Choice, gpu: Gpu, images: int, left:
         lines.append(f"   does not fit, whatever is edited: {', '.join(large)}")
     lines += [f"   {reason}: {', '.join(names)}" for reason, names in left.items()]
     lines += ["", f"Recommended: {best.name}, because {choice.reason}"]
+    if best.recipe.net is not None and (figures := quoted(goal)):
+        lines.append(f"Measured:    {figures}")
     if choice.first:
         lines.append(f"First:       ft train {choice.first} --set data.path=FOLDER")
     return "\n".join([*lines, f"Start:       {_start(best)}", f"How sure:    {how_sure(gpu)}"])

@@ -183,15 +183,16 @@ class PixelModel(Model):
 
     def examples(self, count: int) -> Batch:
         """`count` pictures that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
-        audit = self._seen()
+        audit = self.seen()
         return self.batch_of(audit.training[:: max(1, len(audit.training) // count)][:count], audit.background)
 
     def examples_by_class(self, count: int = 8) -> dict[str, Batch]:
         """Some pictures of each class, by its name."""
-        audit = self._seen()
+        audit = self.seen()
         return {name: self.batch_of([p for p in audit.training if p.caption == name][:count], audit.background) for name in self.space.classes}
 
-    def _seen(self) -> Audit:
+    def seen(self) -> Audit:
+        """The audit of the run's pictures."""
         if self.audit is None:
             raise ValueError("an opened model has no training pictures")
         return self.audit

@@ -16,6 +16,7 @@ from typing import Any
 
 from finetune.engine.progress import duration
 from finetune.estimate import expect
+from finetune.metrics import modes
 from finetune.planning import Plan, load_plan
 from finetune.recipe import embedded
 from finetune.report import charts, pictures, tables
@@ -146,6 +147,10 @@ def _curves(seen: _Seen) -> str:
         loss.append(charts.Line(charts.smoothed(raw), "other" if number else "smooth", turn if several else "smoothed"))
     if validation := seen.series("validation"):
         loss.append(charts.Line(validation, "dots", "held-out pictures"))
+    watched = modes.looks(seen.records)
+    kinds = [(name, [(float(look.step), getattr(look, name)) for look in watched]) for name in ("diversity", "coverage")]
+    alarms = [number for number in range(1, len(watched) + 1) if modes.lost(watched[:number], seen.plan.steps)]
+    said = f"lost at step {', '.join(str(watched[number - 1].step) for number in alarms)}" if alarms else "of the real pictures'"
     if not loss:
         return section("curves", "The training", "No step was taken yet.")
     seconds, rate = seen.series("seconds"), seen.series("lr")
@@ -157,6 +162,7 @@ def _curves(seen: _Seen) -> str:
         charts.chart("Seconds a step", [charts.Line(seconds, "raw"), charts.Line(typical, "smooth")], from_zero=True, last=last),
         charts.chart("Learning rate", [charts.Line(rate, "smooth")], from_zero=True, last=last),
         charts.chart("Gradient norm", gradient, clipped, last=last),
+        charts.chart("Modes", [charts.Line(points, "dots" if name == "coverage" else "smooth", name) for name, points in kinds], said, True, last),
     )
     body = "\n".join(filter(None, drawn))
     return section("curves", "The training", f"{seen.done} of {seen.plan.steps} steps.", f'<div class="charts">\n{body}\n</div>')

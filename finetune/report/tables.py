@@ -95,6 +95,7 @@ def plan_rows(plan: Plan) -> list[Row]:
     numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else f", what trains in {train.weights}") + f", seed {train.seed}"
     looks = f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})" if sample.prompts else ", no samples"
     looks += f", validation every {train.validate_every}" if plan.data.held_out else ""
+    looks += f", lost modes watched every {sample.watch_every}" if sample.watch_every else ""
     rows = [
         ("steps", plan.arithmetic),
         ("base", _base(plan)),

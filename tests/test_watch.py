@@ -1,0 +1,99 @@
+"""Lost modes, watched while training: a generator that collapses gets the alarm, a healthy one does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from finetune.engine.draw import Draw
+from finetune.job import Job
+from finetune.metrics import watch
+from finetune.metrics.modes import Look, alarm, lost
+from finetune.models.pixels import PixelModel
+from finetune.models.turn import SampleRequest
+from finetune.report.page import write_report
+from tests import scratch, tiny
+
+LOOKED_AT = 24  # pictures
+GOOD = (Look(10, 0.9, 0.4), Look(20, 1.0, 0.5))
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PICTURES", LOOKED_AT)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ((Look(10, 0.02, 0.0),), ""),  # a net that knows nothing yet
+        ((Look(10, 0.02, 0.0), Look(30, 0.05, 0.0)), "nearly all alike: 5%"),
+        (GOOD, ""),
+        ((*GOOD, Look(30, 0.45, 0.4)), "diversity fell from 100% to 45%"),
+        ((*GOOD, Look(30, 0.9, 0.2)), "coverage fell from 50% to 20%"),
+        ((*GOOD, Look(30, 0.7, 0.3)), ""),
+        ((Look(10, 0.4, 0.04), Look(20, 0.31, 0.01)), ""),  # there was nothing yet to lose
+    ],
+)
+def test_when_modes_are_lost(found: tuple[Look, ...], told: str) -> None:
+    assert told in lost(found, 100) and bool(told) == bool(lost(found, 100))
+
+
+def test_an_alarm_says_what_helps() -> None:
+    said = alarm([*GOOD, Look(30, 0.1, 0.0)], 100, "GAN")
+    assert said.startswith("step 30: ") and "net.minibatch" in said
+    assert alarm(GOOD, 100, "GAN") == ""
+
+
+def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
+    """A run, not yet trained, that is watched every second step; at its n-th look it draws as the n-th of `drawn` says."""
+    job = tiny.prepare(scratch.recipe("vae", folder, f"train.steps={steps}", "sample.watch_every=2"))
+    model = job.model
+    assert isinstance(model, PixelModel)
+    pictures, asked = model.examples(12)["pixels"], 0
+
+    def draw(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        nonlocal asked
+        how, asked = drawn[asked // LOOKED_AT], asked + len(draw.places)
+        return pictures[[place % 12 if how == "healthy" else 0 for place in draw.places]]
+
+    model.draw = draw  # type: ignore[method-assign]
+    job.trainer.observe = None
+    return job
+
+
+def records(job: Job) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (job.run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = watched(tmp_path / "run", "healthy", "healthy")
+    job.trainer.train()
+    assert "What helps" not in capsys.readouterr().out
+    first, second, third, last = records(job)
+    assert "watch.diversity" not in first | third
+    assert second["watch.diversity"] == last["watch.diversity"] == pytest.approx(1, abs=0.1)
+    assert last["watch.coverage"] == 1
+    page = write_report(job.run.folder).read_text()
+    assert "Modes" in page and "lost at step" not in page
+
+
+def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = watched(tmp_path / "run", "healthy", "collapsed")
+    job.trainer.train()
+    said = capsys.readouterr().out
+    assert "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: " in said and "step 2: " not in said
+    assert records(job)[-1]["watch.diversity"] == 0
+    assert "lost at step 4" in write_report(job.run.folder).read_text()
+
+
+def test_what_was_seen_before_a_kill_counts(tmp_path: Path) -> None:
+    job = watched(tmp_path / "run", "collapsed", "collapsed", steps=40)
+    look = job.trainer.watch
+    assert look is not None
+    assert look(4) == ({"watch.diversity": 0.0, "watch.coverage": pytest.approx(0.5, abs=0.5)}, ""), "so early, and nothing to lose"
+    job.run.log({"step": 2, "watch.diversity": 1.0, "watch.coverage": 0.5})
+    assert "diversity fell from 100% to 0%" in look(4)[1]
