@@ -15,7 +15,14 @@ from finetune.recipe import ASSETS, Recipe, load_recipe
 from tests import tiny
 
 DIGITS = ("data.resolution=8", "data.grey=true", "data.levels=17", "data.classes=folders")
-COMMON = ("train.batch_size=4", "train.epochs=null", "sample.prompts=['0', '1']", "train.ema=null", "optimizer.warmup_steps=0")
+COMMON = (
+    "train.batch_size=4",
+    "train.epochs=null",
+    "sample.prompts=['0', '1']",
+    "sample.watch_every=null",
+    "train.ema=null",
+    "optimizer.warmup_steps=0",
+)
 
 
 @dataclass(frozen=True)

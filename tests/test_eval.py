@@ -145,7 +145,7 @@ def run(kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "exact"), [("vae", False), ("pixelcnn++", True), ("vqgan", None), ("lora", None)])
+@pytest.mark.parametrize(("kind", "exact"), [("vae", False), ("pixelcnn++", True), ("dcgan", None), ("lora", None)])
 def test_a_run_is_evaluated(kind: str, exact: bool | None) -> None:
     outcome = CliRunner().invoke(command, [str(run(kind)), "--pictures", "4", "--json"], catch_exceptions=False)
     found = json.loads(outcome.stdout)
@@ -221,7 +221,7 @@ def test_the_weights_are_small_and_say_how_they_were_made() -> None:
     with safe_open(WEIGHTS, "pt") as file:
         said = file.metadata()
     assert WEIGHTS.stat().st_size <= 2_000_000
-    assert said["made by"] == "scripts/build_emoji_net.py" and float(said["the same emoji among them"]) > 0.5
+    assert said["made by"] == "scripts/build_emoji_net.py" and float(said["the same emoji among them"]) > 0.4 and float(said["the damage"]) > 0.8
 
 
 def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_an_alarm_says_what_helps() -> None:
 
 def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
     """A run, not yet trained, that is watched every second step; at its n-th look it draws as the n-th of `drawn` says."""
-    job = tiny.prepare(scratch.recipe("vae", folder, f"train.steps={steps}", "sample.watch_every=2"))
+    job = tiny.prepare(scratch.recipe("dcgan", folder, f"train.steps={steps}", "sample.watch_every=2"))
     model = job.model
     assert isinstance(model, PixelModel)
     pictures, asked = model.examples(12)["pixels"], 0
@@ -85,7 +85,7 @@ def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture
     job = watched(tmp_path / "run", "healthy", "collapsed")
     job.trainer.train()
     said = capsys.readouterr().out
-    assert "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: " in said and "step 2: " not in said
+    assert "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said and "step 2: " not in said
     assert records(job)[-1]["watch.diversity"] == 0
     assert "lost at step 4" in write_report(job.run.folder).read_text()
 
