@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "Train by a recipe, or go on with a run.",
     "runs": "List runs: where each stands, how far, and how long to go.",
     "sample": "Draw pictures with what a run has trained.",
-    "eval": "Measure a run's pictures: distances, diversity, likelihood, copies.",
+    "eval": "Measure a run's pictures: how real, how varied, how new.",
     "export": "Write what a run has trained as files for other programs.",
     "doctor": "Say what of this machine works, and what to do about the rest.",
     "gpus": "List GPUs: memory, speed, price, and where figures come from.",

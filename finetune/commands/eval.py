@@ -35,7 +35,7 @@ MEASURES = (
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A new folder for figures and grids; by default in the run's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(run: Path, against: str | None, pictures: int | None, features: str, out: Path | None, as_json: bool) -> None:
-    """Measure a run's pictures: distances, diversity, likelihood, copies.
+    """Measure a run's pictures: how real, how varied, how new.
 
     RUN is the run's folder. Draws pictures, each for a real picture's caption, and compares them by the features of a small net
     trained on emoji, or of a DINOv2. Beside them, where there are pictures enough, stands what other real pictures would reach.
