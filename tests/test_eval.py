@@ -231,7 +231,7 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     monkeypatch.setattr(bench_families, "NOTED_EVERY", 10)
     row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4)
     spent = json.loads((tmp_path / "vae-0" / "spent.json").read_text())
-    assert 0.6 <= spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
+    assert 0.5 < spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
     assert row["failed"] == "" and len(row["losses"]) == 2 and row["bits_per_dimension"] > 0 and row["exact"] is False
     assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4) == row, "what is done is not done again"
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
