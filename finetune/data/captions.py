@@ -1,4 +1,4 @@
-"""Captions of a folder: `metadata.jsonl`, `metadata.csv`, or a `.txt` file beside each picture."""
+"""Captions of folders: `metadata.jsonl`, `metadata.csv`, or a `.txt` file beside each picture."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import csv
 import io
 import json
 import posixpath
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
+from finetune.data.files import place_of
 from finetune.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -23,45 +26,53 @@ class Caption:
     problem: str = ""
 
 
+@final
 class Captions:
-    """The captions of one folder, and which of them no picture asked for.
+    """The captions of the pictures in one folder, and which of them no picture asked for.
 
     A metadata file speaks for the pictures in its folder and below, unless a nearer one does; no `.txt` is read there.
 
     Args:
-        folder: of the source.
-        files: all files below it.
+        folder: they lie in.
+        names: of its files, sorted.
         column: of metadata files, the one with the caption.
+        above: the captions of the folder that this one lies in; none at the top of a source.
 
     Raises:
         UserError: a metadata file that cannot be read, naming its line.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path], column: str) -> None:
-        self._folder = folder
-        self._tables: dict[Path, dict[str, tuple[str, Caption]]] = {}  # folder → file name → (place in the file, caption)
-        for file in files:
-            if file.name in TABLES and file.parent in self._tables:
-                raise UserError(
-                    "two metadata files stand side by side: which is meant?", where=str(file.parent), remedy=f"keep one of {' and '.join(TABLES)}"
-                )
-            if file.name == "metadata.parquet":
-                raise UserError("captions are not read from metadata.parquet", where=str(file), remedy="save it as metadata.jsonl or metadata.csv")
-            if file.name in TABLES:
-                self._tables[file.parent] = _table(file, column)
-        self._texts = {file for file in files if file.suffix.lower() == ".txt"}
-        self._asked: set[Path] = set()
+    def __init__(self, folder: Path, names: Sequence[str], column: str, above: Captions | None = None) -> None:
+        self._folder, self._names, self._above = folder, names, above
+        self._asked = bytearray(len(names))  # of each file, whether it is a picture that asked, or the text that it was given
+        tables = [folder / name for name in TABLES if place_of(names, name) is not None]
+        if len(tables) > 1:
+            raise UserError("two metadata files stand side by side: which is meant?", where=str(folder), remedy=f"keep one of {' and '.join(TABLES)}")
+        if place_of(names, "metadata.parquet") is not None:
+            where, remedy = str(folder / "metadata.parquet"), "save it as metadata.jsonl or metadata.csv"
+            raise UserError("captions are not read from metadata.parquet", where=where, remedy=remedy)
+        self._table = _table(tables[0], column) if tables else None  # file name → (place in the file, caption)
+        self._found: set[str] = set()  # names in the table of pictures that asked
 
-    def of(self, picture: Path) -> Caption:
-        """The caption of a picture of this folder."""
-        self._asked.add(picture)
-        table = self._governing(picture)
-        if table is not None:
-            return self._tables[table].get(picture.relative_to(table).as_posix(), ("", Caption(None)))[1]
+    def of(self, name: str) -> Caption:
+        """The caption of a picture in this folder."""
+        picture = self._folder / name
+        self._mark(place_of(self._names, name))
+        told: Caption | None = None
+        level: Captions | None = self
+        while level is not None:
+            if level._table is not None:
+                key = picture.relative_to(level._folder).as_posix()
+                if key in level._table:
+                    level._found.add(key)
+                told = told or level._table.get(key, ("", Caption(None)))[1]  # the nearest speaks
+            level = level._above
+        if told is not None:
+            return told
         file = picture.with_suffix(".txt")
-        if file not in self._texts:
+        if (place := place_of(self._names, file.name)) is None:
             return Caption(None)
-        self._asked.add(file)
+        self._mark(place)
         try:
             return Caption(one_line(file.read_bytes().decode("utf-8-sig")))  # read_text takes half a byte order mark for nothing
         except UnicodeDecodeError as error:
@@ -70,33 +81,31 @@ class Captions:
             return Caption(None, f"{file.name} cannot be read: {error.strerror}")
 
     def unused(self) -> Iterator[tuple[str, str, bool]]:
-        """(place, what is wrong, whether a picture that is named is not there), once every picture has asked."""
-        for folder, table in self._tables.items():
-            for name, (place, _) in table.items():
-                if folder / name in self._asked:
-                    continue
-                outside = name.startswith(("../", "/")) or name == ".."
-                yield (
-                    f'{place} ("{name}")',
-                    "names a file outside its folder, which is not read" if outside else "names a picture that is not there",
-                    True,
-                )
-        pictures = {file.with_suffix("") for file in self._asked}
-        for file in sorted(self._texts - self._asked):
-            yield (
-                str(file),
-                "not read: a metadata file speaks for its picture" if file.with_suffix("") in pictures else "no picture has its name",
-                False,
-            )
+        """(place, what is wrong, whether a picture that is named is not there), once every picture has asked, also below."""
+        for name, (line, _) in (self._table or {}).items():
+            if name in self._found:
+                continue
+            outside = name.startswith(("../", "/")) or name == ".."
+            told = "names a file outside its folder, which is not read" if outside else "names a picture that is not there"
+            yield f'{line} ("{name}")', told, True
+        for place, name in enumerate(self._names):
+            if name.lower().endswith(".txt") and not self._asked[place]:
+                spoken_for = "not read: a metadata file speaks for its picture"
+                yield str(self._folder / name), spoken_for if self._picture_of(name) else "no picture has its name", False
 
-    def _governing(self, picture: Path) -> Path | None:
-        """The nearest folder above `picture` with a metadata file."""
-        for parent in picture.parents:
-            if parent in self._tables:
-                return parent
-            if parent == self._folder:
-                break
-        return None
+    def _picture_of(self, text: str) -> bool:
+        """Whether a file that asked differs from `text` in its ending alone."""
+        stem = Path(text).stem
+        place = bisect_left(self._names, f"{stem}.")
+        while place < len(self._names) and self._names[place].startswith(f"{stem}."):
+            if self._asked[place] and Path(self._names[place]).stem == stem:
+                return True
+            place += 1
+        return False
+
+    def _mark(self, place: int | None) -> None:
+        if place is not None:
+            self._asked[place] = 1
 
 
 def one_line(text: str) -> str:

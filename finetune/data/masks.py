@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.data.files import place_of
 from finetune.data.pictures import Crop, Unreadable, apply, decode
 from finetune.errors import UserError
 from finetune.recipe import embedded
@@ -28,32 +29,31 @@ class Masks:
     Args:
         setting: `data.masks`: none, `beside`, or a folder with a mask under each picture's own name.
         folder: of the pictures.
-        files: all files below it.
 
     Raises:
         UserError: the folder of masks is not there.
     """
 
-    def __init__(self, setting: str | None, folder: Path, files: Sequence[Path]) -> None:
+    def __init__(self, setting: str | None, folder: Path) -> None:
         self._folder, self._elsewhere = folder, None if setting in (None, BESIDE) else Path(embedded(setting or "")).expanduser()
-        self._files = set(files) if setting == BESIDE else set()
+        self._beside = setting == BESIDE
         if self._elsewhere is not None and not self._elsewhere.is_dir():
             remedy = f"give a folder, or `{BESIDE}` for NAME{MARK}.png beside each picture"
             raise UserError(f'there is no folder "{setting}" with masks', where="data.masks", remedy=remedy)
 
-    def __contains__(self, file: Path) -> bool:
+    def has(self, file: Path) -> bool:
         """Whether a file beside the pictures is a mask and no picture."""
-        return (file in self._files and file.stem.endswith(MARK)) or (self._elsewhere is not None and file.is_relative_to(self._elsewhere))
+        return (self._beside and file.stem.endswith(MARK)) or (self._elsewhere is not None and file.is_relative_to(self._elsewhere))
 
-    def of(self, picture: Path) -> str:
-        """The mask's file, "" if there is none."""
+    def of(self, picture: Path, beside: Sequence[str]) -> str:
+        """The mask's file, "" if there is none; `beside` are the names of the files in the picture's folder, sorted."""
         for suffix in SUFFIXES:
             if self._elsewhere is not None:
                 found = self._elsewhere / picture.relative_to(self._folder).with_suffix(suffix)
                 if found.is_file():
                     return str(found)
-            elif (beside := picture.with_name(f"{picture.stem}{MARK}{suffix}")) in self._files:
-                return str(beside)
+            elif self._beside and place_of(beside, name := f"{picture.stem}{MARK}{suffix}") is not None:
+                return str(picture.with_name(name))
         return ""
 
 
