@@ -58,6 +58,15 @@ def test_text_files_beside_nested_pictures(tmp_path: Path) -> None:
     assert audit.problems == ()
 
 
+def test_pictures_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    """A run that goes on must find the order that it began with."""
+    names = ("b.png", "a.png", "a/z.png", "a/B.png", "a/c/d.png", "a-b.png", "ab/0.png", "Z.png", "a/c.png")
+    for name in names:
+        put(tmp_path, name, "red", (32, 32), caption="x")
+    expected = sorted(tmp_path / name for name in names)
+    assert [Path(picture.name) for picture in scan(data(tmp_path)).pictures] == expected
+
+
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_path: Path, name: str) -> None:
     for picture in ("a.png", "deep/b.png", "unnamed.png", "blank.png"):
