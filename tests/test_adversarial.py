@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from finetune.models.dcgan import Dcgan, Growth
 from finetune.models.objectives import OBJECTIVES, flatness, unit_slope
 from finetune.models.pixels import Space
 from finetune.nets.dcgan import Net
+from scripts import bench_modes
 from tests import scratch, tiny
 
 SPACE = Space(3, 8, 8, 256)
@@ -242,3 +244,13 @@ def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         tiny.prepare(scratch.recipe("wgan-gp", tmp_path / "run", *overrides))
     assert re.search(told, "\n".join(caught.value.lines()))
+
+
+def test_the_benchmark_of_modes_knows_even_from_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_modes.reverse_kl(torch.arange(8).repeat(5), 8) == pytest.approx(0, abs=1e-12)
+    assert bench_modes.reverse_kl(torch.zeros(40, dtype=torch.long), 8) == pytest.approx(math.log(8))
+    monkeypatch.setattr(bench_modes, "STEPS", 2)
+    monkeypatch.setattr(bench_modes, "BATCH", 8)
+    for name, keys in bench_modes.LOSSES.items():
+        found = bench_modes.play(bench_modes.Points(latent=2, **keys), *bench_modes.TASKS["ring"], seed=0)
+        assert 0 <= found["reverse_kl"] <= math.log(8) and 0 <= found["good"] <= 1, name
