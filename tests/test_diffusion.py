@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
+from finetune.models import change, edm, rectifiedflow
 from finetune.models.ddpm import create
 from finetune.models.observation import log_mass
 from finetune.models.paths import Exploding, Preconditioned, Preserving, Straight, alphas_cumprod
@@ -25,6 +26,8 @@ from finetune.models.pixels import Space
 from finetune.models.samplers import SAMPLERS, Level, Options, posterior
 from finetune.models.turn import SampleRequest
 from finetune.nets.ddpm import Net
+from finetune.nets.edm import Net as EdmNet
+from finetune.nets.rectifiedflow import Net as FlowNet
 from finetune.recipe import load_recipe
 from finetune.sampling import sample
 from tests import scratch, tiny
@@ -276,6 +279,47 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
     assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps - 1).mean()) == pytest.approx(expected / math.log(2), rel=3e-3)
 
 
+def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each number goes its own way, a probe of ±1 tells the trace exactly; what is left is the steps' error, of second order."""
+    clean = torch.tensor([[0.2, 0.7], [1.1, 0.65]], dtype=torch.float64)
+    probe = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    expected, errors = torch.distributions.Normal(MEAN, DEVIATION).log_prob(clean).sum(1), []
+    for steps in (20, 40, 80):
+        monkeypatch.setattr(change, "STEPS", steps)
+        found = change.log_density(lambda values, at: oracle(values, angle(at)), clean, change.angles(math.pi / 2), probe)
+        errors.append(float((found - expected).abs().max()))
+    assert errors[-1] < 2e-3
+    assert [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)] == pytest.approx([2, 2], abs=0.1)
+    for family, keys in ((edm, EdmNet), (rectifiedflow, FlowNet)):
+        model = family.create(Space(1, 4, 4, 17), keys(width=8, multiples=(1,)))
+        for at in (0.001, 0.4, model.most()):
+            level = model.at_angle(at)
+            assert math.atan2(level.sigma, level.alpha) == pytest.approx(at)
+        assert model.at_angle(model.most()).sigma == pytest.approx(model.path.spread)
+
+
+class SilentNet(torch.nn.Module):
+    """Says 0, as a new net does."""
+
+    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None, beside: Tensor | None) -> Tensor:
+        return torch.zeros_like(noisy)
+
+
+def test_a_flows_bits_are_those_of_a_histogram() -> None:
+    """A new EDM says D = c_skip x: that its pixels are N(0, 0.5²), whose mass over each level is known; drawn pictures have its entropy."""
+    space = Space(1, 4, 4, 65)
+    model = edm.create(space, EdmNet(width=8, multiples=(1,)))
+    model.net = SilentNet()  # type: ignore[assignment]
+    levels = torch.arange(65, dtype=torch.uint8).repeat(16)[:1024].view(64, 1, 4, 4)
+    zero, deviation = torch.zeros((), dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    inside = (levels > 0) & (levels < 64)
+    levels = torch.where(inside, levels, 32)
+    expected = -log_mass(space, levels, zero, deviation).flatten(1).sum(1)
+    found = model.nats({"pixels": levels}, Draw(0, 0, range(64)), 2).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.5)
+    assert torch.equal(found[5:7].float(), model.nats({"pixels": levels[5:7]}, Draw(0, 0, range(5, 7)), 2))
+
+
 def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("latent-diffusion", tmp_path / "run")).model
     read = model.canvas.read(model.examples(99)["pixels"])
@@ -338,7 +382,7 @@ def test_mistakes(name: str, overrides: list[str], told: str, tmp_path: Path) ->
 
 def test_a_sampler_is_chosen_at_drawing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    tiny.train(scratch.recipe("ddpm", run, "train.steps=2", "sample.prompts=['0']"))
+    tiny.train(scratch.recipe("ddpm", run, "train.steps=6", "optimizer.lr=1e-2", "sample.prompts=['0']"))
     drawn = {}
     for name in SAMPLERS:
         (file,) = sample(run, [], sampler=name, steps=4, out=tmp_path / name.strip("+"))

@@ -122,7 +122,8 @@ class Denoiser(nn.Module):
             num_class_embeds=classes + 1 if classes else None,
         )
         self.first = None if first is None else first.requires_grad_(False).eval()
-        nn.init.zeros_(self.unet.conv_out.weight)  # a new net says 0: no worse than knowing nothing
+        for parameter in self.unet.conv_out.parameters():  # a new net says 0: no worse than knowing nothing
+            nn.init.zeros_(parameter)
         for name, parameter in self.unet.named_parameters():
             if name.endswith("to_k.bias"):  # adds the same to all that a softmax weighs: it changes nothing
                 parameter.requires_grad_(False)
@@ -193,17 +194,18 @@ class DiffusionModel(PixelModel):
     def turns(self) -> tuple[Turn, ...]:
         return (self._turn,)
 
+    def said(self, noisy: Tensor, level: Level, classes: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """D(x) as the net says it, [B, *shape] float32."""
+        told = torch.full((len(noisy),), level.told, device=noisy.device)
+        return self.path.clean(self.net(self.path.read(noisy, level), told, classes, beside).float(), noisy, level)
+
     def denoised(self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0, beside: Tensor | None = None) -> Tensor:
-        """D(x), [B, *shape] float32, guided."""
-
-        def said(classes: Tensor | None) -> Tensor:
-            told = torch.full((len(noisy),), level.told, device=noisy.device)
-            return self.path.clean(self.net(self.path.read(noisy, level), told, classes, beside).float(), noisy, level)
-
-        if classes is None or guidance == 1:
-            return self.canvas.within(said(classes))
-        free = said(torch.full_like(classes, len(self.space.classes)))
-        return self.canvas.within(free + guidance * (said(classes) - free))
+        """D(x), guided, and held to where it can lie."""
+        found = self.said(noisy, level, classes, beside)
+        if classes is not None and guidance != 1:
+            free = self.said(noisy, level, torch.full_like(classes, len(self.space.classes)), beside)
+            found = free + guidance * (found - free)
+        return self.canvas.within(found)
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         beside = self._condition.drawn(classes, draw, request)

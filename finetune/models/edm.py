@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 from finetune.errors import UserError
-from finetune.models.diffusion import DiffusionModel
+from finetune.models.change import FlowLikelihood
 from finetune.models.paths import Exploding, Preconditioned
 from finetune.models.pixels import Space, started
+from finetune.models.samplers import Level
 from finetune.nets.edm import Net
 
 build = started
 
 
 @final
-class Edm(DiffusionModel):
+class Edm(FlowLikelihood):
     def __init__(self, space: Space, section: Net) -> None:
         if section.least >= section.most:
             raise UserError("drawing goes from much noise to little", where="net.least, net.most", remedy="set net.least below net.most")
         learned = Preconditioned(section.spread, section.mean, section.deviation)
-        super().__init__(space, section, Exploding(learned, section.least, section.most, section.rho))
+        self._exploding = Exploding(learned, section.least, section.most, section.rho)
+        super().__init__(space, section, self._exploding)
+
+    def at_angle(self, angle: float) -> Level:
+        return self._exploding.level(math.tan(angle))
+
+    def most(self) -> float:
+        return math.atan(self._exploding.spread)
 
 
 def create(space: Space, section: Net) -> Edm:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError
-from finetune.models.diffusion import DiffusionModel
+from finetune.models.change import FlowLikelihood
 from finetune.models.paths import Straight
 from finetune.models.pixels import Space, begin, space_of
+from finetune.models.samplers import Level
 from finetune.models.turn import Model
 from finetune.nets.rectifiedflow import Net
 from finetune.planning import Plan
@@ -16,11 +18,18 @@ from finetune.recipe import Flow
 
 
 @final
-class RectifiedFlow(DiffusionModel):
+class RectifiedFlow(FlowLikelihood):
     objective = "flow"
 
     def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
-        super().__init__(space, section, Straight(section.shift, loss))
+        self._straight = Straight(section.shift, loss)
+        super().__init__(space, section, self._straight)
+
+    def at_angle(self, angle: float) -> Level:
+        return self._straight.level(math.sin(angle) / (math.sin(angle) + math.cos(angle)))
+
+    def most(self) -> float:
+        return math.pi / 2
 
 
 def build(plan: Plan, audit: Audit) -> Model:

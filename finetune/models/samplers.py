@@ -113,14 +113,15 @@ def dpm_plus_plus(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chan
     return noisy
 
 
-def _slope(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
+def slope(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
+    """dx/dt of the flow."""
     return level.alpha_rate * clean + level.sigma_rate * noise_of(noisy, clean, level)
 
 
 def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
-        noisy = noisy + (then.time - now.time) * _slope(noisy, clean, now) if then.sigma else clean
+        noisy = noisy + (then.time - now.time) * slope(noisy, clean, now) if then.sigma else clean
     return noisy
 
 
@@ -129,9 +130,9 @@ def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chanc
         clean = denoise(noisy, now)
         if not then.sigma:
             return clean
-        slope, width = _slope(noisy, clean, now), then.time - now.time
-        ahead = noisy + width * slope
-        noisy = noisy + width / 2 * (slope + _slope(ahead, denoise(ahead, then), then))
+        first, width = slope(noisy, clean, now), then.time - now.time
+        ahead = noisy + width * first
+        noisy = noisy + width / 2 * (first + slope(ahead, denoise(ahead, then), then))
     return noisy
 
 
