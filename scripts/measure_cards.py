@@ -31,9 +31,16 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "full": {"train.gradient_checkpointing": CHECKPOINTING, "optimizer.name": ("adamw", "adamw8bit", "adafactor")},
     "scratch": {},
 }
-# Further single edits of each recipe: what the advice may name, and the rest of what a recipe can say.
+WHOLE_BASE = {"model.quantize": "null"}
+# Further edits of each recipe: LoRA on whole weights, QLoRA, and what a larger GPU saves itself.
 BESIDE: dict[str, tuple[dict[str, str], ...]] = {
-    "lora": ({"model.quantize": "nf4"}, {"model.quantize": "int8"}, {"train.gradient_checkpointing": "2"}),
+    "lora": (WHOLE_BASE, {"model.quantize": "nf4"}, WHOLE_BASE | {"train.gradient_checkpointing": "false"}),
+    "full": (),
+    "scratch": (),
+}
+# On small nets also the rest of what the advice may name and a recipe can say.
+OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
+    "lora": ({"model.quantize": "int8"}, {"train.gradient_checkpointing": "2"}),
     "full": (
         {"train.weights": "bfloat16"},
         {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"},
@@ -44,8 +51,9 @@ BESIDE: dict[str, tuple[dict[str, str], ...]] = {
 }
 WHOLE = ("base", "sd15", "sd21", "sdxl")  # cards with all of this; of other architectures, as large as they are, what their recipes say
 ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
-SMALL = ("base",)  # on which what stands in BESIDE is measured: larger nets take minutes for each
+SMALL = ("base",)  # on which what stands in OF_SMALL is measured: larger nets take minutes for each
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
+EXAMPLES: dict[tuple[str, str, Device], Any] = {}  # of each recipe's batches: its encoders run once
 
 
 def cards() -> dict[str, list[str]]:
@@ -111,8 +119,7 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
     edits = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
-    if name in SMALL:
-        edits += BESIDE[recipe.method]
+    edits += [*BESIDE[recipe.method], *(OF_SMALL[recipe.method] if name in SMALL else ())]
     seen: list[dict[str, Any]] = []
     for edited in (varied(recipe, edit) for edit in edits):
         if (settings := settings_of(edited)) not in seen:
@@ -123,8 +130,12 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
 
 
 def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
-    """A bundled recipe with other values, at the rank that is measured, without averages (which are added to what a card says)."""
+    """A bundled recipe with other values, at the rank that is measured, its text encoders whole, without averages.
+
+    (Averages are added to what a card says, and what text encoders spare is taken off.)
+    """
     sets = [f"{key}={json.dumps(value) if key == 'adapter.targets' else value}" for key, value in chosen.items()]
+    sets += ["model.encoders=whole"] if recipe.model.encoders != "whole" else []
     return load_recipe(f"{recipe.method}/{recipe.name}", [*sets, "train.ema=null", *([f"adapter.rank={RANK}"] if recipe.adapter else [])])
 
 
@@ -158,7 +169,11 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
     audit = scan(recipe.data) if recipe.method == "scratch" else None
     side = recipe.data.resolution
-    return Subject(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device).phases(only_training)
+    subject = Subject(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device)
+    key = recipe.method, recipe.name, device
+    found = subject.phases(only_training, EXAMPLES.get(key) if only_training else None)
+    EXAMPLES[key] = subject.example
+    return found
 
 
 def encoded(card: dict[str, Any]) -> str:

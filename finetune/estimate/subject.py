@@ -148,16 +148,21 @@ class Subject:
         self._make = build or self._family
         self._autocast = DTYPES[precision] if autocast and precision != "float32" else None
         self._device, self._steps = device, steps
+        self.example: Batch = {}
 
-    def phases(self, only_training: bool = False) -> dict[str, Phase]:
-        """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training."""
+    def phases(self, only_training: bool = False, example: Batch | None = None) -> dict[str, Phase]:
+        """encode, train, sample: each from an empty cache on, as the loop empties it between encoding and training.
+
+        Args:
+            example: what encoding gave another run with these encoders and this size (`self.example`): it is then left out.
+        """
         with fake_tensors(), skeletons(), standins.in_place(self._device), cuda() if self._device == "cuda" else contextlib.nullcontext() as mode:
             model = self.build()
             # Nets that read a caption's length are given that of a full one.
             with reading(model.family.tokens) if isinstance(model, TextToImage) and model.family.objective == "flow" else contextlib.nullcontext():
-                encode, example = self.encode(model)
+                encode, self.example = (None, example) if example is not None else self.encode(model)
                 found = {"encode": encode} if encode is not None else {}
-                found["train"] = self._train(model, example, mode)
+                found["train"] = self._train(model, self.example, mode)
                 if isinstance(model, TextToImage) and not only_training:
                     found["sample"] = self._sample(model)
         return found

@@ -23,7 +23,7 @@ from finetune.estimate.allocator import Event, allocate, free
 
 
 class Operator(NamedTuple):
-    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes an element.
+    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes a factor.
 
     `eager`: Python ran it and autograd recorded it (forward passes, what a checkpoint computes again); else autograd's engine or an optimizer did.
     """
@@ -145,8 +145,10 @@ def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Ten
     count = flop_registry.get(torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket)
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
-    width = max((tensor.element_size() for tensor in inputs if tensor.is_floating_point()), default=4)
-    return Operator(KIND.get(name, "other"), flops, sum(moved.values()), width, torch.is_grad_enabled())
+    kind = KIND.get(name, "other")
+    factors = inputs[:1] if kind == "attention" else inputs  # its backward pass also reads the float32 sums of the softmax
+    width = max((tensor.element_size() for tensor in factors if tensor.is_floating_point()), default=4)
+    return Operator(kind, flops, sum(moved.values()), width, torch.is_grad_enabled())
 
 
 def tensors_of(net: nn.Module) -> list[Tensor]:
