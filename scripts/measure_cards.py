@@ -32,10 +32,12 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "scratch": {},
 }
 WHOLE_BASE = {"model.quantize": "null"}
+FUSED = {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"}
+LEAST = {"train.weights": "bfloat16"} | FUSED
 # Further edits of each recipe: LoRA on whole weights, QLoRA, and what a larger GPU saves itself.
 BESIDE: dict[str, tuple[dict[str, str], ...]] = {
     "lora": (WHOLE_BASE, {"model.quantize": "nf4"}, WHOLE_BASE | {"train.gradient_checkpointing": "false"}),
-    "full": (),
+    "full": (LEAST,),
     "scratch": (),
 }
 # On small nets also the rest of what the advice may name and a recipe can say.
@@ -43,8 +45,7 @@ OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     "lora": ({"model.quantize": "int8"}, {"train.gradient_checkpointing": "2"}),
     "full": (
         {"train.weights": "bfloat16"},
-        {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"},
-        {"train.weights": "bfloat16", "train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"},
+        FUSED,
         {"train.gradient_checkpointing": "2"},
     ),
     "scratch": (),
@@ -68,25 +69,26 @@ def cards() -> dict[str, list[str]]:
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option("--missing", is_flag=True, help="Keep what the cards hold, and measure only variants and devices that they lack.")
-def main(names: tuple[str, ...], missing: bool) -> None:
-    """Measure the cards NAMES, or all."""
+@click.option("--method", help="Measure only the variants of this method; of others, keep what the cards hold.")
+def main(names: tuple[str, ...], missing: bool, method: str | None) -> None:
+    """Measure the cards NAMES, or all. Each variant is written down when it is measured."""
     for name in names or cards():
         start = time.perf_counter()
-        held = json.loads(path_of(name).read_text(encoding="utf-8")) if missing and path_of(name).is_file() else None
-        card = measure(name, held)
+        held = json.loads(path_of(name).read_text(encoding="utf-8")) if (missing or method) and path_of(name).is_file() else None
         path_of(name).parent.mkdir(exist_ok=True)
-        path_of(name).write_text(encoded(card), encoding="utf-8")
+        for card in measured(name, held, missing, method):
+            path_of(name).write_text(encoded(card), encoding="utf-8")
         print(f"{name}: {len(card['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def measure(name: str, held: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One card as plain values; `held`: as it was."""
+def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str | None) -> Iterator[dict[str, Any]]:
+    """One card as plain values, again after each variant that was measured; `held`: as it was."""
     import diffusers
     import torch
 
     from finetune.estimate.measure import BATCHES, outside, parameters
 
-    recipes = [load_recipe(one) for one in sorted(cards()[name], reverse=True)]  # LoRA first: its base is whole
+    recipes = [load_recipe(one) for one in sorted(cards()[name], key=lambda one: (one.startswith("full/"), one))]  # of LoRA's, the base is whole
     counts: dict[str, int] = held["parameters"] if held else {}
     around: dict[str, Any] = held["outside"] if held else {}
     first: dict[Device, dict[str, Any]] = {}
@@ -94,13 +96,7 @@ def measure(name: str, held: dict[str, Any] | None = None) -> dict[str, Any]:
         if device not in around and device in {one for one, _ in wanted(name, recipes[0])}:
             first[device] = traced(varied(recipes[0], {}), device, BATCHES[0], 1, only_training=False)
             around, counts = around | {device: outside(first[device])}, counts or parameters(first[device])
-    known = held["variants"] if held else []
-    variants = []
-    for device, recipe in (pair for one in recipes for pair in wanted(name, one)):
-        there = [one for one in known if (one["device"], one["settings"]) == (device, settings_of(recipe))]
-        same = settings_of(recipe) == settings_of(varied(recipes[0], {}))
-        variants.append(there[0] if there else variant_of(name, recipe, device, first.get(device) if same else None))
-    return {
+    card = {
         "name": name,
         "title": (recipes[0].model.path or recipes[0].name).rpartition("/")[2],
         "family": recipes[0].model.family,
@@ -109,8 +105,23 @@ def measure(name: str, held: dict[str, Any] | None = None) -> dict[str, Any]:
         "parameters": counts,
         "outside": around,
         "versions": {"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__},
-        "variants": variants,
     }
+    known = {key_of(one["device"], one["settings"]): one for one in (held["variants"] if held else ())}
+    asked: dict[str, tuple[Device, Recipe]] = {}
+    for device, recipe in (pair for one in recipes for pair in wanted(name, one)):
+        asked.setdefault(key_of(device, settings_of(recipe)), (device, recipe))
+    whole = settings_of(varied(recipes[0], {}))
+    for key, (device, recipe) in asked.items():
+        if (missing and key in known) or (method and recipe.method != method):
+            continue
+        known[key] = variant_of(name, recipe, device, first.get(device) if settings_of(recipe) == whole else None)
+        yield card | {"variants": [known[one] for one in asked if one in known]}
+    yield card | {"variants": [known[one] for one in asked if one in known]}
+
+
+def key_of(device: Device, settings: dict[str, Any]) -> str:
+    """What tells a variant from others."""
+    return f"{device} {json.dumps(settings, sort_keys=True)}"
 
 
 def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:

@@ -12,7 +12,7 @@ from finetune.errors import UserError
 from finetune.estimate.choose import GOALS, Data, choose, considered
 from finetune.estimate.cpu import keep, threads
 from finetune.estimate.families import quoted
-from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast
+from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast, pulled, told_levers
 from finetune.estimate.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
 from finetune.estimate.group import Group
 from finetune.estimate.words import apart, compared
@@ -97,7 +97,8 @@ def _rows(
         if not considered(recipe, goal, data, gpu, budget):
             continue
         try:
-            found.append(_brought_in(forecast(recipe, name, gpu, images, group=group)))
+            plain = forecast(recipe, name, gpu, images, group=group)
+            found += list({_edits_of(one): one for one in (_brought_in(plain), *_rounded(plain))}.values())
         except UserError as error:
             if not 1 <= images <= MOST_IMAGES:
                 raise
@@ -184,6 +185,19 @@ def _brought_in(one: Forecast) -> Forecast:
         return one
     found = fitting(one)
     return found[0] if found else one
+
+
+def _rounded(plain: Forecast) -> list[Forecast]:
+    """A LoRA on weights in 4 bits (QLoRA) beside the one on whole weights, where the card tells of it and a GPU trains."""
+    edits = tuple(lever for lever in told_levers(plain) if lever.key == "model.quantize" and plain.gpu.device == "cuda")
+    if not edits:
+        return []
+    return [_brought_in(forecast(pulled(plain.recipe, edits), plain.name, plain.gpu, plain.images, edits, plain.group))]
+
+
+def _edits_of(one: Forecast) -> frozenset[str]:
+    """What was edited, whatever came first."""
+    return frozenset(lever.words for lever in one.edits)
 
 
 def _write(one: Forecast, file: Path) -> None:

@@ -197,12 +197,15 @@ def _set(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 
 def fitting(first: Forecast) -> list[Forecast]:
-    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together. Empty: nothing does, or it was traced."""
+    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together, beside those that it has had.
+
+    Empty: nothing does, or it was traced.
+    """
     known = told_levers(first) if len(first.card.variants) > 1 else []
     for count in range(1, LARGEST_LEVERS + 1):
         tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
         if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
-            found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, edits, first.group) for edits in fit]
+            found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, (*first.edits, *edits), first.group) for edits in fit]
             return sorted(found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
     return []
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from finetune.estimate.allocator import Event, allocate, free
+from finetune.estimate.outcomes import Outcomes
 
 
 class Operator(NamedTuple):
@@ -99,6 +101,7 @@ class Recorder(TorchDispatchMode):
         self._scratch = scratch
         self.events: list[Event] = []
         self.sections: list[Section] = []
+        self._outcome = Outcomes()
         self._names: dict[int, tuple[int, Any]] = {}  # a living storage's address → its identifier, and the reference that tells of its end
 
     def section(self, name: str) -> None:
@@ -125,11 +128,13 @@ class Recorder(TorchDispatchMode):
         return int(size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # two of three calls: whoever asks for a tensor's device
+            return args[0].fake_device
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else _integer.get()
-        out = func(*args, **kwargs)
+        out = self._outcome(func, args, kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if func.namespace in ("aten", "bitsandbytes") and not func.is_view and name not in NO_LAUNCH and self.sections:
             self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
