@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import operator
 import types
@@ -189,11 +190,17 @@ def _either(kinds: list[Any], node: Node, key: str) -> Any:
     raise _wrong(node, key, ", or ".join(_name(kind) for kind in kinds))
 
 
+@functools.cache
+def _hints(declared: type) -> dict[str, Any]:
+    """The types of what a section may say, by name."""
+    types_by_name = typing.get_type_hints(declared)
+    return {field.name: types_by_name[field.name] for field in dataclasses.fields(declared) if not field.metadata.get("internal")}
+
+
 def _build_dataclass(declared: type, node: Node, key: str) -> Any:
     if not isinstance(node.content, dict):
         raise _wrong(node, key, "a section of `key: value` lines")
-    types_by_name = typing.get_type_hints(declared)
-    hints = {field.name: types_by_name[field.name] for field in dataclasses.fields(declared) if not field.metadata.get("internal")}
+    hints = _hints(declared)
     prefix = f"{key}." if key else ""
     for name, child in node.content.items():
         if name not in hints:

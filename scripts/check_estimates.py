@@ -128,7 +128,7 @@ def beside(row: dict[str, str], trace: dict[str, Any]) -> Found:
     area = sides[0] * sides[-1] / 512**2
     return Found(
         row=row,
-        micro=works_of(trace["micro"]),
+        micro=(*works_of(trace["micro"]), Work("other", 2, True, (0, 0), (0, 0), published.sdnq_operators(row))),
         update=works_of(trace["update"]),
         measured=0.0 if row["peak_vram_gb"] == "-" else float(row["peak_vram_gb"]),
         predicted=(trace["reserved"] + around(gpu)["cuBLAS workspace"] + context) / GIB,

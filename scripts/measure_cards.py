@@ -31,13 +31,11 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "full": {"train.gradient_checkpointing": CHECKPOINTING, "optimizer.name": ("adamw", "adamw8bit", "adafactor")},
     "scratch": {},
 }
-WHOLE_BASE = {"model.quantize": "null"}
 FUSED = {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"}
-LEAST = {"train.weights": "bfloat16"} | FUSED
-# Further edits of each recipe: LoRA on whole weights, QLoRA, and what a larger GPU saves itself.
+# Further edits of each recipe: LoRA on whole weights, and QLoRA.
 BESIDE: dict[str, tuple[dict[str, str], ...]] = {
-    "lora": (WHOLE_BASE, {"model.quantize": "nf4"}, WHOLE_BASE | {"train.gradient_checkpointing": "false"}),
-    "full": (LEAST,),
+    "lora": ({"model.quantize": "null"}, {"model.quantize": "nf4"}),
+    "full": (),
     "scratch": (),
 }
 # On small nets also the rest of what the advice may name and a recipe can say.
@@ -46,13 +44,14 @@ OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     "full": (
         {"train.weights": "bfloat16"},
         FUSED,
+        {"train.weights": "bfloat16"} | FUSED,
         {"train.gradient_checkpointing": "2"},
     ),
     "scratch": (),
 }
 WHOLE = ("base", "sd15", "sd21", "sdxl")  # cards with all of this; of other architectures, as large as they are, what their recipes say
 ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
-SMALL = ("base",)  # on which what stands in OF_SMALL is measured: larger nets take minutes for each
+SMALL = ("base",)  # on which what stands in OF_SMALL, and a higher rank, are measured: larger nets take minutes for each
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 EXAMPLES: dict[tuple[str, str, Device], Any] = {}  # of each recipe's batches: its encoders run once
 
@@ -165,7 +164,7 @@ def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] 
         for batch in BATCHES
     )
     higher = None
-    if recipe.adapter is not None and name in WHOLE:
+    if recipe.adapter is not None and name in SMALL:
         adapter = dataclasses.replace(recipe.adapter, rank=HIGHER_RANK)
         higher = HIGHER_RANK, traced(dataclasses.replace(recipe, adapter=adapter), device, BATCHES[0], 1)
     print(f"{recipe.method}/{recipe.name} on {device}: {settings_of(recipe)}", flush=True)

@@ -5,6 +5,7 @@ What a run's trainer does otherwise than ours is said here once, by the words of
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from finetune.estimate.architecture import CONFIGS
 from finetune.estimate.denoiser import Denoiser, load
+from finetune.estimate.emulate import fake_tensors
 from finetune.estimate.subject import STEPS
 
 # Models → the denoiser's name in assets/denoisers, or its folder in assets/configs.
@@ -41,6 +43,9 @@ GPUS = {
     "64x L40S 48GB": "l40s",
     "A100 80GB (finetrainers/cogvideox-factory)": "a100-80gb",
 }
+# Operators for a pass of one of SDNQ's layers (`sdnq_operators`): 12.3 and 13.1 by SD 1.5's runs without and with checkpointing, 10.4 and 11.1
+# by SDXL's; PixArt's runs, which something else slows down, say nothing of it.
+SDNQ = 12
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -88,6 +93,25 @@ def why_not(row: dict[str, str]) -> str:
     if "fp8?" in row["compute_dtype"] or row["compute_dtype"].startswith("NeMo"):
         return f"computes in {row['compute_dtype']}: what precision is not said"
     return ""
+
+
+def sdnq_operators(row: dict[str, str]) -> int:
+    """What SDNQ's layers take the host beside their traced operators, in operators that it could launch meanwhile.
+
+    Each pass of a layer, forward, recomputed or backward, goes through a tensor subclass and compiled helpers, whatever its size: on both
+    GPUs and at both sizes of model the published runs take longer than those in bfloat16 by the passes times one constant.
+    """
+    if "sdnq" not in row["weights_dtype"]:
+        return 0
+    some, every = described(row).checkpointed
+    return round(SDNQ * linear_layers(row["model"]) * (2 + some / every))
+
+
+@functools.cache
+def linear_layers(model: str) -> int:
+    """Of a model's denoiser: those whose weights are quantised."""
+    with fake_tensors():
+        return sum(type(module) is nn.Linear for module in _denoiser(MODELS[model]).net().modules())
 
 
 def own_kernels(row: dict[str, str]) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -21,7 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.engine.draw import Draw
+from finetune.export import export
 from finetune.job import Job
+from finetune.models import quantized
+from finetune.models.quantized import QuantizedLinear
 from finetune.recipe import Recipe
 from tests import tiny
 
@@ -40,6 +44,10 @@ class Case:
     @property
     def text(self) -> bool:
         return "model.train_text_encoder=true" in self.overrides or (self.method, self.pipeline) == ("scratch", "sd")
+
+    @property
+    def rounded(self) -> bool:
+        return any(override.startswith("model.quantize") for override in self.overrides)
 
     @property
     def dropout(self) -> bool:
@@ -90,6 +98,24 @@ CASES = {
     "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
     "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),
 }
+# QLoRA of every transformer; resuming and accumulating are those of the LoRA on whole weights, which is above.
+ON_NF4 = {
+    f"{pipeline}-nf4": Case(
+        pipeline, "lora", ("model.quantize=nf4", "adapter.targets=attention+mlp", f"train.gradient_checkpointing={checkpointing}")
+    )
+    for pipeline, checkpointing in {
+        "sd3": "true",
+        "flux": "false",
+        "flux2": "true",
+        "qwen_image": "true",
+        "z_image": "false",
+        "lumina2": "true",
+        "sana": "false",
+        "pixart": "true",
+    }.items()
+}
+ALL = CASES | ON_NF4
+NARROWEST = 256  # weights: tiny transformers are that narrow
 
 # What a net's output does not depend on. SDXL reads the first encoder's last layer but one: the last of its three layers and the norm
 # after it do nothing. In the last block of a net of two streams, what only the text would need.
@@ -127,7 +153,9 @@ def fixed_loss(job: Job) -> float:
 @functools.cache
 def overfitted(name: str) -> Overfitted:
     one = (f"data.path={tiny.one_picture()}", "data.caption_dropout=0", f"train.steps={OVERFIT_STEPS}")
-    job = tiny.prepare(CASES[name].recipe(tiny.root() / "runs" / name, *one))
+    smallest = NARROWEST if name in ON_NF4 else quantized.SMALLEST
+    with mock.patch.object(quantized, "SMALLEST", smallest):
+        job = tiny.prepare(ALL[name].recipe(tiny.root() / "runs" / name, *one))
     before = {key: parameter.detach().clone() for key, parameter in parameters(job).items()}
     first = fixed_loss(job)
     job.trainer.train()
@@ -147,9 +175,9 @@ def should_train(case: Case, names: set[str]) -> set[str]:
     return {name for name in found if not any(part in name for part in IDLE.get(case.pipeline, ()))}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_learns_and_only_what_should_train_does(name: str) -> None:
-    case, run = CASES[name], overfitted(name)
+    case, run = ALL[name], overfitted(name)
     first, last = run.losses
     assert last < 0.97 * first
 
@@ -157,6 +185,8 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
     now = parameters(run.job)
     assert {key for key, parameter in now.items() if parameter.requires_grad} == expected
     assert any(".encoders." in key for key in expected) == case.text
+    rounded = [module for module in run.job.model.turns()[0].net.modules() if isinstance(module, QuantizedLinear)]
+    assert bool(rounded) == case.rounded
     folder = run.job.run.folder
     third = weights(folder, 3)
     assert set(third) == expected
@@ -189,15 +219,17 @@ def redrawn() -> Path:
     folder = tiny.root() / "redrawn"
     folder.mkdir()
     jobs = []
-    for name, case in CASES.items():
+    for name, case, merged in [*((name, case, False) for name, case in ALL.items()), *((name, case, True) for name, case in ON_NF4.items())]:
         run = overfitted(name).job.run.folder
         sample = overfitted(name).job.plan.recipe.sample
+        if merged:
+            export(run, merge=True, out=folder / name)
         jobs.append(
             {
-                "artefact": str(run / "final"),
-                "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" else None,
+                "artefact": str(folder / name if merged else run / "final"),
+                "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" and not merged else None,
                 "sample": str(last_sample(name)),
-                "out": str(folder / f"{name}.png"),
+                "out": str(folder / f"{name}{'-merged' if merged else ''}.png"),
                 "prompt": None if case.pipeline == "vae" else sample.prompts[0],
                 "seed": sample.seed,
                 "steps": sample.steps,
@@ -228,12 +260,18 @@ def difference(one: Path, other: Path) -> int:
     return int(numpy.abs(numpy.array(Image.open(one)).astype(int) - numpy.array(Image.open(other)).astype(int)).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_plain_diffusers_draws_the_trainers_last_sample(name: str) -> None:
     again = redrawn() / f"{name}.png"
     assert difference(again, last_sample(name)) <= 1
     first = last_sample(name).parent.parent / f"step-{0:07d}" / "00.png"
     assert difference(first, last_sample(name)) > 5, "training changed nothing that one could see"
+
+
+@pytest.mark.parametrize("name", ON_NF4)
+def test_merged_into_the_whole_base_it_draws_the_same(name: str) -> None:
+    """`ft export --merge` of what trained on a rounded base."""
+    assert difference(redrawn() / f"{name}-merged.png", last_sample(name)) <= 1
 
 
 def test_text_encoders_from_scratch_are_saved_under_the_names_that_all_programs_know() -> None:

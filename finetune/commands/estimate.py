@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from finetune.errors import UserError
-from finetune.estimate.choose import GOALS, Data, choose, considered
+from finetune.estimate.choose import GOALS, Data, choose, considered, for_one_base
 from finetune.estimate.cpu import keep, threads
 from finetune.estimate.families import quoted
 from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast, pulled, told_levers
@@ -88,21 +88,22 @@ def command(recipe: str | None, images: int | None, gpu_name: str | None, overri
 def _rows(
     overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
 ) -> tuple[list[Forecast], dict[str, list[str]]]:
-    """The bundled recipes that are worth considering, each with the edits that make it fit, LoRA also on quantized weights; and those that
-    no card tells of, by the reason."""
+    """The bundled recipes that are worth considering, of several for one base the one for the largest GPU that fits this one, each with
+    the edits that make it fit, LoRA also on quantized weights; and those that no card tells of, by the reason."""
     found: list[Forecast] = []
     left: dict[str, list[str]] = {}
-    for name in bundled_recipes():
-        recipe = load_recipe(name, overrides)
-        if not considered(recipe, goal, data, gpu, budget):
-            continue
+    for names in for_one_base(bundled_recipes()):
+        recipes = {name: load_recipe(name, overrides) for name in names}
         try:
-            plain = forecast(recipe, name, gpu, images, group=group)
-            found += list({_edits_of(one): one for one in (_brought_in(plain), *_rounded(plain))}.values())
+            plain = [forecast(one, name, gpu, images, group=group) for name, one in recipes.items() if considered(one, goal, data, gpu, budget)]
         except UserError as error:
             if not 1 <= images <= MOST_IMAGES:
                 raise
-            left.setdefault(error.problem, []).append(name)
+            left.setdefault(error.problem, []).append(names[-1])
+            continue
+        if plain:
+            best = next((one for one in plain if one.fits), plain[-1])
+            found += list({_edits_of(one): one for one in (_brought_in(best), *_rounded(best))}.values())
     if not found:
         raise UserError(f"{GOALS[goal].reason}; no recipe here that a card tells of is one yet", where="--goal", remedy="quality or diversity")
     return found, left

@@ -245,7 +245,8 @@ def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
     if alike := [one for one in there if not differs(one, ADDS_UP)]:
         return min(alike, key=lambda one: [key in differs(one) for key in ADDS_UP])
     nearest = min((differs(one, ADDS_UP) for one in there), key=len)
-    what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in nearest)
+    said = [key for key in nearest if wanted.get(key)] or nearest  # that a method has no adapter need not be told
+    what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in said)
     raise UserError(f"the card of {card.title} does not cover {what}", where=nearest[0], remedy="add --trace")
 
 

@@ -5,6 +5,8 @@ The rules say what is sensible; the estimate then says which of it fits, in the 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -16,6 +18,8 @@ from finetune.recipe import Method, Recipe, bundled_recipes, run_of
 
 Data = Literal["images", "small-images"]
 INFINITE = float("inf")
+PROMISE = re.compile(r"-(\d+)gb$")
+LARGE = 80  # GB
 
 
 @final
@@ -81,6 +85,18 @@ class Choice:
 
 def rule(rules: tuple[Rule, ...], amount: float) -> Rule:
     return next(one for one in rules if one.least <= amount < one.most)
+
+
+def for_one_base(names: Iterable[str]) -> list[list[str]]:
+    """Recipes that differ only in the GPU that they are for stand together, the one for the largest first.
+
+    A name such as `lora/flux1-12gb` promises that GPU. Plain ones promise none, and stand below those for `LARGE` ones.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        promise = PROMISE.search(name)
+        found.setdefault(PROMISE.sub("", name), []).append((int(promise[1]) if promise else LARGE - 1, name))
+    return [[name for _, name in sorted(of, reverse=True)] for of in found.values()]
 
 
 def considered(recipe: Recipe, goal: str, data: Data, gpu: Gpu, budget: float | None) -> bool:

@@ -111,13 +111,31 @@ def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
 def works(device: Device, low: list[Any], high: list[Any]) -> list[list[Any]]:
     """Operators that cost about the same, by their means, with their number; the two lists are of one step at BATCHES, so they go side by side."""
     alike: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
-    for one, other in zip(low, high, strict=True):
-        if (one.kind, one.width, one.eager) != (other.kind, other.width, other.eager):
-            raise RuntimeError(f"the step at batch {BATCHES[0]} and the one at batch {BATCHES[1]} run other operators: {one}, {other}")
-        figures = [*line(one.flops, other.flops), *line(one.bytes, other.bytes)]
-        alike[(one.kind, one.width, int(one.eager), *(_ratios if device == "cuda" else _sizes)(*figures))].append(figures)
+    first, second = _streams(low), _streams(high)
+    for key, ones in first.items():
+        others = second.pop(key, [])
+        if len(ones) != len(others):
+            if device != "cuda" or key[0] != "other":
+                raise RuntimeError(f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}")
+            # A net that takes its pictures one by one: on a GPU such operators cost their bytes, so that the means of the smaller batch's serve.
+            mean = [0.0, 0.0, *(total / len(ones) for total in line(*(sum(one.bytes for one in stream) for stream in (ones, others))))]
+            alike[*key, *_ratios(*mean)] += [mean] * len(ones)
+            continue
+        for one, other in zip(ones, others, strict=True):
+            figures = [*line(one.flops, other.flops), *line(one.bytes, other.bytes)]
+            alike[*key, *(_ratios if device == "cuda" else _sizes)(*figures)].append(figures)
+    if second:
+        raise RuntimeError(f"the step at batch {BATCHES[1]} also runs {list(second)}")
     found = [[*key[:3], *(_rounded(sum(column) / len(rows)) for column in zip(*rows, strict=True)), len(rows)] for key, rows in alike.items()]
     return sorted(found, key=lambda work: (-work[4], -work[6], work))
+
+
+def _streams(operators: list[Any]) -> dict[tuple[str, int, int], list[Any]]:
+    """Operators in their order, by kind, width and who runs them."""
+    found = defaultdict(list)
+    for one in operators:
+        found[one.kind, one.width, int(one.eager)].append(one)
+    return found
 
 
 def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:

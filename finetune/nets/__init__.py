@@ -6,6 +6,7 @@ The loader finds it by `model.family`. A family that is built from another libra
 
 from __future__ import annotations
 
+import functools
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -55,6 +56,7 @@ def check_sampler(section: object, family: str, sampler: str | None, eta: float,
         raise UserError("eta is DDIM's: no other sampler reads it", where=where, remedy="set sample.sampler: ddim, or remove eta")
 
 
+@functools.cache
 def families() -> list[str]:
     """The families that have a section of their own."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
