@@ -32,15 +32,6 @@ NOT_MEASURED = {
     "lora/sdxl",
     "lora/sdxl-12gb",
     "lora/z-image",
-    "scratch/beta-vae",
-    "scratch/glow",
-    "scratch/imagegpt",
-    "scratch/pixelcnn++",
-    "scratch/realnvp",
-    "scratch/vq-pixelcnn",
-    "scratch/vq-transformer",
-    "scratch/vqgan",
-    "scratch/vqvae",
 }
 # Which tiny build stands for the model that a recipe names.
 STANDS_FOR = {
