@@ -28,9 +28,6 @@ NOT_MEASURED = {
     "lora/flux2-klein-12gb",
     "lora/lumina2",
     "lora/qwen-image",
-    "lora/sd21",
-    "lora/sdxl",
-    "lora/sdxl-12gb",
     "lora/z-image",
 }
 # Which tiny build stands for the model that a recipe names.
