@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     offset: int | None
 
 
-Known = Shape | tuple[Shape, ...] | list[Shape] | str | None  # `SAME`: the first argument itself; none: it has to be asked each time
+Known = Any  # a Shape, a tuple or list of them, `SAME`: the first argument itself; none: it has to be asked each time
 SAME = "same"
 
 
@@ -45,11 +45,12 @@ class Outcomes:
         key: list[Any] = [func]
         if not (self._asked[func] and args and type(args[0]) is FakeTensor and _describe(args, key) and _describe(kwargs, key)):
             return func(*args, **kwargs)
-        found = self._known.get(entry := tuple(key), self)
-        if found is self:
+        entry = tuple(key)
+        if entry not in self._known:
             out = func(*args, **kwargs)
             self._known[entry] = _outcome(func, out, args[0])
             return out
+        found = self._known[entry]
         if found is None:
             return func(*args, **kwargs)
         if found is SAME:
