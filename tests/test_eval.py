@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
+from finetune.commands import estimate
 from finetune.commands.eval import command
 from finetune.data.scan import scan
 from finetune.errors import UserError
@@ -237,11 +238,13 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
     monkeypatch.setattr(families, "MEASURED", tmp_path / "families.json")
     assert families.quoted("speed") == ""
-    kept = {"minutes": 10, "rows": {"vae": {"coverage": 0.4}, "dcgan": {"coverage": 0.7}, "old": {}}}
+    kept = {"minutes": 10, "rows": {"vae": {"coverage": 0.4, "frechet_distance": 3.14159}, "dcgan": {"coverage": 0.7}, "old": {}}}
     families.MEASURED.write_text(json.dumps(kept))
     said = families.quoted("diversity")
     assert said.startswith("dcgan 70%, vae 40% (of the real pictures") and "after 10 CPU minutes" in said
-    assert families.quoted("latent") == ""
+    assert families.quoted("speed") == "", "no row has its figure"
+    asked = ["--images", "500", "--data", "small-images", "--goal", "latent", "--gpu", "cpu"]
+    assert "Measured:    vae 3.14 (emoji-net Fréchet distance; after 10" in CliRunner().invoke(estimate.command, asked, catch_exceptions=False).stdout
 
 
 def test_what_is_stable() -> None:

@@ -105,7 +105,10 @@ def _rows(
             best = next((one for one in plain if one.fits), plain[-1])
             found += list({_edits_of(one): one for one in (_brought_in(best), *_rounded(best))}.values())
     if not found:
-        raise UserError(f"{GOALS[goal].reason}; no recipe here that a card tells of is one yet", where="--goal", remedy="quality or diversity")
+        figures = f" ({said})" if (said := quoted(goal)) else ""
+        raise UserError(
+            f"{GOALS[goal].reason}{figures}; no recipe here that a card tells of is one yet", where="--goal", remedy="quality or diversity"
+        )
     return found, left
 
 

@@ -11,6 +11,7 @@ MEASURED = ASSETS / "families.json"
 # Goal → (field of a row, what it is, its form, whether more is better).
 QUOTED = {
     "quality": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
+    "latent": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
     "speed": ("cpu_seconds_per_picture", "CPU seconds a picture", ".2g", False),
     "likelihood": ("bits_per_dimension", "bits/dim", ".2f", False),
     "diversity": ("coverage", "of the real pictures have a drawn one near", ".0%", True),
