@@ -194,7 +194,8 @@ def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=224, patch_size=56)
     torch.manual_seed(0)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    found = evaluate(run("vae"), pictures=3, features=str(tmp_path / "dino"))
+    found = evaluate(run("vae"), pictures=3, features=str(tmp_path / "dino"), scored=0)
+    assert found.likelihood is None and found.no_likelihood == "not asked for"
     assert found.features == "DINOv2 (dino)" and math.isfinite(found.closeness.frechet_distance)
     picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=numpy.uint8))
     pixels = (
@@ -230,11 +231,11 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     small = (f"data.path={scratch.digits()}", *scratch.DIGITS, *scratch.COMMON, *case.small, "data.held_out=0.3", "optimizer.schedule=constant")
     monkeypatch.setattr(bench_families, "FIXED", (*small, "train.steps=10000000", "train.checkpoint_every=10000000"))
     monkeypatch.setattr(bench_families, "NOTED_EVERY", 10)
-    row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4)
+    row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3)
     spent = json.loads((tmp_path / "vae-0" / "spent.json").read_text())
     assert 0.5 < spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
     assert row["failed"] == "" and len(row["losses"]) == 2 and row["bits_per_dimension"] > 0 and row["exact"] is False
-    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4) == row, "what is done is not done again"
+    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3) == row, "what is done is not done again"
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
     monkeypatch.setattr(families, "MEASURED", tmp_path / "families.json")
     assert families.quoted("speed") == ""

@@ -31,10 +31,11 @@ MEASURES = (
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--against", help="Pictures to compare with, a folder; by default those that it was trained on.")
 @click.option("--pictures", type=click.IntRange(min=2), help="How many to draw; by default as many as there are real ones, 500 at most.")
+@click.option("--scored", type=click.IntRange(min=0), default=100, show_default=True, help="Pictures whose likelihood is taken, at most.")
 @click.option("--features", default="emoji-net", show_default=True, help="What compares: emoji-net, or a DINOv2's folder or name on the hub.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="A new folder for figures and grids; by default in the run's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def command(run: Path, against: str | None, pictures: int | None, features: str, out: Path | None, as_json: bool) -> None:
+def command(run: Path, against: str | None, pictures: int | None, scored: int, features: str, out: Path | None, as_json: bool) -> None:
     """Measure a run's pictures: how real, how varied, how new.
 
     RUN is the run's folder. Draws pictures, each for a real picture's caption, and compares them by the features of a small net
@@ -43,7 +44,7 @@ def command(run: Path, against: str | None, pictures: int | None, features: str,
     quiet_libraries()
     from finetune.metrics.evaluate import evaluate
 
-    found = evaluate(run, against, pictures, features, out)
+    found = evaluate(run, against, pictures, features, out, scored)
     click.echo(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False) if as_json else said(found))
 
 

@@ -33,6 +33,7 @@ from finetune.recipe import Data
 from finetune.report.pictures import enlarged, grid
 
 PICTURES = 500  # drawn unless asked otherwise
+SCORED = 100  # pictures whose likelihood is taken unless asked otherwise: some families follow each through a hundred passes
 AT_ONCE = 50  # drawn by models in pixel space
 LOOKED_THROUGH = 10_000  # training pictures, at most, for the nearest to each drawn one
 SHOWN = 24
@@ -83,7 +84,14 @@ class Evaluation:
     folder: str
 
 
-def evaluate(run: Path, against: str | None = None, pictures: int | None = None, features: str = EMOJI_NET, out: Path | None = None) -> Evaluation:
+def evaluate(
+    run: Path,
+    against: str | None = None,
+    pictures: int | None = None,
+    features: str = EMOJI_NET,
+    out: Path | None = None,
+    scored: int = SCORED,
+) -> Evaluation:
     """Draw pictures with a run and compare them with real ones; writes `figures.json`, `samples.png`, `nearest.png` (drawn pictures above the
     training pictures that they come closest to), of models with a likelihood `unlikely.png`, and what else the family shows at a look.
 
@@ -92,6 +100,7 @@ def evaluate(run: Path, against: str | None = None, pictures: int | None = None,
         against: pictures to compare with, a folder or an embedded name; none: those that the run trained on.
         pictures: how many to draw; none: as many as there are real ones, 500 at most.
         features: emoji-net, or a DINOv2 by its folder or name on the hub.
+        scored: of how many pictures the likelihood is taken, at most; 0: of none.
         out: a new folder; none: `evaluated/1`, `evaluated/2` … in the run's.
 
     Raises:
@@ -118,7 +127,7 @@ def evaluate(run: Path, against: str | None = None, pictures: int | None = None,
     of_drawn, of_real = seer.features(drawn), seen(real, judged)
     known = spread(trained.training, min(LOOKED_THROUGH, len(trained.training))) if trained else []
     of_known = seen(known, trained) if trained else None
-    likelihood, no_likelihood, odd = _likelihood(opened, trained, judged, against, count)
+    likelihood, no_likelihood, odd = _likelihood(opened, trained, judged, against, scored)
     found = Evaluation(
         run=str(run),
         features=seer.name,
@@ -226,6 +235,8 @@ def _likelihood(
     """(bits/dim of the pictures compared with, without `against` of those that the run held out, if any; why there are none; the least likely)."""
     if not isinstance(opened, LikelihoodModel):
         return None, "this kind of model has none", []
+    if not count:
+        return None, "not asked for", []
     held_out = trained is not None and against is None and len(trained.held_out) > 0
     among = trained.held_out if trained is not None and held_out else judged.training
     some = spread(among, min(count, len(among)))
