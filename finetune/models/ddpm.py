@@ -41,23 +41,29 @@ class Ddpm(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """The bound, [B]. Its largest term, the last step's, is always there; of the T − 1 others as many as `particles` stand for all.
+        """The bound, [B]. Its last step's term is always there; of the T − 1 others as many as `particles` stand for all.
 
-        They are drawn one from each of so many equal parts: on average that is the bound, and with `particles` = T − 1 it is all of it.
+        Step t is drawn with a probability in proportion to 1/t, much as its term is large, and weighed by it: on average that is the
+        bound. With `particles` of T − 1 or more every step is counted once, and that is all of it.
         """
         levels, classes = levels_in(batch)
         clean, others = self.canvas.read(levels), len(self._steps) - 1
         kept, lost = self._table[:2, -1].square().tolist()
         prior = 0.5 * (kept * clean.double().square() + lost - 1 - math.log(lost))
-        places = torch.arange(particles, device=levels.device) + draw.uniform("bound's steps", (particles,))
-        steps = 1 + (places * (others / particles)).long().clamp(max=others - 1)
+        shares = 1 / torch.arange(1, others + 1, dtype=torch.float64, device=levels.device)
+        shares = shares / shares.sum()
 
         def term(step: Tensor, purpose: str) -> Tensor:
             return self._term(levels, clean, step, draw.normal(purpose, self.canvas.shape), classes)
 
-        total: Tensor = prior.flatten(1).sum(1) + term(torch.zeros_like(steps[:, 0]), "bound")
-        for number in range(particles):
-            total = total + others / particles * term(steps[:, number], f"bound {number}")
+        total: Tensor = prior.flatten(1).sum(1) + term(torch.zeros(len(levels), dtype=torch.long, device=levels.device), "bound")
+        for number in range(min(particles, others)):
+            if particles >= others:
+                total = total + term(torch.full((len(levels),), number + 1, device=levels.device), f"bound {number}")
+            else:  # one from each of so many parts of equal probability
+                place = (number + draw.uniform(f"step {number}").double()) / particles
+                drawn = torch.searchsorted(shares.cumsum(0), place).clamp(max=others - 1)
+                total = total + term(drawn + 1, f"bound {number}") / (particles * shares[drawn])
         return total.float()
 
     def _term(self, levels: Tensor, clean: Tensor, step: Tensor, noise: Tensor, classes: Tensor | None) -> Tensor:
