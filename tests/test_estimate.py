@@ -24,6 +24,7 @@ from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.calibrate import calibrate
+from finetune.estimate.choose import PROMISE
 from finetune.estimate.constants import GIB, INTERCONNECT
 from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.emulate import cuda, fake_tensors
@@ -407,7 +408,7 @@ def test_an_autoregressive_model_never_draws_large_pictures() -> None:
         choose.choose([large], 3000, None, None, "likelihood")
 
 
-FOR_PICTURES = {name for name in bundled_recipes() if not name.startswith("scratch/") and not name.endswith("/emoji")}
+FOR_PICTURES = {name for name in bundled_recipes() if not name.startswith("scratch/") and not name.endswith("/emoji") and not PROMISE.search(name)}
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,6 +418,14 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
     assert all(name in said for name in FOR_PICTURES)
+    assert sum("lora/flux2-klein " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said, "QLoRA has a row of its own"
+
+
+def test_of_several_recipes_for_one_base_the_largest_that_fits_stands_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpu, name in (("rtx3060", "lora/flux1-12gb"), ("rtx3090", "lora/flux1"), ("h100-sxm", "lora/flux1-80gb")):
+        assert ft("--images", "3000", "--gpu", gpu, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {one["recipe"] for one in found["forecasts"] if "flux1" in one["recipe"]} == {name}
 
 
 def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
