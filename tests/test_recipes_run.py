@@ -17,7 +17,7 @@ from tests import tiny
 
 COUNT = 51
 # Recipes that `ft estimate` answers for by --trace alone, since scripts/measure_cards.py has not measured all that they ask for.
-NOT_MEASURED = {"full/lumina2", "full/sd35", "full/z-image", "lora/qwen-image"}
+NOT_MEASURED = {"full/lumina2", "full/sd35", "full/z-image"}
 # Which tiny build stands for the model that a recipe names.
 STANDS_FOR = {
     "embedded:base": "emoji",
