@@ -15,7 +15,7 @@ from finetune.estimate.gpus import find
 from finetune.recipe import RECIPES, bundled_recipes, load_recipe
 from tests import tiny
 
-COUNT = 51
+COUNT = 52
 # Recipes that `ft estimate` answers for by --trace alone, since scripts/measure_cards.py has not measured all that they ask for.
 NOT_MEASURED = {"full/lumina2", "full/sd35", "full/z-image"}
 # Which tiny build stands for the model that a recipe names.
