@@ -75,6 +75,8 @@ class Denoising(Objective):
     def _shifted(self, timestep: Tensor) -> Tensor:
         """Moves the middle u of each timestep's share of [0, 1] to s u / (1 + (s − 1) u), as flow matching does (arXiv:2403.03206, eq. 23)."""
         count, factor = len(self.alphas_cumprod), self._loss.shift
+        if factor == 1:
+            return timestep
         share = (timestep + 0.5) / count
         return (count * factor * share / (1 + (factor - 1) * share)).long()
 
