@@ -142,15 +142,20 @@ def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     if memory_left is None or memory_left > FULL:
         return said + "Look for another process on the GPU, a power limit or a slow disk."
     edited = cheapest(one)
-    mend = f"a new run with {sets(edited)} would save {(one.memory.peak - edited.memory.peak) / GIB:.1f} GiB" if edited else "take a larger GPU"
+    mend = f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB" if edited else "take a larger GPU"
     return said + f"Its memory is nearly full ({memory_left:.0%} is free) and likely spills: {mend}."
 
 
 def cheapest(one: Forecast) -> Forecast | None:
-    """The single edit that saves memory worth naming at the least hours; a smaller resolution only if nothing else does."""
+    """The single edit that saves steps memory worth naming at the least hours; a smaller resolution only if nothing else does."""
     made = [forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group) for lever in told_levers(one)]
-    useful = [edited for edited in made if one.memory.peak - edited.memory.peak >= WORTHWHILE * one.limit]
+    useful = [edited for edited in made if saved(one, edited) >= WORTHWHILE * one.limit]
     return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)
+
+
+def saved(one: Forecast, edited: Forecast) -> int:
+    """Bytes that a step takes less, whatever else the run does."""
+    return one.memory.phases["train"] - edited.memory.phases["train"]
 
 
 def typical(seconds: Sequence[float]) -> float:
