@@ -93,6 +93,7 @@ class Index(Pictures):
         self._open(state["_file"])
 
     def append(self, picture: Picture) -> None:
+        """Add a picture at the end: its row to the file, and to memory what drawing batches reads."""
         row = json.dumps([self._plain(getattr(picture, name)) for name in _FIELDS]).encode()
         with self._lock:
             self._file.seek(self._ends[-1])

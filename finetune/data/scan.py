@@ -221,6 +221,7 @@ class _Oddities:
         self._fingerprints = bytearray()
 
     def note(self, place: int, picture: Picture, seen: Seen) -> None:
+        """Count what is odd about the picture at `place` of the index."""
         assert seen is not None and isinstance(seen[1], Look)
         self._fingerprints += seen[1].fingerprint
         crop = picture.crop
@@ -232,6 +233,7 @@ class _Oddities:
                 self._examples.setdefault(kind, []).append((place,))
 
     def findings(self, index: Index) -> tuple[Finding, ...]:
+        """All that is odd, kind by kind, and which of the pictures in `index` are there twice or nearly."""
         details = TRAITS | {
             "tiny": f"enlarged more than {TINY:g} times",
             "extreme aspect ratio": "more than a third is cropped away",

@@ -147,13 +147,18 @@ def evaluate(
     grid([enlarged(picture) for picture in drawn[:SHOWN]]).save(target / "samples.png")
     if trained is not None and of_known is not None:
         _show_nearest(target / "nearest.png", drawn, of_drawn, of_known, list(as_drawn(known, trained.background, space)))
-    if trained is not None and isinstance(opened, PixelModel):
-        opened.audit = trained
-        for name, picture in opened.exhibits().items():
-            enlarged(picture).save(target / f"{name}.png")
+    _show_exhibits(target, opened, trained)
     if likelihood is not None:
         grid([enlarged(picture) for picture in as_drawn(odd, judged.background, space)], likelihood.least).save(target / "unlikely.png")
     return found
+
+
+def _show_exhibits(folder: Path, opened: object, trained: Audit | None) -> None:
+    """Write what a family in pixel space shows at a look, of the pictures that it trained on."""
+    if trained is not None and isinstance(opened, PixelModel):
+        opened.audit = trained
+        for name, picture in opened.exhibits().items():
+            enlarged(picture).save(folder / f"{name}.png")
 
 
 def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
