@@ -27,13 +27,14 @@ from finetune.engine.loop import Trainer
 from finetune.engine.run import Run
 from finetune.estimate.calibrate import calibrate
 from finetune.estimate.cpu import FILE, Calibration, plain, threads
+from finetune.estimate.expect import WARM_UP, typical
 from finetune.estimate.forecast import forecast
 from finetune.estimate.gpus import this_cpu
 from finetune.estimate.subject import MadeUp, Subject, skeletons
 from finetune.recipe import ASSETS, load_recipe
 
 RECIPES = ("scratch/emoji-vae", "scratch/emoji-diffusion", "scratch/vae", "lora/emoji", "full/emoji")
-WARM_UP, STEPS = 2, 5
+STEPS = 5  # or cycles of steps, once all is warm
 
 
 @click.command()
@@ -62,14 +63,14 @@ def compared(name: str, found: Calibration) -> float:
     """Print one line; predicted ÷ measured − 1."""
     recipe = load_recipe(name, ["sample.prompts=[]"])
     one = forecast(recipe, name, dataclasses.replace(this_cpu(), calibration=found), 3000)
-    seconds = statistics.median(taken(name)[WARM_UP:])
+    seconds = typical(taken(name, WARM_UP + STEPS * one.variant.cycle), one.variant.cycle)
     off = one.speed.seconds / seconds - 1
     print(f"{name:<28} {seconds:.3f} s, predicted {one.speed.seconds:.3f} ({off:+.0%})", flush=True)
     return off
 
 
-def taken(name: str) -> list[float]:
-    """Seconds of real steps, on pictures of zeros."""
+def taken(name: str, steps: int) -> list[float]:
+    """Seconds of `steps` real steps, on pictures of zeros."""
     recipe = load_recipe(name)
     subject = Subject(recipe, "float32", (recipe.data.resolution,) * 2, scan(recipe.data) if recipe.method == "scratch" else None, device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -79,7 +80,7 @@ def taken(name: str) -> list[float]:
         made_up = cast(Dataset, MadeUp(example, torch.zeros))
         trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
         found = []
-        for step in range(WARM_UP + STEPS):
+        for step in range(steps):
             start = time.process_time()
             trainer.take(step)
             found.append((time.process_time() - start) / torch.get_num_threads())

@@ -163,7 +163,7 @@ def _trained(one: Forecast, steps: int) -> Ran:
     with trainer.state.averaged():
         trainer.observe(steps)
     peak = max(filter(None, (encoding, training, _reserved(device))), default=None)
-    return Ran(training, peak, typical(seconds), counted.count, weights, job.plan.precision)
+    return Ran(training, peak, typical(seconds, one.variant.cycle), counted.count, weights, job.plan.precision)
 
 
 def _reserved(device: torch.device) -> int | None:

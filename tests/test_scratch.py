@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -16,11 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from finetune import nets
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
 from finetune.estimate.emulate import fake_tensors
+from finetune.estimate.measure import MICRO, operators, works
 from finetune.estimate.subject import Subject, skeletons
 from finetune.job import Job
 from finetune.models.pixels import PixelModel, Space, open_model
@@ -181,6 +185,31 @@ def test_a_run_from_scratch_is_traced() -> None:
     phases = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
     assert phases["train"].held["trained"] == sum(parameter.numel() for parameter in job.model.trained().values()) * 4
     assert any(operator.flops for section in phases["train"].sections for operator in section.operators)
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of what runs within. (torch's own counter follows modules too, and fails where gradients are differentiated.)"""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("name", ["wgan-gp", "stylegan2"])
+def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
+    """Some steps move the generator or take penalties and others do not; a cycle of real ones computes what is estimated."""
+    job = tiny.prepare(scratch.recipe(name, tmp_path / "run"))
+    phase = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)["train"]  # type: ignore[attr-defined]
+    found = operators(phase, MICRO)
+    with Products() as real:
+        for step in range(phase.cycle):
+            job.trainer.take(step)
+    assert phase.cycle > 1 and sum(operator.flops for operator in found) == real.flops > 0
+    assert sum(count for *_, count in works("cpu", found, found, phase.cycle)) == pytest.approx(len(found) / phase.cycle)
 
 
 def test_levels_and_pictures_are_inverse() -> None:

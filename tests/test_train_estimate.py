@@ -128,6 +128,7 @@ def test_slow_is_twice_the_estimate_by_the_last_steps_median() -> None:
     assert too_slow([*warm, *[9.0] * 9, *[1.0] * 11], 1.0) is None  # a slow while that is over
     assert too_slow([*warm, *[1.0] * 500, *[3.0] * WINDOW], 1.0) == 3.0
     assert typical([9.0, 9.0, 9.0, 1.0, 1.2, 1.1]) == 1.1 and typical([9.0, 2.0]) == 2.0
+    assert typical([*warm, *[1.0, 3.0] * 4, 1.0], 2) == 2.0  # of nets whose steps differ, whole cycles
 
 
 def test_the_warning_names_figure_estimate_and_lever() -> None:

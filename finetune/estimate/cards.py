@@ -54,7 +54,7 @@ class Work:
         width: bytes of a factor: 2 is what tensor cores are fast at.
         eager: whether Python runs them and autograd records them; the host takes longer then.
         flops, bytes: each operator's, as (what does not grow, what one native picture more adds).
-        count: how many of them a step runs.
+        count: how many of them a step runs, on average.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Work:
     eager: bool
     flops: tuple[float, float]
     bytes: tuple[float, float]
-    count: int
+    count: float
 
 
 @final
@@ -80,6 +80,7 @@ class Variant:
         accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
         waiting: bytes of blocks that wait in host memory.
+        cycle: steps over which operators are averaged: GANs have some that compute more than others.
         micro_lines: operators of a forward and a backward pass, as the card's file holds them; `update_lines`: of what comes once a step.
     """
 
@@ -97,6 +98,7 @@ class Variant:
     micro_lines: list[list[Any]]
     update_lines: list[list[Any]]
     waiting: int = 0
+    cycle: int = 1
 
     @property
     def micro(self) -> Iterable[Work]:

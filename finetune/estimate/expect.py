@@ -115,6 +115,7 @@ class Pace:
             memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; on a CPU that of the process; None where it is not counted.
         """
         one = self.expected.forecast
+        measured = typical(self.seconds, one.variant.cycle if one else 1)
         return {
             "gpu": one.gpu.name if one else None,
             "no_estimate": None if one else self.expected.reason,
@@ -123,7 +124,7 @@ class Pace:
                 "measured": memory_bytes,
                 "not_measured": NO_COUNTER if memory_bytes is None else None,
             },
-            "seconds_per_step": {"estimated": one.speed.seconds if one else None, "measured": typical(self.seconds), "steps": len(self.seconds)},
+            "seconds_per_step": {"estimated": one.speed.seconds if one else None, "measured": measured, "steps": len(self.seconds)},
         }
 
 
@@ -158,9 +159,11 @@ def saved(one: Forecast, edited: Forecast) -> int:
     return one.memory.phases["train"] - edited.memory.phases["train"]
 
 
-def typical(seconds: Sequence[float]) -> float:
-    """The median step once all is warm; of a run shorter than that, its last."""
-    return statistics.median(seconds[WARM_UP:] or seconds[-1:])
+def typical(seconds: Sequence[float], cycle: int = 1) -> float:
+    """The median step once all is warm, the steps of a cycle by their mean; of a run shorter than that, its last."""
+    warm = seconds[WARM_UP:]
+    cycles = [statistics.fmean(warm[start : start + cycle]) for start in range(0, len(warm) - cycle + 1, cycle)]
+    return statistics.median(cycles or warm or seconds[-1:])
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -62,7 +62,7 @@ def variant(
     """
     pairs = [[replay(run["train"].events) for run in runs] for runs in zip(first, second, strict=True)]
     peaks = [[line(low.peak_allocated, high.peak_allocated), line(low.peak_reserved, high.peak_reserved)] for low, high in pairs]
-    held = first[0]["train"].held
+    held, cycle = first[0]["train"].held, first[0]["train"].cycle
     rank = recipe.adapter.rank if recipe.adapter else 0
     found = {
         "device": device,
@@ -77,13 +77,13 @@ def variant(
         "accumulating": peaks[-1],
         "rank_bytes": BYTES_A_TRAINED * held["trained parameters"] / rank if rank else 0.0,
     }
-    if held["waiting"]:
-        found["waiting"] = held["waiting"]
+    found |= {key: value for key, value, usual in (("waiting", held["waiting"], 0), ("cycle", cycle, 1)) if value != usual}
     if higher:
         more, run = higher
         found["rank_bytes"] = (replay(run["train"].events).peak_allocated - pairs[0][0].peak_allocated) / (more - rank)
     parts = {"micro": MICRO, "update": UPDATE}
-    return found | {key: works(device, *(operators(runs[0]["train"], names) for runs in (first, second))) for key, names in parts.items()}
+    low, high = first[0]["train"], second[0]["train"]
+    return found | {key: works(device, operators(low, names), operators(high, names), cycle) for key, names in parts.items()}
 
 
 def line(low: float, high: float) -> list[float]:
@@ -93,11 +93,11 @@ def line(low: float, high: float) -> list[float]:
 
 
 def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
-    """Operators of the last step, of the sections with these names; of what it accumulates, the last: of each turn of the step."""
-    last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
+    """Operators of the last cycle's steps, of the sections with these names; of what they accumulate, the last: of each turn of a step."""
+    steps = [number for number, section in enumerate(phase.sections) if section.name == "batch"]
     found: list[Any] = []
     of_turn: list[Any] = []
-    for section in phase.sections[last:]:
+    for section in phase.sections[steps[-phase.cycle] :]:
         if section.name == "forward":
             of_turn = []
         if section.name in names:
@@ -108,8 +108,11 @@ def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
     return found
 
 
-def works(device: Device, low: list[Any], high: list[Any]) -> list[list[Any]]:
-    """Operators that cost about the same, by their means, with their number; the two lists are of one step at BATCHES, so they go side by side."""
+def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> list[list[Any]]:
+    """Operators that cost about the same, by their means, with their number in a step.
+
+    The two lists are of the same `cycle` steps at BATCHES, so they go side by side.
+    """
     alike: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     first, second = _streams(low), _streams(high)
     for key, ones in first.items():
@@ -128,7 +131,8 @@ def works(device: Device, low: list[Any], high: list[Any]) -> list[list[Any]]:
             alike[*key, *(_ratios if device == "cuda" else _sizes)(*figures)].append(figures)
     if second:
         raise RuntimeError(f"the step at batch {BATCHES[1]} also runs {list(second)}")
-    found = [[*key[:3], *(_rounded(sum(column) / len(rows)) for column in zip(*rows, strict=True)), len(rows)] for key, rows in alike.items()]
+    means = {key: [_rounded(sum(column) / len(rows)) for column in zip(*rows, strict=True)] for key, rows in alike.items()}
+    found = [[*key[:3], *means[key], _rounded(len(rows) / cycle)] for key, rows in alike.items()]
     return sorted(found, key=lambda work: (-work[4], -work[6], work))
 
 

@@ -59,7 +59,7 @@ def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pa
     """
     host: Pace | Calibration = gpu.calibration or pace
     compute = bandwidth = launch = 0.0
-    operators = 0
+    operators = 0.0
     for works, repeated in ((micro, times), (update, 1)):
         for work in works:
             count = repeated * work.count
@@ -71,7 +71,7 @@ def step(micro: Iterable[Work], update: Iterable[Work], times: int, gpu: Gpu, pa
             else:
                 bandwidth += count * moving
     waited = launch if gpu.calibration else max(0.0, launch - compute - bandwidth)
-    return Speed(compute, bandwidth, waited, operators)
+    return Speed(compute, bandwidth, waited, round(operators))
 
 
 def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:

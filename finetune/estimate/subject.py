@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -45,7 +46,7 @@ from finetune.planning import DataFacts, Machine, Plan
 from finetune.recipe import Model as ModelSection
 from finetune.recipe import Precision, Recipe
 
-STEPS = 2
+STEPS = 2  # the first makes the optimizer's state, the second is as all that follow
 OF_TEXT_ENCODERS = ("text encoders' blocks", "text encoders' largest block", "text encoders' quantisable")  # parameters
 DENOISING_STEPS = 2  # of a sample: each is as the last
 
@@ -59,11 +60,13 @@ class Phase:
         events: every allocation and release, in order.
         sections: where its parts begin among the events, and each part's operators.
         held: bytes that were there when the phase began, by what they are.
+        cycle: of training's steps, so many at its end come again and again.
     """
 
     events: list[Event]
     sections: list[Section]
     held: dict[str, int] = field(default_factory=dict)
+    cycle: int = 1
 
 
 @final
@@ -127,7 +130,7 @@ class Subject:
         build: makes the model of a plan, where it is no family of `models/`.
         autocast: other trainers' runs may compute in `precision` without it.
         device: whose autocast, kernels and optimizers are traced.
-        steps: that are; the first makes the optimizer's state, the second is as all that follow.
+        steps: that are, or more: where turns compute more in some steps than in others, all that differ.
     """
 
     def __init__(
@@ -228,13 +231,14 @@ class Subject:
             recorder.adopt(tensors)
             recorder.section("state")
             trainer = Trainer(self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast, recorder))
-            for step in range(self._steps):
+            cycle = math.lcm(*(turn.cycle for turn in model.turns()))
+            for step in range(self._steps - 1 + cycle):
                 recorder.section("batch")
                 trainer.take(step)
             recorder.section("end")
             held["averages"] = sum(_bytes(tensor) for tensor in trainer.state.ema.averages.values()) if trainer.state.ema else 0
             held["optimizer"] = sum(_bytes(value) for optimizer in trainer.state.optimizers for value in _state(optimizer))
-        return Phase(recorder.events, recorder.sections, held)
+        return Phase(recorder.events, recorder.sections, held, cycle)
 
     def _sample(self, model: TextToImage) -> Phase:
         """With the trained nets in place; what training keeps besides them (optimizer, averages) is added by who reports."""

@@ -103,6 +103,7 @@ class CriticTurn(Turn):
 
     def __init__(self, critic: Critic, generator: Generator, space: Space, section: Section) -> None:
         self.net, self._plain, self._generator, self._space, self._section = critic, critic, generator, space, section
+        self.cycle = section.lazy
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -143,6 +144,7 @@ class GeneratorTurn(Turn):
     def __init__(self, generator: Generator, critic: Critic, space: Space, section: Section, penalty: Penalty | None) -> None:
         self.net, self._critic, self._space, self._section, self._penalty = generator, critic, space, section, penalty
         self.every = section.critic_steps
+        self.cycle = self.every * (penalty.every if penalty is not None else 1)
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:

@@ -30,6 +30,7 @@ class Turn(ABC):
     name: str
     net: nn.Module  # what trains in this turn: its parameters with requires_grad
     every: int = 1  # it is taken in each so many steps, the first of all among them
+    cycle: int = 1  # steps after which what it computes comes again, where some steps compute more than others
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
