@@ -46,7 +46,7 @@ def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path:
     assert (job.data._mask(job.data.pictures[names.index("four.jpg")], False)["mask"] == 1).all()
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
     assert job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
-    assert {problem.detail for problem in job.audit.problems if problem.kind == "no mask"} == {"its loss counts everywhere"}
+    assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
 
 
 def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import posixpath
+from array import array
 from bisect import bisect_left
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from finetune.data.files import place_of
+from finetune.data.rows import Rows
 from finetune.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -51,8 +56,7 @@ class Captions:
         if place_of(names, "metadata.parquet") is not None:
             where, remedy = str(folder / "metadata.parquet"), "save it as metadata.jsonl or metadata.csv"
             raise UserError("captions are not read from metadata.parquet", where=where, remedy=remedy)
-        self._table = _table(tables[0], column) if tables else None  # file name → (place in the file, caption)
-        self._found: set[str] = set()  # names in the table of pictures that asked
+        self._table = _Table(tables[0], column) if tables else None
 
     def of(self, name: str) -> Caption:
         """The caption of a picture in this folder."""
@@ -62,10 +66,8 @@ class Captions:
         level: Captions | None = self
         while level is not None:
             if level._table is not None:
-                key = picture.relative_to(level._folder).as_posix()
-                if key in level._table:
-                    level._found.add(key)
-                told = told or level._table.get(key, ("", Caption(None)))[1]  # the nearest speaks
+                found = level._table.of(picture.relative_to(level._folder).as_posix())
+                told = told or found or Caption(None)  # the nearest speaks
             level = level._above
         if told is not None:
             return told
@@ -82,9 +84,7 @@ class Captions:
 
     def unused(self) -> Iterator[tuple[str, str, bool]]:
         """(place, what is wrong, whether a picture that is named is not there), once every picture has asked, also below."""
-        for name, (line, _) in (self._table or {}).items():
-            if name in self._found:
-                continue
+        for line, name in self._table.unasked() if self._table is not None else ():
             outside = name.startswith(("../", "/")) or name == ".."
             told = "names a file outside its folder, which is not read" if outside else "names a picture that is not there"
             yield f'{line} ("{name}")', told, True
@@ -113,33 +113,94 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _table(file: Path, column: str) -> dict[str, tuple[str, Caption]]:
-    """file name → (place, caption)."""
+@final
+class _Table:
+    """A metadata file: captions by the names of pictures. In memory, a line takes some 20 bytes.
+
+    Raises:
+        UserError: it cannot be read, a line is not as it should be, or two name the same picture.
+    """
+
+    def __init__(self, file: Path, column: str) -> None:
+        import numpy
+
+        self._file, self._rows = file, Rows()  # of name, line, caption or None, what is wrong with it
+        hashes = array("Q")
+        for number, row in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
+            for key in ("file_name", column):
+                if key not in row:
+                    there = ", ".join(map(str, row)) or "nothing"
+                    problem, remedy = f'there is no "{key}" in this line, but {there}', "name the caption's column with data.caption_column"
+                    raise UserError(problem, where=f"{file}:{number}", remedy=remedy)
+            name, caption = posixpath.normpath(str(row["file_name"])), row[column]
+            wrong = "" if caption is None or isinstance(caption, str) else f"the caption at {file}:{number} is not text"
+            self._rows.append([name, number, one_line(caption) if isinstance(caption, str) else None, wrong])
+            hashes.append(_hash(name))
+        unsorted = numpy.frombuffer(hashes, numpy.uint64)
+        self._order = numpy.argsort(unsorted, kind="stable").astype(numpy.uint32)
+        self._hashes = unsorted[self._order]
+        self._asked = bytearray(len(hashes))
+        self._refuse_twice()
+
+    def of(self, name: str) -> Caption | None:
+        """The caption of the picture with this name, None if no line names it."""
+        import numpy
+
+        wanted = _hash(name)
+        start = int(numpy.searchsorted(self._hashes, numpy.uint64(wanted)))  # as it is: compared with a plain number, all would become floats
+        while start < len(self._hashes) and int(self._hashes[start]) == wanted:
+            place = int(self._order[start])
+            found, _, caption, wrong = self._rows[place]
+            if found == name:  # and not only its hash
+                self._asked[place] = 1
+                return Caption(caption, wrong)
+            start += 1
+        return None
+
+    def unasked(self) -> Iterator[tuple[str, str]]:
+        """(place in the file, name) of each line that no picture has asked for."""
+        for place, asked in enumerate(self._asked):
+            if not asked:
+                name, line, *_ = self._rows[place]
+                yield f"{self._file}:{line}", name
+
+    def _refuse_twice(self) -> None:
+        import numpy
+
+        equal = numpy.flatnonzero(self._hashes[1:] == self._hashes[:-1])
+        lines: dict[str, int] = {}
+        for place in numpy.unique(self._order[numpy.concatenate([equal, equal + 1])]).tolist():
+            name, line, *_ = self._rows[place]
+            if name in lines:
+                problem = f'"{name}" is named twice: here and at {self._file}:{lines[name]}'
+                raise UserError(problem, where=f"{self._file}:{line}", remedy="keep one of the two lines")
+            lines[name] = line
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text file with their ends, one at a time."""
+    start = 0
     try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file.name} is not UTF-8 text (byte {error.start})", where=str(file), remedy="save it as UTF-8") from error
+        with open(file, "rb") as opened:
+            for content in opened:
+                mark = len(BOM_UTF8) if not start and content.startswith(BOM_UTF8) else 0
+                try:
+                    line = content[mark:].decode()
+                except UnicodeDecodeError as error:
+                    problem = f"{file.name} is not UTF-8 text (byte {start + mark + error.start})"
+                    raise UserError(problem, where=str(file), remedy="save it as UTF-8") from error
+                yield line
+                start += len(content)
     except OSError as error:
         raise UserError(f"{file.name} cannot be read: {error.strerror}", where=str(file), remedy="check its permissions") from error
-    captions: dict[str, tuple[str, Caption]] = {}
-    for number, row in _json_rows(text, file) if file.suffix == ".jsonl" else _csv_rows(text, file):
-        place = f"{file}:{number}"
-        for key in ("file_name", column):
-            if key not in row:
-                there = ", ".join(map(str, row)) or "nothing"
-                raise UserError(
-                    f'there is no "{key}" in this line, but {there}', where=place, remedy="name the caption's column with data.caption_column"
-                )
-        name, caption = posixpath.normpath(str(row["file_name"])), row[column]
-        if name in captions:
-            raise UserError(f'"{name}" is named twice: here and at {captions[name][0]}', where=place, remedy="keep one of the two lines")
-        wrong = "" if caption is None or isinstance(caption, str) else f"the caption at {place} is not text"
-        captions[name] = (place, Caption(one_line(caption) if isinstance(caption, str) else None, wrong))
-    return captions
 
 
-def _json_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
@@ -153,8 +214,9 @@ def _json_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]
         yield number, row
 
 
-def _csv_rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    lines = itertools.chain.from_iterable(io.StringIO(line, newline="") for line in _lines(file))  # some end in \r alone
+    reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -15,64 +17,71 @@ if TYPE_CHECKING:
 NEAR_BITS = 7
 NEAR_COLOUR = 16
 COMPARED = 512  # with at most so many that share a band: bounds the work where very many pictures resemble each other
+BLOCK = 1 << 16  # pairs compared at once: bounds the memory
 
 
 def groups(labels: numpy.ndarray) -> Iterator[list[int]]:
     """Places in `labels` [N] that hold the same number, each group of two or more; by their first place."""
     import numpy
 
-    order = numpy.argsort(labels, kind="stable")
-    starts = numpy.flatnonzero(numpy.r_[True, numpy.diff(labels[order]) != 0])
-    ends = numpy.r_[starts[1:], len(labels)]
-    several = [(int(order[start]), start, end) for start, end in zip(starts, ends, strict=True) if end - start > 1]
-    for _, start, end in sorted(several):
+    places = numpy.flatnonzero(numpy.bincount(labels)[labels] > 1)
+    order = places[numpy.argsort(labels[places], kind="stable")]
+    bounds = [*numpy.flatnonzero(numpy.diff(labels[order], prepend=-1)), len(order)]
+    for start, end in sorted(itertools.pairwise(bounds), key=lambda group: int(order[group[0]])):
         yield order[start:end].tolist()
 
 
-def equal(values: bytes, size: int) -> numpy.ndarray:
-    """Labels [N] of N values of `size` bytes each: equal exactly for equal values."""
+def equal(values: bytes | bytearray, size: int) -> numpy.ndarray:
+    """Labels [N] int32 of N values of `size` bytes each: equal exactly for equal values, and in their order."""
     import numpy
 
-    if not values:
-        return numpy.zeros(0, numpy.int64)
-    labels: numpy.ndarray = numpy.unique(numpy.frombuffer(values, f"V{size}"), return_inverse=True)[1]
+    width = math.gcd(size, 8)
+    words = numpy.frombuffer(values, f">u{width}").reshape(-1, size // width)
+    order = numpy.lexsort(words.T[::-1])
+    new = numpy.zeros(len(order), numpy.bool_)  # whether a value differs from the one before it
+    for column in words.T:
+        new[1:] |= numpy.diff(column[order]) != 0
+    labels = numpy.empty(len(order), numpy.int32)
+    labels[order] = numpy.cumsum(new, dtype=numpy.int32)
     return labels
 
 
-def near(fingerprints: bytes) -> numpy.ndarray:
+def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
     """Labels [N] of N fingerprints: equal for those that are near each other, directly or by others between them."""
     import numpy
 
     if not fingerprints:
-        return numpy.zeros(0, numpy.int64)
+        return numpy.zeros(0, numpy.int32)
     same = equal(fingerprints, FINGERPRINT_BYTES)
-    first = numpy.zeros(same.max() + 1, numpy.int64)
-    first[same[::-1]] = numpy.arange(len(same))[::-1]  # one picture for each fingerprint: copies add nothing
-    rows = numpy.frombuffer(fingerprints, numpy.uint8).reshape(-1, FINGERPRINT_BYTES)[first]
-    hashes = numpy.ascontiguousarray(rows[:, :HASH_BYTES])
-    labels = numpy.arange(len(first))
+    first = numpy.zeros(same.max() + 1, numpy.int32)
+    first[same[::-1]] = numpy.arange(len(same), dtype=numpy.int32)[::-1]  # one picture for each fingerprint: copies add nothing
+    rows = numpy.frombuffer(fingerprints, numpy.uint8).reshape(-1, FINGERPRINT_BYTES)
+    hashes = rows[first, :HASH_BYTES]
+    labels = numpy.arange(len(first), dtype=numpy.int32)
     for band in hashes.view(numpy.uint16).T:
         for left, right in _pairs(band):
             apart = numpy.bitwise_count(hashes.view(numpy.uint64)[left] ^ hashes.view(numpy.uint64)[right]).sum(1, dtype=numpy.int64)
             left, right = left[apart <= NEAR_BITS], right[apart <= NEAR_BITS]
-            colours = numpy.abs(rows[left, HASH_BYTES:].astype(numpy.int16) - rows[right, HASH_BYTES:]).max(1, initial=0)
+            colours = numpy.abs(rows[first[left], HASH_BYTES:].astype(numpy.int16) - rows[first[right], HASH_BYTES:]).max(1, initial=0)
             _join(labels, left[colours <= NEAR_COLOUR], right[colours <= NEAR_COLOUR])
     found: numpy.ndarray = _roots(labels)[same]
     return found
 
 
 def _pairs(band: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Pairs of places whose values in `band` [M] are equal, each place with at most `COMPARED` others."""
+    """Pairs of places whose values in `band` [M] are equal, each place with at most `COMPARED` others; `BLOCK` at a time."""
     import numpy
 
-    order = numpy.argsort(band, kind="stable")
-    ends = numpy.searchsorted(band[order], band[order], side="right")  # where the run of equals ends, for each place
-    places = numpy.arange(len(order))
+    order = numpy.argsort(band, kind="stable").astype(numpy.int32)
+    ends = numpy.searchsorted(band[order], band[order], side="right").astype(numpy.int32)  # where the run of equals ends, for each place
+    places = numpy.arange(len(order), dtype=numpy.int32)
     for distance in range(1, COMPARED + 1):
         places = places[places + distance < ends[places]]
         if not len(places):
             return
-        yield order[places], order[places + distance]
+        for start in range(0, len(places), BLOCK):
+            block = places[start : start + BLOCK]
+            yield order[block], order[block + distance]
 
 
 def _join(labels: numpy.ndarray, left: numpy.ndarray, right: numpy.ndarray) -> None:

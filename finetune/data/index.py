@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import tempfile
-import threading
-import weakref
+import hashlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final, overload
 
+from finetune.data import duplicates
 from finetune.data.pictures import Crop
+from finetune.data.rows import Rows
 
 if TYPE_CHECKING:
     import numpy
 
-IN_MEMORY_BYTES = 16 << 20  # names and captions up to this stay in memory; more of them go to a file without a name
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -69,50 +68,26 @@ class Index(Pictures):
     """
 
     def __init__(self) -> None:
-        self._open(b"")
-        self._ends = array("Q", [0])
+        self._rows = Rows()
         self._shared: list[Any] = []  # crops, functions, whatever several pictures have in common
         self._place_of: dict[Any, int] = {}
         self._crops, self._repeats = array("I"), array("I")
         self._digests = bytearray()
         self._held_out = bytearray()
 
-    def _open(self, rows: bytes) -> None:
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-index-")  # noqa: SIM115 (lives as long as this)
-        self._lock = threading.Lock()
-        weakref.finalize(self, self._file.close)
-        self._file.write(rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        with self._lock:
-            self._file.seek(0)
-            return self.__dict__ | {"_file": self._file.read(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open(state["_file"])
-
     def append(self, picture: Picture) -> None:
         """Add a picture at the end: its row to the file, and to memory what drawing batches reads."""
-        row = json.dumps([self._plain(getattr(picture, name)) for name in _FIELDS]).encode()
-        with self._lock:
-            self._file.seek(self._ends[-1])
-            self._file.write(row)
-        self._ends.append(self._ends[-1] + len(row))
+        self._rows.append([self._plain(getattr(picture, name)) for name in _FIELDS])
         self._crops.append(self._place(picture.crop))
         self._repeats.append(picture.repeats)
         self._digests += bytes.fromhex(picture.digest)
         self._held_out.append(picture.held_out)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._rows)
 
     def picture(self, place: int) -> Picture:
-        start, end = self._ends[place], self._ends[place + 1]
-        with self._lock:
-            self._file.seek(start)
-            row = json.loads(self._file.read(end - start))
-        values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, row, strict=True)}
+        values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, self._rows[place], strict=True)}
         return Picture(**values | {"held_out": bool(self._held_out[place])})
 
     def hold_out(self, share: float) -> None:
@@ -120,11 +95,11 @@ class Index(Pictures):
 
         At least one is held out and one trains. Copies of one picture stay on one side.
         """
-        import numpy
-
-        digests = numpy.unique(numpy.frombuffer(self._digests, "V32"))
-        count = min(max(1, round(share * len(digests))), len(digests) - 1) if share else 0
-        self._held_out[:] = numpy.isin(numpy.frombuffer(self._digests, "V32"), digests[: max(0, count)]).astype(numpy.uint8).tobytes()
+        if not share or not len(self):
+            return
+        ranks = self.copies()
+        different = int(ranks.max()) + 1
+        self._held_out[:] = (ranks < min(max(1, round(share * different)), different - 1)).tobytes()
 
     def part(self, held_out: bool) -> Part:
         """The pictures that train, or those that are held out."""
@@ -157,10 +132,9 @@ class Index(Pictures):
 
         return numpy.frombuffer(self._repeats, numpy.uint32)
 
-    @property
-    def digests(self) -> bytes:
-        """SHA-256 after SHA-256, 32 bytes each."""
-        return bytes(self._digests)
+    def copies(self) -> numpy.ndarray:
+        """[N] int32, equal for pictures of the same bytes, and in the order of their digests."""
+        return duplicates.equal(self._digests, DIGEST_BYTES)
 
     def _plain(self, value: object) -> object:
         """As JSON has it: scalars as they are, others as [their place in `_shared`], partials with their arguments behind."""

@@ -132,12 +132,8 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             if isinstance(outcome, Problem):
                 problems.append(outcome)
                 continue
-            if data.masks and not found.mask:
-                problems.append(Problem(found.name, "no mask", "its loss counts everywhere", stops=False))
-            if not found.caption:
-                alone = "an empty caption" if not source.prefix else f'only "{source.prefix}" for a caption'
-                problems.append(Problem(found.name, "missing caption", f"trains with {alone}", stops=False))
-            odd.note(len(index), outcome, seen)
+            told = (["no caption"] if not found.caption else []) + (["no mask"] if data.masks and not found.mask else [])
+            odd.note(len(index), outcome, seen, told)
             index.append(outcome)
     finally:
         memo.close()
@@ -220,12 +216,12 @@ class _Oddities:
         self._examples: dict[str, list[tuple[int, ...]]] = {}
         self._fingerprints = bytearray()
 
-    def note(self, place: int, picture: Picture, seen: Seen) -> None:
-        """Count what is odd about the picture at `place` of the index."""
+    def note(self, place: int, picture: Picture, seen: Seen, told: list[str]) -> None:
+        """Count what is odd about the picture at `place` of the index, besides what is `told`."""
         assert seen is not None and isinstance(seen[1], Look)
         self._fingerprints += seen[1].fingerprint
         crop = picture.crop
-        kinds = [*seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
+        kinds = [*told, *seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
         kinds += (["extreme aspect ratio"] if crop.share_lost > EXTREME else []) + (["long caption"] if len(picture.caption) > LONG_CAPTION else [])
         for kind in kinds:
             self._counts[kind] += 1
@@ -238,10 +234,11 @@ class _Oddities:
             "tiny": f"enlarged more than {TINY:g} times",
             "extreme aspect ratio": "more than a third is cropped away",
             "long caption": f"more than {LONG_CAPTION} characters, of which the end will not be read",
+            "no caption": "trains with an empty one, or with its source's prefix alone",
+            "no mask": "its loss counts everywhere",
         }
         found = [Finding(kind, detail, self._counts[kind], tuple(self._examples[kind])) for kind, detail in details.items() if self._counts[kind]]
-        copies = duplicates.equal(index.digests, hashlib.sha256().digest_size)
-        alike = duplicates.near(bytes(self._fingerprints))
+        copies, alike = index.copies(), duplicates.near(self._fingerprints)
         same = list(duplicates.groups(copies))
         # A group whose pictures are all copies is no news.
         near = [group for group in duplicates.groups(alike) if len({int(copies[place]) for place in group}) > 1]

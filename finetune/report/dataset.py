@@ -11,6 +11,7 @@ from finetune.report.markup import document, image, section, text
 
 GROUPS = 6  # of each kind of finding, shown as pictures
 TOGETHER = 4  # pictures of one group
+NAMED = 20  # files of each kind of problem; data.json has them all
 
 
 def data_section(found: dict[str, Any]) -> str:
@@ -26,7 +27,7 @@ def data_section(found: dict[str, Any]) -> str:
     for finding in found.get("findings", []):  # runs of earlier versions have none
         parts.append(_named("odd", finding, [" = ".join(group) for group in finding["groups"]], sum(map(len, finding["groups"]))))
     for problem in found["problems"]:
-        parts.append(_named("problem", problem, problem["names"], len(problem["names"])))
+        parts.append(_named("problem", problem, problem["names"][:NAMED], NAMED))
     gallery = "".join(_shown(shown) for shown in found.get("pictures", ()))
     gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{gallery}</div>' if gallery else ""
     lead = "Every picture and caption was looked at before training." + ("" if found["problems"] else " Nothing was left out.")

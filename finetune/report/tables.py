@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +15,13 @@ from finetune.report import pictures
 WIDTH = 100  # characters of a rule; texts may be longer
 SHOWN_PICTURES = 12  # training pictures in the report
 SHOWN_CHARACTERS = 300  # of a caption in a table
-NAMED_FILES = 20  # files named for each kind of problem
 CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
 
 Row = tuple[str, str]
 
 
 def facts(audit: Audit, count: int = SHOWN_PICTURES) -> dict[str, Any]:
-    """The audit as plain values, for `data.json`: counts, buckets, problems with files, and `count` pictures as the model sees them."""
+    """The audit as plain values, for `data.json`: counts, buckets, problems with all their files, and `count` pictures as the model sees them."""
     training = audit.training
     spread = training[:: max(1, len(training) // count)][:count]
     shown = [{"name": picture.name, "caption": picture.caption, "picture": pictures.of_training(picture, audit.background)} for picture in spread]
@@ -41,10 +39,10 @@ def _counts(audit: Audit) -> dict[str, Any]:
     for finding in audit.findings:
         groups = [[audit.pictures[place].name for place in group] for group in finding.examples]
         findings.append({"kind": finding.kind, "detail": finding.detail, "count": finding.count, "groups": groups})
-    problems = []
-    for (kind, detail), count in Counter((p.kind, p.detail) for p in audit.problems).items():
-        names = [p.name for p in audit.problems if (p.kind, p.detail) == (kind, detail)]
-        problems.append({"kind": kind, "detail": detail, "count": count, "names": names[:NAMED_FILES]})
+    named: dict[tuple[str, str], list[str]] = {}
+    for problem in audit.problems:
+        named.setdefault((problem.kind, problem.detail), []).append(problem.name)
+    problems = [{"kind": kind, "detail": detail, "count": len(names), "names": names} for (kind, detail), names in named.items()]
     return {
         "training": sum(number for _, number, _ in crops),
         "examples": sum(bucket["examples"] for bucket in buckets),

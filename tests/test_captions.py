@@ -1,0 +1,144 @@
+"""Captions of folders: text files and tables, in the encodings, line ends and lengths that people have."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from finetune.data import rows
+from finetune.data.captions import Caption, Captions
+from finetune.data.scan import scan
+from finetune.errors import UserError
+from finetune.report import tables
+from finetune.report.dataset import NAMED, data_section
+from tests.test_data import captions, data, problems, put
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_path: Path, name: str) -> None:
+    for picture in ("a.png", "deep/b.png", "unnamed.png", "blank.png"):
+        put(tmp_path, picture)
+    (tmp_path / "unnamed.txt").write_text("not read")
+    (tmp_path / "README.txt").write_text("about")
+    rows = [("a.png", "a, \u2028 red  one"), ("./deep//b.png", "below"), ("gone.png", "nowhere"), ("../outside.png", "never"), ("blank.png", " ")]
+    put(tmp_path.parent, "outside.png")
+    if name.endswith("jsonl"):
+        (tmp_path / name).write_text(
+            "\n".join(json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in rows), encoding="utf-8"
+        )
+    else:
+        (tmp_path / name).write_text("file_name,text\n" + "".join(f'{file},"{text}"\n' for file, text in rows), encoding="utf-8")
+    audit = scan(data(tmp_path, missing_captions="skip", unreadable_pictures="skip"))
+    assert captions(audit) == {"a.png": "a, red one", "b.png": "below"}
+    first = 1 if name.endswith("jsonl") else 2
+    assert problems(audit) == {
+        "unnamed.png": ("missing caption", "no caption was found, so it does not train"),
+        "blank.png": ("missing caption", "its caption is empty, so it does not train"),
+        f'{name}:{first + 2} ("gone.png")': ("missing picture", "names a picture that is not there"),
+        'outside.png")': ("missing picture", "names a file outside its folder, which is not read"),
+        "unnamed.txt": ("unused caption", "not read: a metadata file speaks for its picture"),
+        "README.txt": ("unused caption", "no picture has its name"),
+    }
+    with pytest.raises(UserError, match="2 missing captions and 2 missing pictures") as caught:
+        scan(data(tmp_path)).raise_if_stopped()
+    assert "gone.png" in caught.value.where
+    assert "outside.png" in caught.value.where
+
+
+def test_the_nearest_metadata_file_speaks(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", caption="beside")
+    put(tmp_path, "sub/b.png")
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\nb.png,from the table\n")
+    assert captions(scan(data(tmp_path))) == {"a.png": "beside", "b.png": "from the table"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said", "line"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{oops', "not a JSON object", 2),
+        ("metadata.jsonl", b"\n[1]", "not a JSON object", 2),
+        ("metadata.jsonl", b'{"file_name": "a.png"}', 'no "text" in this line, but file_name', 1),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}', "named twice", 2),
+        ("metadata.csv", b"file_name;text\na.png;x\n", 'no "file_name" in this line, but file_name;text', 2),
+        ("metadata.csv", b'file_name,text\na.png,"x\n', "comma-separated", 2),
+        ("metadata.csv", "file_name,text\na.png,é\n".encode("latin-1"), r"not UTF-8 text \(byte 21\)", None),
+        ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16"), r"not UTF-8 text \(byte 0\)", None),
+        ("metadata.parquet", b"PAR1", "metadata.parquet", None),
+    ],
+)
+def test_a_metadata_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, said: str, line: int | None) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as caught:
+        scan(data(tmp_path))
+    assert caught.value.where == str(tmp_path / name) + (f":{line}" if line else "")
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_a_table_end_as_any_program_ends_them(tmp_path: Path, end: str) -> None:
+    for name in "ab":
+        put(tmp_path, f"{name}.png")
+    content = f'\ufefffile_name,text{end}a.png,"one{end}two"{end}b.png,three'
+    (tmp_path / "metadata.csv").write_bytes(content.encode())
+    assert captions(scan(data(tmp_path))) == {"a.png": "one two", "b.png": "three"}
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_long_metadata_file_takes_little_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "IN_MEMORY_BYTES", 1 << 12)
+    names = [f"{number:05d}.png" for number in range(10_000)]
+    words = "words " * 20
+    lines = [json.dumps({"file_name": file, "text": words + file}) if name.endswith("jsonl") else f"{file},{words}{file}" for file in names]
+    (tmp_path / name).write_text("\n".join([*([] if name.endswith("jsonl") else ["file_name,text"]), *lines]))
+
+    def ask() -> None:
+        found = Captions(tmp_path, [*names, name], "text")
+        assert all(found.of(file) == Caption(words + file) for file in reversed(names))
+        assert not list(found.unused())
+
+    ask()  # imports, and names that pathlib keeps
+    tracemalloc.start()
+    try:
+        ask()
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(names)  # what stands in them is three times as long
+    finally:
+        tracemalloc.stop()
+
+
+def test_two_metadata_files_side_by_side(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="which is meant"):
+        scan(data(tmp_path))
+
+
+def test_a_caption_in_another_encoding_names_file_and_byte(tmp_path: Path) -> None:
+    put(tmp_path, "a.png").with_suffix(".txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(UserError, match="1 unreadable caption") as caught:
+        scan(data(tmp_path, missing_captions="empty")).raise_if_stopped()
+    assert "a.txt is not UTF-8 (byte 5)" in caught.value.where
+
+
+def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
+    with pytest.raises(UserError, match="1 unreadable caption") as caught:
+        scan(data(tmp_path)).raise_if_stopped()
+    assert "metadata.jsonl:1 is not text" in caught.value.where
+
+
+def test_every_picture_that_does_not_train_is_named(tmp_path: Path) -> None:
+    """In `data.json` and by `ft data check --json`; tables and pages name some, and say that there are more."""
+    put(tmp_path, "a.png", caption="x")
+    for number in range(NAMED + 5):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"")
+    found = tables.facts(scan(data(tmp_path, unreadable_pictures="skip", missing_captions="empty")))
+    (problem,) = found["problems"]
+    assert problem["names"] == [str(tmp_path / f"{number:02d}.png") for number in range(NAMED + 5)]
+    page = data_section(found)
+    assert f"{NAMED - 1:02d}.png, …" in page and f"{NAMED:02d}.png" not in page
