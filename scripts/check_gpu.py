@@ -2,8 +2,9 @@
 
 Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on pictures of noise.
 Where the weights of a base are not on this machine its nets come from the bundled configurations, with random weights: neither
-memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, and at the end a row
-for each run in the columns of finetune/assets/published_runs.tsv.
+memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, with a row for each run in
+the columns of finetune/assets/published_runs.tsv. --details keeps, a JSON line a run, what a model of memory and time is fit on: the
+peaks, the seconds of each step, and every operator's calls and time on the device in one more step.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import dataclasses
 import datetime
 import gc
 import io
+import json
+import math
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -25,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import click
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune.engine.loop import Trainer
 from finetune.engine.machine import forget_peak, memory_peak, this_machine
 from finetune.entry import quiet_libraries, told
 from finetune.errors import UserError
@@ -37,17 +43,16 @@ from finetune.estimate.forecast import Forecast, fitting, forecast
 from finetune.estimate.gpus import Gpu, find
 from finetune.estimate.trace import NO_LAUNCH
 from finetune.planning import Machine
-from finetune.recipe import ASSETS, load_recipe
+from finetune.recipe import ASSETS, bundled_recipes, load_recipe
 from finetune.report.tables import table
 
 BASE = ("lora/emoji", "full/emoji")
-RECIPES = (*BASE, "lora/sd15", "full/sd15", "lora/sd21", "full/sd21", "lora/sdxl", "full/sdxl")
 PICTURES, LEAST_SIDE = 16, 64
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Ran(NamedTuple):
-    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights it had."""
+    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights it had; details of a GPU's."""
 
     training: int | None
     peak: int | None
@@ -55,6 +60,7 @@ class Ran(NamedTuple):
     operators: int
     weights: str
     precision: str
+    details: dict[str, Any]
 
 
 @final
@@ -77,8 +83,20 @@ class Operators(TorchDispatchMode):
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=12, show_default=True, help="Of each run.")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of every recipe.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.tsv", help="Also add the rows to this file.")
-def main(names: tuple[str, ...], gpu_name: str | None, cpu: bool, steps: int, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Run the recipes NAMES, or all, and print estimated beside measured."""
+@click.option("--details", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Add each GPU run's details to this file.")
+@click.option("--minutes", type=float, default=math.inf, help="Begin no run after so many.")
+def main(
+    names: tuple[str, ...],
+    gpu_name: str | None,
+    cpu: bool,
+    steps: int,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    details: Path | None,
+    minutes: float,
+) -> None:
+    """Run the recipes NAMES, or all that start from a pretrained model, and print estimated beside measured."""
+    begun = time.monotonic()
     with told(), tempfile.TemporaryDirectory() as temporary:
         if cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -90,26 +108,31 @@ def main(names: tuple[str, ...], gpu_name: str | None, cpu: bool, steps: int, ov
             print(f"no CUDA GPU is here; on one {gpu.name} this would run:")
         if cpu:
             print(f"measured on {machine.name}, and estimated for one {gpu.name}: what can be held against each other are the operators")
-        rows = []
-        for name in names or (BASE if cpu else RECIPES):
+        for name in names or (BASE if cpu else [name for name in bundled_recipes() if not name.startswith("scratch/")]):
+            if time.monotonic() - begun > 60 * minutes:
+                print(f"{name} is left out: {minutes:g} minutes are over")
+                continue
             one = _settings(name, gpu, folder, steps, overrides)
             print(_title(one), flush=True)
             if not one.fits or not (cpu or machine.device == "cuda"):
                 print(table("estimated", _estimated(one)))
                 continue
             if (ran := _run(one, folder, steps)) is not None:
-                print(table("estimated and measured", _compared(one, ran)))
-                rows.append(_row(one, ran, machine))
-        if rows:
-            print("\n".join(["", *rows]))
-        if out:
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(row + "\n" for row in rows)
+                row = _row(one, ran, machine)
+                print(table("estimated and measured", _compared(one, ran)), row, sep="\n", flush=True)
+                _add(out, row)
+                _add(details, json.dumps({"name": one.name, "edits": sets(one), "gpu": gpu.name} | ran.details))
+
+
+def _add(file: Path | None, line: str) -> None:
+    if file:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(line + "\n")
 
 
 def _settings(name: str, gpu: Gpu, folder: Path, steps: int, overrides: tuple[str, ...]) -> Forecast:
     """The recipe, on pictures of noise, as it fits: with the cheapest edits where it does not by itself."""
-    short = ["train.epochs=null", f"train.steps={steps + 1}", "optimizer.warmup_steps=0", "data.held_out=0", "data.buckets=false"]
+    short = ["train.epochs=null", f"train.steps={steps + 2}", "optimizer.warmup_steps=0", "data.held_out=0", "data.buckets=false"]
     short += ["sample.prompts=[noise]", "sample.steps=2", f"data.path={folder / 'pictures'}", f"data.cache={folder / 'cache'}"]
     one = forecast(load_recipe(name, [*short, f"output.folder={folder / name}", *overrides]), name, gpu, PICTURES)
     found = [one] if one.fits else fitting(one)
@@ -150,7 +173,7 @@ def _trained(one: Forecast, steps: int) -> Ran:
             job = prepare(one.recipe, force=True)
         except UserError:
             weights = "random weights"
-            with skeletons():
+            with skeletons(torch.device("cuda") if torch.cuda.is_available() and one.gpu.calibration is None else None):
                 job = prepare(one.recipe, force=True)
     trainer, device = job.trainer, job.accelerator.device
     encoding = _reserved(device)
@@ -159,11 +182,27 @@ def _trained(one: Forecast, steps: int) -> Ran:
     training = _reserved(device)
     with Operators() as counted:
         trainer.take(steps)
+    details = _details(trainer, seconds) if device.type == "cuda" else {}
     assert trainer.observe is not None
     with trainer.state.averaged():
         trainer.observe(steps)
     peak = max(filter(None, (encoding, training, _reserved(device))), default=None)
-    return Ran(training, peak, typical(seconds, one.variant.cycle), counted.count, weights, job.plan.precision)
+    return Ran(training, peak, typical(seconds, one.variant.cycle), counted.count, weights, job.plan.precision, details)
+
+
+def _details(trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
+    """Peaks in bytes, the seconds of each step, and of one more step each operator's calls and microseconds of the device and of the host."""
+    stats = torch.cuda.memory_stats()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        trainer.take(len(seconds) + 1)
+    found = [one for one in profiled.key_averages() if one.self_device_time_total or one.self_cpu_time_total]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "seconds": seconds,
+        "peaks": {name: stats[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved", "requested", "active")},
+        "operators": {one.key: (one.count, round(one.self_device_time_total), round(one.self_cpu_time_total)) for one in found},
+    }
 
 
 def _reserved(device: torch.device) -> int | None:

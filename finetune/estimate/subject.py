@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -295,17 +296,27 @@ def _state(optimizer: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def skeletons() -> Iterator[None]:
-    """Within, what a recipe names to start from is built from configurations, without weights."""
+def skeletons(device: torch.device | None = None) -> Iterator[None]:
+    """Within, what a recipe names to start from is built from configurations, without weights.
+
+    Args:
+        device: where real nets draw their random values, for a CPU takes minutes over billions; they then wait in host memory, as read ones do.
+    """
     with (
-        mock.patch.object(loading, "open_pipeline", _pipeline),
+        mock.patch.object(loading, "open_pipeline", functools.partial(_pipeline, device=device)),
         mock.patch.object(loading, "open_vae", _vae),
         mock.patch.object(text_to_image, "fingerprint", return_value=""),  # no cache is kept of what has no values
     ):
         yield
 
 
-def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})) -> Any:
+def _pipeline(
+    section: ModelSection,
+    class_name: str,
+    dtype: torch.dtype,
+    own: Mapping[str, torch.dtype] = MappingProxyType({}),
+    device: torch.device | None = None,
+) -> Any:
     """`loading.open_pipeline` without weights."""
     from finetune.estimate.architecture import configs_of
     from finetune.models.single_file import PADDING, clip_tokenizer
@@ -325,19 +336,33 @@ def _pipeline(section: ModelSection, class_name: str, dtype: torch.dtype, own: M
                 parts[key] = clip_tokenizer(padding) if padding else MadeUpTokenizer()
         elif entry[0] == "transformers":
             cls = getattr(transformers, entry[1])
-            parts[key] = cls(cls.config_class.from_pretrained(str(folder / key))).to(own.get(key, dtype)).eval()
+            parts[key] = _net(functools.partial(cls, cls.config_class.from_pretrained(str(folder / key))), own.get(key, dtype), device)
+        elif key == "scheduler":
+            cls = getattr(diffusers, entry[1])
+            with unset_fake_temporarily():  # it reads its own values, and they are few
+                parts[key] = cls.from_config(cls.load_config(str(folder / key)))
         else:
             cls = getattr(diffusers, entry[1])
-            # A scheduler reads its own values, and they are few.
-            with unset_fake_temporarily() if key == "scheduler" else contextlib.nullcontext():
-                part = cls.from_config(cls.load_config(str(folder / key)))
-            # nn.Module's own `to`: diffusers' warns of what from_pretrained would do better.
-            parts[key] = nn.Module.to(part, torch.float32 if key == "vae" else own.get(key, dtype)).eval() if isinstance(part, nn.Module) else part
+            kept = torch.float32 if key == "vae" else own.get(key, dtype)
+            parts[key] = _net(functools.partial(cls.from_config, cls.load_config(str(folder / key))), kept, device)
     if class_name == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if section.vae:
         parts["vae"] = _vae(section.vae)
     return getattr(diffusers, class_name)(**parts)
+
+
+def _net(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device | None) -> nn.Module:
+    # nn.Module's own `to`: diffusers' warns of what from_pretrained would do better.
+    if device is None:
+        return nn.Module.to(make(), dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # twenty billion values in float32 are more than most devices hold
+    try:
+        with device:
+            return nn.Module.to(make(), "cpu", dtype).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _vae(given: str, class_name: str = "") -> Any:
