@@ -6,7 +6,8 @@ Makes shards of tiny captioned pictures in four shapes (4 GB for a million, dele
 in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order; everything
 encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on batches of 16
 drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the way, not the
-encoder. --synthetic writes no shards: an index is filled with pictures that are made when they are read.
+encoder. --synthetic writes no shards: a table of captions is read, an index filled with pictures that are made when they are read, and
+copies and near copies are looked for among them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -34,6 +36,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.data import duplicates, looks
+from finetune.data.captions import TABLES, Captions
 from finetune.data.dataset import Dataset
 from finetune.data.index import Index, Picture
 from finetune.data.pictures import buckets, canonical_colour, fit
@@ -86,14 +90,29 @@ def bitmap(number: int) -> bytes:
     return struct.pack("<2sIHHIIIIHHIIIIII", b"BM", 54 + len(pixels), 0, 0, 54, 40, width, height, 1, 24, 0, len(pixels), 2835, 2835, 0, 0) + pixels
 
 
-def made(entries: int, data: Data) -> Audit:
-    """The audit of pictures that are nowhere: each is made when it is read."""
-    index, choices = Index(), buckets(data.resolution, data.bucket_step, data.maximum_aspect, several=True)
+def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> Audit:
+    """The audit of pictures that are nowhere, each made when it is read, with captions from one table and fingerprints at random."""
+    folder.mkdir(parents=True)
+    with open(folder / TABLES[0], "w", encoding="utf-8") as table:
+        for number in range(entries):
+            table.write(json.dumps({"file_name": f"{number // SHARD:05d}/{number:07d}.bmp", data.caption_column: f"picture number {number}"}) + "\n")
+    lap("write the table")
+    captions = Captions(folder, [TABLES[0]], data.caption_column)
+    lap("read the table")
+    index, choices, fingerprints = Index(), buckets(data.resolution, data.bucket_step, data.maximum_aspect, several=True), bytearray()
     crops = [fit(shape, choices) for shape in SHAPES]
     for number in range(entries):
-        digest = hashlib.sha256(bitmap(number)).hexdigest()
-        name, read = f"shards/{number // SHARD:05d}.tar/{number:07d}.bmp", functools.partial(bitmap, number)
-        index.append(Picture(name, f"picture number {number}", digest, crops[number % len(crops)], 1, False, 1.0, "", "", read))
+        if number % SHARD == 0:
+            below = folder / f"{number // SHARD:05d}"
+            beside = Captions(below, [], data.caption_column, captions)
+        digest, name, read = hashlib.sha256(bitmap(number)).digest(), f"{number:07d}.bmp", functools.partial(bitmap, number)
+        caption = beside.of(name).text or ""
+        index.append(Picture(str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", "", read))
+        fingerprints += digest[: looks.FINGERPRINT_BYTES]
+    lap("index")
+    twice = [*duplicates.groups(index.copies()), *duplicates.groups(duplicates.near(fingerprints))]
+    lap("duplicates")
+    assert not twice and not list(captions.unused())
     return Audit(index, (), (), canonical_colour(data.background))
 
 
@@ -118,8 +137,7 @@ def measure(shards: Path, cache: Path, cached: bool, synthetic: int) -> None:
     recipe = parse_recipe("method: lora\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in sections.items()), "bench.yaml", "bench")
     lap("start")
     if synthetic:
-        audit = made(synthetic, recipe.data)
-        lap("index")
+        audit = made(shards, synthetic, recipe.data, lap)
     else:
         scan(recipe.data)
         lap("audit")
