@@ -3,7 +3,7 @@
     python scripts/torture.py [--kills 200] [--victims lora full scratch/NAME RECIPE.yaml …] [--seed 0]
 
 A victim is a recipe made tiny (`lora`, `full`; `scratch` or `scratch/NAME`, trained from nothing), or any recipe's file as it is.
-By default the third is a GAN, whose step has two turns.
+By default the third and the fourth are GANs, whose steps have two turns.
 Each life of a run is a process of its own, forked from this one, which has imported everything and computed nothing; each kill
 is a SIGKILL. What a run is doing is read from its own `status/0.json`, before the kill to aim at a phase, after it to
 count it. A kill in a life that has encoded nothing and finished no step is not counted. A run is killed a dozen times at most
@@ -273,7 +273,7 @@ def run(names: list[str], kills: int, seed: int, place: Path, say: Callable[[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--victims", nargs="+", default=["lora", "full", "scratch/vqgan"])
+    parser.add_argument("--victims", nargs="+", default=["lora", "full", "scratch/vqgan", "scratch/r3gan"])
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     started = time.monotonic()

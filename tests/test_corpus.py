@@ -82,6 +82,7 @@ def test_all_of_it_can_be_shown(audit: Audit) -> None:
     assert shown.encode("utf-8")
     assert not any(character < " " and character != "\n" for character in shown)
     assert tables.facts(audit)["training"] == len(corpus.TRAINS)
+    assert '(metadata.jsonl:2 ("../plain.png"), metadata.jsonl:3 ("/etc/passwd"))' in shown
 
 
 def test_by_default_all_that_is_wrong_stops_the_run(folder: Path) -> None:

@@ -220,8 +220,9 @@ def _count(number: int, what: str) -> str:
 
 
 def short(name: str) -> str:
-    """A file's name without its folders."""
-    return name.replace("\\", "/").rsplit("/", 1)[-1]
+    """A file's name without its folders, also of a line of a table (`a/metadata.csv:3 ("b/c.png")`)."""
+    place, quote, named = name.partition(' ("')
+    return place.replace("\\", "/").rsplit("/", 1)[-1] + quote + named
 
 
 def table(title: str, rows: Sequence[Row]) -> str:
