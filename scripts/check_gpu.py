@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.engine.loop import Trainer
-from finetune.engine.machine import forget_peak, memory_peak, this_machine
+from finetune.engine.machine import forget_peak, this_machine
 from finetune.entry import quiet_libraries, told
 from finetune.errors import UserError
 from finetune.estimate.advice import sets
@@ -154,6 +154,9 @@ def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
         (folder / "pictures" / f"{number}.txt").write_text(f"noise {number}", encoding="utf-8")
     try:
         return _trained(one, steps)
+    except UserError as error:
+        print(f"   {error}", flush=True)
+        return None
     except torch.OutOfMemoryError as error:
         print(f"   memory ran out, and {one.memory.peak / GIB:.2f} of {one.limit / GIB:.2f} GiB were estimated: {error}", flush=True)
         return None
@@ -176,38 +179,48 @@ def _trained(one: Forecast, steps: int) -> Ran:
             with skeletons(torch.device("cuda") if torch.cuda.is_available() and one.gpu.calibration is None else None):
                 job = prepare(one.recipe, force=True)
     trainer, device = job.trainer, job.accelerator.device
-    encoding = _reserved(device)
-    forget_peak()
+    peaks = {"encoding": _peak(device)}
     seconds = [trainer.take(step)["seconds"] for step in range(steps)]
-    training = _reserved(device)
+    peaks["training"] = _peak(device)
     with Operators() as counted:
         trainer.take(steps)
-    details = _details(trainer, seconds) if device.type == "cuda" else {}
+    details = {"seconds": seconds} | (_profiled(trainer, steps + 1) if device.type == "cuda" else {})
     assert trainer.observe is not None
     with trainer.state.averaged():
         trainer.observe(steps)
-    peak = max(filter(None, (encoding, training, _reserved(device))), default=None)
-    return Ran(training, peak, typical(seconds, one.variant.cycle), counted.count, weights, job.plan.precision, details)
+    peaks["sampling"] = _peak(device)
+    reserved = [peak["reserved"] for peak in peaks.values() if peak]
+    training = peaks["training"].get("reserved")
+    return Ran(
+        training,
+        max(reserved, default=None),
+        typical(seconds, one.variant.cycle),
+        counted.count,
+        weights,
+        job.plan.precision,
+        details | {"peaks": peaks},
+    )
 
 
-def _details(trainer: Trainer, seconds: list[float]) -> dict[str, Any]:
-    """Peaks in bytes, the seconds of each step, and of one more step each operator's calls and microseconds of the device and of the host."""
-    stats = torch.cuda.memory_stats()
+def _peak(device: torch.device) -> dict[str, int]:
+    """The most bytes that were allocated and reserved on a GPU since this was asked last; what a process on a CPU holds is something else."""
+    if device.type != "cuda":
+        return {}
+    found = {name: torch.cuda.memory_stats()[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved", "requested")}
+    forget_peak()
+    return found
+
+
+def _profiled(trainer: Trainer, step: int) -> dict[str, Any]:
+    """Of one more step, each operator's and kernel's calls and microseconds of the device and of the host."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        trainer.take(len(seconds) + 1)
+        trainer.take(step)
     found = [one for one in profiled.key_averages() if one.self_device_time_total or one.self_cpu_time_total]
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "seconds": seconds,
-        "peaks": {name: stats[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved", "requested", "active")},
         "operators": {one.key: (one.count, round(one.self_device_time_total), round(one.self_cpu_time_total)) for one in found},
     }
-
-
-def _reserved(device: torch.device) -> int | None:
-    """The peak that PyTorch reserved on a GPU; what a process on a CPU holds is something else."""
-    return memory_peak(device) if device.type == "cuda" else None
 
 
 def _estimated(one: Forecast) -> list[tuple[str, str]]:

@@ -26,6 +26,9 @@ class MadeUpTokenizer:
     def encode(self, text: str) -> list[int]:
         return [0] * (len(text) // LETTERS_A_TOKEN)
 
+    def decode(self, ids: object) -> str:
+        return "?"
+
     def tokenize(self, text: str) -> list[str]:
         """What might be a learned word: none is."""
         return []
