@@ -126,7 +126,7 @@ def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
     job = prepared(tmp_path / "run")
     said: list[str] = []
     freeze = threading.Event()
-    job.trainer.data.batch = lambda *arguments: freeze.wait() and None  # type: ignore[method-assign, assignment]
+    job.trainer.data._batch = lambda *arguments: freeze.wait() and None  # type: ignore[method-assign, assignment]
 
     def watch() -> None:
         watchdog = clock.Watchdog(job.run.status, job.trainer.clock, said.append, beat=0.02, patience=0.1)
@@ -139,7 +139,7 @@ def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
     seen = runs.look(tmp_path / "run").processes[0]
     freeze.set()
     thread.join()
-    assert len(said) == 1 and said[0].startswith("warning: nothing has moved for 0 s in step 1: the run stands at engine/loop.py:")
+    assert len(said) == 1 and said[0].startswith("warning: nothing has moved for 0 s in step 1: the run stands at data/dataset.py:")
     assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
 
 
