@@ -1,9 +1,10 @@
-"""Two processes on one machine are one with twice the batch: every method, in one launch, since an import costs seconds."""
+"""Two processes are one with twice the batch: every method, in one launch, since an import costs seconds."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,12 @@ CASES: dict[str, Callable[..., Recipe]] = {
 SHARDED = _tiny("flux2", "full", "train.ema=0.9", "train.gradient_checkpointing=true", "sample.prompts=[a red circle]", "sample.steps=1")
 
 
+def written(name: str, recipe: Recipe, folder: Path) -> str:
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
+    return str(file)
+
+
 @dataclass
 class Launched:
     """What the launch left: each case's run is in `folder`/two/CASE, its twin's in `folder`/one/CASE."""
@@ -69,25 +76,19 @@ class Launched:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("processes")
-
-    def written(name: str, recipe: Recipe) -> str:
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
-        return str(file)
-
-    files = [written(name, case(folder / "two" / name, "train.batch_size=2")) for name, case in CASES.items()]
+    files = [written(name, case(folder / "two" / name, "train.batch_size=2"), folder) for name, case in CASES.items()]
     begun = tiny.prepare(CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=4", "train.steps=2"))
     begun.trainer.train()  # by one process; the two go on with it
     begun.run.status.finished()
-    files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2")))
+    files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2"), folder))
     for name, steps in (("unbroken", STEPS), ("broken", 2), ("broken", STEPS)):
         place = folder / "two" / f"fsdp-{name}"
         if not place.is_dir():
             first = tiny.prepare(SHARDED(place, "train.batch_size=4", "train.steps=1"))
             first.trainer.train()
             first.run.status.finished()
-        files.append(written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}")))
-    files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks")))
+        files.append(written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}"), folder))
+    files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks"), folder))
 
     environment, arguments = launcher("lora", None, False, "many-gpus")
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
@@ -110,8 +111,12 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launched) -> None:
-    assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}\n" in launched.out, launched.err[-3000:]
-    one, two = launched.folder / "one" / name, launched.folder / "two" / name
+    assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}, machines: 1\n" in launched.out, launched.err[-3000:]
+    compare_with_one(name, launched.folder / "two" / name, launched.folder / "one" / name)
+
+
+def compare_with_one(name: str, two: Path, one: Path) -> None:
+    """The run in `two`, of two processes, with one process's of twice the batch, which is taken in `one`."""
     tiny.prepare(CASES[name](one, "train.batch_size=4")).trainer.train()
     plan = json.loads((two / "plan.json").read_text())
     assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4 * plan["recipe"]["train"]["accumulation"])
@@ -121,6 +126,24 @@ def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launche
     for ours, their in zip(metrics(one), metrics(two), strict=True):
         losses = {key for key in ours if key.startswith("loss.") or key == "validation"}
         assert losses and {key: their[key] for key in losses} == pytest.approx({key: ours[key] for key in losses}, rel=1e-4)
+
+
+def test_two_machines_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    """Two launchers on this one, which find each other by the first's address, with one process each."""
+    name = "scratch-vae"
+    file = written(name, CASES[name](tmp_path / "two", "train.batch_size=2"), tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        environment, arguments = launcher("scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}"))
+        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), file]
+        running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=300) for process in running]
+    assert f"{name}: 2 × MULTI_CPU, machines: 2\n" in told[0][0], told[0][1][-3000:]
+    assert f"{name}: " not in told[1][0] and [process.returncode for process in running] == [0, 0], told[1][1][-3000:]
+    compare_with_one(name, tmp_path / "two", tmp_path / "one")
 
 
 def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launched) -> None:

@@ -1,7 +1,7 @@
 """Launched by `accelerate launch` with two processes: takes each recipe of its arguments to its end, in one import of everything.
 
-A folder that is there already is gone on with. Recipes whose names begin with `fsdp` train with their weights shared out. In the last run
-rank 1 breaks, and all must end with its error shown.
+A folder that is there already is gone on with. Recipes whose names begin with `fsdp` train with their weights shared out. In the run named
+`breaks`, rank 1 does, and all must end with its error shown.
 """
 
 import os
@@ -53,8 +53,9 @@ def main() -> None:
             accelerator = ready.accelerator
             assert accelerator.num_processes == 2
             if accelerator.is_main_process:
-                print(f"{Path(file).stem}: {accelerator.num_processes} × {accelerator.distributed_type.value}", flush=True)
-            if file == sys.argv[-1] and accelerator.process_index == 1:
+                machines = os.environ["GROUP_WORLD_SIZE"]  # torchrun's word for launchers that found each other
+                print(f"{Path(file).stem}: {accelerator.num_processes} × {accelerator.distributed_type.value}, machines: {machines}", flush=True)
+            if Path(file).stem == "breaks" and accelerator.process_index == 1:
                 raise ValueError("rank 1 has had enough")
             ready.trainer.train()
             if accelerator.is_fsdp2:
