@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -43,9 +44,11 @@ GPUS = {
     "64x L40S 48GB": "l40s",
     "A100 80GB (finetrainers/cogvideox-factory)": "a100-80gb",
 }
-# Operators for a pass of one of SDNQ's layers (`sdnq_operators`): 12.3 and 13.1 by SD 1.5's runs without and with checkpointing, 10.4 and 11.1
+# Operators for a pass of one of SDNQ's layers (`sdnq_operators`): 12.8 and 13.8 by SD 1.5's runs without and with checkpointing, 10.5 and 11.5
 # by SDXL's; PixArt's runs, which something else slows down, say nothing of it.
 SDNQ = 12
+ROWS = 32  # from which on SDNQ's layers round
+GROUP = 128  # values that SDNQ rotates together (SimpleTuner's documentation/experimental/CONVROT.md)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -158,7 +161,7 @@ def _denoiser(name: str) -> Denoiser:
 
 def _adapted(net: nn.Module, row: dict[str, str], stored: torch.dtype) -> None:
     if stored != torch.bfloat16:
-        quantize(net, stored)
+        quantize(net, stored, Rotated if "sdnq" in row["weights_dtype"] else Stored)
     if not row["method"].startswith(("full", "from scratch")):
         _lokr(net, row["method"]) if "LoKr" in row["method"] else _peft(net, row)
     step, every = described(row).checkpointed
@@ -207,7 +210,6 @@ def _lokr(net: Any, method: str) -> None:
 # -- storage ------------------------------------------------------------------------------------------------------------
 
 
-@final
 class Stored(nn.Linear):
     """A linear layer whose weight is kept in 8 bits with a scale a row, and dequantised at each use: autograd keeps the dequantised one."""
 
@@ -221,11 +223,47 @@ class Stored(nn.Linear):
         return self.stored.to(torch.bfloat16) * self.scale  # type: ignore[operator]
 
 
-def quantize(net: nn.Module, dtype: torch.dtype) -> None:
-    """Keep every linear layer's weight in `dtype`."""
+@final
+class Rotated(Stored):
+    """A layer of SDNQ 0.2.3 (training/layers/linear/linear_int8): autograd keeps the 8-bit weights alone. Few rows go through it plainly."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[…, in] → […, out], in the dtype that came in: autocast, which a norm makes float32 of, does not reach inside."""
+        return RotatedProduct.apply(values, self) if values[..., 0].numel() >= ROWS else super().forward(values)  # type: ignore[no-untyped-call]
+
+
+@final
+class RotatedProduct(torch.autograd.Function):
+    """Values are rotated and rounded on their way; backward the gradient is rounded, and what it gives is rotated."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layer: Rotated) -> Tensor:
+        ctx.layer = layer
+        return _product(_rotated(values.to(torch.bfloat16)), layer.stored.t(), values.dtype)  # type: ignore[operator]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.layer.stored * ctx.layer.scale.float()
+        return _rotated(_product(gradient.to(torch.bfloat16), weight, gradient.dtype)), None
+
+
+def _product(values: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    found = torch.ops.aten.mm.dtype(values.flatten(0, -2), weight.to(torch.bfloat16), dtype)
+    return cast(Tensor, found.unflatten(0, values.shape[:-1]))
+
+
+def _rotated(values: Tensor) -> Tensor:
+    """By a Hadamard matrix, group after group."""
+    side = math.gcd(values.shape[-1], GROUP)
+    turned = torch.ops.aten.mm.default(values.reshape(-1, side), torch.empty(side, side, dtype=values.dtype))
+    return cast(Tensor, turned.view(values.shape))
+
+
+def quantize(net: nn.Module, dtype: torch.dtype, kind: type[Stored] = Stored) -> None:
+    """Keep every linear layer's weight in `dtype`, as layers of `kind` do."""
     for module in list(net.modules()):
         if type(module) is nn.Linear:
-            module.__class__ = Stored
+            module.__class__ = kind
             cast(Stored, module).quantized(dtype)
 
 
