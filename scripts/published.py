@@ -150,7 +150,7 @@ def described(row: dict[str, str]) -> Run:
 
 
 def _denoiser(name: str) -> Denoiser:
-    if not (CONFIGS / name).is_dir():
+    if not (CONFIGS / name / "unet").is_dir():
         return load(name)
     config = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
     return Denoiser(name, config, resolution=512, tokens=77)

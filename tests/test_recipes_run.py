@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import UserError
 from finetune.estimate.choose import PROMISE
 from finetune.estimate.forecast import forecast
 from finetune.estimate.gpus import find
@@ -16,8 +15,6 @@ from finetune.recipe import RECIPES, bundled_recipes, load_recipe
 from tests import tiny
 
 COUNT = 52
-# Recipes that `ft estimate` answers for by --trace alone, since scripts/measure_cards.py has not measured all that they ask for.
-NOT_MEASURED = {"full/lumina2", "full/sd35", "full/z-image"}
 # Which tiny build stands for the model that a recipe names.
 STANDS_FOR = {
     "embedded:base": "emoji",
@@ -66,11 +63,7 @@ def test_fits_the_card_that_it_promises(name: str) -> None:
     gigabytes = promised(name)
     if in_name := PROMISE.search(name):
         assert gigabytes == int(in_name[1]), "the name and the first line promise different cards"
-    try:
-        found = forecast(load_recipe(name), name, find(LEAST[gigabytes]), 1000)
-    except UserError as error:
-        assert name in NOT_MEASURED, error
-        pytest.skip("not measured yet")
+    found = forecast(load_recipe(name), name, find(LEAST[gigabytes]), 1000)
     assert found.fits, found.memory.phases
 
 

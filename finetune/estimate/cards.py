@@ -41,7 +41,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 }
 # What an optimizer keeps adds up with the rest (`memory.state_bytes`), so one's measurement serves those without one.
 ADDS_UP = ("optimizer.name", "optimizer.paged")
-NOT_BUILT = ("data", "train", "optimizer", "sample", "output", "adapter", "name", "places", "vae")  # what says nothing of a net from scratch
+NOT_BUILT = ("data", "train", "optimizer", "sample", "output", "adapter", "name", "places", "vae", "low")  # what says nothing of a net from scratch
 
 
 @final

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, final
 from unittest import mock
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from finetune.data.dataset import Dataset
-from finetune.data.scan import Audit
+from finetune.data.scan import Audit, scan
 from finetune.engine.draw import Draw
 from finetune.engine.loop import Trainer
 from finetune.engine.run import Run
@@ -38,14 +39,14 @@ from finetune.estimate.allocator import Event
 from finetune.estimate.emulate import Cuda, cuda, fake_tensors
 from finetune.estimate.madeup import MadeUpSteps, MadeUpTokenizer
 from finetune.estimate.trace import Recorder, Section, reading, tensors_of
-from finetune.models import loading, text_to_image
+from finetune.models import cascade, loading, pixels, second, text_to_image
 from finetune.models.offload import blocks_of
 from finetune.models.quantized import quantizable
 from finetune.models.text_to_image import DTYPES, TextToImage
 from finetune.models.turn import Batch, Model, SampleRequest
 from finetune.planning import DataFacts, Machine, Plan
 from finetune.recipe import Model as ModelSection
-from finetune.recipe import Precision, Recipe
+from finetune.recipe import Precision, Recipe, bundled_recipes, load_recipe, run_of
 
 STEPS = 2  # the first makes the optimizer's state, the second is as all that follow
 OF_TEXT_ENCODERS = ("text encoders' blocks", "text encoders' largest block", "text encoders' quantisable")  # parameters
@@ -305,6 +306,8 @@ def skeletons(device: torch.device | None = None) -> Iterator[None]:
     with (
         mock.patch.object(loading, "open_pipeline", functools.partial(_pipeline, device=device)),
         mock.patch.object(loading, "open_vae", _vae),
+        mock.patch.object(second, "open_model", _first_stage),
+        mock.patch.object(cascade, "open_model", _first_stage),
         mock.patch.object(text_to_image, "fingerprint", return_value=""),  # no cache is kept of what has no values
     ):
         yield
@@ -369,3 +372,14 @@ def _vae(given: str, class_name: str = "") -> Any:
     from finetune.estimate.architecture import vae_config
 
     return diffusers.AutoencoderKL.from_config(vae_config(given)).eval()
+
+
+def _first_stage(given: str) -> pixels.PixelModel:
+    """`pixels.open_model`; of a bundled recipe whose run is yet to come, the model that it will make."""
+    name = next((name for name in bundled_recipes() if given == run_of(name)), "")
+    if not name or Path(given).exists():
+        return pixels.open_model(given)
+    recipe = load_recipe(name)
+    module = importlib.import_module(f"finetune.models.{recipe.model.family}")
+    found: pixels.PixelModel = module.build(plan_for(recipe, "float32", (recipe.data.resolution,) * 2), scan(recipe.data))
+    return found

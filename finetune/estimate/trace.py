@@ -75,12 +75,16 @@ NO_LAUNCH = {
 }
 
 
+DRAWN = "_drawn"  # marks tensors of drawn numbers, and whether they are above others
 _integer = ContextVar("integer", default=1)
 
 
 @contextlib.contextmanager
 def reading(integer: int) -> Iterator[None]:
-    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values. (A float is 1, a truth is false.)"""
+    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values.
+
+    (A float is 1, a truth is false; but a number that was drawn is above what it is compared with, as adapters ask that drop out seldom.)
+    """
     before = _integer.set(integer)
     try:
         yield
@@ -133,9 +137,11 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
         if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
-            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else _integer.get()
+            return hasattr(args[0], DRAWN) if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else _integer.get()
         out = self._outcome(func, args, kwargs)
         outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if name == "rand" or (name == "gt" and hasattr(args[0], DRAWN)):
+            setattr(out, DRAWN, True)
         if func.namespace in ("aten", "bitsandbytes") and not func.is_view and name not in NO_LAUNCH and self.sections:
             self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
         for tensor in outs:
