@@ -140,7 +140,7 @@ def test_two_machines_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         environment, arguments = launcher("scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}"))
         command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), file]
         running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=300) for process in running]
+    told = [process.communicate(timeout=500) for process in running]
     assert f"{name}: 2 × MULTI_CPU, machines: 2\n" in told[0][0], told[0][1][-3000:]
     assert f"{name}: " not in told[1][0] and [process.returncode for process in running] == [0, 0], told[1][1][-3000:]
     compare_with_one(name, tmp_path / "two", tmp_path / "one")
