@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.estimate.cards import Work
 from finetune.estimate.constants import CONTEXT, GIB, PACE, Pace
+from finetune.estimate.forecast import forecast
 from finetune.estimate.gpus import find
 from finetune.estimate.memory import around
 from finetune.estimate.speed import step
-from finetune.recipe import ASSETS
+from finetune.recipe import ASSETS, load_recipe
 from scripts import published
 
+PICTURES = 16  # of scripts/check_gpu.py's runs
 ALL_OF_IT = "nvidia-smi"  # in the notes: what was measured holds CUDA's context too
 
 
@@ -71,7 +73,7 @@ def main(traces: Path | None, only: str, write: bool) -> None:
         print(line_of(found[-1]), flush=True)
     print(f"\n{len(found)} of {len(rows)} rows; not predicted:")
     print("\n".join(f"  {count:>3}  {reason}" for reason, count in left.most_common()))
-    found_errors = errors(found)
+    found_errors = errors(found) | (ours() if not only else {})
     if write:
         file = ASSETS / "accuracy.json"
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | found_errors, indent=1) + "\n", encoding="utf-8")
@@ -175,6 +177,28 @@ def errors(found: list[Found]) -> dict[str, dict[str, float]]:
             said[title] = {"median": statistics.median(off), "90 %": off[min(len(off) - 1, int(0.9 * len(off)))], "rows": len(off)}
             print(f"  {title:<28}{said[title]['median']:>6.1%} {said[title]['90 %']:>7.1%}   {len(off):>4}")
     return said
+
+
+def ours() -> dict[str, dict[str, float]]:
+    """Runs of this project's own that scripts/check_gpu.py measured, beside the estimates from cards; printed, with their errors.
+
+    Constants are not fit on them: their GPU waited for its host, a virtual machine's, most of the time.
+    """
+    lines = (ASSETS / "gpu_runs.tsv").read_text(encoding="utf-8").splitlines()
+    memory, time = [], []
+    print("\nruns of ours")
+    for line in lines[1:]:
+        row = dict(zip(lines[0].split("\t"), line.split("\t"), strict=True))
+        one = forecast(load_recipe(row["recipe"], row["set"].split()), row["recipe"], find(row["gpu"]), PICTURES)
+        reserved, kernels = (one.memory.phases["train"] - CONTEXT) / GIB, one.speed.compute + one.speed.bandwidth
+        memory.append(reserved / float(row["reserved_gib"]) - 1)
+        time.append(one.speed.seconds / float(row["seconds"]) - 1)
+        print(
+            f"  {row['recipe']:<18} {row['set']:<22} {row['reserved_gib']:>6} GiB, predicted {reserved:>6.2f} ({memory[-1]:+4.0%})"
+            f"   {row['seconds']} s, predicted {one.speed.seconds:.3f} ({time[-1]:+.0%}); kernels {row['kernel_seconds']} s, predicted {kernels:.4f}"
+        )
+    said = {"our runs, memory": memory, "our runs, s/step": time}
+    return {name: {"median": statistics.median(map(abs, off)), "least": min(off), "most": max(off), "rows": len(off)} for name, off in said.items()}
 
 
 # -- the fit ------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on pictures of noise.
 Where the weights of a base are not on this machine its nets come from the bundled configurations, with random weights: neither
 memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, with a row for each run in
-the columns of finetune/assets/published_runs.tsv. --details keeps, a JSON line a run, what a model of memory and time is fit on: the
-peaks, the seconds of each step, and every operator's calls and time on the device in one more step.
+the columns of finetune/assets/gpu_runs.tsv, which holds those of past runs. --details keeps, a JSON line a run, what a model of
+memory and time can be fit on: each phase's peaks, each step's seconds, every operator's calls and time on the device in one more step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import click
 import torch
 from PIL import Image
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,13 +43,11 @@ from finetune.estimate.expect import WARM_UP, typical
 from finetune.estimate.forecast import Forecast, fitting, forecast
 from finetune.estimate.gpus import Gpu, find
 from finetune.estimate.trace import NO_LAUNCH
-from finetune.planning import Machine
 from finetune.recipe import ASSETS, bundled_recipes, load_recipe
 from finetune.report.tables import table
 
 BASE = ("lora/emoji", "full/emoji")
 PICTURES, LEAST_SIDE = 16, 64
-SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Ran(NamedTuple):
@@ -112,13 +111,17 @@ def main(
             if time.monotonic() - begun > 60 * minutes:
                 print(f"{name} is left out: {minutes:g} minutes are over")
                 continue
-            one = _settings(name, gpu, folder, steps, overrides)
+            try:
+                one = _settings(name, gpu, folder, steps, overrides)
+            except UserError as error:
+                print(f"\n{name} is left out: {error.problem}")
+                continue
             print(_title(one), flush=True)
             if not one.fits or not (cpu or machine.device == "cuda"):
                 print(table("estimated", _estimated(one)))
                 continue
             if (ran := _run(one, folder, steps)) is not None:
-                row = _row(one, ran, machine)
+                row = _row(one, ran, overrides)
                 print(table("estimated and measured", _compared(one, ran)), row, sep="\n", flush=True)
                 _add(out, row)
                 _add(details, json.dumps({"name": one.name, "edits": sets(one), "gpu": gpu.name} | ran.details))
@@ -162,7 +165,7 @@ def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
         return None
     finally:
         gc.collect()
-        if torch.cuda.is_initialized():  # untested where no GPU is at hand
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
@@ -215,10 +218,13 @@ def _profiled(trainer: Trainer, step: int) -> dict[str, Any]:
     """Of one more step, each operator's and kernel's calls and microseconds of the device and of the host."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         trainer.take(step)
-    found = [one for one in profiled.key_averages() if one.self_device_time_total or one.self_cpu_time_total]
+    averages = profiled.key_averages()
+    found = [one for one in averages if one.self_device_time_total or one.self_cpu_time_total]
+    kernels = [one for one in averages if one.device_type == DeviceType.CUDA and not one.is_user_annotation]
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "kernels": sum(one.self_device_time_total for one in kernels) / 1e6,
         "operators": {one.key: (one.count, round(one.self_device_time_total), round(one.self_cpu_time_total)) for one in found},
     }
 
@@ -243,35 +249,25 @@ def _compared(one: Forecast, ran: Ran) -> list[tuple[str, str]]:
     return [*((name, f"{estimated}; {measured}") for (name, estimated), measured in zip(_estimated(one), said, strict=True)), ("nets", ran.weights)]
 
 
-def _row(one: Forecast, ran: Ran, machine: Machine) -> str:
-    """The run as a line of published_runs.tsv."""
-    recipe, precision = one.recipe, SHORT[ran.precision]
-    train, adapter, gpu = recipe.train, recipe.adapter, one.gpu.name if machine.device == "cuda" else "CPU"
+def _row(one: Forecast, ran: Ran, overrides: tuple[str, ...]) -> str:
+    """The run as a line of gpu_runs.tsv."""
+    training, seconds = ran.details["peaks"]["training"], ran.details.get("kernels")
     values = {
-        "id": "-".join(["ft", one.name.replace("/", "-"), *(lever.key.partition(".")[2] for lever in one.edits), gpu.lower().replace(" ", "")]),
-        "model": one.card.title,
-        "method": f"LoRA {adapter.targets}" if adapter else "full fine-tune",
-        "resolution": f"{recipe.data.resolution}x{recipe.data.resolution}",
-        "batch_per_gpu": str(train.batch_size),
-        "grad_accum": str(train.accumulation),
-        "rank": str(adapter.rank) if adapter else "-",
-        "weights_dtype": f"{precision} (adapter fp32)" if adapter and precision != "fp32" else "fp32",
-        "compute_dtype": "fp32" if precision == "fp32" else f"{precision}, autocast",
-        "optimizer": recipe.optimizer.name,
-        "grad_ckpt": "yes" if train.gradient_checkpointing else "no",
-        "text_encoder_trained": "no",
-        "latents_cached": "yes",
-        "text_embeds_cached": "yes",
-        "gpu": gpu,
-        "peak_vram_gb": f"{ran.training / GIB:.2f}" if ran.training else "-",
-        "seconds_per_step_or_its": f"{ran.seconds:.3f} s/step",
-        "total_hours": "-",
-        "cost_usd": "-",
-        "notes": f"[A] GiB; metric=torch max_memory_reserved, training only; {ran.weights}; {ran.operators} operators; EMA {train.ema or 'none'};"
-        f" torch {torch.__version__}",
-        "source": f"scripts/check_gpu.py, {datetime.date.today()}",
+        "recipe": one.name,
+        "set": " ".join([*overrides, *sets(one).replace("--set ", "").split()]),
+        "gpu": one.gpu.name if training else "CPU",
+        "torch": torch.__version__,
+        "precision": ran.precision,
+        "weights": ran.weights,
+        "allocated_gib": f"{training['allocated'] / GIB:.2f}" if training else "-",
+        "reserved_gib": f"{training['reserved'] / GIB:.2f}" if training else "-",
+        "whole_gib": f"{ran.peak / GIB:.2f}" if ran.peak else "-",
+        "seconds": f"{ran.seconds:.3f}",
+        "kernel_seconds": f"{seconds:.4f}" if seconds else "-",
+        "operators": str(ran.operators),
+        "date": str(datetime.date.today()),
     }
-    header = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").partition("\n")[0]
+    header = (ASSETS / "gpu_runs.tsv").read_text(encoding="utf-8").partition("\n")[0]
     return "\t".join(values[column] for column in header.split("\t"))
 
 

@@ -15,7 +15,7 @@ from finetune.engine import checkpoint
 from finetune.engine.clock import Clock, Watchdog
 from finetune.engine.draw import Draw
 from finetune.engine.faults import memory_explained, not_finite, too_far
-from finetune.engine.machine import memory_live
+from finetune.engine.machine import from_empty_cache, memory_live
 from finetune.engine.optim import found_rate, learning_rate
 from finetune.engine.progress import Progress
 from finetune.engine.run import Run
@@ -195,7 +195,7 @@ class Trainer:
         observe = self.observe
         if observe is not None and self._draws(done) and self.accelerator.is_main_process:
             self.progress.end()
-            with self.run.status.phase("sampling"), self.state.averaged():
+            with self.run.status.phase("sampling"), self.state.averaged(), from_empty_cache(self.accelerator.device):
                 signals.cut_short(lambda: observe(done))
             self.clock.lap("samples")
 

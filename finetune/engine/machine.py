@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ def this_machine() -> Machine:
     launcher = _LAUNCHER.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if torch.cuda.is_available() and not on_cpu:  # untested where no GPU is at hand
+    if torch.cuda.is_available() and not on_cpu:
         properties = torch.cuda.get_device_properties(0)
         return Machine(
             "cuda",
@@ -41,7 +42,7 @@ def this_machine() -> Machine:
 
 def forget_peak() -> None:
     """Begin to count the peak of `memory_peak` anew."""
-    if torch.cuda.is_initialized():  # untested where no GPU is at hand
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # only Linux counts it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -55,6 +56,22 @@ def memory_peak(device: torch.device) -> int | None:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if device.type == "cpu" else []
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     return None
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what PyTorch keeps of a GPU's memory and nothing lives in: the next phase needs blocks of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def from_empty_cache(device: torch.device) -> Iterator[None]:
+    """A phase that neither finds nor leaves behind blocks of sizes that are of use to itself alone."""
+    empty_cache(device)
+    try:
+        yield
+    finally:
+        empty_cache(device)
 
 
 def memory_left(device: torch.device) -> float | None:

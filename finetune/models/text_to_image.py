@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finetune.data.cache import fingerprint
 from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
+from finetune.engine.machine import empty_cache
 from finetune.errors import UserError
 from finetune.models import adapters, loading, smaller, words
 from finetune.models.checkpointing import checkpoint_activations
@@ -129,8 +130,7 @@ class CaptionAndLatent(Encoders):
             for name in self.text_encoders:
                 setattr(self._pipeline, name, None)
         self._pipeline.vae.to("cpu")
-        if self._device.type == "cuda":  # untested where no GPU is at hand
-            torch.cuda.empty_cache()
+        empty_cache(self._device)
 
 
 def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> Objective:
