@@ -128,22 +128,22 @@ def compare_with_one(name: str, two: Path, one: Path) -> None:
         assert losses and {key: their[key] for key in losses} == pytest.approx({key: ours[key] for key in losses}, rel=1e-4)
 
 
-def test_two_machines_are_one_with_twice_the_batch(tmp_path: Path) -> None:
-    """Two launchers on this one, which find each other by the first's address, with one process each."""
+def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Path) -> None:
+    """Two launchers on this one, which find each other by the first's address, with one process each; in the end the second's breaks."""
     name = "scratch-vae"
-    file = written(name, CASES[name](tmp_path / "two", "train.batch_size=2"), tmp_path)
+    files = [written(run, CASES[name](tmp_path / run, "train.batch_size=2"), tmp_path) for run in (name, "breaks")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = []
     for rank in range(2):
         environment, arguments = launcher("scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}"))
-        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), file]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
         running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     told = [process.communicate(timeout=500) for process in running]
     assert f"{name}: 2 × MULTI_CPU, machines: 2\n" in told[0][0], told[0][1][-3000:]
-    assert f"{name}: " not in told[1][0] and [process.returncode for process in running] == [0, 0], told[1][1][-3000:]
-    compare_with_one(name, tmp_path / "two", tmp_path / "one")
+    compare_with_one(name, tmp_path / name, tmp_path / "one")
+    assert [process.returncode for process in running] == [1, 1] and "ValueError: rank 1 has had enough" in told[1][1]
 
 
 def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launched) -> None:
