@@ -138,6 +138,7 @@ def test_the_warning_names_figure_estimate_and_lever() -> None:
     assert "--set train.gradient_checkpointing=true would save" in warning(one, 7.5, 0.01)  # not the rank, which saves next to nothing
     assert "--set train.batch_size=1 --set train.accumulation=8" in warning(of("lora/sd15", "train.batch_size=8", "train.accumulation=1"), 7.5, 0.0)
     assert "another process" in warning(one, 7.5, None)
+    assert "The GPU waits for the processor, which launches 1," in warning(of("lora/emoji"), 7.5, None)
 
 
 def test_a_run_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

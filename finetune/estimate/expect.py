@@ -20,6 +20,7 @@ from finetune.planning import Plan
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
 WINDOW, FEWEST = 20, 5  # steps whose median is the pace of now, and how many there must be
 SLOW = 2.0  # times the estimate
+WAITING = 0.5  # of a step, from which on the host sets its pace: hosts differ by a factor of three (assets/gpu_runs.tsv)
 FULL = 0.03  # share of a GPU's memory that is left when it is nearly full
 WORTHWHILE = 0.05  # share of a GPU's memory that an edit has to save to be named against spilling
 NO_COUNTER = "PyTorch counts no peak on this device"
@@ -141,6 +142,9 @@ def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     """That steps take `live` seconds, what was estimated, and what is likely to help."""
     said = f"warning: a step takes {_seconds(live)}, and {_seconds(one.speed.seconds)} was estimated for {one.gpu.name}. "
     if memory_left is None or memory_left > FULL:
+        if one.speed.launch > WAITING * one.speed.seconds:
+            why = f"The GPU waits for the processor, which launches {one.speed.operators:,} operators a step: one that is faster or less busy helps"
+            return f"{said}{why}, and a larger train.batch_size takes hardly longer."
         return said + "Look for another process on the GPU, a power limit or a slow disk."
     edited = cheapest(one)
     mend = f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB" if edited else "take a larger GPU"
