@@ -174,9 +174,12 @@ def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] 
 def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training: bool = True) -> dict[str, Any]:
     """The phases of one run on fake tensors."""
     from finetune.data.scan import scan
+    from finetune.estimate.measure import BATCHES
     from finetune.estimate.subject import Subject
 
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
+    if hasattr(recipe.net, "group"):  # of pictures that a critic compares: it has to divide both batches, and its size costs nothing
+        recipe = dataclasses.replace(recipe, net=dataclasses.replace(recipe.net, group=BATCHES[0]))
     audit = scan(recipe.data) if recipe.method == "scratch" else None
     side = recipe.data.resolution
     subject = Subject(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device)

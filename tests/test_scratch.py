@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from finetune import nets
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
-from finetune.estimate.emulate import fake_tensors
+from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.measure import MICRO, operators, works
 from finetune.estimate.subject import Subject, skeletons
 from finetune.job import Job
@@ -160,16 +161,17 @@ def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, once[key]) for key, tensor in weights(tmp_path / "run", 3).items())
 
 
-@pytest.mark.parametrize("name", {case.family: name for name, case in CASES.items()}.values())
+@pytest.mark.parametrize("name", CASES)
 def test_its_step_runs_on_fake_tensors(name: str) -> None:
-    """As the estimate traces it: no shape and no branch depends on a value."""
+    """As the estimate traces it, in float32 and under CUDA's autocast: no shape and no branch depends on a value."""
     job = trained(name).job
     real = job.data.batch(0, [0], Draw(0, 0, [0]))
-    with fake_tensors(), skeletons():
+    with fake_tensors(), skeletons(), cuda() as mode:
         model = importlib.import_module(f"finetune.models.{CASES[name].family}").build(job.plan, job.model.audit)  # type: ignore[attr-defined]
         batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
-        for turn in model.turns():
-            loss = turn.loss(batch, Draw(0, 0, range(4)))
+        for turn, dtype in itertools.product(model.turns(), (None, torch.bfloat16)):
+            with mode.autocast(dtype):
+                loss = turn.loss(batch, Draw(0, 0, range(4)))
             assert loss.shape == (4,) and isinstance(loss, FakeTensor)
             loss.mean().backward()
 

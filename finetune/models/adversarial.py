@@ -132,7 +132,7 @@ class CriticTurn(Turn):
         if section.r2:
             found = found + section.r2 * flatness(of_made, made)
         if section.gradient_penalty:
-            between = torch.lerp(made.detach(), true.detach(), draw.uniform("between", (1, 1, 1))).requires_grad_()
+            between = torch.lerp(made.detach().float(), true.detach(), draw.uniform("between", (1, 1, 1))).requires_grad_()
             found = found + section.gradient_penalty * unit_slope(self._plain(between, classes, draw), between)
         return found
 
