@@ -85,6 +85,14 @@ def test_attention_keeps_no_scores(dtype: torch.dtype, masked: bool, kernel: str
     assert sum(event.size or 0 for event in recorder.events) < query.numel() * query.element_size() * 3 + 2 * 512 * 512
 
 
+def test_an_rms_norm_is_one_kernel() -> None:
+    with fake_tensors(), cuda() as mode, Recorder() as recorder, mode.autocast(torch.bfloat16):
+        net, values = torch.nn.RMSNorm(64), torch.empty(2, 8, 64)
+        recorder.section("norm")
+        norm = net(values)
+    assert norm.dtype == torch.float32 and [operator.kind for operator in recorder.sections[-1].operators] == ["other"]
+
+
 def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
     shapes = [(64, 64), (63, 65), (4096,), (4095,), (1, 300, 20)]
     bytes_of: dict[Any, dict[tuple[int, str], tuple[int, torch.dtype]]] = {}
