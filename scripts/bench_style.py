@@ -4,11 +4,11 @@
 
 RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was quantised while it
 trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantised base
-also on that, which shows what is lost on the way from the one to the other. Two small networks judge, both trained on real
-pictures of both houses over emoji used neither for the LoRA nor for judging: one says which house drew a picture; one embeds it so that the two
-houses' pictures of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged). Real pictures pass
-through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names,
-from equal seeds, with plain diffusers. A real Noto and Twemoji picture of every name (1,875 × 2, through the VAE) is the
+also on that, which shows what is lost on the way from the one to the other. Two small networks judge, both
+trained on both houses' real pictures of every emoji but the LoRA's 400 and those judged: one says which house drew a picture; one embeds
+it so that the two houses' pictures of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged).
+Real pictures pass through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the
+judged names, from equal seeds, with plain diffusers. A real Noto and Twemoji picture of every name (1,875 × 2, through the VAE) is the
 gallery for retrieval: the nearest one should carry the prompted name.
 """
 
@@ -57,18 +57,29 @@ def through_vae(vae: Any, pixels: Tensor) -> Tensor:
 
 
 class House(nn.Module):
-    """[B, 3, 64, 64] → logit of "Twemoji drew it" [B]. Colours and shading tell the houses apart, so both are left as they are."""
+    """[B, 3, 64, 64] in [-1, 1] → logit of "Twemoji drew it" [B]. Colours and shading tell the houses apart, so both are left as they are.
+
+    Each house has a palette of its own, and only Noto shades. So each channel is shown beside its sines and cosines, in which close shades
+    lie apart (Fourier features, Tancik et al. 2020, arXiv:2006.10739), at full side, and what is found at every side is read.
+    """
+
+    WIDTHS = (16, 32, 64, 128)
+    LENGTH = 1200, 24  # steps of its training, and pairs of pictures in each
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (32, 64, 96, 128)
-        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
-        self.blocks = nn.Sequential(*(Residual(before, after) for before, after in pairwise(widths)))
-        self.logit = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * widths[-1], 1))
+        self.stem = nn.Sequential(nn.Conv2d(3 * 7, self.WIDTHS[0], 3, 1, 1, bias=False), nn.BatchNorm2d(self.WIDTHS[0]), nn.ReLU())
+        self.blocks = nn.Sequential(*(Residual(before, after) for before, after in pairwise(self.WIDTHS)))
+        self.logit = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * sum(self.WIDTHS), 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        features = self.blocks(self.stem(pixels))
-        found: Tensor = self.logit(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)).squeeze(1)
+        angles = torch.pi * torch.cat([pixels, 2 * pixels, 4 * pixels], dim=1)
+        seen = torch.cat([pixels, angles.sin(), angles.cos()], dim=1).contiguous(memory_format=torch.channels_last)  # a quarter quicker on a CPU
+        features = [self.stem(seen)]
+        for block in self.blocks:
+            features.append(block(features[-1]))
+        pooled = torch.cat([pool for scale in features for pool in (scale.mean((2, 3)), scale.amax((2, 3)))], dim=1)
+        found: Tensor = self.logit(pooled).squeeze(1)
         return found
 
     def says_twemoji(self, pixels: Tensor) -> Tensor:
@@ -137,7 +148,7 @@ def main() -> None:
     real = through_vae(base.vae, pixels.flatten(0, 1)).view_as(pixels)
 
     lessons = real[:, [place[name] for name in rest]]
-    telling_house = train_judge(House(), lessons, lambda net, batch: house_loss(net(batch)), 0.0, generator, "the house")
+    telling_house = train_judge(House(), lessons, lambda net, batch: house_loss(net(batch)), 0.0, generator, "the house", House.LENGTH)
     telling_names = train_judge(EmojiNet(64), lessons, lambda net, batch: names_loss(net(batch)), 0.1, generator, "the names")
     truth = [place[name] for name in judged_names]
     with torch.no_grad():
