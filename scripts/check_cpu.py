@@ -33,7 +33,17 @@ from finetune.estimate.gpus import this_cpu
 from finetune.estimate.subject import MadeUp, Subject, skeletons
 from finetune.recipe import ASSETS, load_recipe
 
-RECIPES = ("scratch/emoji-vae", "scratch/emoji-diffusion", "scratch/vae", "lora/emoji", "full/emoji")
+# One of each family, and of each method.
+RECIPES = (
+    "scratch/vae",
+    "scratch/wgan-gp",
+    "scratch/flow-matching",
+    "scratch/pixelcnn++",
+    "scratch/glow",
+    "scratch/emoji-diffusion",
+    "lora/emoji",
+    "full/emoji",
+)
 STEPS = 5  # or cycles of steps, once all is warm
 
 

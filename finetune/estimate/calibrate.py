@@ -21,6 +21,7 @@ MATMULS = (64, 256, 512)  # sides
 CONVOLUTIONS = ((8, 16, 16), (8, 16, 64), (8, 64, 16), (4, 128, 32))  # pictures, channels, side: thin ones and thick ones
 ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all pictures, length, width
 ELEMENTS = (1, 16, 64, 128, 256)  # sides of 4 × 16 channels
+CACHES = 24 << 20  # bytes: more than a core's own caches and its share of the common one
 CHAIN = 4  # layers of a transformer so tiny that it shows what Python and autograd cost
 
 Measured = Iterator[tuple[float, float]]  # amount, seconds
@@ -61,19 +62,25 @@ def _curve(measured: Measured) -> Curve:
     return Curve(tuple(points))
 
 
-def _typical(run: Callable[[], object], seconds: float) -> float:
-    """Seconds of one run: the least of as many as `seconds` hold, after one that warms up.
+def _typical(run: Callable[[], object], seconds: float, cold: bool = True) -> float:
+    """Seconds of one run: the median of as many as `seconds` hold, after one that warms up.
 
     It is the processor's time, shared out to the threads: what else the machine does meanwhile does not count.
+
+    Args:
+        cold: whether the caches hold something else when a run begins, as they do in a step, whose tensors are many times their size.
     """
     run()
+    other = torch.zeros(CACHES // 4) if cold else None
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < FEWEST or time.perf_counter() < end:
+        if other is not None:
+            other.add_(1.0)
         start = time.process_time()
         run()
         taken.append(time.process_time() - start)
-    return min(taken) / torch.get_num_threads()
+    return statistics.median(taken) / torch.get_num_threads()
 
 
 def _matmuls(each: float) -> Measured:
@@ -123,7 +130,7 @@ def _elements(each: float) -> Measured:
     for side in ELEMENTS:
         values = torch.randn(4, 16, side, side)
         for moved, run in ELEMENTWISE:
-            seconds = _typical(lambda run=run, values=values: run(values), each)  # type: ignore[misc]
+            seconds = _typical(lambda run=run, values=values: run(values), each, cold=side > 1)  # type: ignore[misc]
             yield 2.0 * values.nbytes, seconds * 2 / moved
 
 
@@ -140,6 +147,6 @@ def _chain(each: float) -> tuple[float, float]:
     counts = [len(section.operators) for section in recorder.sections]
     out = net(values)
     gradient = torch.ones_like(out)
-    forward = _typical(lambda: net(values), each)
-    backward = _typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), each)
+    forward = _typical(lambda: net(values), each, cold=False)
+    backward = _typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), each, cold=False)
     return forward / counts[0], backward / counts[1]
