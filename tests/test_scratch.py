@@ -207,7 +207,7 @@ def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
     job = tiny.prepare(scratch.recipe(name, tmp_path / "run"))
     phase = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)["train"]  # type: ignore[attr-defined]
     found = operators(phase, MICRO)
-    with Products() as real:
+    with Products() as real:  # type: ignore[no-untyped-call]
         for step in range(phase.cycle):
             job.trainer.take(step)
     assert phase.cycle > 1 and sum(operator.flops for operator in found) == real.flops > 0
