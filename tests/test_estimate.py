@@ -19,7 +19,7 @@ import torch
 from finetune import cli, nets
 from finetune.commands import estimate
 from finetune.errors import UserError
-from finetune.estimate import cards, choose, cpu, standins
+from finetune.estimate import cards, choose, cpu, families, standins
 from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
@@ -406,6 +406,13 @@ def test_a_latent_space_is_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--goal", "latent") == 0
     said = capsys.readouterr().out
     assert "because a latent space: a VAE" in said and "emoji-diffusion" not in said
+
+
+@pytest.mark.parametrize("goal", families.DECISIVE)
+def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "2000", "--gpu", "rtx3060", "--data", "small-images", "--goal", goal) == 0
+    serving = {"speed": "dcgan", "likelihood": "glow"}
+    assert families.quoted(goal).startswith(serving[goal]) and f"Recommended: scratch/{serving[goal]}, because" in capsys.readouterr().out
 
 
 def test_an_autoregressive_model_never_draws_large_pictures() -> None:

@@ -12,6 +12,7 @@ from typing import Literal, final
 
 from finetune import nets
 from finetune.errors import UserError
+from finetune.estimate import families
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.gpus import Gpu
 from finetune.recipe import Method, Recipe, bundled_recipes, run_of
@@ -131,7 +132,7 @@ def choose(found: list[Forecast], images: int, budget: float | None, hours: floa
     among = [one for one in affordable if one.recipe.method == method] or affordable
     if method != methods[0]:
         reason += f", but no {methods[0]} fits what was given"
-    best = min(among, key=_rank)
+    best = min(among, key=lambda one: _rank(one, goal))
     return Choice(best, f"{reason}, and it is the best {'base' if best.recipe.method != 'scratch' else 'of them'} that fits", _first(best.recipe))
 
 
@@ -177,10 +178,12 @@ def _affordable(found: list[Forecast], budget: float | None, hours: float | None
     return paid
 
 
-def _rank(one: Forecast) -> tuple[int, int, float]:
-    """The best base first; of what is from scratch, what holds most; then what takes least time."""
+def _rank(one: Forecast, goal: str) -> tuple[int, float, int, float]:
+    """The best base first; of what is from scratch, what was measured to do best at the goal, then what holds most; then what takes least time."""
     known = BY_QUALITY.index(one.card.name) if one.card.name in BY_QUALITY else len(BY_QUALITY)
-    return known, -one.variant.trained if one.recipe.method == "scratch" else 0, one.hours
+    if one.recipe.method != "scratch":
+        return known, 0.0, 0, one.hours
+    return known, families.standing(one.name.rpartition("/")[2], goal), -one.variant.trained, one.hours
 
 
 def _too_large(one: Forecast) -> bool:
