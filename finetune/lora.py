@@ -15,6 +15,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 
 def main() -> None:
+    """What `accelerate launch` runs in each process: the recipe and overrides of the command line."""
     from finetune.entry import arguments, launched, quiet_libraries
 
     with launched():
