@@ -15,7 +15,7 @@ from finetune.errors import UserError
 from finetune.models import alias_free, stylegan2
 from finetune.models.alias_free import AliasFreeGenerator, equivariance, low_pass, lowered, raised
 from finetune.models.pixels import Space
-from finetune.models.styled import EqualConv, Modulated, doubled, mixed
+from finetune.models.styled import EqualConv, Modulated, doubled, mixed, resampled
 from finetune.models.stylegan2 import PathLength, Styled, StyleGan2, path_lengths
 from finetune.models.turn import SampleRequest
 from finetune.nets.stylegan2 import Net
@@ -31,17 +31,38 @@ def make(**changes: Any) -> StyleGan2:
 
 
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_a_modulated_convolution_is_a_loop_over_pictures(demodulate: bool) -> None:
-    layer, maps, styles = Modulated(4, 6, 3, 5, demodulate), torch.randn(3, 4, 7, 8), torch.randn(3, 5)
-    found = layer(maps, styles)
-    for number in range(3):
-        scales = layer.style(styles[number])
-        weight = layer.weight * scales.view(1, -1, 1, 1) / (4 * 9) ** 0.5
+def test_a_modulated_convolution_is_one_by_weights_of_each_picture(demodulate: bool) -> None:
+    """Equations 1 and 3 as they stand: values, slopes, and slopes of the slopes' squares, as the penalties take them."""
+    torch.manual_seed(0)
+    layer = Modulated(4, 6, 3, 5, demodulate).double()
+    maps, styles = (torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 7, 8), (5,)))
+
+    def explicit() -> Tensor:
+        weights = layer.weight * layer.style(styles)[:, None, :, None, None] / (4 * 9) ** 0.5
         if demodulate:
-            weight = torch.stack([kernel / kernel.norm() for kernel in weight])
-        torch.testing.assert_close(found[number], functional.conv2d(maps[number], weight, padding=1), rtol=1e-4, atol=1e-5)
-    if demodulate:
-        assert layer.weights(styles).flatten(2).norm(dim=2).flatten().tolist() == pytest.approx([1.0] * 18, abs=1e-5)
+            weights = weights / (weights.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+        return torch.stack([functional.conv2d(one, weight, padding=1) for one, weight in zip(maps, weights, strict=True)])
+
+    leaves = [maps, styles, *layer.parameters()]
+    directions = torch.randn(3, 6, 7, 8, dtype=torch.float64)
+    for found, expected in zip(*(_differentiated(one, leaves, directions) for one in (layer(maps, styles), explicit())), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def _differentiated(out: Tensor, leaves: list[Any], directions: Tensor) -> list[Tensor]:
+    """What came out, its slopes, and those of their squares."""
+    slopes = torch.autograd.grad((out * directions).sum(), leaves, create_graph=True)
+    return [out, *slopes, *torch.autograd.grad(torch.stack([slope.square().sum() for slope in slopes]).sum(), leaves)]
+
+
+@pytest.mark.parametrize(("up", "down", "padding"), [(1, 1, (2, 2)), (1, 2, (1, 1)), (2, 1, (2, 1)), (4, 1, (3, 0))])
+def test_resampling_is_a_convolution_of_each_channel(up: int, down: int, padding: tuple[int, int]) -> None:
+    maps, kernel = torch.randn(2, 3, 6, 8), torch.randn(4)
+    spread = torch.zeros(2, 3, 6 * up, 8 * up)
+    spread[..., ::up, ::up] = maps
+    square = torch.outer(kernel, kernel).expand(3, 1, 4, 4)
+    expected = functional.conv2d(functional.pad(spread, padding * 2), square, stride=down, groups=3)
+    torch.testing.assert_close(resampled(maps, kernel, padding, up, down), expected)
 
 
 def test_resampling_keeps_places_and_brightness() -> None:

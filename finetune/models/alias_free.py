@@ -14,13 +14,12 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from finetune.engine.draw import Draw
 from finetune.models.adversarial import widths_by_size
 from finetune.models.blocks import halved
 from finetune.models.pixels import Space
-from finetune.models.styled import Modulated, activated
+from finetune.models.styled import Modulated, activated, resampled
 from finetune.models.stylegan2 import Styled
 from finetune.nets.stylegan2 import Net
 
@@ -40,28 +39,16 @@ def low_pass(cutoff: float, factor: int) -> Tensor:
     return (kernel / kernel.sum()).float()
 
 
-def filtered(maps: Tensor, kernel: Tensor, padding: tuple[int, int], stride: int = 1) -> Tensor:
-    """Every channel [B, C, H, W] by the kernel [taps] along both sides, after so many zeros before and behind."""
-    count, channels = maps.shape[:2]
-    single = functional.pad(maps, (*padding, *padding)).flatten(0, 1)[:, None]
-    single = functional.conv2d(single, kernel.view(1, 1, 1, -1), stride=(1, stride))
-    single = functional.conv2d(single, kernel.view(1, 1, -1, 1), stride=(stride, 1))
-    return single.view(count, channels, *single.shape[2:])
-
-
 def raised(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
     """At `factor` times the rate, pixels' centres kept: zeros between, and the filter."""
-    count, channels, height, width = maps.shape
-    spread = functional.pad(maps[..., None, :, None], (0, factor - 1, 0, 0, 0, factor - 1))
-    spread = spread.reshape(count, channels, factor * height, factor * width)
     before = len(kernel) - 1 - (len(kernel) - factor) // 2
-    return filtered(spread, kernel * factor, (before, len(kernel) - 1 - before))
+    return resampled(maps, kernel * factor, (before, len(kernel) - 1 - before), up=factor)
 
 
 def lowered(maps: Tensor, kernel: Tensor) -> Tensor:
     """At half the rate, centres kept."""
     side = len(kernel) // 2 - 1
-    return filtered(maps, kernel, (side, side), stride=2)
+    return resampled(maps, kernel, (side, side), down=2)
 
 
 @final
