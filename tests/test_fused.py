@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import CLIPTextModel
 
 from finetune.models import adapters
 from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.fused import FusedLinear
+from finetune.models.fused import FusedConv2d, FusedLinear
 from finetune.recipe import Adapter
 from tests import tiny
 
@@ -47,8 +48,11 @@ def flux2() -> Built:
     return net, lambda net: net(latents, text, torch.tensor([0.3, 0.7]), image, words, return_dict=False)[0]
 
 
-def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor], int]:
-    """A step's output, the gradients of what trains, and how many layers are fused. The same weights each time."""
+Found = tuple[Tensor, dict[str, Tensor], Counter[type]]
+
+
+def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool, dtype: torch.dtype) -> Found:
+    """A step's output, the gradients of what trains, and how many layers of which kind are fused. The same weights each time."""
     tiny.pipeline("sd15")
     torch.manual_seed(0)
     net, run = build()
@@ -66,19 +70,30 @@ def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool,
     (found.float() * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum().backward()
     trained = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in trained.values())
-    return found.detach(), trained, sum(isinstance(module, FusedLinear) for module in net.modules())
+    return found.detach(), trained, Counter(type(module) for module in net.modules() if isinstance(module, FusedLinear | FusedConv2d))
 
 
-@pytest.mark.parametrize("build", [unet, text_encoder, flux2])
+CONVOLUTIONS = "conv1, conv2, conv_shortcut, proj_in, proj_out, downsamplers.0.conv, conv_in, conv_out, to_q"
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "fused"),
+    [
+        (unet, "all-linear", {FusedLinear: 10}),
+        (text_encoder, "all-linear", {FusedLinear: 10}),
+        (flux2, "all-linear", {FusedLinear: 10}),
+        (unet, CONVOLUTIONS, {FusedConv2d: 10, FusedLinear: 2}),
+    ],
+)
 @pytest.mark.parametrize(("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
 def test_outputs_and_gradients_are_pefts(
-    build: Callable[[], Built], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], Built], targets: str, fused: dict[type, int], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = Adapter(rank=4, alpha=3, targets="all-linear", rank_pattern={"to_k": 2})
-    output, found, fused = gradients(build, section, checkpointing, dtype)
+    section = Adapter(rank=4, alpha=3, targets=targets, rank_pattern={"to_k": 2} if targets == "all-linear" else {})
+    output, found, kinds = gradients(build, section, checkpointing, dtype)
     monkeypatch.setattr(adapters, "fuse", lambda net: None)
     expected, theirs, none = gradients(build, section, checkpointing, dtype)
-    assert fused > 10 and none == 0
+    assert kinds.keys() == fused.keys() and all(kinds[kind] >= least for kind, least in fused.items()) and not none
     relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
     torch.testing.assert_close(output, expected, rtol=relative, atol=absolute)
     assert found.keys() == theirs.keys()

@@ -4,6 +4,9 @@ At batch 1 a step of a large net waits for the host, and a LoRA layer of PEFT's 
 the input goes to float32 and back, A and B are cast one by one, the product is scaled and added, and the backward pass mirrors all
 that. Here layers that read one tensor (an attention's q, k and v) share one cast of it and one product with their A's, laid side by
 side; scale · B and the sum are part of one product; gradients of the input add up inside products.
+
+Of a convolution's layer, PEFT's B is a 1×1 convolution, which torch lays out anew on a CPU (im2col). Here it is a product as well, into
+the base's output, as channels lie last in memory; and where the base's own convolution is 1×1, all of the layer is products of pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, cast, final
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,15 +23,19 @@ NAME = "default"  # what diffusers and transformers call an adapter that is give
 # Layers of an attention that read the same tensor; of a cross-attention, q reads another.
 ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # a convolution's stride, padding and dilation
 
 
 def fuse(net: nn.Module) -> None:
-    """Let the plain LoRA layers of `net` go together, in place. Others (DoRA's, convolutions', quantised ones) stay PEFT's."""
+    """Let the plain LoRA layers of `net` go together, in place. Others (DoRA's, quantised ones) stay PEFT's."""
+    for module in net.modules():
+        if _plain_convolution(module):
+            module.__class__ = FusedConv2d  # the same layer, with another `forward`
     for parent in net.modules():
         groups = CROSS_ATTENTION if getattr(parent, "is_cross_attention", False) else ATTENTION
         children = {name: child for name, child in parent.named_children() if _plain(child)}
         for child in children.values():
-            child.__class__ = FusedLinear  # the same layer, with another `forward`
+            child.__class__ = FusedLinear
         together = [[children[name] for name in names if name in children] for names in groups]
         alone = [[child] for name, child in children.items() if not any(name in names for names in groups)]
         for layers in filter(None, together + alone):
@@ -41,6 +48,13 @@ def _plain(module: Any) -> bool:
     return type(module) is Linear and type(module.base_layer) is nn.Linear and not module.lora_variant and not module.lora_bias.get(NAME)
 
 
+def _plain_convolution(module: Any) -> bool:
+    if type(module) is not Conv2d or type(module.base_layer) is not nn.Conv2d or module.lora_variant or module.lora_bias.get(NAME):
+        return False
+    base = module.base_layer
+    return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
+
+
 @final
 class FusedLinear(Linear):  # type: ignore[misc]
     """PEFT's layer, whose output its group computes, where nothing but base and LoRA is wanted."""
@@ -48,19 +62,20 @@ class FusedLinear(Linear):  # type: ignore[misc]
     group: Group
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not self._usual(x.device.type):
+        if args or kwargs or not usual(self, x.device.type):
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         return self.group.output(self, x)
 
-    def _usual(self, device: str) -> bool:
-        weight = self.base_layer.weight
-        if self.disable_adapters or self.merged or self.active_adapters != [NAME] or weight.requires_grad:
-            return False
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
-            return False  # whoever computes in another precision than the base's does it by PEFT
-        dropout = self.lora_dropout[NAME]
-        return isinstance(dropout, nn.Identity) or not self.training
+
+def usual(layer: Any, device: str) -> bool:
+    """Whether nothing but base and LoRA is wanted of PEFT's `layer`, now."""
+    weight = layer.base_layer.weight
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [NAME] or weight.requires_grad:
+        return False
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
+        return False  # whoever computes in another precision than the base's does it by PEFT
+    return isinstance(layer.lora_dropout[NAME], nn.Identity) or not layer.training
 
 
 @final
@@ -87,7 +102,13 @@ class Group:
 def _together(layers: Sequence[FusedLinear], values: Tensor) -> tuple[Tensor, ...]:
     weights, biases = [layer.base_layer.weight for layer in layers], [layer.base_layer.bias for layer in layers]
     downs, ups = [layer.lora_A[NAME].weight for layer in layers], [layer.lora_B[NAME].weight for layer in layers]
-    scales = [float(layer.scaling[NAME]) for layer in layers]
+    return products(values, [float(layer.scaling[NAME]) for layer in layers], weights, biases, downs, ups)
+
+
+def products(
+    values: Tensor, scales: list[float], weights: list[Tensor], biases: list[Tensor | None], downs: list[Tensor], ups: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """`values` […, in] → x Wᵀ + b + s (x Aᵀ) Bᵀ […, out] by each W, b, A (`downs`) and B (`ups`)."""
     found: tuple[Tensor, ...] = _Products.apply(values, scales, *weights, *biases, *downs, *ups)  # type: ignore[no-untyped-call]
     return found
 
@@ -153,3 +174,72 @@ class _Products(torch.autograd.Function):
                 of_values.addmm_(gradient, weight)
             of_values = of_values.addmm_(back, down).view(ctx.shape).to(ctx.dtypes[0])
         return (of_values, None, *[None] * (2 * count), *trained)
+
+
+@final
+class FusedConv2d(Conv2d):  # type: ignore[misc]
+    """PEFT's layer, [B, in, H, W] → [B, out, H', W'], in fewer operators where nothing but base and LoRA is wanted."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not usual(self, x.device.type):
+            found: Tensor = super().forward(x, *args, **kwargs)
+            return found
+        base, down, up, scale = self.base_layer, self.lora_A[NAME].weight, self.lora_B[NAME].weight, float(self.scaling[NAME])
+        geometry: Geometry = (base.stride, base.padding, base.dilation)
+        if base.kernel_size == (1, 1) and geometry[:2] == ((1, 1), (0, 0)):
+            pixels = _last(x).permute(0, 2, 3, 1)
+            (output,) = products(pixels, [scale], [base.weight.flatten(1)], [base.bias], [down.flatten(1)], [up.flatten(1)])
+            return output.permute(0, 3, 1, 2)
+        return cast(Tensor, _Convolution.apply(x, scale, geometry, base.weight, base.bias, down, up))  # type: ignore[no-untyped-call]
+
+
+def _last(pixels: Tensor) -> Tensor:
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(pixels: Tensor) -> Tensor:
+    """[B, C, H, W] whose channels lie last in memory → [B · H · W, C], the same memory."""
+    return pixels.permute(0, 2, 3, 1).view(-1, pixels.shape[1])
+
+
+@final
+class _Convolution(torch.autograd.Function):
+    """y = W * x + b + s B (A * x), with * a convolution and B a matrix at each pixel, in the dtype of W.
+
+    With g the gradient of y and h = s Bᵀ g: ∂B = s Σ g (A * x)ᵀ over the pixels, ∂A that of A * x for h, and ∂x those of W * x for g and
+    of A * x for h.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: float, geometry: Geometry, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        dtype = weight.dtype
+        with torch.autocast(values.device.type, enabled=False):
+            inputs, kernel, matrix = _last(values.to(dtype)), _last(down.to(dtype)), up.flatten(1).to(dtype)
+            inner = _last(functional.conv2d(inputs, kernel, None, *geometry))
+            found = _last(functional.conv2d(inputs, weight, bias, *geometry))
+            _rows(found).addmm_(_rows(inner), matrix.t(), alpha=scale)
+        ctx.save_for_backward(inputs, weight, kernel, matrix, inner)
+        ctx.scale, ctx.geometry, ctx.dtypes = scale, geometry, (values.dtype, down.dtype)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, kernel, matrix, inner = ctx.saved_tensors
+        given = _last(gradient.to(inputs.dtype))
+        back, of_matrix = torch.empty_like(inner), torch.empty_like(matrix)
+        # β = 0: what stands in the new tensors is not read
+        _rows(back).addmm_(_rows(given), matrix, beta=0, alpha=ctx.scale)
+        of_matrix.addmm_(_rows(given).t(), _rows(inner), beta=0, alpha=ctx.scale)
+        of_values, of_kernel = _gradients(ctx, back, inputs, kernel, (ctx.needs_input_grad[0], True))
+        if of_values is not None:
+            of_values = of_values.add_(cast(Tensor, _gradients(ctx, given, inputs, weight, (True, False))[0])).to(ctx.dtypes[0])
+        trained = [cast(Tensor, one).to(ctx.dtypes[1]) for one in (of_kernel, of_matrix[..., None, None])]
+        return (of_values, None, None, None, None, *trained)
+
+
+def _gradients(ctx: Any, gradient: Tensor, inputs: Tensor, kernel: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Of the input and the kernel of a convolution, as `wanted`."""
+    found: tuple[Tensor | None, Tensor | None, None] = torch.ops.aten.convolution_backward(
+        gradient, inputs, kernel, None, *ctx.geometry, False, [0, 0], 1, [*wanted, False]
+    )
+    return found[:2]
