@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import itertools
 import json
 import math
 import random
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.engine.draw import Draw
+from finetune.engine.optim import Ema
 from finetune.job import prepare
 from finetune.models.adversarial import Critic, CriticTurn, Generator, GeneratorTurn, Reader
 from finetune.models.pixels import PixelModel, Space, open_model
@@ -46,18 +48,20 @@ from finetune.seeds import mix
 
 RING = torch.tensor([[math.cos(n * math.pi / 4), math.sin(n * math.pi / 4)] for n in range(8)])
 GRID = torch.tensor([[x, y] for x in range(-4, 5, 2) for y in range(-4, 5, 2)]).float()
-# name → (centres, standard deviation), as in the PacGAN paper
-TASKS = {"ring": (RING, 0.01), "grid": (GRID, 0.05)}
-STEPS, BATCH, WIDTH, DRAWN = 3000, 64, 128, 2500
+# name → (centres, standard deviation), as in the PacGAN paper, but for the grid's unit, a quarter of its: the same penalties suit both
+TASKS = {"ring": (RING, 0.01), "grid": (GRID / 4, 0.05 / 4)}
+STEPS, BATCH, WIDTH, DEPTH, DRAWN = 4000, 64, 128, 3, 2500
+RATE = 1e-3  # falls to nothing: what is left of it decides how sharp a mode becomes
+SLOPE = 1e-3  # γ of R1 and R2: a mode is a hundredth wide, so that a critic that is to see it must be steep
 # name → what the section says
 LOSSES: dict[str, dict[str, Any]] = {
     "logistic": {},
     "logistic, minibatch discrimination": {"minibatch": "discrimination"},
     "logistic, unrolled 5": {"unroll": 5},
-    "logistic, R1": {"r1": 0.1},
-    "hinge, R1": {"objective": "hinge", "r1": 0.1},
+    "logistic, R1": {"r1": SLOPE},
+    "hinge, R1": {"objective": "hinge", "r1": SLOPE},
     "wasserstein, gradient penalty": {"objective": "wasserstein", "gradient_penalty": 0.1, "critic_steps": 5},
-    "relativistic, R1 + R2": {"objective": "relativistic", "r1": 0.1, "r2": 0.1},
+    "relativistic, R1 + R2": {"objective": "relativistic", "r1": SLOPE, "r2": SLOPE},
 }
 PUBLISHED_POINTS = {
     "GAN": ("6.3", "98.2 %", "0.45", "17.3"),
@@ -100,8 +104,10 @@ class Together(Draw):
 
 
 def layers(inputs: int, outputs: int | None) -> nn.Sequential:
-    last = [nn.Linear(WIDTH, outputs)] if outputs else []
-    return nn.Sequential(nn.Linear(inputs, WIDTH), nn.LeakyReLU(0.2), nn.Linear(WIDTH, WIDTH), nn.LeakyReLU(0.2), *last)
+    """ReLU, not leaky: its flat halves make edges as sharp as modes so narrow need."""
+    sizes = [inputs, *[WIDTH] * DEPTH]
+    hidden = [layer for before, after in itertools.pairwise(sizes) for layer in (nn.Linear(before, after), nn.ReLU())]
+    return nn.Sequential(*hidden, *([nn.Linear(WIDTH, outputs)] if outputs else []))
 
 
 @final
@@ -133,8 +139,8 @@ def play(section: Section, centres: Tensor, deviation: float, seed: int) -> dict
     generator = PointGenerator(section.latent)
     critic = Critic(space, section, PointReader(), WIDTH, lambda channels: (nn.Flatten(), channels))
     turns = (CriticTurn(critic, generator, space, section), GeneratorTurn(generator, critic, space, section, None))
-    optimizers = [torch.optim.Adam(turn.parameters(), lr=1e-3, betas=(0.0, 0.99)) for turn in turns]
-    average = torch.optim.swa_utils.AveragedModel(generator, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
+    optimizers = [torch.optim.Adam(turn.parameters(), lr=RATE, betas=(0.0, 0.99), fused=True) for turn in turns]
+    average = Ema(dict(generator.named_parameters()), 0.995)
     started = time.process_time()
     for step in range(STEPS):
         draw = Together(seed, step, range(BATCH))
@@ -144,15 +150,16 @@ def play(section: Section, centres: Tensor, deviation: float, seed: int) -> dict
             if step % turn.every:
                 continue
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * (1 - step / STEPS)
+                group["lr"] = RATE * (1 - step / STEPS)
             optimizer.zero_grad()
             turn.loss(batch, draw).mean().backward()
             optimizer.step()
-        average.update_parameters(generator)
+        average.update(step)
+    average.swap()
     seconds = time.process_time() - started
     with torch.no_grad():
         draw = Together(seed, "sample", range(DRAWN))
-        points = average(draw.normal("latent", (section.latent,)), None, draw).view(-1, 2)
+        points = generator(draw.normal("latent", (section.latent,)), None, draw).view(-1, 2)
     distance, nearest = torch.cdist(points, centres).min(1)
     good = distance < 3 * deviation
     found = {"modes": float(len(nearest[good].unique())), "good": float(good.float().mean())}
@@ -167,12 +174,10 @@ def reverse_kl(modes: Tensor, count: int) -> float:
 
 def points(folder: Path, seeds: int, only: Sequence[str]) -> None:
     head = f"{'':38}" + "".join(f"{f'{task}: modes':>15}{'good':>8}{'reverse KL':>12}" for task in TASKS) + f"{'CPU s':>8}"
-    print(
-        f"{STEPS} steps of batch {BATCH}, {WIDTH} wide, {seeds} seeds, {DRAWN} samples; deviations {[d for _, d in TASKS.values()]}\n{head}",
-        flush=True,
-    )
+    deviations = ", ".join(f"{task} {deviation:g}" for task, (_, deviation) in TASKS.items())
+    print(f"{STEPS} steps of batch {BATCH}, {DEPTH} layers of {WIDTH}, {seeds} seeds, {DRAWN} samples; deviations: {deviations}\n{head}", flush=True)
     for name in only:
-        section = Points(latent=8, **LOSSES[name])
+        section = Points(latent=2, **LOSSES[name])
         line, spent = f"{name:38}", 0.0
         for task, (centres, deviation) in TASKS.items():
             found = []
@@ -206,9 +211,14 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 LEVELS, STACKED, SCORED = 17, 10_000, 26_000  # 26,000 samples are scored, as by the PacGAN paper's code
 FIXED = (
     *("data.resolution=8", f"data.levels={LEVELS}", "net.halvings=2", "sample.prompts=[]", "train.batch_size=64"),
-    *("train.checkpoint_every=200", "net.augment=0", "optimizer.schedule=constant"),
+    *("train.checkpoint_every=200", "net.augment=0", "optimizer.schedule=constant", "sample.watch_every=null"),
+    "net.width=32",  # as wide where the nets begin as the recipes are at 32², which halve once more
 )
-PLAIN = ("net.critic_norm=batch", "net.minibatch=none")
+# Radford et al. 2015, arXiv:1511.06434, §4: batch norm in both nets, nothing else holds the critic; its rate and momentum.
+PLAIN = (
+    *("net.generator_norm=batch", "net.critic_norm=batch", "net.minibatch=none", "net.r1=0"),
+    *("optimizer.lr=2.0e-4", "optimizer.betas=[0.5,0.999]"),
+)
 # name → (recipe, what of it is set)
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dcgan, as in its paper": ("scratch/dcgan", PLAIN),

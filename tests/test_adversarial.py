@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from finetune.engine.draw import Draw
 from finetune.errors import UserError
-from finetune.models import dcgan
+from finetune.models import dcgan, r3gan
 from finetune.models.adversarial import CriticTurn, GeneratorTurn
 from finetune.models.augment import HIGHEST, Augmentation
 from finetune.models.company import Discrimination, stddev
@@ -24,6 +24,7 @@ from finetune.models.dcgan import Dcgan, Growth
 from finetune.models.objectives import OBJECTIVES, flatness, unit_slope
 from finetune.models.pixels import Space
 from finetune.nets.dcgan import Net
+from finetune.nets.r3gan import Net as R3Net
 from scripts import bench_modes
 from tests import scratch, tiny
 
@@ -191,6 +192,16 @@ def test_growing_begins_where_the_smaller_size_was() -> None:
     for turn in turns(model):
         turn.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
         assert all(parameter.grad is not None for parameter in turn.net.parameters()), "several processes wait for a gradient of each"
+
+
+def test_r3gan_begins_at_the_scale_of_pictures() -> None:
+    torch.manual_seed(0)
+    model = r3gan.create(Space(3, 32, 32, 256), R3Net(width=8, halvings=3, blocks=1))
+    draw = Draw(0, 0, range(32))
+    with torch.no_grad():
+        made = model.net(draw.normal("latent", (64,)), None, draw)
+        logits = model.critic(draw.normal("colour", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
+    assert 0.4 < made.std() < 2 and 0.4 < logits.std() < 2, "it has no norm that would mend a start at nothing"
 
 
 def test_augmentation_is_steered_by_signs_and_leaves_pictures_be_at_0() -> None:

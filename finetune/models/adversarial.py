@@ -63,7 +63,7 @@ class Critic(nn.Module):
     Args:
         reader: pictures → maps of so many `channels`.
         ending: channels of the maps, one more if they are told of their company → (what makes features [B, F] of the maps, F).
-        linear: the class of the last layer.
+        linear: makes the last layer, of so many inputs and outputs.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Critic(nn.Module):
         reader: Reader,
         channels: int,
         ending: Callable[[int], tuple[nn.Module, int]],
-        linear: type[nn.Module] = nn.Linear,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
         self._group = section.group if section.minibatch == "stddev" else 0

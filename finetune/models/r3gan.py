@@ -7,7 +7,7 @@ Written from the paper.
 
 from __future__ import annotations
 
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ from finetune.nets.r3gan import Net
 
 build = adversarial.build
 SLOPE = 0.2  # of the leaky ReLU
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def level(layer: Layer) -> Layer:
+    """The layer, with weights at random that let out as much variance as comes in: what no norm mends later."""
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    return layer
 
 
 @final
@@ -55,7 +62,7 @@ class Resampled(nn.Module):
     def __init__(self, before: int, after: int, larger: bool) -> None:
         super().__init__()
         self._larger = larger
-        self.channels = nn.Conv2d(before, after, 1, bias=False) if before != after else nn.Identity()
+        self.channels = level(nn.Conv2d(before, after, 1, bias=False)) if before != after else nn.Identity()
 
     def forward(self, maps: Tensor) -> Tensor:
         if not self._larger:
@@ -73,13 +80,13 @@ class R3Generator(Generator):
         self.ground = nn.Parameter(
             torch.randn(widths[0], *halved(space.height, space.width, section.halvings))
         )  # a learned map, whose channels latents weigh
-        self.weigh = nn.Linear(section.latent * (2 if self.classes is not None else 1), widths[0], bias=False)
+        self.weigh = level(nn.Linear(section.latent * (2 if self.classes is not None else 1), widths[0], bias=False))
         layers: list[nn.Module] = []
         for size, width in enumerate(widths):
             layers += [Resampled(widths[size - 1], width, larger=True)] if size else []
             layers += [Block(width, section, blocks) for _ in range(section.blocks)]
         self.layers = nn.Sequential(*layers)
-        self.paint = nn.Conv2d(widths[-1], space.channels, 1, bias=False)
+        self.paint = level(nn.Conv2d(widths[-1], space.channels, 1, bias=False))
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
         """Truncated, latents are so many times as long: a mean picture at 0."""
@@ -95,7 +102,7 @@ class R3Reader(Reader):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
         widths, blocks = widths_by_size(section)[::-1], section.blocks * (section.halvings + 1)
-        layers: list[nn.Module] = [nn.Conv2d(space.channels, widths[0], 1, bias=False)]
+        layers: list[nn.Module] = [level(nn.Conv2d(space.channels, widths[0], 1, bias=False))]
         for size, width in enumerate(widths):
             layers += [Resampled(widths[size - 1], width, larger=False)] if size else []
             layers += [Block(width, section, blocks) for _ in range(section.blocks)]
@@ -113,9 +120,16 @@ class R3gan(Adversarial):
         grid = halved(self.space.height, self.space.width, section.halvings)
 
         def ending(channels: int) -> tuple[nn.Module, int]:
-            return nn.Sequential(nn.Conv2d(channels, channels, grid, groups=channels, bias=False), nn.Flatten()), channels
+            return nn.Sequential(level(nn.Conv2d(channels, channels, grid, groups=channels, bias=False)), nn.Flatten()), channels
 
-        critic = Critic(self.space, section, R3Reader(self.space, section), widths_by_size(section)[0], ending)
+        critic = Critic(
+            self.space,
+            section,
+            R3Reader(self.space, section),
+            widths_by_size(section)[0],
+            ending,
+            lambda before, after: level(nn.Linear(before, after)),
+        )
         return R3Generator(self.space, section), critic, None
 
 
