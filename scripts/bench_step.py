@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -29,7 +30,7 @@ from finetune.estimate.denoiser import DenoiserModel, DenoiserTurn, load
 from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.subject import MadeUp, Subject, skeletons
 from finetune.estimate.trace import Operator, Recorder, reading
-from finetune.models import adapters, fused
+from finetune.models import adapters, fused, rotary
 from finetune.models.denoise import Denoising
 from finetune.models.text_to_image import DenoiseTurn
 from finetune.models.turn import Batch, Turn
@@ -39,6 +40,7 @@ GOAL = 0.80  # of the examples' launches
 PARTS = ("forward", "backward", "optimizer")
 FLUX_TARGETS = "to_q, to_k, to_v, to_out.0, to_qkv_mlp_proj, single_transformer_blocks.*attn.to_out"  # as the example's
 Fuse = Callable[[nn.Module], None]
+Without = Callable[[], AbstractContextManager[Any]]
 
 
 class Step(NamedTuple):
@@ -59,7 +61,7 @@ class Step(NamedTuple):
 
 def example(subject: Subject, trained: torch.dtype) -> Step:
     """The step of diffusers' examples on the very net that the recipe trains, with PEFT's layers."""
-    with _as_on_cuda() as mode, layers(left):
+    with _as_on_cuda() as mode, layers(left), unturned():
         model = subject.build()
         turn = model.turns()[0]
         _, made = subject.encode(model)
@@ -109,9 +111,9 @@ def example_loss(turn: Turn, batch: Batch) -> Tensor:
 # -- ours, change by change -----------------------------------------------------------------------------------------------
 
 
-def ours(subject: Subject, fuse: Fuse) -> Step:
-    """The trainer's own step, with its LoRA layers as `fuse` makes them."""
-    with layers(fuse):
+def ours(subject: Subject, fuse: Fuse, without: Without) -> Step:
+    """The trainer's own step, with its LoRA layers as `fuse` makes them, and without a change."""
+    with layers(fuse), without():
         sections = subject.phases(only_training=True)["train"].sections
     last = max(number for number, section in enumerate(sections) if section.name == "forward")
     return Step({section.name: section.operators for section in sections[last:] if section.name in PARTS})
@@ -134,12 +136,24 @@ def alone(net: nn.Module) -> None:
         fused.fuse(net)
 
 
+def unturned() -> AbstractContextManager[Any]:
+    """Within, queries and keys are turned by diffusers."""
+    return mock.patch.object(rotary, "PROCESSORS", ())
+
+
+def unrounded() -> AbstractContextManager[Any]:
+    """Within, queries and keys keep their dtype when they are turned."""
+    return mock.patch.object(rotary, "read_in", lambda values: values.dtype)
+
+
 ROWS: dict[str, Callable[[Subject], Step]] = {
     "diffusers + PEFT": lambda subject: example(subject, torch.float32),
-    "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, left),
-    "+ no input to float32 and back": lambda subject: ours(subject, uncast),
-    "+ B, scale and sum one product; A and B cast as one": lambda subject: ours(subject, alone),
-    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, fused.fuse),
+    "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, left, unturned),
+    "+ no input to float32 and back": lambda subject: ours(subject, uncast, unturned),
+    "+ B, scale and sum one product; A and B cast as one": lambda subject: ours(subject, alone, unturned),
+    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, fused.fuse, unturned),
+    "+ rotary embeddings as one complex product each": lambda subject: ours(subject, fused.fuse, unrounded),
+    "+ queries and keys rounded before attention's cast": lambda subject: ours(subject, fused.fuse, contextlib.nullcontext),
     "for comparison: diffusers + PEFT, bfloat16 adapters": lambda subject: example(subject, torch.bfloat16),
 }
 

@@ -1,4 +1,4 @@
-"""LoRA layers that go together: outputs and gradients are PEFT's, and launches are fewer."""
+"""LoRA layers that go together, and rotary embeddings as complex products: outputs and gradients are PEFT's and diffusers'."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel, UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from finetune.models import adapters
+from finetune.models import adapters, rotary
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.fused import FusedConv2d, FusedLinear
 from finetune.recipe import Adapter
@@ -32,6 +32,22 @@ def text_encoder() -> Built:
     return net, lambda net: net(torch.arange(1, 17)[None].repeat(2, 1))[0]
 
 
+def flux1() -> Built:
+    net = FluxTransformer2DModel(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=12,
+    )
+    latents, text, pooled = torch.randn(2, 6, 8), torch.randn(2, 5, 24), torch.randn(2, 12)
+    image, words = torch.arange(6.0)[:, None].expand(6, 3), torch.zeros(5, 3)
+    return net, lambda net: net(latents, text, pooled, torch.tensor([0.3, 0.7]), image, words, return_dict=False)[0]
+
+
 def flux2() -> Built:
     net = Flux2Transformer2DModel(
         in_channels=8,
@@ -44,7 +60,7 @@ def flux2() -> Built:
         guidance_embeds=False,
     )
     latents, text = torch.randn(2, 6, 8), torch.randn(2, 5, 24)
-    image, words = torch.zeros(6, 4), torch.zeros(5, 4)
+    image, words = torch.arange(6)[:, None].expand(6, 4), torch.arange(5)[:, None].expand(5, 4)
     return net, lambda net: net(latents, text, torch.tensor([0.3, 0.7]), image, words, return_dict=False)[0]
 
 
@@ -62,6 +78,7 @@ def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool,
     for name, parameter in net.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    rotary.rotate_at_once(net)
     checkpoint_activations(net, int(checkpointing))
     net.train()
     torch.manual_seed(1)
@@ -81,17 +98,19 @@ CONVOLUTIONS = "conv1, conv2, conv_shortcut, proj_in, proj_out, downsamplers.0.c
     [
         (unet, "all-linear", {FusedLinear: 10}),
         (text_encoder, "all-linear", {FusedLinear: 10}),
+        (flux1, "all-linear", {FusedLinear: 10}),
         (flux2, "all-linear", {FusedLinear: 10}),
         (unet, CONVOLUTIONS, {FusedConv2d: 10, FusedLinear: 2}),
     ],
 )
 @pytest.mark.parametrize(("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
-def test_outputs_and_gradients_are_pefts(
+def test_outputs_and_gradients_are_pefts_and_diffusers(
     build: Callable[[], Built], targets: str, fused: dict[type, int], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = Adapter(rank=4, alpha=3, targets=targets, rank_pattern={"to_k": 2} if targets == "all-linear" else {})
     output, found, kinds = gradients(build, section, checkpointing, dtype)
     monkeypatch.setattr(adapters, "fuse", lambda net: None)
+    monkeypatch.setattr(rotary, "PROCESSORS", ())
     expected, theirs, none = gradients(build, section, checkpointing, dtype)
     assert kinds.keys() == fused.keys() and all(kinds[kind] >= least for kind, least in fused.items()) and not none
     relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)

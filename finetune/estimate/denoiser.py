@@ -28,6 +28,7 @@ from finetune.models import smaller
 from finetune.models.adapters import add_adapter
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.quantized import dtype_of
+from finetune.models.rotary import rotate_at_once
 from finetune.models.text_to_image import DTYPES
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn
 from finetune.planning import Plan
@@ -193,8 +194,10 @@ class DenoiserModel(Model):
         smaller.quantize_base(net, recipe, DTYPES[plan.precision], torch.device("cpu"))
         if adapt is not None:
             adapt(net)
-        elif recipe.adapter is not None:
-            add_adapter(net, recipe.adapter)
+        else:
+            rotate_at_once(net)
+            if recipe.adapter is not None:
+                add_adapter(net, recipe.adapter)
         if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
             raise UserError(
                 "UVit2DModel cannot recompute its blocks: in diffusers 0.42 they are called by names that its checkpoint does not take",

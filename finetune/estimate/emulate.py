@@ -60,11 +60,15 @@ def _share(mask: Tensor) -> Tensor:
 
 @final
 class Cuda(TorchFunctionMode):
-    """Within, functions of torch do on fake CPU tensors what CUDA's do, autocast included where `autocast` is entered."""
+    """Within, functions of torch do on fake CPU tensors what CUDA's do, autocast included where `autocast` is entered.
+
+    Attributes:
+        dtype: what autocast has products computed in now; None where it is off.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._dtype: torch.dtype | None = None
+        self.dtype: torch.dtype | None = None
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self._depth = 0
         self._backward: torch.dtype | None = None  # what a backward pass computes again, it computes as the forward pass did
@@ -72,32 +76,32 @@ class Cuda(TorchFunctionMode):
     @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
         """`torch.autocast("cuda", dtype)`, or switched off: until the outermost ends, each trained float32 leaf is cast once."""
-        before, self._dtype = self._dtype, dtype
+        before, self.dtype = self.dtype, dtype
         self._depth += 1
         self._backward = self._backward or dtype
         try:
             yield
         finally:
-            self._dtype = before
+            self.dtype = before
             self._depth -= 1
             if not self._depth:
                 self._casts = {}
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        before, self._dtype = self._dtype, self._backward
+        before, self.dtype = self.dtype, self._backward
         try:
             with self:  # Tensor.backward is itself a function of torch, within which the mode is off
                 yield
         finally:
-            self._dtype = before
+            self.dtype = before
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._dtype is not None:
+        if self.dtype is not None:
             if name in LOWER:
-                args, kwargs = self._all_cast(args, self._dtype), self._all_cast(kwargs, self._dtype)
+                args, kwargs = self._all_cast(args, self.dtype), self._all_cast(kwargs, self.dtype)
             elif name in FLOAT32:
                 args, kwargs = self._all_cast(args, torch.float32), self._all_cast(kwargs, torch.float32)
             elif name in FLOAT32_RESULT and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
@@ -208,10 +212,14 @@ def cuda() -> Iterator[Cuda]:
         with mode.autocast((dtype or torch.float16) if enabled else None):
             yield
 
+    def autocast_dtype(device: str) -> torch.dtype | None:
+        return mode.dtype
+
     with (
         mode,
         mock.patch("torch.autograd._engine_run_backward", run),
         mock.patch("torch.autocast", autocast),
+        mock.patch("finetune.models.fused.autocast_dtype", autocast_dtype),
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", _has_foreach),
     ):
         yield mode

@@ -44,6 +44,11 @@ def fuse(net: nn.Module) -> None:
                 cast(FusedLinear, layer).group = group
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast has products computed in now; None where it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def _plain(module: Any) -> bool:
     return type(module) is Linear and type(module.base_layer) is nn.Linear and not module.lora_variant and not module.lora_bias.get(NAME)
 
@@ -73,7 +78,7 @@ def usual(layer: Any, device: str) -> bool:
     weight = layer.base_layer.weight
     if layer.disable_adapters or layer.merged or layer.active_adapters != [NAME] or weight.requires_grad:
         return False
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != weight.dtype:
+    if autocast_dtype(device) not in (None, weight.dtype):
         return False  # whoever computes in another precision than the base's does it by PEFT
     return isinstance(layer.lora_dropout[NAME], nn.Identity) or not layer.training
 

@@ -30,6 +30,7 @@ from finetune.models.flow_matching import FlowMatching
 from finetune.models.initial import put_on
 from finetune.models.latents import decoded_exactly, latents_of
 from finetune.models.quantized import dtype_of, whole_weights
+from finetune.models.rotary import rotate_at_once
 from finetune.models.turn import Batch, Encoders, Model, SampleRequest, Turn, check_sizes
 from finetune.models.vocabulary import spelled
 from finetune.planning import Plan
@@ -260,6 +261,7 @@ class TextToImage(Model):
                 adapted[name] = adapters.add_adapter(net, adapter)
             elif adapter is None:
                 net.requires_grad_(True)
+            rotate_at_once(net)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
             if adapter.pissa and self._peft_folders:
