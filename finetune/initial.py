@@ -2,7 +2,7 @@
 
 diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (once also `….lora.down.weight` and others), and has alpha in its
 metadata, or none, which means the rank; kohya's sd-scripts name it `….lora_down.weight`, `….lora_up.weight`, and keep alpha as a
-tensor beside each (networks/lora.py).
+tensor beside each (networks/lora.py). PEFT's own folder for a net has diffusers' names, and alpha in `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from finetune.errors import UserError
 from finetune.recipe import Recipe, public_name
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight")
 OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".dora_scale": "DoRA in kohya's format"}
 KEY, LARGEST_HEADER = "adapter.init", 100 << 20  # bytes; safetensors itself allows no larger one
@@ -30,7 +31,7 @@ class Initial:
     """`ranks` counts layers by rank, `alphas` by alpha; `settings` are PEFT's, of files that have them."""
 
     file: Path
-    format: str  # diffusers or kohya
+    format: str  # diffusers, kohya or PEFT
     ranks: Counter[int]
     alphas: Counter[float]
     settings: dict[str, Any]
@@ -49,19 +50,20 @@ class Initial:
         """Of most layers."""
         return self.alphas.most_common(1)[0][0] if self.alphas else float(self.rank)
 
-    def flag(self, name: str) -> bool:
-        """Whether PEFT's settings of any net say so."""
-        return any(bool(value) for key, value in self.settings.items() if key.endswith(f".{name}"))
+    def setting(self, name: str) -> Any:
+        """Of PEFT's settings: what any net's say, if it is not nothing."""
+        return next((value for key, value in self.settings.items() if key.endswith(f".{name}") and value), None)
 
 
 def find(given: str) -> Path:
-    """The LoRA's file: itself, in its folder, or in a run's `final`.
+    """The LoRA's file: itself, in its folder, or in a run's `final`; of PEFT's, also in the folder of folders for each net.
 
     Raises:
         UserError: nothing is there, or no .safetensors file.
     """
     path = Path(given).expanduser()
-    for place in (path, path / LORA_FILE, path / "final" / LORA_FILE):
+    of_peft = (found for folder in (path, path / "final") for found in sorted([*folder.glob(PEFT_FILE), *folder.glob(f"*/{PEFT_FILE}")]))
+    for place in (path, path / LORA_FILE, path / "final" / LORA_FILE, *of_peft):
         if place.is_file():
             if place.suffix != ".safetensors":
                 raise UserError(
@@ -88,6 +90,8 @@ def look(given: str) -> Initial:
             alphas = [_scalar(opened, 8 + size, entry) for name, entry in header.items() if name.endswith(".alpha")]
             shapes = {name: list(entry["shape"]) for name, entry in header.items()}
             settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if file.name == PEFT_FILE and (beside := file.with_name(PEFT_CONFIG)).is_file():
+            settings = {f"{file.parent.name}.{key}": value for key, value in json.loads(beside.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{file.name} cannot be read: {error}", where=str(file), remedy="copy or download it again") from error
     for sign, kind in OTHER_KINDS.items():
@@ -99,7 +103,8 @@ def look(given: str) -> Initial:
             f"{file.name} holds no LoRA", where=str(file), remedy="give a LoRA in diffusers' or kohya's format; a base goes into model.path"
         )
     known = Counter(float(value) for key, value in settings.items() if key.endswith(".lora_alpha")) or Counter(alphas)
-    return Initial(file, "kohya" if any(name.endswith(".lora_down.weight") for name in shapes) else "diffusers", ranks, known, settings)
+    kohya = any(name.endswith(".lora_down.weight") for name in shapes)
+    return Initial(file, "kohya" if kohya else "PEFT" if file.name == PEFT_FILE else "diffusers", ranks, known, settings)
 
 
 def _scalar(opened: Any, start: int, entry: dict[str, Any]) -> float:
@@ -121,7 +126,8 @@ def begun(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if adapter is None or adapter.init is None:
         return recipe, ()
     found = look(adapter.init)
-    of_file: dict[str, Any] = {"rank": found.rank, "alpha": found.alpha, "rslora": found.flag("use_rslora"), "dora": found.flag("use_dora")}
+    of_file: dict[str, Any] = {"rank": found.rank, "alpha": found.alpha, "rslora": bool(found.setting("use_rslora"))}
+    of_file |= {"dora": bool(found.setting("use_dora"))}
     of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
     ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
     said = [f"goes on from {public_name(str(found.file))} in the format of {found.format}, {ranks}; targets are the file's"]

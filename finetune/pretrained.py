@@ -30,6 +30,8 @@ def check(recipe: Recipe) -> None:
         _check_pipeline(recipe.model, families)
     if recipe.adapter is not None and recipe.adapter.init is not None:
         look(recipe.adapter.init)
+    if recipe.model.transformer is not None:
+        _check_transformer(recipe.model.transformer)
     if recipe.model.vae is not None:
         _check_vae(recipe.model.vae)
 
@@ -87,6 +89,13 @@ def _check_pipeline(section: Model, families: dict[str, str]) -> None:
             )
     else:
         _check_hub_name(given, "model.path", _PIPELINE)
+
+
+def _check_transformer(given: str) -> None:
+    path = Path(given).expanduser()
+    if not path.is_file() or path.suffix != ".safetensors":
+        problem = f'"{given}" is no .safetensors file' if path.exists() else f'there is no file "{given}"'
+        raise UserError(problem, where="model.transformer", remedy="give the transformer's file, and in model.path the pipeline that it belongs to")
 
 
 def _check_vae(given: str) -> None:

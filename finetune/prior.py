@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LOOKS = 2.0  # of processes that wait for the one that draws
 def folder_of(recipe: Recipe, prior: Prior) -> Path:
     """Where the class pictures of a recipe lie."""
     model, sample = recipe.model, recipe.sample
-    parts = (model.family, model.path or "", model.vae or "", model.prediction or "", prior.prompt)
+    parts = (model.family, model.path or "", model.transformer or "", model.vae or "", model.prediction or "", prior.prompt)
     return cache_folder(recipe.data.cache) / "class" / key_of(*parts, recipe.data.resolution, sample.steps, str(sample.guidance), sample.seed)[:24]
 
 

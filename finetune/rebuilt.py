@@ -9,7 +9,7 @@ import torch
 
 from finetune.data.scan import Audit
 from finetune.engine.checkpoint import Checkpoint
-from finetune.engine.optim import make_optimizer
+from finetune.engine.optim import average
 from finetune.errors import UserError
 from finetune.export.metadata import stamp
 from finetune.models.turn import Model
@@ -41,10 +41,7 @@ def rebuilt(plan: Plan, audit: Audit, found: Checkpoint | None) -> Model:
         if found is not None:
             for name, tensor in tensors.items():
                 tensor.copy_(found.averages.get(name, found.weights[name]))
-            optimizer = make_optimizer(plan.recipe.optimizer, turn.parameters(), torch.device("cpu"))
-            if "train_mode" in optimizer.param_groups[0]:  # schedule-free: what it averages, its state knows
-                optimizer.load_state_dict(found.optimizers[turn.name])
-                optimizer.eval()  # type: ignore[attr-defined]
+            average(plan.recipe.optimizer, turn.parameters(), found.optimizers[turn.name])
         turn.net.eval()
     return model
 

@@ -35,6 +35,7 @@ class Model:
 
     family: str
     path: str | None = None  # hub name, diffusers folder, one .safetensors file, or embedded:base; none when from scratch
+    transformer: str | None = None  # another transformer than the one at `path`: one .safetensors file, as ComfyUI has them
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
     low: str | None = None  # families that make small pictures large: the run that draws the small ones
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says

@@ -62,6 +62,11 @@ def check(recipe: Recipe, where: str) -> None:
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
+    refuse(
+        model.transformer is not None and (model.path is None or model.family in fitting.UNETS),
+        "model.transformer takes the place of the transformer of a pretrained pipeline",
+        "remove it; a Stable Diffusion 1.5, 2.1 or XL is one file in model.path",
+    )
     _optimizer(recipe, refuse)
     fitting.check(recipe, refuse)
     refuse(bool(recipe.tokens) and recipe.method != "lora", "new words are learned together with a LoRA", "set method: lora, or remove `tokens`")

@@ -11,10 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from finetune.engine import checkpoint
+from finetune.engine.optim import average
 from finetune.engine.progress import Progress
 from finetune.errors import UserError
 from finetune.models import adapters, words
 from finetune.models.family import Family, family_of
+from finetune.models.fused import fuse
 from finetune.models.initial import put_on
 from finetune.models.loading import open_pipeline
 from finetune.models.text_to_image import draw_words, set_schedule
@@ -69,7 +71,7 @@ def compare(
     drawing = Progress("drawing")
     drawn: list[list[Any]] = [[] for _ in request.prompts]  # by prompt, row after row
     for row, path in enumerate(kept):
-        _load(nets, path)
+        _load(nets, path, plan)
         for column, strength in enumerate(strengths):
             _set_strength(nets, strength)
             for number in range(len(request.prompts)):
@@ -95,7 +97,9 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     nets = {name: getattr(pipeline, name) for name in (family.denoiser, *encoders)}
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
     for name, net in nets.items():
-        if name not in adapted:
+        if name in adapted:
+            fuse(net)
+        else:
             adapters.add_adapter(net, recipe.adapter)
     nets |= {name: getattr(pipeline, name) for name in new}
     for net in nets.values():
@@ -104,14 +108,15 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _load(nets: dict[str, nn.Module], path: Path) -> None:
+def _load(nets: dict[str, nn.Module], path: Path, plan: Plan) -> None:
     """Take the adapters' weights from a checkpoint: the averaged ones where the run keeps them, since these are what it writes at its end."""
-    found = checkpoint.load(path)
+    found = checkpoint.load_whole(path)
     weights = found.weights | found.averages
-    for prefix, net in nets.items():
-        for name, parameter in net.named_parameters():
-            if prefix + name in weights:
-                parameter.copy_(weights[prefix + name])
+    named = {prefix + name: parameter for prefix, net in nets.items() for name, parameter in net.named_parameters()}
+    trained = {name: parameter for name, parameter in named.items() if name in weights}
+    for name, parameter in trained.items():
+        parameter.copy_(weights[name])
+    average(plan.recipe.optimizer, trained.values(), found.optimizers["denoiser"])
 
 
 def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:

@@ -44,7 +44,7 @@ def model_of_another_family(scene: Scene) -> None:
     scene.set("model.family=sdxl")
 
 
-@case("is a FLUX.1 transformer \\(family flux\\)", "diffusers folder")
+@case("holds a transformer of family flux", "set model.transformer to this file")
 def one_file_of_another_family(scene: Scene) -> None:
     save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}, scene.folder / "one.safetensors")
     scene.set(f"model.path={scene.folder / 'one.safetensors'}")

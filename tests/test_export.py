@@ -235,6 +235,15 @@ def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path
         export(run, checkpoint="best")
 
 
+def test_nothing_that_is_given_away_names_a_place_on_this_machine(tmp_path: Path) -> None:
+    tiny.train(tiny.recipe("sdxl", "full", "train.steps=1", "sample.prompts=[]", folder=tmp_path / "full"))
+    merged = run_of("sdxl", tmp_path / "lora")
+    for folder in (tmp_path / "full" / "final", export(tmp_path / "full", dtype="float16")[0].parents[1], export(merged, merge=True)[0].parents[1]):
+        texts = [path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".txt")]
+        assert folder / "model_index.json" in texts
+        assert not [path for path in texts if str(tiny.root()) in path.read_text(encoding="utf-8")]
+
+
 def test_refusals(tmp_path: Path) -> None:
     run = scratch_run(tmp_path / "run")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -14,28 +16,40 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
-from finetune.export import export
+from finetune.export import FORMATS, export
 from finetune.initial import look
+from finetune.models import quantized
+from finetune.models.adapters import PEFT_PREFIX
 from finetune.models.loading import LORA_FILE
+from finetune.models.quantized import QuantizedLinear
 from tests import tiny
 
 LAYERS = "adapter.targets='to_q, to_v, conv1, q_proj, out_proj'"
+# Of a transformer; diffusers' converter of kohya's FLUX.1 knows the single blocks of the real width only.
+OF_TRANSFORMERS = {"flux": "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"}
+FLOW_FORMATS = [(name, layout) for name in tiny.FLOWS for layout in ("diffusers", *FORMATS.get(name, ()))]
+TEXT = "model.train_text_encoder=true"
+
+
+def text(name: str) -> tuple[str, ...]:
+    return () if name in tiny.FLOWS else (TEXT,)
 
 
 @cache
 def before(name: str) -> Path:
-    """A run whose LoRA has a scale that is not 1, on attention, convolutions and text encoders."""
+    """A run whose LoRA has a scale that is not 1, on attention, and where there are such, convolutions and text encoders."""
     folder = tiny.root() / f"init-{name}"
-    more = ("adapter.rslora=true", "adapter.alpha=3", "model.train_text_encoder=true", "optimizer.lr=0.02", "train.steps=3")
-    tiny.train(tiny.recipe(name, "lora", LAYERS, *more, folder=folder))
+    layers = OF_TRANSFORMERS.get(name, "adapter.targets=attention") if name in tiny.FLOWS else LAYERS
+    more = ("adapter.rslora=true", "adapter.alpha=3", *text(name), "optimizer.lr=0.02", "train.steps=3")
+    tiny.train(tiny.recipe(name, "lora", layers, *more, folder=folder))
     return folder
 
 
 @cache
 def in_format(name: str, layout: str) -> Path:
-    if layout == "diffusers":
-        return before(name) / "final" / LORA_FILE
-    return export(before(name), "kohya")[0]
+    if layout == "diffusers":  # or, of a pipeline that reads no LoRA, PEFT's
+        return look(str(before(name))).file
+    return export(before(name), layout)[0]
 
 
 def picture(run: Path, step: int) -> numpy.ndarray:
@@ -44,7 +58,7 @@ def picture(run: Path, step: int) -> numpy.ndarray:
 
 
 def going_on(name: str, file: Path, folder: Path, *overrides: str, resume: bool = False) -> Any:
-    given = (f"adapter.init={json.dumps(str(file))}", "model.train_text_encoder=true", "train.checkpoint_every=1", *overrides)
+    given = (f"adapter.init={json.dumps(str(file))}", *text(name), "train.checkpoint_every=1", *overrides)
     return tiny.train(tiny.recipe(name, "lora", *given, folder=folder), resume)
 
 
@@ -65,6 +79,35 @@ def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> N
     assert not any(torch.equal(new[key], old[key]) for key in old)
 
 
+def begins_with(name: str, file: Path, folder: Path, *overrides: str) -> Any:
+    """Train two steps from `file`; the first sample is what the file draws, and then it learns."""
+    job = going_on(name, file, folder, *overrides)
+    assert abs(picture(folder, 0) - picture(before(name), 3)).max() <= 1
+    assert abs(picture(before(name), 0) - picture(before(name), 3)).max() > 1
+    now, then = (load_file(in_file) for in_file in (look(str(folder)).file, in_format(name, "diffusers")))
+    ends = (".lora_A.weight", ".lora_B.weight")
+    assert {key for key in now if key.endswith(ends)} == {key for key in then if key.endswith(ends)}
+    assert not all(torch.equal(now[key], then[key]) for key in then if now[key].shape == then[key].shape)
+    return job
+
+
+@pytest.mark.parametrize(("name", "layout"), FLOW_FORMATS)
+def test_a_transformers_run_begins_with_what_the_file_draws(name: str, layout: str, tmp_path: Path) -> None:
+    job = begins_with(name, in_format(name, layout), tmp_path / "run")
+    adapter = job.plan.recipe.adapter
+    found = look(str(in_format(name, layout)))
+    assert (adapter.rank, adapter.alpha, adapter.rslora) == ((4, 3, True) if layout == "diffusers" else (found.rank, found.rank, False))
+    assert found.format == ("PEFT" if (name, layout) == ("pixart", "diffusers") else "kohya" if layout == "kohya" else "diffusers")
+
+
+@pytest.mark.parametrize("name", tiny.FLOWS)
+def test_it_goes_on_from_a_file_on_a_base_in_four_bits(name: str, tmp_path: Path) -> None:
+    """Samples are drawn on the whole base, so they begin as on that."""
+    with mock.patch.object(quantized, "SMALLEST", 256):  # weights: tiny transformers are that narrow
+        job = begins_with(name, in_format(name, FORMATS.get(name, ("diffusers",))[0]), tmp_path / "run", "model.quantize=nf4")
+    assert any(isinstance(module, QuantizedLinear) for module in job.model.denoiser.modules())
+
+
 def test_it_resumes_exactly(tmp_path: Path) -> None:
     file = in_format("sd15", "kohya")
     going_on("sd15", file, tmp_path / "whole", "train.steps=2", "sample.prompts=[]")
@@ -76,25 +119,45 @@ def test_it_resumes_exactly(tmp_path: Path) -> None:
         going_on("sd15", in_format("sd15", "diffusers"), tmp_path / "broken", "train.steps=3", resume=True)
 
 
-def test_a_frozen_base_in_half_precision_does_not_round_the_file(tmp_path: Path) -> None:
-    file = in_format("sd15", "diffusers")
-    recipe = tiny.recipe("sd15", "lora", f"adapter.init={file}", "model.train_text_encoder=true", "train.precision=bfloat16", folder=tmp_path / "run")
-    job = tiny.prepare(recipe)
-    begun = {key.removeprefix("denoiser.denoiser."): parameter for key, parameter in job.model.trained().items()}
-    for key, tensor in load_file(file).items():
-        if key.startswith("unet."):
-            assert torch.equal(begun[key.removeprefix("unet.").replace(".weight", ".default.weight")], tensor)
+@pytest.mark.parametrize("name", ["sd15", *tiny.FLOWS])
+def test_a_frozen_base_in_half_precision_does_not_round_the_file(name: str, tmp_path: Path) -> None:
+    file = in_format(name, "diffusers")
+    job = tiny.prepare(tiny.recipe(name, "lora", f"adapter.init={file}", *text(name), "train.precision=bfloat16", folder=tmp_path / "run"))
+    in_file = {re.sub(rf"^(unet\.|transformer\.|{PEFT_PREFIX})", "", key): tensor for key, tensor in load_file(file).items()}
+    begun = {
+        key.removeprefix("denoiser.denoiser."): parameter for key, parameter in job.model.trained().items() if key.startswith("denoiser.denoiser.")
+    }
+    assert begun
+    assert all(torch.equal(parameter, in_file[key.replace(".default.", ".")]) for key, parameter in begun.items())
 
 
-def refused(given: Path | str, folder: Path, *overrides: str) -> str:
+def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15") -> str:
     with pytest.raises(UserError) as caught:
-        tiny.prepare(tiny.recipe("sd15", "lora", f"adapter.init={given}", *overrides, folder=folder))
+        tiny.prepare(tiny.recipe(name, "lora", f"adapter.init={given}", *overrides, folder=folder))
     assert not folder.exists()
     return str(caught.value)
 
 
+# Tiny nets are of one width, and some have layers of the same names: these differ as real ones do.
+OTHERS = {"sd3": "z_image", "flux": "lumina2", "flux2": "sana", "qwen_image": "z_image", "z_image": "sd3", "lumina2": "z_image", "sana": "flux"}
+
+
+@pytest.mark.parametrize(("name", "other"), [*OTHERS.items(), ("pixart", "sd3")])
+def test_a_lora_of_another_family_is_refused(name: str, other: str, tmp_path: Path) -> None:
+    assert "is a LoRA of another base" in refused(in_format(other, "diffusers"), tmp_path / "run", name=name)
+
+
+def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
+    layer = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
+    layer |= {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 4)}
+    save_file(load_file(in_format("sd3", "diffusers")) | layer, tmp_path / "with-text.safetensors")
+    said = refused(tmp_path / "with-text.safetensors", tmp_path / "run", name="sd3")
+    assert "also adapts the text_encoder" in said
+    assert "give one of the transformer alone" in said
+
+
 def test_refusals(tmp_path: Path) -> None:
-    run, text = tmp_path / "run", "model.train_text_encoder=true"
+    run, text = tmp_path / "run", TEXT
     assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(in_format("sdxl", "diffusers"), run, text)
     assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(in_format("sdxl", "kohya"), run, text)
     wider = {key: torch.cat([tensor, tensor], 1) if key.endswith("to_q.lora_A.weight") else tensor for key, tensor in plain().items()}

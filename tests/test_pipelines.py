@@ -7,6 +7,7 @@ The pipeline is called once, for a single step from noise, and its net is listen
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
     common = {"width": 32, "height": 32, "num_inference_steps": 2, "output_type": "pt"}
     ours, theirs = (pipeline(**arguments, **common, generator=torch.Generator().manual_seed(4)).images for arguments in (given, own))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny.FLOWS)
+def test_what_is_counted_as_read_is_read(name: str, tmp_path: Path) -> None:
+    """Templates and system prompts count; `ft data check`, which opens no net, counts as training does."""
+    family, pipeline = opened(name)
+    reader = loading.open_reader(tiny.recipe(name, "full", folder=tmp_path), ())
+    assert reader is not None
+    one, limit = family.caption_tokens(pipeline, "a")  # of these tokenizers each letter is a token
+    longest = "a" * (limit - one)
+    assert family.caption_tokens(pipeline, longest + "b") == (limit, limit)
+    for caption in (longest + "b", *WORDS, ""):
+        assert reader.count(caption) == family.caption_tokens(pipeline, caption)
+    read, also = (conditions(name, longest + end)["prompt_embeds"] for end in "bc")
+    assert not torch.equal(read, also)
+    behind = longest + 40 * "a"  # a chat's template goes on behind the caption
+    read, also = (conditions(name, behind + end)["prompt_embeds"] for end in "bc")
+    assert torch.equal(read, also)
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)

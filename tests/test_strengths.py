@@ -75,6 +75,15 @@ def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Pa
     assert abs(drawn["0.5"] - drawn["0"]).max() > 1 and abs(drawn["0.5"] - drawn["1"]).max() > 1
 
 
+def test_of_a_schedule_free_run_the_averages_are_drawn(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = ("optimizer.name=schedulefree", "optimizer.lr=0.05", "model.train_text_encoder=true", "train.steps=4", "sample.seed=7")
+    tiny.train(tiny.recipe("sd15", "lora", *more, folder=folder))
+    compare(folder, [1], [4], out=tmp_path / "out")
+    (final,) = sample(folder, [PROMPT], out=tmp_path / "final")
+    assert abs(pixels(tmp_path / "out" / "00-step-4-strength-1.png") - pixels(final)).max() <= 1
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = ["--prompt", PROMPT, "--prompt", "green triangle", "--steps", "1"]
     with pytest.raises(SystemExit) as ended:

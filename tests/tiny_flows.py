@@ -214,10 +214,10 @@ def lumina2(captions: tuple[str, ...]) -> Any:
     transformer = Lumina2Transformer2DModel(
         sample_size=4,
         in_channels=4,
-        hidden_size=32,
+        hidden_size=48,
         num_layers=1,
         num_refiner_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=3,  # of queries, for one of keys and values: as many as the real one's
         num_kv_heads=1,
         multiple_of=8,
         axes_dim_rope=(4, 6, 6),

@@ -72,17 +72,18 @@ def _tokens(found: Recipe, audit: Any, facts: dict[str, Any], named: bool) -> st
     from finetune.entry import quiet_libraries
 
     quiet_libraries()
-    from finetune.models.loading import open_tokenizer
+    from finetune.models.loading import open_reader
     from finetune.models.vocabulary import spelled
 
-    tokenizer = open_tokenizer(found, (picture.caption for picture in audit.training))
-    if tokenizer is None:
+    reader = open_reader(found, (picture.caption for picture in audit.training))
+    if reader is None:
         return "this model reads no captions"
     for shown in facts["pictures"]:
-        shown["tokens"] = spelled(tokenizer, shown["caption"])
-    long = sum(len(tokenizer(picture.caption, verbose=False).input_ids) > tokenizer.model_max_length for picture in audit.pictures)
+        shown["tokens"] = spelled(reader.tokenizer, shown["caption"])
+    counts = (reader.count(picture.caption) for picture in audit.pictures)
+    long, (_, most) = sum(tokens > read for tokens, read in counts), reader.count("")
     facts["cut_captions"] = long
-    return f"{long} longer than the {tokenizer.model_max_length} tokens that this model reads"
+    return f"{long} longer than the {most} tokens that this model reads"
 
 
 def _write(write: Any, path: Path) -> None:

@@ -108,6 +108,19 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
                 parameter.copy_(before)
 
 
+def average(section: Optimizer, parameters: Iterable[nn.Parameter], state: dict[str, Any]) -> None:
+    """Turn weights as a schedule-free optimizer trains them into the averages that it is judged by, in place, for good; others stay.
+
+    Args:
+        parameters: all that it trains, in its order.
+        state: its own, of the same step: it alone knows them.
+    """
+    if section.name == "schedulefree":
+        optimizer: Any = make_optimizer(section, parameters, torch.device("cpu"))
+        optimizer.load_state_dict(state)
+        optimizer.eval()
+
+
 def learning_rate(section: Optimizer, step: int, steps: int) -> float:
     """The rate of `step` (counted from 0) of `steps`: linear warm-up from lr / warm-up, then the schedule, to 0 at the end."""
     warmup = section.warmup_steps

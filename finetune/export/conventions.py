@@ -4,7 +4,7 @@
 `comfyui`: dots, and `lora_A`, `lora_B`. Either goes by the names of the model's first code where the tables below have them, and by
 diffusers' where these are the ones in use. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path for
 SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every model); diffusers,
-loaders/lora_conversion_utils.py, which reads all of these back but for what `FORMATS` says.
+loaders/lora_conversion_utils.py, which reads all of these back but for what `FORMATS` says; `by_diffusers_names` reads whatever has dots.
 
 Where the first code computes several of diffusers' layers at once (q, k and v), their LoRAs become one: A's stacked, B's along a diagonal,
 B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale that is not 1 is worked into B: programs differ in how they read alpha.
@@ -25,10 +25,12 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.export.folder import cast, hashes, read
 from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
+from finetune.initial import PEFT_FILE
+from finetune.models.adapters import read_peft
 from finetune.models.loading import LORA_FILE
 from finetune.recipe import Recipe
 
-NET = "transformer"
+NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's
 Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and how wide each is beside the others
 
 
@@ -116,20 +118,25 @@ def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | Non
     Raises:
         UserError: a layer that the format has no name for, or a DoRA.
     """
-    tensors, metadata = read(final / LORA_FILE)
-    settings = settings_of(metadata)
+    file = final / LORA_FILE
+    if file.is_file():
+        tensors, metadata = read(file)
+        settings = settings_of(metadata)
+    else:  # of a pipeline that reads no LoRA
+        file = final / NET / PEFT_FILE
+        (tensors, settings), metadata = read_peft(file, NET), {}
     convention = CONVENTIONS[recipe.model.family, layout]
     plain, parts = dict[str, tuple[Tensor, Tensor]](), dict[tuple[str, Shares], dict[str, tuple[Tensor, Tensor]]]()
-    for path, pair in _pairs(tensors, settings, final / LORA_FILE).items():
-        name, shares = (path, ()) if convention is None else _renamed(path, convention, final / LORA_FILE)
+    for path, pair in _pairs(tensors, settings, file).items():
+        name, shares = (path, ()) if convention is None else _renamed(path, convention, file)
         if shares:
             parts.setdefault((name, shares), {})[next(member for member, _ in shares if path.endswith(f".{member}"))] = pair
         else:
             plain[name] = pair
     plain |= {name: _fused(pairs, shares) for (name, shares), pairs in parts.items()}
-    found = _spelled(plain, layout, "diffusion_model" if convention is not None else NET)
+    found = _spelled(plain, layout, CODE if convention is not None else NET)
     if dtype is not None:
-        found = cast(found, dtype, final / LORA_FILE)
+        found = cast(found, dtype, file)
     told = {key: value for key, value in metadata.items() if key != PEFT}
     header = told | describe(recipe, tensors, settings)
     save_file(found, target, header | {"ss_network_alpha": header["ss_network_dim"]} | hashes(found))  # the scale is worked into the weights
@@ -162,6 +169,57 @@ def _renamed(path: str, convention: Convention, file: Path) -> tuple[str, Shares
         if block is not None and layer in dict(shares):
             return f"{block.name}.{number}.{name}", shares
     raise UserError(f'this format has no name for the layer "{path}"', where=str(file), remedy="export it with --format diffusers, or --merge")
+
+
+def by_diffusers_names(tensors: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    """A LoRA by the first code's names with dots → by diffusers', its scale worked into B, [out, r].
+
+    Of layers that are computed at once each gets its own rows of B, and of A what these multiply: what `_fused` joined comes apart.
+
+    Raises:
+        KeyError: a layer that the table does not have.
+    """
+    kinds = {block.name: (kind, block) for kind, block in convention.blocks.items()}
+    outside = {theirs: ours for ours, theirs in convention.outside.items()}
+    found: dict[str, Tensor] = {}
+    for path in sorted({name.removeprefix(f"{CODE}.").partition(".lora_")[0] for name in tensors if ".lora_" in name}):
+        down, up = (_one_of(tensors, f"{CODE}.{path}", ends) for ends in (("lora_A", "lora_down"), ("lora_B", "lora_up")))
+        if (alpha := tensors.get(f"{CODE}.{path}.alpha")) is not None and float(alpha) != len(down):
+            up = (up.float() * (float(alpha) / len(down))).to(up.dtype)
+        name, _, rest = path.partition(".")
+        number, _, layer = rest.partition(".")
+        kind, block = kinds.get(name, ("", None))
+        if path in outside:
+            parts = {outside[path]: (down, up)}
+        elif block is not None and layer in block.fused:
+            parts = {f"{kind}.{number}.{member}": pair for member, pair in _apart(down, up, block.fused[layer]).items()}
+        elif block is not None:
+            parts = {f"{kind}.{number}.{ {theirs: ours for ours, theirs in block.layers.items()}[layer] }": (down, up)}
+        else:
+            raise KeyError(path)
+        for ours, (a, b) in parts.items():
+            found |= {f"{NET}.{ours}.lora_A.weight": a, f"{NET}.{ours}.lora_B.weight": b}
+    return found
+
+
+def _one_of(tensors: Mapping[str, Tensor], path: str, ends: tuple[str, ...]) -> Tensor:
+    for end in ends:
+        if f"{path}.{end}.weight" in tensors:
+            return tensors[f"{path}.{end}.weight"]
+    raise KeyError(path)
+
+
+def _apart(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, Tensor]]:
+    """Member → (A, B) of those that the LoRA of a fused layer changes."""
+    width, row = len(up) // sum(share for _, share in shares), 0
+    found = {}
+    for member, share in shares:
+        part = up[row : row + share * width]
+        row += share * width
+        used = part.any(0)
+        if used.any():
+            found[member] = (down[used].contiguous(), part[:, used].contiguous())
+    return found
 
 
 def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], shares: Shares) -> tuple[Tensor, Tensor]:

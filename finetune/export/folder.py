@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.recipe import public_name
 
 HASH = "sshs_model_hash"
 
@@ -35,6 +37,23 @@ def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
             save_file(tensors, destination, metadata | (hashes(tensors) if HASH in metadata else {}))
         else:
             shutil.copyfile(path, destination)
+    forget_places(target)
+
+
+def forget_places(folder: Path) -> None:
+    """Take out of every configuration in `folder` where on this machine it was loaded from; the hub's names stay."""
+    for path in folder.rglob("*.json"):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        if isinstance(found, dict) and (named := [key for key in ("_name_or_path", "name_or_path") if _is_local(found.get(key))]):
+            kept = {key: value for key, value in found.items() if key not in named}
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_local(name: object) -> bool:
+    return isinstance(name, str) and public_name(name) != name
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

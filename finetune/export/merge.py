@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.export.folder import copy_folder
+from finetune.export.folder import copy_folder, forget_places
 from finetune.models import adapters, words
 from finetune.models.loading import open_pipeline
 from finetune.models.text_to_image import set_schedule
@@ -34,6 +34,7 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     words.load(pipeline, final, recipe)
     if dtype is None:
         pipeline.save_pretrained(target)
+        forget_places(target)
         return
     # Not pipeline.to(dtype): transformers writes that into the text encoder's configuration and opens it so, diffusers opens
     # the UNet beside it in float32, and the two do not fit.

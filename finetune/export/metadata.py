@@ -79,7 +79,7 @@ def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[st
         "ss_network_alpha": f"{max(folded_alpha(settings, net) for net in nets):g}" if ranks else "",
         "ss_base_model_version": name,
         "ss_v2": str(name.startswith("sd_v2")) if name else "",
-        "ss_sd_model_name": public_name(recipe.model.path or ""),
+        "ss_sd_model_name": public_name(recipe.model.transformer or recipe.model.path or ""),
         "ss_resolution": str((size, size)),
         "ss_output_name": recipe.name,
         "modelspec.sai_model_spec": "1.0.1",

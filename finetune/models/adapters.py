@@ -7,6 +7,7 @@ each net, `adapter_config.json` and `adapter_model.safetensors`, which `PeftMode
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import warnings
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from finetune.errors import UserError, did_you_mean
+from finetune.initial import PEFT_CONFIG, PEFT_FILE
 from finetune.models.fused import NAME, fuse
 from finetune.recipe import Adapter
 
@@ -33,8 +35,8 @@ MLP = (
     *(r"ff(_context)?\.linear_(in|out)", r"feed_forward\.(w|linear_)[123]", r"ff\.conv_(inverted|point)"),
 )
 ADAPTED = (nn.Linear, nn.Conv2d)
+PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
 PARAMETERS = {"lora": "lora_", "loha": "hada_", "lokr": "lokr_", "oft": "oft_"}  # how PEFT begins the names of what it adds
-PEFT_CONFIG = "adapter_config.json"
 
 
 def layers(net: nn.Module, targets: str) -> list[str]:
@@ -207,9 +209,16 @@ def save_peft(net: Any, folder: Path) -> Path:
     config = copy.copy(net.peft_config[NAME])
     config.inference_mode = True
     config.save_pretrained(folder)
-    file = folder / "adapter_model.safetensors"
-    save_file({f"base_model.model.{name}": tensor for name, tensor in _weights(net).items()}, file, {"format": "pt"})
+    file = folder / PEFT_FILE
+    save_file({f"{PEFT_PREFIX}{name}": tensor for name, tensor in _weights(net).items()}, file, {"format": "pt"})
     return file
+
+
+def read_peft(file: Path, net: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_peft` wrote: (weights as diffusers names them, `unet.….lora_A.weight`; PEFT's settings, `unet.r` and the like)."""
+    config: dict[str, Any] = json.loads(file.with_name(PEFT_CONFIG).read_text(encoding="utf-8"))
+    tensors = {f"{net}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in load_file(file).items()}
+    return tensors, {f"{net}.{key}": value for key, value in config.items()}
 
 
 def load(pipeline: Any, folder: Path) -> dict[str, PeftModel]:

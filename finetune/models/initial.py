@@ -1,4 +1,8 @@
-"""A LoRA to go on from, put on the nets: ranks, alphas and layers as its file has them, read by diffusers' own loader."""
+"""A LoRA to go on from, put on the nets: ranks, alphas and layers as its file has them.
+
+diffusers' own loader reads it, but for what that does not: PEFT's folders, a pipeline that loads no LoRA (PixArt-Σ's), and the first
+code's names with dots, of which it wants every layer or none (Lumina 2).
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.errors import UserError
-from finetune.initial import KEY, look
-from finetune.models.fused import NAME, fuse
+from finetune.export.conventions import CODE, CONVENTIONS, NET, by_diffusers_names
+from finetune.initial import KEY, PEFT_FILE, Initial, look
+from finetune.models.adapters import read_peft
+from finetune.models.fused import NAME
+from finetune.pretrained import pipelines
 from finetune.recipe import Adapter, public_name
+
+END = ".lora_A.weight"
 
 
 def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
@@ -34,20 +45,26 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
     name = public_name(str(found.file))
     try:
         with _silence():
-            state = _state_dict(pipeline, str(found.file))
-            pipeline.load_lora_weights(str(found.file), adapter_name=NAME)
+            state = _read_here(pipeline, found)
+            if state is not None:
+                _inject(pipeline, state, found)
+            else:
+                state = _state_dict(pipeline, str(found.file))
+                pipeline.load_lora_weights(str(found.file), adapter_name=NAME)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise _another_base(name, " ".join(str(error).split())[:160], pipeline) from error
     adapted = {part: _adapted(net) for part, net in pipeline.components.items() if isinstance(net, nn.Module)}
     for part, layers in adapted.items():
         if layers and part not in nets:
-            raise UserError(
-                f"{name} also adapts the {part}, which this recipe does not train", where=KEY, remedy="set model.train_text_encoder: true"
+            remedy = (
+                "set model.train_text_encoder: true"
+                if hasattr(pipeline, "unet")
+                else f"give one of the {NET} alone: text encoders of this family do not train here"
             )
+            raise UserError(f"{name} also adapts the {part}, which this recipe does not train", where=KEY, remedy=remedy)
     if sum(map(len, adapted.values())) < found.layers:
         raise _another_base(name, f"{found.layers - sum(map(len, adapted.values()))} of its {found.layers} layers are not there", pipeline)
     for part, net in nets.items():
-        fuse(net)
         _make_trainable(net, {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")}, adapter)
     return {part: layers for part, layers in adapted.items() if layers}
 
@@ -63,6 +80,38 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
+    """The weights by diffusers' names of a file that its loader does not read; None of others."""
+    if found.file.name == PEFT_FILE:
+        return read_peft(found.file, NET)[0]
+    family = next((family for family, name in pipelines().items() if name == type(pipeline).__name__), "")
+    convention = CONVENTIONS.get((family, "comfyui"))
+    if convention is None and hasattr(pipeline, "load_lora_weights"):
+        return None
+    tensors: dict[str, Tensor] = load_file(found.file)
+    if convention is None:
+        return tensors
+    return by_diffusers_names(tensors, convention) if all(name.startswith(f"{CODE}.") for name in tensors) else None
+
+
+def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
+    """Put `state` on the transformer as PEFT does. Without settings, each layer's alpha is its rank."""
+    ranks = {name.removeprefix(f"{NET}.").removesuffix(END): len(tensor) for name, tensor in state.items() if name.endswith(END)}
+    alphas = found.setting("alpha_pattern") or {} if found.settings else ranks
+    config = LoraConfig(
+        r=found.rank,
+        lora_alpha=found.alpha,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=bool(found.setting("use_rslora")),
+        use_dora=bool(found.setting("use_dora")),
+    )
+    net = getattr(pipeline, NET)
+    inject_adapter_in_model(config, net, adapter_name=NAME)
+    set_peft_model_state_dict(net, {name.removeprefix(f"{NET}."): tensor for name, tensor in state.items()}, adapter_name=NAME)
 
 
 def _state_dict(pipeline: Any, file: str) -> dict[str, Tensor]:

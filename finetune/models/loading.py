@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,16 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
 from finetune.models.latents import latents_of
-from finetune.models.single_file import PADDING, architecture, clip_tokenizer, open_single_file, open_single_vae, read_shapes, require_class
+from finetune.models.single_file import (
+    PADDING,
+    architecture,
+    clip_tokenizer,
+    open_single_file,
+    open_single_vae,
+    open_transformer,
+    read_shapes,
+    require_class,
+)
 from finetune.models.vocabulary import learn_tokenizer
 from finetune.planning import Plan
 from finetune.pretrained import pipelines
@@ -41,7 +51,8 @@ def open_pipeline(
 ) -> DiffusionPipeline:
     """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32, the parts in `own` in a dtype of their own.
 
-    `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint.
+    `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint. `model.transformer` and
+    `model.vae` take the place of the parts there.
 
     Raises:
         UserError: it is not there, not reachable, not whole, or not of this class.
@@ -61,6 +72,11 @@ def open_pipeline(
         require_class(index["_class_name"], class_name, given)
         _refuse_foreign(index, given)
         replaced: dict[str, Any] = {"vae": vae} if vae else {}
+        if section.transformer is not None:
+            with _explained(section.transformer, "model.transformer"):
+                file = Path(section.transformer).expanduser()
+                net, weights = getattr(diffusers, index["transformer"][1]), own.get("transformer", dtype)
+                replaced["transformer"] = open_transformer(file, section.family, net, source, weights)
         if class_name == "StableDiffusionPipeline":  # what only filters finished pictures is not loaded
             replaced |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
         if path:
@@ -195,8 +211,16 @@ def _explained(given: str, where: str) -> Iterator[None]:
         raise UserError(problem, where=where, remedy=remedy) from error
 
 
-def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
-    """The tokenizer that reads most of a caption of a recipe's model, with the length that is read; None where captions are not read.
+@dataclass(frozen=True)
+class Reader:
+    """How a model's text encoders will read a caption. `count`: caption → (tokens of all that is written for it, most that are read)."""
+
+    tokenizer: Any
+    count: Callable[[str], tuple[int, int]]
+
+
+def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
+    """The tokenizer that reads most of a caption of a recipe's model, and its family's way to count; None where captions are not read.
 
     Args:
         captions: of the pictures that train, from which one from scratch learns it.
@@ -209,18 +233,26 @@ def open_tokenizer(recipe: Recipe, captions: Iterable[str]) -> Any | None:
         return None
     if recipe.method == "scratch":
         words = section.build.get("tokenizer", {})
-        return learn_tokenizer(captions, words.get("vocabulary", 4096), words.get("length", 77))
-    given = section.path or ""
+        return _plain_reader(learn_tokenizer(captions, words.get("vocabulary", 4096), words.get("length", 77)))
+    from finetune.models.family import ClipFamily, family_of
+
+    family, given = family_of(section.family), section.path or ""
     path = _place(given, "model.path")
     with _explained(given, "model.path"):
         if path is not None and path.is_file():
-            return clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"])
-        from finetune.models.family import family_of
+            return _plain_reader(clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"]))
+        tokenizer = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
+    if isinstance(family, ClipFamily):
+        return _plain_reader(tokenizer)
+    # Templates and system prompts are the pipeline's: one without nets has them too.
+    cls: Any = getattr(diffusers, family.pipeline)
+    parts = {name for name, asked in inspect.signature(cls.__init__).parameters.items() if name != "self" and asked.default is asked.empty}
+    pipeline = cls(**dict.fromkeys(parts) | {family.reader: tokenizer})
+    return Reader(tokenizer, lambda caption: family.caption_tokens(pipeline, caption))
 
-        family = family_of(section.family)
-        found = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
-        found.model_max_length = getattr(family, "tokens", found.model_max_length)
-        return found
+
+def _plain_reader(tokenizer: Any) -> Reader:
+    return Reader(tokenizer, lambda caption: (len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length))
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:

@@ -44,8 +44,9 @@ def quantize(net: nn.Module, kind: Quantization, dtype: torch.dtype, device: tor
 
 
 def quantizable(net: nn.Module) -> list[str]:
-    """Names of the layers that `quantize` would swap."""
-    return [name for name, layer in net.named_modules() if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and _in_blocks(net, name)]
+    """Names of the layers that `quantize` would swap: never an adapter's own."""
+    large = [name for name, layer in net.named_modules() if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST]
+    return [name for name in large if ".lora_" not in name and _in_blocks(net, name)]
 
 
 def _in_blocks(net: nn.Module, name: str) -> bool:

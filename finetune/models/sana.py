@@ -23,7 +23,7 @@ INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["co
 class Sana(Family):
     pipeline = "SanaPipeline"
     objective = "flow"
-    tokens = 300  # of the caption; the instruction's do not count
+    tokens = 300  # the first, the instruction's last one, and the caption's
     patch = 1
     arguments: ClassVar[Mapping[str, Any]] = {"negative_prompt": None, "use_resolution_binning": False, "clean_caption": False}
 
@@ -34,6 +34,12 @@ class Sana(Family):
         )
         embeddings, mask = found[2:] if negative else found[:2]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+    def caption_tokens(self, pipeline: Any, caption: str) -> tuple[int, int]:
+        """Of the caption alone."""
+        instruction = "\n".join(INSTRUCTION)
+        alone, both = (len(pipeline.tokenizer(text, verbose=False).input_ids) for text in (instruction, instruction + caption.lower().strip()))
+        return both - alone, self.tokens - 2
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         config: Any = denoiser.config

@@ -1,7 +1,7 @@
 """One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 users have it.
 
 Which architecture it is, its own keys and shapes say; its file name is not asked. The pipelines' configurations and
-CLIP's tokenizer are in `assets/configs`, so nothing is fetched.
+CLIP's tokenizer are in `assets/configs`, so nothing is fetched. A transformer's file takes the place of another pipeline's.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from finetune.recipe import ASSETS
 
 CONFIGS = ASSETS / "configs"
 BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention → folder of CONFIGS
-# How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart) → what it is, told to people.
-OTHERS = {
-    "single_stream_modulation.lin.weight": "a FLUX.2 transformer (family flux2)",
-    "double_blocks.0.img_attn.norm.key_norm.scale": "a FLUX.1 transformer (family flux)",
-    "joint_blocks.0.context_block.adaLN_modulation.1.bias": "a Stable Diffusion 3 (family sd3)",
-    "transformer_blocks.0.img_mlp.net.0.proj.weight": "a Qwen-Image transformer (family qwen_image)",
-    "cap_embedder.0.weight": "a Lumina 2 or Z-Image transformer (family lumina2 or z_image)",
+# How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart), the first that is there → its family.
+TRANSFORMERS = {
+    "single_stream_modulation.lin.weight": "flux2",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "flux",
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias": "sd3",
+    "transformer_blocks.0.img_mlp.net.0.proj.weight": "qwen_image",
+    "layers.0.adaLN_modulation.0.weight": "z_image",
+    "cap_embedder.0.weight": "lumina2",
+    "blocks.0.mlp.inverted_conv.conv.weight": "sana",
+    "blocks.0.cross_attn.q_linear.weight": "pixart",
 }
+SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of what only files quantised for ComfyUI hold
 # SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
 PADDING = {"sd15": {"tokenizer": "<|endoftext|>"}, "sd21": {"tokenizer": "!"}, "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}}
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
@@ -71,6 +75,48 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
     return pipeline
 
 
+def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The transformer in `path`, alone or in a whole checkpoint, in `dtype`.
+
+    Args:
+        wanted: the recipe's family.
+        cls: its transformer's class in diffusers, whose converters read the file.
+        source: the pipeline's folder or name on the hub, with the transformer's configuration.
+
+    Raises:
+        UserError: it is of another family, quantised, or not whole; or diffusers reads no such file.
+    """
+    shapes, where = read_shapes(path), str(path)
+    found = transformer_family(shapes)
+    if is_lora(shapes):
+        raise UserError(f"{path.name} is a LoRA, and no transformer", where=where, remedy="a LoRA to go on from is given by adapter.init")
+    if found not in (None, wanted):
+        problem = f"{path.name} holds a transformer of family {found}, and this recipe's is {wanted}"
+        raise UserError(problem, where=where, remedy=f"give one of {wanted}, or set model.family: {found} and its model.path")
+    if not hasattr(cls, "from_single_file"):
+        raise UserError(
+            f"diffusers reads no single file of family {wanted}", where="model.transformer", remedy="give a diffusers folder in model.path"
+        )
+    if any(name.endswith(SCALED) for name in shapes):
+        remedy = "give the file in bfloat16 or float16; model.quantize then makes it as small"
+        raise UserError(f"{path.name} is quantised in a way of ComfyUI's own", where=where, remedy=remedy)
+    inside = any(name.startswith(UNET) for name in shapes)  # beside text encoders and a VAE, which are the pipeline's own here
+    with safe_open(path, framework="pt") as file:
+        tensors = {name.removeprefix(UNET): file.get_tensor(name) for name in shapes if name.startswith(UNET) or not inside}
+    try:
+        net: torch.nn.Module = cls.from_single_file(tensors, config=source, subfolder="transformer", dtype=dtype)
+        return net
+    except (KeyError, IndexError, NotImplementedError) as error:  # the converter misses a weight, or the net was not given one
+        remedy = "download it again, or give the file that belongs to model.path"
+        raise UserError(f"{path.name} lacks some weights of {wanted}'s transformer", where=where, remedy=remedy) from error
+
+
+def transformer_family(shapes: Iterable[str]) -> str | None:
+    """Of which family a transformer in the original layout is; None if that cannot be told."""
+    names = list(shapes)
+    return next((family for ending, family in TRANSFORMERS.items() if any(name.endswith(ending) for name in names)), None)
+
+
 def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
     """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
     config = CONFIGS / ("sdxl" if class_name == "StableDiffusionXLPipeline" else "sd15")
@@ -92,13 +138,14 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
     """
     if is_lora(shapes):
         raise UserError(f"{path.name} is a LoRA, not a base model", where=str(path), remedy="give the checkpoint or folder that it was trained on")
-    for ending, what in OTHERS.items():
-        if any(name.endswith(ending) for name in shapes):
-            raise UserError(
-                f"{path.name} is {what}, of which single files are not read: they lack the text encoders or the VAE",
-                where=str(path),
-                remedy="give the model's diffusers folder or its name on the hub",
-            )
+    if (family := transformer_family(shapes)) is not None:
+        whole = "the model's diffusers folder or its name on the hub"
+        alone = f"set model.transformer to this file, and model.path to {whole}: text encoders and VAE come from there"
+        raise UserError(
+            f"{path.name} holds a transformer of family {family}, and model.path is for what holds all of a pipeline",
+            where=str(path),
+            remedy=f"give {whole}" if family == "pixart" else alone,
+        )
     entry = shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))
     widths = {shape[1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")}
     if entry[1] != 4:

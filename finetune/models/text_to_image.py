@@ -22,11 +22,13 @@ from finetune.data.scan import Audit
 from finetune.engine.draw import Draw
 from finetune.engine.machine import empty_cache
 from finetune.errors import UserError
+from finetune.export.folder import forget_places
 from finetune.models import adapters, loading, smaller, words
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising, Objective
 from finetune.models.family import ClipFamily, Family
 from finetune.models.flow_matching import FlowMatching
+from finetune.models.fused import fuse
 from finetune.models.initial import put_on
 from finetune.models.latents import decoded_exactly, latents_of
 from finetune.models.quantized import dtype_of, whole_weights
@@ -253,13 +255,15 @@ class TextToImage(Model):
                 component.requires_grad_(False)
         whole = not self._words or self.plan.recipe.model.train_text_encoder  # else of the encoders the new words alone train
         trained = {self.family.denoiser: self.denoiser, **(encoders if whole else {})}
-        smaller.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
+        smaller.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         net: Any
         for name, net in trained.items():
-            if adapter is not None and name not in adapted:
+            if name in adapted:
+                fuse(net)
+            elif adapter is not None:
                 adapted[name] = adapters.add_adapter(net, adapter)
-            elif adapter is None:
+            else:
                 net.requires_grad_(True)
             rotate_at_once(net)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
@@ -328,6 +332,7 @@ class TextToImage(Model):
         if recipe.method == "scratch":  # what was loaded from a file is saved under that file's names
             for name, encoder in self._encoders.text_encoders.items():
                 encoder.save_pretrained(folder / name, state_dict=adapters.named_as_in_files(encoder, encoder.state_dict()))
+        forget_places(folder)
         return [folder / "model_index.json"]
 
     @property
