@@ -75,6 +75,7 @@ class Data:
     unreadable_pictures: Literal["stop", "skip"] = "stop"
     long_captions: Literal["stop", "truncate"] = "stop"
     masks: str | None = None  # where the loss counts: `beside` for NAME.mask.png beside each picture, or a folder with masks of the same names
+    mask_column: str = "mask"  # with masks beside: the column with the mask, a file's name in metadata files, a picture in Hugging Face data sets
     outside_mask: float = _number(0.0, minimum=0, below=1)  # how much the loss counts where a mask is black
     held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of pictures kept for the validation loss
     classes: Literal["captions", "folders"] | None = None  # families that draw pixels: what a picture's class is; none: they learn no condition

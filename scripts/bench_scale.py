@@ -107,7 +107,7 @@ def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> 
             beside = Captions(below, [], data.caption_column, captions)
         digest, name, read = hashlib.sha256(bitmap(number)).digest(), f"{number:07d}.bmp", functools.partial(bitmap, number)
         caption = beside.of(name).text or ""
-        index.append(Picture(str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", "", read))
+        index.append(Picture(str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", None, read))
         fingerprints += digest[: looks.FINGERPRINT_BYTES]
     lap("index")
     twice = [*duplicates.groups(index.copies()), *duplicates.groups(duplicates.near(fingerprints))]

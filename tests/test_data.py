@@ -232,7 +232,7 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=30)
 def test_held_out_pictures_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [Bucket(16, 16)]), len(digests)
-    pictures = [Picture(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", "", bytes) for n, digest in enumerate(sorted(digests))]
+    pictures = [Picture(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes) for n, digest in enumerate(sorted(digests))]
     random.shuffle(pictures)
 
     def held_out(pictures: list[Picture], share: float) -> list[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import pickle
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,85 @@ def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path:
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
     assert job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
     assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
+
+
+SOURCES = ("metadata.jsonl", "metadata.csv", "shard", "saved", "parquet", "stream")
+
+
+def as_source(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The pictures and masks of `folder` in another kind of source, and what else the recipe says of it."""
+    names = [path.name for path in sorted(folder.glob("*.*")) if path.suffix != ".txt" and ".mask" not in path.name]
+    captions = {name: (folder / name).with_suffix(".txt").read_text() for name in names}
+    masked = {name: path for name in names if (path := folder / f"{Path(name).stem}.mask.png").is_file()}
+    target = tmp_path / kind
+    if kind == "shard":
+        with tarfile.open(tmp_path / "one.tar", "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.add(path, path.name)
+        return tmp_path / "one.tar", {}
+    if kind.startswith("metadata"):
+        (target / "masks").mkdir(parents=True)
+        rows = []
+        for name in names:
+            shutil.copy(folder / name, target / name)
+            if name in masked:
+                shutil.copy(masked[name], target / "masks" / name)
+            rows.append({"file_name": name, "text": captions[name], "where": f"masks/{name}" if name in masked else ""})
+        with open(target / kind, "w", encoding="utf-8", newline="") as file:
+            if kind.endswith("csv"):
+                writer = csv.DictWriter(file, ["file_name", "text", "where"])
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        return target, {"mask_column": "where"}
+    datasets = pytest.importorskip("datasets")
+    cells: dict[str, list[Any]] = {
+        "image": [{"bytes": (folder / name).read_bytes(), "path": None} for name in names],
+        "text": [captions[name] for name in names],
+        "mask": [{"bytes": masked[name].read_bytes(), "path": None} if name in masked else None for name in names],
+    }
+    image = datasets.Image(decode=False)
+    table = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": image, "text": datasets.Value("string"), "mask": image}))
+    if kind == "saved":
+        table.save_to_disk(str(target))
+    else:
+        target.mkdir()
+        table.to_parquet(str(target / "train.parquet"))
+    return target, {"streaming": kind == "stream"}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_masks_of_every_kind_of_source_are_those_of_the_folder(kind: str, tmp_path: Path) -> None:
+    folder = folder_with_masks(tmp_path)
+    place, more = as_source(kind, folder, tmp_path)
+    plain: dict[str, Any] = {"resolution": 32, "buckets": False, "masks": "beside"}
+    expected, found = scan(Data(path=str(folder), **plain)), scan(Data(path=str(place), **plain, **more))
+    assert not [problem for problem in found.problems if problem.kind != "unused caption"]
+    assert {picture.digest: picture.mask_digest for picture in found.pictures} == {
+        picture.digest: picture.mask_digest for picture in expected.pictures
+    }
+    assert {finding.kind: finding.count for finding in found.findings}["no mask"] == 2
+    for picture in pickle.loads(pickle.dumps(found)).pictures:  # as one process hands them to the others
+        if picture.mask is not None:
+            assert masks.read(picture, False)[:, :12].min() == 1 and masks.read(picture, False)[:, 20:].max() == 0
+
+
+def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> None:
+    place, more = as_source("metadata.jsonl", folder_with_masks(tmp_path), tmp_path)
+    plain = {"path": str(place), "resolution": 32, "buckets": False, "masks": "beside", **more}
+    text = (place / "metadata.jsonl").read_text()
+    shutil.copy(place / "masks" / "zero.png", tmp_path / "outside.png")
+    for mask, detail in (("../outside.png", "outside the folder"), ("masks/nowhere.png", "cannot be read")):
+        (place / "metadata.jsonl").write_text(text.replace("masks/zero.png", mask))
+        problems = [problem for problem in scan(Data(**plain)).problems if problem.kind == "unreadable mask"]
+        assert [detail in problem.detail and problem.stops for problem in problems] == [True]
+    (place / "metadata.jsonl").write_text(text.replace('"masks/zero.png"', "7"))
+    assert any("is not a file's name" in problem.detail for problem in scan(Data(**plain)).problems if problem.stops)
+    for kind in ("shard", "parquet"):
+        other, _ = as_source(kind, tmp_path / "data", tmp_path)
+        with pytest.raises(UserError, match="masks in a folder are for folders of pictures"):
+            scan(Data(path=str(other), masks=str(place / "masks")))
 
 
 def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
@@ -104,11 +187,11 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
         file.rename(apart / file.name.replace(".mask", ""))
     data = Data(path=str(folder), resolution=32, buckets=False, masks=str(apart))
     plain, masked = scan(Data(path=str(folder), resolution=32, buckets=False)), scan(data)
-    assert sorted(Path(picture.mask).name for picture in masked.pictures if picture.mask) == ["one.png", "three.png", "zero.png"]
+    assert sorted(Path(picture.name).stem for picture in masked.pictures if picture.mask) == ["one", "three", "zero"]
     assert plain.digest() != masked.digest()
     Image.new("L", (10, 32)).save(apart / "one.png")
     (problem,) = [problem for problem in scan(data).problems if problem.stops]
-    assert (problem.kind, problem.detail) == ("unreadable mask", "its mask one.png is 10×32, and the picture 48×32: they must have one shape")
+    assert (problem.kind, problem.detail) == ("unreadable mask", "its mask is 10×32, and the picture 48×32: they must have one shape")
     with pytest.raises(UserError, match="no folder"):
         scan(Data(path=str(folder), resolution=32, buckets=False, masks=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="no picture has a mask"):
@@ -120,5 +203,5 @@ def test_a_mask_that_changed_is_told(tmp_path: Path) -> None:
     job = prepared(tmp_path / "run", f"data.path={folder}", "data.masks=beside", f"data.cache={tmp_path / 'cache'}")
     Image.fromarray(numpy.full((32, 32), 7, numpy.uint8)).save(folder / "zero.mask.png")
     picture = next(picture for picture in job.data.pictures if picture.name.endswith("zero.png"))
-    with pytest.raises(UserError, match="the mask has changed"):
-        masks.read(picture.mask, picture.mask_digest, picture.crop, False)
+    with pytest.raises(UserError, match="its mask has changed"):
+        masks.read(picture, False)

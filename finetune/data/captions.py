@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_left
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -25,10 +25,14 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Caption:
-    """`text` is None where there is none, "" where it is empty. `problem` says why one that is there cannot be read, else ""."""
+    """`text` is None where there is none, "" where it is empty. `problem` says why one that is there cannot be read, else "".
+
+    `mask` is the file that a metadata file names for the picture's mask, else "".
+    """
 
     text: str | None
     problem: str = ""
+    mask: str = ""
 
 
 @final
@@ -42,12 +46,13 @@ class Captions:
         names: of its files, sorted.
         column: of metadata files, the one with the caption.
         above: the captions of the folder that this one lies in; none at the top of a source.
+        mask_column: of metadata files, the one with the mask's file; none: masks are not asked for.
 
     Raises:
         UserError: a metadata file that cannot be read, naming its line.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], column: str, above: Captions | None = None) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], column: str, above: Captions | None = None, mask_column: str | None = None) -> None:
         self._folder, self._names, self._above = folder, names, above
         self._asked = bytearray(len(names))  # of each file, whether it is a picture that asked, or the text that it was given
         tables = [folder / name for name in TABLES if place_of(names, name) is not None]
@@ -56,7 +61,7 @@ class Captions:
         if place_of(names, "metadata.parquet") is not None:
             where, remedy = str(folder / "metadata.parquet"), "save it as metadata.jsonl or metadata.csv"
             raise UserError("captions are not read from metadata.parquet", where=where, remedy=remedy)
-        self._table = _Table(tables[0], column) if tables else None
+        self._table = _Table(tables[0], column, mask_column) if tables else None
 
     def of(self, name: str) -> Caption:
         """The caption of a picture in this folder."""
@@ -67,6 +72,8 @@ class Captions:
         while level is not None:
             if level._table is not None:
                 found = level._table.of(picture.relative_to(level._folder).as_posix())
+                if found is not None and found.mask:
+                    found = replace(found, mask=str(level._folder / found.mask))
                 told = told or found or Caption(None)  # the nearest speaks
             level = level._above
         if told is not None:
@@ -81,6 +88,15 @@ class Captions:
             return Caption(None, f"{file.name} is not UTF-8 (byte {error.start})")
         except OSError as error:
             return Caption(None, f"{file.name} cannot be read: {error.strerror}")
+
+    def name_as_mask(self, file: Path) -> bool:
+        """Whether a metadata file says that this one is a mask, and so no picture."""
+        level: Captions | None = self
+        while level is not None:
+            if level._table is not None and level._table.names_mask(file.relative_to(level._folder).as_posix()):
+                return True
+            level = level._above
+        return False
 
     def unused(self) -> Iterator[tuple[str, str, bool]]:
         """(place, what is wrong, whether a picture that is named is not there), once every picture has asked, also below."""
@@ -121,11 +137,11 @@ class _Table:
         UserError: it cannot be read, a line is not as it should be, or two name the same picture.
     """
 
-    def __init__(self, file: Path, column: str) -> None:
+    def __init__(self, file: Path, column: str, mask_column: str | None) -> None:
         import numpy
 
-        self._file, self._rows = file, Rows()  # of name, line, caption or None, what is wrong with it
-        hashes = array("Q")
+        self._file, self._rows = file, Rows()  # of name, line, caption or None, what is wrong with it, mask
+        hashes, of_masks = array("Q"), array("Q")
         for number, row in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
             for key in ("file_name", column):
                 if key not in row:
@@ -134,11 +150,18 @@ class _Table:
                     raise UserError(problem, where=f"{file}:{number}", remedy=remedy)
             name, caption = posixpath.normpath(str(row["file_name"])), row[column]
             wrong = "" if caption is None or isinstance(caption, str) else f"the caption at {file}:{number} is not text"
-            self._rows.append([name, number, one_line(caption) if isinstance(caption, str) else None, wrong])
+            mask = row.get(mask_column or "") or ""
+            if not isinstance(mask, str):
+                mask, wrong = "", f"the mask at {file}:{number} is not a file's name"
+            if mask:
+                mask = posixpath.normpath(mask)
+                of_masks.append(_hash(mask))
+            self._rows.append([name, number, one_line(caption) if isinstance(caption, str) else None, wrong, mask])
             hashes.append(_hash(name))
         unsorted = numpy.frombuffer(hashes, numpy.uint64)
         self._order = numpy.argsort(unsorted, kind="stable").astype(numpy.uint32)
         self._hashes = unsorted[self._order]
+        self._masks = numpy.sort(numpy.frombuffer(of_masks, numpy.uint64))
         self._asked = bytearray(len(hashes))
         self._refuse_twice()
 
@@ -150,12 +173,20 @@ class _Table:
         start = int(numpy.searchsorted(self._hashes, numpy.uint64(wanted)))  # as it is: compared with a plain number, all would become floats
         while start < len(self._hashes) and int(self._hashes[start]) == wanted:
             place = int(self._order[start])
-            found, _, caption, wrong = self._rows[place]
+            found, _, caption, wrong, mask = self._rows[place]
             if found == name:  # and not only its hash
                 self._asked[place] = 1
-                return Caption(caption, wrong)
+                return Caption(caption, wrong, mask)
             start += 1
         return None
+
+    def names_mask(self, name: str) -> bool:
+        """Whether a line names this file as a mask, by its hash."""
+        import numpy
+
+        wanted = numpy.uint64(_hash(name))
+        place = int(numpy.searchsorted(self._masks, wanted))
+        return place < len(self._masks) and bool(self._masks[place] == wanted)
 
     def unasked(self) -> Iterator[tuple[str, str]]:
         """(place in the file, name) of each line that no picture has asked for."""

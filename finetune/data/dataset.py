@@ -218,9 +218,9 @@ class Dataset:
 
         def compute() -> Batch:
             bucket = picture.crop.bucket
-            if not picture.mask:
+            if picture.mask is None:
                 return {"mask": torch.ones(1, bucket.height // factor, bucket.width // factor)}
-            seen = torch.from_numpy(masks.read(picture.mask, picture.mask_digest, picture.crop, mirrored))
+            seen = torch.from_numpy(masks.read(picture, mirrored))
             return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
 
         key = key_of("mask", picture.mask_digest, repr(picture.crop), int(mirrored), f"{outside} {factor}")

@@ -29,7 +29,7 @@ class Entry:
     read: Callable[[], bytes]
     file: str = ""
     content: bytes | None = field(default=None, repr=False)
-    mask: str = ""  # the file that says where its loss counts
+    mask: Callable[[], bytes] | None = None  # gives the picture that says where its loss counts; none: everywhere
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import final
 from finetune.data.captions import TABLES, Captions
 from finetune.data.entry import Entry, Problem
 from finetune.data.files import is_inside, read_bytes
-from finetune.data.masks import Masks
+from finetune.data.masks import BESIDE, Masks
 from finetune.errors import UserError
 from finetune.recipe import Data
 
@@ -44,6 +44,7 @@ class _Folder:
     def __init__(self, top: Path, data: Data) -> None:
         self._top, self._data, self._masks = top, data, Masks(data.masks, top)
         self._strict = data.unreadable_pictures == "stop"
+        self._mask_column = data.mask_column if data.masks == BESIDE else None
         self.found = False
 
     def below(self, folder: Path, above: Captions | None) -> Iterator[Entry | Problem]:
@@ -56,7 +57,8 @@ class _Folder:
             self.found = True
             yield Problem(printable(path), "unreadable picture", detail, self._strict)
         by_folder = self._data.classes == "folders"
-        captions, lower = Captions(folder, [] if by_folder else files, self._data.caption_column, above), set(folders)
+        names, lower = [] if by_folder else files, set(folders)
+        captions = Captions(folder, names, self._data.caption_column, above, self._mask_column)
         for name in merge(files, folders):
             if name in lower:
                 yield from self.below(folder / name, captions)
@@ -69,7 +71,7 @@ class _Folder:
         by_folder = self._data.classes == "folders"
         if file.suffix == ".tar" and not by_folder:
             return Problem(printable(file), "unused shard", "lies among pictures: name it in data.sources", False)
-        if file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES or self._masks.has(file):
+        if file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES or self._masks.has(file) or captions.name_as_mask(file):
             return None
         self.found = True
         read = functools.partial(read_bytes, str(file))
@@ -80,7 +82,10 @@ class _Folder:
         caption = captions.of(file.name)
         if caption.problem:
             return Problem(printable(file), "unreadable caption", caption.problem, True)
-        return Entry(printable(file), caption.text, read, str(file), mask=self._masks.of(file, beside))
+        if caption.mask and not is_inside(Path(caption.mask), self._top):
+            return Problem(printable(file), "unreadable mask", "its mask is a file outside the folder, which is not read", self._strict)
+        mask = functools.partial(read_bytes, caption.mask) if caption.mask else self._masks.of(file, beside)
+        return Entry(printable(file), caption.text, read, str(file), mask=mask)
 
 
 def _listed(folder: Path, top: Path) -> tuple[list[str], list[str], list[tuple[Path, str]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 from finetune.data.captions import one_line
 from finetune.data.entry import Entry, Problem
 from finetune.data.files import is_inside
+from finetune.data.masks import BESIDE
 from finetune.data.pictures import Unreadable
 from finetune.errors import UserError
 from finetune.recipe import Data
@@ -54,25 +56,48 @@ def rows(folder: Path | None, name: str, data: Data) -> Iterator[Entry | Problem
     table = _checked(splits[chosen], data)
     place = _Place(folder, name)
     if data.streaming:
-        yield from _streamed(_Stream(table, place, data.image_column), name, data)
+        yield from _streamed(_Stream(table, place), name, data)
         return
-    pictures = table.select_columns([data.image_column])
     captions = table[data.caption_column] if data.caption_column in table.column_names else [None] * len(table)
-    read = _Table(pictures, place, data.image_column).read
-    for row, caption in enumerate(captions):
-        yield _entry(f"{name}[{row}]", caption, functools.partial(read, row), data)
+    read = _Table(table.select_columns([data.image_column]), place, data.image_column).read
+    masked = data.masks == BESIDE and data.mask_column in table.column_names
+    of_masks = table.select_columns([data.mask_column]) if masked else None
+    read_mask = _Table(of_masks, place, data.mask_column).read
+    for row, (caption, has_mask) in enumerate(zip(captions, _filled(of_masks, len(table)), strict=True)):
+        mask = functools.partial(read_mask, row) if has_mask else None
+        yield _entry(f"{name}[{row}]", caption, functools.partial(read, row), data, mask=mask)
+
+
+def _filled(table: Any, length: int) -> Iterator[bool]:
+    """Of each row of a table of one column, whether it has anything; no pixel is read."""
+    if table is None:
+        yield from itertools.repeat(False, length)
+        return
+    for batch in table.with_format("arrow").iter(STATE_ROWS):
+        yield from (not nothing for nothing in batch.column(0).is_null().to_pylist())
 
 
 def _streamed(stream: _Stream, name: str, data: Data) -> Iterator[Entry | Problem]:
     number = 0
     while (row := stream.row(number)) is not None:
-        yield _entry(f"{name}[{number}]", row.get(data.caption_column), functools.partial(stream.read, number), data, stream.content(row))
+        read = functools.partial(stream.read, number, data.image_column)
+        has_mask = data.masks == BESIDE and row.get(data.mask_column) is not None
+        mask = functools.partial(stream.read, number, data.mask_column) if has_mask else None
+        yield _entry(f"{name}[{number}]", row.get(data.caption_column), read, data, content(row[data.image_column]), mask)
         number += 1
 
 
-def _entry(place: str, caption: Any, read: functools.partial[bytes], data: Data, content: bytes | None = None) -> Entry | Problem:
+def content(cell: dict[str, Any] | None) -> bytes | None:
+    """A picture that is in the row itself."""
+    found = (cell or {}).get("bytes")
+    return None if found is None else bytes(found)
+
+
+def _entry(
+    place: str, caption: Any, read: functools.partial[bytes], data: Data, content: bytes | None = None, mask: functools.partial[bytes] | None = None
+) -> Entry | Problem:
     if caption is None or isinstance(caption, str):
-        return Entry(place, None if caption is None else one_line(caption), read, content=content)
+        return Entry(place, None if caption is None else one_line(caption), read, content=content, mask=mask)
     return Problem(place, "unreadable caption", f'column "{data.caption_column}" holds {type(caption).__name__}, not text', True)
 
 
@@ -135,26 +160,21 @@ class _Stream:
     asked before. It can be pickled, for the other processes of a run, which then know these places too.
     """
 
-    def __init__(self, table: Any, place: _Place, column: str, states: dict[int, Any] | None = None) -> None:
-        self._fresh, self._table, self._place, self._column, self._lock = table, table, place, column, threading.Lock()
+    def __init__(self, table: Any, place: _Place, states: dict[int, Any] | None = None) -> None:
+        self._fresh, self._table, self._place, self._lock = table, table, place, threading.Lock()
         self._states = states or {}
         self._recent: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._rows: Iterator[dict[str, Any]] | None = None
         self._next = 0
 
     def __reduce__(self) -> Any:
-        return _Stream, (self._fresh, self._place, self._column, self._states)
+        return _Stream, (self._fresh, self._place, self._states)
 
-    def read(self, number: int) -> bytes:
+    def read(self, number: int, column: str) -> bytes:
         row = self.row(number)
         if row is None:
             raise Unreadable("the data set has become shorter")
-        return self._place.bytes_of(row[self._column])
-
-    def content(self, row: dict[str, Any]) -> bytes | None:
-        """A picture that is in the row itself."""
-        found = (row[self._column] or {}).get("bytes")
-        return None if found is None else bytes(found)
+        return self._place.bytes_of(row[column])
 
     def row(self, number: int) -> dict[str, Any] | None:
         """Row `number`, or None behind the last."""
@@ -282,7 +302,11 @@ def _checked(table: Any, data: Data) -> Any:
     for column, key in ((data.image_column, "image_column"), (data.caption_column, "caption_column")):
         if column not in names and not (key == "caption_column" and data.missing_captions == "empty"):
             raise UserError(f'the data set has no column "{column}"', where=f"data.{key}", remedy=there)
-    try:
-        return table.cast_column(data.image_column, datasets.Image(decode=False))
-    except Exception as error:  # pyarrow's
-        raise UserError(f'column "{data.image_column}" holds no pictures', where="data.image_column", remedy=there) from error
+    masks = ["mask_column"] if data.masks == BESIDE and data.mask_column in names else []
+    for key in ("image_column", *masks):
+        column = getattr(data, key)
+        try:
+            table = table.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow's
+            raise UserError(f'column "{column}" holds no pictures', where=f"data.{key}", remedy=there) from error
+    return table

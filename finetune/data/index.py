@@ -35,8 +35,8 @@ class Picture:
     repeats: int
     held_out: bool
     weight: float  # factor on its loss
-    mask: str  # the file that says where its loss counts, "" if everywhere
     mask_digest: str
+    mask: Callable[[], bytes] | None = field(repr=False, compare=False)  # gives the picture that says where its loss counts; none: everywhere
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
 

@@ -132,15 +132,14 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             if isinstance(outcome, Problem):
                 problems.append(outcome)
                 continue
-            told = (["no caption"] if not found.caption else []) + (["no mask"] if data.masks and not found.mask else [])
+            told = (["no caption"] if not found.caption else []) + (["no mask"] if data.masks and found.mask is None else [])
             odd.note(len(index), outcome, seen, told)
             index.append(outcome)
     finally:
         memo.close()
     if data.masks and index and not any(picture.mask for picture in index):
-        raise UserError(
-            "no picture has a mask", where="data.masks", remedy="NAME.mask.png beside NAME.jpg, or masks of the pictures' names in a folder"
-        )
+        remedy = f'NAME.mask.png beside NAME.jpg, a column "{data.mask_column}" (data.mask_column), or masks of the pictures\' names in a folder'
+        raise UserError("no picture has a mask", where="data.masks", remedy=remedy)
     index.hold_out(data.held_out)
     return Audit(index, tuple(problems), odd.findings(index), background)
 
@@ -199,13 +198,13 @@ def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list
     # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
     caption = f"{source.prefix} {entry.caption or ''}".strip()
     mask = ""
-    if entry.mask:
+    if entry.mask is not None:
         try:
             mask = digest_of(entry.mask, outcome.size)
         except Unreadable as error:
             return Problem(entry.name, "unreadable mask", str(error), stops=data.unreadable_pictures == "stop")
     crop = fit(outcome.size, choices)
-    return Picture(entry.name, caption, digest.hex(), crop, source.repeats, False, source.weight, entry.mask, mask, entry.read)
+    return Picture(entry.name, caption, digest.hex(), crop, source.repeats, False, source.weight, mask, entry.mask, entry.read)
 
 
 class _Oddities:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from finetune.data.captions import Caption, one_line
 from finetune.data.entry import Entry, Problem
+from finetune.data.masks import BESIDE, MARK, SUFFIXES
 from finetune.data.pictures import Unreadable
 from finetune.recipe import Data
 
@@ -52,13 +53,14 @@ def shards_of(path: Path) -> list[Path]:
 def samples(shard: Path, name: str, data: Data, picture_suffixes: set[str]) -> Iterator[Entry | Problem]:
     """The pictures of one shard with their captions; `name` is what messages call the shard."""
     strict = data.unreadable_pictures == "stop"
+    read = picture_suffixes | CAPTIONS | ({MARK + suffix for suffix in SUFFIXES} if data.masks == BESIDE else set())
     group: list[_Member] = []
     others: set[str] = set()
     for member in _members(shard, name, strict):
         if isinstance(member, Problem):
             yield member
             continue
-        if member.kind not in picture_suffixes | CAPTIONS:
+        if member.kind not in read:
             if member.kind not in others:
                 yield Problem(f"{name}/{member.name}", "unused file", f'"{member.kind}" in shards is not read', False)
             others.add(member.kind)
@@ -74,13 +76,15 @@ def _sample(shard: Path, name: str, group: list[_Member], data: Data, picture_su
     """The files of one sample, which lie side by side."""
     pictures = [member for member in group if member.kind in picture_suffixes]
     words = {member.kind: member for member in group if member.kind in CAPTIONS}
+    masks = [functools.partial(_read, str(shard), member.start, member.size) for member in group if member.kind.startswith(f"{MARK}.")]
     for member in pictures:
         place = f"{name}/{member.name}"
         caption = _caption(shard, words, data.caption_column)
         if caption.problem:
             yield Problem(place, "unreadable caption", caption.problem, True)
         else:
-            yield Entry(place, caption.text, functools.partial(_read, str(shard), member.start, member.size))
+            read = functools.partial(_read, str(shard), member.start, member.size)
+            yield Entry(place, caption.text, read, mask=masks[0] if masks else None)
     if not pictures:
         for member in words.values():
             yield Problem(f"{name}/{member.name}", "unused caption", "no picture has its name", False)
@@ -120,7 +124,7 @@ def _read(shard: str, start: int, size: int) -> bytes:
         file.seek(start)
         content = file.read(size)
     if len(content) < size:
-        raise Unreadable("the shard ends within the picture")
+        raise Unreadable("the shard ends within it")
     return content
 
 

@@ -10,6 +10,7 @@ from finetune.data.entry import Entry, Problem
 from finetune.data.files import is_inside
 from finetune.data.folder import OTHER_SUFFIXES, READ_SUFFIXES, folder_entries, printable
 from finetune.data.hugging import is_saved, looks_like_hub_name, rows
+from finetune.data.masks import refuse_folder
 from finetune.data.shards import samples, shards_of
 from finetune.errors import UserError
 from finetune.recipe import Data, Source, embedded
@@ -33,6 +34,7 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
     elif path.is_dir() or looks_like_hub_name(source.path):
         if data.classes == "folders":
             raise UserError("a data set's rows lie in no folders", where="data.classes", remedy="set data.classes: captions, and data.caption_column")
+        refuse_folder(data.masks)
         yield from rows(path if path.is_dir() else None, source.path, data)
     else:
         raise UserError(
@@ -54,6 +56,7 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Problem]:
+    refuse_folder(data.masks)
     if data.classes == "folders":
         raise UserError("the pictures of shards lie in no folders", where="data.classes", remedy="set data.classes: captions")
     for shard in shards:
