@@ -25,6 +25,7 @@ from finetune.engine.draw import Draw
 from finetune.export import export
 from finetune.job import Job
 from finetune.models import quantized
+from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.quantized import QuantizedLinear
 from finetune.recipe import Recipe
 from tests import tiny
@@ -197,6 +198,29 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
         # B starts at zero, so at the first step no gradient reaches A through it.
         one = weights(folder, 1)
         assert all(torch.equal(tensor, run.before[key]) == (".lora_A." in key) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
+@pytest.mark.parametrize("pipeline", ["sd15", "sdxl", *tiny.FLOWS])
+def test_checkpointing_changes_no_gradient(pipeline: str, kind: str, tmp_path: Path) -> None:
+    more = ("train.gradient_checkpointing=false", "sample.prompts=[]", *(["model.quantize=nf4"] if kind == "nf4" else []))
+    with mock.patch.object(quantized, "SMALLEST", NARROWEST):
+        job = tiny.prepare(tiny.recipe(pipeline, "full" if kind == "full" else "lora", *more, folder=tmp_path / "run"))
+    turn, draw = job.model.turns()[0], Draw(99, 0, range(2))
+    batch = job.data.batch(0, [0, 1], draw)
+
+    def gradients() -> dict[str, Tensor]:
+        turn.net.zero_grad()
+        turn.loss(batch, draw).mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in job.model.trained().items() if parameter.grad is not None}
+
+    plain = gradients()
+    checkpoint_activations(job.model.denoiser, 1)  # type: ignore[attr-defined]
+    with mock.patch.object(torch.utils.checkpoint, "checkpoint", wraps=torch.utils.checkpoint.checkpoint) as computed_again:
+        found = gradients()
+    assert computed_again.call_count and plain.keys() == found.keys() == job.model.trained().keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
 
 
 def test_golden_losses() -> None:

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
@@ -97,6 +98,8 @@ def test_a_transformers_run_begins_with_what_the_file_draws(name: str, layout: s
     adapter = job.plan.recipe.adapter
     found = look(str(in_format(name, layout)))
     assert (adapter.rank, adapter.alpha, adapter.rslora) == ((4, 3, True) if layout == "diffusers" else (found.rank, found.rank, False))
+    with safe_open(found.file, framework="pt") as file:
+        assert file.metadata()["ss_steps"] == "3" and file.metadata()["sshs_model_hash"]
     assert found.format == ("PEFT" if (name, layout) == ("pixart", "diffusers") else "kohya" if layout == "kohya" else "diffusers")
 
 

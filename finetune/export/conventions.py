@@ -124,7 +124,7 @@ def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | Non
         settings = settings_of(metadata)
     else:  # of a pipeline that reads no LoRA
         file = final / NET / PEFT_FILE
-        (tensors, settings), metadata = read_peft(file, NET), {}
+        (tensors, settings), metadata = read_peft(file, NET), read(file)[1]
     convention = CONVENTIONS[recipe.model.family, layout]
     plain, parts = dict[str, tuple[Tensor, Tensor]](), dict[tuple[str, Shares], dict[str, tuple[Tensor, Tensor]]]()
     for path, pair in _pairs(tensors, settings, file).items():

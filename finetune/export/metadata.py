@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.export.folder import hashes, read
+from finetune.initial import PEFT_FILE
+from finetune.models.adapters import read_peft
 from finetune.models.loading import LORA_FILE
 from finetune.models.single_file import BY_WIDTH
 from finetune.planning import Plan
@@ -44,17 +46,21 @@ ARCHITECTURES = {
 
 
 def stamp(folder: Path, plan: Plan, steps: int) -> None:
-    """Write into the LoRA file in `folder` what it is and how it was trained, if there is one.
+    """Write into the LoRA file in `folder` what it is and how it was trained, if there is one; of PEFT's, too.
 
     Args:
         plan: of the run.
         steps: that it has taken.
     """
-    path = folder / LORA_FILE
-    if path.is_file():
-        tensors, metadata = read(path)
-        found = metadata | describe(plan.recipe, tensors, settings_of(metadata)) | trained(plan, steps)
-        save_file(tensors, path, found | hashes(tensors))
+    adapter = plan.recipe.adapter
+    if adapter is None or adapter.kind != "lora":
+        return
+    for path in (folder / LORA_FILE, *folder.glob(f"*/{PEFT_FILE}")):
+        if path.is_file():
+            tensors, metadata = read(path)
+            settings = settings_of(metadata) if path.name == LORA_FILE else read_peft(path, path.parent.name)[1]
+            found = metadata | describe(plan.recipe, tensors, settings) | trained(plan, steps)
+            save_file(tensors, path, found | hashes(tensors))
 
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
