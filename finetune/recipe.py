@@ -127,7 +127,7 @@ class Adapter:
     rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
     dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
     pissa: bool = False  # start from the weights' largest singular values (arXiv:2404.02948): learns faster, and the file has twice the rank
-    init: str | None = None  # a LoRA to go on from, in diffusers', kohya's or ComfyUI's format: rank, alpha and targets are its own
+    init: str | None = None  # a LoRA to go on from, in diffusers' or kohya's format: rank, alpha and targets are its own
 
 
 @dataclass(frozen=True)

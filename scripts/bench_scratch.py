@@ -12,7 +12,8 @@ costs every pixel the same, so a few are timed and multiplied.
 from __future__ import annotations
 
 import argparse
-import importlib
+import copy
+import dataclasses
 import math
 import statistics
 import time
@@ -22,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import nets
 from finetune.engine.draw import Draw
 from finetune.models.bijections import Chain
-from finetune.models.pixels import PixelModel, Space
+from finetune.models.pixels import PixelModel, Space, of_config
 from finetune.models.turn import SampleRequest
 
 SPACE = Space(3, 32, 32, 256)
@@ -35,9 +35,8 @@ Contender = Callable[[], float]  # → seconds
 
 
 def model_of(family: str, **keys: Any) -> Any:
-    section: Any = nets.section(family)
     torch.manual_seed(0)
-    return importlib.import_module(f"finetune.models.{family}").create(SPACE, section(**keys))
+    return of_config({"family": family, "space": dataclasses.asdict(SPACE), "net": keys})
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -88,7 +87,7 @@ def vae(count: int = 16) -> dict[str, tuple[Contender, Contender]]:
         print("pythae is not installed: the VAE is left out")
         return {}
     model = model_of("betavae", latent=64, width=32, halvings=3, mixtures=1)
-    net = model.net
+    net = copy.deepcopy(model.net).to(memory_format=torch.contiguous_format)  # as torch lays weights out, and pythae leaves them
 
     class Encoder(BaseEncoder):  # type: ignore[misc]
         def __init__(self) -> None:

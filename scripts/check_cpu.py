@@ -33,16 +33,12 @@ from finetune.estimate.gpus import this_cpu
 from finetune.estimate.subject import MadeUp, Subject, skeletons
 from finetune.recipe import ASSETS, load_recipe
 
-# One of each family, and of each method.
+# Of the families from scratch, and of each other method.
 RECIPES = (
-    "scratch/vae",
-    "scratch/wgan-gp",
-    "scratch/flow-matching",
-    "scratch/pixelcnn++",
-    "scratch/glow",
-    "scratch/emoji-diffusion",
-    "lora/emoji",
-    "full/emoji",
+    *("scratch/vae", "scratch/vqvae", "scratch/realnvp", "scratch/glow", "scratch/pixelcnn++", "scratch/imagegpt"),
+    *("scratch/dcgan", "scratch/wgan-gp", "scratch/r3gan", "scratch/stylegan2"),
+    *("scratch/ddpm", "scratch/flow-matching", "scratch/edm", "scratch/emoji-diffusion"),
+    *("lora/emoji", "full/emoji"),
 )
 STEPS = 5  # or cycles of steps, once all is warm
 

@@ -28,7 +28,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 @click.command()
 @click.argument("recipe")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of the recipe, such as train.batch_size=2.")
-@click.option("--init", help="A LoRA's file to go on from, in diffusers', kohya's or ComfyUI's format; short for --set adapter.init=…")
+@click.option("--init", help="A LoRA's file to go on from, in diffusers' or kohya's format; short for --set adapter.init=…")
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
 @click.option("--force", is_flag=True, help="Train even what the estimate says does not fit into memory.")
 @click.option("--processes", type=click.IntRange(min=1), help="One for each GPU; 1, or as the configuration of --accelerate says.")

@@ -6,6 +6,7 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, final
 
 import psutil
 import torch
@@ -20,11 +21,42 @@ FEWEST = 3  # times that each is run, however long it takes
 MATMULS = (64, 256, 512)  # sides
 CONVOLUTIONS = ((8, 16, 16), (8, 16, 64), (8, 64, 16), (4, 128, 32))  # pictures, channels, side: thin ones and thick ones
 ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all pictures, length, width
-ELEMENTS = (1, 16, 64, 128, 256)  # sides of 4 × 16 channels
-CACHES = 24 << 20  # bytes: more than a core's own caches and its share of the common one
+ELEMENTS = (1, 16, 64, 128, 256, 384)  # sides of 4 × 16 channels; the last so large that each is given fresh pages
+DRAWN = (16, 128)  # likewise, of drop-out
+BETWEEN = 200  # tensors that pass between one that is written and its use, as when a net goes forward and back
+CACHES = 128 << 20  # bytes: more than a core's own caches and its share of the common one, and than its tables of pages reach
 CHAIN = 4  # layers of a transformer so tiny that it shows what Python and autograd cost
 
 Measured = Iterator[tuple[float, float]]  # amount, seconds
+
+
+@final
+class Clock:
+    """Times kernels as a step finds them: `seconds` for each, about."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._others = seconds, torch.zeros(CACHES // 4)
+
+    def typical(self, run: Callable[[], object], written: Tensor | None = None) -> float:
+        """Seconds of one run: the median of as many as there is time for, after one that warms up.
+
+        It is the processor's time, shared out to the threads: what else the machine does meanwhile does not count.
+
+        Args:
+            written: what the operator before a run wrote. All else a run finds as a step does, after `BETWEEN` others of this size: of
+                large tensors no cache holds it any more. None: the caches hold what they like.
+        """
+        run()
+        taken: list[float] = []
+        end = time.perf_counter() + self._seconds
+        while len(taken) < FEWEST or time.perf_counter() < end:
+            if written is not None:
+                self._others[: BETWEEN * written.numel()].sum()
+                written.sum()
+            start = time.process_time()
+            run()
+            taken.append(time.process_time() - start)
+        return statistics.median(taken) / torch.get_num_threads()
 
 
 def calibrate(seconds: float = SECONDS) -> Calibration:
@@ -33,18 +65,17 @@ def calibrate(seconds: float = SECONDS) -> Calibration:
     Args:
         seconds: about how long it may take.
     """
-    each = seconds / (len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + 2)
-    other = _curve(_elements(each))
-    kernel = other.points[0][1]
-    forward, backward = _chain(each)
+    each = seconds / (len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + len(DRAWN) + 2)
+    clock = Clock(each)
+    curves: Any = {kind: _curve(measure(clock)) for kind, measure in MEASURED.items()}
+    kernel = curves["other"].points[0][1]
+    forward, backward = _chain(clock)
+    del clock  # its memory is no part of what a process holds
     return Calibration(
         name=cpu_name(),
         threads=torch.get_num_threads(),
         date=datetime.date.today().isoformat(),
-        matmul=_curve(_matmuls(each)),
-        conv=_curve(_convolutions(each)),
-        attention=_curve(_attentions(each)),
-        other=other,
+        **curves,
         launch=max(0.0, forward - kernel),
         launch_engine=max(0.0, backward - kernel),
         held=psutil.Process().memory_info().rss,
@@ -62,79 +93,77 @@ def _curve(measured: Measured) -> Curve:
     return Curve(tuple(points))
 
 
-def _typical(run: Callable[[], object], seconds: float, cold: bool = True) -> float:
-    """Seconds of one run: the median of as many as `seconds` hold, after one that warms up.
-
-    It is the processor's time, shared out to the threads: what else the machine does meanwhile does not count.
-
-    Args:
-        cold: whether the caches hold something else when a run begins, as they do in a step, whose tensors are many times their size.
-    """
-    run()
-    other = torch.zeros(CACHES // 4) if cold else None
-    taken: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(taken) < FEWEST or time.perf_counter() < end:
-        if other is not None:
-            other.add_(1.0)
-        start = time.process_time()
-        run()
-        taken.append(time.process_time() - start)
-    return statistics.median(taken) / torch.get_num_threads()
-
-
-def _matmuls(each: float) -> Measured:
+def _matmuls(clock: Clock) -> Measured:
     for side in MATMULS:
         left, right = torch.randn(side, side), torch.randn(side, side)
-        yield 2.0 * side**3, _typical(lambda left=left, right=right: left @ right, each)  # type: ignore[misc]
+        yield 2.0 * side**3, clock.typical(lambda left=left, right=right: left @ right, left)  # type: ignore[misc]
 
 
-def _convolutions(each: float) -> Measured:
+def _convolutions(clock: Clock) -> Measured:
     """3 × 3, forward, and backward, which does twice as much."""
     for pictures, channels, side in CONVOLUTIONS:
-        layer = nn.Conv2d(channels, channels, 3, padding=1)
-        values = torch.randn(pictures, channels, side, side, requires_grad=True)
+        layer: Any = nn.Conv2d(channels, channels, 3, padding=1)  # laid out as `pixels` lays out nets
+        layer.to(memory_format=torch.channels_last)
+        values = torch.randn(pictures, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
         flops = 2.0 * pictures * side**2 * channels**2 * 9
-        yield from _both(flops, 2 * flops, lambda layer=layer, values=values: layer(values), [values, *layer.parameters()], each)  # type: ignore[misc]
+        yield from _both(clock, flops, 2 * flops, lambda layer=layer, values=values: layer(values), [values, *layer.parameters()])  # type: ignore[misc]
 
 
-def _attentions(each: float) -> Measured:
+def _attentions(clock: Clock) -> Measured:
     """Forward, and backward, which computes the scores again: 2.5 times as much."""
     for heads, length, width in ATTENTIONS:
         values = torch.randn(1, heads, length, width, requires_grad=True)
         flops = 4.0 * heads * length**2 * width
-        yield from _both(flops, 2.5 * flops, lambda values=values: _attended(values), [values], each)  # type: ignore[misc]
+        yield from _both(clock, flops, 2.5 * flops, lambda values=values: _attended(values), [values])  # type: ignore[misc]
 
 
 def _attended(values: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(values, values, values)
 
 
-def _both(flops: float, flops_backward: float, run: Callable[[], Tensor], leaves: list[Tensor], each: float) -> Measured:
+def _both(clock: Clock, flops: float, flops_backward: float, run: Callable[[], Tensor], leaves: list[Tensor]) -> Measured:
     out = run()
     gradient = torch.randn_like(out)
-    yield flops, _typical(run, each)
-    yield flops_backward, _typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), each)
+    yield flops, clock.typical(run, leaves[0].detach())
+    yield flops_backward, clock.typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), gradient)
 
 
-ELEMENTWISE: tuple[tuple[float, Callable[[Tensor], Tensor]], ...] = (  # values moved for each value, and what does so
-    (3, lambda values: values + values),
-    (2, functional.silu),
-    (2, lambda values: functional.group_norm(values, 8)),
-    (2, lambda values: values.contiguous(memory_format=torch.channels_last)),
+# Values moved for each value, and what does so to what was just written and to what was kept.
+ELEMENTWISE: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    (3, lambda values, kept: values + kept),
+    (2, lambda values, _: functional.silu(values)),
+    (3, torch.ops.aten.silu_backward),
+    (2, lambda values, _: functional.group_norm(values, 8)),
+    (2, lambda values, _: values.contiguous(memory_format=torch.channels_last)),
 )
 
 
-def _elements(each: float) -> Measured:
-    """What is neither product nor attention: a sum, an activation, a norm and a change of layout stand for all."""
+def _elements(clock: Clock) -> Measured:
+    """What is neither product nor attention: a sum, an activation and its gradient, a norm and a change of layout stand for all."""
     for side in ELEMENTS:
-        values = torch.randn(4, 16, side, side)
+        values, kept = torch.randn(2, 4, 16, side, side)
         for moved, run in ELEMENTWISE:
-            seconds = _typical(lambda run=run, values=values: run(values), each, cold=side > 1)  # type: ignore[misc]
+            seconds = clock.typical(lambda run=run, values=values, kept=kept: run(values, kept), values if side > 1 else None)  # type: ignore[misc]
             yield 2.0 * values.nbytes, seconds * 2 / moved
 
 
-def _chain(each: float) -> tuple[float, float]:
+def _drawn(clock: Clock) -> Measured:
+    """What drop-out draws: whether to keep each number."""
+    for side in DRAWN:
+        values = torch.empty(4, 16, side, side)
+        yield values.nbytes, clock.typical(lambda values=values: values.bernoulli_(0.9), values)  # type: ignore[misc]
+
+
+MEASURED: dict[str, Callable[[Clock], Measured]] = {
+    "matmul": _matmuls,
+    "conv": _convolutions,
+    "attention": _attentions,
+    "random": _drawn,
+    "other": _elements,
+}
+
+
+def _chain(clock: Clock) -> tuple[float, float]:
     """Seconds an operator of a net whose kernels take no time: forward, and backward."""
     net = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0) for _ in range(CHAIN)))
     values = torch.randn(4, 1, 8, requires_grad=True)
@@ -147,6 +176,6 @@ def _chain(each: float) -> tuple[float, float]:
     counts = [len(section.operators) for section in recorder.sections]
     out = net(values)
     gradient = torch.ones_like(out)
-    forward = _typical(lambda: net(values), each, cold=False)
-    backward = _typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), each, cold=False)
+    forward = clock.typical(lambda: net(values))
+    backward = clock.typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True))
     return forward / counts[0], backward / counts[1]

@@ -50,7 +50,7 @@ class Work:
     """Operators of one kind that cost about the same.
 
     Attributes:
-        kind: matmul, conv, attention or other.
+        kind: matmul, conv, attention, random or other.
         width: bytes of a factor: 2 is what tensor cores are fast at.
         eager: whether Python runs them and autograd records them; the host takes longer then.
         flops, bytes: each operator's, as (what does not grow, what one native picture more adds).

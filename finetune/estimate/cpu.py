@@ -55,7 +55,8 @@ class Calibration:
         name: of the CPU, as the system says it.
         threads: that it was measured with.
         date: of the measurement.
-        matmul, conv, attention: seconds by FLOPs, float32; `other`: by bytes that are read and written.
+        matmul, conv, attention: seconds by FLOPs, float32.
+        random: by bytes of what is drawn, one number after another; `other`: by bytes that are read and written.
         launch: seconds that Python, modules and autograd take for one operator besides; `launch_engine`: where autograd's engine runs it.
         held: bytes of a process before it holds a model.
         measured: whether it is this machine that was measured; if not, it is taken to be as fast as the one that the assets hold.
@@ -67,6 +68,7 @@ class Calibration:
     matmul: Curve
     conv: Curve
     attention: Curve
+    random: Curve
     other: Curve
     launch: float
     launch_engine: float
@@ -74,7 +76,8 @@ class Calibration:
     measured: bool = True
 
 
-KINDS = ("matmul", "conv", "attention", "other")
+BY_BYTES = ("random", "other")
+KINDS = ("matmul", "conv", "attention", *BY_BYTES)
 
 
 def cpu_name() -> str:

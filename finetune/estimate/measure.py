@@ -11,6 +11,7 @@ from typing import Any
 from finetune.data.scan import Audit
 from finetune.estimate.allocator import replay
 from finetune.estimate.cards import Card, Device, build_key, parsed, settings_of
+from finetune.estimate.cpu import BY_BYTES
 from finetune.estimate.subject import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, Subject
 from finetune.models.turn import Model
 from finetune.planning import Plan
@@ -118,7 +119,7 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
     for key, ones in first.items():
         others = second.pop(key, [])
         if len(ones) != len(others):
-            if key[0] != "other":
+            if key[0] not in BY_BYTES:
                 raise RuntimeError(
                     f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}"
                 )

@@ -8,7 +8,7 @@ from typing import final
 
 from finetune.estimate.cards import Card, Variant, Work
 from finetune.estimate.constants import INTERCONNECT, PACE, Pace
-from finetune.estimate.cpu import Calibration
+from finetune.estimate.cpu import BY_BYTES, Calibration
 from finetune.estimate.gpus import Gpu
 from finetune.estimate.group import ALONE, Group
 from finetune.recipe import Recipe
@@ -79,8 +79,9 @@ def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[
     # Attention's FLOPs grow with the square of the picture's area, all else with the area.
     flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
     moved = work.bytes[0] + work.bytes[1] * batch * area
+    if gpu.calibration and work.kind in BY_BYTES:
+        return 0.0, getattr(gpu.calibration, work.kind).seconds(moved)
     if gpu.calibration:
-        computing = 0.0 if work.kind == "other" else getattr(gpu.calibration, work.kind).seconds(flops)
-        return computing, gpu.calibration.other.seconds(moved)
+        return getattr(gpu.calibration, work.kind).seconds(flops), gpu.calibration.other.seconds(moved)
     rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
     return flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)

@@ -25,7 +25,7 @@ from finetune.estimate.outcomes import Outcomes
 
 
 class Operator(NamedTuple):
-    """What one launch costs: `kind` is matmul, conv, attention or other; FLOPs; bytes read and written; bytes a factor.
+    """What one launch costs: `kind` is matmul, conv, attention, random or other; FLOPs; bytes read and written; bytes a factor.
 
     `eager`: Python ran it and autograd recorded it (forward passes, what a checkpoint computes again); else autograd's engine or an optimizer did.
     """
@@ -50,6 +50,7 @@ class Section:
 KINDS = {
     "matmul": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"),
     "conv": ("convolution", "_convolution", "convolution_backward"),
+    "random": ("bernoulli_",),
     "attention": (
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),

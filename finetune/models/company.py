@@ -18,7 +18,7 @@ def stddev(maps: Tensor, group: int) -> Tensor:
     size = group if count % group == 0 else count
     if size == 1:
         return torch.cat([maps, maps.new_zeros(1, 1, *maps.shape[2:])], 1)
-    grouped = maps.view(size, count // size, -1)
+    grouped = maps.reshape(size, count // size, -1)
     # As many features as one likes may be constant: the root has no slope at 0.
     deviations = (grouped.var(0) + 1e-8).sqrt().mean(1)
     return torch.cat([maps, deviations.repeat(size).view(count, 1, 1, 1).expand(-1, -1, *maps.shape[2:])], 1)

@@ -122,7 +122,6 @@ def plan_rows(plan: Plan) -> list[Row]:
 def _base(plan: Plan) -> str:
     model = plan.recipe.model
     origin = f"{model.family}, {model.path}" if model.path else f"{model.family}, from scratch"
-    origin += f", with the transformer in {model.transformer}" if model.transformer else ""
     return origin + (f", with the VAE of {model.vae}" if model.vae else f", after {model.low}" if model.low else "")
 
 

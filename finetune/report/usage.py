@@ -30,15 +30,11 @@ def usage(plan: Plan, base: str, weights: str) -> str:
     single = base.endswith((".safetensors", ".ckpt"))
     lines = [f"pipeline = {name}.from_{'single_file' if single else 'pretrained'}({base!r})", f"pipeline.load_lora_weights({weights!r})", draw]
     imported, more = name, ""
-    of_peft = recipe.model.family == "pixart" or (recipe.adapter is not None and recipe.adapter.kind != "lora")  # PixArt's pipeline loads no LoRA
-    if of_peft:  # PEFT's folders, one a net, which it changes in place
+    if recipe.adapter is not None and recipe.adapter.kind != "lora":  # PEFT's folders, one a net, which it changes in place
         more = "from pathlib import Path\n\nfrom peft import PeftModel\n"
         lines[1] = f"for config in Path({weights!r}).glob('*/adapter_config.json'):\n"
         lines[1] += "    PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)"
     lines[2:2] = [line for new in recipe.tokens for line in _word(new.token, f"{weights}/{new.file}", recipe.model.family)]
-    if recipe.model.transformer is not None:
-        alone = f"from_single_file({Path(recipe.model.transformer).name!r}, config={base!r}, subfolder='transformer')"
-        lines.insert(1, f"pipeline.transformer = type(pipeline.transformer).{alone}")
     if changes := _schedule(plan):  # a LoRA's file cannot carry the schedule that it was trained with
         imported = f"DDIMScheduler, {name}"
         told = ", ".join(f"{key}={value!r}" for key, value in changes.items())
