@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from finetune import job
+from finetune.engine import sharding
 from finetune.engine.machine import this_machine
 from finetune.errors import UserError
 from finetune.planning import Machine
@@ -44,3 +47,12 @@ def test_accelerate_that_leaves_weights_whole_is_not_believed(tmp_path: Path, mo
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # as it was, for the tests that follow: Accelerate sets it
     with pytest.raises(UserError, match="among GPUs only"):
         tiny.prepare(tiny.recipe("flux2", "lora", "sample.prompts=[]", folder=tmp_path / "run"))
+
+
+def test_kernels_of_one_place_lie_as_torch_copies_them_from_process_to_process() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    values = [parameter.detach().clone() for parameter in net.parameters()]
+    assert net[1].weight.stride() == (6, 1, 6, 6)  # of which `DistributedDataParallel` makes a flat copy at the same place
+    sharding.settle_strides(net)
+    assert net[0].weight.stride() == (36, 1, 12, 4) and net[1].weight.stride() == (6, 1, 1, 1)
+    assert all(torch.equal(now, before) for now, before in zip(net.parameters(), values, strict=True))

@@ -44,6 +44,17 @@ def check(accelerator: Accelerator) -> None:
         )
 
 
+def settle_strides(net: nn.Module) -> None:
+    """Give tensors of `net` that lie the same in every layout, such as 1×1 kernels, the strides of torch's ordinary one, in place.
+
+    With those of channels last, torch, as it sends weights to other processes, takes its flat copy for another tensor at the same place,
+    and refuses to copy that back.
+    """
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor.is_contiguous():
+            tensor.data = tensor.data.view(-1).view(tensor.shape)
+
+
 def cut(accelerator: Accelerator, net: nn.Module) -> None:
     """Name the blocks of `net` that are gathered one at a time: those that diffusers and transformers say not to split.
 

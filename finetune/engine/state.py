@@ -27,6 +27,8 @@ class TrainingState:
         for turn in self.turns:
             # To be shared out, weights lie as torch lays them, and come to the device block by block: there may be no room for all.
             turn.net.to(**{"memory_format": torch.contiguous_format} if accelerator.is_fsdp2 else {"device": accelerator.device})
+            if accelerator.num_processes > 1:
+                sharding.settle_strides(turn.net)
         # Taken after the move, which replaces buffers, and before Accelerate's wrapper, which lengthens names.
         self._tensors, trained = model.state(), model.trained()
         self.optimizers, self.updates = [], []
