@@ -44,21 +44,7 @@ def check(recipe: Recipe, where: str) -> None:
         "see `ft recipes show scratch/emoji-vae`",
     )
     refuse(recipe.net is not None and bool(model.build), f"family {model.family} is described by its `net` section", "remove model.build")
-    refuse(
-        recipe.net is None and (data.classes is not None or data.grey or data.levels != type(data).levels),
-        f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
-        "remove them",
-    )
-    refuse(
-        recipe.sample.truncation != 1 and (recipe.net is None or recipe.net.kind != "GAN"),
-        f"sample.truncation is for GANs, and {model.family} is none",
-        "remove sample.truncation",
-    )
-    refuse(
-        recipe.net is None and recipe.sample.watch_every is not None,
-        f"lost modes are watched in families that draw pixels, and {model.family} does not",
-        "remove sample.watch_every; `ft eval` measures a finished run",
-    )
+    _pixels(recipe, refuse)
     refuse(recipe.method != "scratch" and bool(model.build), "model.build is for method: scratch only", "remove model.build")
     refuse(recipe.method != "scratch" and model.path is None, "model.path is missing: the pretrained model to start from", "add model.path")
     refuse(recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path")
@@ -75,23 +61,7 @@ def check(recipe: Recipe, where: str) -> None:
     refuse(len({new.token for new in recipe.tokens}) < len(recipe.tokens), "a word of `tokens` is given twice", "keep one of them")
     refuse(recipe.method == "scratch" and recipe.prior is not None, "from scratch there is no base to draw class pictures", "remove `prior`")
     nets.check_sampler(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
-    refuse(
-        model.low is not None and not getattr(recipe.net, "refines", False),
-        f"family {model.family} draws its pictures from nothing: model.low is for families that make small ones large",
-        "remove model.low",
-    )
-    refuse(
-        recipe.net is not None and model.prediction is not None,
-        f"what the net of family {model.family} predicts is said in its `net` section, if at all",
-        "remove model.prediction",
-    )
-    diffusion = recipe.diffusion
-    if diffusion is not None and diffusion.zero_terminal_snr:
-        refuse(
-            model.prediction == "epsilon",
-            "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
-            "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
-        )
+    _predicted(recipe, refuse)
 
 
 def check_sharded(recipe: Recipe, precision: Precision) -> None:
@@ -114,6 +84,48 @@ def check_sharded(recipe: Recipe, precision: Precision) -> None:
         if condition:
             remedy += ", or share nothing out: --accelerate many-gpus"
             raise UserError(f"{where} cannot be with weights shared out by FSDP: {problem}", where=where, remedy=remedy)
+
+
+def _pixels(recipe: Recipe, refuse: Refuse) -> None:
+    """What only families with a `net` section know: those that draw pixels."""
+    data, model = recipe.data, recipe.model
+    refuse(
+        recipe.net is None and (data.classes is not None or data.grey or data.levels != type(data).levels),
+        f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
+        "remove them",
+    )
+    refuse(
+        recipe.sample.truncation != 1 and (recipe.net is None or recipe.net.kind != "GAN"),
+        f"sample.truncation is for GANs, and {model.family} is none",
+        "remove sample.truncation",
+    )
+    refuse(
+        recipe.net is None and recipe.sample.watch_every is not None,
+        f"lost modes are watched in families that draw pixels, and {model.family} does not",
+        "remove sample.watch_every; `ft eval` measures a finished run",
+    )
+
+
+def _predicted(recipe: Recipe, refuse: Refuse) -> None:
+    """What the net starts from, and what it predicts."""
+    model = recipe.model
+    refuse(
+        model.low is not None and not getattr(recipe.net, "refines", False),
+        f"family {model.family} draws its pictures from nothing: model.low is for families that make small ones large",
+        "remove model.low",
+    )
+    refuse(
+        recipe.net is not None and model.prediction is not None,
+        f"what the net of family {model.family} predicts is said in its `net` section, if at all",
+        "remove model.prediction",
+    )
+    diffusion = recipe.diffusion
+    if diffusion is not None and diffusion.zero_terminal_snr:
+        refuse(
+            model.prediction == "epsilon",
+            "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
+            "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
+        )
 
 
 def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from finetune.export import export
 from finetune.export.metadata import PEFT
-from finetune.models.loading import LORA_FILE
+from finetune.initial import LORA_FILE
 from finetune.planning import load_plan
 from finetune.recipe import public_name
 from finetune.report.card import write_card

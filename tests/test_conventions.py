@@ -20,7 +20,7 @@ from finetune.errors import UserError
 from finetune.export import FORMATS, export
 from finetune.export.conventions import CONVENTIONS
 from finetune.export.metadata import PEFT
-from finetune.models.loading import LORA_FILE
+from finetune.initial import LORA_FILE
 
 Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
 CLASSES = {

@@ -21,8 +21,8 @@ from torch import Tensor
 from finetune.engine.runs import validations
 from finetune.errors import UserError
 from finetune.export import export
+from finetune.initial import LORA_FILE
 from finetune.models import adapters
-from finetune.models.loading import LORA_FILE
 from tests import tiny
 
 CLASSES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.export import FORMATS, export
-from finetune.initial import look
+from finetune.initial import LORA_FILE, look
 from finetune.models import quantized
 from finetune.models.adapters import PEFT_PREFIX
-from finetune.models.loading import LORA_FILE
 from finetune.models.quantized import QuantizedLinear
 from tests import tiny
 

@@ -25,9 +25,8 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.export.folder import cast, hashes, read
 from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
-from finetune.initial import PEFT_FILE
+from finetune.initial import LORA_FILE, PEFT_FILE
 from finetune.models.adapters import read_peft
-from finetune.models.loading import LORA_FILE
 from finetune.recipe import Recipe
 
 NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's

@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.export.folder import cast, hashes, read
 from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
-from finetune.models.loading import LORA_FILE
+from finetune.initial import LORA_FILE
 from finetune.recipe import Recipe
 
 SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up

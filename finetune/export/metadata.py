@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.export.folder import hashes, read
-from finetune.initial import PEFT_FILE
+from finetune.initial import LORA_FILE, PEFT_FILE
 from finetune.models.adapters import read_peft
-from finetune.models.loading import LORA_FILE
 from finetune.models.single_file import BY_WIDTH
 from finetune.planning import Plan
 from finetune.recipe import Recipe, public_name, trigger_words

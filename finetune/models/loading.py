@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from finetune.data.scan import Audit
 from finetune.errors import UserError, did_you_mean
+from finetune.initial import LORA_FILE
 from finetune.models.latents import latents_of
 from finetune.models.single_file import (
     PADDING,
@@ -41,7 +42,6 @@ from finetune.recipe import Recipe, embedded
 if TYPE_CHECKING:
     from finetune.models.family import Family
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
 

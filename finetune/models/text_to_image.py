@@ -23,6 +23,7 @@ from finetune.engine.draw import Draw
 from finetune.engine.machine import empty_cache
 from finetune.errors import UserError
 from finetune.export.folder import forget_places
+from finetune.initial import LORA_FILE
 from finetune.models import adapters, loading, smaller, words
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.denoise import Denoising, Objective
@@ -351,4 +352,4 @@ class TextToImage(Model):
         for name, net in nets.items():
             arguments |= {f"{name}_lora_layers": adapters.lora_weights(net), f"{name}_lora_adapter_metadata": adapters.lora_configuration(net)}
         type(self.pipeline).save_lora_weights(folder, **arguments)
-        return [folder / loading.LORA_FILE]
+        return [folder / LORA_FILE]
