@@ -89,6 +89,7 @@ def _probe(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def python_version() -> list[Finding]:
+    """Python, and the system that it runs on."""
     return [Finding("Python", "works", f"{platform.python_version()}, {platform.platform()}")]
 
 
@@ -221,6 +222,7 @@ def bitsandbytes(probed: dict[str, Any]) -> list[Finding]:
 
 
 def memory() -> list[Finding]:
+    """How much of the machine's own memory is free."""
     import psutil
 
     found = psutil.virtual_memory()

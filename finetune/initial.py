@@ -38,6 +38,7 @@ class Initial:
 
     @property
     def layers(self) -> int:
+        """How many layers the file adapts."""
         return self.ranks.total()
 
     @property

@@ -47,6 +47,8 @@ _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
 @dataclass
 class Job:
+    """A run whose first step could be taken now."""
+
     plan: Plan
     audit: Audit
     model: Model

@@ -48,6 +48,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
+    """Every number of a run. Trainer and estimate take theirs from here alone."""
+
     recipe: Recipe
     data: DataFacts
     machine: Machine

@@ -87,6 +87,7 @@ def _public(text: str) -> str:
 
 
 def main() -> None:
+    """Print a line of JSON for each library or service that the command line names."""
     for name in sys.argv[1:]:
         found = {"torch": torch, "bitsandbytes": bitsandbytes, "hub": hub}[name]()
         print(json.dumps({name: found}), flush=True)

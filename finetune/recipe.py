@@ -59,6 +59,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
+    """The section `data`: what trains, and how pictures are cut to size."""
+
     path: str | None = None  # short for one source
     sources: tuple[Source, ...] = ()
     resolution: int = _number(512, minimum=4, maximum=4096)  # pictures train at about resolution² pixels
@@ -166,6 +168,8 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Optimizer:
+    """The section `optimizer`."""
+
     name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree", "lion", "came"] = "adamw"
     lr: float = _number(1e-4, above=0)  # Prodigy finds its rate itself, and lr multiplies it: 1 is usual
     betas: tuple[float, ...] | None = None  # none: 0.9 and 0.999; Lion's: 0.9 and 0.99
@@ -185,6 +189,8 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Train:
+    """The section `train`: how long, in which pieces, with which arithmetic."""
+
     steps: int | None = _number(None, minimum=1)
     epochs: float | None = _number(None, above=0)
     batch_size: int = _number(1, minimum=1)  # pictures at once on each device
@@ -209,6 +215,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Sample:
+    """The section `sample`: what is drawn while training, and how."""
+
     prompts: tuple[str, ...] = ()
     negative: str = ""
     every: int = _number(500, minimum=1)  # training steps between sample grids
@@ -223,12 +231,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Output:
+    """The section `output`."""
+
     folder: str | None = None  # none: runs/<method>-<name of the recipe>
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A whole recipe; `load_recipe` reads and checks it."""
+
     method: Method
     model: Model
     data: Data

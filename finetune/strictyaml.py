@@ -51,6 +51,7 @@ class Node:
 
     @property
     def empty(self) -> bool:
+        """Whether it is one of YAML's words for nothing, unquoted."""
         return isinstance(self.content, str) and not self.quoted and self.content.lower() in NULLS
 
 

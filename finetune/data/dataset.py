@@ -145,6 +145,7 @@ class Dataset:
 
     @property
     def has_validation(self) -> bool:
+        """Whether pictures are held out to validate on."""
         return len(self._validation) > 0
 
     def names(self, step: int) -> list[str]:

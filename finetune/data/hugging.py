@@ -39,6 +39,7 @@ def is_saved(path: Path) -> bool:
 
 
 def looks_like_hub_name(path: str) -> bool:
+    """Whether `path` has the form `owner/name`, as data sets on the hub have it."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 

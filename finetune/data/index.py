@@ -87,6 +87,7 @@ class Index(Pictures):
         return len(self._rows)
 
     def picture(self, place: int) -> Picture:
+        """The one at `place`, counted from 0, read from the file and put together again."""
         values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, self._rows[place], strict=True)}
         return Picture(**values | {"held_out": bool(self._held_out[place])})
 
@@ -168,4 +169,5 @@ class Part(Pictures):
         return len(self.places)
 
     def picture(self, place: int) -> Picture:
+        """The one at `place`, counted from 0 within the part."""
         return self._index.picture(int(self.places[place]))

@@ -142,6 +142,7 @@ class Crop:
 
     @property
     def upscaled(self) -> bool:
+        """Whether the picture has fewer pixels than its bucket."""
         return self.scaled[0] > self.original[0]
 
     @property

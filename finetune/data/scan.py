@@ -47,6 +47,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
+    """What a look at all the data found.
+
+    Attributes:
+        pictures: those that can train, held out or not.
+        problems: what cannot be used, and why.
+        findings: what is odd about pictures that train all the same.
+        background: the CSS colour that transparent pictures are laid over.
+    """
+
     pictures: Index
     problems: tuple[Problem, ...]
     findings: tuple[Finding, ...]
@@ -54,10 +63,12 @@ class Audit:
 
     @property
     def training(self) -> Part:
+        """The pictures that train."""
         return self.pictures.part(held_out=False)
 
     @property
     def held_out(self) -> Part:
+        """Those kept back, to validate on."""
         return self.pictures.part(held_out=True)
 
     def crops(self) -> list[tuple[Crop, int, int]]:

@@ -148,6 +148,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Draw the averages towards the weights as they are after `step` (counted from 0)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         if all(parameter.dtype == torch.float32 for parameter in self._trained.values()):
             torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self._trained.values()], 1 - decay)

@@ -50,6 +50,7 @@ class Progress:
         self._stream.flush()
 
     def end(self) -> None:
+        """Close the line, so that what is said next stands on one of its own."""
         if self._dirty:
             self._stream.write("\n")
             self._stream.flush()

@@ -107,6 +107,7 @@ class Run:
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> Path:
+        """Write `value` to a file of the run's folder, whole or not at all; what JSON has no word for, as `str` has it. Returns the file."""
         return self.write(name, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ def allocate(identifier: int, size: int, stream: int = 0) -> Event:
 
 
 def free(identifier: int) -> Event:
+    """The release of what was allocated for `identifier`."""
     return Event(identifier, None)
 
 

@@ -253,4 +253,5 @@ def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
 
 
 def path_of(name: str) -> Path:
+    """The file of the card called `name`, whether it is there or not."""
     return CARDS / f"{name}.json"

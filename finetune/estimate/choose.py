@@ -85,6 +85,7 @@ class Choice:
 
 
 def rule(rules: tuple[Rule, ...], amount: float) -> Rule:
+    """The one whose range holds `amount`, its lower end included."""
     return next(one for one in rules if one.least <= amount < one.most)
 
 

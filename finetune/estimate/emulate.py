@@ -89,6 +89,7 @@ class Cuda(TorchFunctionMode):
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
+        """The mode and the autocast of the forward pass, for a backward pass: checkpointed blocks are computed again as they were."""
         before, self.dtype = self.dtype, self._backward
         try:
             with self:  # Tensor.backward is itself a function of torch, within which the mode is off

@@ -36,6 +36,7 @@ class Expected:
 
     @property
     def line(self) -> str:
+        """Memory, seconds of a step and length of the run, or why there is no estimate: said before the first step."""
         one = self.forecast
         if one is None:
             return f"no estimate: {self.reason}"

@@ -36,6 +36,7 @@ class Lever:
 
     @property
     def words(self) -> str:
+        """As a recipe has it: `key: value`."""
         said = {True: "true", False: "false", None: "null"}.get(self.value, self.value) if not isinstance(self.value, int | float) else self.value
         return f"{self.key}: {str(said).lower() if isinstance(said, bool) else said}"
 
@@ -73,6 +74,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
+        """Whether the peak of all phases is within the GPU's memory."""
         return self.memory.peak <= self.limit
 
 

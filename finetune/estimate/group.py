@@ -28,6 +28,7 @@ class Group:
 
     @property
     def sharded(self) -> bool:
+        """Whether each keeps a part only of weights, gradients and optimizer state."""
         return self.sharding == "fsdp" and self.count > 1
 
     @property

@@ -30,6 +30,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """Bytes, of all phases."""
         return max(self.phases.values())
 
     @property

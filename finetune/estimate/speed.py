@@ -36,6 +36,7 @@ class Speed:
 
     @property
     def seconds(self) -> float:
+        """Of the whole step."""
         return self.compute + self.bandwidth + self.launch + self.exchange + self.transfer
 
 

@@ -58,6 +58,8 @@ class Extractor(ABC):
 
 @final
 class EmojiNet(Extractor):
+    """Emoji-net's features, [B, 128] (`emojinet`); it comes with ft."""
+
     name, side = EMOJI_NET, emojinet.SIDE
 
     def __init__(self) -> None:

@@ -99,6 +99,8 @@ class Critic(nn.Module):
 
 @final
 class CriticTurn(Turn):
+    """The critic learns to tell true pictures from made ones; the generator's weights are constants."""
+
     name = "critic"
 
     def __init__(self, critic: Critic, generator: Generator, space: Space, section: Section) -> None:
@@ -139,6 +141,8 @@ class CriticTurn(Turn):
 
 @final
 class GeneratorTurn(Turn):
+    """The generator learns what the critic takes for true; the critic's weights are constants."""
+
     name = "generator"
 
     def __init__(self, generator: Generator, critic: Critic, space: Space, section: Section, penalty: Penalty | None) -> None:

@@ -22,6 +22,8 @@ SCALE_BOUND = 3.0  # of a coupling's log-scale: no single one can stretch or shr
 
 
 class Bijection(nn.Module, ABC):
+    """An invertible map of a batch, each example by itself."""
+
     @abstractmethod
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, …] → (mapped, log |det| of each example's Jacobian [B])."""
@@ -226,6 +228,7 @@ class Coupling(Bijection):
 
 
 def bounded(log_scale: Tensor) -> Tensor:
+    """Soft bounds of a log-scale: s → b·tanh(s / b), b = `SCALE_BOUND`, any shape."""
     return SCALE_BOUND * (log_scale / SCALE_BOUND).tanh()
 
 

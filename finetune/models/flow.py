@@ -129,6 +129,8 @@ class Dequantised(nn.Module):
 
 @final
 class FlowTurn(Turn):
+    """−log P(x) of each picture in nats, by one draw of the noise between levels (`Dequantised`)."""
+
     name = "flow"
 
     def __init__(self, net: Dequantised, space: Space) -> None:

@@ -56,6 +56,8 @@ class Tokenised(nn.Module):
 
 @final
 class TokenTurn(Turn):
+    """−log p of each picture's tokens, in nats."""
+
     name = "tokens"
 
     def __init__(self, net: Tokenised) -> None:

@@ -88,6 +88,11 @@ BY_CLASS: dict[str, type[Latents]] = {
 
 
 def latents_of(vae: Any) -> Latents:
+    """The conventions of `vae`'s class.
+
+    Raises:
+        KeyError: a class that no family here has.
+    """
     return BY_CLASS[type(vae).__name__](vae)
 
 

@@ -158,6 +158,8 @@ class Conditioned(nn.Module):
 
 @final
 class ExactTurn(Turn):
+    """−log p of each picture, in nats."""
+
     name = "pixels"
 
     def __init__(self, net: Conditioned, observation: Observation) -> None:

@@ -52,10 +52,12 @@ class Space:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
         return self.channels, self.height, self.width
 
     @property
     def dimensions(self) -> int:
+        """Numbers of a picture, which nats are divided by for bits/dim."""
         return self.channels * self.height * self.width
 
     def levels_of(self, pixels: Tensor) -> Tensor:
@@ -161,10 +163,12 @@ class PixelModel(Model):
 
     @property
     def family(self) -> str:
+        """As `model.family` names it: the module of the class."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.net.parameters()).device
 
     @torch.no_grad()

@@ -66,6 +66,8 @@ class Stages(nn.Module):
 
 @final
 class CodesTurn(Turn):
+    """−log p of each picture's codes, in nats; the first stage stays as it is."""
+
     name = "codes"
 
     def __init__(self, net: Stages) -> None:

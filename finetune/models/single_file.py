@@ -195,6 +195,7 @@ def clip_tokenizer(padding: str) -> CLIPTokenizer:
 
 
 def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names of a file's tensors are those of a LoRA, in any of the usual formats."""
     return any("lora_" in name or ".lora." in name for name in names)
 
 

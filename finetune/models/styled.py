@@ -23,6 +23,7 @@ BINOMIAL = (1.0, 3.0, 3.0, 1.0)  # the filter of resampling
 
 
 def activated(features: Tensor) -> Tensor:
+    """Leaky ReLU, scaled so that it keeps the variance; any shape."""
     return functional.leaky_relu(features, SLOPE) * GAIN
 
 

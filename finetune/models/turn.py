@@ -37,6 +37,7 @@ class Turn(ABC):
         """The loss of each example, shape [B], float32. `draw` gives the randomness of each example's place."""
 
     def parameters(self) -> list[nn.Parameter]:
+        """What trains in this turn."""
         return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
 
@@ -92,7 +93,8 @@ class Model(ABC):
         """The turns of a step, in order."""
 
     @abstractmethod
-    def encoders(self) -> Encoders: ...
+    def encoders(self) -> Encoders:
+        """What turns this family's pictures and captions into what `Turn.loss` reads."""
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> list[Image]:

@@ -139,6 +139,8 @@ class Critic(nn.Module):
 
 @final
 class VqTurn(Turn):
+    """Reconstruction, book and commitment (equation 3), and with a critic what that takes for true."""
+
     name = "autoencoder"
 
     def __init__(self, net: VqAutoencoder, critic: Critic | None, section: Net, observation: Observation) -> None:

@@ -11,6 +11,8 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Adversarial(Section):
+    """What the sections of all GANs hold."""
+
     kind = "GAN"
     latent: int = number(64, minimum=1)  # numbers that a picture is drawn from
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = "logistic"  # what critic and generator want of the critic's logits

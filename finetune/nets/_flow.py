@@ -11,6 +11,8 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class Flow(Section):
+    """What the sections of all normalizing flows hold."""
+
     scales: int = number(2, minimum=1)  # each further one halves the sides and lets half of the numbers go
     steps: int = number(8, minimum=1)  # of the flow at each scale
     width: int = number(64, minimum=4)  # channels of the nets inside the couplings

@@ -10,6 +10,8 @@ from finetune.strictyaml import number
 
 @dataclass(frozen=True)
 class UNet(Section):
+    """What the sections of all diffusion families in pixel space hold."""
+
     kind = "diffusion"
     samplers = ("ddpm", "ddim", "dpm++", "heun", "euler")
     width: int = number(64, minimum=8)  # channels at the full size; a multiple of 4

@@ -20,8 +20,10 @@ def document(title: str, *sections: str) -> str:
 
 
 def section(name: str, title: str, lead: str, *parts: str) -> str:
+    """A section of the page, `lead` escaped; `parts` are markup already, and empty ones are left out."""
     return f'<section id="{name}">\n<h2>{title}</h2>\n<p class="lead">{text(lead)}</p>\n' + "\n".join(filter(None, parts)) + "\n</section>"
 
 
 def image(address: str, alternative: str, small: bool) -> str:
+    """A picture by its address, which may be a `data:` URL."""
     return f'<img src="{text(address)}" alt="{text(alternative)}"{" class=small" if small else ""} loading="lazy">'

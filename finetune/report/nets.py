@@ -90,4 +90,5 @@ def _short(count: int) -> str:
 
 
 def gigabytes(size: int) -> str:
+    """Bytes as `5.61 GiB`."""
     return f"{size / 2**30:.2f} GiB"
