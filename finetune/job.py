@@ -33,7 +33,7 @@ from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
 from finetune.errors import UserError
 from finetune.estimate.calibrate import calibrate
-from finetune.estimate.cpu import calibration, keep
+from finetune.estimate.cpu import calibration, discard, keep
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
 from finetune.metrics.watch import Watch
 from finetune.models.pixels import PixelModel
@@ -112,6 +112,14 @@ def foretell(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
     return expected
 
 
+def _measure() -> None:
+    """Calibrate the CPU: two seconds, once on this machine. While that is busy, the run goes on without."""
+    try:
+        keep(calibrate())
+    except UserError as error:
+        print(f"{error.problem}; the estimate takes it to be as fast, core for core, as the one that ft was written on")
+
+
 def _refuse_too_large(model: Model, plan: Plan) -> None:
     """A GPU's memory is estimated; of a machine's own, what training cannot do without is counted."""
     needed, there = sum(nets.of_what_trains(model, plan).values()), plan.machine.memory_bytes
@@ -145,8 +153,8 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         prior.draw(recipe, is_main_process())
         audit, plan = _audit_and_plan(recipe, quiet=True)
     run = Run(plan, resume)
-    if plan.machine.device == "cpu" and is_main_process() and not calibration(plan.machine.threads).measured:
-        keep(calibrate())  # two seconds, once on this machine
+    if plan.machine.device == "cpu" and plan.machine.processes == 1 and not calibration(plan.machine.threads).measured:
+        _measure()
     expected = foretell(plan, force, quiet=not is_main_process())
     forget_peak()  # of what this process did before
     AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all
@@ -220,6 +228,9 @@ def _write(job: Job) -> None:
     if report is not None:
         places.append(("report", report))
     lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
+    if wrong := job.trainer.pace.disproved():
+        discard(wrong)
+        lines.append("so far off, this CPU's measurement is not believed any longer: the next run takes a new one, as does `ft estimate --calibrate`")
     print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
 
 

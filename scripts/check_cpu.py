@@ -1,6 +1,6 @@
 """Recipes' steps on this machine's CPU beside their estimates, after a two-second calibration in the same run: scripts/check_cpu.py [NAME …]
 
-Times are the processor's, shared out to the threads, so that what else the machine does meanwhile does not count. With --default the
+Times are the processor's for the thread that calls, so that what else the machine does meanwhile does not count. With --default the
 calibration is also written to finetune/assets/cpu.json: what an unmeasured CPU is taken to be, core for core.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -51,7 +52,7 @@ def main(names: tuple[str, ...], write: bool, default: bool) -> None:
     """Take a few steps of each recipe, beside its estimate."""
     torch.set_num_threads(1 if default else threads())
     start = time.perf_counter()
-    found = calibrate()
+    found = calibrate(patience=math.inf)
     print(f"{found.name}, {found.threads} threads, calibrated in {time.perf_counter() - start:.1f} s", flush=True)
     if default:
         (ASSETS / FILE).write_text(json.dumps([plain(found)], indent=1) + "\n", encoding="utf-8")
@@ -87,9 +88,9 @@ def taken(name: str, steps: int) -> list[float]:
         trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
         found = []
         for step in range(steps):
-            start = time.process_time()
+            start = time.thread_time()
             trainer.take(step)
-            found.append((time.process_time() - start) / torch.get_num_threads())
+            found.append(time.thread_time() - start)
     return found
 
 

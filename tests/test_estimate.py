@@ -16,44 +16,25 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune import cli, nets
-from finetune.commands import estimate
+from finetune import nets
 from finetune.errors import UserError
-from finetune.estimate import cards, choose, cpu, families, standins
+from finetune.estimate import cards, choose, families, standins
 from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
 from finetune.estimate.architecture import DENOISERS
-from finetune.estimate.calibrate import calibrate
 from finetune.estimate.choose import PROMISE
 from finetune.estimate.constants import GIB, INTERCONNECT
 from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.emulate import cuda, fake_tensors
-from finetune.estimate.forecast import Forecast, fitting, forecast, levers, pulled, told_levers
-from finetune.estimate.gpus import Gpu, described, find, this_cpu
+from finetune.estimate.forecast import fitting, forecast, levers, pulled, told_levers
+from finetune.estimate.gpus import described, find
 from finetune.estimate.group import Group
 from finetune.estimate.measure import BATCHES, variant
 from finetune.estimate.memory import memory
-from finetune.estimate.subject import Phase, Subject, skeletons
+from finetune.estimate.subject import Subject, skeletons
 from finetune.estimate.trace import Recorder
 from finetune.recipe import Recipe, bundled_recipes, load_recipe
-
-
-def ft(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["estimate", *arguments])
-    code = ended.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
-
-
-def traced(name: str, *overrides: str) -> dict[str, Phase]:
-    recipe = load_recipe(name, overrides)
-    return Subject(recipe, "bfloat16", (recipe.data.resolution,) * 2).phases(only_training=True)
-
-
-def of(name: str, *overrides: str, gpu: Gpu | None = None, images: int = 3000) -> Forecast:
-    return forecast(load_recipe(name, overrides), name, gpu or find("rtx3090"), images)
-
+from tests.estimates import ft, of, traced
 
 # -- the emulation ----------------------------------------------------------------------------------------------------
 
@@ -450,46 +431,7 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["recommended"] in names
 
 
-# -- a CPU ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_cpu_is_calibrated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
-    count = torch.get_num_threads()
-    assert not cpu.calibration(count).measured
-    found = calibrate(seconds=0.05)
-    cpu.keep(dataclasses.replace(found, threads=count + 1))
-    assert cpu.keep(found).is_relative_to(tmp_path)
-    assert cpu.calibration(count) == found and cpu.calibration(count + 1).threads == count + 1
-    for kind in cpu.KINDS:
-        curve = getattr(found, kind)
-        assert all(one[0] < two[0] and 0 < one[1] <= two[1] for one, two in itertools.pairwise(curve.points))
-    (tmp_path / "cache" / cpu.FILE).write_text("[{")
-    assert not cpu.calibration(count).measured
-
-
-def test_a_curve_goes_through_its_points() -> None:
-    curve = cpu.Curve(((10.0, 1.0), (1000.0, 100.0)))
-    assert [curve.seconds(amount) for amount in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 500])
-
-
-def test_without_a_gpu_the_cpu_is_estimated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "local_gpu", lambda: None)
-    assert ft("--images", "3000") == 0
-    said = capsys.readouterr().out
-    assert "pictures on this CPU (" in said and "Recommended: scratch/" in said and "a CPU is enough" in said and "$" not in said
-    assert ft("scratch/emoji-vae", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["gpu"] == "cpu" and found["parts"]["Python, PyTorch"] > 0 and "CUDA context" not in found["parts"]
-
-
-def test_a_cpu_takes_kernels_one_after_another() -> None:
-    """Its step is the sum of all that it does; twice the batch takes longer, and no more than twice as long."""
-    here = this_cpu()
-    once, twice = (forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16))
-    assert once.speed.seconds == pytest.approx(once.speed.compute + once.speed.bandwidth + once.speed.launch)
-    assert once.speed.seconds < twice.speed.seconds <= 2.05 * once.speed.seconds
-    assert once.memory.phases["train"] < twice.memory.phases["train"]
+# -- one run ----------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_from_scratch_are_known_by_what_they_build() -> None:

@@ -1,4 +1,8 @@
-"""How fast this machine's CPU runs what a training step is made of, measured in two seconds with torch."""
+"""How fast this machine's CPU runs what a training step is made of, measured in two seconds with torch.
+
+A machine that is busy is not measured: threads wait for one another, so that one which has to wait for a core costs all of them its
+time. Kernels of two threads beside another program took up to thirty times as long as alone.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.errors import UserError
 from finetune.estimate.cpu import Calibration, Curve, cpu_name
 from finetune.estimate.trace import Recorder
 
 SECONDS = 2.0  # that all of it takes, about
 FEWEST = 3  # times that each is run, however long it takes
+PATIENCE = 1.0  # seconds that other programs may have the processor meanwhile
+AWAY = 1e-4  # seconds without it that spoil a run: a slice of another program's time is longer
 MATMULS = (64, 256, 512)  # sides
 CONVOLUTIONS = ((8, 16, 16), (8, 16, 64), (8, 64, 16), (4, 128, 32))  # pictures, channels, side: thin ones and thick ones
 ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all pictures, length, width
@@ -32,41 +39,72 @@ Measured = Iterator[tuple[float, float]]  # amount, seconds
 
 @final
 class Clock:
-    """Times kernels as a step finds them: `seconds` for each, about."""
+    """Times kernels as a step finds them, by the processor time of the thread that calls them: while others compute, it does too or spins.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._others = seconds, torch.zeros(CACHES // 4)
+    Args:
+        seconds: for each, about.
+        patience: seconds that other programs may have the processor, over all that is timed.
+    """
+
+    def __init__(self, seconds: float, patience: float) -> None:
+        self._seconds, self._patience, self._others = seconds, patience, torch.zeros(CACHES // 4)
+        self._start = _now()
 
     def typical(self, run: Callable[[], object], written: Tensor | None = None) -> float:
         """Seconds of one run: the median of as many as there is time for, after one that warms up.
 
-        It is the processor's time, shared out to the threads: what else the machine does meanwhile does not count.
+        Runs during which another program had the processor do not count; where there are no others, the shortest does.
 
         Args:
             written: what the operator before a run wrote. All else a run finds as a step does, after `BETWEEN` others of this size: of
                 large tensors no cache holds it any more. None: the caches hold what they like.
+
+        Raises:
+            UserError: other programs have had the processor for longer than `patience`.
         """
         run()
-        taken: list[float] = []
+        taken: list[tuple[float, float]] = []  # seconds of the thread, and those that it was without the processor
         end = time.perf_counter() + self._seconds
         while len(taken) < FEWEST or time.perf_counter() < end:
             if written is not None:
                 self._others[: BETWEEN * written.numel()].sum()
                 written.sum()
-            start = time.process_time()
+            start = _now()
             run()
-            taken.append(time.process_time() - start)
-        return statistics.median(taken) / torch.get_num_threads()
+            taken.append(_since(*start))
+            own, away = _since(*self._start)
+            if away > self._patience:
+                raise UserError(
+                    f"the processor is too busy to be measured: of {own + away:.1f} s other programs had it for {away:.1f}",
+                    remedy="ft estimate --calibrate, once they are done",
+                )
+        alone = [own for own, away in taken if away < AWAY]
+        return statistics.median(alone) if alone else min(taken)[0]
 
 
-def calibrate(seconds: float = SECONDS) -> Calibration:
+def _now() -> tuple[float, float]:
+    """Seconds of the clock on the wall, and of the processor for this thread."""
+    return time.perf_counter(), time.thread_time()
+
+
+def _since(wall: float, own: float) -> tuple[float, float]:
+    """Seconds of the processor for this thread since `_now` gave these, and those without it."""
+    own = time.thread_time() - own
+    return own, time.perf_counter() - wall - own
+
+
+def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibration:
     """Measure this machine with the threads that torch has now.
 
     Args:
         seconds: about how long it may take.
+        patience: seconds that other programs may have the processor meanwhile.
+
+    Raises:
+        UserError: they had it for longer.
     """
     each = seconds / (len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + len(DRAWN) + 2)
-    clock = Clock(each)
+    clock = Clock(each, patience)
     curves: Any = {kind: _curve(measure(clock)) for kind, measure in MEASURED.items()}
     kernel = curves["other"].points[0][1]
     forward, backward = _chain(clock)

@@ -110,7 +110,7 @@ def threads(processes: int = 1) -> int:
 def calibration(count: int) -> Calibration:
     """Of this machine with `count` threads; where it was not measured, of the assets' core, so many times as fast."""
     name = cpu_name()
-    for kept in _read(cache_folder(None) / FILE):
+    for kept in _read(_kept()):
         if (kept.name, kept.threads) == (name, count):
             return kept
     core = _read(ASSETS / FILE)[0]
@@ -120,11 +120,23 @@ def calibration(count: int) -> Calibration:
 
 def keep(found: Calibration) -> Path:
     """Write a calibration to the user's cache folder, beside those of other CPUs and thread counts; returns the file."""
-    file = cache_folder(None) / FILE
-    others = [one for one in _read(file) if (one.name, one.threads) != (found.name, found.threads)]
+    return _write([*(one for one in _read(_kept()) if (one.name, one.threads) != (found.name, found.threads)), found])
+
+
+def discard(found: Calibration) -> None:
+    """Take a calibration out of the user's cache folder, so that its CPU is measured anew; one that was kept since stays."""
+    _write([one for one in _read(_kept()) if one != found])
+
+
+def _kept() -> Path:
+    return cache_folder(None) / FILE
+
+
+def _write(calibrations: list[Calibration]) -> Path:
+    file = _kept()
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".part")
-    aside.write_text(json.dumps([plain(one) for one in (*others, found)], indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps([plain(one) for one in calibrations], indent=1) + "\n", encoding="utf-8")
     os.replace(aside, file)
     return file
 

@@ -12,6 +12,7 @@ from finetune.engine.progress import duration
 from finetune.errors import UserError
 from finetune.estimate.advice import advice, sets
 from finetune.estimate.constants import GIB
+from finetune.estimate.cpu import Calibration
 from finetune.estimate.forecast import Forecast, forecast, pulled, told_levers
 from finetune.estimate.gpus import find, this_cpu
 from finetune.estimate.group import Group
@@ -20,6 +21,7 @@ from finetune.planning import Plan
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
 WINDOW, FEWEST = 20, 5  # steps whose median is the pace of now, and how many there must be
 SLOW = 2.0  # times the estimate
+FAR = 3.0  # times the estimate, or less than one such part of it: neither the model's error (±25 % at most) nor one more program makes so much
 WAITING = 0.5  # of a step, from which on the host sets its pace: hosts differ by a factor of three (assets/gpu_runs.tsv)
 FULL = 0.03  # share of a GPU's memory that is left when it is nearly full
 WORTHWHILE = 0.05  # share of a GPU's memory that an edit has to save to be named against spilling
@@ -110,6 +112,14 @@ class Pace:
         self._warned = True
         return warning(one, live, self._memory_left())
 
+    def disproved(self) -> Calibration | None:
+        """What this machine's CPU was measured to do, if the steps were so far from the estimate that it cannot be true."""
+        one = self.expected.forecast
+        if one is None or one.gpu.calibration is None or not one.gpu.calibration.measured or len(self.seconds) < WARM_UP + FEWEST:
+            return None
+        off = typical(self.seconds, one.variant.cycle) / one.speed.seconds
+        return None if 1 / FAR <= off <= FAR else one.gpu.calibration
+
     def compared(self, memory_bytes: int | None) -> dict[str, Any]:
         """Estimated beside measured, as plain values for `estimate.json`.
 
@@ -142,6 +152,8 @@ def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
 def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     """That steps take `live` seconds, what was estimated, and what is likely to help."""
     said = f"warning: a step takes {_seconds(live)}, and {_seconds(one.speed.seconds)} was estimated for {one.gpu.name}. "
+    if one.gpu.device == "cpu":
+        return said + "Look for other programs on it or a slow disk; if there are none, `ft estimate --calibrate` measures it anew."
     if memory_left is None or memory_left > FULL:
         if one.speed.launch > WAITING * one.speed.seconds:
             why = f"The GPU waits for the processor, which launches {one.speed.operators:,} operators a step: one that is faster or less busy helps"

@@ -1,0 +1,174 @@
+"""The machine's own CPU: how it is measured, what is kept of that and for how long, and what is estimated by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import job
+from finetune.commands import estimate
+from finetune.errors import UserError
+from finetune.estimate import calibrate, cpu
+from finetune.estimate.expect import FAR, FEWEST, WARM_UP, Expected, Pace, warning
+from finetune.estimate.forecast import forecast
+from finetune.estimate.gpus import this_cpu
+from finetune.recipe import load_recipe
+from tests import tiny
+from tests.estimates import ft, of
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, in which nothing is kept yet."""
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Time:
+    """A clock that stands still but for what `run` takes: (seconds of the thread, seconds that others have the processor) each time."""
+
+    def __init__(self, *taken: tuple[float, float]) -> None:
+        self._taken: Iterator[tuple[float, float]] = iter(taken)
+        self.own = self.away = 0.0
+
+    def thread_time(self) -> float:
+        return self.own
+
+    def perf_counter(self) -> float:
+        return self.own + self.away
+
+    def run(self) -> None:
+        own, away = next(self._taken)
+        self.own, self.away = self.own + own, self.away + away
+
+
+def typical(monkeypatch: pytest.MonkeyPatch, *taken: tuple[float, float]) -> float:
+    """Seconds of what `taken` says of each run, the first of which warms up."""
+    time = Time(*taken)
+    monkeypatch.setattr(calibrate, "time", time)
+    return calibrate.Clock(sum(map(sum, taken[1:])), patience=1.0).typical(time.run)
+
+
+def test_a_run_takes_its_threads_time_and_those_beside_others_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typical(monkeypatch, (9.0, 0.0), (3.0, 0.0), (1.0, 0.0), (2.0, 0.0)) == 2.0
+    # Where threads wait for one that another program keeps from its core, they spin: their own time is longer too.
+    assert typical(monkeypatch, (9.0, 0.0), (5.0, 0.2), (1.0, 0.0), (5.0, 0.2), (2.0, 0.0), (5.0, 0.2)) == 1.5
+    assert typical(monkeypatch, (9.0, 0.0), (5.0, 0.2), (4.0, 0.3), (6.0, 0.2)) == 4.0
+
+
+def test_a_busy_processor_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"too busy to be measured: of 2\.2 s other programs had it for 1\.2") as refused:
+        typical(monkeypatch, *[(0.25, 0.3)] * 9)
+    assert "ft estimate --calibrate" in refused.value.remedy
+
+
+def test_a_cpu_is_calibrated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
+    count = torch.get_num_threads()
+    assert not cpu.calibration(count).measured
+    found = calibrate.calibrate(seconds=0.05, patience=math.inf)
+    cpu.keep(dataclasses.replace(found, threads=count + 1))
+    assert cpu.keep(found).is_relative_to(tmp_path)
+    assert cpu.calibration(count) == found and cpu.calibration(count + 1).threads == count + 1
+    for kind in cpu.KINDS:
+        curve = getattr(found, kind)
+        assert all(one[0] < two[0] and 0 < one[1] <= two[1] for one, two in itertools.pairwise(curve.points))
+    (tmp_path / "cache" / cpu.FILE).write_text("[{")
+    assert not cpu.calibration(count).measured
+
+
+# -- what is kept, and for how long -----------------------------------------------------------------------------------
+
+
+def test_a_busy_processor_stops_no_run_and_nothing_of_it_is_kept(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy() -> cpu.Calibration:
+        raise UserError("the processor is too busy to be measured")
+
+    monkeypatch.setattr(job, "calibrate", busy)
+    tiny.prepare(tiny.recipe("sd15", "lora", folder=tmp_path / "run"))
+    assert "the processor is too busy to be measured; the estimate takes it to be" in capsys.readouterr().out
+    assert not (cache / cpu.FILE).exists()
+
+
+def here(off: float, steps: int = WARM_UP + FEWEST, measured: bool = True) -> Pace:
+    """Steps `off` times as long as was estimated for this CPU."""
+    known = dataclasses.replace(cpu.calibration(torch.get_num_threads()), measured=measured)
+    one = of("lora/emoji", gpu=dataclasses.replace(this_cpu(), calibration=known))
+    pace = Pace(Expected(one), lambda: None)
+    pace.seconds = [off * one.speed.seconds] * steps
+    return pace
+
+
+def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
+    least, most = 0.99 / FAR, 1.01 * FAR
+    assert all(here(off).disproved() for off in (least, most))
+    assert not any(here(off).disproved() for off in (1.01 / FAR, 1.0, 0.99 * FAR))
+    assert not here(most, steps=WARM_UP + FEWEST - 1).disproved()  # too few to say
+    assert not here(most, measured=False).disproved()  # there is nothing to take back
+    assert not Pace(Expected(None, "no card"), lambda: None).disproved()
+    on_gpu = of("lora/emoji")
+    pace = Pace(Expected(on_gpu), lambda: None)
+    pace.seconds = [most * on_gpu.speed.seconds] * (WARM_UP + FEWEST)
+    assert not pace.disproved()
+
+
+def test_a_disproved_measurement_is_discarded_and_the_others_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny.prepare(tiny.recipe("sd15", "lora", folder=tmp_path / "run"))  # measures this machine, if it is not busy
+    run.trainer.pace = here(2 * FAR)
+    wrong = run.trainer.pace.disproved()
+    assert wrong is not None
+    for one in (wrong, dataclasses.replace(wrong, threads=wrong.threads + 1), dataclasses.replace(wrong, name="another")):
+        cpu.keep(one)
+    tiny.finish(run)
+    said = capsys.readouterr().out
+    assert said.count("`ft estimate --calibrate`") == 1 and "is not believed any longer" in said
+    assert not cpu.calibration(wrong.threads).measured and cpu.calibration(wrong.threads + 1).measured
+    cpu.keep(newer := dataclasses.replace(wrong, launch=2 * wrong.launch))
+    tiny.finish(run)  # what was measured since is not touched
+    assert cpu.calibration(wrong.threads) == newer
+
+
+def test_steps_that_are_slow_on_a_cpu_lead_to_other_programs_and_to_the_measurement() -> None:
+    one = here(1.0).expected.forecast
+    assert one is not None
+    said = warning(one, 2.5 * one.speed.seconds, None)
+    assert "was estimated for CPU (" in said and "other programs" in said and "`ft estimate --calibrate`" in said and "GPU" not in said
+
+
+# -- what is estimated by it ------------------------------------------------------------------------------------------
+
+
+def test_a_curve_goes_through_its_points() -> None:
+    curve = cpu.Curve(((10.0, 1.0), (1000.0, 100.0)))
+    assert [curve.seconds(amount) for amount in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 500])
+
+
+def test_without_a_gpu_the_cpu_is_estimated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "local_gpu", lambda: None)
+    assert ft("--images", "3000") == 0
+    said = capsys.readouterr().out
+    assert "pictures on this CPU (" in said and "Recommended: scratch/" in said and "a CPU is enough" in said and "$" not in said
+    assert ft("scratch/emoji-vae", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"] == "cpu" and found["parts"]["Python, PyTorch"] > 0 and "CUDA context" not in found["parts"]
+
+
+def test_a_cpu_takes_kernels_one_after_another() -> None:
+    """Its step is the sum of all that it does; twice the batch takes longer, and no more than twice as long."""
+    here = this_cpu()
+    once, twice = (forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16))
+    assert once.speed.seconds == pytest.approx(once.speed.compute + once.speed.bandwidth + once.speed.launch)
+    assert once.speed.seconds < twice.speed.seconds <= 2.05 * once.speed.seconds
+    assert once.memory.phases["train"] < twice.memory.phases["train"]
