@@ -33,7 +33,7 @@ from finetune.engine.samples import draw_samples
 from finetune.entry import is_main_process
 from finetune.errors import UserError
 from finetune.estimate.calibrate import calibrate
-from finetune.estimate.cpu import calibration, discard, keep
+from finetune.estimate.cpu import calibration, discard, keep, keep_freed_memory
 from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
 from finetune.metrics.watch import Watch
 from finetune.models.pixels import PixelModel
@@ -153,8 +153,10 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         prior.draw(recipe, is_main_process())
         audit, plan = _audit_and_plan(recipe, quiet=True)
     run = Run(plan, resume)
-    if plan.machine.device == "cpu" and plan.machine.processes == 1 and not calibration(plan.machine.threads).measured:
-        _measure()
+    if plan.machine.device == "cpu":
+        keep_freed_memory()
+        if plan.machine.processes == 1 and not calibration(plan.machine.threads).measured:
+            _measure()
     expected = foretell(plan, force, quiet=not is_main_process())
     forget_peak()  # of what this process did before
     AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all

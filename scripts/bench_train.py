@@ -5,20 +5,25 @@
 Prints, from one run: steps a second of `recipes/lora/emoji.yaml`; the share of a step's wall time spent outside forward,
 backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: pictures and
 captions encoded at every step, torch's default optimizer and memory format, the same batch, resolution, layers, rank),
-at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders take turns in rounds,
-so that whatever else the machine does slows them alike; the median round counts.
+at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders, each in a process of its
+own, take turns in rounds, so that whatever else the machine does slows them alike; the median round counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import final
+from unittest import mock
 
 import numpy
 import torch
@@ -31,20 +36,18 @@ if __name__ == "__main__":
 
 from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
-from finetune.job import Job, prepare
+from finetune.estimate import cpu
+from finetune.job import Job, audit_and_plan, prepare
 from finetune.models import adapters
 from finetune.models.loading import open_pipeline
 from finetune.recipe import Recipe, load_recipe
 
 TRAINING = ("forward", "backward", "optimizer")
+UNDONE = ("memory kept", "channels_last", "fused AdamW")
+CONTENDERS: dict[str, str | None] = {"ours": "", "the usual way": None} | {f"ours without {what}": what for what in UNDONE}
 
 
-def ours(recipe: Recipe, folder: Path) -> Job:
-    """The project's own run, ready to step, its tables and progress kept quiet."""
-    return prepare(dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, folder=str(folder))))
-
-
-def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
+def usual(recipe: Recipe) -> Callable[[int], None]:
     """The same training as diffusers' text-to-image LoRA example writes it: nothing kept between steps."""
     pipeline = open_pipeline(recipe.model, "StableDiffusionPipeline", torch.float32)
     for net in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -57,7 +60,7 @@ def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.optimizer.lr)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pictures = job.audit.training
+    pictures = audit_and_plan(recipe, quiet=True)[0].training
     pipeline.unet.train()
 
     def step(number: int) -> None:
@@ -82,29 +85,60 @@ def usual(recipe: Recipe, job: Job) -> Callable[[int], None]:
     return step
 
 
-def rounds(contenders: dict[str, Callable[[int], object]], count: int, steps: int) -> dict[str, float]:
-    """Median seconds a step of each contender; they take turns. One untimed step each warms up."""
-    for take_step in contenders.values():
-        take_step(0)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(count):
-        for name, take_step in contenders.items():
-            start = time.perf_counter()
-            for step in range(steps):
-                take_step(1 + number * steps + step)
-            seconds[name].append((time.perf_counter() - start) / steps)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def undone(job: Job, what: str) -> Job:
-    """Our run with one choice taken back."""
+def ours(recipe: Recipe, folder: Path, without: str = "") -> Job:
+    """The project's own run, ready to step; or with one choice taken back."""
+    kept = contextlib.nullcontext() if without != "memory kept" else mock.patch.object(cpu, "ctypes")
+    with kept:
+        job = prepare(dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, folder=str(folder))))
     state = job.trainer.state
-    if what == "channels_last":
+    if without == "channels_last":
         state.turns[0].net.get_submodule("denoiser").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    elif what == "fused AdamW":
+    elif without == "fused AdamW":
         for group in state.optimizers[0].optimizer.param_groups:
             group["fused"] = False
     return job
+
+
+@final
+class Contender:
+    """A way to train, in a process of its own: how that keeps memory is no matter of the others'."""
+
+    def __init__(self, recipe: Recipe, without: str | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, recipe, without), daemon=True)
+        self._process.start()
+        self.take(1)
+
+    def take(self, steps: int) -> tuple[float, float]:
+        """Take steps; returns their wall seconds, and those of them that were spent outside forward, backward and optimizer."""
+        self._ours.send(steps)
+        found: tuple[float, float] = self._ours.recv()
+        return found
+
+    def end(self) -> None:
+        self._ours.close()
+        self._process.join()
+
+
+def _serve(connection: Connection, recipe: Recipe, without: str | None) -> None:
+    """Train as told. `without`: see `ours`; None is the usual way."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):
+        job = ours(recipe, Path(folder), without) if without is not None else None
+        take_step: Callable[[int], object] = job.trainer.take if job else usual(recipe)
+        taken = 0
+        while True:
+            count = connection.recv()
+            start, outside = time.perf_counter(), 0.0
+            if job:
+                job.trainer.clock.lap("waiting")
+                job.trainer.clock.seconds.clear()
+            for step in range(taken, taken + count):
+                take_step(step)
+            if job:
+                outside = sum(seconds for what, seconds in job.trainer.clock.seconds.items() if what not in TRAINING)
+            connection.send((time.perf_counter() - start, outside))
+            taken += count
 
 
 def main() -> None:
@@ -115,28 +149,20 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for batch in (None, 1):
         recipe = load_recipe("lora/emoji", [f"train.batch_size={batch}"] if batch else [])
-        with tempfile.TemporaryDirectory() as folder:
-            job = ours(recipe, Path(folder) / "ours")
-            contenders: dict[str, Callable[[int], object]] = {"ours": job.trainer.take, "the usual way": usual(recipe, job)}
-            for what in ("channels_last", "fused AdamW"):
-                contenders[f"ours without {what}"] = undone(ours(recipe, Path(folder) / what), what).trainer.take
-            found = rounds(contenders, given.rounds, given.steps)
-            outside = share_outside(job, given.rounds * given.steps)
+        contenders = {name: Contender(recipe, without) for name, without in CONTENDERS.items()}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for _ in range(given.rounds):
+            for name, contender in contenders.items():
+                taken[name].append(contender.take(given.steps))
+        for contender in contenders.values():
+            contender.end()
+        found = {name: statistics.median(seconds for seconds, _ in rounds) / given.steps for name, rounds in taken.items()}
+        outside = sum(seconds for _, seconds in taken["ours"]) / sum(seconds for seconds, _ in taken["ours"])
         print(f"\nbatch {recipe.train.batch_size}: {1 / found['ours']:.2f} steps/s ({found['ours']:.3f} s a step)")
         print(f"  outside forward, backward and optimizer: {100 * outside:.1f} % of a step (goal ≤ 3 %)")
         for name, seconds in found.items():
             if name != "ours":
                 print(f"  {name}: {seconds:.3f} s a step, ours is {seconds / found['ours']:.2f} × as fast")
-
-
-def share_outside(job: Job, steps: int) -> float:
-    """Share of wall time that the clock books on anything but forward, backward and optimizer, over steps taken in a row."""
-    clock = job.trainer.clock
-    clock.lap("before")
-    clock.seconds.clear()
-    for step in range(steps):
-        job.trainer.take(step)
-    return 1 - sum(clock.seconds[what] for what in TRAINING) / sum(clock.seconds.values())
 
 
 if __name__ == "__main__":

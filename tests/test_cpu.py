@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import platform
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +31,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache folder, in which nothing is kept yet."""
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+    def pages() -> int:
+        """Taken so far, after 64 MiB came and went."""
+        _ = [torch.ones(1 << 22) for _ in range(4)]
+        del _
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    cpu.keep_freed_memory()
+    taken = [pages() for _ in range(6)]  # small things may come to lie between the large ones at first
+    assert min(later - earlier for earlier, later in itertools.pairwise(taken)) < (64 << 20) // resource.getpagesize() // 10
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.errors import UserError
-from finetune.estimate.cpu import Calibration, Curve, cpu_name
+from finetune.estimate.cpu import Calibration, Curve, cpu_name, keep_freed_memory
 from finetune.estimate.trace import Recorder
 
 SECONDS = 2.0  # that all of it takes, about
@@ -103,6 +103,7 @@ def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibrati
     Raises:
         UserError: they had it for longer.
     """
+    keep_freed_memory()  # as a run does
     each = seconds / (len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + len(DRAWN) + 2)
     clock = Clock(each, patience)
     curves: Any = {kind: _curve(measure(clock)) for kind, measure in MEASURED.items()}

@@ -7,11 +7,13 @@ its caches). So a calibration holds curves: seconds by FLOPs, or by bytes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -19,6 +21,8 @@ from typing import Any, final
 from finetune.data.places import cache_folder
 from finetune.recipe import ASSETS
 
+# Of glibc's <malloc.h>: options of `mallopt`, and the largest blocks that it lets share a heap.
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20
 FILE = "cpu.json"  # in the user's cache folder; and in the assets, where it is what an unmeasured core is taken to be
 
 
@@ -94,6 +98,17 @@ def cpu_name() -> str:
 def host_memory() -> int:
     """Bytes of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that a step frees for the next one, so that each step does not take all its pages anew.
+
+    glibc gives back the end of its heap whenever enough of it is free, and maps large blocks one by one; the kernel then clears every
+    page again. A process's peak stays as it was. Other C libraries have other ways, and are left alone.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(MMAP_THRESHOLD, LARGEST)
 
 
 def threads(processes: int = 1) -> int:
