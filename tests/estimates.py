@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-
-from finetune import cli
 from finetune.estimate.forecast import Forecast, forecast
 from finetune.estimate.gpus import Gpu, find
 from finetune.estimate.subject import Phase, Subject
 from finetune.recipe import load_recipe
+from tests import commands
 
 
 def ft(*arguments: str) -> int:
-    """The exit code of `ft estimate` with these arguments."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["estimate", *arguments])
-    code = ended.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
+    """`ft estimate …` in this process; returns the exit code."""
+    return commands.ft("estimate", *arguments)
 
 
 def traced(name: str, *overrides: str) -> dict[str, Phase]:

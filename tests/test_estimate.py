@@ -1,264 +1,30 @@
-"""`ft estimate`: the traced step, the cards made of it, what is said of a run, and the choice between runs."""
+"""`ft estimate`: what is said of a run, and the choice between runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import bitsandbytes
 import pytest
-import torch
 
 from finetune import nets
 from finetune.errors import UserError
-from finetune.estimate import cards, choose, families, standins
+from finetune.estimate import cards, choose, families
 from finetune.estimate.advice import assignment
 from finetune.estimate.allocator import replay
-from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.choose import PROMISE
 from finetune.estimate.constants import GIB, INTERCONNECT
-from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.forecast import fitting, forecast, levers, pulled, told_levers
 from finetune.estimate.gpus import described, find
 from finetune.estimate.group import Group
-from finetune.estimate.measure import BATCHES, variant
-from finetune.estimate.memory import memory
 from finetune.estimate.subject import Subject, skeletons
-from finetune.estimate.trace import Recorder
 from finetune.recipe import Recipe, bundled_recipes, load_recipe
-from tests.estimates import ft, of, traced
-
-# -- the emulation ----------------------------------------------------------------------------------------------------
-
-
-def test_autocast_casts_as_cuda_does() -> None:
-    """Linear layers in bfloat16, norms and powers in float32 (PyTorch's "CUDA Ops that autocast to float32")."""
-    with fake_tensors(), cuda() as mode, mode.autocast(torch.bfloat16):
-        values = torch.empty(2, 8)
-        assert torch.nn.functional.linear(values, torch.empty(4, 8)).dtype == torch.bfloat16
-        assert torch.nn.functional.layer_norm(values.bfloat16(), (8,)).dtype == torch.float32
-        assert (values.bfloat16() ** 2).dtype == torch.float32
-        assert torch.nn.functional.softmax(values.bfloat16(), -1).dtype == torch.float32
-        with torch.autocast("cuda", enabled=False):
-            assert torch.nn.functional.linear(values, torch.empty(4, 8)).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("dtype", "masked", "kernel"), [(torch.bfloat16, False, "flash"), (torch.float32, False, "efficient"), (torch.bfloat16, True, "efficient")]
-)
-def test_attention_keeps_no_scores(dtype: torch.dtype, masked: bool, kernel: str) -> None:
-    with fake_tensors(), cuda(), Recorder() as recorder:
-        query = torch.empty(1, 2, 512, 64, dtype=dtype)
-        mask = torch.empty(1, 1, 512, 512, dtype=dtype) if masked else None
-        recorder.section("attention")
-        out = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
-    assert out.shape == query.shape
-    assert [operator.kind for operator in recorder.sections[0].operators] == ["attention"]
-    # Scores of 512 × 512 for two heads would be 4 bytes each on top.
-    assert sum(event.size or 0 for event in recorder.events) < query.numel() * query.element_size() * 3 + 2 * 512 * 512
-
-
-def test_an_rms_norm_is_one_kernel() -> None:
-    with fake_tensors(), cuda() as mode, Recorder() as recorder, mode.autocast(torch.bfloat16):
-        net, values = torch.nn.RMSNorm(64), torch.empty(2, 8, 64)
-        recorder.section("norm")
-        norm = net(values)
-    assert norm.dtype == torch.float32 and [operator.kind for operator in recorder.sections[-1].operators] == ["other"]
-
-
-def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
-    shapes = [(64, 64), (63, 65), (4096,), (4095,), (1, 300, 20)]
-    bytes_of: dict[Any, dict[tuple[int, str], tuple[int, torch.dtype]]] = {}
-    for kind in (bitsandbytes.optim.AdamW8bit, standins.AdamW8bit):
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
-        optimizer = kind(parameters)
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        found: dict[tuple[int, str], tuple[int, torch.dtype]] = {}
-        for number, parameter in enumerate(parameters):
-            state = optimizer.state[parameter]
-            found |= {
-                (number, key): (value.numel(), value.dtype) for key, value in state.items() if isinstance(value, torch.Tensor) and value.numel() > 1
-            }
-        bytes_of[kind] = found
-    real, standin = bytes_of.values()
-    assert standin == real
-
-
-def test_gradients_do_not_outlive_their_step() -> None:
-    with fake_tensors(), cuda(), Recorder() as recorder:
-        parameters = [torch.nn.Parameter(torch.empty(100, 100)) for _ in range(2)]
-        for _ in range(2):
-            sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            torch.optim.SGD(parameters).zero_grad()
-        living = {event.identifier for event in recorder.events if event.size} - {event.identifier for event in recorder.events if event.size is None}
-    assert len(living) == 2
-
-
-# -- any denoiser -----------------------------------------------------------------------------------------------------
-
-# Parameters as published: model cards and papers (FLUX.2: PEFT's own measurement; Sana: arXiv:2410.10629; PixArt-Σ: arXiv:2403.04692).
-PUBLISHED = {
-    "amused-256": 603e6,
-    "auraflow": 6.8e9,
-    "chroma": 8.9e9,
-    "cogvideox-2b": 1.7e9,
-    "controlnet-sd15": 361.3e6 + 859.5e6,
-    "flux1-dev": 11.9e9,
-    "flux2-klein-4b": 3_875_544_576,
-    "hidream-i1": 17.1e9,
-    "kolors": 2.58e9,
-    "krea2": 12.8e9,
-    "longcat-image": 6.27e9,
-    "ltx-video": 1.92e9,
-    "lumina2": 2.61e9,
-    "pixart-900m": 0.91e9,
-    "pixart-sigma": 0.61e9,
-    "qwen-image": 20.4e9,
-    "sana-1600m": 1.6e9,
-    "sd3-medium": 2.03e9,
-    "sd35-medium": 2.24e9,
-}
-DEPTHS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "num_hidden_layers")
-
-
-def test_every_denoiser_has_its_published_count() -> None:
-    assert {path.stem for path in DENOISERS.glob("*.json")} == set(PUBLISHED)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_denoiser_traces(name: str) -> None:
-    """Its parameters are as many as published; one layer of it takes a step with LoRA, and every adapter gets its gradient."""
-    given = load(name)
-    with fake_tensors():
-        assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(PUBLISHED[name], rel=0.01)
-    cut = dict.fromkeys(DEPTHS, 1) | ({"dual_attention_layers": [0]} if "sd35" in name else {"llama_layers": [0, 1]} if "hidream" in name else {})
-    small = dataclasses.replace(given, config=given.config | {key: value for key, value in cut.items() if key in signature_of(given)})
-    checkpointing = f"train.gradient_checkpointing={str('amused' not in name).lower()}"
-    recipe = load_recipe("lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256", checkpointing])
-    subject = Subject(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))
-    train = subject.phases()["train"]
-    backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]
-    assert sum(operator.kind == "matmul" for operator in backward) >= 2
-    # Nothing reads what the text attends to in Qwen-Image's last block: one of its eight adapters has no gradient.
-    idle = 1 / 8 if name == "qwen-image" else 0
-    assert train.held["optimizer"] >= 8 * (1 - idle) * train.held["trained"] / 4
-
-
-def signature_of(given: Denoiser) -> set[str]:
-    import diffusers
-
-    return set(inspect.signature(getattr(diffusers, given.config["_class_name"]).__init__).parameters)
-
-
-# -- the trace and its cards ------------------------------------------------------------------------------------------
-
-
-def _load_measure_cards() -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("measure_cards", Path(__file__).parent.parent / "scripts" / "measure_cards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
-    """A recipe, a lever or a key that came later makes cards stale: scripts/measure_cards.py."""
-    measure, lacking = _load_measure_cards(), set()
-    for card_name, recipes in measure.cards().items():
-        card = cards.load(card_name) if card_name in cards.known() else None
-        for name in recipes:
-            asked = list(measure.wanted(card_name, load_recipe(name)))
-            held = [(one.device, one.settings) for one in card.variants] if card else []
-            if any((device, cards.settings_of(recipe)) not in held for device, recipe in asked):
-                lacking.add(name)
-            assert card is None or not card.build or card.build == cards.build_key(asked[0][1]), name
-    assert not lacking
-
-
-@pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
-def test_cards_are_not_stale(name: str, device: cards.Device) -> None:
-    """Measured again, a variant is what its card holds. If not: scripts/measure_cards.py."""
-    measure = _load_measure_cards()
-    recipe = measure.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
-    times = (1,) if recipe.method == "lora" else (1, 2)
-    low, high = ([measure.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
-    found = variant(recipe, device, low, high, None)
-    card = next(one for one, recipes in measure.cards().items() if name in recipes)
-    held = json.loads(cards.path_of(card).read_text())
-    entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
-    assert {key: entry[key] for key in found if key != "rank_bytes"} == {key: found[key] for key in found if key != "rank_bytes"}
-
-
-def test_card_answers_between_its_points_as_the_trace_does() -> None:
-    """At a batch, a resolution and a rank that were not measured, reserved memory is within 6 % (the base's is a few MiB, in segments of 2)."""
-    overrides = ("train.batch_size=6", "data.resolution=96", "adapter.rank=32")
-    reserved = replay(traced("lora/emoji", *overrides)["train"].events).peak_reserved
-    recipe = load_recipe("lora/emoji", overrides)
-    card = cards.load("base")
-    said = memory(card, cards.variant_of(card, recipe), recipe, find("rtx3090"))
-    around = said.parts["cuBLAS workspace"] + said.parts["CUDA context"]
-    assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
-
-
-# Edits, and the batch at which they tell: weights and gradients weigh beside few activations, activations beside many.
-LEVERS = {
-    "checkpointing": (16, "train.gradient_checkpointing=true"),
-    "every second block": (8, "train.gradient_checkpointing=2"),
-    "a smaller batch": (16, "train.batch_size=2"),
-    "8-bit AdamW": (16, "optimizer.name=adamw8bit"),
-    "paged": (16, "optimizer.name=adamw8bit", "optimizer.paged=true"),
-    "no averages": (16, "train.ema=null"),
-    "bfloat16 weights": (4, "train.weights=bfloat16"),
-    "fused backward": (4, "train.fused_backward=true", "optimizer.clip=tensor"),
-}
-
-
-@functools.cache
-def reserved(*overrides: str) -> int:
-    return replay(traced("full/emoji", *overrides)["train"].events).peak_reserved
-
-
-@pytest.mark.parametrize("name", LEVERS)
-def test_levers_are_true_on_the_trace(name: str) -> None:
-    """Each lever that the advice names saves what it promises: the estimate falls as the traced step does."""
-    batch, *edits = LEVERS[name]
-    without = ("train.ema=null",) if batch == 4 else ()  # the card's own batch: all but averages is as it was measured
-    settings = [(f"train.batch_size={batch}", *without, *more) for more in ((), edits)]
-    before, after = (of("full/emoji", *setting) for setting in settings)
-    real = [reserved(*setting) for setting in settings]
-    promised, seen = before.memory.phases["train"] - after.memory.phases["train"], real[0] - real[1]
-    assert seen > 0
-    assert promised == pytest.approx(seen, rel=0.15, abs=6 << 20)
-
-
-@pytest.mark.parametrize("name", cards.known())
-def test_parameters_on_cards(name: str) -> None:
-    """Denoisers' published counts: 860 M, 866 M and 2.6 B (arXiv:2307.01952, table 1, says 860 M, 865 M and 2.6 B)."""
-    published = {"sd15": 859.5e6, "sd21": 865.9e6, "sdxl": 2567.5e6}
-    if name in published:
-        assert cards.load(name).parameters["denoiser"] == pytest.approx(published[name], rel=1e-3)
-
-
-def test_sd15_takes_what_was_published() -> None:
-    """SimpleTuner measured 2.83 GiB on an L40S (bfloat16 adapters; ours are float32) without checkpointing and 1.93 with it."""
-    for checkpointing, published in (("false", 2.83), ("true", 1.93)):
-        found = of("lora/sd15", "train.batch_size=1", f"train.gradient_checkpointing={checkpointing}", gpu=find("l40s"))
-        reserved = found.memory.phases["train"] - found.memory.parts["CUDA context"]
-        assert reserved / GIB == pytest.approx(published, rel=0.05)
-
+from tests.estimates import ft, of
 
 # -- what is said -----------------------------------------------------------------------------------------------------
 
@@ -431,7 +197,7 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["recommended"] in names
 
 
-# -- one run ----------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_from_scratch_are_known_by_what_they_build() -> None:

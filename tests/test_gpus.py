@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import cli
 from finetune.errors import UserError
 from finetune.estimate import gpus
 from finetune.estimate.gpus import DESCRIBED, PRICES, VISIBLE_SHARE, at_price, described, find, known
+from tests import commands
 
 IDS = [
     "rtx3060", "rtx3070", "rtx3080", "rtx3090", "rtx4060ti", "rtx4070", "rtx4080", "rtx4090", "rtx5080", "rtx5090",
@@ -27,11 +27,7 @@ def _no_prices_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ft(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["gpus", *arguments])
-    code = ended.value.code
-    assert code is None or isinstance(code, int)
-    return code or 0
+    return commands.ft("gpus", *arguments)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

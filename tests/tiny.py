@@ -24,6 +24,8 @@ from PIL import Image, ImageDraw
 from finetune.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from finetune.job import Job
 
 PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
@@ -52,6 +54,24 @@ _UNET: dict[str, Any] = {
     "norm_num_groups": 8,
     "cross_attention_dim": 32,
 }
+# The embedded base in miniature: three levels, attention on the middle one only.
+_UNET_OF_EMOJI = _UNET | {
+    "block_out_channels": [16, 16, 32],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 2, 4],
+}
+_UNET_OF_SDXL = _UNET | {
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 24,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2],
+    "use_linear_projection": True,
+}
+_VELOCITY = {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False}
 
 
 @functools.cache
@@ -115,82 +135,49 @@ def vae() -> Path:
 @functools.cache
 def pipeline(name: str) -> Path:
     """The diffusers folder of one of `PIPELINES` or `FLOWS`, its weights random and the same each time."""
-    import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        EulerDiscreteScheduler,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from finetune.models.vocabulary import learn_tokenizer
-
     folder = root() / name
     if name in FLOWS:
         from tests import tiny_flows
 
         tiny_flows.save(name, CAPTIONS, folder)
         return folder
+    import torch
+    from diffusers import AutoencoderKL
+
+    from finetune.models.vocabulary import learn_tokenizer
+
     autoencoder = AutoencoderKL.from_pretrained(vae())
     torch.manual_seed(PIPELINES.index(name))
     tokenizer = learn_tokenizer(CAPTIONS, 540, 16)
-    tokens = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if name == "sdxl":
-        unet = UNet2DConditionModel(
-            **{
-                **_UNET,
-                "cross_attention_dim": 64,
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 8,
-                "projection_class_embeddings_input_dim": 6 * 8 + 24,
-                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-                "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-                "transformer_layers_per_block": [1, 2],
-                "use_linear_projection": True,
-            }
-        )
-        StableDiffusionXLPipeline(
-            autoencoder,
-            CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, hidden_act="quick_gelu")),
-            CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT, **tokens, hidden_act="gelu", projection_dim=24)),
-            tokenizer,
-            tokenizer,
-            unet,
-            EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading"),
-        ).save_pretrained(folder)
-        return folder
-    v_prediction = {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False}
-    scheduler: Any
-    if name == "sd15":
-        unet = UNet2DConditionModel(**_UNET)
-        text, scheduler = {"hidden_act": "quick_gelu"}, PNDMScheduler(**_NOISE, skip_prk_steps=True)
-    elif name == "sd21":
-        unet = UNet2DConditionModel(**_UNET, use_linear_projection=True)
-        text, scheduler = {"hidden_act": "gelu"}, DDIMScheduler(**_NOISE, **v_prediction)
-    else:  # the embedded base in miniature: three levels, attention on the middle one only, zero terminal SNR
-        unet = UNet2DConditionModel(
-            **{
-                **_UNET,
-                "block_out_channels": [16, 16, 32],
-                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-                "attention_head_dim": [2, 2, 4],
-            }
-        )
-        text, scheduler = {}, DDIMScheduler(**_NOISE, **v_prediction, rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    StableDiffusionPipeline(
-        autoencoder, CLIPTextModel(CLIPTextConfig(**_TEXT, **tokens, **text)), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**_TEXT, "vocab_size": len(tokenizer), **ends}
+    made = _sdxl(autoencoder, tokenizer, text) if name == "sdxl" else _sd(name, autoencoder, tokenizer, text)
+    made.save_pretrained(folder)
     return folder
+
+
+def _sd(name: str, autoencoder: Any, tokenizer: Any, text: dict[str, Any]) -> Any:
+    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet, activation, scheduler = {
+        "sd15": (_UNET, {"hidden_act": "quick_gelu"}, PNDMScheduler(**_NOISE, skip_prk_steps=True)),
+        "sd21": (_UNET | {"use_linear_projection": True}, {"hidden_act": "gelu"}, DDIMScheduler(**_NOISE, **_VELOCITY)),
+        "emoji": (_UNET_OF_EMOJI, {}, DDIMScheduler(**_NOISE, **_VELOCITY, rescale_betas_zero_snr=True, timestep_spacing="trailing")),
+    }[name]
+    net, encoder = UNet2DConditionModel(**unet), CLIPTextModel(CLIPTextConfig(**text, **activation))
+    return StableDiffusionPipeline(autoencoder, encoder, tokenizer, net, scheduler, None, None, requires_safety_checker=False)
+
+
+def _sdxl(autoencoder: Any, tokenizer: Any, text: dict[str, Any]) -> Any:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    net = UNet2DConditionModel(**_UNET_OF_SDXL)
+    first = CLIPTextModel(CLIPTextConfig(**text, hidden_act="quick_gelu"))
+    second = CLIPTextModelWithProjection(CLIPTextConfig(**text, hidden_act="gelu", projection_dim=24))
+    scheduler = EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(autoencoder, first, second, tokenizer, tokenizer, net, scheduler)
 
 
 def family(name: str) -> str:
@@ -251,3 +238,18 @@ def finish(job: Job) -> None:
     from finetune import job as jobs
 
     jobs.finish(job)
+
+
+def trained(job: Job) -> dict[str, Tensor]:
+    """What the first turn trains, as it is now: copies, by name."""
+    return {name: parameter.detach().clone() for name, parameter in job.model.turns()[0].net.named_parameters() if parameter.requires_grad}
+
+
+def final_weights(run: Path) -> dict[str, Tensor]:
+    """What the newest checkpoint holds of the nets."""
+    from safetensors.torch import load_file
+
+    from finetune.engine import checkpoint
+
+    found: dict[str, Tensor] = load_file(checkpoint.checkpoints(run / "checkpoints")[-1] / "weights.safetensors")
+    return found

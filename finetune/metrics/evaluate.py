@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
@@ -85,12 +86,7 @@ class Evaluation:
 
 
 def evaluate(
-    run: Path,
-    against: str | None = None,
-    pictures: int | None = None,
-    features: str = EMOJI_NET,
-    out: Path | None = None,
-    scored: int = SCORED,
+    run: Path, against: str | None = None, pictures: int | None = None, features: str = EMOJI_NET, out: Path | None = None, scored: int = SCORED
 ) -> Evaluation:
     """Draw pictures with a run and compare them with real ones; writes `figures.json`, `samples.png`, `nearest.png` (drawn pictures above the
     training pictures that they come closest to), of models with a likelihood `unlikely.png`, and what else the family shows at a look.
@@ -112,14 +108,8 @@ def evaluate(
     trained, judged = _audits(plan, against)
     target = sampling.free_folder(out, run, "evaluated")
     count = pictures or min(PICTURES, len(judged.training))
-    if min(count, len(judged.training)) < 2:
-        raise UserError("distances need two pictures at least", where="--pictures", remedy="draw more, or give more to compare with")
     real, other = _halves(judged.training, count)
-    square = replace(request_of(plan), size=(plan.recipe.data.resolution,) * 2)
-    request = request_for(square, opened, [picture.caption for picture in real], count)
-    begun, before = time.perf_counter(), time.process_time()
-    drawn = sampling.draw(opened, request, AT_ONCE)
-    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - before
+    drawn, seconds, cpu_seconds = _drawn(plan, opened, [picture.caption for picture in real], count)
 
     def seen(these: Sequence[Picture], audit: Audit) -> Tensor:
         return seer.features(as_drawn(these, audit.background, space))
@@ -134,8 +124,8 @@ def evaluate(
         against=against or "its training pictures",
         drawn=count,
         real=len(real),
-        seconds_per_picture=seconds / count,
-        cpu_seconds_per_picture=cpu_seconds / count,
+        seconds_per_picture=seconds,
+        cpu_seconds_per_picture=cpu_seconds,
         closeness=_closeness(of_drawn, of_real, of_known),
         itself=_itself(seen(other, judged), of_real, of_known, {one.digest for one in other}, known) if other else None,
         likelihood=likelihood,
@@ -144,18 +134,32 @@ def evaluate(
     )
     target.mkdir(parents=True, exist_ok=out is not None)
     write_aside(target / "figures.json", (json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n").encode())
-    grid([enlarged(picture) for picture in drawn[:SHOWN]]).save(target / "samples.png")
+    _sheet(drawn).save(target / "samples.png")
     if trained is not None and of_known is not None:
         _show_nearest(target / "nearest.png", drawn, of_drawn, of_known, list(as_drawn(known, trained.background, space)))
-    _show_exhibits(target, opened, trained)
+        _show_exhibits(target, opened, trained)
     if likelihood is not None:
-        grid([enlarged(picture) for picture in as_drawn(odd, judged.background, space)], likelihood.least).save(target / "unlikely.png")
+        _sheet(as_drawn(odd, judged.background, space), likelihood.least).save(target / "unlikely.png")
     return found
 
 
-def _show_exhibits(folder: Path, opened: object, trained: Audit | None) -> None:
+def _drawn(plan: Plan, opened: sampling.Opened, captions: Sequence[str], count: int) -> tuple[list[Image.Image], float, float]:
+    """(`count` squares; seconds that each took, by the clock on the wall and by the processor's)."""
+    square = replace(request_of(plan), size=(plan.recipe.data.resolution,) * 2)
+    request = request_for(square, opened, captions, count)
+    begun, before = time.perf_counter(), time.process_time()
+    found = sampling.draw(opened, request, AT_ONCE)
+    return found, (time.perf_counter() - begun) / count, (time.process_time() - before) / count
+
+
+def _sheet(pictures: Iterable[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
+    """The first of them, beside each other."""
+    return grid([enlarged(picture) for picture in itertools.islice(pictures, SHOWN)], labels)
+
+
+def _show_exhibits(folder: Path, opened: object, trained: Audit) -> None:
     """Write what a family in pixel space shows at a look, of the pictures that it trained on."""
-    if trained is not None and isinstance(opened, PixelModel):
+    if isinstance(opened, PixelModel):
         opened.audit = trained
         for name, picture in opened.exhibits().items():
             enlarged(picture).save(folder / f"{name}.png")
@@ -212,7 +216,13 @@ def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
 
 
 def _halves(pictures: Sequence[Picture], count: int) -> tuple[list[Picture], list[Picture]]:
-    """(`count` pictures, or all if there are fewer; as many others, or none if there are not enough)."""
+    """(`count` pictures, or all if there are fewer; as many others, or none if there are not enough).
+
+    Raises:
+        UserError: there are not two.
+    """
+    if min(count, len(pictures)) < 2:
+        raise UserError("distances need two pictures at least", where="--pictures", remedy="draw more, or give more to compare with")
     if len(pictures) >= 2 * count:
         both = spread(pictures, 2 * count)
         return both[::2], both[1::2]

@@ -1,0 +1,163 @@
+"""Checkpoints: what a run goes on from, exactly or not at all; those that are kept, damaged, or find the disk full."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.engine import checkpoint
+from finetune.errors import UserError
+from tests import tiny
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor", "prodigy", "schedulefree", "lion", "came"])
+def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> None:
+    """Also where the one run looked at its weights in between, and the other did not."""
+    recipe = tiny.recipe("sd21", "full", f"optimizer.name={optimizer}", "train.steps=3", "sample.prompts=[]", folder=tmp_path / "run")
+    job = tiny.prepare(recipe)
+    for step in range(2):
+        job.trainer.take(step)
+    job.trainer.save(2)
+    before = {name: tensor.clone() for name, tensor in tiny.trained(job).items()}
+    with job.trainer.state.averaged():
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.trained(job).items()) == (optimizer == "schedulefree")
+    job.trainer.take(2)
+    again = tiny.prepare(recipe, resume=True)
+    assert again.trainer.resume() == 2
+    again.trainer.take(2)
+    theirs = tiny.trained(again)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in tiny.trained(job).items())
+
+
+def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
+    """2 steps, then 4 in the same folder: bit for bit the run of 4; shorter than it is, or with a cosine, it is refused."""
+    asked = {steps: tiny.recipe("sd15", "lora", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "run") for steps in (1, 2, 4)}
+    tiny.train(asked[2])
+    tiny.train(asked[4], resume=True)
+    tiny.train(tiny.recipe("sd15", "lora", "train.steps=4", "sample.prompts=[]", folder=tmp_path / "at-once"))
+    longer, at_once = tiny.final_weights(tmp_path / "run"), tiny.final_weights(tmp_path / "at-once")
+    assert all(torch.equal(tensor, longer[name]) for name, tensor in at_once.items())
+    with pytest.raises(UserError, match="has taken 4 steps, and 1"):
+        tiny.train(asked[1], resume=True)
+    cosine = [
+        tiny.recipe("sd15", "lora", "optimizer.schedule=cosine", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "cosine")
+        for steps in (1, 2)
+    ]
+    tiny.train(cosine[0])
+    with pytest.raises(UserError, match=r"another train\.steps"):
+        tiny.prepare(cosine[1], resume=True)
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    shutil.copytree(tiny.pictures(), tmp_path / "pictures")
+    asked = tiny.recipe("sd15", "lora", f"data.path={tmp_path / 'pictures'}", "sample.prompts=[]", folder=tmp_path / "run")
+    tiny.prepare(asked).trainer.take(0)
+    tiny.prepare(asked, resume=True)
+    caption = next((tmp_path / "pictures").glob("*.txt"))
+    caption.write_text("another caption")
+    with pytest.raises(UserError, match="have changed since this run was started"):
+        tiny.prepare(asked, resume=True)
+
+
+def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
+    job = tiny.prepare(recipe)
+    job.trainer.take(0)
+    job.trainer.save(1)
+    torch.set_num_threads(2)
+    try:
+        tiny.prepare(recipe, resume=True).trainer.resume()
+    finally:
+        torch.set_num_threads(1)
+    assert "1 threads before, 2 now" in capsys.readouterr().out
+    changed = tiny.prepare(recipe, resume=True)
+    changed.trainer.state._tensors.popitem()
+    with pytest.raises(UserError, match="holds other weights"):
+        changed.trainer.resume()
+
+
+def made(step: int) -> checkpoint.Checkpoint:
+    return checkpoint.Checkpoint(step, {"w": torch.full((4,), float(step))}, {}, {"turn": {"state": {}, "param_groups": []}}, {"threads": 1})
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, made(step), keep=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
+    file = tmp_path / "step-0000003" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found, said = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.step, float(found.weights["w"][0]), found.facts) == (2, 2.0, {"threads": 1})
+    assert said == ["checkpoint step-0000003 is damaged (weights.safetensors has changed): the one before is used"]
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, made(1), keep=1)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(UserError, match="MB are free"):
+        checkpoint.save(tmp_path, made(2), keep=1)
+    monkeypatch.undo()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        checkpoint.save(tmp_path, made(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: None, 5: float("nan"), 6: 0.6}
+    for step, loss in losses.items():
+        found = made(step)
+        found.facts["validation"] = loss
+        (tmp_path / ".step-0000099.part").mkdir()
+        checkpoint.save(tmp_path, found, keep=2)
+        assert not list(tmp_path.glob(".*")), "what a kill left goes"
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000005", "step-0000006"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-0000002"
+
+
+def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real full disk, found when the free space has been looked at already; and once room is made, the bits of the undisturbed run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        asked = [tiny.recipe("sd15", "lora", "train.steps=4", "train.checkpoint_every=2", folder=at / "run") for at in (disk, tmp_path)]
+        job = tiny.prepare(asked[0])
+        check = checkpoint._check_space
+
+        def then_fill(folder: Path, found: checkpoint.Checkpoint) -> None:
+            check(folder, found)
+            if found.step == 4:
+                with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+                    while file.write(b"0" * 4096):
+                        pass
+
+        monkeypatch.setattr(checkpoint, "_check_space", then_fill)
+        with pytest.raises(UserError, match=r"the checkpoint of step 4 could not be written: .*No space"):
+            job.trainer.train()
+        monkeypatch.undo()
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-0000002"]
+        with pytest.raises(UserError, match="No space left on device"):
+            tiny.prepare(asked[0], resume=True).trainer.train()
+        (disk / "filler").unlink()
+        tiny.prepare(asked[0], resume=True).trainer.train()
+        ours = tiny.final_weights(disk / "run")
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)  # lazily: the run's lock is open while this process lives
+    tiny.prepare(asked[1]).trainer.train()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in tiny.final_weights(tmp_path / "run").items())
