@@ -133,6 +133,12 @@ def uncast(net: nn.Module) -> None:
 def alone(net: nn.Module) -> None:
     """The trainer's layers, each for itself."""
     with mock.patch.object(fused, "ATTENTION", ()), mock.patch.object(fused, "CROSS_ATTENTION", ()):
+        together(net)
+
+
+def together(net: nn.Module) -> None:
+    """The trainer's layers, in diffusers' blocks."""
+    with mock.patch.object(fused, "straighten"):
         fused.fuse(net)
 
 
@@ -151,9 +157,10 @@ ROWS: dict[str, Callable[[Subject], Step]] = {
     "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, left, unturned),
     "+ no input to float32 and back": lambda subject: ours(subject, uncast, unturned),
     "+ B, scale and sum one product; A and B cast as one": lambda subject: ours(subject, alone, unturned),
-    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, fused.fuse, unturned),
-    "+ rotary embeddings as one complex product each": lambda subject: ours(subject, fused.fuse, unrounded),
-    "+ queries and keys rounded before attention's cast": lambda subject: ours(subject, fused.fuse, contextlib.nullcontext),
+    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, together, unturned),
+    "+ rotary embeddings as one complex product each": lambda subject: ours(subject, together, unrounded),
+    "+ queries and keys rounded before attention's cast": lambda subject: ours(subject, together, contextlib.nullcontext),
+    "+ blocks without layouts and divisions that do nothing": lambda subject: ours(subject, fused.fuse, contextlib.nullcontext),
     "for comparison: diffusers + PEFT, bfloat16 adapters": lambda subject: example(subject, torch.bfloat16),
 }
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import final
+from typing import Any, final
 from unittest import mock
 
 import numpy
@@ -38,12 +38,18 @@ from finetune.data.dataset import to_tensor
 from finetune.data.pictures import apply, decode
 from finetune.estimate import cpu
 from finetune.job import Job, audit_and_plan, prepare
-from finetune.models import adapters
+from finetune.models import adapters, fused, packed
 from finetune.models.loading import open_pipeline
 from finetune.recipe import Recipe, load_recipe
 
 TRAINING = ("forward", "backward", "optimizer")
-UNDONE = ("memory kept", "channels_last", "fused AdamW")
+# Choices that are functions (or what they need) and are undone by doing nothing in their place; and others.
+FUNCTIONS: dict[str, tuple[Any, str]] = {
+    "memory kept": (cpu, "ctypes"),
+    "packed convolutions": (packed, "read_by_onednn"),
+    "straight blocks": (fused, "straighten"),
+}
+UNDONE = (*FUNCTIONS, "channels_last", "fused AdamW")
 CONTENDERS: dict[str, str | None] = {"ours": "", "the usual way": None} | {f"ours without {what}": what for what in UNDONE}
 
 
@@ -87,9 +93,9 @@ def usual(recipe: Recipe) -> Callable[[int], None]:
 
 def ours(recipe: Recipe, folder: Path, without: str = "") -> Job:
     """The project's own run, ready to step; or with one choice taken back."""
-    kept = contextlib.nullcontext() if without != "memory kept" else mock.patch.object(cpu, "ctypes")
-    with kept:
-        job = prepare(dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, folder=str(folder))))
+    if without in FUNCTIONS:
+        mock.patch.object(*FUNCTIONS[without], return_value=False).start()  # this process lives for nothing else
+    job = prepare(dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, folder=str(folder))))
     state = job.trainer.state
     if without == "channels_last":
         state.turns[0].net.get_submodule("denoiser").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""LoRA layers that go together, and rotary embeddings as complex products: outputs and gradients are PEFT's and diffusers'."""
+"""LoRA layers that go together, rotary embeddings as complex products, U-Nets' straight blocks: outputs and gradients are PEFT's and diffusers'."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import CLIPTextModel
 
-from finetune.models import adapters, rotary
+from finetune.models import adapters, rotary, unets
 from finetune.models.checkpointing import checkpoint_activations
 from finetune.models.fused import FusedConv2d, FusedLinear
+from finetune.models.packed import packed
 from finetune.recipe import Adapter
 from tests import tiny
 
 Built = tuple[Any, Callable[[Any], Tensor]]
+STRAIGHT = (unets.ResnetBlock2D, unets.Attention, unets.Transformer2DModel)
+OURS = (FusedLinear, FusedConv2d, *STRAIGHT)
 
 
 def unet() -> Built:
@@ -68,7 +72,7 @@ Found = tuple[Tensor, dict[str, Tensor], Counter[type]]
 
 
 def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool, dtype: torch.dtype) -> Found:
-    """A step's output, the gradients of what trains, and how many layers of which kind are fused. The same weights each time."""
+    """A step's output, the gradients of what trains, and how many layers and blocks of which kind are ours. The same weights each time."""
     tiny.pipeline("sd15")
     torch.manual_seed(0)
     net, run = build()
@@ -87,32 +91,32 @@ def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool,
     (found.float() * torch.linspace(-1, 1, found.numel()).view(found.shape)).sum().backward()
     trained = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in trained.values())
-    return found.detach(), trained, Counter(type(module) for module in net.modules() if isinstance(module, FusedLinear | FusedConv2d))
+    return found.detach(), trained, Counter(type(module) for module in net.modules() if isinstance(module, OURS))
 
 
 CONVOLUTIONS = "conv1, conv2, conv_shortcut, proj_in, proj_out, downsamplers.0.conv, conv_in, conv_out, to_q"
 
 
 @pytest.mark.parametrize(
-    ("build", "targets", "fused"),
+    ("build", "targets", "ours"),
     [
-        (unet, "all-linear", {FusedLinear: 10}),
+        (unet, "all-linear", {FusedLinear: 10} | dict.fromkeys(STRAIGHT, 2)),
         (text_encoder, "all-linear", {FusedLinear: 10}),
         (flux1, "all-linear", {FusedLinear: 10}),
         (flux2, "all-linear", {FusedLinear: 10}),
-        (unet, CONVOLUTIONS, {FusedConv2d: 10, FusedLinear: 2}),
+        (unet, CONVOLUTIONS, {FusedConv2d: 10, FusedLinear: 2} | dict.fromkeys(STRAIGHT, 2)),
     ],
 )
 @pytest.mark.parametrize(("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
 def test_outputs_and_gradients_are_pefts_and_diffusers(
-    build: Callable[[], Built], targets: str, fused: dict[type, int], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], Built], targets: str, ours: dict[type, int], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     section = Adapter(rank=4, alpha=3, targets=targets, rank_pattern={"to_k": 2} if targets == "all-linear" else {})
     output, found, kinds = gradients(build, section, checkpointing, dtype)
     monkeypatch.setattr(adapters, "fuse", lambda net: None)
     monkeypatch.setattr(rotary, "PROCESSORS", ())
     expected, theirs, none = gradients(build, section, checkpointing, dtype)
-    assert kinds.keys() == fused.keys() and all(kinds[kind] >= least for kind, least in fused.items()) and not none
+    assert kinds.keys() == ours.keys() and all(kinds[kind] >= least for kind, least in ours.items()) and not none
     relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
     torch.testing.assert_close(output, expected, rtol=relative, atol=absolute)
     assert found.keys() == theirs.keys()
@@ -135,3 +139,20 @@ def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
             weight = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             torch.testing.assert_close(found, values @ weight.T)
     assert attention.to_q.group._input is None and not attention.to_q.group._waiting
+
+
+@torch.no_grad()
+def test_a_packed_convolution_is_that_of_its_weights_as_they_are_now() -> None:
+    weight = nn.Parameter(torch.randn(6, 5, 3, 3), requires_grad=False)
+    inputs = torch.randn(2, 5, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def of(padding: int) -> Any:
+        return packed(weight, ((1, 1), (padding, padding), (1, 1)), inputs)
+
+    first = of(1)
+    assert of(1) is first and packed(weight, ((2, 2), (1, 1), (1, 1)), inputs) is None
+    torch.testing.assert_close(first(inputs, None), functional.conv2d(inputs, weight, padding=1))
+    weight.mul_(2)  # as PEFT merges an adapter
+    torch.testing.assert_close(of(1)(inputs, None), functional.conv2d(inputs, weight, padding=1))
+    weight.data = torch.randn(6, 5, 3, 3)  # as a net moves
+    torch.testing.assert_close(of(1)(inputs, None), functional.conv2d(inputs, weight, padding=1))

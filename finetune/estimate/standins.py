@@ -1,4 +1,4 @@
-"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW, and CPU kernels' own memory.
+"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW, packed convolutions, and CPU kernels' own memory.
 
 The layout of the state is bitsandbytes' (optim/optimizer.py, `Optimizer2State.init_state`), the temporaries those of its kernels;
 tests hold them against the real ones.
@@ -14,9 +14,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from finetune.engine import optim
 from finetune.estimate.trace import Recorder
+from finetune.models import packed
 
 SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
 PAGED = 100_000  # elements; smaller tensors' state is not paged (`get_state_buffer`)
@@ -79,12 +81,34 @@ def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
     parameter.addcdiv_(first.add_(gradient), denominator)
 
 
+@final
+class Packed:
+    """A frozen convolution whose weights a CPU holds twice more."""
+
+    def __init__(self, weight: Tensor, padding: tuple[int, ...], inputs: Tensor) -> None:
+        self._weight, self._padding = weight.detach(), padding
+        self._held = [torch.empty_like(self._weight) for _ in range(2)]
+
+    def is_of(self, weight: Tensor) -> bool:
+        return True
+
+    def __call__(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.conv2d(inputs, self._weight, bias, padding=self._padding)
+
+    def add_back(self, found: Tensor, gradient: Tensor) -> None:
+        geometry = (1, 1), self._padding, (1, 1)
+        wanted = [True, False, False]
+        found += torch.ops.aten.convolution_backward(gradient, found, self._weight, None, *geometry, False, [0, 0], 1, wanted)[0]
+
+
 @contextlib.contextmanager
 def in_place(device: Device = "cuda") -> Iterator[None]:
-    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in, and pages where `device` does."""
+    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in, and pages where `device` does; and so are the convolutions that a CPU packs."""
     import bitsandbytes
 
     with (
+        mock.patch.object(packed, "Packed", Packed),
+        mock.patch.object(packed, "read_by_onednn", lambda weight: device == "cpu" and weight.dtype == torch.float32),
         mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
         mock.patch.object(optim, "pages", lambda section, _: section.paged and device == "cuda"),
     ):

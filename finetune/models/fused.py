@@ -19,18 +19,22 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.models.packed import Geometry, packed
+from finetune.models.unets import straighten
+
 NAME = "default"  # what diffusers and transformers call an adapter that is given no name
 # Layers of an attention that read the same tensor; of a cross-attention, q reads another.
 ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # a convolution's stride, padding and dilation
 
 
 def fuse(net: nn.Module) -> None:
-    """Let the plain LoRA layers of `net` go together, in place. Others (DoRA's, quantised ones) stay PEFT's."""
+    """Let the plain LoRA layers of `net` go together, in place, and straighten its blocks. Others (DoRA's, quantised ones) stay PEFT's."""
+    straighten(net)
     for module in net.modules():
         if _plain_convolution(module):
             module.__class__ = FusedConv2d  # the same layer, with another `forward`
+            cast(Any, module).lora_A.to(memory_format=torch.channels_last)  # as it is read, and as its gradient comes
     for parent in net.modules():
         groups = CROSS_ATTENTION if getattr(parent, "is_cross_attention", False) else ATTENTION
         children = {name: child for name, child in parent.named_children() if _plain(child)}
@@ -220,11 +224,11 @@ class _Convolution(torch.autograd.Function):
         dtype = weight.dtype
         with torch.autocast(values.device.type, enabled=False):
             inputs, kernel, matrix = _last(values.to(dtype)), _last(down.to(dtype)), up.flatten(1).to(dtype)
-            inner = _last(functional.conv2d(inputs, kernel, None, *geometry))
-            found = _last(functional.conv2d(inputs, weight, bias, *geometry))
+            inner, base = _last(functional.conv2d(inputs, kernel, None, *geometry)), packed(weight, geometry, inputs)
+            found = _last(functional.conv2d(inputs, weight, bias, *geometry) if base is None else base(inputs, bias))
             _rows(found).addmm_(_rows(inner), matrix.t(), alpha=scale)
         ctx.save_for_backward(inputs, weight, kernel, matrix, inner)
-        ctx.scale, ctx.geometry, ctx.dtypes = scale, geometry, (values.dtype, down.dtype)
+        ctx.base, ctx.scale, ctx.geometry, ctx.dtypes = base, scale, geometry, (values.dtype, down.dtype)
         return found
 
     @staticmethod
@@ -237,7 +241,12 @@ class _Convolution(torch.autograd.Function):
         of_matrix.addmm_(_rows(given).t(), _rows(inner), beta=0, alpha=ctx.scale)
         of_values, of_kernel = _gradients(ctx, back, inputs, kernel, (ctx.needs_input_grad[0], True))
         if of_values is not None:
-            of_values = of_values.add_(cast(Tensor, _gradients(ctx, given, inputs, weight, (True, False))[0])).to(ctx.dtypes[0])
+            if ctx.base is None:
+                of_values.add_(cast(Tensor, _gradients(ctx, given, inputs, weight, (True, False))[0]))
+            else:
+                of_values = _last(of_values)
+                ctx.base.add_back(of_values, given)
+            of_values = of_values.to(ctx.dtypes[0])
         trained = [cast(Tensor, one).to(ctx.dtypes[1]) for one in (of_kernel, of_matrix[..., None, None])]
         return (of_values, None, None, None, None, *trained)
 
