@@ -129,6 +129,9 @@ class Adapter:
     rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
     dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
     pissa: bool = False  # start from the weights' largest singular values (arXiv:2404.02948): learns faster, and the file has twice the rank
+    # n: one of n steps takes the noisiest 1/n of the noise levels, and there has the adapter learn what the base says, not the pictures:
+    # what is drawn where stays the base's, and names that are in no caption are kept; the other steps learn the style. 5 is a beginning.
+    preserve_every: int | None = _number(None, minimum=2)
     init: str | None = None  # a LoRA to go on from, in diffusers' or kohya's format: rank, alpha and targets are its own
 
 

@@ -140,6 +140,11 @@ def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:
         "DoRA with PiSSA cannot be handed out: its magnitudes belong to weights that PiSSA has changed",
         "set one of adapter.dora and adapter.pissa to false",
     )
+    refuse(
+        adapter.pissa and adapter.preserve_every is not None,
+        "PiSSA changes the weights that it starts from: there is no base beside it to preserve",
+        "set adapter.pissa: false, or remove adapter.preserve_every",
+    )
     for name in ("rslora", "dora", "pissa", "dropout"):
         given = adapter.kind != "lora" and getattr(adapter, name)
         refuse(bool(given), f"adapter.{name} is LoRA's: {adapter.kind} has no such thing", f"remove adapter.{name}, or set adapter.kind: lora")

@@ -61,6 +61,18 @@ def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> No
         assert float((drawn < 1000 * t).float().mean()) == pytest.approx(t / (factor - (factor - 1) * t), abs=0.015)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_two_parts_of_the_timesteps_are_drawn_as_the_whole_is(factor: float) -> None:
+    objective, draw = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor)), Draw(0, 3, range(20000))
+    whole, least, most = (objective.noise(torch.zeros(20000, 1, 1, 1), draw, part).timestep for part in ((0.0, 1.0), (0.0, 0.75), (0.75, 1.0)))
+    border = whole.float().quantile(0.75)
+    assert least.max() <= border + 1
+    assert most.min() >= border - 10
+    for share in (0.1, 0.5, 0.9):
+        assert float(least.float().quantile(share)) == pytest.approx(float(whole.float().quantile(0.75 * share)), abs=15)
+        assert float(most.float().quantile(share)) == pytest.approx(float(whole.float().quantile(0.75 + 0.25 * share)), abs=15)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weights(prediction: Prediction) -> None:
     """Hang et al. 2023, §3.4, written with SNR = ᾱ/(1−ᾱ) in float64: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v."""

@@ -76,6 +76,8 @@ CASES = {
     "sdxl-loha-text": Case("sdxl", "lora", (TEXT, "adapter.kind=loha", "adapter.targets='to_q, down_.*conv1, q_proj'", "adapter.alpha=64")),
     "sd21-lokr": Case("sd21", "lora", ("adapter.kind=lokr", "adapter.alpha=8", "optimizer.name=schedulefree")),
     "sd15-oft": Case("sd15", "lora", ("adapter.kind=oft", "adapter.rank=8", "adapter.targets=attention+mlp", "optimizer.lr=5e-2")),
+    "sd21-preserve": Case("sd21", "lora", (TEXT, "adapter.preserve_every=4", "adapter.targets='to_q, to_k, conv1, q_proj'")),
+    "flux2-preserve": Case("flux2", "lora", ("adapter.preserve_every=4", "adapter.dora=true", "train.gradient_checkpointing=true")),
     "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
     "sd21-full-text": Case("sd21", "full", (TEXT,)),
     "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),

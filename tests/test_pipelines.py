@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.engine.draw import Draw
 from finetune.models import loading
+from finetune.models.denoise import WHOLE, Noised, Part
 from finetune.models.family import Family, family_of
 from finetune.models.latents import decoded_exactly, latents_of
 from finetune.models.text_to_image import Denoiser, DenoiseTurn, objective_of
@@ -101,9 +102,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
     class Fixed:
         """All noise, σ = 1, as the pipeline begins: x_σ = ε; the clean latents are drawn."""
 
-        def noise(self, clean: Tensor, draw: Draw) -> Any:
-            from finetune.models.denoise import Noised
-
+        def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
             return Noised(noisy, torch.full((1,), 1000.0), noisy - clean, torch.ones(1))
 
     net = Denoiser(family, pipeline.transformer, {}, 1.0 if pipeline.transformer.config.get("guidance_embeds") else None)

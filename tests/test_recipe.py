@@ -184,6 +184,7 @@ def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
         (["adapter.kind=loha", "adapter.dora=true"], "adapter.dora is LoRA's"),
         (["adapter.kind=oft", "adapter.alpha=2"], "means nothing to OFT"),
         (["adapter.dora=true", "adapter.pissa=true"], "cannot be handed out"),
+        (["adapter.preserve_every=5", "adapter.pissa=true"], "no base beside it"),
         (["adapter.rank_pattern={to_q: 0}"], "above 0"),
         (["adapter.kind=lokr", "model.quantize=nf4"], "nf4 weights cannot be changed"),
         (["adapter.pissa=true", "model.quantize=int8"], "PiSSA changes the weights"),

@@ -6,17 +6,19 @@ each net, `adapter_config.json` and `adapter_model.safetensors`, which `PeftMode
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -97,6 +99,19 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         # PiSSA takes W = W′ + B₀ A₀ apart and changes the base to W′. Others have W: what is handed out needs B₀ A₀ too.
         net.pissa_start = {name: tensor.clone() for name, tensor in _weights(net).items()}
     return names
+
+
+@contextlib.contextmanager
+def switched_off(net: nn.Module) -> Iterator[None]:
+    """Within, the adapters of `net` add nothing. (PEFT's `enable_adapters` would also say anew which of their weights train.)"""
+    tuned = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in tuned:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in tuned:
+            layer._disable_adapters = False
 
 
 def check_patterns(adapter: Adapter, names: list[str]) -> None:

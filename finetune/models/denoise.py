@@ -17,6 +17,14 @@ from finetune.engine.draw import Draw
 from finetune.recipe import Diffusion
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
+Part = tuple[float, float]
+WHOLE: Part = (0.0, 1.0)  # of all noise levels in the order of their noise, each as wide as it is often drawn
+
+
+def among(place: Tensor, part: Part) -> Tensor:
+    """Places in [0, 1] among all noise levels → the same places within `part`."""
+    low, high = part
+    return place if part == WHOLE else low + (high - low) * place
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ class Denoising(Objective):
     def __init__(self, alphas_cumprod: Tensor, prediction: Prediction, loss: Diffusion) -> None:
         self.alphas_cumprod, self.prediction, self._loss = alphas_cumprod.float(), prediction, loss
 
-    def noise(self, clean: Tensor, draw: Draw) -> Noised:
-        """Noise `clean` [B, C, H, W], each example at a timestep of its own, uniform before the recipe's shift."""
-        timestep = self._shifted(draw.integers("timestep", len(self.alphas_cumprod)))
+    def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
+        """Noise `clean` [B, C, H, W], each example at a timestep of its own among `part`, uniform before the recipe's shift."""
+        timestep = self._shifted(draw.integers("timestep", len(self.alphas_cumprod)), part)
         noise = draw.normal("noise", clean.shape[1:])
         if self._loss.noise_offset:
             # One number a channel shifts the whole picture, so that its mean brightness is noised too
@@ -72,12 +80,13 @@ class Denoising(Objective):
         target = {"epsilon": noise, "sample": clean, "v_prediction": signal * noise - sigma * clean}[self.prediction]
         return Noised(signal * clean + sigma * noise, timestep, target, self.weight(timestep))
 
-    def _shifted(self, timestep: Tensor) -> Tensor:
-        """Moves the middle u of each timestep's share of [0, 1] to s u / (1 + (s − 1) u), as flow matching does (arXiv:2403.03206, eq. 23)."""
+    def _shifted(self, timestep: Tensor, part: Part) -> Tensor:
+        """Moves the middle of each timestep's share of [0, 1] to its place u in `part`, and that to s u / (1 + (s − 1) u), as flow
+        matching does (arXiv:2403.03206, eq. 23)."""
         count, factor = len(self.alphas_cumprod), self._loss.shift
-        if factor == 1:
+        if factor == 1 and part == WHOLE:
             return timestep
-        share = (timestep + 0.5) / count
+        share = among((timestep + 0.5) / count, part)
         return (count * factor * share / (1 + (factor - 1) * share)).long()
 
     def weight(self, timestep: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.engine.draw import Draw
-from finetune.models.denoise import Noised, Objective
+from finetune.models.denoise import WHOLE, Noised, Objective, Part, among
 from finetune.recipe import Flow
 
 Sampling = Literal["logit_normal", "mode", "uniform"]
@@ -33,20 +33,24 @@ class FlowMatching(Objective):
         self._schedule, self._loss, self._patch = schedule, loss, patch
         self._sampling = loss.sampling or sampling
 
-    def noise(self, clean: Tensor, draw: Draw) -> Noised:
-        """Noise `clean` [B, C, H, W] at levels σ in (0, 1]; t = σ × the scheduler's training steps, float32."""
-        sigma = self._shifted(self._levels(draw), tokens=clean.shape[2] * clean.shape[3] // self._patch**2)
+    def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
+        """Noise `clean` [B, C, H, W] at levels σ in (0, 1], among `part`; t = σ × the scheduler's training steps, float32."""
+        sigma = self._shifted(self._levels(draw, part), tokens=clean.shape[2] * clean.shape[3] // self._patch**2)
         noise = draw.normal("noise", clean.shape[1:])
         share = sigma.view(-1, *[1] * (clean.dim() - 1))
         return Noised((1 - share) * clean + share * noise, sigma * self._schedule["num_train_timesteps"], noise - clean, self._weight(sigma))
 
-    def _levels(self, draw: Draw) -> Tensor:
+    def _levels(self, draw: Draw, part: Part) -> Tensor:
         """Noise levels before the shift, [B] (arXiv:2403.03206, eq. 19 and 20)."""
         if self._sampling == "logit_normal":
-            return torch.sigmoid(self._loss.mean + self._loss.deviation * draw.normal("timestep", ()))
-        uniform = 1 - draw.uniform("timestep")  # (0, 1]: without noise there is nothing to learn
+            normal = draw.normal("timestep", ())
+            if part != WHOLE:
+                normal = torch.special.ndtri(among(torch.special.ndtr(normal), part))
+            return torch.sigmoid(self._loss.mean + self._loss.deviation * normal)
+        place = draw.uniform("timestep")
         if self._sampling == "uniform":
-            return uniform
+            return among(1 - place, part)  # (0, 1]: without noise there is nothing to learn
+        uniform = 1 - among(place, part)  # eq. 20's u, whose 0 is all noise
         found = 1 - uniform - self._loss.mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
         return found.clamp(LEAST, 1)
 

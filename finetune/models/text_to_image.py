@@ -26,7 +26,7 @@ from finetune.export.folder import forget_places
 from finetune.initial import LORA_FILE
 from finetune.models import adapters, loading, smaller, words
 from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.denoise import Denoising, Objective
+from finetune.models.denoise import Denoising, Noised
 from finetune.models.family import ClipFamily, Family
 from finetune.models.flow_matching import FlowMatching
 from finetune.models.fused import fuse
@@ -41,6 +41,7 @@ from finetune.recipe import Adapter, Diffusion, Flow, Recipe
 from finetune.recipe import Model as ModelSection
 from finetune.seeds import key_of
 
+LatentObjective = Denoising | FlowMatching
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,19 +65,39 @@ class Denoiser(nn.Module):
         dtype = dtype_of(self.denoiser)
         return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
 
+    @torch.no_grad()
+    def without_adapters(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """What the base says."""
+        with adapters.switched_off(self):
+            found: Tensor = self(noisy, timestep, batch)
+        return found
+
 
 class DenoiseTurn(Turn):
+    """Args:
+    preserve_every: n, where of n steps one is to preserve what the base says at the noisiest 1/n of the levels; the others take the rest.
+    """
+
     name = "denoiser"
 
-    def __init__(self, net: Denoiser, objective: Objective) -> None:
-        self.net = net
-        self.objective = objective
+    def __init__(self, net: Denoiser, objective: LatentObjective, preserve_every: int | None = None) -> None:
+        self.net: nn.Module = net  # until several processes wrap it
+        self.objective, self._denoiser, self.cycle = objective, net, preserve_every or 1
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
         latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
-        noised = self.objective.noise(latents, draw)
-        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, batch.get("mask"))
+        if self.cycle == 1 or not self.net.training:  # what is held out is measured at all levels
+            return self._error(self.objective.noise(latents, draw), batch, batch.get("mask"))
+        border = 1 - 1 / self.cycle
+        if int(draw.step) % self.cycle != self.cycle - 1:
+            return self._error(self.objective.noise(latents, draw, (0.0, border)), batch, batch.get("mask"))
+        noised = self.objective.noise(latents, draw, (border, 1.0))
+        said = self._denoiser.without_adapters(noised.sample, noised.timestep, batch).float()
+        return self._error(replace(noised, target=said, weight=torch.ones_like(noised.weight)), batch)
+
+    def _error(self, noised: Noised, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, mask)
 
 
 class CaptionAndLatent(Encoders):
@@ -137,7 +158,7 @@ class CaptionAndLatent(Encoders):
         empty_cache(self._device)
 
 
-def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> Objective:
+def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObjective:
     """The family's kind of objective, with the schedule of the checkpoint's own scheduler."""
     if family.objective == "flow":
         return FlowMatching(scheduler.config, recipe.flow or Flow(), family.sampling, family.patch)
@@ -223,7 +244,8 @@ class TextToImage(Model):
         trained_encoders = {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
-        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe)),)
+        preserve_every = recipe.adapter.preserve_every if recipe.adapter else None
+        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe), preserve_every),)
         smaller.tile(self.pipeline.vae, recipe.model)
         self._encoders = CaptionAndLatent(family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text)
         self._prompts: dict[tuple[str, bool], Batch] = {}

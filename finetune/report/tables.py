@@ -103,6 +103,7 @@ def plan_rows(plan: Plan) -> list[Row]:
             for new in recipe.tokens
         ),
         ("loss", _loss(plan)),
+        *([("preserves", _preserved(every))] if recipe.adapter and (every := recipe.adapter.preserve_every) else []),
         *([("counts", weighing)] if (weighing := _weighing(plan)) else []),
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
@@ -147,6 +148,10 @@ def _trains(plan: Plan) -> str:
     return (
         f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){own}{dropout}"
     )
+
+
+def _preserved(every: int) -> str:
+    return f"one of {every} steps: at the noisiest 1/{every} of the noise levels the adapter learns what the base says"
 
 
 def _weighing(plan: Plan) -> str:
