@@ -49,6 +49,7 @@ OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     ),
     "scratch": (),
 }
+PRESERVING = ({"adapter.preserve_every": "null"}, {"adapter.preserve_every": "5"})  # of LoRA
 WHOLE = ("base", "sd15", "sd21", "sdxl")  # cards with all of this; of other architectures, as large as they are, what their recipes say
 ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
 SMALL = ("base",)  # on which what stands in OF_SMALL, and a higher rank, are measured: larger nets take minutes for each
@@ -129,7 +130,11 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
     edits = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
-    edits += [*BESIDE[recipe.method], *(OF_SMALL[recipe.method] if name in SMALL else ())]
+    edits += [
+        *BESIDE[recipe.method],
+        *(PRESERVING if recipe.method == "lora" and name in WHOLE else ()),
+        *(OF_SMALL[recipe.method] if name in SMALL else ()),
+    ]
     seen: list[dict[str, Any]] = []
     for edited in (varied(recipe, edit) for edit in edits):
         if (settings := settings_of(edited)) not in seen:
