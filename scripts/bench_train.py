@@ -2,7 +2,8 @@
 
     python scripts/bench_train.py [--rounds 5] [--steps 4]
 
-Prints, from one run: steps a second of `recipes/lora/emoji.yaml`; the share of a step's wall time spent outside forward,
+Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the
+example's here (no `preserve_every`); the share of a step's wall time spent outside forward,
 backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: pictures and
 captions encoded at every step, torch's default optimizer and memory format, the same batch, resolution, layers, rank),
 at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders, each in a process of its
@@ -162,7 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for batch in (None, 1):
-        recipe = load_recipe("lora/emoji", [f"train.batch_size={batch}"] if batch else [])
+        recipe = load_recipe("lora/emoji", ["adapter.preserve_every=null", *([f"train.batch_size={batch}"] if batch else [])])
         contenders = {name: Contender(recipe, without) for name, without in CONTENDERS.items()}
         taken: dict[str, list[Taken]] = {name: [] for name in contenders}
         for number in range(given.rounds):
