@@ -113,7 +113,7 @@ def foretell(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
 
 
 def _measure() -> None:
-    """Calibrate the CPU: two seconds, once on this machine. While that is busy, the run goes on without."""
+    """Calibrate the CPU: three seconds, once on this machine. While that is busy, the run goes on without."""
     try:
         keep(calibrate())
     except UserError as error:

@@ -53,7 +53,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 @click.option("--denoiser", metavar="CONFIG.json", help="Trace this denoiser of diffusers with RECIPE's settings (lora/sdxl's if none is named).")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.html", help="Draw memory over one step, and time against batch.")
 @click.option("--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit.")
-@click.option("--calibrate", is_flag=True, help="Measure this machine's CPU first, two seconds, and keep the outcome.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine's CPU first, three seconds, and keep the outcome.")
 @click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
 def command(recipe: str | None, images: int | None, gpu_name: str | None, overrides: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say what a run will need: memory, hours, money.

@@ -1,4 +1,4 @@
-"""How fast this machine's CPU runs what a training step is made of, measured in two seconds with torch.
+"""How fast this machine's CPU runs what a training step is made of, measured in three seconds with torch.
 
 A machine that is busy is not measured: threads wait for one another, so that one which has to wait for a core costs all of them its
 time. Kernels of two threads beside another program took up to thirty times as long as alone.

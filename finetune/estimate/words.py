@@ -87,7 +87,7 @@ def how_sure(gpu: Gpu) -> str:
     if gpu.calibration:
         of = found["s/step on a CPU"]
         said = f"time ±{of['most']:.0%} in {of['rows']} recipes after a calibration in the same run (median ±{of['median']:.0%})"
-        return said if gpu.calibration.measured else f"{said}, and this CPU is not measured: `ft estimate --calibrate` takes two seconds"
+        return said if gpu.calibration.measured else f"{said}, and this CPU is not measured: `ft estimate --calibrate` takes three seconds"
     said = "; ".join(
         f"{name} ±{of['90 %']:.0%} in 90 % of {of['rows']} {runs} (median ±{of['median']:.0%})"
         for name, runs, of in (
