@@ -125,23 +125,21 @@ def key_of(device: Device, settings: dict[str, Any]) -> str:
 
 
 def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
-    """The variants of a recipe on the card `name`: devices, and the recipe with all that is varied. On a CPU nothing is."""
+    """The variants of a recipe on the card `name`: devices, and the recipe with all that is varied; on a CPU only whether a base is preserved."""
     axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
     edits = [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
-    edits += [
-        *BESIDE[recipe.method],
-        *(PRESERVING if recipe.method == "lora" and name in WHOLE else ()),
-        *(OF_SMALL[recipe.method] if name in SMALL else ()),
-    ]
+    preserving = PRESERVING if recipe.method == "lora" and name in WHOLE else ()
+    edits += [*BESIDE[recipe.method], *preserving, *(OF_SMALL[recipe.method] if name in SMALL else ())]
     seen: list[dict[str, Any]] = []
     for edited in (varied(recipe, edit) for edit in edits):
         if (settings := settings_of(edited)) not in seen:
             seen.append(settings)
             yield "cuda", edited
     if name in ON_CPU or recipe.method == "scratch":
-        yield "cpu", varied(recipe, {})
+        for edit in preserving or ({},):
+            yield "cpu", varied(recipe, edit)
 
 
 def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:

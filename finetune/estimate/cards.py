@@ -29,7 +29,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "adapter.targets": ("", 'targets "{}"'),
     "adapter.rank_pattern": (None, "higher ranks by pattern"),
     "adapter.dora": (False, "DoRA"),
-    "adapter.preserve_every": (None, "a base preserved in one of {} steps"),
+    "adapter.preserve_every": (None, "adapter.preserve_every: {}"),
     "model.train_text_encoder": (False, "a trained text encoder"),
     "tokens": (None, "words that are learned"),
     "model.quantize": (None, "a base in {}"),
