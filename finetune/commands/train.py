@@ -147,6 +147,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> int:
         received: list[int] = []
 
         def pass_on(number: int, frame: FrameType | None) -> None:
+            """Tell the processes that train, SIGINT as it is and others as SIGTERM; before any began, end the launcher and what it has started."""
             received.append(number)
             wish = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
             if processes := [int(file.name) for file in Path(folder).iterdir() if file.name.isdigit()]:

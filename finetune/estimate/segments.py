@@ -95,6 +95,7 @@ class Segments(Pool):
         self.segments: dict[int, int] = {}  # start → end
 
     def find(self, size: int) -> tuple[int, int] | None:
+        """Take the smallest free block that may serve `size` bytes; returns (start, end), or None where there is none (`get_free_block`)."""
         blocks = self.blocks
         place = bisect_left(blocks, size << ADDRESS_BITS)
         if place == len(blocks):
@@ -163,6 +164,7 @@ class Expandable(Pool):
         self.holes = [self.base]  # their starts, sorted
 
     def find(self, size: int) -> tuple[int, int] | None:
+        """Take a free block of at least `size` bytes, that which can grow least first; returns (start, end), or None where there is none."""
         blocks = self.blocks
         place = bisect_left(blocks, size << ADDRESS_BITS)
         if place == len(blocks):
@@ -176,6 +178,7 @@ class Expandable(Pool):
         return start, end
 
     def grow(self, size: int, room: int) -> tuple[int, int, int]:
+        """Map pages for `size` bytes, `room` bytes at most; returns (start, end, bytes added), or (0, 0, bytes added) where room gave out."""
         start = self._lowest(size)
         end = self.starts.get(start, start)
         added = 0

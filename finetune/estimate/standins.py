@@ -42,6 +42,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Allocate, read and write what a step of bitsandbytes' optimizer does; the values mean nothing."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

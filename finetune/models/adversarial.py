@@ -109,6 +109,7 @@ class CriticTurn(Turn):
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """The critic's loss on true and made pictures, and in one of `lazy` steps its penalties, as often heavier, [B] float32."""
         levels, classes = levels_in(batch)
         section, critic, draw = self._section, self._plain, draw.apart("critic")
         with torch.no_grad():
@@ -152,6 +153,7 @@ class GeneratorTurn(Turn):
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """The generator's loss by a critic that stands still (or, unrolled, has gone on), and at times its penalty, [B] float32."""
         levels, classes = levels_in(batch)
         section, critic, draw = self._section, self._critic, draw.apart("generator")
         made = critic.seen(self.net(latent_of(draw, section), classes, draw), draw.apart("made"))

@@ -278,6 +278,7 @@ class MixtureCdf(Coupling):
 
     @torch.no_grad()
     def unchange(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """Invert `change`, [B, …] → the same, by bisection: a mixture's distribution function has no inverse in closed form."""
         log_scale, shift, logits, means, scales = self._parts(numbers)
         wanted = (values - shift) * (-log_scale).exp()
         # One logistic alone would put it at mean + scale · wanted: the mixture puts it between the least and most of these.

@@ -76,6 +76,7 @@ class FlowLikelihood(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """−log p of each picture's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
         levels, classes = levels_in(batch)
         width, along = 2 / (self.space.levels - 1), angles(self.most())
 

@@ -128,6 +128,7 @@ class DcganReader(Reader):
         self.growth = Growth(section.grow_steps, section.halvings)
 
     def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
+        """Pictures [B, C, H, W] → maps [B, F, h, w]; while the net grows, a mixture of what two sizes read."""
         growth = self.growth(draw)
         size, share = int(growth), growth % 1
         maps = self._at(pictures, size)
@@ -146,6 +147,7 @@ class DcganReader(Reader):
 @final
 class Dcgan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+        """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single pictures."""
         assert isinstance(section, Net)
         if section.critic_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
             raise UserError(

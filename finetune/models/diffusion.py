@@ -208,6 +208,7 @@ class DiffusionModel(PixelModel):
         return self.canvas.within(found)
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        """Pictures uint8, [B, C, H, W], by the request's sampler, or the recipe's."""
         beside = self._condition.drawn(classes, draw, request)
 
         def denoise(noisy: Tensor, level: Level) -> Tensor:

@@ -27,6 +27,7 @@ class Flux(Family):
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: latents go in as a sequence of 2×2 patches, each with its place."""
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
         places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))

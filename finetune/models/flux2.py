@@ -30,6 +30,7 @@ class Flux2Klein(Family):
         return {"prompt_embeds": embeddings}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: latents, already in patches, go in as a sequence, each with its place."""
         embeddings = batch["prompt_embeds"].to(noisy.dtype)
         pictures, height, width = len(noisy), noisy.shape[2], noisy.shape[3]
         # Four axes: time, row, column, place in the text.

@@ -190,6 +190,7 @@ class FusedConv2d(Conv2d):  # type: ignore[misc]
     """PEFT's layer, [B, in, H, W] → [B, out, H', W'], in fewer operators where nothing but base and LoRA is wanted."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's; a 1×1 convolution is products of pixels, another has its LoRA's B as one."""
         if args or kwargs or not usual(self, x.device.type):
             found: Tensor = super().forward(x, *args, **kwargs)
             return found

@@ -99,6 +99,7 @@ class Logistics(Observation):
         return found
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
+        """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretised logistics (arXiv:1701.05517, eq. 2 and 3)."""
         logits, means, scales, coefficients = self._split(parameters)
         scaled, half = self._space.scaled(levels), 1 / (self._space.levels - 1)
         of_components = logits.log_softmax(1)

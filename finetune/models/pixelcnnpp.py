@@ -102,6 +102,7 @@ class PixelCnn(nn.Module):
         return found
 
     def horizontal(self, scaled: Tensor, vertical: list[Tensor], condition: Tensor | None, place: Place | None) -> Tensor:
+        """What is said of each pixel, [B, out, H, W], by the pixels left of it and by what the `vertical` stream says of the rows above."""
         ones = _with_ones(scaled)
         down = [self.row_above(ones, place) + self.left(ones, place)]
         half = len(self.down_horizontal)
@@ -194,6 +195,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return self._turn.loss(batch, draw)
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        """Levels uint8, [B, C, H, W], pixel by pixel, what earlier pixels gave being kept."""
         uniform, levels = self.uniform(draw), torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device)
 
         def pick(parameters: Tensor, y: int, x: int) -> Tensor:

@@ -38,6 +38,7 @@ class QwenImage(Family):
         return {"prompt_embeds": read.hidden_states[-1][:, TEMPLATE_TOKENS:]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: latents go in as a sequence of 2×2 patches."""
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
         lengths = batch.get("prompt_embeds.lengths")  # only where captions of several lengths meet

@@ -116,6 +116,7 @@ class R3Reader(Reader):
 @final
 class R3gan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+        """The nets of arXiv:2501.05441, §4: the critic ends in a convolution as wide as its last maps, each channel by itself."""
         assert isinstance(section, Net)
         grid = halved(self.space.height, self.space.width, section.halvings)
 

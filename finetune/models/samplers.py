@@ -97,6 +97,7 @@ def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chanc
 
 
 def dpm_plus_plus(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order in λ = log α/σ, the first step and the last of first order."""
     before: tuple[Tensor, float] | None = None  # D of the step before, and how far λ went in it
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
@@ -126,6 +127,7 @@ def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chan
 
 
 def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+    """Heun's method on the flow's slope, of second order, the last step Euler's (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         if not then.sigma:

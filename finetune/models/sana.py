@@ -42,6 +42,7 @@ class Sana(Family):
         return both - alone, self.tokens - 2
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: the net is told the timestep times its own `timestep_scale`."""
         config: Any = denoiser.config
         found: Tensor = denoiser(
             noisy,

@@ -128,6 +128,7 @@ class Mapping(nn.Module):
         self.register_buffer("mean", torch.zeros(style))  # of the styles of late
 
     def forward(self, latent: Tensor, classes: Tensor | None) -> Tensor:
+        """[B, L] → [B, S]; while it trains, the mean style follows."""
         features = _normalised(latent)
         if self.classes is not None:
             features = torch.cat([features, _normalised(self.classes(classes))], 1)

@@ -169,6 +169,7 @@ def path_lengths(generator: Styled, styles: Tensor, draw: Draw) -> Tensor:
 @final
 class StyleGan2(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+        """Generator, critic, and the penalty on path lengths if the recipe has one."""
         assert isinstance(section, Net)
         (height, width), channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
         generator: Styled

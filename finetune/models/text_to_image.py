@@ -85,6 +85,7 @@ class DenoiseTurn(Turn):
         self.objective, self._denoiser, self.cycle = objective, net, preserve_every or 1
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """[B] float32: of the recipe, or in a step that preserves the base the mean square of what the adapter changes."""
         mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
         latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
         if self.cycle == 1 or not self.net.training:  # what is held out is measured at all levels
@@ -326,6 +327,7 @@ class TextToImage(Model):
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
+        """As in `Model`, by diffusers' own pipeline, one picture at a time; the VAE comes from host memory for it."""
         request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
         found = []
         self.pipeline.vae.to(self.device)

@@ -51,6 +51,7 @@ class VaeTurn(Turn):
         self._channels, self._factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """[B] float32: reconstruction, where asked also of averaged pixels, + kl_weight · KL, each a mean over its elements."""
         pixels = batch["pixels"].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
         reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))

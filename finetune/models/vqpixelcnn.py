@@ -46,6 +46,7 @@ class GridPrior(Prior):
         return self._logits(codes, classes).log_softmax(-1).gather(-1, codes[..., None]).flatten(1).sum(1)
 
     def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        """Codes [B, h, w] int64, by `uniform` numbers of the same shape, place by place, what earlier places gave being kept."""
         codes = torch.zeros_like(uniform, dtype=torch.long)
 
         def pick(parameters: Tensor, y: int, x: int) -> Tensor:

@@ -147,6 +147,7 @@ class VqTurn(Turn):
         self.net, self._plain, self._critic, self._section, self._observation = net, net, critic, section, observation
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """[B] float32, nats: −log p + the codebook's two terms (arXiv:1711.00937, eq. 3), and a critic's share (arXiv:2012.09841, eq. 7)."""
         levels, _ = levels_in(batch)
         parameters, to_book, to_latent = self.net(levels)
         reconstruction = -self._observation.log_prob(parameters, levels).flatten(1).sum(1)

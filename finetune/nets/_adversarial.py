@@ -30,6 +30,7 @@ class Adversarial(Section):
 
     @property
     def loss(self) -> str:
+        """In a plan's words: the objective, and what holds the critic."""
         penalties = {
             "(‖∇D‖ − 1)²": self.gradient_penalty,
             "½‖∇D(true)‖²": self.r1,
