@@ -18,21 +18,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.config.loader import load_recipe
+    from finetune.config.schema import Recipe
     from finetune.errors import UserError
+    from finetune.inference.sample import sample
     from finetune.job import plan, train
-    from finetune.models.pixels import open_model
-    from finetune.recipe import Recipe, load_recipe
-    from finetune.sampling import sample
+    from finetune.models.scratch.base import open_model
 
 __all__ = ["Recipe", "UserError", "load_recipe", "open_model", "plan", "sample", "train"]
 
 _MODULES = {
-    "Recipe": "recipe",
+    "Recipe": "config.schema",
     "UserError": "errors",
-    "load_recipe": "recipe",
-    "open_model": "models.pixels",
+    "load_recipe": "config.loader",
+    "open_model": "models.scratch.base",
     "plan": "job",
-    "sample": "sampling",
+    "sample": "inference.sample",
     "train": "job",
 }
 

@@ -16,16 +16,16 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 def main() -> None:
     """What `accelerate launch` runs in each process: the recipe and overrides of the command line."""
-    from finetune.entry import arguments, launched, quiet_libraries
+    from finetune.cli.process import arguments, launched, quiet_libraries
 
     with launched():
         recipe, resume, force = arguments("full")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
-        from finetune.report import nets
+        from finetune.report import model_summary
 
         job = prepare(recipe, resume, force)  # audited, planned, base loaded in float32, pictures encoded
-        job.accelerator.print(nets.whole(job.model, job.plan))  # with the memory that this takes
+        job.accelerator.print(model_summary.whole(job.model, job.plan))  # with the memory that this takes
         job.trainer.train()  # the one loop; the denoiser itself has gradients
         finish(job)  # a whole pipeline as diffusers loads it, and the report
 

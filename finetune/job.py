@@ -18,29 +18,34 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from safetensors import SafetensorError
 
-from finetune import pretrained, prior, rebuilt
+from finetune import terminal
+from finetune.config.loader import located
+from finetune.config.schema import Recipe
+from finetune.data.audit.audit import Audit, scan
 from finetune.data.dataset import Dataset
-from finetune.data.scan import Audit, scan
 from finetune.data.sources import refuse_inside
-from finetune.engine import checkpoint, sharding
-from finetune.engine.checkpoint import publish
-from finetune.engine.faults import memory_explained
-from finetune.engine.loop import Trainer
-from finetune.engine.machine import forget_peak, memory_left, memory_live, memory_peak, this_machine
-from finetune.engine.progress import Progress
-from finetune.engine.run import Run
-from finetune.engine.samples import draw_samples
-from finetune.entry import is_main_process
+from finetune.distributed import is_main_process
 from finetune.errors import UserError
-from finetune.estimate.calibrate import calibrate
-from finetune.estimate.cpu import calibration, discard, keep, keep_freed_memory
-from finetune.estimate.expect import Expected, Pace, does_not_fit, expect, rows
-from finetune.metrics.watch import Watch
-from finetune.models.pixels import PixelModel
-from finetune.models.turn import Model
+from finetune.estimate.hardware.calibrate import calibrate
+from finetune.estimate.hardware.cpu import calibration, discard, keep, keep_freed_memory
+from finetune.estimate.monitor import Expected, does_not_fit, expect, rows
+from finetune.evaluation.collapse_monitor import Watch
+from finetune.export import from_checkpoint
+from finetune.inference import class_images
+from finetune.models.base import Model
+from finetune.models.pretrained import check
+from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan, make_plan
-from finetune.recipe import Recipe, located
-from finetune.report import nets, tables
+from finetune.report import model_summary, tables
+from finetune.terminal import Progress
+from finetune.training import checkpoint, fsdp
+from finetune.training.checkpoint import publish
+from finetune.training.device import forget_peak, memory_left, memory_live, memory_peak, this_machine
+from finetune.training.failures import memory_explained
+from finetune.training.pace import Pace
+from finetune.training.run_folder import Run
+from finetune.training.samples import draw_samples
+from finetune.training.trainer import Trainer
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -69,17 +74,23 @@ def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
 
 
 def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
-    pretrained.check(recipe)
+    check.check(recipe)
     for tracker in recipe.output.trackers:  # Accelerate leaves out what is not installed, and does not say so
         if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"{tracker} is not installed", where="output.trackers", remedy=f"pip install {tracker}, or remove it there")
+            raise UserError(
+                f"{tracker} is not installed",
+                where="output.trackers",
+                remedy=f"pip install {tracker}, or remove it there",
+            )
     looking = Progress("looking at pictures", enabled=not quiet)
-    audit = _by_one(lambda: scan(prior.with_class(recipe), lambda done, name: looking.show(done, done + 1, name)))
+    audit = _by_one(
+        lambda: scan(class_images.with_class(recipe), lambda done, name: looking.show(done, done + 1, name))
+    )
     looking.end()
     if not quiet:
         print(tables.data(audit))
     audit.raise_if_stopped()
-    to_draw = recipe.prior.pictures if recipe.prior is not None and prior.missing(recipe) else 0
+    to_draw = recipe.prior.pictures if recipe.prior is not None and class_images.missing(recipe) else 0
     plan = make_plan(recipe, audit, this_machine(), to_draw)
     refuse_inside(Path(plan.folder), recipe.data, "output.folder")
     if not quiet:
@@ -122,10 +133,10 @@ def _measure() -> None:
 
 def _refuse_too_large(model: Model, plan: Plan) -> None:
     """A GPU's memory is estimated; of a machine's own, what training cannot do without is counted."""
-    needed, there = sum(nets.of_what_trains(model, plan).values()), plan.machine.memory_bytes
+    needed, there = sum(model_summary.of_what_trains(model, plan).values()), plan.machine.memory_bytes
     if plan.machine.device != "cuda" and needed > there:
         raise UserError(
-            f"what trains takes {nets.gigabytes(needed)} before the first picture, and this machine has {nets.gigabytes(there)}",
+            f"what trains takes {model_summary.gigabytes(needed)} before the first picture, and this machine has {model_summary.gigabytes(there)}",
             where="method" if plan.recipe.method == "full" else "model",
             remedy="train a LoRA or a smaller model; or --force to train all the same",
         )
@@ -146,11 +157,11 @@ def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
 
 def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
-    if prior.missing(recipe):
+    if class_images.missing(recipe):
         if not resume:
             Run(plan, resume)  # what speaks against the run is said before a picture is drawn
         foretell(plan, force, quiet=True)
-        prior.draw(recipe, is_main_process())
+        class_images.draw(recipe, is_main_process())
         audit, plan = _audit_and_plan(recipe, quiet=True)
     run = Run(plan, resume)
     if plan.machine.device == "cpu":
@@ -165,21 +176,24 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
         cpu=plan.machine.device == "cpu",
         log_with=list(recipe.output.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
-        fsdp_plugin=sharding.plugin(plan.precision) if plan.machine.sharded else None,
+        fsdp_plugin=fsdp.plugin(plan.precision) if plan.machine.sharded else None,
     )
     if plan.machine.sharded:
-        sharding.check(accelerator)
-    model = rebuilt.build(plan, audit)
+        fsdp.check(accelerator)
+    model = from_checkpoint.build(plan, audit)
     if not force:
         _refuse_too_large(model, plan)
     accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
     data = Dataset(plan, audit, model.encoders())
     too_long = data.long_captions()  # known only now that the tokenizers are
     if accelerator.is_main_process:
-        shown = [{"name": p.name, "caption": p.caption, "tokens": data.encoders.tokens(p.caption)} for p in audit.training[:3]]
+        shown = [
+            {"name": p.name, "caption": p.caption, "tokens": data.encoders.tokens(p.caption)}
+            for p in audit.training[:3]
+        ]
         if too_long or shown[0]["tokens"]:
             rows = tables.caption_rows(shown) if shown[0]["tokens"] else []
-            print(tables.table("captions as the model reads them", rows + ([("cut", too_long)] if too_long else [])))
+            print(terminal.table("captions as the model reads them", rows + ([("cut", too_long)] if too_long else [])))
         run.create()
         run.write_json("data.json", tables.facts(audit))
     encoding = Progress("encoding", enabled=accelerator.is_main_process)
@@ -222,7 +236,9 @@ def _write(job: Job) -> None:
         files, compared = _save(job), _compare(job)
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         remedy = "free some space and go on with --resume: no step is taken again"
-        raise UserError(f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy) from error
+        raise UserError(
+            f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy
+        ) from error
     places = [("adapter" if job.plan.recipe.adapter else "model", files[0] if len(files) == 1 else folder / "final")]
     report = _report(folder)
     if (folder / "before-after.png").is_file():
@@ -232,7 +248,9 @@ def _write(job: Job) -> None:
     lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
     if wrong := job.trainer.pace.disproved():
         discard(wrong)
-        lines.append("so far off, this CPU's measurement is not believed any longer: the next run takes a new one, as does `ft estimate --calibrate`")
+        lines.append(
+            "so far off, this CPU's measurement is not believed any longer: the next run takes a new one, as does `ft estimate --calibrate`"
+        )
     print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
 
 
@@ -241,10 +259,12 @@ def _save(job: Job) -> list[Path]:
     final, aside = job.run.folder / "final", job.run.folder / ".final.part"
     shutil.rmtree(aside, ignore_errors=True)
     if job.plan.machine.sharded:
-        files = rebuilt.write_of(_from_newest(job.plan, job.audit, job.run), job.plan, job.plan.steps, job.run.folder, aside)
+        files = from_checkpoint.write_of(
+            _from_newest(job.plan, job.audit, job.run), job.plan, job.plan.steps, job.run.folder, aside
+        )
     else:
         with job.trainer.state.averaged():
-            files = rebuilt.write_of(job.model, job.plan, job.plan.steps, job.run.folder, aside)
+            files = from_checkpoint.write_of(job.model, job.plan, job.plan.steps, job.run.folder, aside)
     publish(aside, final)
     return [final / file.relative_to(aside) for file in files]
 
@@ -254,10 +274,10 @@ def _from_newest(plan: Plan, audit: Audit, run: Run) -> Model:
 
     A checkpoint comes before every look and at the end. Where the device has no room for the whole net, the look fails, and is told.
     """
-    model = rebuilt.rebuilt(plan, audit, checkpoint.newest(run.folder / "checkpoints")[0])
+    model = from_checkpoint.rebuilt(plan, audit, checkpoint.newest(run.folder / "checkpoints")[0])
     model.encoders().release()  # it has read the prompts
-    for turn in model.turns():
-        turn.net.to(plan.machine.device)
+    for train_step in model.train_steps():
+        train_step.net.to(plan.machine.device)
     return model
 
 
@@ -267,13 +287,16 @@ def _compare(job: Job) -> list[tuple[str, str]]:
         return []
     found = job.trainer.pace.compared(memory_peak(job.accelerator.device))
     job.run.write_json("estimate.json", found)
-    return [(name, f"{measured}, and {estimated} was estimated ({off})" if off else measured) for name, estimated, measured, off in rows(found)]
+    return [
+        (name, f"{measured}, and {estimated} was estimated ({off})" if off else measured)
+        for name, estimated, measured, off in rows(found)
+    ]
 
 
 def _report(folder: Path) -> Path | None:
     """The run's report; a failure is told, and costs no finished training."""
     try:
-        from finetune.report.page import write_report
+        from finetune.report.html_report import write_report
 
         return write_report(folder)
     except Exception:

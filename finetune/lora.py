@@ -16,16 +16,18 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 def main() -> None:
     """What `accelerate launch` runs in each process: the recipe and overrides of the command line."""
-    from finetune.entry import arguments, launched, quiet_libraries
+    from finetune.cli.process import arguments, launched, quiet_libraries
 
     with launched():
         recipe, resume, force = arguments("lora")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
-        from finetune.report import nets
+        from finetune.report import model_summary
 
-        job = prepare(recipe, resume, force)  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
-        job.accelerator.print(nets.adapted(job.model))
+        job = prepare(
+            recipe, resume, force
+        )  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
+        job.accelerator.print(model_summary.adapted(job.model))
         job.trainer.train()  # the one loop; only the adapters have gradients
         finish(job)  # pytorch_lora_weights.safetensors, and the report
 

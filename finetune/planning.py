@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import fitting, rules
-from finetune.data.pictures import buckets, fit
+from finetune.adapters.lora_file import initialized
+from finetune.config import memory_options, validation
+from finetune.config.loader import load_recipe, to_dict
+from finetune.config.machine import Machine
+from finetune.config.schema import Precision, Recipe
+from finetune.data.buckets import buckets, fit
 from finetune.errors import UserError
-from finetune.initial import begun
-from finetune.recipe import Precision, Recipe, load_recipe, to_dict
 
 if TYPE_CHECKING:
-    from finetune.data.scan import Audit
+    from finetune.data.audit.audit import Audit
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,6 @@ class DataFacts:
     held_out: int
     buckets: tuple[tuple[int, int, int], ...]
     digest: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What trains: `device` is cpu, cuda or mps; `threads` are torch's on a CPU; memory in bytes, of one device."""
-
-    device: str
-    name: str
-    processes: int
-    threads: int
-    bfloat16: bool
-    memory_bytes: int
-    launcher_precision: Precision | None = None  # given to `accelerate launch --mixed_precision`
-    sharded: bool = False  # weights, gradients and optimizer state shared out among the processes (FSDP2)
 
 
 @dataclass(frozen=True)
@@ -81,23 +69,27 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
     Args:
         to_draw: class pictures that count, and are not in the audit since the base has not drawn them yet.
     """
-    recipe, begun_from = begun(recipe)
+    recipe, begun_from = initialized(recipe)
     data = _facts(recipe, audit, to_draw)
     train = recipe.train
     global_batch = train.batch_size * train.accumulation * machine.processes
     steps_per_epoch = data.examples / global_batch
     steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
     precision, notes = _precision(recipe, machine)
-    fitting.check_machine(recipe, machine, precision)
+    memory_options.check_machine(recipe, machine, precision)
     if machine.sharded:
-        rules.check_sharded(recipe, precision)
-    notes += begun_from + fitting.notes(recipe, machine)
+        validation.check_sharded(recipe, precision)
+    notes += begun_from + memory_options.notes(recipe, machine)
     if recipe.optimizer.warmup_steps >= steps:
-        notes += (f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",)
+        notes += (
+            f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",
+        )
     notes += _optimizer_notes(recipe) + _class_notes(recipe, data, to_draw)
     diffusion = recipe.diffusion
     if diffusion is not None and diffusion.zero_terminal_snr and diffusion.min_snr_gamma is not None:
-        notes += ("min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",)
+        notes += (
+            "min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",
+        )
     return Plan(
         recipe=recipe,
         data=data,
@@ -116,7 +108,10 @@ def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
     counts = {(bucket.width, bucket.height): count for bucket, count in audit.bucket_counts().items()}
     if to_draw:
         data = recipe.data
-        square = fit((data.resolution, data.resolution), buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)).bucket
+        square = fit(
+            (data.resolution, data.resolution),
+            buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets),
+        ).bucket
         counts[square.width, square.height] = counts.get((square.width, square.height), 0) + to_draw
     return DataFacts(
         pictures=len(audit.training) + to_draw,
@@ -132,12 +127,16 @@ def _class_notes(recipe: Recipe, data: DataFacts, to_draw: int) -> tuple[str, ..
     prior = recipe.prior
     if prior is None:
         return ()
-    said = [f'{to_draw} pictures of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
+    said = (
+        [f'{to_draw} pictures of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
+    )
     own = data.examples - prior.pictures
     if own and not 0.5 <= prior.pictures / own <= 2:
         times = max(1, round(prior.pictures / (own or 1)))
         mend = f"repeats {times} times as many" if prior.pictures > own else f"prior.pictures: {own}"
-        said.append(f"{prior.pictures} class pictures stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}")
+        said.append(
+            f"{prior.pictures} class pictures stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}"
+        )
     return tuple(said)
 
 
@@ -145,9 +144,13 @@ def _optimizer_notes(recipe: Recipe) -> tuple[str, ...]:
     """Settings that an optimizer takes and that are hardly meant."""
     optimizer = recipe.optimizer
     if optimizer.name == "prodigy" and optimizer.lr != 1:
-        return (f"Prodigy finds the learning rate itself: optimizer.lr multiplies it, and {optimizer.lr:g} is given where 1 is usual",)
+        return (
+            f"Prodigy finds the learning rate itself: optimizer.lr multiplies it, and {optimizer.lr:g} is given where 1 is usual",
+        )
     if optimizer.name == "schedulefree" and optimizer.schedule != "constant":
-        return (f"schedule-free AdamW averages instead of lowering the rate: with schedule {optimizer.schedule} the late steps count less still",)
+        return (
+            f"schedule-free AdamW averages instead of lowering the rate: with schedule {optimizer.schedule} the late steps count less still",
+        )
     return ()
 
 
@@ -170,7 +173,12 @@ def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as plain values, for `plan.json` and the report."""
     numbers = {field.name: getattr(plan, field.name) for field in fields(plan)}
-    return numbers | {"recipe": to_dict(plan.recipe), "data": asdict(plan.data), "machine": asdict(plan.machine), "arithmetic": plan.arithmetic}
+    return numbers | {
+        "recipe": to_dict(plan.recipe),
+        "data": asdict(plan.data),
+        "machine": asdict(plan.machine),
+        "arithmetic": plan.arithmetic,
+    }
 
 
 def load_plan(folder: Path) -> Plan:
@@ -180,11 +188,16 @@ def load_plan(folder: Path) -> Plan:
         UserError: the folder is no run.
     """
     if not (folder / "plan.json").is_file() or not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is no run's folder: it has no plan.json", remedy="give the folder that `ft train` made, such as runs/lora-emoji")
+        raise UserError(
+            f"{folder} is no run's folder: it has no plan.json",
+            remedy="give the folder that `ft train` made, such as runs/lora-emoji",
+        )
     found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
     numbers["recipe"] = load_recipe(folder / "recipe.yaml")
-    numbers["data"] = DataFacts(**found["data"] | {"buckets": tuple(tuple(bucket) for bucket in found["data"]["buckets"])})
+    numbers["data"] = DataFacts(
+        **found["data"] | {"buckets": tuple(tuple(bucket) for bucket in found["data"]["buckets"])}
+    )
     numbers["machine"] = Machine(**found["machine"])
     numbers["notes"] = tuple(found["notes"])
     return Plan(**numbers)

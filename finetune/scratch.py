@@ -16,16 +16,16 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 def main() -> None:
     """What `accelerate launch` runs in each process: the recipe and overrides of the command line."""
-    from finetune.entry import arguments, launched, quiet_libraries
+    from finetune.cli.process import arguments, launched, quiet_libraries
 
     with launched():
         recipe, resume, force = arguments("scratch")  # what is asked; refused here, before anything that takes long
         quiet_libraries()
         from finetune.job import finish, prepare
-        from finetune.report import nets
+        from finetune.report import model_summary
 
         job = prepare(recipe, resume, force)  # audited, planned, nets built at random, pictures encoded
-        job.accelerator.print(nets.built(job.model))
+        job.accelerator.print(model_summary.built(job.model))
         job.trainer.train()  # the one loop; every net has gradients in its turn
         finish(job)  # the net or the whole pipeline as diffusers loads it, and the report
 

@@ -15,7 +15,9 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ft-hub-")
 for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
     os.environ.pop(name, None)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job: what is tested would be deaf to Ctrl-C
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as in a shell's background job: what is tested would be deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import atexit

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from finetune.adapters import peft
+from finetune.adapters.peft import add_adapter, check_patterns
+from finetune.config.schema import Adapter
 from finetune.errors import UserError
-from finetune.models import adapters
-from finetune.models.adapters import add_adapter, check_patterns
-from finetune.recipe import Adapter
-from tests import tiny
+from tests.helpers import tiny
 
 
 def unet() -> Any:
@@ -21,18 +21,20 @@ def unet() -> Any:
 
 def test_ends_are_regular_expressions_as_pefts_patterns() -> None:
     net = unet()
-    assert adapters.layers(net, "mid_block.*attn2.to_[kv]") == [
+    assert peft.layers(net, "mid_block.*attn2.to_[kv]") == [
         f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{letter}" for letter in ("k", "v")
     ]
-    assert adapters.layers(net, "o_q, conv_in") == ["conv_in"], "an end begins at a dot"
+    assert peft.layers(net, "o_q, conv_in") == ["conv_in"], "an end begins at a dot"
     with pytest.raises(UserError, match="no regular expression"):
-        adapters.layers(net, "to_(q")
+        peft.layers(net, "to_(q")
 
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
 def test_ranks_and_alphas_by_pattern(alpha: float | None) -> None:
     net = unet()
-    section = Adapter(rank=4, alpha=alpha, rank_pattern={"mid_block.*to_q": 8, "to_q": 2}, alpha_pattern={"attn2.to_k": 8})
+    section = Adapter(
+        rank=4, alpha=alpha, rank_pattern={"mid_block.*to_q": 8, "to_q": 2}, alpha_pattern={"attn2.to_k": 8}
+    )
     names = add_adapter(net, section)
     check_patterns(section, names)
     for name in names:
@@ -54,10 +56,12 @@ def test_pissa_starts_where_the_base_is() -> None:
     product = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     torch.testing.assert_close(layer.base_layer.weight + product, weight, atol=1e-6, rtol=0)
     left = torch.linalg.svdvals(weight.detach())[4:].square().sum().sqrt()
-    torch.testing.assert_close(layer.base_layer.weight.detach().norm(), left, rtol=5e-3, atol=0)  # 16 rounds come that near
-    down, up = adapters.lora_weights(net).values()
+    torch.testing.assert_close(
+        layer.base_layer.weight.detach().norm(), left, rtol=5e-3, atol=0
+    )  # 16 rounds come that near
+    down, up = peft.lora_weights(net).values()
     assert down.shape[0] == 8 and (up @ down).abs().max() < 1e-6
-    assert adapters.lora_configuration(net)["lora_alpha"] == 4, "alpha / rank is as it was"
+    assert peft.lora_configuration(net)["lora_alpha"] == 4, "alpha / rank is as it was"
 
 
 REFUSED = {
@@ -67,9 +71,24 @@ REFUSED = {
         "above the width of down_blocks.0",
         "rank_pattern: {down_blocks",
     ),
-    "PiSSA on a convolution": (unet, Adapter(rank=4, targets="conv1", pissa=True), "conv1 is a convolution", "adapter.targets"),
-    "OFT on a convolution": (unet, Adapter(rank=4, targets="conv1", kind="oft"), "OFT of a convolution", "adapter.targets"),
-    "OFT's blocks": (unet, Adapter(rank=7, targets="attention", kind="oft"), "do not divide the 16 inputs", "adapter.rank: 4"),
+    "PiSSA on a convolution": (
+        unet,
+        Adapter(rank=4, targets="conv1", pissa=True),
+        "conv1 is a convolution",
+        "adapter.targets",
+    ),
+    "OFT on a convolution": (
+        unet,
+        Adapter(rank=4, targets="conv1", kind="oft"),
+        "OFT of a convolution",
+        "adapter.targets",
+    ),
+    "OFT's blocks": (
+        unet,
+        Adapter(rank=7, targets="attention", kind="oft"),
+        "do not divide the 16 inputs",
+        "adapter.rank: 4",
+    ),
 }
 
 

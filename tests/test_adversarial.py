@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from finetune.engine.draw import Draw
+from benchmarks import bench_modes
+from finetune.config.nets.dcgan import Net
+from finetune.config.nets.r3gan import Net as R3Net
 from finetune.errors import UserError
-from finetune.models import dcgan, r3gan
-from finetune.models.adversarial import CriticTurn, GeneratorTurn
-from finetune.models.augment import HIGHEST, Augmentation
-from finetune.models.company import Discrimination, stddev
-from finetune.models.dcgan import Dcgan, Growth
-from finetune.models.objectives import OBJECTIVES, flatness, unit_slope
-from finetune.models.pixels import Space
-from finetune.nets.dcgan import Net
-from finetune.nets.r3gan import Net as R3Net
-from scripts import bench_modes
-from tests import scratch, tiny
+from finetune.models.objectives.gan_losses import OBJECTIVES, flatness, unit_slope
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.gan import dcgan, r3gan
+from finetune.models.scratch.gan.ada import HIGHEST, Augmentation
+from finetune.models.scratch.gan.base import CriticTurn, GeneratorTurn
+from finetune.models.scratch.gan.dcgan import Dcgan, Growth
+from finetune.models.scratch.gan.minibatch_stats import Discrimination, stddev
+from finetune.rng import Draw
+from tests.helpers import scratch, tiny
 
 SPACE = Space(3, 8, 8, 256)
 SMALL = Net(width=8, halvings=2, latent=4, critic_norm="none", generator_norm="none")
@@ -38,11 +38,15 @@ def make(**changes: Any) -> Dcgan:
 
 
 def some_batch(count: int = 4) -> dict[str, Tensor]:
-    return {"pixels": torch.randint(256, (count, *SPACE.shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)}
+    return {
+        "pixels": torch.randint(
+            256, (count, *SPACE.shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+        )
+    }
 
 
-def turns(model: Dcgan) -> tuple[CriticTurn, GeneratorTurn]:
-    critic, generator = model.turns()
+def train_steps(model: Dcgan) -> tuple[CriticTurn, GeneratorTurn]:
+    critic, generator = model.train_steps()
     assert isinstance(critic, CriticTurn) and isinstance(generator, GeneratorTurn)
     return critic, generator
 
@@ -54,7 +58,9 @@ def test_losses_are_the_papers_and_stay_finite() -> None:
     torch.testing.assert_close(logistic.generator(true, made), -made.sigmoid().log())
     torch.testing.assert_close(relativistic.critic(true, made), -(true - made).sigmoid().log())
     torch.testing.assert_close(relativistic.generator(true, made), -(made - true).sigmoid().log())
-    torch.testing.assert_close(OBJECTIVES["hinge"].critic(true, made), (1 - true).clamp(min=0) + (1 + made).clamp(min=0))
+    torch.testing.assert_close(
+        OBJECTIVES["hinge"].critic(true, made), (1 - true).clamp(min=0) + (1 + made).clamp(min=0)
+    )
     torch.testing.assert_close(OBJECTIVES["wasserstein"].critic(true, made), made - true)
     for objective in OBJECTIVES.values():
         for logit in (-200.0, 200.0):
@@ -77,16 +83,18 @@ def test_penalties_of_a_linear_critic() -> None:
     nn.init.zeros_(dead.weight)
     places = torch.zeros(3, 2, requires_grad=True)
     unit_slope(dead(places).squeeze(1), places).sum().backward()
-    assert dead.weight.grad is not None and dead.weight.grad.isfinite().all(), "a slope of 0 has no direction, and no NaN"
+    assert dead.weight.grad is not None and dead.weight.grad.isfinite().all(), (
+        "a slope of 0 has no direction, and no NaN"
+    )
 
 
 @pytest.mark.parametrize(("key", "weight"), [("r1", 3.0), ("r2", 3.0), ("gradient_penalty", 10.0)])
 def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: float) -> None:
-    plain, each, lazy = (turns(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "lazy": 4}))
+    plain, each, lazy = (train_steps(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "lazy": 4}))
     batch = some_batch()
 
-    def loss(turn: CriticTurn, step: int) -> Tensor:
-        return turn.loss(batch, Draw(0, step, range(4))).detach()
+    def loss(train_step: CriticTurn, step: int) -> Tensor:
+        return train_step.loss(batch, Draw(0, step, range(4))).detach()
 
     once = loss(each, 0) - loss(plain, 0)
     assert (once > 0).all()
@@ -96,15 +104,15 @@ def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: floa
 
 def test_each_turn_trains_its_own_net() -> None:
     model = make(objective="relativistic", r1=1.0, r2=1.0, augment=0.6)
-    critic, generator = turns(model)
-    for turn, still in ((critic, model.net), (generator, model.critic)):
+    critic, generator = train_steps(model)
+    for train_step, still in ((critic, model.net), (generator, model.critic)):
         before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
-        turn.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        train_step.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
         assert all(parameter.grad is None for parameter in still.parameters())
-        assert all(parameter.grad is not None for parameter in turn.net.parameters())
-        if turn is generator:
+        assert all(parameter.grad is not None for parameter in train_step.net.parameters())
+        if train_step is generator:
             assert all(torch.equal(tensor, before[name]) for name, tensor in still.state_dict().items())
-        turn.net.zero_grad()
+        train_step.net.zero_grad()
 
 
 def test_stddev_of_a_known_batch() -> None:
@@ -130,9 +138,9 @@ def test_discrimination_against_a_loop() -> None:
 
 def test_spectral_norm_stretches_nothing_more_than_once() -> None:
     model = make(critic_norm="spectral")
-    turn = turns(model)[0]
+    train_step = train_steps(model)[0]
     for step in range(30):
-        turn.loss(some_batch(), Draw(0, step, range(4)))
+        train_step.loss(some_batch(), Draw(0, step, range(4)))
     model.critic.eval()
     layers = [module for module in model.critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     largest = [torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers]
@@ -141,7 +149,7 @@ def test_spectral_norm_stretches_nothing_more_than_once() -> None:
 
 def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     model, batch, draw = make(unroll=2, unroll_rate=0.5), some_batch(), Draw(0, 0, range(4))
-    turn = turns(model)[1]
+    train_step = train_steps(model)[1]
     with torch.no_grad():
         for parameter in model.critic.parameters():
             parameter.mul_(1.7)  # as they begin, a step hardly moves it
@@ -151,10 +159,13 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     for _ in range(2):
         of_true, of_made = (functional_call(model.critic, weights, (pictures, None, draw)) for pictures in (true, made))
         gradients = torch.autograd.grad(objective.critic(of_true, of_made).mean(), list(weights.values()))
-        weights = {name: (weight - 0.5 * slope).detach().requires_grad_() for (name, weight), slope in zip(weights.items(), gradients, strict=True)}
+        weights = {
+            name: (weight - 0.5 * slope).detach().requires_grad_()
+            for (name, weight), slope in zip(weights.items(), gradients, strict=True)
+        }
     judged = functional_call(model.critic, weights, (made, None, draw))
     before = {name: tensor.clone() for name, tensor in model.critic.state_dict().items()}
-    loss = turn.loss(batch, draw)
+    loss = train_step.loss(batch, draw)
     torch.testing.assert_close(loss, objective.generator(judged, judged))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.critic.state_dict().items())
 
@@ -168,10 +179,12 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     for sign in (1, -2):
         with torch.no_grad():
             weight.add_(sign * step)
-        ends.append(turn.loss(batch, draw).mean().item())
+        ends.append(train_step.loss(batch, draw).mean().item())
     measured = (ends[0] - ends[1]) / 0.02
     assert measured == pytest.approx(gradient.norm().item(), rel=0.02)
-    assert (at_once * step).sum().item() / 0.01 != pytest.approx(measured, rel=0.1), "the critic's own steps do not matter"
+    assert (at_once * step).sum().item() / 0.01 != pytest.approx(measured, rel=0.1), (
+        "the critic's own steps do not matter"
+    )
 
 
 def test_growing_begins_where_the_smaller_size_was() -> None:
@@ -187,11 +200,15 @@ def test_growing_begins_where_the_smaller_size_was() -> None:
     read = {step: reader(pictures, Draw(0, step, range(3))) for step in (0, 10, 11)}
     assert torch.equal(read[10], read[0]) and not torch.equal(read[11], read[0])
     generator.eval()
-    assert torch.equal(generator(latent, None, Draw(0, "sample", range(3))), drawn[40]), "it draws at the size of the last step"
+    assert torch.equal(generator(latent, None, Draw(0, "sample", range(3))), drawn[40]), (
+        "it draws at the size of the last step"
+    )
     generator.train()
-    for turn in turns(model):
-        turn.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
-        assert all(parameter.grad is not None for parameter in turn.net.parameters()), "several processes wait for a gradient of each"
+    for train_step in train_steps(model):
+        train_step.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        assert all(parameter.grad is not None for parameter in train_step.net.parameters()), (
+            "several processes wait for a gradient of each"
+        )
 
 
 def test_r3gan_begins_at_the_scale_of_pictures() -> None:
@@ -215,7 +232,9 @@ def test_augmentation_is_steered_by_signs_and_leaves_pictures_be_at_0() -> None:
         layer.steer(torch.ones(20))
     assert layer.probability.item() == pytest.approx(HIGHEST)
     moved = layer(pictures.requires_grad_(), draw)
-    assert torch.equal(moved, layer(pictures, draw)) and not any(torch.equal(one, other) for one, other in zip(moved, pictures, strict=True))
+    assert torch.equal(moved, layer(pictures, draw)) and not any(
+        torch.equal(one, other) for one, other in zip(moved, pictures, strict=True)
+    )
     moved.sum().backward()
     assert pictures.grad is not None and (pictures.grad.flatten(1).abs().sum(1) > 0).all()
 
@@ -246,7 +265,10 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         (["net.latent=0"], r"net\.latent must be at least 1"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
         (["net.critic_norm=batch"], r"batch norm ties its pictures together"),
-        (["net.minibatch=stddev", "net.group=3"], r"a batch of 4 pictures makes no whole groups of 3[\s\S]*train\.batch_size: 3"),
+        (
+            ["net.minibatch=stddev", "net.group=3"],
+            r"a batch of 4 pictures makes no whole groups of 3[\s\S]*train\.batch_size: 3",
+        ),
         (["net.minibatch=discrimination", "train.batch_size=1"], r"one picture a batch has no company"),
         (["net.objective=minimax"], r"net\.objective"),
     ],

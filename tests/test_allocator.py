@@ -11,11 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.estimate.allocator import EMPTY_CACHE, Allocator, Event, allocate, free, replay
-from scripts.check_allocator import CASES, Case
+from benchmarks.check_allocator import CASES, Case
+from finetune.estimate.allocator.caching import EMPTY_CACHE, Allocator, Event, allocate, free, replay
 
 MIB = 1 << 20
-SIZES = st.one_of(st.integers(0, 3 * MIB), st.integers(0, 70 * MIB), st.sampled_from([1, 512, MIB, MIB + 1, 10 * MIB, 11 * MIB, 20 * MIB, 60 * MIB]))
+SIZES = st.one_of(
+    st.integers(0, 3 * MIB),
+    st.integers(0, 70 * MIB),
+    st.sampled_from([1, 512, MIB, MIB + 1, 10 * MIB, 11 * MIB, 20 * MIB, 60 * MIB]),
+)
 
 
 @st.composite
@@ -60,7 +64,11 @@ class Naive:
         return sum(part.size for part in parts if part.holder is not None), sum(part.size for part in parts)
 
     def whole(self, pool: tuple[bool, int]) -> list[int]:
-        found = [place for place, (of, parts) in enumerate(self.segments) if len(parts) == 1 and parts[0].holder is None and of == pool]
+        found = [
+            place
+            for place, (of, parts) in enumerate(self.segments)
+            if len(parts) == 1 and parts[0].holder is None and of == pool
+        ]
         return sorted(found, key=lambda place: self.segments[place][1][0].size)
 
     def drop(self, gone: list[int]) -> int:
@@ -85,7 +93,12 @@ class Naive:
         size = (size + 511) // 512 * 512
         pool = (size <= MIB, stream)
         mine = [(place, parts) for place, (of, parts) in enumerate(self.segments) if of == pool]
-        fits = [(part.size, place, k) for place, parts in mine for k, part in enumerate(parts) if part.holder is None and part.size >= size]
+        fits = [
+            (part.size, place, k)
+            for place, parts in mine
+            for k, part in enumerate(parts)
+            if part.holder is None and part.size >= size
+        ]
         found = min(fits, default=None)
         if found and (found[0] >= self.max_split > size or (size >= self.max_split and found[0] >= size + 20 * MIB)):
             found = None
@@ -122,7 +135,9 @@ class Naive:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(sequences(), st.sampled_from([60 * MIB, 130 * MIB, 300 * MIB, 1 << 40]), st.sampled_from([None, 21 * MIB, 40 * MIB]))
+@given(
+    sequences(), st.sampled_from([60 * MIB, 130 * MIB, 300 * MIB, 1 << 40]), st.sampled_from([None, 21 * MIB, 40 * MIB])
+)
 def test_agrees_with_a_naive_model(events: list[Event], capacity: int, max_split: int | None) -> None:
     compare(events, capacity, max_split)
 
@@ -178,7 +193,9 @@ def test_what_always_holds(events: list[Event], capacity: int | None, expandable
             del sizes[identifier]
         blocks = allocator.blocks()
         assert all(before[1] <= after[0] for before, after in pairwise(blocks)), "two blocks overlap"
-        assert not any(a[2] is None and b[2] is None and a[1] == b[0] for a, b in pairwise(blocks)), "neighbours not merged"
+        assert not any(a[2] is None and b[2] is None and a[1] == b[0] for a, b in pairwise(blocks)), (
+            "neighbours not merged"
+        )
         assert sum(end - start for start, end, _ in blocks) == allocator.reserved
         assert sum(allocator.live().values()) == allocator.allocated <= allocator.reserved
         assert all(allocator.live()[one] >= size for one, size in sizes.items())
@@ -187,7 +204,9 @@ def test_what_always_holds(events: list[Event], capacity: int | None, expandable
     for identifier in list(allocator.live()):
         allocator.free(identifier)
     assert allocator.allocated == 0
-    assert all((end - start) % (2 * MIB) == 0 for start, end, _ in allocator.blocks()), "a segment is not one free block"
+    assert all((end - start) % (2 * MIB) == 0 for start, end, _ in allocator.blocks()), (
+        "a segment is not one free block"
+    )
     allocator.empty_cache()
     assert allocator.reserved == 0 and allocator.blocks() == []
 
@@ -243,7 +262,9 @@ def test_refuses_an_impossible_sequence(events: list[Event], complaint: str) -> 
         replay(events)
 
 
-@pytest.mark.parametrize("options", [{"max_split_size": 20 * MIB}, {"max_split_size": 40 * MIB, "expandable_segments": True}])
+@pytest.mark.parametrize(
+    "options", [{"max_split_size": 20 * MIB}, {"max_split_size": 40 * MIB, "expandable_segments": True}]
+)
 def test_refuses_options_that_it_does_not_model(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="max_split_size"):
         Allocator(**options)  # type: ignore[arg-type]

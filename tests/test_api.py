@@ -8,22 +8,26 @@ import pytest
 
 import finetune
 from finetune import job
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.recipe import Recipe
-from tests import tiny
+from tests.helpers import tiny
 
 
 def test_the_python_interface() -> None:
-    assert set(finetune.__all__) == set(dir(finetune)) and all(getattr(finetune, name).__doc__ for name in finetune.__all__)
+    assert set(finetune.__all__) == set(dir(finetune)) and all(
+        getattr(finetune, name).__doc__ for name in finetune.__all__
+    )
     with pytest.raises(AttributeError, match="'trian'"):
         _ = finetune.trian
 
 
-def test_training_from_python_and_a_report_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_from_python_and_a_report_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(folder: Path) -> Path:
         raise OSError("no space")
 
-    monkeypatch.setattr("finetune.report.page.write_report", fail)
+    monkeypatch.setattr("finetune.report.html_report.write_report", fail)
     recipe: Recipe = tiny.recipe("sd15", "full", folder=tmp_path / "run")
     planned = finetune.plan(recipe)
     assert planned.arithmetic == "5 pictures ÷ batch 2 ÷ accumulation 1 = 2.5 steps an epoch → 2 steps = 0.8 epochs"
@@ -34,24 +38,28 @@ def test_training_from_python_and_a_report_that_fails(tmp_path: Path, monkeypatc
     assert finetune.train(recipe) == tmp_path / "run"
     shown = capsys.readouterr()
     assert "the report could not be written" in shown.out and "no space" in shown.err
-    assert (tmp_path / "run" / "final" / "model_index.json").is_file() and f"model             {tmp_path / 'run' / 'final'}" in shown.out
+    assert (
+        tmp_path / "run" / "final" / "model_index.json"
+    ).is_file() and f"model             {tmp_path / 'run' / 'final'}" in shown.out
     with pytest.raises(UserError, match="exists already"):
         job.prepare(recipe)
 
 
 def test_the_tables_of_what_trains() -> None:
     """Counts against diffusers' own: 2 attentions × 4 and 2 MLP layers for each transformer block of the tiny UNet."""
-    from finetune.report import nets
+    from finetune.report import model_summary
 
-    recipe = tiny.recipe("sd15", "lora", "adapter.targets=attention+mlp", "optimizer.name=adamw", folder=Path("never-made"))
+    recipe = tiny.recipe(
+        "sd15", "lora", "adapter.targets=attention+mlp", "optimizer.name=adamw", folder=Path("never-made")
+    )
     audit, planned = job.audit_and_plan(recipe, quiet=True)
-    from finetune.models import sd
+    from finetune.models.pretrained.families import sd
 
     model = sd.build(planned, audit)
-    unet = model.turns()[0].net.get_submodule("denoiser")
+    unet = model.train_steps()[0].net.get_submodule("denoiser")
     blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "BasicTransformerBlock"]
-    adapters = nets.adapted(model)
+    adapters = model_summary.adapted(model)
     assert f"{10 * len(blocks)} layers" in adapters and f"{len(blocks)} × ff.net.0.proj" in adapters
     lora = sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name)
     assert f"({lora / sum(p.numel() for p in unet.parameters()):.1%})" in adapters
-    assert "GiB" in nets.whole(model, planned) and "Denoiser" not in nets.built(model)
+    assert "GiB" in model_summary.whole(model, planned) and "Denoiser" not in model_summary.built(model)

@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
-from finetune.models import betavae, vqvae
-from finetune.models.betavae import gaussian_kl, log_normal
-from finetune.models.pixels import Space
-from finetune.models.vqvae import Quantiser, perplexity
-from finetune.nets.betavae import Net as VaeNet
-from finetune.nets.vqvae import Net as VqNet
+from finetune.config.nets.vae import Net as VaeNet
+from finetune.config.nets.vqvae import Net as VqNet
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.vae import vae
+from finetune.models.scratch.vae.vae import gaussian_kl, log_normal
+from finetune.models.scratch.vq import vqvae
+from finetune.models.scratch.vq.vqvae import Quantiser, perplexity
+from finetune.rng import Draw
 
 SPACE = Space(1, 4, 4, 5)
 
 
 def vae_of(**keys: Any) -> Any:
     torch.manual_seed(0)
-    model = betavae.create(SPACE, VaeNet(**{"width": 8, "halvings": 1, "latent": 1, "mixtures": 2, **keys}))
+    model = vae.create(SPACE, VaeNet(**{"width": 8, "halvings": 1, "latent": 1, "mixtures": 2, **keys}))
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -31,7 +32,9 @@ def vae_of(**keys: Any) -> Any:
 
 
 def some_levels(count: int, seed: int = 1) -> Tensor:
-    return torch.randint(SPACE.levels, (count, *SPACE.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        SPACE.levels, (count, *SPACE.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.mark.parametrize("observation", ["categorical", "logistics"])
@@ -42,7 +45,9 @@ def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
     z = torch.linspace(-8, 8, 801)
     with torch.no_grad():
         parameters = model.net.decode(z[:, None], None)
-        given = torch.stack([model._observation.log_prob(parameters, one.expand(801, -1, -1, -1)).flatten(1).sum(1) for one in levels])
+        given = torch.stack(
+            [model._observation.log_prob(parameters, one.expand(801, -1, -1, -1)).flatten(1).sum(1) for one in levels]
+        )
     exact = (given + log_normal(z)).double().logsumexp(1) + math.log(16 / 800)
     bounds = []
     for particles in (1, 5, 50, 1000):
@@ -59,9 +64,9 @@ def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
     losses = {}
     for beta in (0.0, 1.0, 3.0):
         model = vae_of(latent=4, beta=beta)
-        (turn,) = model.turns()
+        (train_step,) = model.train_steps()
         with torch.no_grad():
-            losses[beta] = turn.loss({"pixels": levels}, draw)
+            losses[beta] = train_step.loss({"pixels": levels}, draw)
             mean, logvar = model.net.encode(levels, None)
     kl = gaussian_kl(mean, logvar)
     torch.testing.assert_close(losses[1.0] - losses[0.0], kl.sum(1), rtol=1e-4, atol=1e-4)
@@ -70,7 +75,7 @@ def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
         latent = mean + (0.5 * logvar).exp() * draw.normal("posterior", (1, 4))[:, 0]
         pixels = model._observation.log_prob(model.net.decode(latent, None), levels)
         torch.testing.assert_close(losses[0.0], -pixels.flatten(1).sum(1))
-        alone = turn.loss({"pixels": levels[2:]}, Draw(0, 0, [2]))
+        alone = train_step.loss({"pixels": levels[2:]}, Draw(0, 0, [2]))
     torch.testing.assert_close(alone[0], losses[3.0][2])
     torch.testing.assert_close(model.kl_by_dimension({"pixels": levels}), kl.mean(0))
 
@@ -128,7 +133,7 @@ def test_beta_is_on_the_encoders_side() -> None:
     model.net.eval()
     parameters, to_book, to_latent = model.net(levels)
     expected = -model._observation.log_prob(parameters, levels).flatten(1).sum(1) + to_book + 0.25 * to_latent
-    torch.testing.assert_close(model.turns()[0].loss({"pixels": levels}, Draw(0, 0, range(2))), expected)
+    torch.testing.assert_close(model.train_steps()[0].loss({"pixels": levels}, Draw(0, 0, range(2))), expected)
 
 
 def test_perplexity_counts_the_codes_in_use() -> None:
@@ -157,7 +162,7 @@ def test_each_turn_trains_its_own_net() -> None:
     torch.manual_seed(0)
     model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2, adversary=0.5))
     batch, draw = {"pixels": some_levels(2)}, Draw(0, 0, range(2))
-    autoencoder, critic = model.turns()
+    autoencoder, critic = model.train_steps()
     plain = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2))
     plain.net.load_state_dict(model.net.state_dict())
     autoencoder.loss(batch, draw).mean().backward()
@@ -167,7 +172,7 @@ def test_each_turn_trains_its_own_net() -> None:
     last = list(model.net.decoder.parameters())[-2]
     (whole,) = torch.autograd.grad(autoencoder.loss(batch, draw).mean(), last)
     other = list(plain.net.decoder.parameters())[-2]
-    (without,) = torch.autograd.grad(plain.turns()[0].loss(batch, draw).mean(), other)
+    (without,) = torch.autograd.grad(plain.train_steps()[0].loss(batch, draw).mean(), other)
     assert float((whole - without).norm()) == pytest.approx(0.5 * float(without.norm()), rel=0.02)
     critic.loss(batch, draw).mean().backward()
     assert all(parameter.grad is None for parameter in model.net.parameters())

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
-from finetune.models.observation import Categorical, Logistics
-from finetune.models.pixels import LikelihoodModel, Space
-from finetune.models.turn import SampleRequest
+from finetune.models.base import SampleRequest
+from finetune.models.scratch.base import LikelihoodModel, Space
+from finetune.models.scratch.distributions import Categorical, Logistics
+from finetune.rng import Draw
 
 REQUEST = SampleRequest((), (), 1, 1.0)
 
@@ -22,7 +22,9 @@ def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
     import importlib
 
     torch.manual_seed(seed)
-    model = importlib.import_module(f"finetune.models.{family}").create(space, importlib.import_module(f"finetune.nets.{family}").Net(**keys))
+    model = importlib.import_module(f"finetune.models.{family}").create(
+        space, importlib.import_module(f"finetune.nets.{family}").Net(**keys)
+    )
     with torch.no_grad():  # what starts at zero would hide mistakes
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -51,7 +53,9 @@ def test_a_mixture_of_logistics_is_the_mass_between_edges() -> None:
     torch.manual_seed(1)
     parameters = torch.randn(1, mixture.parameters, 1, 1)
     levels = torch.tensor([0, 131, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    logits, means, scales, coefficients = (part.flatten().double() for part in parameters.flatten().split([k, 3 * k, 3 * k, 3 * k]))
+    logits, means, scales, coefficients = (
+        part.flatten().double() for part in parameters.flatten().split([k, 3 * k, 3 * k, 3 * k])
+    )
     x = levels.flatten().double() / 127.5 - 1
     tanh = coefficients.view(3, k).tanh()
     total = torch.zeros((), dtype=torch.float64)
@@ -59,9 +63,13 @@ def test_a_mixture_of_logistics_is_the_mass_between_edges() -> None:
         m = means.view(3, k)[:, component]
         mean = [m[0], m[1] + tanh[0, component] * x[0], m[2] + tanh[1, component] * x[0] + tanh[2, component] * x[1]]
         probability = logits.softmax(0)[component]
-        for channel, (low, high) in enumerate(((-math.inf, x[0] + 1 / 255), (x[1] - 1 / 255, x[1] + 1 / 255), (x[2] - 1 / 255, math.inf))):
+        for channel, (low, high) in enumerate(
+            ((-math.inf, x[0] + 1 / 255), (x[1] - 1 / 255, x[1] + 1 / 255), (x[2] - 1 / 255, math.inf))
+        ):
             s = scales.view(3, k)[channel, component].exp()
-            probability = probability * (torch.sigmoid((high - mean[channel]) / s) - torch.sigmoid((low - mean[channel]) / s))
+            probability = probability * (
+                torch.sigmoid((high - mean[channel]) / s) - torch.sigmoid((low - mean[channel]) / s)
+            )
         total = total + probability
     assert float(mixture.log_prob(parameters, levels)) == pytest.approx(float(total.log()), abs=2e-5)
 
@@ -73,7 +81,11 @@ def test_levels_are_drawn_as_often_as_they_are_probable(observation: Any) -> Non
     every = torch.tensor(list(itertools.product(range(5), repeat=3)), dtype=torch.uint8)[:, :, None, None]
     expected = observation.log_prob(parameters.expand(len(every), -1, -1, -1), every).flatten().double().exp()
     assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
-    drawn = observation.sample(parameters.expand(count, -1, -1, -1), torch.rand(count, observation.draws, 1, 1)).flatten(1).long()
+    drawn = (
+        observation.sample(parameters.expand(count, -1, -1, -1), torch.rand(count, observation.draws, 1, 1))
+        .flatten(1)
+        .long()
+    )
     _chi_squared((drawn * torch.tensor([25, 5, 1])).sum(1), expected)
 
 
@@ -134,7 +146,7 @@ def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None
 
 
 def test_a_palette_is_the_colours_of_the_data() -> None:
-    from finetune.models.imagegpt import k_means
+    from finetune.models.scratch.autoregressive.imagegpt import k_means
 
     colours = torch.tensor([[0.0, 0, 0], [250, 0, 0], [0, 250, 0], [9, 9, 250]])
     found = k_means(colours.repeat_interleave(torch.tensor([50, 3, 2, 1]), 0) + torch.rand(56, 3), 4)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import finetune
-from tests import tiny
-from tests.scenes import Cases, Scene, check, refused, scene
+from tests.helpers import tiny
+from tests.helpers.scenes import Cases, Scene, check, refused, scene
 
 __all__ = ["scene"]
 
@@ -216,7 +216,9 @@ def metadata_in_another_encoding(scene: Scene) -> None:
 @case(r"1 missing picture.*metadata.jsonl:6 \(\"gone.png\"\)", "remove the line")
 def metadata_of_a_missing_picture(scene: Scene) -> None:
     names = [file.name for file in sorted(scene.data.iterdir()) if file.suffix != ".txt"]
-    (scene.data / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": "x"}) for name in [*names, "gone.png"]))
+    (scene.data / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in [*names, "gone.png"])
+    )
 
 
 @case("metadata.jsonl:1", "one object a line")
@@ -274,7 +276,9 @@ def resolution_that_the_model_cannot_halve(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_told_in_one_message_with_its_remedy(name: str, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_told_in_one_message_with_its_remedy(
+    name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(CASES[name], scene, capsys)
 
 
@@ -283,7 +287,11 @@ def test_a_script_ends_with_code_2(name: str, scene: Scene) -> None:
     spoil, said, remedy = CASES[name]
     spoil(scene)
     found = subprocess.run(
-        [sys.executable, str(ROOT / "finetune" / "lora.py"), *scene.arguments()], capture_output=True, text=True, cwd=scene.folder, check=False
+        [sys.executable, str(ROOT / "finetune" / "lora.py"), *scene.arguments()],
+        capture_output=True,
+        text=True,
+        cwd=scene.folder,
+        check=False,
     )
     assert found.returncode == 2
     check(found.stdout, found.stderr, said, remedy)

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from finetune.models import loading
-from tests import tiny
-from tests.scenes import Cases, Scene, raising, refused, scene
+from finetune.models.pretrained import loading
+from tests.helpers import tiny
+from tests.helpers.scenes import Cases, Scene, raising, refused, scene
 
 __all__ = ["scene"]
 
@@ -93,7 +93,9 @@ def checkpoint_of_something_else(scene: Scene) -> None:
 
 @case("this is a StableDiffusionXLPipeline, and family sd needs a StableDiffusionPipeline", "set model.family: sdxl")
 def checkpoint_of_another_family(scene: Scene) -> None:
-    layer = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's conditions
+    layer = (
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's conditions
+    )
     save_file({layer: torch.ones(1, 2048)}, scene.folder / "model.safetensors")
     scene.set(f"model.path={scene.folder / 'model.safetensors'}")
 
@@ -103,7 +105,10 @@ def lora_for_a_base(scene: Scene) -> None:
     scene.set(f"model.path={lora(scene, 'lora_unet_mid_block_attentions_0_proj_in')}")
 
 
-@case('the hub gives "owner/closed" only to those who have accepted its licence', "https://huggingface.co/owner/closed.*hf auth login")
+@case(
+    'the hub gives "owner/closed" only to those who have accepted its licence',
+    "https://huggingface.co/owner/closed.*hf auth login",
+)
 def gated_model(scene: Scene) -> None:
     scene.patch.setattr(loading, "hf_hub_download", raising(GatedRepoError("403 Client Error", response=RESPONSE)))
     scene.set("model.path=owner/closed")
@@ -111,7 +116,9 @@ def gated_model(scene: Scene) -> None:
 
 @case('the hub has no model "owner/gone" that you may see', "correct the name.*private.*hf auth login")
 def model_that_the_hub_does_not_show(scene: Scene) -> None:
-    scene.patch.setattr(loading, "hf_hub_download", raising(RepositoryNotFoundError("404 Client Error", response=RESPONSE)))
+    scene.patch.setattr(
+        loading, "hf_hub_download", raising(RepositoryNotFoundError("404 Client Error", response=RESPONSE))
+    )
     scene.set("model.path=owner/gone")
 
 
@@ -133,5 +140,7 @@ def lora(scene: Scene, layer: str) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_model_is_told_in_one_message_with_its_remedy(name: str, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_model_is_told_in_one_message_with_its_remedy(
+    name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(CASES[name], scene, capsys)

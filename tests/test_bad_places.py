@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from finetune.engine import checkpoint
-from finetune.engine.run import Run
-from tests.scenes import Cases, Scene, raising, refused, scene
+from finetune.training import checkpoint
+from finetune.training.run_folder import Run
+from tests.helpers.scenes import Cases, Scene, raising, refused, scene
 
 __all__ = ["scene"]
 
@@ -94,7 +94,9 @@ def disk_too_full_for_a_checkpoint(scene: Scene) -> None:
 @case("the checkpoint of step 2 could not be written: .*No space left", "free some space.*--resume")
 def disk_full_while_a_checkpoint_is_written(scene: Scene) -> None:
     scene.patch.setattr(
-        checkpoint, "save_file", raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+        checkpoint,
+        "save_file",
+        raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
     )
 
 
@@ -112,9 +114,11 @@ def disk_full_at_the_first_record(scene: Scene) -> None:
 @case("what was trained could not be written: .*No space left", "free some space.*--resume")
 def disk_full_at_the_end(scene: Scene) -> None:
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    scene.patch.setattr("finetune.models.text_to_image.TextToImage.save", raising(error))
+    scene.patch.setattr("finetune.models.pretrained.model.TextToImage.save", raising(error))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_place_is_told_in_one_message_with_its_remedy(name: str, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_place_is_told_in_one_message_with_its_remedy(
+    name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
+) -> None:
     refused(CASES[name], scene, capsys)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.data import cache
-from finetune.data.cache import Store, fingerprint
-from finetune.data.places import cache_folder
+from finetune.data import latent_cache
+from finetune.data.cache_dir import cache_folder
+from finetune.data.latent_cache import Store, fingerprint
 from finetune.errors import UserError
 
 # -- the store --------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,9 @@ def tensors(number: int) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def filled(folder: Path, numbers: range) -> Store:
@@ -44,7 +46,9 @@ def test_what_was_put_is_found_again(tmp_path: Path) -> None:
     store = filled(tmp_path, range(100))
     store.put("late", tensors(1))
     for found in (store, Store(tmp_path)):
-        assert all(f"key{number}" in found and same(found.get(f"key{number}"), tensors(number)) for number in range(100))
+        assert all(
+            f"key{number}" in found and same(found.get(f"key{number}"), tensors(number)) for number in range(100)
+        )
         assert "another" not in found
         with pytest.raises(KeyError):
             found.get("another")
@@ -64,11 +68,13 @@ def test_parts_of_one_tensor_are_kept_as_tensors_of_their_own(tmp_path: Path) ->
     assert torch.equal(kept["second"], torch.arange(12.0, 24).view(3, 4).T)
 
 
-def test_shards_are_bounded_in_entries_and_bytes_and_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_bounded_in_entries_and_bytes_and_no_file_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_before = len(os.listdir("/proc/self/fd"))
-    filled(tmp_path / "entries", range(2 * cache.SHARD_ENTRIES + 1))
+    filled(tmp_path / "entries", range(2 * latent_cache.SHARD_ENTRIES + 1))
     assert len(list((tmp_path / "entries").iterdir())) == 3
-    monkeypatch.setattr(cache, "SHARD_BYTES", 2000)  # an entry has 552 bytes
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 2000)  # an entry has 552 bytes
     store = filled(tmp_path / "bytes", range(40))
     assert len(list((tmp_path / "bytes").iterdir())) == 10
     assert all(same(store.get(f"key{number}"), tensors(number)) for number in range(40))
@@ -92,7 +98,9 @@ def test_a_damaged_shard_is_set_aside_and_computed_again(tmp_path: Path, damage:
         store.put(f"key{number}", tensors(number))
     store.flush()
     again = Store(tmp_path)
-    assert all(f"key{number}" in again and same(again.get(f"key{number}"), tensors(number)) for number in (*range(5), 10, 11))
+    assert all(
+        f"key{number}" in again and same(again.get(f"key{number}"), tensors(number)) for number in (*range(5), 10, 11)
+    )
 
 
 def test_two_writers_at_once(tmp_path: Path) -> None:
@@ -107,20 +115,22 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
 
 def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
     program = (
-        "import sys, torch; from pathlib import Path; from finetune.data.cache import Store\n"
+        "import sys, torch; from pathlib import Path; from finetune.data.latent_cache import Store\n"
         "store = Store(Path(sys.argv[1]))\n"
         "for number in range(10**9):\n"
         "    store.put(str(number), {'x': torch.full((40_000,), float(number))}); print(number, flush=True)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(cache.__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env=environment) as writer:
+    environment = {**os.environ, "PYTHONPATH": str(Path(latent_cache.__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    ) as writer:
         assert writer.stdout is not None
-        for _ in range(3 * cache.SHARD_ENTRIES):
+        for _ in range(3 * latent_cache.SHARD_ENTRIES):
             writer.stdout.readline()
         time.sleep(0.02)
         writer.send_signal(signal.SIGKILL)
     store = Store(tmp_path)
-    for number in range(2 * cache.SHARD_ENTRIES):
+    for number in range(2 * latent_cache.SHARD_ENTRIES):
         assert str(number) in store
         assert torch.equal(store.get(str(number))["x"], torch.full((40_000,), float(number)))
     assert not list(tmp_path.glob("*.damaged"))

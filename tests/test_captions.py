@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import rows
-from finetune.data.captions import Caption, Captions
-from finetune.data.scan import scan
+from finetune.data.audit.audit import scan
+from finetune.data.sources import table
+from finetune.data.sources.captions import Caption, Captions
 from finetune.errors import UserError
 from finetune.report import tables
-from finetune.report.dataset import NAMED, data_section
+from finetune.report.data_page import NAMED, data_section
 from tests.test_data import captions, data, problems, put
 
 
@@ -23,14 +23,23 @@ def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_pa
         put(tmp_path, picture)
     (tmp_path / "unnamed.txt").write_text("not read")
     (tmp_path / "README.txt").write_text("about")
-    rows = [("a.png", "a, \u2028 red  one"), ("./deep//b.png", "below"), ("gone.png", "nowhere"), ("../outside.png", "never"), ("blank.png", " ")]
+    rows = [
+        ("a.png", "a, \u2028 red  one"),
+        ("./deep//b.png", "below"),
+        ("gone.png", "nowhere"),
+        ("../outside.png", "never"),
+        ("blank.png", " "),
+    ]
     put(tmp_path.parent, "outside.png")
     if name.endswith("jsonl"):
         (tmp_path / name).write_text(
-            "\n".join(json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in rows), encoding="utf-8"
+            "\n".join(json.dumps({"file_name": file, "text": text}, ensure_ascii=False) for file, text in rows),
+            encoding="utf-8",
         )
     else:
-        (tmp_path / name).write_text("file_name,text\n" + "".join(f'{file},"{text}"\n' for file, text in rows), encoding="utf-8")
+        (tmp_path / name).write_text(
+            "file_name,text\n" + "".join(f'{file},"{text}"\n' for file, text in rows), encoding="utf-8"
+        )
     audit = scan(data(tmp_path, missing_captions="skip", unreadable_pictures="skip"))
     assert captions(audit) == {"a.png": "a, red one", "b.png": "below"}
     first = 1 if name.endswith("jsonl") else 2
@@ -61,7 +70,12 @@ def test_the_nearest_metadata_file_speaks(tmp_path: Path) -> None:
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{oops', "not a JSON object", 2),
         ("metadata.jsonl", b"\n[1]", "not a JSON object", 2),
         ("metadata.jsonl", b'{"file_name": "a.png"}', 'no "text" in this line, but file_name', 1),
-        ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}', "named twice", 2),
+        (
+            "metadata.jsonl",
+            b'{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}',
+            "named twice",
+            2,
+        ),
         ("metadata.csv", b"file_name;text\na.png;x\n", 'no "file_name" in this line, but file_name;text', 2),
         ("metadata.csv", b'file_name,text\na.png,"x\n', "comma-separated", 2),
         ("metadata.csv", "file_name,text\na.png,é\n".encode("latin-1"), r"not UTF-8 text \(byte 21\)", None),
@@ -69,7 +83,9 @@ def test_the_nearest_metadata_file_speaks(tmp_path: Path) -> None:
         ("metadata.parquet", b"PAR1", "metadata.parquet", None),
     ],
 )
-def test_a_metadata_file_that_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, said: str, line: int | None) -> None:
+def test_a_metadata_file_that_cannot_be_read_is_named_with_its_line(
+    tmp_path: Path, name: str, content: bytes, said: str, line: int | None
+) -> None:
     put(tmp_path, "a.png")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as caught:
@@ -89,10 +105,13 @@ def test_lines_of_a_table_end_as_any_program_ends_them(tmp_path: Path, end: str)
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_long_metadata_file_takes_little_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "IN_MEMORY_BYTES", 1 << 12)
+    monkeypatch.setattr(table, "IN_MEMORY_BYTES", 1 << 12)
     names = [f"{number:05d}.png" for number in range(10_000)]
     words = "words " * 20
-    lines = [json.dumps({"file_name": file, "text": words + file}) if name.endswith("jsonl") else f"{file},{words}{file}" for file in names]
+    lines = [
+        json.dumps({"file_name": file, "text": words + file}) if name.endswith("jsonl") else f"{file},{words}{file}"
+        for file in names
+    ]
     (tmp_path / name).write_text("\n".join([*([] if name.endswith("jsonl") else ["file_name,text"]), *lines]))
 
     def ask() -> None:

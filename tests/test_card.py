@@ -11,13 +11,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 
+from finetune.adapters.lora_file import LORA_FILE
 from finetune.export import export
 from finetune.export.metadata import PEFT
-from finetune.initial import LORA_FILE
+from finetune.export.model_card import write_card
+from finetune.paths import public_name
 from finetune.planning import load_plan
-from finetune.recipe import public_name
-from finetune.report.card import write_card
-from tests import tiny
+from tests.helpers import tiny
 
 PROMPT = "a [red] *circle* | `<script>`"
 
@@ -81,12 +81,19 @@ def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
     final = run() / "final"
     card = ModelCard.load(final / "README.md")
     front = card.data.to_dict()
-    assert (front["library_name"], front["pipeline_tag"], front["instance_prompt"]) == ("diffusers", "text-to-image", "sks")
+    assert (front["library_name"], front["pipeline_tag"], front["instance_prompt"]) == (
+        "diffusers",
+        "text-to-image",
+        "sks",
+    )
     assert "lora" in front["tags"]
     assert "base_model" not in front, "the base is no name on the hub: it would lead nowhere"
     (shown,) = front["widget"]
     assert shown["text"] == PROMPT
-    with Image.open(final / shown["output"]["url"]) as picture, Image.open(run() / "samples" / "step-0000002" / "00.png") as last:
+    with (
+        Image.open(final / shown["output"]["url"]) as picture,
+        Image.open(run() / "samples" / "step-0000002" / "00.png") as last,
+    ):
         assert picture.tobytes() == last.tobytes()
     assert r"a \[red\] \*circle\* \| \`&lt;script>\`" in card.text
     assert "pipeline.load_lora_weights('FOLDER-OF-THIS-FILE')" in card.text

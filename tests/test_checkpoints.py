@@ -11,33 +11,40 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.engine import checkpoint
 from finetune.errors import UserError
-from tests import tiny
+from finetune.training import checkpoint
+from tests.helpers import tiny
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor", "prodigy", "schedulefree", "lion", "came"])
 def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> None:
     """Also where the one run looked at its weights in between, and the other did not."""
-    recipe = tiny.recipe("sd21", "full", f"optimizer.name={optimizer}", "train.steps=3", "sample.prompts=[]", folder=tmp_path / "run")
+    recipe = tiny.recipe(
+        "sd21", "full", f"optimizer.name={optimizer}", "train.steps=3", "sample.prompts=[]", folder=tmp_path / "run"
+    )
     job = tiny.prepare(recipe)
     for step in range(2):
-        job.trainer.take(step)
+        job.trainer.train_step(step)
     job.trainer.save(2)
     before = {name: tensor.clone() for name, tensor in tiny.trained(job).items()}
     with job.trainer.state.averaged():
-        assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.trained(job).items()) == (optimizer == "schedulefree")
-    job.trainer.take(2)
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in tiny.trained(job).items()) == (
+            optimizer == "schedulefree"
+        )
+    job.trainer.train_step(2)
     again = tiny.prepare(recipe, resume=True)
     assert again.trainer.resume() == 2
-    again.trainer.take(2)
+    again.trainer.train_step(2)
     theirs = tiny.trained(again)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tiny.trained(job).items())
 
 
 def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
     """2 steps, then 4 in the same folder: bit for bit the run of 4; shorter than it is, or with a cosine, it is refused."""
-    asked = {steps: tiny.recipe("sd15", "lora", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "run") for steps in (1, 2, 4)}
+    asked = {
+        steps: tiny.recipe("sd15", "lora", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "run")
+        for steps in (1, 2, 4)
+    }
     tiny.train(asked[2])
     tiny.train(asked[4], resume=True)
     tiny.train(tiny.recipe("sd15", "lora", "train.steps=4", "sample.prompts=[]", folder=tmp_path / "at-once"))
@@ -46,7 +53,14 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has taken 4 steps, and 1"):
         tiny.train(asked[1], resume=True)
     cosine = [
-        tiny.recipe("sd15", "lora", "optimizer.schedule=cosine", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "cosine")
+        tiny.recipe(
+            "sd15",
+            "lora",
+            "optimizer.schedule=cosine",
+            f"train.steps={steps}",
+            "sample.prompts=[]",
+            folder=tmp_path / "cosine",
+        )
         for steps in (1, 2)
     ]
     tiny.train(cosine[0])
@@ -56,8 +70,10 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
     shutil.copytree(tiny.pictures(), tmp_path / "pictures")
-    asked = tiny.recipe("sd15", "lora", f"data.path={tmp_path / 'pictures'}", "sample.prompts=[]", folder=tmp_path / "run")
-    tiny.prepare(asked).trainer.take(0)
+    asked = tiny.recipe(
+        "sd15", "lora", f"data.path={tmp_path / 'pictures'}", "sample.prompts=[]", folder=tmp_path / "run"
+    )
+    tiny.prepare(asked).trainer.train_step(0)
     tiny.prepare(asked, resume=True)
     caption = next((tmp_path / "pictures").glob("*.txt"))
     caption.write_text("another caption")
@@ -68,7 +84,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
 def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
     job = tiny.prepare(recipe)
-    job.trainer.take(0)
+    job.trainer.train_step(0)
     job.trainer.save(1)
     torch.set_num_threads(2)
     try:
@@ -83,7 +99,9 @@ def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.Capt
 
 
 def made(step: int) -> checkpoint.Checkpoint:
-    return checkpoint.Checkpoint(step, {"w": torch.full((4,), float(step))}, {}, {"turn": {"state": {}, "param_groups": []}}, {"threads": 1})
+    return checkpoint.Checkpoint(
+        step, {"w": torch.full((4,), float(step))}, {}, {"turn": {"state": {}, "param_groups": []}}, {"threads": 1}
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> None:
@@ -129,14 +147,19 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) == tmp_path / "step-0000002"
 
 
-def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real full disk, found when the free space has been looked at already; and once room is made, the bits of the undisturbed run."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
     try:
-        asked = [tiny.recipe("sd15", "lora", "train.steps=4", "train.checkpoint_every=2", folder=at / "run") for at in (disk, tmp_path)]
+        asked = [
+            tiny.recipe("sd15", "lora", "train.steps=4", "train.checkpoint_every=2", folder=at / "run")
+            for at in (disk, tmp_path)
+        ]
         job = tiny.prepare(asked[0])
         check = checkpoint._check_space
 

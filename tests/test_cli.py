@@ -9,13 +9,26 @@ from pathlib import Path
 import pytest
 
 import finetune
-from finetune import cli, pretrained
+from finetune.cli import main as cli_main
+from finetune.config.loader import bundled_recipes
 from finetune.errors import UserError
-from finetune.recipe import bundled_recipes
-from tests import tiny
-from tests.commands import CHECKOUT, ft, python
+from finetune.models.pretrained import check
+from tests.helpers import tiny
+from tests.helpers.commands import CHECKOUT, ft, python
 
-HEAVY = {"torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "datasets", "PIL", "safetensors", "bitsandbytes", "pydantic"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "PIL",
+    "safetensors",
+    "bitsandbytes",
+    "pydantic",
+}
 
 
 # -- light ------------------------------------------------------------------------------------------------------------
@@ -24,11 +37,11 @@ HEAVY = {"torch", "numpy", "diffusers", "transformers", "peft", "accelerate", "d
 @pytest.mark.parametrize(
     "statements",
     [
-        "from finetune import cli; cli.main(['--help'])",
-        "from finetune import cli; cli.main(['recipes'])",
-        "from finetune import cli; cli.main(['gpus'])",
-        "from finetune import cli; cli.main(['gpus', 'h200'])",
-        "from finetune import cli; cli.main(['train', 'lora/emoji', '--set', 'a=b'])",
+        "from finetune.cli import main; main.main(['--help'])",
+        "from finetune.cli import main; main.main(['recipes'])",
+        "from finetune.cli import main; main.main(['gpus'])",
+        "from finetune.cli import main; main.main(['gpus', 'h200'])",
+        "from finetune.cli import main; main.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
         "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, pictures, scan, sources",
         "from finetune.report import nets, page, tables; from finetune.commands import check, doctor, export, gpus, recipes, sample, train",
@@ -46,20 +59,20 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     wall, processor = [], []
     for _ in range(5):
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        shown = python("-m", "finetune.cli", "--help", cwd=tmp_path).stdout
+        shown = python("-m", "finetune.cli.main", "--help", cwd=tmp_path).stdout
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         wall.append(time.perf_counter() - start)
         processor.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
-    assert all(f"  {name}" in shown and line in shown for name, line in cli.COMMANDS.items())
+    assert all(f"  {name}" in shown and line in shown for name, line in cli_main.COMMANDS.items())
     assert min(processor) < 0.3, "seconds; 0.15 where this was written"
     assert min(wall) < 0.9, "seconds; wider, as others may be at work on the machine"
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", cli_main.COMMANDS)
 def test_the_one_line_help_is_the_commands_own(name: str) -> None:
-    command = cli.ft.get_command(None, name)  # type: ignore[arg-type]
+    command = cli_main.ft.get_command(None, name)  # type: ignore[arg-type]
     assert command is not None and command.help is not None
-    assert command.help.splitlines()[0] == cli.COMMANDS[name]
+    assert command.help.splitlines()[0] == cli_main.COMMANDS[name]
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -86,7 +99,9 @@ def test_the_one_line_help_is_the_commands_own(name: str) -> None:
         (["gpus", "--prices", "/no/prices.yaml"], "/no/prices.yaml"),
     ],
 )
-def test_a_mistake_ends_with_code_2_and_says_what_to_do(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_ends_with_code_2_and_says_what_to_do(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ft(*arguments) == 2
     told = capsys.readouterr().err
     assert says in told and "Traceback" not in told
@@ -105,7 +120,9 @@ def test_a_mistake_ends_with_code_2_and_says_what_to_do(arguments: list[str], sa
         (["model.path=a/b", "model.vae=HERE/empty"], "holds no trained VAE", "config.json"),
     ],
 )
-def test_what_the_model_path_leads_to_is_looked_at(overrides: list[str], says: str, remedy: str, tmp_path: Path) -> None:
+def test_what_the_model_path_leads_to_is_looked_at(
+    overrides: list[str], says: str, remedy: str, tmp_path: Path
+) -> None:
     (tmp_path / "file.ckpt").touch()
     (tmp_path / "empty").mkdir()
     for name, content in {
@@ -116,14 +133,21 @@ def test_what_the_model_path_leads_to_is_looked_at(overrides: list[str], says: s
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(content)
     with pytest.raises(UserError) as caught:
-        pretrained.check(finetune.load_recipe("lora/emoji", [override.replace("HERE", str(tmp_path)) for override in overrides]))
+        check.check(
+            finetune.load_recipe("lora/emoji", [override.replace("HERE", str(tmp_path)) for override in overrides])
+        )
     assert says in caught.value.problem and remedy in caught.value.remedy
 
 
 def test_models_that_may_be_there_pass(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    for path in (str(tmp_path / "model.safetensors"), "stable-diffusion-v1-5/stable-diffusion-v1-5", "gpt2", str(tiny.pipeline("sd15"))):
-        pretrained.check(finetune.load_recipe("lora/emoji", [f"model.path={path}"]))
+    for path in (
+        str(tmp_path / "model.safetensors"),
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "gpt2",
+        str(tiny.pipeline("sd15")),
+    ):
+        check.check(finetune.load_recipe("lora/emoji", [f"model.path={path}"]))
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -138,7 +162,9 @@ def test_recipes_are_listed_with_whom_they_are_for_and_shown(capsys: pytest.Capt
     assert capsys.readouterr().out == (CHECKOUT / "recipes" / "lora" / "emoji.yaml").read_text(encoding="utf-8")
 
 
-def test_copying_a_recipe_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_copying_a_recipe_never_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     original = (CHECKOUT / "recipes" / "lora" / "emoji.yaml").read_text(encoding="utf-8")
     assert ft("recipes", "copy", "lora/emoji") == 0
@@ -154,7 +180,9 @@ def test_copying_a_recipe_never_overwrites(tmp_path: Path, monkeypatch: pytest.M
     assert Path("there/lora-emoji.yaml").is_file()
 
 
-def test_check_shows_data_and_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_shows_data_and_plan_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     asked = [
         "check",
@@ -170,9 +198,11 @@ def test_check_shows_data_and_plan_and_writes_nothing(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import finetune.commands.export
-    import finetune.sampling
+def test_sample_and_export_pass_on_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import finetune.cli.export
+    import finetune.inference.sample
 
     taken: list[object] = []
 
@@ -180,11 +210,19 @@ def test_sample_and_export_pass_on_what_was_asked(tmp_path: Path, monkeypatch: p
         taken[:] = [arguments, named]
         return [tmp_path / "a"]
 
-    monkeypatch.setattr(finetune.sampling, "sample", take)
+    monkeypatch.setattr(finetune.inference.sample, "sample", take)
     monkeypatch.setattr(finetune.commands.export, "export", take)
     named = ["--steps", "5", "--guidance", "2.5", "--sampler", "ddim", "--eta", "0.5", "--out", "there"]
     assert ft("sample", "runs/x", "--prompt", "a", "--prompt", "b c", "--seed", "3", "--seed", "4", *named) == 0
-    asked = {"steps": 5, "guidance": 2.5, "negative": None, "out": Path("there"), "sampler": "ddim", "eta": 0.5, "truncation": None}
+    asked = {
+        "steps": 5,
+        "guidance": 2.5,
+        "negative": None,
+        "out": Path("there"),
+        "sampler": "ddim",
+        "eta": 0.5,
+        "truncation": None,
+    }
     assert taken == [("runs/x", ("a", "b c"), (3, 4)), asked]
     assert ft("sample", "runs/x") == 0
     assert taken == [("runs/x", (), None), dict.fromkeys(asked)]

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.adapters.formats.key_maps import CONVENTIONS
+from finetune.adapters.lora_file import LORA_FILE
 from finetune.errors import UserError
 from finetune.export import FORMATS, export
-from finetune.export.conventions import CONVENTIONS
 from finetune.export.metadata import PEFT
-from finetune.initial import LORA_FILE
 
 Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
 CLASSES = {
@@ -63,18 +63,35 @@ QWEN = {
 Z_IMAGE = {
     f"{block}.{layer}": (64, 64)
     for block in ("layers.1", "noise_refiner.0", "context_refiner.1")
-    for layer in (*(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")), "feed_forward.w1", "feed_forward.w2")
+    for layer in (
+        *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        "feed_forward.w1",
+        "feed_forward.w2",
+    )
 }
 LUMINA2 = {
-    **{f"layers.0.attn.{name}": (width, 2304) for name, width in (("to_q", 2304), ("to_k", 768), ("to_v", 768), ("to_out.0", 2304))},
+    **{
+        f"layers.0.attn.{name}": (width, 2304)
+        for name, width in (("to_q", 2304), ("to_k", 768), ("to_v", 768), ("to_out.0", 2304))
+    },
     **{f"layers.0.feed_forward.linear_{number}": (64, 64) for number in (1, 2, 3)},
     "layers.0.norm1.linear": (64, 64),
 }
 SD3 = attention("transformer_blocks.2", 64, BOTH)
-LAYERS: dict[str, Layers] = {"sd3": SD3, "flux": FLUX, "flux2": FLUX2, "qwen_image": QWEN, "z_image": Z_IMAGE, "lumina2": LUMINA2, "pixart": SD3}
+LAYERS: dict[str, Layers] = {
+    "sd3": SD3,
+    "flux": FLUX,
+    "flux2": FLUX2,
+    "qwen_image": QWEN,
+    "z_image": Z_IMAGE,
+    "lumina2": LUMINA2,
+    "pixart": SD3,
+}
 
 
-def run_of(family: str, folder: Path, alpha: float = 2.0, layers: Layers | None = None) -> tuple[Path, dict[str, Tensor]]:
+def run_of(
+    family: str, folder: Path, alpha: float = 2.0, layers: Layers | None = None
+) -> tuple[Path, dict[str, Tensor]]:
     """A run's folder with a LoRA of rank 2, and its tensors."""
     torch.manual_seed(0)
     tensors = {}
@@ -108,7 +125,11 @@ def test_diffusers_reads_back_what_was_trained(family: str, layout: str, tmp_pat
     run, tensors = run_of(family, tmp_path / "run")
     (file,) = export(run, layout)
     back = read_back(family, file)
-    paths = {name.removeprefix("transformer.").removesuffix(".lora_A.weight") for name in back if name.endswith(".lora_A.weight")}
+    paths = {
+        name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        for name in back
+        if name.endswith(".lora_A.weight")
+    }
     assert paths == set(LAYERS[family])
     for path in paths:
         torch.testing.assert_close(change(back, path), change(tensors, path), rtol=1e-12, atol=1e-12)

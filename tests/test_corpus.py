@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.scan import Audit, scan
+from finetune.config.schema import Data
+from finetune.data.audit.audit import Audit, scan
 from finetune.errors import UserError
-from finetune.recipe import Data
 from finetune.report import tables
-from tests import corpus
+from tests.helpers import corpus
 from tests.test_data import put, snapshot
 from tests.test_dataset import Counting, opened
 
 
 def recipe(folder: Path, **changes: object) -> Data:
-    settings = {"path": str(folder), "resolution": 64, "bucket_step": 16, "missing_captions": "skip", "unreadable_pictures": "skip"}
+    settings = {
+        "path": str(folder),
+        "resolution": 64,
+        "bucket_step": 16,
+        "missing_captions": "skip",
+        "unreadable_pictures": "skip",
+    }
     return Data(**settings | {"cache": str(folder.parent / "cache")} | changes)  # type: ignore[arg-type]
 
 
@@ -57,7 +63,11 @@ def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
         assert finding.count >= sum(map(len, finding.examples))
         for place in (place for group in finding.examples for place in group):
             told[relative(audit.pictures[place].name, folder)].add(finding.kind)
-    odd = {name: kinds - {"exact duplicate", "near duplicate"} for name, kinds in told.items() if kinds - {"exact duplicate", "near duplicate"}}
+    odd = {
+        name: kinds - {"exact duplicate", "near duplicate"}
+        for name, kinds in told.items()
+        if kinds - {"exact duplicate", "near duplicate"}
+    }
     assert odd == {printable(name): set(kinds) for name, kinds in corpus.TRAINS.items() if kinds}
     assert {name for name, kinds in told.items() if "exact duplicate" in kinds} == {"plain.png", "copy.png"}
     assert {"plain.png", "again.jpg", "copy.png"} <= {name for name, kinds in told.items() if "near duplicate" in kinds}
@@ -65,7 +75,11 @@ def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
 
 def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
     """Red on the left, blue on the right; grey of 16 bits has red's and blue's brightness."""
-    data = opened(folder, Counting(cached=False), data={"resolution": 64, "missing_captions": "skip", "unreadable_pictures": "skip"})
+    data = opened(
+        folder,
+        Counting(cached=False),
+        data={"resolution": 64, "missing_captions": "skip", "unreadable_pictures": "skip"},
+    )
     for picture in data.pictures:
         pixels = ((data._pixels(picture, mirrored=False) + 1) * 127.5).round()
         left, right = pixels[:, 32, 4].tolist(), pixels[:, 32, 60].tolist()

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from finetune import job
-from finetune.commands import estimate
+from finetune.cli import estimate
+from finetune.config.loader import load_recipe
 from finetune.errors import UserError
-from finetune.estimate import calibrate, cpu
-from finetune.estimate.expect import FAR, FEWEST, WARM_UP, Expected, Pace, warning
 from finetune.estimate.forecast import forecast
-from finetune.estimate.gpus import this_cpu
-from finetune.recipe import load_recipe
-from tests import tiny
-from tests.estimates import ft, of
+from finetune.estimate.hardware import calibrate, cpu
+from finetune.estimate.hardware.gpus import this_cpu
+from finetune.estimate.monitor import Expected
+from finetune.training.pace import FAR, FEWEST, WARM_UP, Pace, warning
+from tests.helpers import tiny
+from tests.helpers.estimates import ft, of
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,10 @@ def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
 
     cpu.keep_freed_memory()
     taken = [pages() for _ in range(6)]  # small things may come to lie between the large ones at first
-    assert min(later - earlier for earlier, later in itertools.pairwise(taken)) < (64 << 20) // resource.getpagesize() // 10
+    assert (
+        min(later - earlier for earlier, later in itertools.pairwise(taken))
+        < (64 << 20) // resource.getpagesize() // 10
+    )
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -82,7 +86,9 @@ def test_a_run_takes_its_threads_time_and_those_beside_others_do_not_count(monke
 
 
 def test_a_busy_processor_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"too busy to be measured: of 2\.2 s other programs had it for 1\.2") as refused:
+    with pytest.raises(
+        UserError, match=r"too busy to be measured: of 2\.2 s other programs had it for 1\.2"
+    ) as refused:
         typical(monkeypatch, *[(0.25, 0.3)] * 9)
     assert "ft estimate --calibrate" in refused.value.remedy
 
@@ -139,12 +145,18 @@ def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
     assert not pace.disproved()
 
 
-def test_a_disproved_measurement_is_discarded_and_the_others_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disproved_measurement_is_discarded_and_the_others_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tiny.prepare(tiny.recipe("sd15", "lora", folder=tmp_path / "run"))  # measures this machine, if it is not busy
     run.trainer.pace = here(2 * FAR)
     wrong = run.trainer.pace.disproved()
     assert wrong is not None
-    for one in (wrong, dataclasses.replace(wrong, threads=wrong.threads + 1), dataclasses.replace(wrong, name="another")):
+    for one in (
+        wrong,
+        dataclasses.replace(wrong, threads=wrong.threads + 1),
+        dataclasses.replace(wrong, name="another"),
+    ):
         cpu.keep(one)
     tiny.finish(run)
     said = capsys.readouterr().out
@@ -159,7 +171,12 @@ def test_steps_that_are_slow_on_a_cpu_lead_to_other_programs_and_to_the_measurem
     one = here(1.0).expected.forecast
     assert one is not None
     said = warning(one, 2.5 * one.speed.seconds, None)
-    assert "was estimated for CPU (" in said and "other programs" in said and "`ft estimate --calibrate`" in said and "GPU" not in said
+    assert (
+        "was estimated for CPU (" in said
+        and "other programs" in said
+        and "`ft estimate --calibrate`" in said
+        and "GPU" not in said
+    )
 
 
 # -- what is estimated by it ------------------------------------------------------------------------------------------
@@ -170,11 +187,18 @@ def test_a_curve_goes_through_its_points() -> None:
     assert [curve.seconds(amount) for amount in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 500])
 
 
-def test_without_a_gpu_the_cpu_is_estimated(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_cpu_is_estimated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(estimate, "local_gpu", lambda: None)
     assert ft("--images", "3000") == 0
     said = capsys.readouterr().out
-    assert "pictures on this CPU (" in said and "Recommended: scratch/" in said and "a CPU is enough" in said and "$" not in said
+    assert (
+        "pictures on this CPU (" in said
+        and "Recommended: scratch/" in said
+        and "a CPU is enough" in said
+        and "$" not in said
+    )
     assert ft("scratch/emoji-vae", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["gpu"] == "cpu" and found["parts"]["Python, PyTorch"] > 0 and "CUDA context" not in found["parts"]
@@ -183,7 +207,9 @@ def test_without_a_gpu_the_cpu_is_estimated(capsys: pytest.CaptureFixture[str], 
 def test_a_cpu_takes_kernels_one_after_another() -> None:
     """Its step is the sum of all that it does; twice the batch takes longer, and no more than twice as long."""
     here = this_cpu()
-    once, twice = (forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16))
+    once, twice = (
+        forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16)
+    )
     assert once.speed.seconds == pytest.approx(once.speed.compute + once.speed.bandwidth + once.speed.launch)
     assert once.speed.seconds < twice.speed.seconds <= 2.05 * once.speed.seconds
     assert once.memory.phases["train"] < twice.memory.phases["train"]

@@ -16,17 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.data.index import Index, Picture
-from finetune.data.pictures import Bucket, decode, fit, upright
-from finetune.data.scan import Audit, scan
+from finetune.config.schema import Data, Source
+from finetune.data.audit.audit import Audit, scan
+from finetune.data.audit.index import Index, Picture
+from finetune.data.buckets import Bucket, fit
+from finetune.data.media.image import decode, upright
 from finetune.errors import UserError
-from finetune.recipe import Data, Source
 from finetune.report import tables
 
 # -- the audit of folders -------------------------------------------------------------------------------------------------
 
 
-def put(folder: Path, name: str, colour: str = "red", size: tuple[int, int] = (16, 16), caption: str | None = None) -> Path:
+def put(
+    folder: Path, name: str, colour: str = "red", size: tuple[int, int] = (16, 16), caption: str | None = None
+) -> Path:
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(file)
@@ -96,7 +99,9 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path: Path) -> None:
     found = problems(audit)
     assert found.keys() == {"out.png", "out.txt", "folder", "loop", "broken.png", "pipe.png"}
     assert {kind for kind, _ in found.values()} == {"unreadable picture"}
-    assert all("link" in detail for name, (_, detail) in found.items() if name in ("out.png", "out.txt", "folder", "loop"))
+    assert all(
+        "link" in detail for name, (_, detail) in found.items() if name in ("out.png", "out.txt", "folder", "loop")
+    )
     with pytest.raises(UserError, match="6 unreadable pictures"):
         scan(data(inside)).raise_if_stopped()
 
@@ -138,8 +143,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return upright(picture, background)
 
     monkeypatch.setattr(Path, "read_bytes", counting_read)
-    monkeypatch.setattr("finetune.data.looks.upright", counting_decode)
-    monkeypatch.setattr("finetune.data.memo.SETTLED_SECONDS", -1)
+    monkeypatch.setattr("finetune.data.audit.inspect.upright", counting_decode)
+    monkeypatch.setattr("finetune.data.audit.cache.SETTLED_SECONDS", -1)
     return found
 
 
@@ -147,7 +152,9 @@ def test_each_picture_is_read_once_and_progress_is_told(tmp_path: Path, counted:
     for number in range(4):
         put(tmp_path / "data", f"{number}.png", f"rgb({number}, 7, 7)", caption="x")
     told: list[tuple[int, str]] = []
-    scan(data(tmp_path / "data", cache=str(tmp_path / "cache")), lambda seen, name: told.append((seen, Path(name).name)))
+    scan(
+        data(tmp_path / "data", cache=str(tmp_path / "cache")), lambda seen, name: told.append((seen, Path(name).name))
+    )
     assert counted == {"read": 4, "decoded": 4}
     assert told == [(number, f"{number}.png") for number in range(4)]
 
@@ -166,7 +173,11 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[s
     first, _ = again()
     second, cost = again()
     assert cost == {}
-    assert (list(second.pictures), second.problems, second.findings) == (list(first.pictures), first.problems, first.findings)
+    assert (list(second.pictures), second.problems, second.findings) == (
+        list(first.pictures),
+        first.problems,
+        first.findings,
+    )
     # The same size, and the old time put back: the time of change tells.
     times = (folder / "1.png").stat()
     put(folder, "1.png", "rgb(9, 7, 7)", (17, 16))
@@ -187,10 +198,12 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[s
     assert again()[1] == {}
 
 
-def test_a_file_that_was_just_written_is_looked_at_again(tmp_path: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_was_just_written_is_looked_at_again(
+    tmp_path: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within a tick of the clock it could change again unseen."""
     put(tmp_path / "data", "a.png", "rgb(1, 7, 7)", caption="x")
-    monkeypatch.setattr("finetune.data.memo.SETTLED_SECONDS", 3600)
+    monkeypatch.setattr("finetune.data.audit.cache.SETTLED_SECONDS", 3600)
     recipe = data(tmp_path / "data", cache=str(tmp_path / "cache"))
     scan(recipe)
     scan(recipe)
@@ -209,7 +222,15 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
         status = path.lstat()
         content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
         times = (status.st_mtime_ns, status.st_ctime_ns)
-        found[str(path)] = (content, status.st_mode, status.st_ino, status.st_nlink, status.st_uid, status.st_size, *times)
+        found[str(path)] = (
+            content,
+            status.st_mode,
+            status.st_ino,
+            status.st_nlink,
+            status.st_uid,
+            status.st_size,
+            *times,
+        )
     return found
 
 
@@ -228,11 +249,18 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-@given(st.sets(st.binary(min_size=32, max_size=32), min_size=2, max_size=30), st.floats(0.01, 0.5), st.randoms(use_true_random=False))
+@given(
+    st.sets(st.binary(min_size=32, max_size=32), min_size=2, max_size=30),
+    st.floats(0.01, 0.5),
+    st.randoms(use_true_random=False),
+)
 @settings(deadline=None, max_examples=30)
 def test_held_out_pictures_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [Bucket(16, 16)]), len(digests)
-    pictures = [Picture(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes) for n, digest in enumerate(sorted(digests))]
+    pictures = [
+        Picture(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes)
+        for n, digest in enumerate(sorted(digests))
+    ]
     random.shuffle(pictures)
 
     def held_out(pictures: list[Picture], share: float) -> list[str]:
@@ -287,7 +315,8 @@ def hugging_face(datasets: Any, splits: dict[str, list[str]]) -> Any:
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(
-                {"image": [Image.new("RGB", (16, 16), c) for c in colours], "text": [f"a {c}" for c in colours]}, features=features
+                {"image": [Image.new("RGB", (16, 16), c) for c in colours], "text": [f"a {c}" for c in colours]},
+                features=features,
             )
             for split, colours in splits.items()
         }
@@ -304,7 +333,10 @@ def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
     for name in ("dict", "saved", "parquet"):
         audit = scan(data(tmp_path / name))
         assert [picture.caption for picture in audit.training] == ["a red", "a blue"]
-        assert [decode(picture.read(), "#ffffff").getpixel((0, 0)) for picture in audit.training] == [(255, 0, 0), (0, 0, 255)]
+        assert [decode(picture.read(), "#ffffff").getpixel((0, 0)) for picture in audit.training] == [
+            (255, 0, 0),
+            (0, 0, 255),
+        ]
         assert [problem.kind for problem in audit.problems] == (["unused split"] if name == "dict" else [])
     with pytest.raises(UserError, match='no column "prompt"') as caught:
         scan(data(tmp_path / "saved", caption_column="prompt"))
@@ -318,13 +350,24 @@ def test_rows_without_a_picture_or_with_captions_that_are_no_text_are_named(tmp_
     datasets = pytest.importorskip("datasets")
     secret = put(tmp_path, "secret.png")
     good = encoded(Image.new("RGB", (16, 16)))
-    cells = [{"bytes": good, "path": None}, None, {"bytes": None, "path": str(secret)}, {"bytes": b"junk", "path": None}]
-    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.List(datasets.Value("string"))})
-    datasets.Dataset.from_dict({"image": cells, "text": [["a", "b"]] * 4}, features=features).save_to_disk(str(tmp_path / "lists"))
+    cells = [
+        {"bytes": good, "path": None},
+        None,
+        {"bytes": None, "path": str(secret)},
+        {"bytes": b"junk", "path": None},
+    ]
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "text": datasets.List(datasets.Value("string"))}
+    )
+    datasets.Dataset.from_dict({"image": cells, "text": [["a", "b"]] * 4}, features=features).save_to_disk(
+        str(tmp_path / "lists")
+    )
     assert [p.kind for p in scan(data(tmp_path / "lists")).problems] == ["unreadable caption"] * 4
     features["text"] = datasets.Value("string")
     (tmp_path / "rows").mkdir()
-    datasets.Dataset.from_dict({"image": cells, "text": ["x"] * 4}, features=features).to_parquet(str(tmp_path / "rows" / "train.parquet"))
+    datasets.Dataset.from_dict({"image": cells, "text": ["x"] * 4}, features=features).to_parquet(
+        str(tmp_path / "rows" / "train.parquet")
+    )
     audit = scan(data(tmp_path / "rows"))
     assert len(audit.pictures) == 1
     assert [problem.detail.split(":")[0] for problem in audit.problems] == [
@@ -338,6 +381,8 @@ def test_a_hub_name_without_a_network_gets_one_sentence() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError) as caught:
         scan(Data(path="nobody/no-such-data"))
-    assert caught.value.problem.startswith('there is no folder "nobody/no-such-data", and the hub gave no data set of that name: ')
+    assert caught.value.problem.startswith(
+        'there is no folder "nobody/no-such-data", and the hub gave no data set of that name: '
+    )
     assert "\n" not in caught.value.problem
     assert "network" in caught.value.remedy

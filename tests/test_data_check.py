@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from finetune.cli import ft
+from finetune.cli.main import ft
 from finetune.errors import UserError
-from tests import corpus, tiny
+from tests.helpers import corpus, tiny
 from tests.test_data import snapshot
 
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 # What a page can tell of itself once its pictures are there, left where --dump-dom shows it.
 PROBE = """<script>
 window.ran = [];
@@ -58,22 +60,44 @@ def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page  # a file's name
     assert set(re.findall(r'(?:src|href)="([^"]{5})', page)) == {"data:"}
-    assert all(name in page for name in ("&lt;img src=x onerror=alert(1)&gt;.png", "rotated by EXIF", "exact duplicate"))
+    assert all(
+        name in page for name in ("&lt;img src=x onerror=alert(1)&gt;.png", "rotated by EXIF", "exact duplicate")
+    )
     if BROWSER is None:
         pytest.skip("no browser is here to look at the page: install Chromium")
     seen = looked_at(page, tmp_path)
     assert seen["pictures"] > 20
-    assert {key: seen[key] for key in ("broken", "wide", "fetched", "ran")} == {"broken": 0, "wide": 0, "fetched": [], "ran": []}
+    assert {key: seen[key] for key in ("broken", "wide", "fetched", "ran")} == {
+        "broken": 0,
+        "wide": 0,
+        "fetched": [],
+        "ran": [],
+    }
     assert seen["height"] > 1000
 
 
 def looked_at(page: str, folder: Path) -> dict[str, Any]:
     """What the page tells of itself in a headless browser."""
-    page = page.replace("<head>", f"<head>{PROBE}").replace('loading="lazy"', 'loading="eager"')  # else those far below might never be
+    page = page.replace("<head>", f"<head>{PROBE}").replace(
+        'loading="lazy"', 'loading="eager"'
+    )  # else those far below might never be
     (folder / "probed.html").write_text(page, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     place = [f"--user-data-dir={folder / 'profile'}", "--window-size=800,900", "--dump-dom"]
-    done = subprocess.run([str(BROWSER), *flags, *place, f"file://{folder / 'probed.html'}"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [str(BROWSER), *flags, *place, f"file://{folder / 'probed.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     found = re.search(r"data-seen=\"([^\"]*)\"", done.stdout)
     assert found is not None, done.stderr[-2000:]
     seen: dict[str, Any] = json.loads(found[1].replace("&quot;", '"'))
@@ -84,7 +108,14 @@ def test_json_holds_all_that_the_table_says(folder: Path) -> None:
     result = check(folder, *SETTINGS, "--json")
     found = json.loads(result.output)
     assert found["training"] == len(corpus.TRAINS)
-    assert {each["kind"] for each in found["findings"]} >= {"animated", "CMYK", "transparent", "exact duplicate", "near duplicate", "tiny"}
+    assert {each["kind"] for each in found["findings"]} >= {
+        "animated",
+        "CMYK",
+        "transparent",
+        "exact duplicate",
+        "near duplicate",
+        "tiny",
+    }
     assert {each["kind"] for each in found["problems"]} == {
         "unreadable picture",
         "missing caption",

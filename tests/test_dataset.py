@@ -14,18 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from finetune.config.loader import parse_recipe
+from finetune.config.machine import Machine
 from finetune.data import dataset
+from finetune.data.audit.audit import scan
+from finetune.data.batch import Batch, Encoders
 from finetune.data.dataset import Dataset
-from finetune.data.scan import scan
-from finetune.engine.draw import Draw
 from finetune.errors import UserError
-from finetune.models.turn import Batch, Encoders
-from finetune.planning import Machine, make_plan
-from finetune.recipe import parse_recipe
+from finetune.planning import make_plan
+from finetune.rng import Draw
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+    )
 
 
 class Counting(Encoders):
@@ -76,10 +79,15 @@ def opened(folder: Path, encoders: Encoders, processes: int = 1, **sections: dic
     """The data set of `folder`, not yet encoded; its cache is beside it."""
     content = {
         "model": {"family": "vae", "build": {"layers_per_block": 1}},
-        "data": {"path": str(folder), "resolution": 16, "buckets": False, "cache": str(folder.parent / "cache")} | sections.pop("data", {}),
+        "data": {"path": str(folder), "resolution": 16, "buckets": False, "cache": str(folder.parent / "cache")}
+        | sections.pop("data", {}),
         "train": {"steps": 400, "batch_size": 4, "seed": 3} | sections.pop("train", {}),
     }
-    recipe = parse_recipe("method: scratch\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items()), "test.yaml", "test")
+    recipe = parse_recipe(
+        "method: scratch\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items()),
+        "test.yaml",
+        "test",
+    )
     audit = scan(recipe.data)
     return Dataset(make_plan(recipe, audit, Machine("cpu", "test", processes, 1, False, 1 << 30)), audit, encoders)
 
@@ -124,7 +132,9 @@ def test_only_what_is_new_is_encoded(folder: Path) -> None:
         ({"train": {"batch_size": 1, "seed": 9}}, 0, 0),
     ],
 )
-def test_the_key_covers_all_that_changes_what_is_encoded(folder: Path, changes: dict[str, Any], pictures: int, captions: int) -> None:
+def test_the_key_covers_all_that_changes_what_is_encoded(
+    folder: Path, changes: dict[str, Any], pictures: int, captions: int
+) -> None:
     encoded(folder)
     _, found = encoded(folder, **changes)
     assert (found.pictures, len(found.captions)) == (pictures, captions)
@@ -133,14 +143,20 @@ def test_the_key_covers_all_that_changes_what_is_encoded(folder: Path, changes: 
 def test_what_a_cache_holds_does_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
     for batch in (1, 4):
         encoded(folder, data={"cache": str(tmp_path / str(batch))}, train={"batch_size": batch})
-    held = [{path.relative_to(tmp_path / batch): path.read_bytes() for path in (tmp_path / batch).rglob("*.safetensors")} for batch in ("1", "4")]
+    held = [
+        {path.relative_to(tmp_path / batch): path.read_bytes() for path in (tmp_path / batch).rglob("*.safetensors")}
+        for batch in ("1", "4")
+    ]
     assert len(held[0]) == 2
     assert held[0] == held[1]
 
 
 def test_a_process_that_waited_finds_what_the_first_encoded(folder: Path) -> None:
     first, waiting = Counting(), Counting()
-    both = [opened(folder, first, processes=2), opened(folder, waiting, processes=2)]  # both built before either encodes
+    both = [
+        opened(folder, first, processes=2),
+        opened(folder, waiting, processes=2),
+    ]  # both built before either encodes
     for data in both:
         data.encode()
     assert (first.pictures, waiting.pictures, waiting.captions) == (6, 0, [])
@@ -204,7 +220,9 @@ def test_a_batch_is_the_pictures_that_the_step_names_with_their_captions(folder:
         assert batch["pixels"].shape == (4, 3, 16, 16)
         red = (batch["pixels"][:, 0, 0, 0] + 1) * 127.5
         assert red.round().tolist() == numbers
-        assert batch["geometry"].tolist() == [[16, 16, 0, 0, 16, 16]] * 4  # height and width, top and left, height and width
+        assert (
+            batch["geometry"].tolist() == [[16, 16, 0, 0, 16, 16]] * 4
+        )  # height and width, top and left, height and width
 
 
 def test_repeats_show_a_picture_so_many_times_a_pass(folder: Path) -> None:
@@ -250,7 +268,9 @@ def test_flips_are_variants_drawn_for_half_of_the_examples(folder: Path) -> None
 def test_captions_are_dropped_at_the_share_asked_for(folder: Path, share: float) -> None:
     data, _ = encoded(folder, data={"caption_dropout": share})
     captions = list(itertools.chain(*(text(batch) for _, batch in batches(data, 150))))
-    assert abs(captions.count("") / len(captions) - share) <= (0.08 if 0 < share < 1 else 0)  # ± 4 deviations of 600 draws
+    assert abs(captions.count("") / len(captions) - share) <= (
+        0.08 if 0 < share < 1 else 0
+    )  # ± 4 deviations of 600 draws
 
 
 def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -> None:
@@ -297,5 +317,9 @@ def test_captions_longer_than_the_model_reads(folder: Path) -> None:
     said = opened(folder, Counting(), data={"long_captions": "truncate"}).long_captions()
     assert "3.png: 9 tokens" in said
     assert "not read" in said
-    with_prefix = {"path": None, "sources": [{"path": str(folder), "prefix": "seven words more than there are before,"}], "long_captions": "truncate"}
+    with_prefix = {
+        "path": None,
+        "sources": [{"path": str(folder), "prefix": "seven words more than there are before,"}],
+        "long_captions": "truncate",
+    }
     assert opened(folder, Counting(), data=with_prefix).long_captions().count("6 of 6") == 1

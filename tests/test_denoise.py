@@ -16,16 +16,16 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from finetune.adapters.peft import layers
+from finetune.config.schema import Diffusion, Optimizer
 from finetune.data.dataset import to_tensor
-from finetune.data.pictures import apply, decode
-from finetune.engine.draw import Draw
-from finetune.engine.optim import Ema, learning_rate, make_optimizer
+from finetune.data.media.image import apply, decode
 from finetune.errors import UserError
-from finetune.models.adapters import layers
-from finetune.models.denoise import Denoising, Prediction
-from finetune.models.vocabulary import learn_merges, learn_tokenizer
-from finetune.recipe import Diffusion, Optimizer
-from tests import tiny
+from finetune.models.objectives.noise_prediction import Denoising, Prediction
+from finetune.models.pretrained.tokenizer import learn_merges, learn_tokenizer
+from finetune.rng import Draw
+from finetune.training.optimizers import Ema, learning_rate, make_optimizer
+from tests.helpers import tiny
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction")
@@ -52,7 +52,11 @@ def test_noised_sample_and_target_are_diffusers_own(prediction: Prediction) -> N
 def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> None:
     """The share drawn below t is that of u below its inverse, u = t / (s − (s − 1) t), and 1 leaves every timestep where it is."""
     draw = Draw(0, 3, range(20000))
-    drawn = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor)).noise(torch.zeros(20000, 1, 1, 1), draw).timestep
+    drawn = (
+        Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor))
+        .noise(torch.zeros(20000, 1, 1, 1), draw)
+        .timestep
+    )
     if factor == 1:
         assert torch.equal(drawn, draw.integers("timestep", 1000))
     assert drawn.min() >= 0
@@ -64,13 +68,20 @@ def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> No
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_two_parts_of_the_timesteps_are_drawn_as_the_whole_is(factor: float) -> None:
     objective, draw = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor)), Draw(0, 3, range(20000))
-    whole, least, most = (objective.noise(torch.zeros(20000, 1, 1, 1), draw, part).timestep for part in ((0.0, 1.0), (0.0, 0.75), (0.75, 1.0)))
+    whole, least, most = (
+        objective.noise(torch.zeros(20000, 1, 1, 1), draw, part).timestep
+        for part in ((0.0, 1.0), (0.0, 0.75), (0.75, 1.0))
+    )
     border = whole.float().quantile(0.75)
     assert least.max() <= border + 1
     assert most.min() >= border - 10
     for share in (0.1, 0.5, 0.9):
-        assert float(least.float().quantile(share)) == pytest.approx(float(whole.float().quantile(0.75 * share)), abs=15)
-        assert float(most.float().quantile(share)) == pytest.approx(float(whole.float().quantile(0.75 + 0.25 * share)), abs=15)
+        assert float(least.float().quantile(share)) == pytest.approx(
+            float(whole.float().quantile(0.75 * share)), abs=15
+        )
+        assert float(most.float().quantile(share)) == pytest.approx(
+            float(whole.float().quantile(0.75 + 0.25 * share)), abs=15
+        )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -96,7 +107,9 @@ def test_noise_offset_moves_each_channel_as_a_whole() -> None:
 
 
 def test_huber_is_square_for_small_and_linear_for_large_errors() -> None:
-    noised = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion()).noise(torch.zeros(4, 1, 2, 2), Draw(0, 0, range(4)))
+    noised = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion()).noise(
+        torch.zeros(4, 1, 2, 2), Draw(0, 0, range(4))
+    )
     huber = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(huber=0.1))
     small, large = (huber.error(noised.target + error, noised) for error in (1e-3, 1e3))
     torch.testing.assert_close(small, torch.full((4,), 1e-6), rtol=1e-2, atol=0)
@@ -106,7 +119,7 @@ def test_huber_is_square_for_small_and_linear_for_large_errors() -> None:
 def test_zero_terminal_snr_is_diffusers_own_and_refused_with_epsilon(tmp_path: Path) -> None:
     zero = "diffusion={zero_terminal_snr: true}"
     job = tiny.prepare(tiny.recipe("sd21", "lora", zero, folder=tmp_path / "v"))
-    alphas = job.model.turns()[0].objective.alphas_cumprod  # type: ignore[attr-defined]
+    alphas = job.model.train_steps()[0].objective.alphas_cumprod  # type: ignore[attr-defined]
     torch.testing.assert_close(alphas, (1 - rescale_zero_terminal_snr(SCHEDULER.betas)).cumprod(0))
     assert alphas[-1] == 0
     config = job.model.pipeline.scheduler.config  # type: ignore[attr-defined]
@@ -131,17 +144,23 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
         places = range(1)
         draw = Draw(0, step, places)
         batch = job.data.batch(step, places, draw)
-        ours.append(job.model.turns()[0].loss(batch, draw))
+        ours.append(job.model.train_steps()[0].loss(batch, draw))
 
         picture = job.data.pictures[job.data.order.batch(step)[0]]
         pixels = to_tensor(numpy.asarray(apply(decode(picture.read(), "white"), picture.crop)))
         posterior = plain.vae.encode(pixels[None]).latent_dist
-        clean = (posterior.mean + posterior.std * draw.normal("posterior", posterior.mean.shape[1:])) * plain.vae.config.scaling_factor
+        clean = (
+            posterior.mean + posterior.std * draw.normal("posterior", posterior.mean.shape[1:])
+        ) * plain.vae.config.scaling_factor
         timestep, noise = draw.integers("timestep", 1000), draw.normal("noise", clean.shape[1:])
         scheduler = DDPMScheduler.from_config(plain.scheduler.config, clip_sample=False)
         noisy = scheduler.add_noise(clean, noise, timestep)
-        target = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
-        encoded = plain.encode_prompt(picture.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        target = (
+            noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
+        )
+        encoded = plain.encode_prompt(
+            picture.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         added = {}
         if name == "sdxl":
             crop = picture.crop
@@ -156,7 +175,11 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
 
 def test_draws_depend_on_seed_step_place_and_purpose_alone() -> None:
     together, alone = Draw(7, 2, [3, 1, 4]), Draw(7, 2, [4])
-    kinds: list[Callable[[Draw], Tensor]] = [lambda d: d.normal("noise", (2, 3)), lambda d: d.uniform("u"), lambda d: d.integers("t", 1000)]
+    kinds: list[Callable[[Draw], Tensor]] = [
+        lambda d: d.normal("noise", (2, 3)),
+        lambda d: d.uniform("u"),
+        lambda d: d.integers("t", 1000),
+    ]
     for of in kinds:
         assert torch.equal(of(together)[2], of(alone)[0])
         assert torch.equal(of(together), of(together))
@@ -176,7 +199,9 @@ def test_draws_are_distributed_as_they_say() -> None:
     assert float(uniform.min()) >= 0
     assert float(uniform.max()) < 1
     expected = 400
-    assert float(((whole.bincount(minlength=10) - expected).double() ** 2 / expected).sum()) < 40  # χ² of 9 degrees of freedom
+    assert (
+        float(((whole.bincount(minlength=10) - expected).double() ** 2 / expected).sum()) < 40
+    )  # χ² of 9 degrees of freedom
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
@@ -231,7 +256,9 @@ def stepped(make: Make | Optimizer, sizes: tuple[int, ...] = (64, 80)) -> tuple[
 
 def test_adamw_is_torchs_plain_one() -> None:
     section = Optimizer(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    plain = functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, fused=False, foreach=False)
+    plain = functools.partial(
+        torch.optim.AdamW, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, fused=False, foreach=False
+    )
     torch.testing.assert_close(stepped(section)[0], stepped(plain)[0], rtol=1e-5, atol=1e-6)
 
 
@@ -249,7 +276,9 @@ def test_eight_bit_adamw_keeps_eight_bits_and_stays_near() -> None:
 
 def test_adafactor_keeps_rows_and_columns_and_takes_the_recipes_rate() -> None:
     weight, optimizer = stepped(Optimizer(name="adafactor", lr=1e-2))
-    kept = sum(tensor.numel() for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor))
+    kept = sum(
+        tensor.numel() for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)
+    )
     assert kept < weight.numel() / 10
     slower, _ = stepped(Optimizer(name="adafactor", lr=1e-3))
     start = torch.randn(64, 80, generator=torch.Generator().manual_seed(0))
@@ -258,7 +287,11 @@ def test_adafactor_keeps_rows_and_columns_and_takes_the_recipes_rate() -> None:
 
 def test_targets_name_layers() -> None:
     net: Any = DiffusionPipeline.from_pretrained(tiny.pipeline("sd15")).unet
-    attention = [name for name, module in net.named_modules() if isinstance(module, nn.Linear) and (".attn1." in name or ".attn2." in name)]
+    attention = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Linear) and (".attn1." in name or ".attn2." in name)
+    ]
     assert layers(net, "attention") == attention
     assert {name for name in layers(net, "attention+mlp") if name not in attention} == {
         name for name, module in net.named_modules() if isinstance(module, nn.Linear) and ".ff." in name

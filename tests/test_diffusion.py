@@ -13,22 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.engine.draw import Draw
+from finetune.config.loader import load_recipe
+from finetune.config.nets.ddpm import Net
+from finetune.config.nets.edm import Net as EdmNet
+from finetune.config.nets.flow_matching import Net as FlowNet
 from finetune.errors import UserError
-from finetune.models import change, edm, rectifiedflow
-from finetune.models.ddpm import create
-from finetune.models.observation import log_mass
-from finetune.models.paths import Preserving
-from finetune.models.pixels import Space
-from finetune.models.samplers import SAMPLERS, posterior
-from finetune.models.turn import SampleRequest
-from finetune.nets.ddpm import Net
-from finetune.nets.edm import Net as EdmNet
-from finetune.nets.rectifiedflow import Net as FlowNet
-from finetune.recipe import load_recipe
-from finetune.sampling import sample
-from tests import scratch, tiny
-from tests.gaussian import DEVIATION, MEAN, angle, oracle
+from finetune.inference.sample import sample
+from finetune.models.base import SampleRequest
+from finetune.models.objectives import ode_likelihood
+from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.objectives.samplers import SAMPLERS, posterior
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.diffusion import edm, flow_matching
+from finetune.models.scratch.diffusion.ddpm import create
+from finetune.models.scratch.distributions import log_mass
+from finetune.rng import Draw
+from tests.helpers import scratch, tiny
+from tests.helpers.gaussian import DEVIATION, MEAN, angle, oracle
 
 
 def test_guidance_of_one_is_the_class_itself() -> None:
@@ -45,8 +46,12 @@ def test_guidance_of_one_is_the_class_itself() -> None:
         assert torch.equal(found[1.0], of_class)
         torch.testing.assert_close(found[0.0], free)
         torch.testing.assert_close(found[3.0], free + 3 * (of_class - free))
-        assert not torch.allclose(found[3.0][:2], of_class[:2]) and torch.allclose(found[3.0][2], of_class[2]), "no class is not guided"
-        assert float(model.denoised(50 * noisy, level, classes, 30.0).abs().max()) == 1, "expectations of pixels lie within their range"
+        assert not torch.allclose(found[3.0][:2], of_class[:2]) and torch.allclose(found[3.0][2], of_class[2]), (
+            "no class is not guided"
+        )
+        assert float(model.denoised(50 * noisy, level, classes, 30.0).abs().max()) == 1, (
+            "expectations of pixels lie within their range"
+        )
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
@@ -61,7 +66,9 @@ def test_a_normal_distribution_cut_into_levels_adds_up_to_one(levels: int) -> No
     assert found.isfinite().all()
     torch.testing.assert_close(found.exp().sum(0), torch.ones(5, dtype=torch.float64))
     edges = space.scaled(everything).double()
-    inside = torch.special.ndtr((edges + 1 / (levels - 1) - mean) / deviation) - torch.special.ndtr((edges - 1 / (levels - 1) - mean) / deviation)
+    inside = torch.special.ndtr((edges + 1 / (levels - 1) - mean) / deviation) - torch.special.ndtr(
+        (edges - 1 / (levels - 1) - mean) / deviation
+    )
     torch.testing.assert_close(found.exp()[1:-1], inside[1:-1], rtol=0, atol=1e-12)
 
 
@@ -73,7 +80,10 @@ class OracleNet(torch.nn.Module):
         self._levels = [path.level(step) for step in range(len(path))]
 
     def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None) -> Tensor:
-        alpha, sigma = (torch.tensor([getattr(self._levels[int(one)], name) for one in told]).view(-1, 1, 1, 1) for name in ("alpha", "sigma"))
+        alpha, sigma = (
+            torch.tensor([getattr(self._levels[int(one)], name) for one in told]).view(-1, 1, 1, 1)
+            for name in ("alpha", "sigma")
+        )
         clean = 0.1 + 0.04 * alpha / (0.04 * alpha**2 + sigma**2) * (noisy - 0.1 * alpha)
         return (noisy - alpha * clean) / sigma
 
@@ -95,7 +105,9 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
 
     expected = 0.5 * math.log(2 * math.pi * math.e * 0.04) - math.log(2 / 255)  # the entropy of what the levels hold
     last = path.level(steps - 1)
-    expected += 0.5 * (last.alpha**2 * (0.04 + 0.01) + last.sigma**2 - 1 - math.log(last.alpha**2 * 0.04 + last.sigma**2))
+    expected += 0.5 * (
+        last.alpha**2 * (0.04 + 0.01) + last.sigma**2 - 1 - math.log(last.alpha**2 * 0.04 + last.sigma**2)
+    )
     for step in range(steps):
         now = path.level(step)
         between = posterior(path.level(max(step, 1)), path.level(max(step, 1) - 1))
@@ -106,8 +118,12 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
     whole, sampled = (model.nats({"pixels": pictures}, draw, particles) for particles in (steps - 1, 4))
     assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
     assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.05)
-    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 4)), "a picture's chance is its own"
-    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps - 1).mean()) == pytest.approx(expected / math.log(2), rel=3e-3)
+    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 4)), (
+        "a picture's chance is its own"
+    )
+    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps - 1).mean()) == pytest.approx(
+        expected / math.log(2), rel=3e-3
+    )
 
 
 def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +132,14 @@ def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPat
     probe = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     expected, errors = torch.distributions.Normal(MEAN, DEVIATION).log_prob(clean).sum(1), []
     for steps in (20, 40, 80):
-        monkeypatch.setattr(change, "STEPS", steps)
-        found = change.log_density(lambda values, at: oracle(values, angle(at)), clean, change.angles(math.pi / 2), probe)
+        monkeypatch.setattr(ode_likelihood, "STEPS", steps)
+        found = ode_likelihood.log_density(
+            lambda values, at: oracle(values, angle(at)), clean, ode_likelihood.angles(math.pi / 2), probe
+        )
         errors.append(float((found - expected).abs().max()))
     assert errors[-1] < 2e-3
     assert [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)] == pytest.approx([2, 2], abs=0.1)
-    for family, keys in ((edm, EdmNet), (rectifiedflow, FlowNet)):
+    for family, keys in ((edm, EdmNet), (flow_matching, FlowNet)):
         model = family.create(Space(1, 4, 4, 17), keys(width=8, multiples=(1,)))
         for at in (0.001, 0.4, model.most()):
             level = model.at_angle(at)
@@ -154,7 +172,9 @@ def test_a_flows_bits_are_those_of_a_histogram() -> None:
 def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("latent-diffusion", tmp_path / "run")).model
     read = model.canvas.read(model.examples(99)["pixels"])
-    assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(read.std((0, 2, 3)), torch.ones(read.shape[1]), atol=1e-4)
+    assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(
+        read.std((0, 2, 3)), torch.ones(read.shape[1]), atol=1e-4
+    )
     assert torch.equal(model.canvas.within(1e3 * read), 1e3 * read)
     pixels = model.space.scaled(model.examples(4)["pixels"])
     expected = model.net.first.vae.decode(model.net.first.vae.encode(pixels).latent_dist.mode()).sample
@@ -173,7 +193,8 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
     torch.testing.assert_close(clean[:, :1], torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear"))
     noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        condition.beside(small, torch.ones(4), noise)[:, :1], torch.nn.functional.interpolate(noise, size=(8, 8), mode="bilinear")
+        condition.beside(small, torch.ones(4), noise)[:, :1],
+        torch.nn.functional.interpolate(noise, size=(8, 8), mode="bilinear"),
     )
     request = SampleRequest((), (), 3, 1.0)
     first = model.first.draw(torch.zeros(2, dtype=torch.long), Draw(0, "low", (5, 6)), request)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from finetune import doctor
-from finetune.cli import main
-from finetune.doctor import Driver, Finding
+from finetune.cli.main import main
+from finetune.system import doctor
+from finetune.system.doctor import Driver, Finding
 
 CARD = {
     "name": "RTX 3090",
@@ -38,7 +38,13 @@ UNSEEN = TORCH | {"gpus": []}
     ("there", "probed", "state", "found", "remedy"),
     [
         (DRIVER, TORCH, "works", "driver 580.10, compute capability 8.6, 23.0 of 24.0 GiB free, bfloat16", ""),
-        (DRIVER, TORCH | {"gpus": [CARD | {"free": 2**30}]}, "limited", "1.0 of 24.0 GiB free", "nvidia-smi names the programs"),
+        (
+            DRIVER,
+            TORCH | {"gpus": [CARD | {"free": 2**30}]},
+            "limited",
+            "1.0 of 24.0 GiB free",
+            "nvidia-smi names the programs",
+        ),
         (None, UNSEEN, "limited", "there is none", "ft estimate"),
         (None, UNSEEN | {"mps": True}, "limited", "Apple", "CPU"),
         (DRIVER, UNSEEN | {"cuda": None}, "fails", r"RTX 3090 \(24 GiB\).*without CUDA", "pytorch.org"),
@@ -54,7 +60,9 @@ UNSEEN = TORCH | {"gpus": []}
         (DRIVER, TORCH | {"gpus": [CARD | {"error": "an ECC error"}]}, "fails", "an ECC error", "nvidia-smi"),
     ],
 )
-def test_gpu(there: Driver | None, probed: dict[str, Any], state: str, found: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu(
+    there: Driver | None, probed: dict[str, Any], state: str, found: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (finding,) = doctor.gpus(there, probed)
     assert finding.state == state
@@ -75,9 +83,15 @@ def test_a_hidden_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_libraries() -> None:
-    (wrong,) = doctor.libraries(["pytest>=999", "no-such-thing>=1", "click>=8; sys_platform == 'nowhere'", "numpy>=1"], {})
+    (wrong,) = doctor.libraries(
+        ["pytest>=999", "no-such-thing>=1", "click>=8; sys_platform == 'nowhere'", "numpy>=1"], {}
+    )
     assert wrong.state == "fails"
-    assert_says(wrong, "pytest is .*and >=999 is needed; no-such-thing is not installed", 'pip install "pytest>=999" "no-such-thing>=1"')
+    assert_says(
+        wrong,
+        "pytest is .*and >=999 is needed; no-such-thing is not installed",
+        'pip install "pytest>=999" "no-such-thing>=1"',
+    )
     (other,) = doctor.libraries(["numpy>=1"], {"numpy": "0.1"})
     assert other.state == "works"
     assert_says(other, r"not the versions that were tested: numpy .*\(0.1\)", "constraints.txt")
@@ -86,17 +100,30 @@ def test_libraries() -> None:
 
 
 def test_hub() -> None:
-    base = {"endpoint": "https://huggingface.co", "offline": False, "cache": "/c", "token": False, "answers": True, "known": False}
+    base = {
+        "endpoint": "https://huggingface.co",
+        "offline": False,
+        "cache": "/c",
+        "token": False,
+        "answers": True,
+        "known": False,
+    }
     assert [finding.state for finding in doctor.hub(base)] == ["works", "limited"]
     assert_says(doctor.hub(base | {"token": True})[1], "does not accept it", "hf auth login")
     assert [finding.state for finding in doctor.hub(base | {"token": True, "known": True})] == ["works", "works"]
-    assert_says(doctor.hub(base | {"answers": False, "error": "ConnectError"})[0], r"does not answer \(ConnectError\)", "HF_ENDPOINT")
+    assert_says(
+        doctor.hub(base | {"answers": False, "error": "ConnectError"})[0],
+        r"does not answer \(ConnectError\)",
+        "HF_ENDPOINT",
+    )
 
 
 def test_disk(tmp_path: Path) -> None:
     assert doctor.place("runs", tmp_path / "a" / "b", 1, "fails", "elsewhere").state == "works"
     assert_says(
-        doctor.place("runs", tmp_path / "a", 10**18, "fails", "elsewhere"), "GB free, and .* are soon needed", "free some space, or elsewhere"
+        doctor.place("runs", tmp_path / "a", 10**18, "fails", "elsewhere"),
+        "GB free, and .* are soon needed",
+        "free some space, or elsewhere",
     )
     (tmp_path / "file").write_text("")
     below = doctor.place("runs", tmp_path / "file" / "runs", 1, "fails", "elsewhere")
@@ -112,13 +139,27 @@ def ft_doctor(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str
     return ended.value.code, shown.out
 
 
-def test_this_machine_works_and_the_token_is_never_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_works_and_the_token_is_never_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     code, shown = ft_doctor(capsys, "--json")
     found = json.loads(shown)
     assert (code, found["works"]) == (0, True)
     states = {finding["name"]: finding["state"] for finding in found["findings"]}
-    assert {"Python", "libraries", "torch", "GPU", "bitsandbytes", "memory", "runs", "cache", "models", "hub", "token"} <= states.keys()
+    assert {
+        "Python",
+        "libraries",
+        "torch",
+        "GPU",
+        "bitsandbytes",
+        "memory",
+        "runs",
+        "cache",
+        "models",
+        "hub",
+        "token",
+    } <= states.keys()
     assert states["torch"] == states["bitsandbytes"] == states["token"] == "works"
     assert "verysecret" not in shown
 

@@ -9,10 +9,10 @@ import numpy
 import pytest
 from PIL import Image, ImageEnhance
 
-from finetune.data import duplicates
-from finetune.data.duplicates import NEAR_BITS, NEAR_COLOUR, groups, near
-from finetune.data.looks import COLOUR_BYTES, FINGERPRINT_BYTES, HASH_BYTES, fingerprint
-from finetune.recipe import ASSETS
+from finetune.data.audit import duplicates
+from finetune.data.audit.duplicates import NEAR_BITS, NEAR_COLOUR, groups, near
+from finetune.data.audit.inspect import COLOUR_BYTES, FINGERPRINT_BYTES, HASH_BYTES, fingerprint
+from finetune.paths import ASSETS
 
 
 def emoji(count: int) -> list[Image.Image]:
@@ -47,7 +47,10 @@ def test_a_picture_saved_again_scaled_or_brightened_is_near_and_others_are_not()
 
 def test_colours_tell_pictures_of_one_shape_apart() -> None:
     shape = emoji(60)[7].getchannel("A")
-    painted = [Image.composite(Image.new("RGB", shape.size, colour), Image.new("RGB", shape.size, "white"), shape) for colour in ("red", "blue")]
+    painted = [
+        Image.composite(Image.new("RGB", shape.size, colour), Image.new("RGB", shape.size, "white"), shape)
+        for colour in ("red", "blue")
+    ]
     left, right = (fingerprint(picture) for picture in painted)
     assert not list(groups(near(left + right)))
     assert list(groups(near(left + left))) == [[0, 1]]

@@ -10,13 +10,13 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune.estimate import standins
+from finetune.config.loader import load_recipe
 from finetune.estimate.architecture import DENOISERS
-from finetune.estimate.denoiser import Denoiser, DenoiserModel, load
-from finetune.estimate.emulate import cuda, fake_tensors
-from finetune.estimate.subject import Subject
-from finetune.estimate.trace import Recorder
-from finetune.recipe import load_recipe
+from finetune.estimate.tracing import stubs
+from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
+from finetune.estimate.tracing.denoiser import Denoiser, DenoiserModel, load
+from finetune.estimate.tracing.recorder import Recorder
+from finetune.estimate.tracing.traced_run import Subject
 
 # -- the emulation ----------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,8 @@ def test_autocast_casts_as_cuda_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "masked", "kernel"), [(torch.bfloat16, False, "flash"), (torch.float32, False, "efficient"), (torch.bfloat16, True, "efficient")]
+    ("dtype", "masked", "kernel"),
+    [(torch.bfloat16, False, "flash"), (torch.float32, False, "efficient"), (torch.bfloat16, True, "efficient")],
 )
 def test_attention_keeps_no_scores(dtype: torch.dtype, masked: bool, kernel: str) -> None:
     with fake_tensors(), cuda(), Recorder() as recorder:
@@ -59,7 +60,7 @@ def test_an_rms_norm_is_one_kernel() -> None:
 def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
     shapes = [(64, 64), (63, 65), (4096,), (4095,), (1, 300, 20)]
     bytes_of: dict[Any, dict[tuple[int, str], tuple[int, torch.dtype]]] = {}
-    for kind in (bitsandbytes.optim.AdamW8bit, standins.AdamW8bit):
+    for kind in (bitsandbytes.optim.AdamW8bit, stubs.AdamW8bit):
         parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
         optimizer = kind(parameters)
         for parameter in parameters:
@@ -69,7 +70,9 @@ def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
         for number, parameter in enumerate(parameters):
             state = optimizer.state[parameter]
             found |= {
-                (number, key): (value.numel(), value.dtype) for key, value in state.items() if isinstance(value, torch.Tensor) and value.numel() > 1
+                (number, key): (value.numel(), value.dtype)
+                for key, value in state.items()
+                if isinstance(value, torch.Tensor) and value.numel() > 1
             }
         bytes_of[kind] = found
     real, standin = bytes_of.values()
@@ -83,7 +86,9 @@ def test_gradients_do_not_outlive_their_step() -> None:
             sum(parameter.sum() for parameter in parameters).backward()  # type: ignore[union-attr]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             torch.optim.SGD(parameters).zero_grad()
-        living = {event.identifier for event in recorder.events if event.size} - {event.identifier for event in recorder.events if event.size is None}
+        living = {event.identifier for event in recorder.events if event.size} - {
+            event.identifier for event in recorder.events if event.size is None
+        }
     assert len(living) == 2
 
 
@@ -125,11 +130,19 @@ def test_denoiser_traces(name: str) -> None:
     """Its parameters are as many as published; one layer of it takes a step with LoRA, and every adapter gets its gradient."""
     given = load(name)
     with fake_tensors():
-        assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(PUBLISHED[name], rel=0.01)
-    cut = dict.fromkeys(DEPTHS, 1) | ({"dual_attention_layers": [0]} if "sd35" in name else {"llama_layers": [0, 1]} if "hidream" in name else {})
-    small = dataclasses.replace(given, config=given.config | {key: value for key, value in cut.items() if key in signature_of(given)})
+        assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(
+            PUBLISHED[name], rel=0.01
+        )
+    cut = dict.fromkeys(DEPTHS, 1) | (
+        {"dual_attention_layers": [0]} if "sd35" in name else {"llama_layers": [0, 1]} if "hidream" in name else {}
+    )
+    small = dataclasses.replace(
+        given, config=given.config | {key: value for key, value in cut.items() if key in signature_of(given)}
+    )
     checkpointing = f"train.gradient_checkpointing={str('amused' not in name).lower()}"
-    recipe = load_recipe("lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256", checkpointing])
+    recipe = load_recipe(
+        "lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256", checkpointing]
+    )
     subject = Subject(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))
     train = subject.phases()["train"]
     backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from finetune import nets
+from finetune.config import nets
+from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.estimate import cards, choose, families
+from finetune.estimate import benchmarks, profiles, recommend
 from finetune.estimate.advice import assignment
-from finetune.estimate.allocator import replay
-from finetune.estimate.choose import PROMISE
+from finetune.estimate.allocator.caching import replay
 from finetune.estimate.constants import GIB, INTERCONNECT
-from finetune.estimate.emulate import cuda, fake_tensors
 from finetune.estimate.forecast import fitting, forecast, levers, pulled, told_levers
-from finetune.estimate.gpus import described, find
-from finetune.estimate.group import Group
-from finetune.estimate.subject import Subject, skeletons
-from finetune.recipe import Recipe, bundled_recipes, load_recipe
-from tests.estimates import ft, of
+from finetune.estimate.hardware.gpus import described, find
+from finetune.estimate.hardware.parallelism import Group
+from finetune.estimate.recommend import PROMISE
+from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
+from finetune.estimate.tracing.traced_run import Subject, skeletons
+from tests.helpers.estimates import ft, of
 
 # -- what is said -----------------------------------------------------------------------------------------------------
 
@@ -47,7 +48,9 @@ def test_accumulation_keeps_gradients_and_takes_time() -> None:
     once, twice = of("lora/sd15", "train.accumulation=1"), of("lora/sd15", "train.accumulation=2")
     assert twice.memory == once.memory
     assert once.speed.seconds < twice.speed.seconds <= 2 * once.speed.seconds
-    once, twice = (of("full/sd15", f"train.accumulation={count}", "train.gradient_checkpointing=false") for count in (1, 2))
+    once, twice = (
+        of("full/sd15", f"train.accumulation={count}", "train.gradient_checkpointing=false") for count in (1, 2)
+    )
     assert once.memory.peak < twice.memory.peak <= once.memory.peak + 4.2 * once.variant.trained
 
 
@@ -83,9 +86,13 @@ def test_every_lever_saves_memory() -> None:
 def test_every_lever_can_be_set_in_a_recipe() -> None:
     """What the advice names with `--set`, all of it, a recipe takes."""
     for name in ("lora/sd15", "full/sd15", "lora/emoji", "full/emoji"):
-        recipe = load_recipe(name, ["train.gradient_checkpointing=false", "optimizer.name=adamw", "train.accumulation=2"])
+        recipe = load_recipe(
+            name, ["train.gradient_checkpointing=false", "optimizer.name=adamw", "train.accumulation=2"]
+        )
         for lever in levers(recipe):
-            assert getattr(load_recipe(name, ["train.accumulation=2", *assignment(lever).split()]), lever.key.partition(".")[0])
+            assert getattr(
+                load_recipe(name, ["train.accumulation=2", *assignment(lever).split()]), lever.key.partition(".")[0]
+            )
 
 
 @pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=offload", "model.vae_tiling=true"])
@@ -105,7 +112,9 @@ def test_what_encodes_takes_what_its_card_says(edit: str) -> None:
 def test_sharding_shares_out_what_zero_shares_out() -> None:
     """Stage 3 of ZeRO (arXiv:1910.02054): 1/n of weights, gradients and state; 1.5 times DDP's exchange, in 16 bits for the weights."""
     recipe = load_recipe("full/sd15", ["train.ema=null", "train.accumulation=1"])
-    one, ddp, fsdp = (forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*of)) for of in ((1,), (4,), (4, "fsdp")))
+    one, ddp, fsdp = (
+        forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*of)) for of in ((1,), (4,), (4, "fsdp"))
+    )
     for part in ("trained weights", "gradients", "optimizer (adamw8bit)"):
         assert fsdp.memory.parts[part] == pytest.approx(one.memory.parts[part] / 4, abs=1)
     assert "gradient buckets" not in fsdp.memory.parts and fsdp.memory.parts["gathered weights"] > 0
@@ -121,11 +130,11 @@ def test_sharding_shares_out_what_zero_shares_out() -> None:
 @pytest.mark.parametrize(("images", "method"), [(50, "lora"), (3000, "lora"), (50_000, "full")])
 def test_choice_follows_the_pictures(images: int, method: str) -> None:
     found = [of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
-    assert choose.choose(found, images, None, None, "quality").forecast.recipe.method == method
+    assert recommend.choose(found, images, None, None, "quality").forecast.recipe.method == method
 
 
 def test_rules_leave_no_gap() -> None:
-    for rules in (choose.BY_IMAGES, choose.BY_BUDGET):
+    for rules in (recommend.BY_IMAGES, recommend.BY_BUDGET):
         assert all(one.most == following.least for one, following in itertools.pairwise(rules))
         assert rules[-1].most == float("inf")
         assert all(one.reason and one.methods for one in rules)
@@ -133,12 +142,12 @@ def test_rules_leave_no_gap() -> None:
 
 def test_every_recipe_is_of_a_kind_that_the_goals_know() -> None:
     kinds = {nets.kind(load_recipe(name).model.family) for name in bundled_recipes()}
-    assert kinds <= {kind for goal in choose.GOALS.values() for kind in goal.kinds}
+    assert kinds <= {kind for goal in recommend.GOALS.values() for kind in goal.kinds}
 
 
 def test_little_money_goes_before_many_pictures() -> None:
     found = [of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
-    choice = choose.choose(found, 20_000, 60, None, "quality")
+    choice = recommend.choose(found, 20_000, 60, None, "quality")
     assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
 
 
@@ -155,21 +164,30 @@ def test_a_latent_space_is_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
     assert "because a latent space: a VAE" in said and "emoji-diffusion" not in said
 
 
-@pytest.mark.parametrize("goal", families.DECISIVE)
+@pytest.mark.parametrize("goal", benchmarks.DECISIVE)
 def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "2000", "--gpu", "rtx3060", "--data", "small-images", "--goal", goal) == 0
     serving = {"speed": "dcgan", "likelihood": "glow"}
-    assert families.quoted(goal).startswith(serving[goal]) and f"Recommended: scratch/{serving[goal]}, because" in capsys.readouterr().out
+    assert (
+        benchmarks.quoted(goal).startswith(serving[goal])
+        and f"Recommended: scratch/{serving[goal]}, because" in capsys.readouterr().out
+    )
 
 
 def test_an_autoregressive_model_never_draws_large_pictures() -> None:
     one = of("lora/sd15")
-    large = dataclasses.replace(one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnnpp")))
+    large = dataclasses.replace(
+        one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnnpp"))
+    )
     with pytest.raises(UserError, match="never draws large pictures"):
-        choose.choose([large], 3000, None, None, "likelihood")
+        recommend.choose([large], 3000, None, None, "likelihood")
 
 
-FOR_PICTURES = {name for name in bundled_recipes() if not name.startswith("scratch/") and not name.endswith("/emoji") and not PROMISE.search(name)}
+FOR_PICTURES = {
+    name
+    for name in bundled_recipes()
+    if not name.startswith("scratch/") and not name.endswith("/emoji") and not PROMISE.search(name)
+}
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,10 +197,14 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
     assert all(name in said for name in FOR_PICTURES)
-    assert sum("lora/flux2-klein " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said, "QLoRA has a row of its own"
+    assert sum("lora/flux2-klein " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said, (
+        "QLoRA has a row of its own"
+    )
 
 
-def test_of_several_recipes_for_one_base_the_largest_that_fits_stands_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_several_recipes_for_one_base_the_largest_that_fits_stands_in_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for gpu, name in (("rtx3060", "lora/flux1-12gb"), ("rtx3090", "lora/flux1"), ("h100-sxm", "lora/flux1-80gb")):
         assert ft("--images", "3000", "--gpu", gpu, "--json") == 0
         found = json.loads(capsys.readouterr().out)
@@ -201,9 +223,11 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recipes_from_scratch_are_known_by_what_they_build() -> None:
-    found = cards.card_of_build(load_recipe("scratch/emoji-vae", ["autoencoder.kl_weight=1e-3", "train.batch_size=4"]))
+    found = profiles.card_of_build(
+        load_recipe("scratch/emoji-vae", ["autoencoder.kl_weight=1e-3", "train.batch_size=4"])
+    )
     assert found is not None and found.name == "scratch-emoji-vae"
-    assert cards.card_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
+    assert profiles.card_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
 
 
 def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +250,11 @@ def test_trace_says_what_the_card_says(capsys: pytest.CaptureFixture[str], tmp_p
 
 def test_a_denoiser_that_someone_points_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}))
+    file.write_text(
+        json.dumps(
+            {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+        )
+    )
     assert ft("--denoiser", str(file), "--gpu", "rtx3090", "--images", "10", "--resolution", "256") == 0
     assert "FluxTransformer2DModel" in file.read_text() and "fits" in capsys.readouterr().out
 
@@ -249,10 +277,19 @@ BAD = {
     "too little money": (["--images", "3000", "--gpu", "rtx3090", "--budget", "0.01"], "the least is"),
     "too little time": (["--images", "3000", "--gpu", "rtx3090", "--hours", "0.01"], "the least is"),
     "too small a GPU": (["--images", "3000", "--vram", "1", "--tflops", "10", "--bandwidth", "100"], "the least is"),
-    "not on a card": (["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "adapter.targets=to_q"], "does not cover"),
-    "from scratch, another net": (["scratch/emoji-vae", "--gpu", "t4", "--set", "model.build.latent_channels=4"], "no card covers"),
+    "not on a card": (
+        ["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "adapter.targets=to_q"],
+        "does not cover",
+    ),
+    "from scratch, another net": (
+        ["scratch/emoji-vae", "--gpu", "t4", "--set", "model.build.latent_channels=4"],
+        "no card covers",
+    ),
     "several CPUs": (["scratch/emoji-vae", "--gpu", "cpu", "--gpus", "2"], "one CPU"),
-    "an unknown repository": (["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "model.path=someone/something"], "cannot be told"),
+    "an unknown repository": (
+        ["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "model.path=someone/something"],
+        "cannot be told",
+    ),
     "a file that is no denoiser": (["--denoiser", "no-denoiser.json", "--images", "10", "--gpu", "t4"], "no denoiser"),
     "a file that is no JSON": (["--denoiser", "no-json.json", "--images", "10", "--gpu", "t4"], "no JSON object"),
     "a denoiser that is not there": (["--denoiser", "missing.json", "--images", "10", "--gpu", "t4"], "cannot be read"),
@@ -262,7 +299,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_in_a_sentence(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_told_in_a_sentence(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no-denoiser.json").write_text('{"_class_name": "AutoencoderKL"}')
     (tmp_path / "no-json.json").write_text("here is no JSON")
@@ -275,13 +314,15 @@ def test_bad_input_is_told_in_a_sentence(name: str, capsys: pytest.CaptureFixtur
 
 
 def test_no_torch_is_imported() -> None:
-    program = "import sys; from finetune import cli\ntry: cli.main(['estimate', '--images', '3000', '--gpu', 'rtx3090'])\nexcept SystemExit: pass\n"
+    program = "import sys; from finetune.cli import main\ntry: main(['estimate', '--images', '3000', '--gpu', 'rtx3090'])\nexcept SystemExit: pass\n"
     program += "sys.exit(', '.join({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_a_budget_that_is_too_small_says_the_least() -> None:
     found = [of("lora/sd15")]
     with pytest.raises(UserError, match="the least is lora/sd15"):
-        choose.choose(found, 3000, 0.01, None, "quality")
+        recommend.choose(found, 3000, 0.01, None, "quality")

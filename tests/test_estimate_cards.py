@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 
-from finetune.estimate import cards
-from finetune.estimate.allocator import replay
+from finetune.config.loader import load_recipe
+from finetune.estimate import profiles
+from finetune.estimate.allocator.caching import replay
 from finetune.estimate.constants import GIB
-from finetune.estimate.gpus import find
-from finetune.estimate.measure import BATCHES, variant
+from finetune.estimate.hardware.gpus import find
 from finetune.estimate.memory import memory
-from finetune.recipe import load_recipe
-from tests.estimates import of, traced
+from finetune.estimate.tracing.measure import BATCHES, variant
+from tests.helpers.estimates import of, traced
 
 
 def _load_measure_cards() -> Any:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("measure_cards", Path(__file__).parent.parent / "scripts" / "measure_cards.py")
+    spec = importlib.util.spec_from_file_location(
+        "measure_cards", Path(__file__).parent.parent / "scripts" / "measure_cards.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,31 +32,33 @@ def _load_measure_cards() -> Any:
 
 
 def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
-    """A recipe, a lever or a key that came later makes cards stale: scripts/measure_cards.py."""
+    """A recipe, a lever or a key that came later makes cards stale: tools/measure_profiles.py."""
     measure, lacking = _load_measure_cards(), set()
     for card_name, recipes in measure.cards().items():
-        card = cards.load(card_name) if card_name in cards.known() else None
+        card = profiles.load(card_name) if card_name in profiles.known() else None
         for name in recipes:
             asked = list(measure.wanted(card_name, load_recipe(name)))
             held = [(one.device, one.settings) for one in card.variants] if card else []
-            if any((device, cards.settings_of(recipe)) not in held for device, recipe in asked):
+            if any((device, profiles.settings_of(recipe)) not in held for device, recipe in asked):
                 lacking.add(name)
-            assert card is None or not card.build or card.build == cards.build_key(asked[0][1]), name
+            assert card is None or not card.build or card.build == profiles.build_key(asked[0][1]), name
     assert not lacking
 
 
 @pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
-def test_cards_are_not_stale(name: str, device: cards.Device) -> None:
-    """Measured again, a variant is what its card holds. If not: scripts/measure_cards.py."""
+def test_cards_are_not_stale(name: str, device: profiles.Device) -> None:
+    """Measured again, a variant is what its card holds. If not: tools/measure_profiles.py."""
     measure = _load_measure_cards()
     recipe = measure.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
     low, high = ([measure.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
     found = variant(recipe, device, low, high, None)
     card = next(one for one, recipes in measure.cards().items() if name in recipes)
-    held = json.loads(cards.path_of(card).read_text())
+    held = json.loads(profiles.path_of(card).read_text())
     entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
-    assert {key: entry[key] for key in found if key != "rank_bytes"} == {key: found[key] for key in found if key != "rank_bytes"}
+    assert {key: entry[key] for key in found if key != "rank_bytes"} == {
+        key: found[key] for key in found if key != "rank_bytes"
+    }
 
 
 def test_card_answers_between_its_points_as_the_trace_does() -> None:
@@ -62,8 +66,8 @@ def test_card_answers_between_its_points_as_the_trace_does() -> None:
     overrides = ("train.batch_size=6", "data.resolution=96", "adapter.rank=32")
     reserved = replay(traced("lora/emoji", *overrides)["train"].events).peak_reserved
     recipe = load_recipe("lora/emoji", overrides)
-    card = cards.load("base")
-    said = memory(card, cards.variant_of(card, recipe), recipe, find("rtx3090"))
+    card = profiles.load("base")
+    said = memory(card, profiles.variant_of(card, recipe), recipe, find("rtx3090"))
     around = said.parts["cuBLAS workspace"] + said.parts["CUDA context"]
     assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
 
@@ -99,12 +103,12 @@ def test_levers_are_true_on_the_trace(name: str) -> None:
     assert promised == pytest.approx(seen, rel=0.15, abs=6 << 20)
 
 
-@pytest.mark.parametrize("name", cards.known())
+@pytest.mark.parametrize("name", profiles.known())
 def test_parameters_on_cards(name: str) -> None:
     """Denoisers' published counts: 860 M, 866 M and 2.6 B (arXiv:2307.01952, table 1, says 860 M, 865 M and 2.6 B)."""
     published = {"sd15": 859.5e6, "sd21": 865.9e6, "sdxl": 2567.5e6}
     if name in published:
-        assert cards.load(name).parameters["denoiser"] == pytest.approx(published[name], rel=1e-3)
+        assert profiles.load(name).parameters["denoiser"] == pytest.approx(published[name], rel=1e-3)
 
 
 def test_sd15_takes_what_was_published() -> None:

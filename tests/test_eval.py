@@ -17,18 +17,19 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from finetune.commands import estimate
-from finetune.commands.eval import command
-from finetune.data.scan import scan
+from benchmarks import bench_families
+from finetune.cli import estimate
+from finetune.cli.evaluate import command
+from finetune.config.schema import Data, Source
+from finetune.data.audit.audit import scan
 from finetune.errors import UserError
-from finetune.estimate import families
-from finetune.metrics import distances
-from finetune.metrics.emojinet import WEIGHTS
-from finetune.metrics.evaluate import as_drawn, evaluate
-from finetune.metrics.features import Dinov2, EmojiNet
-from finetune.recipe import ASSETS, Data, Source
-from scripts import bench_families
-from tests import scratch, tiny
+from finetune.estimate import benchmarks
+from finetune.evaluation import metrics
+from finetune.evaluation.emoji_net import WEIGHTS
+from finetune.evaluation.evaluate import as_drawn, evaluate
+from finetune.evaluation.features import Dinov2, EmojiNet
+from finetune.paths import ASSETS
+from tests.helpers import scratch, tiny
 
 
 def normal(count: int, width: int, seed: int = 0) -> Tensor:
@@ -45,16 +46,22 @@ def with_moments(mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
 
 def test_the_frechet_distance_between_gaussians() -> None:
     mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    one = with_moments(torch.zeros(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)), 1)
+    one = with_moments(
+        torch.zeros(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)), 1
+    )
     other = with_moments(mean, torch.diag(torch.tensor([4.0, 4.0, 1.0], dtype=torch.float64)), 2)
-    assert distances.frechet_distance(one, other) == pytest.approx(float(mean.square().sum()) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+    assert metrics.frechet_distance(one, other) == pytest.approx(
+        float(mean.square().sum()) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
+    )
     roots = [normal(3, 3, seed) for seed in (3, 4)]
     first, second = (root @ root.T + torch.eye(3) for root in roots)  # that do not commute
     trace = float(torch.linalg.eigvals(first @ second).sqrt().real.sum())
     expected = float(first.trace() + second.trace()) - 2 * trace
     zero = torch.zeros(3, dtype=torch.float64)
-    assert distances.frechet_distance(with_moments(zero, first, 5), with_moments(zero, second, 6)) == pytest.approx(expected)
-    assert distances.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(with_moments(zero, first, 5), with_moments(zero, second, 6)) == pytest.approx(
+        expected
+    )
+    assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_kernel_distance_is_its_formula_and_unbiased() -> None:
@@ -67,37 +74,41 @@ def test_the_kernel_distance_is_its_formula_and_unbiased() -> None:
         return [(a, b) for i, a in enumerate(these) for j, b in enumerate(these) if i != j]
 
     by_hand = mean(apart(one)) + mean(apart(other)) - 2 * mean([(a, b) for a in one for b in other])
-    assert distances.kernel_distance(one, other) == pytest.approx(by_hand)
-    of_equals = torch.tensor([distances.kernel_distance(normal(20, 4, 2 * seed), normal(20, 4, 2 * seed + 1)) for seed in range(300)])
+    assert metrics.kernel_distance(one, other) == pytest.approx(by_hand)
+    of_equals = torch.tensor(
+        [metrics.kernel_distance(normal(20, 4, 2 * seed), normal(20, 4, 2 * seed + 1)) for seed in range(300)]
+    )
     assert abs(float(of_equals.mean())) < 3 * float(of_equals.std()) / math.sqrt(300)
 
 
 def test_neighbourhoods_of_equal_distributions() -> None:
     """Naeem et al. 2020, §3.3: the expected coverage is 1 − 2^−k, the density about 1, and an outlier among the real lifts precision alone."""
     real, drawn = normal(1500, 32, 1), normal(1500, 32, 2)
-    found = distances.neighbourhoods(real, drawn)
+    found = metrics.neighbourhoods(real, drawn)
     assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
     assert found.density == pytest.approx(1, abs=0.1)
     far = drawn + 100
     outlier = torch.cat([real, 50 + torch.zeros(1, 32)])
-    assert distances.neighbourhoods(real, far) == distances.Neighbourhoods(0, 0, 0, 0)
-    lifted = distances.neighbourhoods(outlier, 50 + drawn)
+    assert metrics.neighbourhoods(real, far) == metrics.Neighbourhoods(0, 0, 0, 0)
+    lifted = metrics.neighbourhoods(outlier, 50 + drawn)
     assert lifted.precision > 0.9 and lifted.density < 0.3
-    same = distances.neighbourhoods(real[:100], real[:100])
+    same = metrics.neighbourhoods(real[:100], real[:100])
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
 
 
 def test_half_of_the_classes_halve_the_coverage() -> None:
     """By the pixels themselves of handwritten digits, whose classes they tell apart."""
     files = sorted((ASSETS / "digits" / "train").rglob("*.png"))
-    features = torch.stack([torch.from_numpy(numpy.asarray(Image.open(file), dtype=numpy.float64)).flatten() for file in files])
+    features = torch.stack(
+        [torch.from_numpy(numpy.asarray(Image.open(file), dtype=numpy.float64)).flatten() for file in files]
+    )
     real, other = features[::2], features[1::2]
     few = other[torch.tensor([int(file.parent.name) < 5 for file in files[1::2]])]
-    whole, half = distances.neighbourhoods(real, other), distances.neighbourhoods(real, few)
+    whole, half = metrics.neighbourhoods(real, other), metrics.neighbourhoods(real, few)
     assert whole.coverage > 0.85
     assert half.coverage / whole.coverage == pytest.approx(0.5, abs=0.1)
     assert half.precision == pytest.approx(whole.precision, abs=0.1), "what is drawn looks as real as before"
-    assert distances.frechet_distance(real, few) > 2 * distances.frechet_distance(real, other)
+    assert metrics.frechet_distance(real, few) > 2 * metrics.frechet_distance(real, other)
 
 
 def test_emoji_net_tells_worse_pictures_from_better() -> None:
@@ -109,12 +120,12 @@ def test_emoji_net_tells_worse_pictures_from_better() -> None:
     real, other = net.features(pictures[::2]), pictures[1::2]
 
     def far(changed: Callable[[Image.Image], Image.Image]) -> float:
-        return distances.frechet_distance(real, net.features(changed(picture) for picture in other))
+        return metrics.frechet_distance(real, net.features(changed(picture) for picture in other))
 
     itself, blurred, blurrier, noisy = far(lambda p: p), far(blur(1)), far(blur(2)), far(noise(20))
     assert 1.5 * itself < blurred < blurrier and 1.5 * itself < noisy
     few = [other[place % 10] for place in range(150)]
-    assert distances.neighbourhoods(real, net.features(few)).coverage < 0.3
+    assert metrics.neighbourhoods(real, net.features(few)).coverage < 0.3
 
 
 def blur(pixels: float) -> Callable[[Image.Image], Image.Image]:
@@ -123,16 +134,18 @@ def blur(pixels: float) -> Callable[[Image.Image], Image.Image]:
 
 def noise(deviation: float) -> Callable[[Image.Image], Image.Image]:
     generator = numpy.random.default_rng(0)
-    return lambda picture: Image.fromarray((numpy.asarray(picture) + generator.normal(0, deviation, (32, 32, 3))).clip(0, 255).astype(numpy.uint8))
+    return lambda picture: Image.fromarray(
+        (numpy.asarray(picture) + generator.normal(0, deviation, (32, 32, 3))).clip(0, 255).astype(numpy.uint8)
+    )
 
 
 def test_copies_are_told() -> None:
     training = normal(200, 8, 1)
-    nearest, far, share = distances.copies(training[:50] + 1e-6, training)
+    nearest, far, share = metrics.copies(training[:50] + 1e-6, training)
     assert torch.equal(nearest, torch.arange(50)) and float(far.max()) < 1e-4 and share == 1
-    assert distances.copies(normal(200, 8, 2), training)[2] < 0.7
-    assert distances.diversity(torch.ones(5, 3)) == 0
-    assert distances.diversity(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
+    assert metrics.copies(normal(200, 8, 2), training)[2] < 0.7
+    assert metrics.diversity(torch.ones(5, 3)) == 0
+    assert metrics.diversity(torch.tensor([[0.0, 0], [3, 4], [0, 0]])) == pytest.approx(10 / 3)
 
 
 @functools.cache
@@ -169,7 +182,15 @@ def test_the_table_names_what_compares(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "0").mkdir(parents=True)
     for number, file in enumerate(sorted((scratch.digits() / "0").glob("*.png"))):
         (tmp_path / "pictures" / "0" / f"{number}.png").write_bytes(file.read_bytes())
-    given = [str(run("vae")), "--against", str(tmp_path / "pictures"), "--pictures", "3", "--out", str(tmp_path / "out")]
+    given = [
+        str(run("vae")),
+        "--against",
+        str(tmp_path / "pictures"),
+        "--pictures",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     shown = CliRunner().invoke(command, given, catch_exceptions=False).stdout
     assert "emoji-net Fréchet distance" in shown and "FID" not in shown
     assert "drawn    real" in shown, "three others of the six pictures say what is to be reached"
@@ -180,18 +201,29 @@ def test_the_table_names_what_compares(tmp_path: Path) -> None:
 def test_the_least_likely_picture_is_the_odd_one(tmp_path: Path) -> None:
     """What tells anomalies: digits were learned, and one picture is noise."""
     learned = tiny.train(
-        scratch.recipe("vae", tmp_path / "run", "train.steps=60", "optimizer.lr=3e-3", "optimizer.schedule=constant", "data.classes=null")
+        scratch.recipe(
+            "vae",
+            tmp_path / "run",
+            "train.steps=60",
+            "optimizer.lr=3e-3",
+            "optimizer.schedule=constant",
+            "data.classes=null",
+        )
     )
     (tmp_path / "pictures").mkdir()
     for number, file in enumerate(sorted(scratch.digits().rglob("*.png"))[:5]):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(file.read_bytes())
-    Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (8, 8), dtype=numpy.uint8)).save(tmp_path / "pictures" / "odd.png")
+    Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (8, 8), dtype=numpy.uint8)).save(
+        tmp_path / "pictures" / "odd.png"
+    )
     found = evaluate(learned.run.folder, str(tmp_path / "pictures"), pictures=6)
     assert found.likelihood is not None and found.likelihood.least[0].endswith("odd.png")
 
 
 def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=224, patch_size=56)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=224, patch_size=56
+    )
     torch.manual_seed(0)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
     found = evaluate(run("vae"), pictures=3, features=str(tmp_path / "dino"), scored=0)
@@ -199,7 +231,8 @@ def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
     assert found.features == "DINOv2 (dino)" and math.isfinite(found.closeness.frechet_distance)
     picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=numpy.uint8))
     pixels = (
-        torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1) / 255
+        - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
         direct = Dinov2Model.from_pretrained(tmp_path / "dino")(pixels[None]).pooler_output
@@ -223,33 +256,57 @@ def test_the_weights_are_small_and_say_how_they_were_made() -> None:
     with safe_open(WEIGHTS, "pt") as file:
         said = file.metadata()
     assert WEIGHTS.stat().st_size <= 2_000_000
-    assert said["made by"] == "scripts/build_emoji_net.py" and float(said["the same emoji among them"]) > 0.4 and float(said["the damage"]) > 0.8
+    assert (
+        said["made by"] == "tools/build_emoji_net.py"
+        and float(said["the same emoji among them"]) > 0.4
+        and float(said["the damage"]) > 0.8
+    )
 
 
 def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = scratch.CASES["vae"]
-    small = (f"data.path={scratch.digits()}", *scratch.DIGITS, *scratch.COMMON, *case.small, "data.held_out=0.3", "optimizer.schedule=constant")
+    small = (
+        f"data.path={scratch.digits()}",
+        *scratch.DIGITS,
+        *scratch.COMMON,
+        *case.small,
+        "data.held_out=0.3",
+        "optimizer.schedule=constant",
+    )
     monkeypatch.setattr(bench_families, "FIXED", (*small, "train.steps=10000000", "train.checkpoint_every=10000000"))
     monkeypatch.setattr(bench_families, "NOTED_EVERY", 10)
     row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3)
     spent = json.loads((tmp_path / "vae-0" / "spent.json").read_text())
     assert 0.5 < spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
     assert row["failed"] == "" and len(row["losses"]) == 2 and row["bits_per_dimension"] > 0 and row["exact"] is False
-    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3) == row, "what is done is not done again"
+    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3) == row, (
+        "what is done is not done again"
+    )
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
-    monkeypatch.setattr(families, "MEASURED", tmp_path / "families.json")
-    assert families.quoted("speed") == ""
-    kept = {"minutes": 10, "rows": {"vae": {"coverage": 0.4, "frechet_distance": 3.14159}, "dcgan": {"coverage": 0.7}, "old": {}}}
-    families.MEASURED.write_text(json.dumps(kept))
-    said = families.quoted("diversity")
+    monkeypatch.setattr(benchmarks, "MEASURED", tmp_path / "families.json")
+    assert benchmarks.quoted("speed") == ""
+    kept = {
+        "minutes": 10,
+        "rows": {"vae": {"coverage": 0.4, "frechet_distance": 3.14159}, "dcgan": {"coverage": 0.7}, "old": {}},
+    }
+    benchmarks.MEASURED.write_text(json.dumps(kept))
+    said = benchmarks.quoted("diversity")
     assert said.startswith("dcgan 70%, vae 40% (of the real pictures") and "after 10 CPU minutes" in said
-    assert families.quoted("speed") == "", "no row has its figure"
+    assert benchmarks.quoted("speed") == "", "no row has its figure"
     asked = ["--images", "500", "--data", "small-images", "--goal", "latent", "--gpu", "cpu"]
-    assert "Measured:    vae 3.14 (emoji-net Fréchet distance; after 10" in CliRunner().invoke(estimate.command, asked, catch_exceptions=False).stdout
+    assert (
+        "Measured:    vae 3.14 (emoji-net Fréchet distance; after 10"
+        in CliRunner().invoke(estimate.command, asked, catch_exceptions=False).stdout
+    )
 
 
 def test_what_is_stable() -> None:
     found = {"failed": "", "losses": [2.0, 1.0], "diversity": 0.6}
     assert bench_families.stable("vae", found)
-    for broken in ({"failed": "the loss is nan"}, {"losses": [1.0, 2.0]}, {"losses": [2.0, math.inf]}, {"diversity": 0.4}):
+    for broken in (
+        {"failed": "the loss is nan"},
+        {"losses": [1.0, 2.0]},
+        {"losses": [2.0, math.inf]},
+        {"diversity": 0.4},
+    ):
         assert not bench_families.stable("vae", found | broken)

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.engine.runs import validations
+from finetune.adapters import peft
+from finetune.adapters.lora_file import LORA_FILE
 from finetune.errors import UserError
 from finetune.export import export
-from finetune.initial import LORA_FILE
-from finetune.models import adapters
-from tests import tiny
+from finetune.training.run_list import validations
+from tests.helpers import tiny
 
 CLASSES: dict[str, Any] = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 EVERYWHERE = "to_q, to_k, to_v, to_out.0, proj_in, ff.net.0.proj, ff.net.2, conv1, conv_shortcut, time_emb_proj, conv, q_proj, out_proj, fc1"
@@ -51,7 +51,15 @@ def base(name: str) -> Path:
 
 def run_of(name: str, folder: Path, *overrides: str) -> Path:
     """A run's folder with a LoRA on every net that trains, as the trainer leaves it, its weights random and large enough to see."""
-    recipe = tiny.recipe(name, "lora", f"model.path={base(name)}", "model.train_text_encoder=true", "adapter.alpha=3", *overrides, folder=folder)
+    recipe = tiny.recipe(
+        name,
+        "lora",
+        f"model.path={base(name)}",
+        "model.train_text_encoder=true",
+        "adapter.alpha=3",
+        *overrides,
+        folder=folder,
+    )
     assert recipe.adapter is not None
     pipeline = CLASSES[name].from_pretrained(base(name))
     torch.manual_seed(11)
@@ -60,13 +68,16 @@ def run_of(name: str, folder: Path, *overrides: str) -> Path:
         net = getattr(pipeline, part, None)
         if net is None:
             continue
-        adapters.add_adapter(net, recipe.adapter)
+        peft.add_adapter(net, recipe.adapter)
         for key, parameter in net.named_parameters():
             if "lora_magnitude" in key:
                 parameter.data *= 1.3
             elif parameter.requires_grad:
                 parameter.data.normal_(std=0.15)
-        arguments |= {f"{part}_lora_layers": adapters.lora_weights(net), f"{part}_lora_adapter_metadata": adapters.lora_configuration(net)}
+        arguments |= {
+            f"{part}_lora_layers": peft.lora_weights(net),
+            f"{part}_lora_adapter_metadata": peft.lora_configuration(net),
+        }
     CLASSES[name].save_lora_weights(folder / "final", **arguments)
     model = {"family": recipe.model.family, "path": str(base(name)), "train_text_encoder": True}
     (folder / "recipe.yaml").write_text(
@@ -108,7 +119,11 @@ def test_kohya_and_merged_draw_the_same_picture(name: str, rslora: bool, tmp_pat
 
 
 def test_kohya_names_and_metadata(tmp_path: Path) -> None:
-    file = export(run_of("sdxl", tmp_path / "run", f"adapter.targets={EVERYWHERE}", "adapter.rslora=true"), "kohya", dtype="float16")[0]
+    file = export(
+        run_of("sdxl", tmp_path / "run", f"adapter.targets={EVERYWHERE}", "adapter.rslora=true"),
+        "kohya",
+        dtype="float16",
+    )[0]
     tensors = load_file(file)
     layers = {key.partition(".")[0] for key in tensors}
     for layer in (  # as in files that sd-scripts writes for SDXL
@@ -125,7 +140,10 @@ def test_kohya_names_and_metadata(tmp_path: Path) -> None:
         "lora_te2_text_model_encoder_layers_1_mlp_fc1",
     ):
         assert layer in layers
-    assert all({f"{layer}.{piece}" for piece in ("lora_down.weight", "lora_up.weight", "alpha")} <= tensors.keys() for layer in layers)
+    assert all(
+        {f"{layer}.{piece}" for piece in ("lora_down.weight", "lora_up.weight", "alpha")} <= tensors.keys()
+        for layer in layers
+    )
     assert tensors["lora_unet_middle_block_1_proj_in.lora_down.weight"].dtype == torch.float16
     assert float(tensors["lora_unet_middle_block_1_proj_in.alpha"]) == 6  # 3 · √4: rsLoRA's scale, folded
 
@@ -138,20 +156,26 @@ def test_kohya_names_and_metadata(tmp_path: Path) -> None:
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["modelspec.title"] == "my style"
     content = file.read_bytes()
-    assert metadata["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert (
+        metadata["sshs_model_hash"] == hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    )
 
 
 def dora(weight: Tensor, tensors: dict[str, Tensor], layer: str) -> Tensor:
     """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq. 5), as ComfyUI takes a scale that has one entry a row."""
     down, up, scale = (tensors[f"{layer}.{piece}"] for piece in ("lora_down.weight", "lora_up.weight", "dora_scale"))
-    changed = weight + float(tensors[f"{layer}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+    changed = weight + float(tensors[f"{layer}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view(
+        weight.shape
+    )
     assert scale.shape == (weight.shape[0], *[1] * (weight.dim() - 1))
     norm: Tensor = changed.flatten(1).norm(dim=1).view(scale.shape)
     return scale * changed / norm
 
 
 def test_dora(tmp_path: Path) -> None:
-    run = run_of("sd15", tmp_path / "run", "model.train_text_encoder=false", "adapter.targets=to_q, conv1", "adapter.dora=true")
+    run = run_of(
+        "sd15", tmp_path / "run", "model.train_text_encoder=false", "adapter.targets=to_q, conv1", "adapter.dora=true"
+    )
     expected = drawn_with("sd15", run / "final" / LORA_FILE)
     export(run, merge=True, out=tmp_path / "merged")
     merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
@@ -238,7 +262,11 @@ def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path
 def test_nothing_that_is_given_away_names_a_place_on_this_machine(tmp_path: Path) -> None:
     tiny.train(tiny.recipe("sdxl", "full", "train.steps=1", "sample.prompts=[]", folder=tmp_path / "full"))
     merged = run_of("sdxl", tmp_path / "lora")
-    for folder in (tmp_path / "full" / "final", export(tmp_path / "full", dtype="float16")[0].parents[1], export(merged, merge=True)[0].parents[1]):
+    for folder in (
+        tmp_path / "full" / "final",
+        export(tmp_path / "full", dtype="float16")[0].parents[1],
+        export(merged, merge=True)[0].parents[1],
+    ):
         texts = [path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".txt")]
         assert folder / "model_index.json" in texts
         assert not [path for path in texts if str(tiny.root()) in path.read_text(encoding="utf-8")]

@@ -21,14 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.engine.draw import Draw
+from finetune.config.schema import Recipe
 from finetune.export import export
 from finetune.job import Job
-from finetune.models import quantized
-from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.quantized import QuantizedLinear
-from finetune.recipe import Recipe
-from tests import tiny
+from finetune.memory import quantization
+from finetune.memory.activation_checkpointing import checkpoint_activations
+from finetune.memory.quantization import QuantizedLinear
+from finetune.rng import Draw
+from tests.helpers import tiny
 
 OVERFIT_STEPS = 6
 GOLDEN = Path(__file__).parent / "golden.json"
@@ -57,27 +57,63 @@ class Case:
     def recipe(self, folder: Path, *overrides: str) -> Recipe:
         rate = "3e-2" if self.method == "lora" else "3e-3"
         # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
-        common = (f"optimizer.lr={rate}", "optimizer.eps=1e-4", "optimizer.weight_decay=0", "train.batch_size=4", "train.checkpoint_every=1")
-        return tiny.recipe(self.pipeline, self.method, *common, "train.keep_checkpoints=99", *self.overrides, *overrides, folder=folder)
+        common = (
+            f"optimizer.lr={rate}",
+            "optimizer.eps=1e-4",
+            "optimizer.weight_decay=0",
+            "train.batch_size=4",
+            "train.checkpoint_every=1",
+        )
+        return tiny.recipe(
+            self.pipeline, self.method, *common, "train.keep_checkpoints=99", *self.overrides, *overrides, folder=folder
+        )
 
 
 TEXT = "model.train_text_encoder=true"
 CASES = {
     "sd15-lora": Case("sd15", "lora", ("adapter.alpha=10",)),
-    "sd15-lora-text": Case("sd15", "lora", (TEXT, "adapter.alpha=2", "adapter.dropout=0.2", "adapter.targets=attention+mlp")),
-    "sd21-lora-rslora": Case("sd21", "lora", ("adapter.rslora=true", "adapter.alpha=6", "diffusion={min_snr_gamma: 5}")),
-    "sd21-lora-ema": Case("sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'", "diffusion={zero_terminal_snr: true}")),
+    "sd15-lora-text": Case(
+        "sd15", "lora", (TEXT, "adapter.alpha=2", "adapter.dropout=0.2", "adapter.targets=attention+mlp")
+    ),
+    "sd21-lora-rslora": Case(
+        "sd21", "lora", ("adapter.rslora=true", "adapter.alpha=6", "diffusion={min_snr_gamma: 5}")
+    ),
+    "sd21-lora-ema": Case(
+        "sd21", "lora", ("train.ema=0.8", "adapter.targets='to_q, conv1'", "diffusion={zero_terminal_snr: true}")
+    ),
     "sdxl-lora-dora": Case("sdxl", "lora", ("adapter.dora=true", "adapter.alpha=7")),
-    "sdxl-lora-text": Case("sdxl", "lora", (TEXT, "adapter.targets=all-linear", "adapter.alpha=3", "adapter.rslora=true")),
-    "sdxl-lora-nf4": Case("sdxl", "lora", ("model.quantize=nf4", "adapter.targets=all-linear", "adapter.dora=true", "model.vae_tiling=true")),
-    "sd15-lora-int8": Case("sd15", "lora", ("model.quantize=int8", "adapter.targets=attention+mlp", "train.gradient_checkpointing=2")),
-    "emoji-lora": Case("emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")),
-    "sd15-pissa": Case("sd15", "lora", ("adapter.pissa=true", "adapter.rank_pattern={attn1.to_q: 8}", "adapter.rslora=true", "adapter.alpha=2")),
-    "sdxl-loha-text": Case("sdxl", "lora", (TEXT, "adapter.kind=loha", "adapter.targets='to_q, down_.*conv1, q_proj'", "adapter.alpha=64")),
+    "sdxl-lora-text": Case(
+        "sdxl", "lora", (TEXT, "adapter.targets=all-linear", "adapter.alpha=3", "adapter.rslora=true")
+    ),
+    "sdxl-lora-nf4": Case(
+        "sdxl",
+        "lora",
+        ("model.quantize=nf4", "adapter.targets=all-linear", "adapter.dora=true", "model.vae_tiling=true"),
+    ),
+    "sd15-lora-int8": Case(
+        "sd15", "lora", ("model.quantize=int8", "adapter.targets=attention+mlp", "train.gradient_checkpointing=2")
+    ),
+    "emoji-lora": Case(
+        "emoji", "lora", ("data.flip=true", "adapter.targets='conv1, conv2, to_q, to_v'", "optimizer.clip_norm=0.5")
+    ),
+    "sd15-pissa": Case(
+        "sd15",
+        "lora",
+        ("adapter.pissa=true", "adapter.rank_pattern={attn1.to_q: 8}", "adapter.rslora=true", "adapter.alpha=2"),
+    ),
+    "sdxl-loha-text": Case(
+        "sdxl", "lora", (TEXT, "adapter.kind=loha", "adapter.targets='to_q, down_.*conv1, q_proj'", "adapter.alpha=64")
+    ),
     "sd21-lokr": Case("sd21", "lora", ("adapter.kind=lokr", "adapter.alpha=8", "optimizer.name=schedulefree")),
-    "sd15-oft": Case("sd15", "lora", ("adapter.kind=oft", "adapter.rank=8", "adapter.targets=attention+mlp", "optimizer.lr=5e-2")),
-    "sd21-preserve": Case("sd21", "lora", (TEXT, "adapter.preserve_every=4", "adapter.targets='to_q, to_k, conv1, q_proj'")),
-    "flux2-preserve": Case("flux2", "lora", ("adapter.preserve_every=4", "adapter.dora=true", "train.gradient_checkpointing=true")),
+    "sd15-oft": Case(
+        "sd15", "lora", ("adapter.kind=oft", "adapter.rank=8", "adapter.targets=attention+mlp", "optimizer.lr=5e-2")
+    ),
+    "sd21-preserve": Case(
+        "sd21", "lora", (TEXT, "adapter.preserve_every=4", "adapter.targets='to_q, to_k, conv1, q_proj'")
+    ),
+    "flux2-preserve": Case(
+        "flux2", "lora", ("adapter.preserve_every=4", "adapter.dora=true", "train.gradient_checkpointing=true")
+    ),
     "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
     "sd21-full-text": Case("sd21", "full", (TEXT,)),
     "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),
@@ -104,7 +140,9 @@ CASES = {
 # QLoRA of every transformer; resuming and accumulating are those of the LoRA on whole weights, which is above.
 ON_NF4 = {
     f"{pipeline}-nf4": Case(
-        pipeline, "lora", ("model.quantize=nf4", "adapter.targets=attention+mlp", f"train.gradient_checkpointing={checkpointing}")
+        pipeline,
+        "lora",
+        ("model.quantize=nf4", "adapter.targets=attention+mlp", f"train.gradient_checkpointing={checkpointing}"),
     )
     for pipeline, checkpointing in {
         "sd3": "true",
@@ -125,7 +163,12 @@ NARROWEST = 256  # weights: tiny transformers are that narrow
 IDLE = {
     "sdxl": ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm."),
     "sd3": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q."),
-    "qwen_image": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q.", "blocks.1.attn.to_add_out.", "blocks.1.txt_mlp."),
+    "qwen_image": (
+        "blocks.1.attn.add_q_proj.",
+        "blocks.1.attn.norm_added_q.",
+        "blocks.1.attn.to_add_out.",
+        "blocks.1.txt_mlp.",
+    ),
 }
 
 
@@ -140,8 +183,8 @@ class Overfitted:
 
 def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
     """All that the nets hold, frozen or not, by the names that checkpoints use."""
-    turn = job.model.turns()[0]
-    return {f"{turn.name}.{name}": parameter for name, parameter in turn.net.named_parameters()}
+    train_step = job.model.train_steps()[0]
+    return {f"{train_step.name}.{name}": parameter for name, parameter in train_step.net.named_parameters()}
 
 
 def fixed_loss(job: Job) -> float:
@@ -150,14 +193,14 @@ def fixed_loss(job: Job) -> float:
     draw = Draw(99, 0, places)
     batch = job.data.batch(0, [0] * len(places), draw)
     with torch.no_grad(), job.trainer.state.averaged():
-        return float(job.model.turns()[0].loss(batch, draw).mean())
+        return float(job.model.train_steps()[0].loss(batch, draw).mean())
 
 
 @functools.cache
 def overfitted(name: str) -> Overfitted:
     one = (f"data.path={tiny.one_picture()}", "data.caption_dropout=0", f"train.steps={OVERFIT_STEPS}")
-    smallest = NARROWEST if name in ON_NF4 else quantized.SMALLEST
-    with mock.patch.object(quantized, "SMALLEST", smallest):
+    smallest = NARROWEST if name in ON_NF4 else quantization.SMALLEST
+    with mock.patch.object(quantization, "SMALLEST", smallest):
         job = tiny.prepare(ALL[name].recipe(tiny.root() / "runs" / name, *one))
     before = {key: parameter.detach().clone() for key, parameter in parameters(job).items()}
     first = fixed_loss(job)
@@ -174,7 +217,11 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 def should_train(case: Case, names: set[str]) -> set[str]:
     """The parameters that a reader of the recipe would expect to train, from their names alone."""
-    found = {name for name in names if any(f".{kind}_" in name for kind in ("lora", "hada", "lokr", "oft"))} if case.method == "lora" else set(names)
+    found = (
+        {name for name in names if any(f".{kind}_" in name for kind in ("lora", "hada", "lokr", "oft"))}
+        if case.method == "lora"
+        else set(names)
+    )
     return {name for name in found if not any(part in name for part in IDLE.get(case.pipeline, ()))}
 
 
@@ -188,7 +235,7 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
     now = parameters(run.job)
     assert {key for key, parameter in now.items() if parameter.requires_grad} == expected
     assert any(".encoders." in key for key in expected) == case.text
-    rounded = [module for module in run.job.model.turns()[0].net.modules() if isinstance(module, QuantizedLinear)]
+    rounded = [module for module in run.job.model.train_steps()[0].net.modules() if isinstance(module, QuantizedLinear)]
     assert bool(rounded) == case.rounded
     folder = run.job.run.folder
     third = weights(folder, 3)
@@ -205,20 +252,30 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
 @pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
 @pytest.mark.parametrize("pipeline", ["sd15", "sdxl", *tiny.FLOWS])
 def test_checkpointing_changes_no_gradient(pipeline: str, kind: str, tmp_path: Path) -> None:
-    more = ("train.gradient_checkpointing=false", "sample.prompts=[]", *(["model.quantize=nf4"] if kind == "nf4" else []))
-    with mock.patch.object(quantized, "SMALLEST", NARROWEST):
+    more = (
+        "train.gradient_checkpointing=false",
+        "sample.prompts=[]",
+        *(["model.quantize=nf4"] if kind == "nf4" else []),
+    )
+    with mock.patch.object(quantization, "SMALLEST", NARROWEST):
         job = tiny.prepare(tiny.recipe(pipeline, "full" if kind == "full" else "lora", *more, folder=tmp_path / "run"))
-    turn, draw = job.model.turns()[0], Draw(99, 0, range(2))
+    train_step, draw = job.model.train_steps()[0], Draw(99, 0, range(2))
     batch = job.data.batch(0, [0, 1], draw)
 
     def gradients() -> dict[str, Tensor]:
-        turn.net.zero_grad()
-        turn.loss(batch, draw).mean().backward()
-        return {name: parameter.grad.clone() for name, parameter in job.model.trained().items() if parameter.grad is not None}
+        train_step.net.zero_grad()
+        train_step.loss(batch, draw).mean().backward()
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in job.model.trained().items()
+            if parameter.grad is not None
+        }
 
     plain = gradients()
     checkpoint_activations(job.model.denoiser, 1)  # type: ignore[attr-defined]
-    with mock.patch.object(torch.utils.checkpoint, "checkpoint", wraps=torch.utils.checkpoint.checkpoint) as computed_again:
+    with mock.patch.object(
+        torch.utils.checkpoint, "checkpoint", wraps=torch.utils.checkpoint.checkpoint
+    ) as computed_again:
         found = gradients()
     assert computed_again.call_count and plain.keys() == found.keys() == job.model.trained().keys()
     for name, gradient in found.items():
@@ -230,9 +287,13 @@ def test_golden_losses() -> None:
     found = {}
     for name in CASES:
         lines = (overfitted(name).job.run.folder / "metrics.jsonl").read_text().splitlines()
-        found[name] = [next(value for key, value in json.loads(line).items() if key.startswith("loss.")) for line in lines]
+        found[name] = [
+            next(value for key, value in json.loads(line).items() if key.startswith("loss.")) for line in lines
+        ]
     if os.environ.get("FT_RENEW_GOLDEN"):
-        GOLDEN.write_text(json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in found.items()}, indent=1) + "\n")
+        GOLDEN.write_text(
+            json.dumps({name: [round(loss, 6) for loss in losses] for name, losses in found.items()}, indent=1) + "\n"
+        )
     golden = json.loads(GOLDEN.read_text())
     assert found.keys() == golden.keys()
     for name, losses in golden.items():
@@ -245,7 +306,10 @@ def redrawn() -> Path:
     folder = tiny.root() / "redrawn"
     folder.mkdir()
     jobs = []
-    for name, case, merged in [*((name, case, False) for name, case in ALL.items()), *((name, case, True) for name, case in ON_NF4.items())]:
+    for name, case, merged in [
+        *((name, case, False) for name, case in ALL.items()),
+        *((name, case, True) for name, case in ON_NF4.items()),
+    ]:
         run = overfitted(name).job.run.folder
         sample = overfitted(name).job.plan.recipe.sample
         if merged:
@@ -264,7 +328,13 @@ def redrawn() -> Path:
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("redraw.py")
-    done = subprocess.run([sys.executable, "-I", str(script), str(folder / "jobs.json")], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", str(script), str(folder / "jobs.json")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -329,11 +399,18 @@ def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path
     resumed = tiny.prepare(case.recipe(tmp_path / "broken", "train.steps=4", "sample.prompts=[]"), resume=True)
     resumed.trainer.train()
     for file in ("weights", "ema"):
-        one, other = (tmp_path / folder / "checkpoints" / "step-0000004" / f"{file}.safetensors" for folder in ("whole", "broken"))
+        one, other = (
+            tmp_path / folder / "checkpoints" / "step-0000004" / f"{file}.safetensors" for folder in ("whole", "broken")
+        )
         assert one.is_file() == other.is_file() == (file == "weights" or whole.plan.recipe.train.ema is not None)
         if one.is_file():
             assert one.read_bytes() == other.read_bytes()
-    assert [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
 
     if case.dropout:  # its masks belong to a batch as it is computed, so they are others when the batch is split
         return

@@ -17,26 +17,36 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+from finetune.adapters.peft import add_adapter
+from finetune.config.loader import load_recipe
+from finetune.config.schema import Adapter, Quantization
 from finetune.data.dataset import to_tensor
-from finetune.data.pictures import decode
-from finetune.engine.rounding import rounded
-from finetune.engine.update import TensorByTensor, widened
+from finetune.data.media.image import decode
 from finetune.errors import UserError
 from finetune.job import Job
-from finetune.models import smaller
-from finetune.models.adapters import add_adapter
-from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.offload import blocks_of, offload_blocks
-from finetune.models.quantized import QuantizedLinear, dequantized, quantize, whole_weights
-from finetune.recipe import ASSETS, Adapter, Quantization, load_recipe
-from tests import tiny
+from finetune.memory import apply
+from finetune.memory.activation_checkpointing import checkpoint_activations
+from finetune.memory.offload import blocks_of, offload_blocks
+from finetune.memory.quantization import QuantizedLinear, dequantized, quantize, whole_weights
+from finetune.paths import ASSETS
+from finetune.training.optimizer_step import TensorByTensor, widened
+from finetune.training.stochastic_rounding import rounded
+from tests.helpers import tiny
 
 
 def transformer() -> nn.Module:
     """A FLUX.1 in miniature, of two double and three single blocks."""
     torch.manual_seed(0)
-    sizes = {"in_channels": 8, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4}
-    net: nn.Module = FluxTransformer2DModel(**sizes, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8])
+    sizes = {
+        "in_channels": 8,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 4,
+    }
+    net: nn.Module = FluxTransformer2DModel(
+        **sizes, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8]
+    )
     return net
 
 
@@ -57,7 +67,11 @@ def predict(net: Any) -> Tensor:
         found = net(draw(2, 4, 8, 8), torch.tensor([3, 500]), draw(2, 16, 32), return_dict=False)[0]
         return cast(Tensor, found)
     ids = {"img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3)}
-    inputs = {"encoder_hidden_states": draw(2, 5, 32), "pooled_projections": draw(2, 32), "timestep": torch.tensor([0.1, 0.9])}
+    inputs = {
+        "encoder_hidden_states": draw(2, 5, 32),
+        "pooled_projections": draw(2, 32),
+        "timestep": torch.tensor([0.1, 0.9]),
+    }
     found = net(hidden_states=draw(2, 6, 8), **inputs, **ids, return_dict=False)[0]
     return cast(Tensor, found)
 
@@ -91,7 +105,12 @@ def count(calls: Counter[str], name: str, module: nn.Module, inputs: Any) -> Non
 
 
 def is_block(module: nn.Module) -> bool:
-    return type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+    return type(module).__name__ in (
+        "ResnetBlock2D",
+        "BasicTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+    )
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -122,8 +141,15 @@ def test_a_quantised_layer_is_its_dequantised_weights(kind: Quantization, bits: 
 
 def test_nf4_has_the_levels_of_its_paper() -> None:
     """Appendix E of QLoRA lists them: quantiles of the normal distribution, with 0 and ±1; two of them a byte, the first above."""
-    levels = dequantized(torch.tensor([0x01, 0x78, 0xEF], dtype=torch.uint8).view(torch.int8)[:, None], torch.ones(1), (1, 6), torch.float32)
-    assert levels.tolist()[0] == pytest.approx([-1.0, -0.6961928009986877, 0.0, 0.07958029955625534, 0.7229568362236023, 1.0])
+    levels = dequantized(
+        torch.tensor([0x01, 0x78, 0xEF], dtype=torch.uint8).view(torch.int8)[:, None],
+        torch.ones(1),
+        (1, 6),
+        torch.float32,
+    )
+    assert levels.tolist()[0] == pytest.approx(
+        [-1.0, -0.6961928009986877, 0.0, 0.07958029955625534, 0.7229568362236023, 1.0]
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -145,13 +171,15 @@ def test_blocks_are_quantised_and_what_all_tokens_pass_is_kept(kind: Quantizatio
 def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
     """It asks a layer's weights for their dtype and casts to it, which would be bytes."""
     torch.manual_seed(0)
-    config = T5Config(vocab_size=50, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    config = T5Config(
+        vocab_size=50, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+    )
     section, ids = load_recipe("lora/sd15").model, torch.arange(20)[None]
     found = {}
     for encoders in ("whole", "offload", "nf4", "int8"):
         torch.manual_seed(0)
         net = T5EncoderModel(config).eval().requires_grad_(False)
-        smaller.fit_encoders({"text_encoder": net}, dataclasses.replace(section, encoders=encoders), torch.device("cpu"))
+        apply.fit_encoders({"text_encoder": net}, dataclasses.replace(section, encoders=encoders), torch.device("cpu"))
         found[encoders] = net(ids)[0]
         assert (there(list(net.encoder.block)) == 0) == (encoders == "offload")
     assert torch.equal(found["offload"], found["whole"])
@@ -178,16 +206,24 @@ def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quan
         return net
 
     expected, net = gradients(prepared()), prepared()
-    weights = sum(parameter.nbytes for name, parameter in net.named_parameters() if "blocks." in name and not parameter.requires_grad)
+    weights = sum(
+        parameter.nbytes
+        for name, parameter in net.named_parameters()
+        if "blocks." in name and not parameter.requires_grad
+    )
     assert offload_blocks(net, torch.device("cpu")) == weights
     most: list[int] = []
     blocks = list(blocks_of(net))
     for block in blocks:
         block.register_forward_pre_hook(lambda *_: most.append(there(blocks)))
     found = gradients(net)
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert expected.keys() == found.keys() and all(
+        torch.equal(found[name], gradient) for name, gradient in expected.items()
+    )
     assert len(most) == 2 * len(blocks) and there(blocks) == 0
-    assert max(most) <= max(sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in blocks_of(prepared()))
+    assert max(most) <= max(
+        sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in blocks_of(prepared())
+    )
 
 
 def there(blocks: list[nn.Module]) -> int:
@@ -205,9 +241,12 @@ def test_a_unet_does_not_offload() -> None:
 
 def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     section = load_recipe("lora/sd15", ["model.vae_tiling=true"]).model
-    monkeypatch.setattr(smaller, "TILE", 64)
+    monkeypatch.setattr(apply, "TILE", 64)
     vae: Any = AutoencoderKL.from_pretrained(ASSETS / "base" / "vae", torch_dtype=torch.float32)
-    emoji = [to_tensor(numpy.asarray(decode(file.read_bytes(), "white"))) for file in sorted((ASSETS / "emoji" / "noto").glob("*.webp"))[:4]]
+    emoji = [
+        to_tensor(numpy.asarray(decode(file.read_bytes(), "white")))
+        for file in sorted((ASSETS / "emoji" / "noto").glob("*.webp"))[:4]
+    ]
     pixels = torch.cat([torch.cat(emoji[:2], dim=2), torch.cat(emoji[2:], dim=2)], dim=1)[None]
     sides: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
@@ -215,7 +254,7 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
     for _ in range(2):
         latents = vae.encode(pixels).latent_dist.mean
         pictures.append(vae.decode(latents).sample.detach())
-        smaller.tile(vae, section)
+        apply.tile(vae, section)
     assert sides[0] == 128 // 4 and max(sides[1:]) == 64 // 4
     assert 0 < relative(pictures[1], pictures[0]) < 0.1
 
@@ -262,7 +301,9 @@ def weights(job: Job) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in job.model.trained().items()}
 
 
-@pytest.mark.parametrize(("name", "clip"), [("adamw", "optimizer.clip_norm=null"), ("adamw8bit", "optimizer.clip=tensor")])
+@pytest.mark.parametrize(
+    ("name", "clip"), [("adamw", "optimizer.clip_norm=null"), ("adamw8bit", "optimizer.clip=tensor")]
+)
 def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip: str, tmp_path: Path) -> None:
     """To the last bit, and with no more than one gradient at a time."""
     setting = (f"optimizer.name={name}", clip, "optimizer.clip_norm=0.01" if "tensor" in clip else clip)
@@ -271,8 +312,10 @@ def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip:
     counts: list[int] = []
     parameters = inside.trainer.state.parameters[0]
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda _: counts.append(sum(one.grad is not None for one in parameters)))
-    norms = [inside.trainer.take(step)["gradient.denoiser"] for step in range(3)]
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: counts.append(sum(one.grad is not None for one in parameters))
+        )
+    norms = [inside.trainer.train_step(step)["gradient.denoiser"] for step in range(3)]
     lines = (after.run.folder / "metrics.jsonl").read_text().splitlines()
     assert norms == pytest.approx([json.loads(line)["gradient.denoiser"] for line in lines], rel=1e-5)
     expected = weights(after)
@@ -282,15 +325,25 @@ def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip:
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adafactor"])
 def test_bfloat16_weights_learn_and_resume_to_the_bit(name: str, tmp_path: Path) -> None:
-    setting = ("train.weights=bfloat16", f"optimizer.name={name}", "train.fused_backward=true", "optimizer.clip=tensor", "train.ema=0.9")
+    setting = (
+        "train.weights=bfloat16",
+        f"optimizer.name={name}",
+        "train.fused_backward=true",
+        "optimizer.clip=tensor",
+        "train.ema=0.9",
+    )
     whole = trained(tmp_path / "whole", *setting, steps=4)
     assert {tensor.dtype for tensor in weights(whole).values()} == {torch.bfloat16}
-    assert whole.trainer.state.ema is not None and {tensor.dtype for tensor in whole.trainer.state.ema.averages.values()} == {torch.float32}
+    assert whole.trainer.state.ema is not None and {
+        tensor.dtype for tensor in whole.trainer.state.ema.averages.values()
+    } == {torch.float32}
     trained(tmp_path / "broken", *setting, steps=2)
     again = trained(tmp_path / "broken", *setting, steps=4, resume=True)
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(again).items())
-    losses = [json.loads(line)["loss.denoiser"] for line in (whole.run.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss.denoiser"] for line in (whole.run.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     exact = trained(tmp_path / "exact", *setting[1:], "train.weights=float32", steps=4)
     for loss, line in zip(losses, (exact.run.folder / "metrics.jsonl").read_text().splitlines(), strict=True):
         assert loss == pytest.approx(json.loads(line)["loss.denoiser"], rel=0.03)

@@ -10,12 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
-from finetune.models import glow, realnvp
-from finetune.models.bijections import ActNorm, Affine, Bijection, Checkerboard, Logit, Mix, MixtureCdf, Rest, Squeeze
-from finetune.models.pixels import Space
-from finetune.nets.glow import Net as GlowNet
-from finetune.nets.realnvp import Net as RealNvpNet
+from finetune.config.nets.glow import Net as GlowNet
+from finetune.config.nets.realnvp import Net as RealNvpNet
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.flows import glow, realnvp
+from finetune.models.scratch.flows.bijections import (
+    ActNorm,
+    Affine,
+    Bijection,
+    Checkerboard,
+    Logit,
+    Mix,
+    MixtureCdf,
+    Rest,
+    Squeeze,
+)
+from finetune.rng import Draw
 
 PARTS: dict[str, tuple[Bijection, tuple[int, int, int]]] = {
     "logit": (Logit(0.05), (2, 2, 2)),
@@ -63,7 +73,15 @@ def test_each_map_has_its_inverse_and_its_determinant(name: str) -> None:
 
 
 def whole(family: str, dequantisation: Any = "uniform", coupling: Any = "affine", much: float = 0.2) -> Any:
-    keys: dict[str, Any] = {"scales": 2, "steps": 2, "width": 6, "blocks": 1, "mixtures": 2, "coupling": coupling, "dequantisation": dequantisation}
+    keys: dict[str, Any] = {
+        "scales": 2,
+        "steps": 2,
+        "width": 6,
+        "blocks": 1,
+        "mixtures": 2,
+        "coupling": coupling,
+        "dequantisation": dequantisation,
+    }
     space = Space(1, 4, 4, 5)
     model = glow.create(space, GlowNet(**keys)) if family == "glow" else realnvp.create(space, RealNvpNet(**keys))
     stirred(model.net, much)
@@ -90,7 +108,9 @@ def test_learned_noise_has_the_density_that_it_says() -> None:
     levels, normal = torch.randint(5, (1, 1, 4, 4), dtype=torch.uint8), torch.randn(1, 1, 4, 4, dtype=torch.float64)
     u, log_q = net(levels, normal)
     assert ((u > 0) & (u < 1)).all()
-    density = (-0.5 * (normal.square() + math.log(2 * math.pi))).sum() - determinant(lambda one: net(levels, one), normal)
+    density = (-0.5 * (normal.square() + math.log(2 * math.pi))).sum() - determinant(
+        lambda one: net(levels, one), normal
+    )
     torch.testing.assert_close(log_q[0], density, rtol=0, atol=1e-8)
 
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from finetune.engine.draw import Draw
-from finetune.models.flow_matching import FlowMatching, shift
-from finetune.recipe import Flow
+from finetune.config.schema import Flow
+from finetune.models.objectives.flow_matching import FlowMatching, shift
+from finetune.rng import Draw
 
 CLEAN = torch.randn(8, 4, 6, 10, generator=torch.Generator().manual_seed(3))
 DRAW = Draw(1, 2, range(8))
@@ -33,7 +33,9 @@ def test_noises_as_the_schedulers_own_step(shifted: float) -> None:
     unshifted = 1 / (1 + shifted * (1000 / noised.timestep - 1))  # what the scheduler shifts to these
     scheduler.set_timesteps(sigmas=unshifted.tolist())
     torch.testing.assert_close(scheduler.timesteps, noised.timestep, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(scheduler.scale_noise(CLEAN, scheduler.timesteps, noise), noised.sample, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scheduler.scale_noise(CLEAN, scheduler.timesteps, noise), noised.sample, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(noised.target, noise - CLEAN)
 
 
@@ -83,7 +85,9 @@ def test_levels_are_distributed_as_the_paper_says() -> None:
     uniform = numpy.array([0.2, 0.5, 0.8])
     # f(u) = 1 − u − s (cos²(πu/2) − 1 + u) falls with u: a share u of the levels lies above f(u).
     quantiles = 1 - uniform - 1.29 * (numpy.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
-    numpy.testing.assert_allclose([(levels(sampling="mode", shift=1.0) > level).mean() for level in quantiles], uniform, atol=0.025)
+    numpy.testing.assert_allclose(
+        [(levels(sampling="mode", shift=1.0) > level).mean() for level in quantiles], uniform, atol=0.025
+    )
     even = levels(sampling="uniform")
     numpy.testing.assert_allclose([(even < 3 * u / (1 + 2 * u)).mean() for u in uniform], uniform, atol=0.025)
 
@@ -101,7 +105,9 @@ def test_what_a_net_learned_of_one_example_integrates_back_to_it() -> None:
     torch.manual_seed(0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     learned, clean = objective(scheduler), torch.tensor([1.5, -0.5, 0.3, -1.2]).view(1, 1, 2, 2)
-    net = torch.nn.Sequential(torch.nn.Linear(5, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 4))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(5, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 4)
+    )
 
     def velocity(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = net(torch.cat([sample.flatten(1), timestep.view(-1, 1) / 1000], dim=1)).view(sample.shape)

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
 
-from finetune.models import adapters, rotary, unets
-from finetune.models.checkpointing import checkpoint_activations
-from finetune.models.fused import FusedConv2d, FusedLinear
-from finetune.models.packed import packed
-from finetune.recipe import Adapter
-from tests import tiny
+from finetune.adapters import peft
+from finetune.config.schema import Adapter
+from finetune.kernels import rope, unet_blocks
+from finetune.kernels.fused_lora import FusedConv2d, FusedLinear
+from finetune.kernels.onednn_conv import packed
+from finetune.memory.activation_checkpointing import checkpoint_activations
+from tests.helpers import tiny
 
 Built = tuple[Any, Callable[[Any], Tensor]]
-STRAIGHT = (unets.ResnetBlock2D, unets.Attention, unets.Transformer2DModel)
+STRAIGHT = (unet_blocks.ResnetBlock2D, unet_blocks.Attention, unet_blocks.Transformer2DModel)
 OURS = (FusedLinear, FusedConv2d, *STRAIGHT)
 
 
@@ -78,11 +79,11 @@ def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool,
     net, run = build()
     net.requires_grad_(False)
     net.to(dtype)
-    adapters.add_adapter(net, section)
+    peft.add_adapter(net, section)
     for name, parameter in net.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    rotary.rotate_at_once(net)
+    rope.rotate_at_once(net)
     checkpoint_activations(net, int(checkpointing))
     net.train()
     torch.manual_seed(1)
@@ -107,28 +108,37 @@ CONVOLUTIONS = "conv1, conv2, conv_shortcut, proj_in, proj_out, downsamplers.0.c
         (unet, CONVOLUTIONS, {FusedConv2d: 10, FusedLinear: 2} | dict.fromkeys(STRAIGHT, 2)),
     ],
 )
-@pytest.mark.parametrize(("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
+)
 def test_outputs_and_gradients_are_pefts_and_diffusers(
-    build: Callable[[], Built], targets: str, ours: dict[type, int], checkpointing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], Built],
+    targets: str,
+    ours: dict[type, int],
+    checkpointing: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     section = Adapter(rank=4, alpha=3, targets=targets, rank_pattern={"to_k": 2} if targets == "all-linear" else {})
     output, found, kinds = gradients(build, section, checkpointing, dtype)
-    monkeypatch.setattr(adapters, "fuse", lambda net: None)
-    monkeypatch.setattr(rotary, "PROCESSORS", ())
+    monkeypatch.setattr(peft, "fuse", lambda net: None)
+    monkeypatch.setattr(rope, "PROCESSORS", ())
     expected, theirs, none = gradients(build, section, checkpointing, dtype)
     assert kinds.keys() == ours.keys() and all(kinds[kind] >= least for kind, least in ours.items()) and not none
     relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
     torch.testing.assert_close(output, expected, rtol=relative, atol=absolute)
     assert found.keys() == theirs.keys()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=relative, atol=absolute * float(theirs[name].abs().max()))
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=relative, atol=absolute * float(theirs[name].abs().max())
+        )
 
 
 def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
     """A group takes it that its layers read one tensor. Where they do not, each computes for itself, and nothing is kept back."""
     net, _ = unet()
     net.requires_grad_(False)
-    adapters.add_adapter(net, Adapter(rank=4))
+    peft.add_adapter(net, Adapter(rank=4))
     attention = net.mid_block.attentions[0].transformer_blocks[0].attn1
     for layer in (attention.to_q, attention.to_k):
         nn.init.normal_(layer.lora_B["default"].weight)

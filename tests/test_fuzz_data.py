@@ -13,15 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from finetune.data.cache import Store, _header, _read
-from finetune.data.captions import Captions
-from finetune.data.entry import Entry, Problem
-from finetune.data.looks import look
-from finetune.data.pictures import Unreadable
-from finetune.data.shards import samples
+from finetune.config.schema import Data
+from finetune.data.audit.inspect import look
+from finetune.data.latent_cache import Store, _header, _read
+from finetune.data.media.image import Unreadable
+from finetune.data.sources.captions import Captions
+from finetune.data.sources.entry import Entry, Problem
+from finetune.data.sources.webdataset import samples
 from finetune.errors import UserError
-from finetune.recipe import Data
-from tests import corpus
+from tests.helpers import corpus
 from tests.test_cache import tensors
 from tests.test_shards import shard
 
@@ -48,7 +48,11 @@ cuts = st.one_of(st.just(0), st.integers(0, 1 << 20))
 
 
 @example(content=b"\xef")  # half a byte order mark
-@given(content=st.one_of(st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))))
+@given(
+    content=st.one_of(
+        st.binary(max_size=200), st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    )
+)
 @many
 def test_captions(folder: Path, content: bytes) -> None:
     (folder / "a.txt").write_bytes(content)
@@ -61,20 +65,34 @@ def test_captions(folder: Path, content: bytes) -> None:
 
 
 names = st.one_of(
-    st.sampled_from(["a.png", "./a.png", "../a.png", "/etc/passwd", "x/../../a.png", "a.png\0", ""]), st.text(max_size=12), st.integers(), st.none()
+    st.sampled_from(["a.png", "./a.png", "../a.png", "/etc/passwd", "x/../../a.png", "a.png\0", ""]),
+    st.text(max_size=12),
+    st.integers(),
+    st.none(),
 )
-values = st.one_of(st.text(max_size=12), st.integers(), st.floats(), st.none(), st.lists(st.text(max_size=3), max_size=2), st.booleans())
+values = st.one_of(
+    st.text(max_size=12),
+    st.integers(),
+    st.floats(),
+    st.none(),
+    st.lists(st.text(max_size=3), max_size=2),
+    st.booleans(),
+)
 rows = st.dictionaries(st.sampled_from(["file_name", "text", "other"]), st.one_of(names, values), max_size=3)
 jsonl = st.lists(st.one_of(rows.map(json.dumps), st.text(max_size=30)), max_size=5).map("\n".join)
 deep = st.integers(1, 3000).map(lambda depth: '{"file_name": ' + "[" * depth)
-table = st.lists(st.lists(st.text(alphabet='ab",;\n\r\0é ', max_size=6), min_size=1, max_size=3).map(",".join), max_size=4).map("\n".join)
+table = st.lists(
+    st.lists(st.text(alphabet='ab",;\n\r\0é ', max_size=6), min_size=1, max_size=3).map(",".join), max_size=4
+).map("\n".join)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @given(data=st.data())
 @many
 def test_metadata(folder: Path, kind: str, data: st.DataObject) -> None:
-    text = data.draw(st.one_of(jsonl, deep) if kind == "jsonl" else st.one_of(table, table.map("file_name,text\n{}".format)))
+    text = data.draw(
+        st.one_of(jsonl, deep) if kind == "jsonl" else st.one_of(table, table.map("file_name,text\n{}".format))
+    )
     content = data.draw(st.one_of(st.just(text.encode("utf-8", "surrogatepass")), st.binary(max_size=60)))
     inside = folder / kind
     inside.mkdir(exist_ok=True)
@@ -102,7 +120,9 @@ WHOLE = {
     "webp": corpus.saved(corpus.halves(), "WEBP"),
     "bmp": corpus.saved(corpus.halves(), "BMP"),
     "avif": corpus.saved(corpus.halves(), "AVIF"),
-    "exif": corpus.saved(corpus.halves(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    "exif": corpus.saved(
+        corpus.halves(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    ),
 }
 
 
@@ -124,7 +144,15 @@ def test_pictures(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
 def test_shards(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
     whole = folder / "whole.tar"
     if not whole.exists():
-        shard(whole, [("a/b.png", WHOLE["png"]), ("a/b.txt", b"words"), ("../c.jpg", WHOLE["jpeg"]), ("../c.json", b'{"text": "more"}')])
+        shard(
+            whole,
+            [
+                ("a/b.png", WHOLE["png"]),
+                ("a/b.txt", b"words"),
+                ("../c.jpg", WHOLE["jpeg"]),
+                ("../c.json", b'{"text": "more"}'),
+            ],
+        )
     broken = folder / "broken.tar"
     broken.write_bytes(damaged(whole.read_bytes(), cut, changes))
     size = broken.stat().st_size

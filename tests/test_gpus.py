@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UserError
-from finetune.estimate import gpus
-from finetune.estimate.gpus import DESCRIBED, PRICES, VISIBLE_SHARE, at_price, described, find, known
-from tests import commands
+from finetune.estimate.hardware import gpus
+from finetune.estimate.hardware.gpus import DESCRIBED, PRICES, VISIBLE_SHARE, at_price, described, find, known
+from tests.helpers import commands
 
 IDS = [
     "rtx3060", "rtx3070", "rtx3080", "rtx3090", "rtx4060ti", "rtx4070", "rtx4080", "rtx4090", "rtx5080", "rtx5090",
@@ -55,7 +55,12 @@ def test_figures_are_possible(gpu: gpus.Gpu) -> None:
 
 def test_known_figures() -> None:
     """Makers' data sheets, which the list was not made from."""
-    for name, sold, tflops, bandwidth in [("t4", 16, 65, 320), ("a100-40gb", 40, 312, 1555), ("h100-sxm", 80, 989, 3350), ("l4", 24, 121, 300)]:
+    for name, sold, tflops, bandwidth in [
+        ("t4", 16, 65, 320),
+        ("a100-40gb", 40, 312, 1555),
+        ("h100-sxm", 80, 989, 3350),
+        ("l4", 24, 121, 300),
+    ]:
         gpu = find(name)
         assert (gpu.sold_gb, gpu.tflops, gpu.bandwidth) == (sold, tflops, bandwidth)
 
@@ -131,7 +136,9 @@ def test_a_gpu_described_by_hand() -> None:
     options = dict(zip(DESCRIBED.split()[::2], map(float, DESCRIBED.split()[1::2]), strict=True))
     gpu = described(options["--vram"], options["--tflops"], options["--bandwidth"])
     assert (gpu.sold_gb, gpu.tflops, gpu.bandwidth, gpu.price) == (16, 40, 500, None)
-    assert pytest.approx(statistics.median(gpu.visible_gib / gpu.sold_gb for gpu in known()), abs=0.005) == VISIBLE_SHARE
+    assert (
+        pytest.approx(statistics.median(gpu.visible_gib / gpu.sold_gb for gpu in known()), abs=0.005) == VISIBLE_SHARE
+    )
     assert gpu.visible_gib == 16 * VISIBLE_SHARE
 
 
@@ -162,7 +169,9 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_file_replaces_prices_with_their_date(name: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaces_prices_with_their_date(
+    name: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / name
     path.write_text(FILES[name], encoding="utf-8")
     if by == "environment":
@@ -171,7 +180,9 @@ def test_a_file_replaces_prices_with_their_date(name: str, by: str, tmp_path: Pa
     for wanted, low, high in [("rtx3090", 0.25, 0.25), ("h100-sxm", 1.9, 2.4), ("rtx4070", 0, 0)]:
         assert own[wanted].price == gpus.Price(low, high, "2026-11-22", str(path))
     monkeypatch.delenv(PRICES, raising=False)
-    assert [own[gpu.id] for gpu in known() if gpu.price == own[gpu.id].price] == [own[i] for i in IDS if i not in ("rtx3090", "h100-sxm", "rtx4070")]
+    assert [own[gpu.id] for gpu in known() if gpu.price == own[gpu.id].price] == [
+        own[i] for i in IDS if i not in ("rtx3090", "h100-sxm", "rtx4070")
+    ]
 
 
 def test_the_file_that_is_named_comes_before_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +223,9 @@ def test_a_price_given_by_hand_is_todays() -> None:
         ("p.tsv", None, ["cannot be read: Is a directory", PRICES]),
     ],
 )
-def test_a_mistake_in_the_prices_is_told(name: str, text: str | None, says: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_the_prices_is_told(
+    name: str, text: str | None, says: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / name
     path.mkdir() if text is None else path.write_text(text)
     assert ft("--prices", str(path)) == 2
@@ -271,5 +284,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.yaml").write_text("date: 2026-11\nt4: 0.2\n")
     assert ft("T4", "--json", "--prices", str(tmp_path / "p.yaml")) == 0
     one = json.loads(capsys.readouterr().out)
-    assert one == found[IDS.index("t4")] | {"price": {"low": 0.2, "high": 0.2, "date": "2026-11", "source": str(tmp_path / "p.yaml")}}
+    assert one == found[IDS.index("t4")] | {
+        "price": {"low": 0.2, "high": 0.2, "date": "2026-11", "source": str(tmp_path / "p.yaml")}
+    }
     assert (one["visible_gib"], one["bfloat16"], one["tflops"]) == (14.56, False, 65.0)

@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from finetune.adapters.lora_file import LORA_FILE, look
+from finetune.adapters.peft import PEFT_PREFIX
 from finetune.errors import UserError
 from finetune.export import FORMATS, export
-from finetune.initial import LORA_FILE, look
-from finetune.models import quantized
-from finetune.models.adapters import PEFT_PREFIX
-from finetune.models.quantized import QuantizedLinear
-from tests import tiny
+from finetune.memory import quantization
+from finetune.memory.quantization import QuantizedLinear
+from tests.helpers import tiny
 
 LAYERS = "adapter.targets='to_q, to_v, conv1, q_proj, out_proj'"
 # Of a transformer; diffusers' converter of kohya's FLUX.1 knows the single blocks of the real width only.
@@ -70,7 +70,9 @@ def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> N
     assert abs(picture(tmp_path / "run", 2) - picture(before("sd15"), 3)).max() > 0
 
     adapter = job.plan.recipe.adapter
-    assert (adapter.rank, adapter.alpha, adapter.rslora) == ((4, 3, True) if layout == "diffusers" else (4, 6, False))  # 3 / √4 = 6 / 4
+    assert (adapter.rank, adapter.alpha, adapter.rslora) == (
+        (4, 3, True) if layout == "diffusers" else (4, 6, False)
+    )  # 3 / √4 = 6 / 4
     (said,) = [note for note in job.plan.notes if "goes on from" in note]
     assert f"in the format of {layout}, {len(load_file(in_format('sd15', 'diffusers'))) // 2} layers of rank 4" in said
     assert "adapter.rank is 16 in the recipe and 4 in the file: the file's is taken" in job.plan.notes
@@ -96,17 +98,23 @@ def test_a_transformers_run_begins_with_what_the_file_draws(name: str, layout: s
     job = begins_with(name, in_format(name, layout), tmp_path / "run")
     adapter = job.plan.recipe.adapter
     found = look(str(in_format(name, layout)))
-    assert (adapter.rank, adapter.alpha, adapter.rslora) == ((4, 3, True) if layout == "diffusers" else (found.rank, found.rank, False))
+    assert (adapter.rank, adapter.alpha, adapter.rslora) == (
+        (4, 3, True) if layout == "diffusers" else (found.rank, found.rank, False)
+    )
     with safe_open(found.file, framework="pt") as file:
         assert file.metadata()["ss_steps"] == "3" and file.metadata()["sshs_model_hash"]
-    assert found.format == ("PEFT" if (name, layout) == ("pixart", "diffusers") else "kohya" if layout == "kohya" else "diffusers")
+    assert found.format == (
+        "PEFT" if (name, layout) == ("pixart", "diffusers") else "kohya" if layout == "kohya" else "diffusers"
+    )
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
 def test_it_goes_on_from_a_file_on_a_base_in_four_bits(name: str, tmp_path: Path) -> None:
     """Samples are drawn on the whole base, so they begin as on that."""
-    with mock.patch.object(quantized, "SMALLEST", 256):  # weights: tiny transformers are that narrow
-        job = begins_with(name, in_format(name, FORMATS.get(name, ("diffusers",))[0]), tmp_path / "run", "model.quantize=nf4")
+    with mock.patch.object(quantization, "SMALLEST", 256):  # weights: tiny transformers are that narrow
+        job = begins_with(
+            name, in_format(name, FORMATS.get(name, ("diffusers",))[0]), tmp_path / "run", "model.quantize=nf4"
+        )
     assert any(isinstance(module, QuantizedLinear) for module in job.model.denoiser.modules())
 
 
@@ -115,7 +123,9 @@ def test_it_resumes_exactly(tmp_path: Path) -> None:
     going_on("sd15", file, tmp_path / "whole", "train.steps=2", "sample.prompts=[]")
     going_on("sd15", file, tmp_path / "broken", "train.steps=1", "sample.prompts=[]")
     going_on("sd15", file, tmp_path / "broken", "train.steps=2", "sample.prompts=[]", resume=True)
-    one, other = (tmp_path / name / "checkpoints" / "step-0000002" / "weights.safetensors" for name in ("whole", "broken"))
+    one, other = (
+        tmp_path / name / "checkpoints" / "step-0000002" / "weights.safetensors" for name in ("whole", "broken")
+    )
     assert one.read_bytes() == other.read_bytes()
     with pytest.raises(UserError, match=r"another .*adapter\.init"):
         going_on("sd15", in_format("sd15", "diffusers"), tmp_path / "broken", "train.steps=3", resume=True)
@@ -124,13 +134,21 @@ def test_it_resumes_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sd15", *tiny.FLOWS])
 def test_a_frozen_base_in_half_precision_does_not_round_the_file(name: str, tmp_path: Path) -> None:
     file = in_format(name, "diffusers")
-    job = tiny.prepare(tiny.recipe(name, "lora", f"adapter.init={file}", *text(name), "train.precision=bfloat16", folder=tmp_path / "run"))
-    in_file = {re.sub(rf"^(unet\.|transformer\.|{PEFT_PREFIX})", "", key): tensor for key, tensor in load_file(file).items()}
-    begun = {
-        key.removeprefix("denoiser.denoiser."): parameter for key, parameter in job.model.trained().items() if key.startswith("denoiser.denoiser.")
+    job = tiny.prepare(
+        tiny.recipe(
+            name, "lora", f"adapter.init={file}", *text(name), "train.precision=bfloat16", folder=tmp_path / "run"
+        )
+    )
+    in_file = {
+        re.sub(rf"^(unet\.|transformer\.|{PEFT_PREFIX})", "", key): tensor for key, tensor in load_file(file).items()
     }
-    assert begun
-    assert all(torch.equal(parameter, in_file[key.replace(".default.", ".")]) for key, parameter in begun.items())
+    initialized = {
+        key.removeprefix("denoiser.denoiser."): parameter
+        for key, parameter in job.model.trained().items()
+        if key.startswith("denoiser.denoiser.")
+    }
+    assert initialized
+    assert all(torch.equal(parameter, in_file[key.replace(".default.", ".")]) for key, parameter in initialized.items())
 
 
 def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15") -> str:
@@ -141,7 +159,15 @@ def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15"
 
 
 # Tiny nets are of one width, and some have layers of the same names: these differ as real ones do.
-OTHERS = {"sd3": "z_image", "flux": "lumina2", "flux2": "sana", "qwen_image": "z_image", "z_image": "sd3", "lumina2": "z_image", "sana": "flux"}
+OTHERS = {
+    "sd3": "z_image",
+    "flux": "lumina2",
+    "flux2": "sana",
+    "qwen_image": "z_image",
+    "z_image": "sd3",
+    "lumina2": "z_image",
+    "sana": "flux",
+}
 
 
 @pytest.mark.parametrize(("name", "other"), [*OTHERS.items(), ("pixart", "sd3")])
@@ -160,12 +186,21 @@ def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     run, text = tmp_path / "run", TEXT
-    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(in_format("sdxl", "diffusers"), run, text)
-    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(in_format("sdxl", "kohya"), run, text)
-    wider = {key: torch.cat([tensor, tensor], 1) if key.endswith("to_q.lora_A.weight") else tensor for key, tensor in plain().items()}
+    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(
+        in_format("sdxl", "diffusers"), run, text
+    )
+    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(
+        in_format("sdxl", "kohya"), run, text
+    )
+    wider = {
+        key: torch.cat([tensor, tensor], 1) if key.endswith("to_q.lora_A.weight") else tensor
+        for key, tensor in plain().items()
+    }
     save_file(wider, tmp_path / "wider.safetensors")
     assert "is a LoRA of another base" in refused(tmp_path / "wider.safetensors", run, text)
-    deeper = plain() | {key.replace("mid_block", "middle_block"): tensor for key, tensor in plain().items() if "mid_block" in key}
+    deeper = plain() | {
+        key.replace("mid_block", "middle_block"): tensor for key, tensor in plain().items() if "mid_block" in key
+    }
     save_file(deeper, tmp_path / "deeper.safetensors")
     assert "is a LoRA of another base" in refused(tmp_path / "deeper.safetensors", run, text)
     assert "also adapts the text_encoder" in refused(in_format("sd15", "kohya"), run)

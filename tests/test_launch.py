@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune import entry
-from finetune.commands import train
-from finetune.engine import runs
+from finetune.cli import process, train
 from finetune.errors import UserError
-from finetune.estimate import cpu
-from tests import tiny
-from tests.commands import CHECKOUT, python, shell
+from finetune.estimate.hardware import cpu
+from finetune.training import run_list
+from tests.helpers import tiny
+from tests.helpers.commands import CHECKOUT, python, shell
 
 # -- the launcher -----------------------------------------------------------------------------------------------------
 
@@ -37,7 +36,9 @@ def test_accelerate_takes_our_flags_without_a_remark(
     monkeypatch.delenv("OMP_NUM_THREADS")
     environment, arguments = train.launcher("lora", processes, gpu)
     with caplog.at_level(logging.DEBUG):
-        parsed, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args([*arguments, "recipe", "--set", "a=b"]))
+        parsed, _, _ = launch._validate_launch_command(
+            launch.launch_command_parser().parse_args([*arguments, "recipe", "--set", "a=b"])
+        )
     assert not caplog.records
     assert parsed.num_processes == processes and parsed.multi_gpu == (processes > 1) and parsed.mixed_precision == "no"
     assert (parsed.cpu or environment.get("ACCELERATE_USE_CPU") == "true") == (not gpu)
@@ -47,7 +48,9 @@ def test_accelerate_takes_our_flags_without_a_remark(
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in train.CONFIGS.glob("*.yaml")))
-def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_reads_the_configurations_that_come_with_ft(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By Accelerate's own reader, which refuses unknown keys, its own launcher's checks, and its own plugin where one can be made here."""
     from accelerate.commands import launch
     from accelerate.commands.config.config_args import load_config_from_file
@@ -70,7 +73,7 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, tmp_pa
             train.find_config(name)
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         with pytest.raises(UserError, match="--accelerate fsdp2"):
-            entry.refuse_foreign_engines()
+            process.refuse_foreign_engines()
         return
     assert train.find_config(name) == file
     assert f"--config_file {file}" in " ".join(train.launcher("lora", None, True, name, ("machine_rank=1",))[1])
@@ -79,10 +82,10 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, tmp_pa
             monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        entry.refuse_foreign_engines()
+        process.refuse_foreign_engines()
         monkeypatch.setenv("FSDP_VERSION", "1")
         with pytest.raises(UserError, match="FSDP1 is not supported"):
-            entry.refuse_foreign_engines()
+            process.refuse_foreign_engines()
         older = tmp_path / "mine.yaml"
         older.write_text(text.replace("fsdp_version: 2", "fsdp_version: 1"))
         with pytest.raises(UserError, match="FSDP1 is not supported"):
@@ -90,7 +93,8 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(name: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("config", "extra", "says"), [("many", (), "many-gpus"), ("one-gpu", ("machine_rank",), "KEY=VALUE"), ("one-gpu", ("--x y=1",), "KEY=VALUE")]
+    ("config", "extra", "says"),
+    [("many", (), "many-gpus"), ("one-gpu", ("machine_rank",), "KEY=VALUE"), ("one-gpu", ("--x y=1",), "KEY=VALUE")],
 )
 def test_a_configuration_that_is_not_there_is_said(config: str, extra: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -110,7 +114,9 @@ def test_threads_are_those_asked_for_or_shared_out(monkeypatch: pytest.MonkeyPat
 
 
 # What stands between `ft train` and the script: a launcher that starts it, waits, and turns every failure into 1.
-_LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode else 0)"
+_LAUNCHER = (
+    "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode else 0)"
+)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +128,10 @@ _LAUNCHER = "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executabl
         ("os._exit(9)", 1, ""),
     ],
 )
-def test_the_scripts_own_exit_code_and_words_come_through(body: str, code: int, says: str, capfd: pytest.CaptureFixture[str]) -> None:
-    script = f"import os\nfrom finetune.entry import launched\nfrom finetune.errors import UserError\nwith launched():\n    {body}"
+def test_the_scripts_own_exit_code_and_words_come_through(
+    body: str, code: int, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = f"import os\nfrom finetune.cli.process import launched\nfrom finetune.errors import UserError\nwith launched():\n    {body}"
     assert train.run([sys.executable, "-c", _LAUNCHER, script], {"PYTHONPATH": str(CHECKOUT)}) == code
     assert capfd.readouterr().err == says
 
@@ -137,10 +145,14 @@ sys.exit(1 if any([process.wait() for process in started]) else 0)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-@pytest.mark.parametrize("other", ["time.sleep(0.1); raise RuntimeError('Connection closed by peer')", "time.sleep(60)"])
-def test_what_one_process_refuses_is_said_once_and_ends_all(rank: str, other: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "other", ["time.sleep(0.1); raise RuntimeError('Connection closed by peer')", "time.sleep(60)"]
+)
+def test_what_one_process_refuses_is_said_once_and_ends_all(
+    rank: str, other: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The others lose their exchange with it (on CPUs), or would wait for it (on GPUs); neither is told."""
-    script = "import os, time\nfrom finetune.entry import launched\nfrom finetune.errors import UserError\nwith launched():\n"
+    script = "import os, time\nfrom finetune.cli.process import launched\nfrom finetune.errors import UserError\nwith launched():\n"
     script += f"    if os.environ['RANK'] == '{rank}': raise UserError('the disk is full')\n    {other}"
     assert train.run([sys.executable, "-c", _LAUNCHER_OF_TWO, script], {"PYTHONPATH": str(CHECKOUT)}) == 2
     assert capfd.readouterr().err == "error: the disk is full\n"
@@ -151,7 +163,7 @@ def test_a_signal_stops_the_script_and_is_waited_for(number: signal.Signals, cod
     script = f"""
 import time
 from pathlib import Path
-from finetune.entry import launched
+from finetune.cli.process import launched
 with launched():
     try:
         Path({str(tmp_path / "ready")!r}).touch()
@@ -166,7 +178,9 @@ with launched():
     def as_in_a_terminal() -> None:  # whoever runs the tests in the background has made them deaf to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    with subprocess.Popen([sys.executable, "-c", outer], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", outer], env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+    ) as process:
         for _ in range(300):
             if (tmp_path / "ready").exists():
                 break
@@ -185,7 +199,7 @@ def test_nothing_outlives_its_launcher(gone: str, tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from finetune.entry import launched
+from finetune.cli.process import launched
 with launched():
     Path({str(tmp_path / "ready")!r}).touch()
     try:
@@ -213,20 +227,22 @@ def _until(holds: Callable[[], bool]) -> None:
     raise AssertionError("it did not come")
 
 
-def test_of_several_processes_the_first_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_of_several_processes_the_first_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     before = signal.getsignal(signal.SIGTERM)
     for rank, expected in (("0", []), ("1", [3])):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit), entry.told():
+        with pytest.raises(SystemExit), process.told():
             raise UserError("no")
         assert waited == expected, "the launcher ends the others while they wait"
     signal.signal(signal.SIGTERM, before)
     capsys.readouterr()
-    monkeypatch.setenv(entry.LAST_WORDS, str(tmp_path / "words"))
+    monkeypatch.setenv(process.LAST_WORDS, str(tmp_path / "words"))
     for word in ("first", "second"):
-        with pytest.raises(SystemExit), entry.told():
+        with pytest.raises(SystemExit), process.told():
             raise UserError(word)
     assert (tmp_path / "words").read_text() == "2\nerror: first"
     assert capsys.readouterr().err == ""
@@ -246,18 +262,34 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     """`ft train` for a person: started elsewhere, killed, gone on with; quiet, and at its end it names what is there."""
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(tiny.text("sd15", "lora", Path("run")))
-    asked = [sys.executable, "-m", "finetune.cli", "train", "mine.yaml", "--set", "train.steps=40", "--set", "train.checkpoint_every=1"]
+    asked = [
+        sys.executable,
+        "-m",
+        "finetune.cli.main",
+        "train",
+        "mine.yaml",
+        "--set",
+        "train.steps=40",
+        "--set",
+        "train.checkpoint_every=1",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    with subprocess.Popen(asked, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        asked, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         for _ in range(1200):
             if (tmp_path / "run" / "checkpoints").is_dir() and any((tmp_path / "run" / "checkpoints").glob("step-*")):
                 break
             time.sleep(0.05)
         process.terminate()
         assert process.stderr is not None
-        assert re.search(r"SIGTERM: finishing this step.*\n\nstopped after step \d+, which is saved; .*--resume goes on", process.stderr.read(), re.S)
+        assert re.search(
+            r"SIGTERM: finishing this step.*\n\nstopped after step \d+, which is saved; .*--resume goes on",
+            process.stderr.read(),
+            re.S,
+        )
         assert process.wait(60) == 143
-    stopped = runs.look(tmp_path / "run")
+    stopped = run_list.look(tmp_path / "run")
     assert stopped.state == "stopped" and stopped.saved[-1] == stopped.step < stopped.steps == 40
 
     again = python(*asked[1:], "--resume", cwd=tmp_path)
@@ -265,7 +297,11 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     assert again.stdout.startswith("$ accelerate launch --quiet ") and " --num_processes 1 " in again.stdout
     assert "\ngoing on after step " in again.stdout
     assert "\n── adapters ─" in again.stdout
-    noise = [line for line in again.stderr.splitlines() if not line.startswith(("step ", "encoding ", "samples ", "looking "))]
+    noise = [
+        line
+        for line in again.stderr.splitlines()
+        if not line.startswith(("step ", "encoding ", "samples ", "looking "))
+    ]
     assert not noise
     told = again.stdout.partition("\nwritten\n")[2]
     places = [tmp_path / line.split("  ")[-1].strip() for line in told.splitlines()]

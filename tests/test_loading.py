@@ -16,12 +16,12 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finetune.adapters.formats.kohya import sgm_path
+from finetune.config.schema import Model
 from finetune.errors import UserError
-from finetune.export.kohya import sgm_path
-from finetune.models import loading, single_file
-from finetune.models.loading import open_pipeline, open_vae
-from finetune.recipe import Model
-from tests import tiny
+from finetune.models.pretrained import loading, single_file
+from finetune.models.pretrained.loading import open_pipeline, open_vae
+from tests.helpers import tiny
 
 CLASSES = {"sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 FAMILIES = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl"}
@@ -46,7 +46,11 @@ def original_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
         if len(parts) > 2 and parts[1] in ("down_blocks", "up_blocks"):
             up = parts[1] == "up_blocks"
             level = levels - 1 - int(parts[2]) if up else int(parts[2])
-            rest = ["upsample" if up else "downsample", *parts[5:]] if parts[3].endswith("samplers") else ["block", *parts[4:]]
+            rest = (
+                ["upsample" if up else "downsample", *parts[5:]]
+                if parts[3].endswith("samplers")
+                else ["block", *parts[4:]]
+            )
             parts = [parts[0], "up" if up else "down", str(level), *rest]
         elif len(parts) > 2 and parts[1] == "mid_block" and parts[2] == "resnets":
             parts = [parts[0], "mid", f"block_{int(parts[3]) + 1}", *parts[4:]]
@@ -54,7 +58,10 @@ def original_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
             leaf = parts[-1]
             parts = [parts[0], "mid", "attn_1", renamed[".".join(parts[4:-1])], leaf]
             tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        found["first_stage_model." + ".".join(parts).replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")] = tensor
+        found[
+            "first_stage_model."
+            + ".".join(parts).replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        ] = tensor
     return found
 
 
@@ -65,7 +72,13 @@ def original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """OpenCLIP: query, key and value in one matrix, the projection transposed."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    renamed = {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+    renamed = {
+        "self_attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+    }
     found = {
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
@@ -93,7 +106,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "unet": {"norm_num_groups": 4, "sample_size": 8},
     "vae": {"block_out_channels": [4, 8, 8, 8], "norm_num_groups": 4, "sample_size": 32},
     "text_encoder": {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48},
-    "text_encoder_2": {"num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "hidden_size": 40, "projection_dim": 40},
+    "text_encoder_2": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "hidden_size": 40,
+        "projection_dim": 40,
+    },
 }
 WIDTHS = {"sd15": 24, "sd21": 32, "sdxl": 24 + 40}
 
@@ -104,10 +123,17 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     configs = tmp_path / "configs"
     shutil.copytree(single_file.CONFIGS, configs)
     for name, width in WIDTHS.items():
-        levels = {"block_out_channels": [8, 8, 16], "attention_head_dim": [2, 2, 4], "transformer_layers_per_block": [1, 1, 2]}
+        levels = {
+            "block_out_channels": [8, 8, 16],
+            "attention_head_dim": [2, 2, 4],
+            "transformer_layers_per_block": [1, 1, 2],
+        }
         if name != "sdxl":
             levels = {"block_out_channels": [8, 8, 16, 16], "attention_head_dim": [2, 2, 4, 4]}
-        changes = {"unet": {**SMALL["unet"], "cross_attention_dim": width, **levels}, "text_encoder": {**SMALL["text_encoder"], "hidden_size": 24}}
+        changes = {
+            "unet": {**SMALL["unet"], "cross_attention_dim": width, **levels},
+            "text_encoder": {**SMALL["text_encoder"], "hidden_size": 24},
+        }
         if name == "sd21":
             changes["text_encoder"]["hidden_size"] = width
         if name == "sdxl":
@@ -162,12 +188,21 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
         net.eval()
     tokenizers = {key: single_file.clip_tokenizer(padding) for key, padding in single_file.PADDING[name].items()}
     cls: Any = getattr(diffusers, CLASSES[name])
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if name != "sdxl" else {}
+    checker = (
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if name != "sdxl" else {}
+    )
     reference = cls(**parts, **tokenizers, **checker, scheduler=opened.scheduler)
     pictures = []
     for pipeline in (reference, opened):
         pipeline.set_progress_bar_config(disable=True)
-        drawn = pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0), width=32, height=32, output_type="np")
+        drawn = pipeline(
+            "a red circle",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            width=32,
+            height=32,
+            output_type="np",
+        )
         pictures.append(drawn.images)
     assert abs(pictures[0] - pictures[1]).max() < 1e-5  # equal weights, laid out otherwise in memory
     assert pictures[0].std() > 0.01
@@ -203,11 +238,17 @@ def test_single_file_says_its_prediction(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "unet", "text"),
-    [("sd15", 859_520_964, 123_060_480), ("sd21", 865_910_724, 340_387_840), ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840)],
+    [
+        ("sd15", 859_520_964, 123_060_480),
+        ("sd21", 865_910_724, 340_387_840),
+        ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840),
+    ],
 )
 def test_bundled_configurations_have_the_published_sizes(name: str, unet: int, text: int) -> None:
     with torch.device("meta"):
-        count = {part: sum(p.numel() for p in net.parameters()) for part, net in nets(single_file.CONFIGS / name).items()}
+        count = {
+            part: sum(p.numel() for p in net.parameters()) for part, net in nets(single_file.CONFIGS / name).items()
+        }
     assert count["unet"] == unet
     assert count["vae"] == 83_653_863
     assert sum(size for part, size in count.items() if part.startswith("text_encoder")) == text
@@ -230,7 +271,10 @@ def header(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 def test_architecture_is_read_from_the_header(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         unet = nets(single_file.CONFIGS / name)["unet"]
-    path = header(tmp_path / "wrong-name-sdxl-sd15.safetensors", {key: tuple(t.shape) for key, t in original_unet(unet.state_dict()).items()})
+    path = header(
+        tmp_path / "wrong-name-sdxl-sd15.safetensors",
+        {key: tuple(t.shape) for key, t in original_unet(unet.state_dict()).items()},
+    )
     assert single_file.architecture(single_file.read_shapes(path), path) == name
 
 
@@ -256,7 +300,9 @@ def test_folder_and_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no final weights yet"):
         open_pipeline(Model("sd", path=str(tmp_path / "run")), CLASSES["sd15"], torch.float32)
     shutil.copytree(folder, tmp_path / "run" / "final")
-    again: Any = open_pipeline(Model("sd", path=str(tmp_path / "run"), vae=str(tiny.vae())), CLASSES["sd15"], torch.float32)
+    again: Any = open_pipeline(
+        Model("sd", path=str(tmp_path / "run"), vae=str(tiny.vae())), CLASSES["sd15"], torch.float32
+    )
     assert again.unet.config.block_out_channels == opened.unet.config.block_out_channels
 
 
@@ -266,7 +312,10 @@ def test_every_place_of_a_vae(small: Path, tmp_path: Path) -> None:
     parts["vae"].save_pretrained(tmp_path / "run" / "final")  # type: ignore[operator]
     parts["vae"].save_pretrained(tmp_path / "pipeline" / "vae")  # type: ignore[operator]
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    alone = {name.removeprefix("first_stage_model."): t.contiguous() for name, t in original_vae(parts["vae"].state_dict(), 4).items()}
+    alone = {
+        name.removeprefix("first_stage_model."): t.contiguous()
+        for name, t in original_vae(parts["vae"].state_dict(), 4).items()
+    }
     save_file(alone, tmp_path / "alone.safetensors")
     save_file(original(parts), tmp_path / "whole.safetensors")
     expected = parts["vae"].state_dict()
@@ -287,7 +336,17 @@ def refused(path: object, class_name: str = CLASSES["sd15"]) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", ["./model", "/no/such/model", "~/no-such-model", "model", "tests/model", "owner/model.safetensors", "embedded:model", "a/b/c"]
+    "path",
+    [
+        "./model",
+        "/no/such/model",
+        "~/no-such-model",
+        "model",
+        "tests/model",
+        "owner/model.safetensors",
+        "embedded:model",
+        "a/b/c",
+    ],
 )
 def test_missing_path_is_no_matter_of_the_hub(path: str) -> None:
     assert f"there is no file or folder {path}" in refused(path)
@@ -341,7 +400,10 @@ def test_files_that_are_no_model(small: Path, tmp_path: Path) -> None:
         assert said in refused(tmp_path / name)
     path = tmp_path / "file.safetensors"
     assert "is a LoRA" in refused(header(path, {"lora_unet_conv_in.lora_down.weight": (4, 4)}))
-    entry, width = "model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    entry, width = (
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    )
     assert "inpainting" in refused(header(path, {entry: (8, 9, 3, 3), width: (8, 24)}))
     assert "999 wide" in refused(header(path, {entry: (8, 4, 3, 3), width: (8, 999)}))
     assert "no such UNet" in refused(header(path, {"something": (1,)}))

@@ -20,14 +20,15 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from benchmarks import torture
 from finetune import job as jobs
-from finetune.entry import told
+from finetune.cli.process import told
+from finetune.config.loader import to_dict
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.models.text_to_image import CaptionAndLatent
-from finetune.recipe import Recipe, to_dict
-from scripts import torture
-from tests import tiny
-from tests.commands import CHECKOUT
+from finetune.models.pretrained.model import CaptionAndLatent
+from tests.helpers import tiny
+from tests.helpers.commands import CHECKOUT
 
 # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
 COMPARABLE = ("optimizer.eps=1e-4", "optimizer.lr=1e-2", "sample.prompts=[]")
@@ -44,7 +45,7 @@ def written(recipe: Recipe, folder: Path) -> str:
 
 
 def test_killed_anywhere_and_resumed_is_the_unkilled_run(tmp_path: Path) -> None:
-    """A short `scripts/torture.py`: real processes, real SIGKILLs."""
+    """A short `benchmarks/torture.py`: real processes, real SIGKILLs."""
     (victim,) = torture.run(["lora"], 4, 0, tmp_path, pictures=24)
     assert not victim.differing
     assert victim.survived.total() == 4 and len(victim.survived) > 1, victim
@@ -58,20 +59,34 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
     steps = 80
 
     def recipe(name: str) -> Recipe:
-        return tiny.recipe("sd15", "lora", *COMPARABLE, f"train.steps={steps}", "train.checkpoint_every=7", folder=tmp_path / name)
+        return tiny.recipe(
+            "sd15", "lora", *COMPARABLE, f"train.steps={steps}", "train.checkpoint_every=7", folder=tmp_path / name
+        )
 
     tiny.prepare(recipe("whole")).trainer.train()
 
     metrics = tmp_path / "killed" / "metrics.jsonl"
     process = torture.live(recipe("killed"), False, tmp_path / "log")
-    while not os.waitpid(process, os.WNOHANG)[0] and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= 10):
+    while not os.waitpid(process, os.WNOHANG)[0] and not (
+        metrics.is_file() and metrics.read_bytes().count(b"\n") >= 10
+    ):
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
 
     file, script = written(recipe("killed"), tmp_path), str(CHECKOUT / "finetune" / "lora.py")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision=fp16", "--num_processes=1", "--cpu", script, file, "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--mixed_precision=fp16",
+        "--num_processes=1",
+        "--cpu",
+        script,
+        file,
+        "--resume",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a CPU trains in float32" in done.stdout
@@ -88,16 +103,18 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("poisoned", ["trained", "frozen"])
-def test_nan_stops_before_the_weights_take_it(poisoned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_stops_before_the_weights_take_it(
+    poisoned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = tiny.prepare(tiny.recipe("sd15", "lora", "train.ema=0.9", folder=tmp_path / "run"))
-    job.trainer.take(0)
-    net = job.model.turns()[0].net
+    job.trainer.train_step(0)
+    net = job.model.train_steps()[0].net
     weight = next(p for p in net.parameters() if p.requires_grad == (poisoned == "trained"))
     with torch.no_grad():
         weight[(0,) * weight.ndim] = torch.nan
     before, average = tiny.trained(job), [tensor.clone() for tensor in job.trainer.state.ema.averages.values()]  # type: ignore[union-attr]
     with pytest.raises(SystemExit) as ended, told():
-        job.trainer.take(1)
+        job.trainer.train_step(1)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "step 2" in said
@@ -105,7 +122,10 @@ def test_nan_stops_before_the_weights_take_it(poisoned: str, tmp_path: Path, cap
     assert "optimizer.lr" in said
     for name, tensor in tiny.trained(job).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
-    assert all(torch.equal(now, then) for now, then in zip(job.trainer.state.ema.averages.values(), average, strict=True))  # type: ignore[union-attr]
+    assert all(
+        torch.equal(now, then)
+        for now, then in zip(job.trainer.state.ema.averages.values(), average, strict=True)  # type: ignore[union-attr]
+    )
 
 
 def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,28 +140,32 @@ def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, m
         tiny.prepare(asked)
     assert Path(caught.value.where).suffix in (".png", ".jpg", ".webp")
     monkeypatch.undo()
-    tiny.prepare(asked, resume=True).trainer.take(0)
+    tiny.prepare(asked, resume=True).trainer.train_step(0)
 
 
 @pytest.mark.parametrize("estimated", [True, False])
-def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(
+    estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error is torch's own, raised where CUDA would raise it; the estimate is of a card that the run was said to fit."""
-    from finetune.estimate.expect import Expected
+    from finetune.config.loader import load_recipe
     from finetune.estimate.forecast import forecast
-    from finetune.estimate.gpus import find
-    from finetune.recipe import load_recipe
+    from finetune.estimate.hardware.gpus import find
+    from finetune.estimate.monitor import Expected
 
     job = tiny.prepare(tiny.recipe("sd15", "lora", "train.ema=0.9", folder=tmp_path / "run"))
-    job.trainer.take(0)
+    job.trainer.train_step(0)
     if estimated:
         one = forecast(load_recipe("lora/sdxl", ["train.batch_size=2"]), "lora/sdxl", find("rtx3090"), 100)
         assert one.fits
         job.trainer.pace.expected = Expected(one)
 
     def full(*arguments: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.6 GiB"
+        )
 
-    monkeypatch.setattr(job.trainer.state.turns[0], "loss", full)
+    monkeypatch.setattr(job.trainer.state.train_steps[0], "loss", full)
     with pytest.raises(UserError) as caught:
         job.trainer.train()
     told = caught.value
@@ -149,7 +173,11 @@ def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(estim
     assert told.where.startswith("estimate: " if estimated else "no estimate: ")
     parts = job.trainer.state.live()
     sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
-    assert sizes["weights that train"] == sizes["averages"] and sizes["adamw"] > 2 * sizes["averages"] and sizes["frozen weights"] > 0
+    assert (
+        sizes["weights that train"] == sizes["averages"]
+        and sizes["adamw"] > 2 * sizes["averages"]
+        and sizes["frozen weights"] > 0
+    )
     assert sizes["gradients"] == 0, "given back after each step"
     assert "frozen weights 0.00 GiB, weights that train" in told.where
     edits = re.findall(r"--set ([\w.]+=[\w.]+)|^ +([\w.]+=[\w.]+)", told.remedy, re.M)
@@ -177,18 +205,18 @@ class Scaled(Accelerator):  # type: ignore[misc]
 def test_a_scaler_takes_the_same_step_and_skips_an_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale that overflows is halved and its step skipped; NaN at a scale below 1 is not the scale's, and stops."""
     plain = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, folder=tmp_path / "plain"))
-    record = plain.trainer.take(0)
+    record = plain.trainer.train_step(0)
     monkeypatch.setattr(jobs, "Accelerator", Scaled)
     job = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, folder=tmp_path / "run"))
     scaler = job.accelerator.scaler
-    assert job.trainer.take(0)["gradient.denoiser"] == pytest.approx(record["gradient.denoiser"], rel=1e-4)
+    assert job.trainer.train_step(0)["gradient.denoiser"] == pytest.approx(record["gradient.denoiser"], rel=1e-4)
     for name, tensor in tiny.trained(plain).items():
         torch.testing.assert_close(tiny.trained(job)[name], tensor, rtol=1e-4, atol=1e-6)
     assert job.trainer.state.checkpoint(1).facts["scaler"]["scale"] == 2.0**10
 
     before = tiny.trained(job)
     overflow = job.trainer.state.parameters[0][0].register_hook(lambda gradient: gradient * torch.inf)
-    assert not job.trainer.take(1)["gradient.denoiser"] < float("inf")
+    assert not job.trainer.train_step(1)["gradient.denoiser"] < float("inf")
     overflow.remove()
     assert scaler.get_scale() == 2.0**9
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.trained(job).items())
@@ -196,7 +224,7 @@ def test_a_scaler_takes_the_same_step_and_skips_an_overflow(tmp_path: Path, monk
     with torch.no_grad():
         job.trainer.state.parameters[0][0][0, 0] = torch.nan
     with pytest.raises(UserError, match="step 2"):
-        job.trainer.take(1)
+        job.trainer.train_step(1)
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -212,12 +240,14 @@ def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> N
         def count(module: nn.Module, inputs: Any, name: str, calls: dict[str, int] = calls) -> None:
             calls[name] += 1
 
-        net: Any = job.model.turns()[0].net
+        net: Any = job.model.train_steps()[0].net
         # One behind the first adapter: before it nothing is kept, so nothing is computed again.
         net.denoiser.up_blocks[1].resnets[1].register_forward_pre_hook(lambda m, i, count=count: count(m, i, "unet"))
-        net.encoders["text_encoder"].encoder.layers[0].self_attn.register_forward_pre_hook(lambda m, i, count=count: count(m, i, "text"))
-        job.trainer.take(0)
-        job.trainer.take(1)
+        net.encoders["text_encoder"].encoder.layers[0].self_attn.register_forward_pre_hook(
+            lambda m, i, count=count: count(m, i, "text")
+        )
+        job.trainer.train_step(0)
+        job.trainer.train_step(1)
         counts.append(calls)
         found.append(tiny.trained(job))
     assert counts == [{"unet": 2, "text": 2}, {"unet": 4, "text": 4}]
@@ -227,12 +257,14 @@ def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_bfloat16_is_of_the_base_and_the_arithmetic_alone(method: str, tmp_path: Path) -> None:
-    exact = tiny.prepare(tiny.recipe("sdxl", method, "train.precision=float32", folder=tmp_path / "float32")).trainer.take(0)
+    exact = tiny.prepare(
+        tiny.recipe("sdxl", method, "train.precision=float32", folder=tmp_path / "float32")
+    ).trainer.train_step(0)
     job = tiny.prepare(tiny.recipe("sdxl", method, "train.precision=bfloat16", folder=tmp_path / "bfloat16"))
-    record = job.trainer.take(0)
+    record = job.trainer.train_step(0)
     assert record["loss.denoiser"] == pytest.approx(exact["loss.denoiser"], rel=0.03)
     assert record["loss.denoiser"] != exact["loss.denoiser"]
-    parameters = job.model.turns()[0].net.parameters()
+    parameters = job.model.train_steps()[0].net.parameters()
     dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in parameters}
     assert dtypes == ({(True, torch.float32), (False, torch.bfloat16)} if method == "lora" else {(True, torch.float32)})
     assert job.model.pipeline.vae.dtype == torch.float32  # type: ignore[attr-defined]
@@ -243,8 +275,16 @@ def test_bfloat16_is_of_the_base_and_the_arithmetic_alone(method: str, tmp_path:
 def test_validation_is_the_same_question_each_time_and_changes_nothing(tmp_path: Path) -> None:
     found = {}
     for share in (0.0, 0.4):
-        held = ("data.held_out=0.4", "train.validate_every=1") if share else ("data.held_out=0.4", "train.validate_every=99")
-        job = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, *held, "train.steps=3", "optimizer.lr=1e-9", folder=tmp_path / str(share)))
+        held = (
+            ("data.held_out=0.4", "train.validate_every=1")
+            if share
+            else ("data.held_out=0.4", "train.validate_every=99")
+        )
+        job = tiny.prepare(
+            tiny.recipe(
+                "sd15", "lora", *COMPARABLE, *held, "train.steps=3", "optimizer.lr=1e-9", folder=tmp_path / str(share)
+            )
+        )
         job.trainer.train()
         found[share] = [json.loads(line) for line in (tmp_path / str(share) / "metrics.jsonl").read_text().splitlines()]
     losses = [record["validation"] for record in found[0.4]]

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune import planning
-from finetune.data.scan import scan
-from finetune.engine.optim import found_rate, learning_rate, make_optimizer, schedule_free
-from finetune.estimate.emulate import fake_tensors
+from finetune.config import machine
+from finetune.config.schema import Optimizer
+from finetune.data.audit.audit import scan
 from finetune.estimate.memory import bytes_a_weight
-from finetune.estimate.trace import Recorder
-from finetune.recipe import Optimizer
-from tests import tiny
+from finetune.estimate.tracing.cuda_mode import fake_tensors
+from finetune.estimate.tracing.recorder import Recorder
+from finetune.training.optimizers import effective_lr, learning_rate, make_optimizer, schedule_free
+from tests.helpers import tiny
 
 SHAPE, STEPS = (6, 9), 40
 
@@ -67,7 +68,9 @@ def prodigy(one: Optimizer) -> Tensor:
     weight, first, second, ratio, total = start, torch.zeros(SHAPE), torch.zeros(SHAPE), 0.0, torch.zeros(SHAPE)
     distance, (beta1, beta2) = 1e-6, (0.9, 0.999)
     for step, gradient in enumerate(found):
-        rate = distance * learning_rate(one, step, STEPS) * math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta1 ** (step + 1))
+        rate = (
+            distance * learning_rate(one, step, STEPS) * math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta1 ** (step + 1))
+        )
         ratio = math.sqrt(beta2) * ratio + distance * rate * float((gradient * (start - weight)).sum())
         total = math.sqrt(beta2) * total + distance * distance * gradient
         first = beta1 * first + (1 - beta1) * distance * gradient
@@ -80,7 +83,11 @@ def prodigy(one: Optimizer) -> Tensor:
 def came(one: Optimizer) -> Tensor:
     """arXiv:2307.02047, algorithm 2: Adafactor's update, its moment, and that divided by how far the two lie apart."""
     weight, found = gradients()
-    moment, rows, columns, far_rows, far_columns = torch.zeros(SHAPE), *(torch.zeros(size) for size in SHAPE), *(torch.zeros(size) for size in SHAPE)
+    moment, rows, columns, far_rows, far_columns = (
+        torch.zeros(SHAPE),
+        *(torch.zeros(size) for size in SHAPE),
+        *(torch.zeros(size) for size in SHAPE),
+    )
     beta1, beta2, beta3 = 0.9, 0.999, 0.9999
     for step, gradient in enumerate(found):
         rate = learning_rate(one, step, STEPS)
@@ -92,7 +99,10 @@ def came(one: Optimizer) -> Tensor:
         apart = (update - moment) ** 2 + 1e-16
         far_rows = beta3 * far_rows + (1 - beta3) * apart.mean(1)
         far_columns = beta3 * far_columns + (1 - beta3) * apart.mean(0)
-        weight = weight * (1 - rate * one.weight_decay) - rate * moment / (torch.outer(far_rows, far_columns) / far_rows.mean()).sqrt()
+        weight = (
+            weight * (1 - rate * one.weight_decay)
+            - rate * moment / (torch.outer(far_rows, far_columns) / far_rows.mean()).sqrt()
+        )
     return weight
 
 
@@ -110,10 +120,12 @@ def test_the_papers_steps(reference: Callable[[Optimizer], Tensor]) -> None:
     trained = weight.detach().clone()
     with schedule_free(optimizer):
         moved = (weight.detach() - gradients()[0]).norm()
-        torch.testing.assert_close(weight.detach() - gradients()[0], reference(section) - gradients()[0], rtol=1e-3, atol=1e-5 * float(moved))
+        torch.testing.assert_close(
+            weight.detach() - gradients()[0], reference(section) - gradients()[0], rtol=1e-3, atol=1e-5 * float(moved)
+        )
     assert torch.equal(weight, trained)
     if name == "prodigy":
-        assert 1e-6 < found_rate(optimizer) < 1, "the rate that is told is the one that was found"
+        assert 1e-6 < effective_lr(optimizer) < 1, "the rate that is told is the one that was found"
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -131,16 +143,20 @@ def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        assert name != "prodigy" or "d_hat" in optimizer.param_groups[0], "a trace must not end where the step asks whether all gradients are zero"
-        kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        assert name != "prodigy" or "d_hat" in optimizer.param_groups[0], (
+            "a trace must not end where the step asks whether all gradients are zero"
+        )
+        kept = sum(
+            value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+        )
     assert kept / (2 * rank * width) == pytest.approx(bytes_a_weight(name, 1 / rank + 1 / width), abs=0.01)
 
 
 def test_settings_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
     def notes(*overrides: str) -> str:
         recipe = tiny.recipe("sd15", "lora", *overrides, folder=tmp_path)
-        machine = planning.Machine("cpu", "a CPU", 1, 1, True, 1 << 30)
-        return " ".join(planning.make_plan(recipe, scan(recipe.data), machine).notes)
+        device = machine.Machine("cpu", "a CPU", 1, 1, True, 1 << 30)
+        return " ".join(planning.make_plan(recipe, scan(recipe.data), device).notes)
 
     assert "1 is usual" in notes("optimizer.name=prodigy")
     assert not notes("optimizer.name=prodigy", "optimizer.lr=1")

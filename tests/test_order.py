@@ -12,8 +12,8 @@ import numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.order import Order
-from finetune.engine.loop import Trainer
+from finetune.data.sampler import Order
+from finetune.training.trainer import Trainer
 
 
 def split(sizes: list[int]) -> list[list[int]]:
@@ -29,7 +29,9 @@ seeds = st.integers(0, 2**31)
 
 @given(sizes, batches, seeds)
 @settings(deadline=None)
-def test_a_global_batch_comes_from_one_bucket_and_every_bucket_in_proportion(counts: list[int], batch: int, seed: int) -> None:
+def test_a_global_batch_comes_from_one_bucket_and_every_bucket_in_proportion(
+    counts: list[int], batch: int, seed: int
+) -> None:
     buckets, steps = split(counts), 60
     order = Order(buckets, batch, steps, seed)
     bucket_of = {example: number for number, bucket in enumerate(buckets) for example in bucket}
@@ -53,7 +55,9 @@ def test_within_a_bucket_no_example_comes_again_before_all_have_come(counts: lis
         stream = [example for example in drawn if example in set(bucket)]
         for start in range(0, len(stream), len(bucket)):
             one_pass = stream[start : start + len(bucket)]
-            assert len(set(one_pass)) == len(one_pass)  # a whole pass holds each example once, the last may be begun only
+            assert len(set(one_pass)) == len(
+                one_pass
+            )  # a whole pass holds each example once, the last may be begun only
 
 
 def test_small_buckets_are_not_drawn_more_often_than_large_ones() -> None:
@@ -79,7 +83,9 @@ def test_batch_4_is_accumulation_4_is_4_processes(counts: list[int], seed: int) 
     whole = [Order(split(counts), 4, 12, seed).batch(step) for step in range(12)]
     for batch, accumulation, processes in ((4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)):
         orders = [Order(split(counts), batch * accumulation * processes, 12, seed) for _ in range(processes)]
-        dealt = [places(batch, processes, process, micro) for micro in range(accumulation) for process in range(processes)]
+        dealt = [
+            places(batch, processes, process, micro) for micro in range(accumulation) for process in range(processes)
+        ]
         assert sorted(itertools.chain(*dealt)) == [0, 1, 2, 3]
         for step in range(12):
             seen = {place: orders[n % processes].batch(step)[place] for n, own in enumerate(dealt) for place in own}
@@ -89,13 +95,17 @@ def test_batch_4_is_accumulation_4_is_4_processes(counts: list[int], seed: int) 
 def places(batch: int, processes: int, process: int, micro: int) -> list[int]:
     """The loop's own places in the global batch, without a trainer around them."""
     plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(batch_size=batch)))
-    trainer: Any = SimpleNamespace(plan=plan, accelerator=SimpleNamespace(process_index=process, num_processes=processes))
-    return Trainer.places(trainer, micro)
+    trainer: Any = SimpleNamespace(
+        plan=plan, accelerator=SimpleNamespace(process_index=process, num_processes=processes)
+    )
+    return Trainer.batch_indices(trainer, micro)
 
 
 @given(sizes, batches, seeds, st.integers(0, 49))
 @settings(deadline=None, max_examples=50)
-def test_a_resumed_run_draws_what_the_unbroken_one_would_have(counts: list[int], batch: int, seed: int, resumed_at: int) -> None:
+def test_a_resumed_run_draws_what_the_unbroken_one_would_have(
+    counts: list[int], batch: int, seed: int, resumed_at: int
+) -> None:
     unbroken = Order(split(counts), batch, 50, seed)
     expected = [unbroken.batch(step) for step in range(50)]
     anew = Order(split(counts), batch, 50, seed)

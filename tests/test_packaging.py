@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe import bundled_recipes
-from tests.commands import CHECKOUT, python, shell
+from finetune.config.loader import bundled_recipes
+from tests.helpers.commands import CHECKOUT, python, shell
 
 
 def test_a_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
@@ -30,9 +30,13 @@ def test_a_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
     inside = tmp_path / "installed" / "finetune"
     assert _files(inside) - {f"recipes/{name}.yaml" for name in bundled_recipes()} == _files(source / "finetune")
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "installed")}
-    listed = python("-m", "finetune.cli", "recipes", **elsewhere)  # type: ignore[arg-type]
+    listed = python("-m", "finetune.cli.main", "recipes", **elsewhere)  # type: ignore[arg-type]
     assert [line.split()[0] for line in listed.stdout.splitlines()] == bundled_recipes()
-    script = python("-c", "from finetune.commands.train import launcher; print(launcher('full', 1, False)[1][-1])", **elsewhere)  # type: ignore[arg-type]
+    script = python(
+        "-c",
+        "from finetune.cli.train import launcher; print(launcher('full', 1, False)[1][-1])",
+        **elsewhere,  # type: ignore[arg-type]
+    )
     assert script.stdout.strip() == str(inside / "full.py")
     refused = shell(sys.executable, inside / "full.py", "lora/emoji", cwd=tmp_path, PYTHONPATH="")
     assert refused.returncode == 2 and "method lora" in refused.stderr
@@ -58,7 +62,8 @@ def _scripts(tmp_path: Path, version: str) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("version", "says"), [("3.10.9", "ft needs Python 3.11 or later, and Python 3.10.9"), ("3.12.1", "Python 3.12.1 lacks its venv module")]
+    ("version", "says"),
+    [("3.10.9", "ft needs Python 3.11 or later, and Python 3.10.9"), ("3.12.1", "Python 3.12.1 lacks its venv module")],
 )
 def test_an_unfit_python_is_named_in_one_sentence(version: str, says: str, tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, version)
@@ -69,7 +74,12 @@ def test_an_unfit_python_is_named_in_one_sentence(version: str, says: str, tmp_p
 def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, "3.10.9")
     (root / ".venv").mkdir()
-    state = shell("sh", "-c", 'printf "%s" "$(pwd) $(cat pyproject.toml scripts/constraints.txt | cksum)" > .venv/installed-dev', cwd=root)
+    state = shell(
+        "sh",
+        "-c",
+        'printf "%s" "$(pwd) $(cat pyproject.toml scripts/constraints.txt | cksum)" > .venv/installed-dev',
+        cwd=root,
+    )
     assert state.returncode == 0
     assert shell("sh", "scripts/install", cwd=root, **environment).returncode == 0, "dev holds what the demo needs"
     (root / "pyproject.toml").write_text("changed")
@@ -80,7 +90,11 @@ def test_the_constraints_pin_every_dependency() -> None:
     import tomllib
 
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"], *project["optional-dependencies"]["dev"]]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["dev"],
+    ]
     names = {re.split(r"[>=\[;]", line)[0].strip().lower().replace("_", "-") for line in wanted} - {"ft-image"}
     lines = (CHECKOUT / "scripts" / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if not line.startswith("#")}

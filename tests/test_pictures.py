@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.data.pictures import Bucket, Crop, Unreadable, apply, buckets, canonical_colour, decode, fit
+from finetune.data.buckets import Bucket, Crop, buckets, fit
+from finetune.data.media.image import Unreadable, apply, canonical_color, decode
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
@@ -58,9 +59,9 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 def test_transparency_lies_over_the_background() -> None:
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
     expected = tuple(round(128 / 255 * red + 127 / 255 * green) for red, green in ((255, 0), (0, 128), (0, 0)))
-    assert pixel(encoded(half), canonical_colour("green")) == pytest.approx(expected, abs=1)
+    assert pixel(encoded(half), canonical_color("green")) == pytest.approx(expected, abs=1)
     clear = Image.new("LA", (2, 2), (0, 0))
-    assert pixel(encoded(clear), canonical_colour("rgb(1, 2, 3)")) == (1, 2, 3)
+    assert pixel(encoded(clear), canonical_color("rgb(1, 2, 3)")) == (1, 2, 3)
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 1), 1)
@@ -77,7 +78,11 @@ def test_transparency_lies_over_the_background() -> None:
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
 def test_grey_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str) -> None:
     values = numpy.array([[0, 255, 0x1234, 0x8000, 0xFFFF]])
-    stored = (values / 65535).astype(numpy.float32) if mode == "F" else values.astype(numpy.uint16 if mode == "I;16" else numpy.int32)
+    stored = (
+        (values / 65535).astype(numpy.float32)
+        if mode == "F"
+        else values.astype(numpy.uint16 if mode == "I;16" else numpy.int32)
+    )
     content = encoded(Image.fromarray(stored), kind)
     assert Image.open(io.BytesIO(content)).mode == mode
     seen = numpy.asarray(decode(content, "#ffffff"))
@@ -92,10 +97,14 @@ def test_16_bit_grey_with_a_transparent_value() -> None:
 
 
 def test_cmyk_and_the_first_frame() -> None:
-    assert pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)) == pytest.approx((255, 0, 0), abs=3)
+    assert pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)) == pytest.approx(
+        (255, 0, 0), abs=3
+    )
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green")]
     for kind in ("GIF", "WEBP", "PNG", "MPO"):
-        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        content = encoded(
+            frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+        )
         assert getattr(Image.open(io.BytesIO(content)), "n_frames", 1) == 2
         assert pixel(content) == pytest.approx((255, 0, 0), abs=3)
 
@@ -119,7 +128,10 @@ def test_what_is_no_picture_is_refused_with_its_reason(content: bytes, said: str
 
 
 def test_equal_colours_are_one() -> None:
-    assert {canonical_colour(colour) for colour in ("white", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "hsl(0, 0%, 100%)", "#ffffffff")} == {"#ffffff"}
+    assert {
+        canonical_color(colour)
+        for colour in ("white", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "hsl(0, 0%, 100%)", "#ffffffff")
+    } == {"#ffffff"}
 
 
 # -- buckets and crops --------------------------------------------------------------------------------------------------
@@ -146,7 +158,9 @@ def test_buckets(resolution: int, step: int, aspect: float) -> None:
 
 @given(shapes, st.sampled_from([64, 200, 512]), st.sampled_from([8, 64]))
 @settings(deadline=None)
-def test_a_picture_goes_to_the_bucket_nearest_in_aspect_and_covers_it(size: tuple[int, int], resolution: int, step: int) -> None:
+def test_a_picture_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
+    size: tuple[int, int], resolution: int, step: int
+) -> None:
     choices = buckets(resolution, step, 2.0, several=True)
     crop = fit(size, choices)
 
@@ -203,4 +217,6 @@ def test_buckets_in_numbers() -> None:
     assert {(b.width, b.height) for b in found} == {(512, 512), (576, 448), (448, 576), (640, 384), (384, 640)}
     assert fit((500, 300), found).bucket == Bucket(640, 384)
     assert fit((1000, 1000), found).share_lost == 0
-    assert fit((30, 30), [Bucket(8, 8), Bucket(16, 16), Bucket(4, 4)]).bucket == Bucket(16, 16)  # of equal aspects the larger
+    assert fit((30, 30), [Bucket(8, 8), Bucket(16, 16), Bucket(4, 4)]).bucket == Bucket(
+        16, 16
+    )  # of equal aspects the larger

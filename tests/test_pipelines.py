@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
-from finetune.models import loading
-from finetune.models.denoise import WHOLE, Noised, Part
-from finetune.models.family import Family, family_of
-from finetune.models.latents import decoded_exactly, latents_of
-from finetune.models.text_to_image import Denoiser, DenoiseTurn, objective_of
-from finetune.models.turn import stack
-from tests import tiny
+from finetune.data.batch import stack
+from finetune.models.objectives.noise_prediction import WHOLE, Noised, Part
+from finetune.models.pretrained import loading
+from finetune.models.pretrained.family import Family, family_of
+from finetune.models.pretrained.model import Denoiser, DenoiseTurn, objective_of
+from finetune.models.pretrained.vae import decoded_exactly, latents_of
+from finetune.rng import Draw
+from tests.helpers import tiny
 
 WORDS = ("a red circle", "two black stripes and a yellow ring")
 
@@ -29,7 +29,9 @@ WORDS = ("a red circle", "two black stripes and a yellow ring")
 @functools.cache
 def opened(name: str) -> tuple[Family, Any]:
     family = family_of(name)
-    pipeline: Any = loading.open_pipeline(tiny.recipe(name, "full", folder=tiny.root() / "unused").model, family.pipeline, torch.float32)
+    pipeline: Any = loading.open_pipeline(
+        tiny.recipe(name, "full", folder=tiny.root() / "unused").model, family.pipeline, torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     return family, pipeline
 
@@ -45,11 +47,15 @@ def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
     """From words and from our conditions, prompt and negative prompt, the pipeline draws the same picture."""
     family, pipeline = opened(name)
     given = family.call(conditions(name, WORDS[0]), conditions(name, "", negative=True), 3.0)
-    own = {key: value for key, value in given.items() if "embeds" not in key and "mask" not in key} | {"prompt": WORDS[0]}
+    own = {key: value for key, value in given.items() if "embeds" not in key and "mask" not in key} | {
+        "prompt": WORDS[0]
+    }
     if name != "flux2":
         own["negative_prompt"] = ""
     common = {"width": 32, "height": 32, "num_inference_steps": 2, "output_type": "pt"}
-    ours, theirs = (pipeline(**arguments, **common, generator=torch.Generator().manual_seed(4)).images for arguments in (given, own))
+    ours, theirs = (
+        pipeline(**arguments, **common, generator=torch.Generator().manual_seed(4)).images for arguments in (given, own)
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -92,9 +98,13 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
 
     pipeline.scheduler.step = step
     try:
-        arguments = family.call(conditions(name, WORDS[0]), conditions(name, "", negative=True), 0.0 if name == "z_image" else 1.0)
+        arguments = family.call(
+            conditions(name, WORDS[0]), conditions(name, "", negative=True), 0.0 if name == "z_image" else 1.0
+        )
         with decoded_exactly(pipeline.vae):
-            pipeline(**arguments, width=32, height=32, num_inference_steps=1, generator=torch.Generator().manual_seed(4))
+            pipeline(
+                **arguments, width=32, height=32, num_inference_steps=1, generator=torch.Generator().manual_seed(4)
+            )
     finally:
         pipeline.scheduler = before
     velocity, noisy = (_as_grid(family, tensor) for tensor in seen)
@@ -105,7 +115,9 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
         def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
             return Noised(noisy, torch.full((1,), 1000.0), noisy - clean, torch.ones(1))
 
-    net = Denoiser(family, pipeline.transformer, {}, 1.0 if pipeline.transformer.config.get("guidance_embeds") else None)
+    net = Denoiser(
+        family, pipeline.transformer, {}, 1.0 if pipeline.transformer.config.get("guidance_embeds") else None
+    )
     objective = objective_of(family, before, tiny.recipe(name, "full", folder=tiny.root() / "unused"))
     objective.noise = Fixed().noise  # type: ignore[method-assign]
     clean = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
@@ -123,7 +135,11 @@ def _as_grid(family: Family, tensor: Tensor) -> Tensor:
     batch, _, channels = tensor.shape
     if family.patch == 1:
         return tensor.permute(0, 2, 1).reshape(batch, channels, side, side)
-    return tensor.view(batch, side, side, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * side, 2 * side)
+    return (
+        tensor.view(batch, side, side, channels // 4, 2, 2)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(batch, channels // 4, 2 * side, 2 * side)
+    )
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
@@ -142,7 +158,9 @@ def test_captions_of_several_lengths_in_one_batch_are_as_alone(name: str) -> Non
         both = family.predict(pipeline.transformer, latents, timestep, stack(examples) | guidance)
         for place, example in enumerate(examples):
             one = {key: value[:1] for key, value in guidance.items()}
-            alone = family.predict(pipeline.transformer, latents[place : place + 1], timestep[place : place + 1], stack([example]) | one)
+            alone = family.predict(
+                pipeline.transformer, latents[place : place + 1], timestep[place : place + 1], stack([example]) | one
+            )
             torch.testing.assert_close(both[place : place + 1], alone, rtol=1e-3, atol=1e-4)
 
 

@@ -9,16 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
 from finetune.job import prepare
-from finetune.models.text_to_image import DenoiseTurn, TextToImage
-from tests import tiny
+from finetune.models.pretrained.model import DenoiseTurn, TextToImage
+from finetune.rng import Draw
+from tests.helpers import tiny
 
 CASES = {
     "sd15": ("adapter.targets='to_q, to_k, conv1'",),
     "sdxl": ("adapter.dora=true",),
     "sd21": ("adapter.kind=oft", "adapter.rank=8"),
-    "flux2": ("model.quantize=int8", "adapter.targets=attention+mlp", "train.offload_blocks=true", "train.gradient_checkpointing=true"),
+    "flux2": (
+        "model.quantize=int8",
+        "adapter.targets=attention+mlp",
+        "train.offload_blocks=true",
+        "train.gradient_checkpointing=true",
+    ),
     "sd3": ("flow={sampling: mode}", "data.held_out=0.3"),
 }
 
@@ -34,39 +39,47 @@ def moved(parameters: dict[str, torch.nn.Parameter]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> None:
     """Its loss is the mean square of what the adapter changes, written out with PEFT's own switch; the others' is the recipe's."""
-    job = prepare(tiny.recipe(name, "lora", "adapter.preserve_every=4", "train.batch_size=2", *CASES[name], folder=tmp_path / "run"))
+    job = prepare(
+        tiny.recipe(
+            name, "lora", "adapter.preserve_every=4", "train.batch_size=2", *CASES[name], folder=tmp_path / "run"
+        )
+    )
     model = cast(TextToImage, job.model)
-    turn = cast(DenoiseTurn, model.turns()[0])
+    train_step = cast(DenoiseTurn, model.train_steps()[0])
     trained = job.model.trained()
     batch = job.data.batch(0, (0, 1), Draw(0, 0, (0, 1)))
-    assert turn.cycle == 4
-    torch.testing.assert_close(turn.loss(batch, Draw(0, 3, (0, 1))), torch.zeros(2), atol=1e-9, rtol=0)
+    assert train_step.cycle == 4
+    torch.testing.assert_close(train_step.loss(batch, Draw(0, 3, (0, 1))), torch.zeros(2), atol=1e-9, rtol=0)
     moved(trained)
 
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    hook = turn.net.register_forward_hook(lambda net, given, found: seen.append((given[0], given[1], found)))
-    loss = turn.loss(batch, Draw(0, 3, (0, 1)))
+    hook = train_step.net.register_forward_hook(lambda net, given, found: seen.append((given[0], given[1], found)))
+    loss = train_step.loss(batch, Draw(0, 3, (0, 1)))
     (noisy, timestep, base), (again, _, said) = seen
     assert torch.equal(noisy, again)
     assert not base.requires_grad
     denoiser: Any = model.denoiser
     denoiser.disable_adapters()
     with torch.no_grad():
-        torch.testing.assert_close(base, turn.net(noisy, timestep, batch))
+        torch.testing.assert_close(base, train_step.net(noisy, timestep, batch))
     denoiser.enable_adapters()
     torch.testing.assert_close(loss, (said - base).float().square().flatten(1).mean(1))
     assert float(loss.detach().min()) > 1e-6
     loss.sum().backward()
     assert all(parameter.grad is not None for parameter in trained.values())
-    assert all(parameter.grad is None for key, parameter in turn.net.named_parameters() if f"denoiser.{key}" not in trained)
+    assert all(
+        parameter.grad is None
+        for key, parameter in train_step.net.named_parameters()
+        if f"denoiser.{key}" not in trained
+    )
 
     seen.clear()
     for step in range(3):
-        turn.loss(batch, Draw(0, step, (0, 1)))
+        train_step.loss(batch, Draw(0, step, (0, 1)))
     assert len(seen) == 3, "the other steps ask the base nothing"
     assert max(float(given.max()) for _, given, _ in seen) <= float(timestep.min()), "and leave it the noisiest levels"
-    turn.net.eval()
+    train_step.net.eval()
     seen.clear()
-    turn.loss(batch, Draw(0, 3, (0, 1)))
+    train_step.loss(batch, Draw(0, 3, (0, 1)))
     assert len(seen) == 1, "what is held out is measured as ever"
     hook.remove()

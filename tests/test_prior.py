@@ -8,12 +8,12 @@ import numpy
 import pytest
 from PIL import Image
 
-from finetune import job, prior
-from finetune.engine.draw import Draw
-from finetune.recipe import Recipe
-from finetune.sampling import sample
-from finetune.seeds import mix
-from tests import tiny
+from finetune import job
+from finetune.config.schema import Recipe
+from finetune.inference import class_images
+from finetune.inference.sample import sample
+from finetune.rng import Draw, mix
+from tests.helpers import tiny
 
 CLASS = "a blue square on white"
 
@@ -26,10 +26,12 @@ def recipe(tmp_path: Path, run: str, *overrides: str, pictures: int = 3) -> Reci
 
 def folder(asked: Recipe) -> Path:
     assert asked.prior is not None
-    return prior.folder_of(asked, asked.prior)
+    return class_images.folder_of(asked, asked.prior)
 
 
-def test_class_pictures_are_the_bases_and_train_with_their_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_pictures_are_the_bases_and_train_with_their_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(tiny.pictures().rglob("*"))
     asked = recipe(tmp_path, "run")
     planned = job.plan(asked)
@@ -42,13 +44,19 @@ def test_class_pictures_are_the_bases_and_train_with_their_weight(tmp_path: Path
     assert not any("drawn by the base first" in note for note in done.plan.notes)
     drawn = sorted(folder(asked).glob("*.png"))
     assert len(drawn) == 3
-    by_hand = sample(tiny.pipeline("sd15"), [CLASS], seeds=[mix(0, "class", 1)], steps=2, guidance=3, out=tmp_path / "by-hand")
+    by_hand = sample(
+        tiny.pipeline("sd15"), [CLASS], seeds=[mix(0, "class", 1)], steps=2, guidance=3, out=tmp_path / "by-hand"
+    )
     assert (numpy.asarray(Image.open(drawn[1])) == numpy.asarray(Image.open(by_hand[0]))).all()
     assert sorted(tiny.pictures().rglob("*")) == before
 
     batch = done.data.batch(0, range(8), Draw(0, 0, range(8)))
     assert sorted(batch["weight"].tolist()) == [0.5] * 3 + [1.0] * 5
-    weighed = [picture.weight for picture in done.data.pictures if picture.caption == CLASS and picture.name.endswith(drawn[0].name)]
+    weighed = [
+        picture.weight
+        for picture in done.data.pictures
+        if picture.caption == CLASS and picture.name.endswith(drawn[0].name)
+    ]
     assert weighed == [0.5]
     assert "drawn by the base, × 0.5" in capsys.readouterr().out
 
@@ -58,7 +66,7 @@ def test_they_are_drawn_once_and_more_of_them_on_top(tmp_path: Path) -> None:
     place = folder(recipe(tmp_path, "first"))
     stamps = {file: file.stat().st_mtime_ns for file in place.glob("*.png")}
     more = recipe(tmp_path, "second", pictures=4)
-    assert prior.missing(more) == [3]
+    assert class_images.missing(more) == [3]
     assert tiny.prepare(more).plan.data.pictures == 9
     assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     fewer = tiny.prepare(recipe(tmp_path, "third", pictures=2)).plan

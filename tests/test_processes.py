@@ -21,16 +21,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.commands.train import launcher
-from finetune.engine import checkpoint
+from finetune.cli.train import launcher
+from finetune.config.loader import to_dict
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.recipe import RECIPES, Recipe, to_dict
-from tests import scratch, tiny
+from finetune.paths import RECIPES
+from finetune.training import checkpoint
+from tests.helpers import scratch, tiny
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 STEPS = 3
 # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
-COMPARABLE = ("optimizer.eps=1e-4", "optimizer.lr=1e-2", "optimizer.schedule=constant", f"train.steps={STEPS}", "sample.prompts=[]")
+COMPARABLE = (
+    "optimizer.eps=1e-4",
+    "optimizer.lr=1e-2",
+    "optimizer.schedule=constant",
+    f"train.steps={STEPS}",
+    "sample.prompts=[]",
+)
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-5}  # float32: the order of sums, through three steps of Adam
 
 
@@ -54,7 +62,14 @@ CASES: dict[str, Callable[..., Recipe]] = {
     "fsdp-lora": _tiny("sd15", "lora", "train.accumulation=2", "optimizer.clip=tensor", "data.held_out=0.2"),
 }
 # With averages, and blocks that are gathered once more to compute again; it goes on with what one process has begun.
-SHARDED = _tiny("flux2", "full", "train.ema=0.9", "train.gradient_checkpointing=true", "sample.prompts=[a red circle]", "sample.steps=1")
+SHARDED = _tiny(
+    "flux2",
+    "full",
+    "train.ema=0.9",
+    "train.gradient_checkpointing=true",
+    "sample.prompts=[a red circle]",
+    "sample.steps=1",
+)
 
 
 def written(name: str, recipe: Recipe, folder: Path) -> str:
@@ -77,9 +92,9 @@ class Launched:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("processes")
     files = [written(name, case(folder / "two" / name, "train.batch_size=2"), folder) for name, case in CASES.items()]
-    begun = tiny.prepare(CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=4", "train.steps=2"))
-    begun.trainer.train()  # by one process; the two go on with it
-    begun.run.status.finished()
+    initialized = tiny.prepare(CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=4", "train.steps=2"))
+    initialized.trainer.train()  # by one process; the two go on with it
+    initialized.run.status.finished()
     files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2"), folder))
     for name, steps in (("unbroken", STEPS), ("broken", 2), ("broken", STEPS)):
         place = folder / "two" / f"fsdp-{name}"
@@ -87,12 +102,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             first = tiny.prepare(SHARDED(place, "train.batch_size=4", "train.steps=1"))
             first.trainer.train()
             first.run.status.finished()
-        files.append(written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}"), folder))
+        files.append(
+            written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}"), folder)
+        )
     files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks"), folder))
 
     environment, arguments = launcher("lora", None, False, "many-gpus")
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=500
+    )
     return Launched(folder, done.returncode, done.stdout, done.stderr)
 
 
@@ -111,7 +130,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launched) -> None:
-    assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}, machines: 1\n" in launched.out, launched.err[-3000:]
+    assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}, machines: 1\n" in launched.out, (
+        launched.err[-3000:]
+    )
     compare_with_one(name, launched.folder / "two" / name, launched.folder / "one" / name)
 
 
@@ -125,7 +146,9 @@ def compare_with_one(name: str, two: Path, one: Path) -> None:
         torch.testing.assert_close(theirs[key], tensor, **TOLERANCE)
     for ours, their in zip(metrics(one), metrics(two), strict=True):
         losses = {key for key in ours if key.startswith("loss.") or key == "validation"}
-        assert losses and {key: their[key] for key in losses} == pytest.approx({key: ours[key] for key in losses}, rel=1e-4)
+        assert losses and {key: their[key] for key in losses} == pytest.approx(
+            {key: ours[key] for key in losses}, rel=1e-4
+        )
 
 
 def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Path) -> None:
@@ -137,9 +160,15 @@ def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Pa
         port = free.getsockname()[1]
     running = []
     for rank in range(2):
-        environment, arguments = launcher("scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}"))
+        environment, arguments = launcher(
+            "scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}")
+        )
         command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
-        running.append(subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(
+                command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     told = [process.communicate(timeout=500) for process in running]
     assert f"{name}: 2 × MULTI_CPU, machines: 2\n" in told[0][0], told[0][1][-3000:]
     compare_with_one(name, tmp_path / name, tmp_path / "one")
@@ -150,10 +179,22 @@ def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launch
     """One process begins, two with a part of the weights each go on, and one takes over: checkpoints, averages, pictures and files are plain."""
     two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
     unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
-    assert launched.out.count("going on after step 1\n1 processes before, 2 now") == 2 and "going on after step 2\n" in launched.out
-    assert unbroken.keys() == broken.keys() and all(torch.equal(unbroken[key], tensor) for key, tensor in broken.items())
-    states = [torch.load(two / name / "checkpoints/step-0000003/optimizer-denoiser.pt") for name in ("fsdp-unbroken", "fsdp-broken")]
-    assert all(torch.equal(one, other) for place, state in states[0]["state"].items() for one, other in _pairs(state, states[1]["state"][place]))
+    assert (
+        launched.out.count("going on after step 1\n1 processes before, 2 now") == 2
+        and "going on after step 2\n" in launched.out
+    )
+    assert unbroken.keys() == broken.keys() and all(
+        torch.equal(unbroken[key], tensor) for key, tensor in broken.items()
+    )
+    states = [
+        torch.load(two / name / "checkpoints/step-0000003/optimizer-denoiser.pt")
+        for name in ("fsdp-unbroken", "fsdp-broken")
+    ]
+    assert all(
+        torch.equal(one, other)
+        for place, state in states[0]["state"].items()
+        for one, other in _pairs(state, states[1]["state"][place])
+    )
 
     tiny.train(SHARDED(one, "train.batch_size=4"))
     for key, tensor in weights(one).items():
@@ -168,7 +209,10 @@ def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launch
                 torch.testing.assert_close(written[key], tensor, **TOLERANCE)
         elif name.endswith("config.json"):
             assert (finals[0] / name).read_text() == (finals[1] / name).read_text()
-    drawn = [numpy.asarray(Image.open(place / "samples/step-0000003/00.png"), dtype=float) for place in (one, two / "fsdp-unbroken")]
+    drawn = [
+        numpy.asarray(Image.open(place / "samples/step-0000003/00.png"), dtype=float)
+        for place in (one, two / "fsdp-unbroken")
+    ]
     assert abs(drawn[0] - drawn[1]).max() <= 2
 
     for place, batch in ((one, "train.batch_size=4"), (two / "fsdp-unbroken", "train.batch_size=4")):
@@ -187,10 +231,14 @@ def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched)
     assert "going on after step 2\n1 processes before, 2 now: the same pictures a step" in launched.out
     resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
     case = CASES["full-sd15"]
-    with pytest.raises(UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2") as refused:
+    with pytest.raises(
+        UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2"
+    ) as refused:
         tiny.prepare(case(resumed, "train.batch_size=2"), resume=True)
     assert "--set train.accumulation=2" in refused.value.remedy
-    tiny.prepare(case(resumed, "train.batch_size=2", "train.accumulation=2", "train.steps=4"), resume=True).trainer.train()
+    tiny.prepare(
+        case(resumed, "train.batch_size=2", "train.accumulation=2", "train.steps=4"), resume=True
+    ).trainer.train()
     tiny.prepare(case(whole, "train.batch_size=4", "train.steps=4")).trainer.train()
     theirs = weights(resumed)
     for key, tensor in weights(whole).items():
@@ -200,4 +248,6 @@ def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched)
 def test_a_rank_that_dies_ends_all_with_its_error_shown(launched: Launched) -> None:
     assert launched.code == 1
     assert "ValueError: rank 1 has had enough" in launched.err
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(SCRIPT) in (process.info["cmdline"] or [])]
+    assert not [
+        process for process in psutil.process_iter(["cmdline"]) if str(SCRIPT) in (process.info["cmdline"] or [])
+    ]

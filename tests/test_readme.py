@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.recipe import ASSETS, bundled_recipes
+from finetune.config.loader import bundled_recipes
+from finetune.paths import ASSETS
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 FEWER = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "sample.steps=2", "--set", "data.held_out=0"]
@@ -49,7 +50,7 @@ def test_the_commands_for_ones_own_pictures(folder: Path) -> None:
     ]
     for line in lines[1:]:  # tests/test_doctor.py runs the first
         more = FEWER if line[1] == "train" else ["--steps", "2"] if line[1] == "sample" else []
-        run([sys.executable, "-m", "finetune.cli", *line[1:], *more], folder)
+        run([sys.executable, "-m", "finetune.cli.main", *line[1:], *more], folder)
     assert (folder / "runs" / "lora-mine" / "report.html").is_file()
     assert (folder / "mine.safetensors").is_file()
 
@@ -67,7 +68,11 @@ def test_the_table_of_recipes_names_each() -> None:
 
 def block_of_table() -> str:
     """The lines of the first table under Recipes."""
-    return "\n".join(line for line in README.partition("\n## Recipes\n")[2].partition("\n## ")[0].splitlines() if line.startswith("|"))
+    return "\n".join(
+        line
+        for line in README.partition("\n## Recipes\n")[2].partition("\n## ")[0].splitlines()
+        if line.startswith("|")
+    )
 
 
 def test_every_picture_is_there() -> None:

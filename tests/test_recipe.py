@@ -13,9 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import pretrained
+from finetune.config.loader import bundled_recipes, load_recipe, located, parse_recipe, to_dict
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, RECIPES, Recipe, bundled_recipes, embedded, load_recipe, located, parse_recipe, to_dict
+from finetune.models.pretrained import check
+from finetune.paths import ASSETS, RECIPES, embedded
 
 MINIMAL = """\
 method: lora
@@ -99,7 +101,9 @@ def test_set_overrides_scalars_lists_and_sections(key: str, written: str, value:
 
 def test_set_makes_a_section_and_replaces_sources() -> None:
     assert parse(MINIMAL, "diffusion.huber=0.1").diffusion is not None
-    listed = MINIMAL.replace("  path: pictures", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}")
+    listed = MINIMAL.replace(
+        "  path: pictures", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}"
+    )
     assert [source.repeats for source in parse(listed).data.sources] == [1, 3]
     assert parse(listed, "data.path=three").data == dataclasses.replace(parse().data, path="three")
     assert parse(MINIMAL, "train.batch_size=2", "train.batch_size=3").train.batch_size == 3, "the last one counts"
@@ -110,10 +114,25 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
     [
         (added("train", "bacth_size: 2"), 10, 'unknown key "bacth_size" in train', 'did you mean "batch_size"?'),
         (MINIMAL.replace("adapter:", "adaptor:"), 5, 'unknown key "adaptor"', 'did you mean "adapter"?'),
-        (MINIMAL.replace("method: lora", "method: lara"), 1, '"lara" is not a choice of method', 'did you mean "lora"?'),
-        (added("train", "batch_size: two"), 10, 'train.batch_size must be a whole number, not "two"', "write a whole number"),
+        (
+            MINIMAL.replace("method: lora", "method: lara"),
+            1,
+            '"lara" is not a choice of method',
+            'did you mean "lora"?',
+        ),
+        (
+            added("train", "batch_size: two"),
+            10,
+            'train.batch_size must be a whole number, not "two"',
+            "write a whole number",
+        ),
         (added("train", "batch_size: 1.5"), 10, "must be a whole number", "write"),
-        (added("train", "batch_size: 0"), 10, "train.batch_size must be at least 1, not 0", "set train.batch_size to at least 1"),
+        (
+            added("train", "batch_size: 0"),
+            10,
+            "train.batch_size must be at least 1, not 0",
+            "set train.batch_size to at least 1",
+        ),
         (added("train", "batch_size: [1]"), 10, "must be one value, not a list", "write"),
         (added("train", "batch_size:"), 10, "must be a value", "write"),
         (added("train", "ema: 1.0"), 10, "train.ema must be less than 1", "set"),
@@ -125,7 +144,12 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
         (added("sample", "prompts: rocket"), 12, "sample.prompts must be a list", "write a list"),
         (added("adapter", "dropout: 1"), 6, "adapter.dropout must be less than 1", "set"),
         (MINIMAL.replace("train:\n  steps: 10", "train: 10"), 9, "train must be a section", "write a section"),
-        (MINIMAL.replace("model:\n  family: sd", "model:"), 2, '"model.family" is missing', "add a line `family: …` under model"),
+        (
+            MINIMAL.replace("model:\n  family: sd", "model:"),
+            2,
+            '"model.family" is missing',
+            "add a line `family: …` under model",
+        ),
         (MINIMAL.replace("method: lora\n", ""), 1, '"method" is missing', "add a line `method: …`"),
         (added("train", "steps: 20"), 11, '"steps" is given twice', "keep one"),
         (MINIMAL + "data:\n  path: b\n", 11, '"data" is given twice', "keep one"),
@@ -201,7 +225,11 @@ def test_rules_between_keys(overrides: list[str], says: str) -> None:
 
 def test_an_error_found_later_still_names_the_line() -> None:
     """A key that the file leaves out, and what is no key, have none."""
-    for where, expected in (("model.family", "my.yaml:3, model.family"), ("data.cache", "data.cache"), ("a.png", "a.png")):
+    for where, expected in (
+        ("model.family", "my.yaml:3, model.family"),
+        ("data.cache", "data.cache"),
+        ("a.png", "a.png"),
+    ):
         with pytest.raises(UserError) as caught, located(parse()):
             raise UserError("wrong", where=where)
         assert caught.value.where == expected
@@ -209,14 +237,30 @@ def test_an_error_found_later_still_names_the_line() -> None:
 
 def test_free_mapping_keeps_yaml_types_and_reads_1e_4_as_a_number() -> None:
     build = '{a: 1, b: 1e-4, c: true, d: no, e: [1, 2.5, x], f: "1", g: null, h: {i: ~}}'
-    text = MINIMAL.replace("method: lora", "method: scratch").replace("  path: some/model\nadapter:\n  rank: 4\n", f"  build: {build}\n")
-    assert parse(text).model.build == {"a": 1, "b": 1e-4, "c": True, "d": "no", "e": [1, 2.5, "x"], "f": "1", "g": None, "h": {"i": None}}
+    text = MINIMAL.replace("method: lora", "method: scratch").replace(
+        "  path: some/model\nadapter:\n  rank: 4\n", f"  build: {build}\n"
+    )
+    assert parse(text).model.build == {
+        "a": 1,
+        "b": 1e-4,
+        "c": True,
+        "d": "no",
+        "e": [1, 2.5, "x"],
+        "f": "1",
+        "g": None,
+        "h": {"i": None},
+    }
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_what_a_recipe_resolves_to_reads_back_as_the_same(name: str) -> None:
-    recipe = load_recipe(name, ["sample.prompts=['no', 'null', '1e-4', ' a: b # c']", "sample.negative=''", "optimizer.clip_norm=null"])
-    assert parse_recipe(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), "resolved.yaml", "other") == recipe
+    recipe = load_recipe(
+        name, ["sample.prompts=['no', 'null', '1e-4', ' a: b # c']", "sample.negative=''", "optimizer.clip_norm=null"]
+    )
+    assert (
+        parse_recipe(yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True), "resolved.yaml", "other")
+        == recipe
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -252,7 +296,13 @@ def test_a_recipe_is_found_by_file_and_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: " + "[" * 200_000, "? " * 50_000, "- " * 100_000, "\n".join(" " * depth + "a:" for depth in range(600)), "a: " + "9" * 1_000_000],
+    [
+        "a: " + "[" * 200_000,
+        "? " * 50_000,
+        "- " * 100_000,
+        "\n".join(" " * depth + "a:" for depth in range(600)),
+        "a: " + "9" * 1_000_000,
+    ],
     ids=["brackets", "keys", "lists", "sections", "length"],
 )
 def test_a_recipe_made_to_overwhelm_the_reader_is_refused_at_once(text: str) -> None:
@@ -260,12 +310,16 @@ def test_a_recipe_made_to_overwhelm_the_reader_is_refused_at_once(text: str) -> 
     start = time.perf_counter()
     assert "deeper than" in (said := refusal(text).problem) or "longer than" in said
     assert time.perf_counter() - start < 2
-    laughs = "a: &a [x, x]\n" + "\n".join(f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]" for n in range(9))
+    laughs = "a: &a [x, x]\n" + "\n".join(
+        f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]" for n in range(9)
+    )
     assert "anchors and aliases" in refusal(laughs).problem
     assert "--set needs" in refusal(MINIMAL, ".".join("a" * 50_000) + "=1").problem
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y", "!!binary aGk="])
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y", "!!binary aGk="]
+)
 def test_a_tag_makes_nothing(tag: str) -> None:
     assert "tags such as" in refusal(added("model", f"vae: {tag}")).problem
 
@@ -274,11 +328,32 @@ def test_a_recipe_leads_nowhere_but_where_it_says() -> None:
     assert "leads out of" in refusal_of(lambda: embedded("embedded:../../../etc")).problem
     assert "one word" in refusal(MINIMAL + "name: ../../elsewhere\n").problem
     for family in ("os", "../x", "models.sd", "text_to_image", "__init__"):
-        assert "no model family" in refusal_of(lambda family=family: pretrained.check(parse(MINIMAL, f"model.family={family}"))).problem  # type: ignore[misc]
+        assert (
+            "no model family"
+            in refusal_of(lambda family=family: check.check(parse(MINIMAL, f"model.family={family}"))).problem  # type: ignore[misc]
+        )
 
 
 # Strings near to YAML, near to recipes: keys, marks and odd characters in any order.
-_WORDS = ["method", "lora", "model", "train", "data", "adapter", "steps", "1e999", "-1", "0x1F", "1_0", "null", "---", "...", "!!set", "&a", "*a"]
+_WORDS = [
+    "method",
+    "lora",
+    "model",
+    "train",
+    "data",
+    "adapter",
+    "steps",
+    "1e999",
+    "-1",
+    "0x1F",
+    "1_0",
+    "null",
+    "---",
+    "...",
+    "!!set",
+    "&a",
+    "*a",
+]
 _MARKS = [":", ": ", "\n", "\n  ", "- ", "? ", *"[]{}'\"|>#%@`~=.,", "\t", "\x00", "\ufeff", "\ud7ff", "é"]
 _TEXT = st.sampled_from(_WORDS + _MARKS) | st.text(max_size=4)
 
@@ -293,14 +368,22 @@ def test_any_text_is_read_or_refused_with_a_message(text: str) -> None:
             assert error.problem
 
 
-_LINES = [line for name in ("lora/sdxl", "scratch/emoji-diffusion", "full/emoji") for line in (RECIPES / f"{name}.yaml").read_text().splitlines()]
+_LINES = [
+    line
+    for name in ("lora/sdxl", "scratch/emoji-diffusion", "full/emoji")
+    for line in (RECIPES / f"{name}.yaml").read_text().splitlines()
+]
 _PLACES = st.integers(0, 99)
-_EDITS = st.tuples(st.sampled_from(["drop", "twice", "swap", "indent", "value", "cut"]), _PLACES, _PLACES, st.lists(_TEXT, max_size=3))
+_EDITS = st.tuples(
+    st.sampled_from(["drop", "twice", "swap", "indent", "value", "cut"]), _PLACES, _PLACES, st.lists(_TEXT, max_size=3)
+)
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, len(_LINES) - 1), st.integers(5, 60), st.lists(_EDITS, min_size=1, max_size=6))
-def test_any_recipe_with_lines_gone_moved_or_changed_is_read_or_refused(start: int, count: int, edits: list[tuple[str, int, int, list[str]]]) -> None:
+def test_any_recipe_with_lines_gone_moved_or_changed_is_read_or_refused(
+    start: int, count: int, edits: list[tuple[str, int, int, list[str]]]
+) -> None:
     lines = _LINES[start : start + count]
     for edit, at, to, words in edits:
         at, to = at % len(lines), to % len(lines)
@@ -325,7 +408,10 @@ def test_any_recipe_with_lines_gone_moved_or_changed_is_read_or_refused(start: i
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(["train.steps", "data", "adapter.alpha", "sample.prompts", "model.build", "x"]), st.lists(_TEXT, max_size=8).map("".join))
+@given(
+    st.sampled_from(["train.steps", "data", "adapter.alpha", "sample.prompts", "model.build", "x"]),
+    st.lists(_TEXT, max_size=8).map("".join),
+)
 def test_any_override_is_read_or_refused_with_a_message(key: str, text: str) -> None:
     for assignment in (f"{key}={text}", text):
         try:
@@ -341,6 +427,8 @@ def test_gradient_checkpointing_is_of_every_block_or_every_nth(written: str, eve
     assert parse(yaml.safe_dump(to_dict(recipe))).train == recipe.train
 
 
-@pytest.mark.parametrize(("written", "said"), [("0", "at least 1"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")])
+@pytest.mark.parametrize(
+    ("written", "said"), [("0", "at least 1"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")]
+)
 def test_gradient_checkpointing_of_nonsense_is_refused(written: str, said: str) -> None:
     assert said in str(refusal(added("train", f"gradient_checkpointing: {written}")))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.estimate.choose import PROMISE
+from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.estimate.forecast import forecast
-from finetune.estimate.gpus import find
-from finetune.recipe import RECIPES, bundled_recipes, load_recipe
-from tests import tiny
+from finetune.estimate.hardware.gpus import find
+from finetune.estimate.recommend import PROMISE
+from finetune.paths import RECIPES
+from tests.helpers import tiny
 
 COUNT = 52
 # Which tiny build stands for the model that a recipe names.
@@ -30,7 +31,14 @@ STANDS_FOR = {
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
 }
-SMALL = ("data.resolution=32", "data.bucket_step=8", "data.held_out=0.2", "train.batch_size=2", "sample.prompts=[a cat]", "sample.steps=2")
+SMALL = (
+    "data.resolution=32",
+    "data.bucket_step=8",
+    "data.held_out=0.2",
+    "train.batch_size=2",
+    "sample.prompts=[a cat]",
+    "sample.steps=2",
+)
 NARROW = "[16, 32, 48]"
 
 
@@ -53,7 +61,9 @@ LEAST = {8: "rtx3070", 10: "rtx3080", 12: "rtx4070", 16: "rtx5080", 24: "rtx3090
 
 def promised(name: str) -> int:
     """GB of the card that a recipe's first line names; 0 if it names none."""
-    found = re.search(r"a card with (\d+) GB", (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0])
+    found = re.search(
+        r"a card with (\d+) GB", (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    )
     return int(found[1]) if found else 0
 
 
@@ -67,11 +77,21 @@ def test_fits_the_card_that_it_promises(name: str) -> None:
     assert found.fits, found.memory.phases
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_recipes() if load_recipe(name).net is None])  # the others: test_scratch.py
+@pytest.mark.parametrize(
+    "name", [name for name in bundled_recipes() if load_recipe(name).net is None]
+)  # the others: test_scratch.py
 def test_takes_two_steps(name: str, tmp_path: Path) -> None:
     asked = load_recipe(name)
-    overrides = [*SMALL, f"data.path={tiny.pictures()}", f"output.folder={tmp_path / 'run'}", "train.epochs=null", "train.steps=2"]
-    if asked.model.family == "lumina2":  # its pipeline takes the VAE for one of 8-fold compression, and the net takes 2×2 latents
+    overrides = [
+        *SMALL,
+        f"data.path={tiny.pictures()}",
+        f"output.folder={tmp_path / 'run'}",
+        "train.epochs=null",
+        "train.steps=2",
+    ]
+    if (
+        asked.model.family == "lumina2"
+    ):  # its pipeline takes the VAE for one of 8-fold compression, and the net takes 2×2 latents
         overrides.append("data.bucket_step=16")
     if asked.train.accumulation > 2:
         overrides.append("train.accumulation=2")
@@ -82,7 +102,12 @@ def test_takes_two_steps(name: str, tmp_path: Path) -> None:
     else:
         overrides.append(f"model.build.block_out_channels={NARROW}")
     recipe = load_recipe(name, overrides)
-    assert (recipe.method, recipe.adapter, recipe.diffusion, recipe.optimizer) == (asked.method, asked.adapter, asked.diffusion, asked.optimizer)
+    assert (recipe.method, recipe.adapter, recipe.diffusion, recipe.optimizer) == (
+        asked.method,
+        asked.adapter,
+        asked.diffusion,
+        asked.optimizer,
+    )
     tiny.train(recipe)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2]

@@ -17,14 +17,16 @@ import numpy
 import pytest
 from PIL import Image
 
-from finetune.data.scan import scan
-from finetune.engine.run import Run
-from finetune.engine.samples import request_of, write_pictures
+from finetune.config.loader import parse_recipe
+from finetune.config.machine import Machine
+from finetune.config.schema import Recipe
+from finetune.data.audit.audit import scan
 from finetune.errors import UserError
-from finetune.planning import Machine, Plan, load_plan, make_plan
-from finetune.recipe import Recipe, parse_recipe
-from finetune.report import charts, pictures, tables
-from finetune.report.page import write_report
+from finetune.planning import Plan, load_plan, make_plan
+from finetune.report import images, svg_charts, tables
+from finetune.report.html_report import write_report
+from finetune.training.run_folder import Run
+from finetune.training.samples import request_of, write_pictures
 
 HOSTILE = '<script>alert("1")</script> & </style><img src="http://example.org/x.png">'
 PROMPTS = [HOSTILE, "a green house", "日本 ' \" `"]
@@ -63,12 +65,16 @@ class Page(HTMLParser):
         self.text[self.section] = self.text.get(self.section, "") + data
 
     def images(self, section: str) -> list[numpy.ndarray]:
-        return [decoded(attributes["src"]) for tag, attributes, where in self.found if tag == "img" and where == section]
+        return [
+            decoded(attributes["src"]) for tag, attributes, where in self.found if tag == "img" and where == section
+        ]
 
     def line(self, title: str, style: str) -> list[str]:
         """The points of the line of this style in the chart of this title."""
         tags = [(tag, attributes) for tag, attributes, _ in self.found if tag in ("svg", "polyline")]
-        start = next(index for index, (tag, attributes) in enumerate(tags) if tag == "svg" and attributes["aria-label"] == title)
+        start = next(
+            index for index, (tag, attributes) in enumerate(tags) if tag == "svg" and attributes["aria-label"] == title
+        )
         following = tags[start + 1 :]
         end = next((index for index, (tag, _) in enumerate(following) if tag == "svg"), len(following))
         return next(attributes["points"].split() for _, attributes in following[:end] if attributes["class"] == style)
@@ -235,13 +241,17 @@ def test_a_run_that_has_only_begun_has_a_page(data: Path, tmp_path: Path) -> Non
 def test_a_loss_that_is_no_number_leaves_a_page(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run"))
     log(plan, 3)
-    Run(plan, resume=True).log({"step": 4, "seconds": 0.5, "lr": 1e-4, "loss.denoiser": math.nan, "gradient.denoiser": math.inf})
+    Run(plan, resume=True).log(
+        {"step": 4, "seconds": 0.5, "lr": 1e-4, "loss.denoiser": math.nan, "gradient.denoiser": math.inf}
+    )
     assert len(read(tmp_path / "run").line("Loss", "raw")) == 3
 
 
 def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
     model = {"family": "vae", "build": {"latent_channels": 4}}
-    recipe = recipe_of(data, tmp_path / "run", method="scratch", adapter=None, model=model, autoencoder={"kl_weight": 0.001})
+    recipe = recipe_of(
+        data, tmp_path / "run", method="scratch", adapter=None, model=model, autoencoder={"kl_weight": 0.001}
+    )
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="no run"):
         write_report(tmp_path / "run")
@@ -270,9 +280,11 @@ def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> N
     plan = start(recipe_of(data, tmp_path / "run"))
     look(plan, 0, [noise(prompt) for prompt in range(3)])
     sample = dataclasses.replace(plan.recipe.sample, prompts=("new", *PROMPTS))
-    later = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, sample=dataclasses.replace(sample, seed=-1)))
+    later = dataclasses.replace(
+        plan, recipe=dataclasses.replace(plan.recipe, sample=dataclasses.replace(sample, seed=-1))
+    )
     look(later, 40, [noise(50 + prompt) for prompt in range(4)])
-    pairs = pictures.before_and_after(pictures.looks(tmp_path / "run", later.recipe.sample.prompts))
+    pairs = images.before_and_after(images.looks(tmp_path / "run", later.recipe.sample.prompts))
     assert [(before.path.name, after.path.name, after.prompt) for before, after in pairs] == [
         ("00.png", "01.png", PROMPTS[0]), ("01.png", "02.png", PROMPTS[1]), ("02.png", "03.png", PROMPTS[2]),
     ]  # fmt: skip
@@ -281,12 +293,16 @@ def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> N
 def test_the_before_after_picture(finished: Plan) -> None:
     write_report(Path(finished.folder))
     sheet: numpy.ndarray = numpy.asarray(Image.open(Path(finished.folder) / "before-after.png"))
-    side = 16 * (pictures.CELL // 16)
+    side = 16 * (images.CELL // 16)
     for prompt in range(3):
         for seed in (100 + prompt, 120 + prompt):
             enlarged = numpy.asarray(noise(seed)).repeat(side // 16, 0).repeat(side // 16, 1)
             rows, columns = numpy.nonzero((sheet == enlarged[0, 0]).all(-1))
-            there = [(y, x) for y, x in zip(rows, columns, strict=True) if y + side <= len(sheet) and x + side <= sheet.shape[1]]
+            there = [
+                (y, x)
+                for y, x in zip(rows, columns, strict=True)
+                if y + side <= len(sheet) and x + side <= sheet.shape[1]
+            ]
             places = [(y, x) for y, x in there if (sheet[y : y + side, x : x + side] == enlarged).all()]
             assert len(places) == 1
             if seed < 110:
@@ -299,7 +315,10 @@ def test_the_before_after_picture(finished: Plan) -> None:
 
 def test_a_grid_is_labelled_with_words_that_fit() -> None:
     dots = [Image.new("RGB", (40, 40), "red") for _ in range(3)]
-    plain, labelled = pictures.grid(dots, columns=3, gap=4), pictures.grid(dots, ["a", "x" * 200, "many words " * 20], columns=3, gap=4)
+    plain, labelled = (
+        images.grid(dots, columns=3, gap=4),
+        images.grid(dots, ["a", "x" * 200, "many words " * 20], columns=3, gap=4),
+    )
     assert plain.size == (3 * 44 + 4, 48)
     assert labelled.width == plain.width
     ink = numpy.all(numpy.asarray(labelled)[44:] < 128, axis=-1)
@@ -319,32 +338,33 @@ def test_samples_say_what_they_were_drawn_from(finished: Plan) -> None:
 
 def test_smoothing_keeps_what_is_straight_and_takes_out_spikes() -> None:
     line = [(float(x), 3.0 * x + 1) for x in range(200)]
-    assert charts.smoothed(line)[:150] == pytest.approx(numpy.asarray(line[:150]))
+    assert svg_charts.smoothed(line)[:150] == pytest.approx(numpy.asarray(line[:150]))
     spiked = [(x, 100.0 if x == 50 else 1.0) for x, _ in line]
-    assert {y for _, y in charts.smoothed(spiked, lambda values: sorted(values)[len(values) // 2])} == {1.0}
-    assert charts.smoothed([]) == []
-    assert charts.smoothed([(1.0, 2.0)]) == [(1.0, 2.0)]
+    assert {y for _, y in svg_charts.smoothed(spiked, lambda values: sorted(values)[len(values) // 2])} == {1.0}
+    assert svg_charts.smoothed([]) == []
+    assert svg_charts.smoothed([(1.0, 2.0)]) == [(1.0, 2.0)]
 
 
 def test_long_lines_are_thinned_and_lose_no_spike() -> None:
     points = [(float(x), float(x % 7)) for x in range(100_001)]
     points[77_777] = (77_777.0, 99.0)
-    thin = charts.thinned(points)
-    assert len(thin) <= charts.MOST_POINTS
+    thin = svg_charts.thinned(points)
+    assert len(thin) <= svg_charts.MOST_POINTS
     assert (77_777.0, 99.0) in thin
     assert thin == sorted(thin)
-    assert len(charts.smoothed(points)) <= charts.MOST_POINTS
+    assert len(svg_charts.smoothed(points)) <= svg_charts.MOST_POINTS
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "logarithmic"), [(0, 1, False), (0.0123, 0.0187, False), (0, 12_345, False), (0.05, 0.9, True), (1e-6, 10, True)]
+    ("low", "high", "logarithmic"),
+    [(0, 1, False), (0.0123, 0.0187, False), (0, 12_345, False), (0.05, 0.9, True), (1e-6, 10, True)],
 )
 def test_ticks_are_few_round_and_within(low: float, high: float, logarithmic: bool) -> None:
-    axis = charts.Axis(low, high, logarithmic)
+    axis = svg_charts.Axis(low, high, logarithmic)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 9
     assert all(0 <= axis.place(tick) <= 1 + 1e-9 for tick in ticks)
-    assert len({charts.number(tick) for tick in ticks}) == len(ticks)
+    assert len({svg_charts.number(tick) for tick in ticks}) == len(ticks)
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------------
@@ -352,7 +372,9 @@ def test_ticks_are_few_round_and_within(low: float, high: float, logarithmic: bo
 
 def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(data, tmp_path)
-    several = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, resolution=32, buckets=True, bucket_step=16, maximum_aspect=3))
+    several = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, resolution=32, buckets=True, bucket_step=16, maximum_aspect=3)
+    )
     text = tables.data(scan(several.data))
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "train 6 pictures" in lines
@@ -375,13 +397,20 @@ def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_pat
     assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, noise up to zero terminal SNR"
     text = tables.plan(plan).splitlines()
     assert len({line.index(value) for line, value in zip(text[1:], rows.values(), strict=True)}) == 1  # one column
-    trained = dataclasses.replace(plan.recipe, method="full", adapter=None, model=dataclasses.replace(plan.recipe.model, train_text_encoder=True))
-    assert dict(tables.plan_rows(dataclasses.replace(plan, recipe=trained)))["trains"] == "all weights of denoiser and text encoder"
+    trained = dataclasses.replace(
+        plan.recipe, method="full", adapter=None, model=dataclasses.replace(plan.recipe.model, train_text_encoder=True)
+    )
+    assert (
+        dict(tables.plan_rows(dataclasses.replace(plan, recipe=trained)))["trains"]
+        == "all weights of denoiser and text encoder"
+    )
     assert load_plan(tmp_path / "run") == plan
 
 
 def test_the_report_needs_no_torch() -> None:
     """`ft` stands on this side: it starts in a fraction of a second."""
     code = "import sys, finetune.report.page; print({'torch', 'numpy', 'PIL', 'diffusers'} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
+    )
     assert done.stdout.strip() == "set()"

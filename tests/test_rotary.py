@@ -10,8 +10,8 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from finetune.estimate.trace import Recorder
-from finetune.models import rotary
+from finetune.estimate.tracing.recorder import Recorder
+from finetune.kernels import rope
 from tests.test_fused import Built, flux1, flux2
 
 
@@ -30,11 +30,11 @@ def plain(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def test_gradients_are_the_plain_formulas() -> None:
     cosine_and_sine = tables(5, 6)
     values = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
-    found, expected = rotary.rotated(values, cosine_and_sine, sequence_dim=1), plain(values, *cosine_and_sine)
+    found, expected = rope.rotated(values, cosine_and_sine, sequence_dim=1), plain(values, *cosine_and_sine)
     torch.testing.assert_close(found, expected)
     moved = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, values, moved), torch.autograd.grad(expected, values, moved))
-    assert torch.autograd.gradcheck(lambda values: rotary.rotated(values, cosine_and_sine, sequence_dim=1), values)
+    assert torch.autograd.gradcheck(lambda values: rope.rotated(values, cosine_and_sine, sequence_dim=1), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,12 +44,18 @@ def test_what_attention_reads_is_what_diffusers_gives_it(dtype: torch.dtype, seq
     shape = (2, 7, 3, 8) if sequence_dim == 1 else (2, 3, 7, 8)
     values = torch.randn(shape, dtype=dtype, requires_grad=True)
     exact = values.detach().float().requires_grad_()
-    for moved in (torch.randn(2, shape[2], shape[1], 8).bfloat16().transpose(1, 2), torch.ones((), dtype=torch.bfloat16).expand(shape)):
+    for moved in (
+        torch.randn(2, shape[2], shape[1], 8).bfloat16().transpose(1, 2),
+        torch.ones((), dtype=torch.bfloat16).expand(shape),
+    ):
         with torch.autocast("cpu", torch.bfloat16):
-            found = rotary.rotated(values, tables(7, 8), sequence_dim)
+            found = rope.rotated(values, tables(7, 8), sequence_dim)
         expected = apply_rotary_emb(exact, tables(7, 8), sequence_dim=sequence_dim)
         torch.testing.assert_close(found, expected.bfloat16())
-        (gradient,), (theirs,) = torch.autograd.grad(found, values, moved), torch.autograd.grad(expected, exact, moved.float())
+        (gradient,), (theirs,) = (
+            torch.autograd.grad(found, values, moved),
+            torch.autograd.grad(expected, exact, moved.float()),
+        )
         torch.testing.assert_close(gradient, theirs.to(dtype))
 
 
@@ -63,15 +69,18 @@ def test_a_net_launches_less_and_another_stays_as_it_is(build: Any) -> None:
         return len(recorder.sections[0].operators)
 
     def attentions(net: nn.Module) -> int:
-        return sum(isinstance(getattr(module, "processor", None), rotary.PROCESSORS) for module in net.modules())
+        return sum(isinstance(getattr(module, "processor", None), rope.PROCESSORS) for module in net.modules())
 
     net, run = build()
-    before, processors = step(net, run), {type(module.processor) for module in net.modules() if hasattr(module, "processor")}
-    rotary.rotate_at_once(net)
+    before, processors = (
+        step(net, run),
+        {type(module.processor) for module in net.modules() if hasattr(module, "processor")},
+    )
+    rope.rotate_at_once(net)
     # Per attention a query and a key, there and back: a product for a stack, a negation, two products and a sum. The turns once: two.
     assert step(net, run) == before - 2 * 2 * 4 * attentions(net) + 2
     gc.collect()
-    assert not len(rotary._turns), "turns last as long as the step's cosines"
+    assert not len(rope._turns), "turns last as long as the step's cosines"
     other: Built = build()
     assert {type(module.processor) for module in other[0].modules() if hasattr(module, "processor")} == processors
     assert step(*other) == before

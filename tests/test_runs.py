@@ -16,18 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import cli
-from finetune.commands import runs as command
-from finetune.engine import checkpoint, clock, runs, status
+from finetune.cli import runs as command
+from finetune.cli.main import main
 from finetune.errors import Stopped, UserError
 from finetune.job import Job
-from tests import tiny
+from finetune.training import checkpoint, run_list, run_status, watchdog
+from tests.helpers import tiny
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def prepared(folder: Path, *overrides: str, resume: bool = False) -> Job:
-    return tiny.prepare(tiny.recipe("sd15", "lora", "train.steps=6", "train.checkpoint_every=4", *overrides, folder=folder), resume)
+    return tiny.prepare(
+        tiny.recipe("sd15", "lora", "train.steps=6", "train.checkpoint_every=4", *overrides, folder=folder), resume
+    )
 
 
 def weights(job: Job) -> dict[str, torch.Tensor]:
@@ -36,14 +38,14 @@ def weights(job: Job) -> dict[str, torch.Tensor]:
 
 def at_step(job: Job, step: int, then: Callable[[], None]) -> None:
     """Have the trainer do `then` in the middle of `step`, counted from 0."""
-    take = job.trainer.take
+    take = job.trainer.train_step
 
     def taken(number: int) -> dict[str, float]:
         if number == step:
             then()
         return take(number)
 
-    job.trainer.take = taken  # type: ignore[method-assign, assignment]
+    job.trainer.train_step = taken  # type: ignore[method-assign, assignment]
 
 
 def send(*numbers: int) -> Callable[[], None]:
@@ -65,7 +67,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tm
     with pytest.raises(Stopped, match="stopped after step 3, which is saved; --resume") as stopped:
         job.trainer.train()
     assert stopped.value.number == numbers[0]
-    seen = runs.look(tmp_path / "run")
+    seen = run_list.look(tmp_path / "run")
     assert (seen.state, seen.step, seen.saved, seen.reason) == ("stopped", 3, (3,), str(stopped.value))
     again = prepared(tmp_path / "run", resume=True)
     again.trainer.train()
@@ -81,7 +83,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     at_step(job, 5, send(signal.SIGINT, signal.SIGINT))
     with pytest.raises(Stopped, match="stopped at once"):
         job.trainer.train()
-    assert runs.look(tmp_path / "run").saved == (4,)
+    assert run_list.look(tmp_path / "run").saved == (4,)
 
 
 def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) -> None:
@@ -99,24 +101,31 @@ def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) ->
     job.trainer.observe = look
     with pytest.raises(Stopped, match="after step 4"):
         job.trainer.train()
-    assert drawn == [0] and runs.look(tmp_path / "run").saved == (3, 4)
-    (tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json").unlink()  # as if it had been killed while drawing
+    assert drawn == [0] and run_list.look(tmp_path / "run").saved == (3, 4)
+    (
+        tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json"
+    ).unlink()  # as if it had been killed while drawing
     prepared(tmp_path / "run", "sample.every=3", resume=True).trainer.train()
-    assert [path.parent.name for path in sorted((tmp_path / "run" / "samples").glob("*/grid.png"))] == ["step-0000003", "step-0000006"]
+    assert [path.parent.name for path in sorted((tmp_path / "run" / "samples").glob("*/grid.png"))] == [
+        "step-0000003",
+        "step-0000006",
+    ]
 
 
-def test_a_save_comes_before_samples_and_a_failed_look_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_comes_before_samples_and_a_failed_look_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = prepared(tmp_path / "run", "sample.every=5")
     found: list[tuple[int, ...]] = []
 
     def fail(request: object) -> None:
-        found.append(runs.look(tmp_path / "run").saved)
+        found.append(run_list.look(tmp_path / "run").saved)
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(job.model, "sample", fail)
     job.trainer.train()
     assert found == [(), (4, 5), (5, 6)]
-    assert runs.look(tmp_path / "run").step == 6
+    assert run_list.look(tmp_path / "run").step == 6
 
 
 # -- the watchdog -----------------------------------------------------------------------------------------------------
@@ -129,28 +138,32 @@ def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
     job.trainer.data._batch = lambda *arguments: freeze.wait() and None  # type: ignore[method-assign, assignment]
 
     def watch() -> None:
-        watchdog = clock.Watchdog(job.run.status, job.trainer.clock, said.append, beat=0.02, patience=0.1)
-        with job.run.status.phase("training"), watchdog, pytest.raises(AttributeError):
-            job.trainer.take(0)
+        guard = watchdog.Watchdog(job.run.status, job.trainer.clock, said.append, beat=0.02, patience=0.1)
+        with job.run.status.phase("training"), guard, pytest.raises(AttributeError):
+            job.trainer.train_step(0)
 
     thread = threading.Thread(target=watch)
     thread.start()
     time.sleep(0.5)
-    seen = runs.look(tmp_path / "run").processes[0]
+    seen = run_list.look(tmp_path / "run").processes[0]
     freeze.set()
     thread.join()
-    assert len(said) == 1 and said[0].startswith("warning: nothing has moved for 0 s in step 1: the run stands at data/dataset.py:")
+    assert len(said) == 1 and said[0].startswith(
+        "warning: nothing has moved for 0 s in step 1: the run stands at data/dataset.py:"
+    )
     assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
 
 
 def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
-    def one(rank: int, waits: bool) -> status.Status:
-        return status.Status("running", "training", 11, 20, rank, "host", 1, 0.0, 0.0, 0.0, 400.0, f"file.py:{rank}", waits)
+    def one(rank: int, waits: bool) -> run_status.Status:
+        return run_status.Status(
+            "running", "training", 11, 20, rank, "host", 1, 0.0, 0.0, 0.0, 400.0, f"file.py:{rank}", waits
+        )
 
-    assert clock.stall([one(0, True), one(1, False)], 400) == (
+    assert watchdog.stall([one(0, True), one(1, False)], 400) == (
         "warning: nothing has moved for 6 m 40 s in step 12: rank 1 on host stands at file.py:1; the other waits for it"
     )
-    assert "rank 0 on host stands at file.py:0; rank 1 on host" in clock.stall([one(0, True), one(1, True)], 400)
+    assert "rank 0 on host stands at file.py:0; rank 1 on host" in watchdog.stall([one(0, True), one(1, True)], 400)
 
 
 def test_waiting_for_the_others_is_told_from_work() -> None:
@@ -159,7 +172,7 @@ def test_waiting_for_the_others_is_told_from_work() -> None:
     found: list[tuple[str, bool]] = []
 
     def inside() -> None:
-        found.append(clock.place(sys._getframe()))
+        found.append(watchdog.place(sys._getframe()))
 
     class Waits(torch.autograd.Function):
         @staticmethod
@@ -184,25 +197,29 @@ def test_a_folder_is_one_process_own(tmp_path: Path) -> None:
     holder = f"""
 import sys
 from pathlib import Path
-from finetune.engine.status import Reporter
+from finetune.training.run_status import Reporter
 reporter = Reporter(Path({str(tmp_path)!r}), 0, 10)
 reporter.lock()
 with reporter.phase("training"):
     print("locked", flush=True)
     sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", holder], cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
-        assert status.is_locked(tmp_path)
+        assert run_status.is_locked(tmp_path)
         with pytest.raises(UserError, match="another process trains in this run's folder"):
-            status.Reporter(tmp_path, 0, 10).lock()
+            run_status.Reporter(tmp_path, 0, 10).lock()
         process.kill()
-    assert not status.is_locked(tmp_path)
-    assert status.read(tmp_path)[0].state == "running", "its last word"
-    status.Reporter(tmp_path, 0, 10).lock()
+    assert not run_status.is_locked(tmp_path)
+    assert run_status.read(tmp_path)[0].state == "running", "its last word"
+    run_status.Reporter(tmp_path, 0, 10).lock()
 
 
-def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_listed_with_their_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = prepared(tmp_path / "runs" / "done", "data.held_out=0.2", "train.validate_every=2")
     job.trainer.train()
     tiny.finish(job)
@@ -216,14 +233,14 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
         failing.trainer.train()
     killed = prepared(tmp_path / "runs" / "killed")
     killed.run.status._write(phase="saving")
-    monkeypatch.setattr(runs, "is_locked", lambda folder: folder.name == "alive")
+    monkeypatch.setattr(run_list, "is_locked", lambda folder: folder.name == "alive")
     alive = prepared(tmp_path / "runs" / "alive")
     alive.run.status._write(phase="training", done=0, total=0, quiet=400.0, at="data/dataset.py:1 in batch")
     alive.run.log({"step": 2, "seconds": 2.0, "loss.denoiser": 0.5})
 
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        cli.main(["runs", "--folder", str(tmp_path / "runs")])
+        main(["runs", "--folder", str(tmp_path / "runs")])
     lines = {line.split()[1].rpartition("/")[2]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["done"].startswith("✓") and lines["done"].endswith("6/6  finished")
     assert lines["failing"].startswith("✗") and lines["failing"].endswith("2/6  failed: the disk is gone")
@@ -232,20 +249,28 @@ def test_runs_are_listed_with_their_state(tmp_path: Path, capsys: pytest.Capture
 
     for name, expected in {
         "done": ["after steps 4, 6", ", validation loss"],
-        "failing": ["failed: the disk is gone", f"--set output.folder={tmp_path / 'runs' / 'failing'} --resume", "no checkpoint yet"],
-        "alive": ["rank 0  training on", "nothing has moved for 6 m 40 s, it stands at data/dataset.py:1 in batch", "denoiser 0.5, 2 s/step"],
+        "failing": [
+            "failed: the disk is gone",
+            f"--set output.folder={tmp_path / 'runs' / 'failing'} --resume",
+            "no checkpoint yet",
+        ],
+        "alive": [
+            "rank 0  training on",
+            "nothing has moved for 6 m 40 s, it stands at data/dataset.py:1 in batch",
+            "denoiser 0.5, 2 s/step",
+        ],
     }.items():
         with pytest.raises(SystemExit):
-            cli.main(["runs", "show", str(tmp_path / "runs" / name)])
+            main(["runs", "show", str(tmp_path / "runs" / name)])
         shown = capsys.readouterr().out
         assert all(part in shown for part in expected), shown
     with pytest.raises(SystemExit):
-        cli.main(["runs", "--folder", str(tmp_path / "runs"), "--json"])
+        main(["runs", "--folder", str(tmp_path / "runs"), "--json"])
     assert {Path(run["folder"]).name: run["state"] for run in json.loads(capsys.readouterr().out)}["killed"] == "killed"
     away = replace(alive.run.status.now, host="elsewhere", beat=time.time())
     monkeypatch.undo()
-    assert runs._state(tmp_path, (away,))[0] == "running"
-    assert runs._state(tmp_path, (replace(away, beat=time.time() - 100),))[0] == "killed"
+    assert run_list._state(tmp_path, (away,))[0] == "running"
+    assert run_list._state(tmp_path, (replace(away, beat=time.time() - 100),))[0] == "killed"
     assert command.MARKS.keys() == {"running", "finished", "stopped", "killed", "failed"}
 
 
@@ -254,5 +279,5 @@ def test_what_is_no_run_is_said(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
     with pytest.raises(UserError):
-        runs.look(tmp_path)
+        run_list.look(tmp_path)
     assert checkpoint.checkpoints(tmp_path) == []

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.engine.draw import Draw
-from finetune.models.paths import Exploding, Preconditioned, Preserving, Straight, alphas_cumprod
-from finetune.models.paths import Path as NoisePath
-from finetune.models.samplers import SAMPLERS, Level, Options, posterior
-from tests.gaussian import DEVIATION, MEAN, angle, carried, oracle
+from finetune.models.objectives.noise_paths import Exploding, Preconditioned, Preserving, Straight, alphas_cumprod
+from finetune.models.objectives.noise_paths import Path as NoisePath
+from finetune.models.objectives.samplers import SAMPLERS, Level, Options, posterior
+from finetune.rng import Draw
+from tests.helpers.gaussian import DEVIATION, MEAN, angle, carried, oracle
 
 EDM = Preconditioned(0.5, -1.2, 1.2)
 PREDICTIONS: tuple[Any, ...] = ("epsilon", "sample", "v_prediction")
@@ -69,12 +69,18 @@ def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
         assert [level.told for level in levels[:-1]] == theirs.timesteps.tolist()
         for place in [*range(0, steps - 1, every), *([steps - 1] if steps == 1000 or variance == "small" else [])]:
             now, then = levels[place : place + 2]
-            expected = theirs.step(said, int(now.told), noisy, generator=torch.Generator().manual_seed(place)).prev_sample
-            ours = SAMPLERS["ddpm"](denoise, noisy, [now, then], functools.partial(chance, place), Options(variance=variance))
+            expected = theirs.step(
+                said, int(now.told), noisy, generator=torch.Generator().manual_seed(place)
+            ).prev_sample
+            ours = SAMPLERS["ddpm"](
+                denoise, noisy, [now, then], functools.partial(chance, place), Options(variance=variance)
+            )
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("path", [*(Preserving(1000, "cosine", one) for one in PREDICTIONS), Straight(3.0), Exploding(EDM, 0.002, 80, 7)])
+@pytest.mark.parametrize(
+    "path", [*(Preserving(1000, "cosine", one) for one in PREDICTIONS), Straight(3.0), Exploding(EDM, 0.002, 80, 7)]
+)
 def test_what_the_net_should_say_gives_the_picture_back(path: NoisePath) -> None:
     """Targets of the loss, read as drawing reads what the net says, are x_0; and x is what drawing would have given the net."""
     clean, draw = torch.randn(6, 2, 3, 3), Draw(1, 2, range(6))
@@ -125,7 +131,11 @@ def test_samplers_converge_at_their_order(grid: str, sampler: str, order: int) -
     def error(steps: int) -> float:
         ratio = (last / first) ** (1 / steps)
         levels = [at(first * ratio**number) for number in range(steps + 1)]
-        return float((SAMPLERS[sampler](oracle, start, levels, no_chance, Options()) - carried(start, levels[0], levels[-1])).abs().max())
+        return float(
+            (SAMPLERS[sampler](oracle, start, levels, no_chance, Options()) - carried(start, levels[0], levels[-1]))
+            .abs()
+            .max()
+        )
 
     errors = [error(steps) for steps in (80, 160, 320)]
     for coarse, fine in itertools.pairwise(errors):

@@ -13,12 +13,19 @@ import pytest
 from PIL import Image
 
 from finetune.errors import UserError
-from finetune.sampling import sample
-from tests import tiny
+from finetune.inference.sample import sample
+from tests.helpers import tiny
 
 # Name → pipeline, method and overrides: a schedule that the LoRA's file cannot carry, scales that are not 1, several nets.
 RUNS = {
-    "rslora": ("sd21", "lora", "diffusion.zero_terminal_snr=true", "adapter.rslora=true", "adapter.alpha=3", "model.train_text_encoder=true"),
+    "rslora": (
+        "sd21",
+        "lora",
+        "diffusion.zero_terminal_snr=true",
+        "adapter.rslora=true",
+        "adapter.alpha=3",
+        "model.train_text_encoder=true",
+    ),
     "dora": ("sdxl", "lora", "adapter.dora=true", "adapter.alpha=8"),
     "full": ("sd15", "full", "sample.negative=blue"),
 }
@@ -31,8 +38,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from finetune.planning import load_plan
-from finetune.report.usage import usage
-from finetune.sampling import sample
+from finetune.export.usage import usage
+from finetune.inference.sample import sample
 root = Path(sys.argv[1])
 for name in sys.argv[2:]:
     for file in sample(root / name, []):
@@ -56,12 +63,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the three trained runs, and in each run drawn/1 by a fresh process."""
     root = tmp_path_factory.mktemp("runs")
     for name, (pipeline, method, *overrides) in RUNS.items():
-        sampled = (f"sample.prompts={json.dumps(PROMPTS)}", "sample.seed=7", f"train.steps={STEPS}", "optimizer.lr=0.02")
+        sampled = (
+            f"sample.prompts={json.dumps(PROMPTS)}",
+            "sample.seed=7",
+            f"train.steps={STEPS}",
+            "optimizer.lr=0.02",
+        )
         tiny.train(tiny.recipe(pipeline, method, *sampled, *overrides, folder=root / name))
     command = [sys.executable, "-c", FRESH, str(root), *RUNS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(root / name / "drawn" / "1" / f"{number:02d}.png") for name in RUNS for number in range(2)]
+    assert done.stdout.split() == [
+        str(root / name / "drawn" / "1" / f"{number:02d}.png") for name in RUNS for number in range(2)
+    ]
     return root
 
 
@@ -82,7 +96,9 @@ def test_draws_the_trainers_last_samples_again(runs: Path, name: str) -> None:
     last, first = runs / name / "samples" / f"step-{STEPS:07d}", runs / name / "samples" / "step-0000000"
     for number in range(2):
         assert difference(runs / name / "drawn" / "1" / f"{number:02d}.png", last / f"{number:02d}.png") <= 1
-        assert difference(first / f"{number:02d}.png", last / f"{number:02d}.png") > 8  # it would be seen if the training were not in the picture
+        assert (
+            difference(first / f"{number:02d}.png", last / f"{number:02d}.png") > 8
+        )  # it would be seen if the training were not in the picture
     assert (runs / name / "drawn" / "1" / "grid.png").is_file()
 
 
@@ -92,7 +108,14 @@ def test_the_lines_on_the_page_draw_it_too(runs: Path, name: str) -> None:
 
 
 def test_what_is_asked_goes_before_what_the_recipe_says(runs: Path, tmp_path: Path) -> None:
-    files = sample(runs / "rslora", ["a red circle", "two black stripes"], seeds=[7, 8], steps=3, guidance=1.5, out=tmp_path / "out")
+    files = sample(
+        runs / "rslora",
+        ["a red circle", "two black stripes"],
+        seeds=[7, 8],
+        steps=3,
+        guidance=1.5,
+        out=tmp_path / "out",
+    )
     assert [file.name for file in files] == ["00.png", "01.png", "02.png", "03.png"]
     said = [opened(file).info for file in files]
     assert [(info["prompt"], info["seed"]) for info in said] == [

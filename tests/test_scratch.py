@@ -21,25 +21,27 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from finetune import nets
-from finetune.engine.draw import Draw
+from finetune.config import nets
+from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError
-from finetune.estimate.emulate import cuda, fake_tensors
-from finetune.estimate.measure import MICRO, operators, works
-from finetune.estimate.subject import Subject, skeletons
+from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
+from finetune.estimate.tracing.measure import MICRO, operators, works
+from finetune.estimate.tracing.traced_run import Subject, skeletons
+from finetune.inference.sample import sample
 from finetune.job import Job
-from finetune.models.pixels import PixelModel, Space, open_model
-from finetune.models.turn import SampleRequest
-from finetune.recipe import bundled_recipes, load_recipe
-from finetune.sampling import sample
-from tests import scratch, tiny
-from tests.scratch import CASES
+from finetune.models.base import SampleRequest
+from finetune.models.scratch.base import PixelModel, Space, open_model
+from finetune.rng import Draw
+from tests.helpers import scratch, tiny
+from tests.helpers.scratch import CASES
 
 SEEDS = (3, 4)
 
 
 def test_no_recipe_is_left_out() -> None:
-    in_pixels = {name.partition("/")[2] for name in bundled_recipes() if load_recipe(name).model.family in nets.families()}
+    in_pixels = {
+        name.partition("/")[2] for name in bundled_recipes() if load_recipe(name).model.family in nets.families()
+    }
     assert in_pixels == set(CASES)
 
 
@@ -56,10 +58,12 @@ def fixed_loss(job: Job) -> float:
     batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
     with torch.no_grad(), job.trainer.state.averaged():
         if nets.kind(job.plan.recipe.model.family) != "GAN":
-            return float(job.model.turns()[0].loss(batch, draw).mean())
+            return float(job.model.train_steps()[0].loss(batch, draw).mean())
         model = job.model
         assert isinstance(model, PixelModel)
-        made = model.draw(batch["class"], Draw(99, "sample", range(12)), SampleRequest(("",) * 12, tuple(range(12)), 1, 1.0))
+        made = model.draw(
+            batch["class"], Draw(99, "sample", range(12)), SampleRequest(("",) * 12, tuple(range(12)), 1, 1.0)
+        )
         return energy(*(model.space.scaled(levels).flatten(1) for levels in (batch["pixels"], made)))
 
 
@@ -71,7 +75,13 @@ def energy(some: Tensor, others: Tensor) -> float:
 
 @functools.cache
 def trained(name: str) -> Trained:
-    rate = ("optimizer.lr=3e-3", "optimizer.schedule=constant", "train.checkpoint_every=1", "train.keep_checkpoints=99", "sample.every=1000")
+    rate = (
+        "optimizer.lr=3e-3",
+        "optimizer.schedule=constant",
+        "train.checkpoint_every=1",
+        "train.keep_checkpoints=99",
+        "sample.every=1000",
+    )
     job = tiny.prepare(scratch.recipe(name, tiny.root() / "scratch" / name, *rate))
     before = {key: tensor.detach().clone() for key, tensor in job.model.state().items()}
     first = fixed_loss(job)
@@ -105,7 +115,11 @@ def test_its_loss_falls_and_every_parameter_trains(name: str) -> None:
     assert run.losses[1] < run.losses[0]
     third = weights(run.job.run.folder, 3)
     parameters = run.job.model.trained()
-    still = {key for key in parameters if torch.equal(third[key], run.before[key]) and not key.endswith(CASES[name].unchanged or ("-",))}
+    still = {
+        key
+        for key in parameters
+        if torch.equal(third[key], run.before[key]) and not key.endswith(CASES[name].unchanged or ("-",))
+    }
     assert not still, "no gradient reached these within three steps"
 
 
@@ -156,7 +170,11 @@ def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
     resumed = tiny.prepare(scratch.recipe(name, tmp_path / "run", *rate, "train.steps=3"), resume=True)
     resumed.trainer.observe = None
     resumed.trainer.train()
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
     once = weights(whole, 3)
     assert all(torch.equal(tensor, once[key]) for key, tensor in weights(tmp_path / "run", 3).items())
 
@@ -169,16 +187,20 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
     with fake_tensors(), skeletons(), cuda() as mode:
         model = importlib.import_module(f"finetune.models.{CASES[name].family}").build(job.plan, job.model.audit)  # type: ignore[attr-defined]
         batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
-        for turn, dtype in itertools.product(model.turns(), (None, torch.bfloat16)):
+        for train_step, dtype in itertools.product(model.train_steps(), (None, torch.bfloat16)):
             with mode.autocast(dtype):
-                loss = turn.loss(batch, Draw(0, 0, range(4)))
+                loss = train_step.loss(batch, Draw(0, 0, range(4)))
             assert loss.shape == (4,) and isinstance(loss, FakeTensor)
             loss.mean().backward()
 
 
 def test_the_generator_moves_each_so_many_steps() -> None:
     folder = trained("wgan-gp").job.run.folder
-    taken = {r["step"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss.generator" in (r := json.loads(line))}
+    taken = {
+        r["step"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if "loss.generator" in (r := json.loads(line))
+    }
     assert taken == set(range(1, 21, 2))
 
 
@@ -205,20 +227,26 @@ class Products(TorchDispatchMode):
 def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
     """Some steps move the generator or take penalties and others do not; a cycle of real ones computes what is estimated."""
     job = tiny.prepare(scratch.recipe(name, tmp_path / "run"))
-    phase = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)["train"]  # type: ignore[attr-defined]
+    phase = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)[  # type: ignore[attr-defined]
+        "train"
+    ]
     found = operators(phase, MICRO)
     with Products() as real:  # type: ignore[no-untyped-call]
         for step in range(phase.cycle):
-            job.trainer.take(step)
+            job.trainer.train_step(step)
     assert phase.cycle > 1 and sum(operator.flops for operator in found) == real.flops > 0
-    assert sum(count for *_, count in works("cpu", found, found, phase.cycle)) == pytest.approx(len(found) / phase.cycle)
+    assert sum(count for *_, count in works("cpu", found, found, phase.cycle)) == pytest.approx(
+        len(found) / phase.cycle
+    )
 
 
 def test_levels_and_pictures_are_inverse() -> None:
     for levels in (2, 17, 256):
         space = Space(3, 2, 3, levels)
         some = torch.randint(levels, (5, 3, 2, 3), dtype=torch.uint8)
-        pixels = torch.stack([torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in space.pictures(some)])
+        pixels = torch.stack(
+            [torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in space.pictures(some)]
+        )
         assert torch.equal(torch.stack([space.levels_of(one.float() / 127.5 - 1) for one in pixels]), some)
         assert torch.equal(space.quantised(space.scaled(some)), some)
 
@@ -230,7 +258,16 @@ def test_levels_and_pictures_are_inverse() -> None:
         (["net.latent=0"], r"net\.latent must be at least 1"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
         (["data.resolution=16"], r"12 pictures are smaller than the model's 16×16"),
-        (["data.classes=null", f"data.path={tiny.pictures()}", "data.resolution=32", "data.bucket_step=8", "data.buckets=true"], r"of one size"),
+        (
+            [
+                "data.classes=null",
+                f"data.path={tiny.pictures()}",
+                "data.resolution=32",
+                "data.bucket_step=8",
+                "data.buckets=true",
+            ],
+            r"of one size",
+        ),
         (["model.build={a: 1}"], r"remove model.build"),
         (["model.family=sd"], r'family "sd" has no `net` section'),
     ],

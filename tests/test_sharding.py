@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from finetune import job
-from finetune.engine import sharding
-from finetune.engine.machine import this_machine
+from finetune.config.machine import Machine
 from finetune.errors import UserError
-from finetune.planning import Machine
-from tests import tiny
+from finetune.training import fsdp
+from finetune.training.device import this_machine
+from tests.helpers import tiny
 
 FULL_BFLOAT16 = ("train.weights=bfloat16", "train.precision=bfloat16")
 
@@ -52,7 +52,12 @@ def test_accelerate_that_leaves_weights_whole_is_not_believed(tmp_path: Path, mo
 def test_kernels_of_one_place_lie_as_torch_copies_them_from_process_to_process() -> None:
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     values = [parameter.detach().clone() for parameter in net.parameters()]
-    assert net[1].weight.stride() == (6, 1, 6, 6)  # of which `DistributedDataParallel` makes a flat copy at the same place
-    sharding.settle_strides(net)
+    assert net[1].weight.stride() == (
+        6,
+        1,
+        6,
+        6,
+    )  # of which `DistributedDataParallel` makes a flat copy at the same place
+    fsdp.settle_strides(net)
     assert net[0].weight.stride() == (36, 1, 12, 4) and net[1].weight.stride() == (6, 1, 1, 1)
     assert all(torch.equal(now, before) for now, before in zip(net.parameters(), values, strict=True))

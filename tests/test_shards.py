@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.data import hugging
-from finetune.data.order import Order
-from finetune.data.pictures import Unreadable
-from finetune.data.scan import scan
-from finetune.engine.draw import Draw
+from finetune.config.schema import Data
+from finetune.data.audit.audit import scan
+from finetune.data.media.image import Unreadable
+from finetune.data.sampler import Order
+from finetune.data.sources import huggingface
 from finetune.errors import UserError
-from finetune.recipe import Data
+from finetune.rng import Draw
 from tests.test_data import data, problems, snapshot
 from tests.test_dataset import Counting, opened
 
@@ -60,7 +60,9 @@ def shards(tmp_path: Path) -> Path:
         (tmp_path / "plain" / f"{number}.txt").write_text(f"number {number}")
     for start in (0, 3, 6):
         files = [
-            (f"{n}.{kind}", (tmp_path / "plain" / f"{n}.{kind}").read_bytes()) for n in range(start, min(start + 3, 7)) for kind in ("png", "txt")
+            (f"{n}.{kind}", (tmp_path / "plain" / f"{n}.{kind}").read_bytes())
+            for n in range(start, min(start + 3, 7))
+            for kind in ("png", "txt")
         ]
         shard(tmp_path / "shards" / f"{start}.tar", files)
     return tmp_path / "shards"
@@ -69,7 +71,9 @@ def shards(tmp_path: Path) -> Path:
 def test_pictures_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(shards: Path) -> None:
     before = snapshot(shards)
     found, plain = scan(data(shards)), scan(data(shards.parent / "plain"))
-    assert [(p.digest, p.caption, p.crop) for p in found.pictures] == [(p.digest, p.caption, p.crop) for p in plain.pictures]
+    assert [(p.digest, p.caption, p.crop) for p in found.pictures] == [
+        (p.digest, p.caption, p.crop) for p in plain.pictures
+    ]
     assert [p.read() for p in reversed(found.pictures)] == [p.read() for p in reversed(plain.pictures)]
     assert found.pictures[4].name == str(shards / "3.tar/4.png")
     assert found.problems == ()
@@ -124,7 +128,10 @@ def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> N
     (folder / "4.tar").write_bytes(whole[: 512 * 4] + b"\xff" * 512 + whole[512 * 5 :])  # b.png's header
     (folder / "5.tar").write_bytes(b"no tar at all")
     (folder / "6.tar").write_bytes(b"")
-    links = [member("out.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), member("hard.png", type=tarfile.LNKTYPE, linkname="a.png")]
+    links = [
+        member("out.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        member("hard.png", type=tarfile.LNKTYPE, linkname="a.png"),
+    ]
     shard(
         folder / "7.tar",
         [("../../up.png", png(3)), ("../../up.txt", b"up"), ("/etc/abs.png", png(4))],
@@ -184,17 +191,21 @@ def parquet(tmp_path: Path) -> Path:
             "image": [{"bytes": png(n), "path": None} for n in range(start, start + 3)],
             "text": [f"number {n}" for n in range(start, start + 3)],
         }
-        datasets.Dataset.from_dict(cells, features=features).to_parquet(str(tmp_path / "rows" / "data" / f"train-{start}-of-9.parquet"))
+        datasets.Dataset.from_dict(cells, features=features).to_parquet(
+            str(tmp_path / "rows" / "data" / f"train-{start}-of-9.parquet")
+        )
     return tmp_path / "rows"
 
 
 def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hugging, "RECENT_ROWS", 2)
-    monkeypatch.setattr(hugging, "STATE_ROWS", 2)
+    monkeypatch.setattr(huggingface, "RECENT_ROWS", 2)
+    monkeypatch.setattr(huggingface, "STATE_ROWS", 2)
     streamed, whole = scan(data(parquet, streaming=True)), scan(data(parquet))
     assert list(streamed.pictures) == list(whole.pictures)
     assert [p.caption for p in streamed.pictures] == [f"number {n}" for n in range(9)]
-    sent, table = (pickle.loads(pickle.dumps(audit)) for audit in (streamed, whole))  # as one process hands them to the others
+    sent, table = (
+        pickle.loads(pickle.dumps(audit)) for audit in (streamed, whole)
+    )  # as one process hands them to the others
     assert list(sent.pictures) == list(whole.pictures) and sent.findings == streamed.findings
     for number in (8, 0, 7, 7, 3, 4, 5, 1, 8):
         assert streamed.pictures[number].read() == whole.pictures[number].read()
@@ -202,14 +213,18 @@ def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_stream_is_read_once_for_the_audit_and_once_for_the_cache(parquet: Path, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_read_once_for_the_audit_and_once_for_the_cache(
+    parquet: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ready(streaming: bool) -> Any:
-        found = opened(parquet, Counting(cached=cached, caption_key="caption" if cached else ""), data={"streaming": streaming})
+        found = opened(
+            parquet, Counting(cached=cached, caption_key="caption" if cached else ""), data={"streaming": streaming}
+        )
         found.encode()
         return found
 
     streamed, whole = ready(True), ready(False)
-    monkeypatch.setattr(hugging._Stream, "read", lambda self, number, column: pytest.fail("asked the stream again"))
+    monkeypatch.setattr(huggingface._Stream, "read", lambda self, number, column: pytest.fail("asked the stream again"))
     for step in (0, 1, 7, 3):
         ours, theirs = (each.batch(step, range(4), Draw(3, step, range(4))) for each in (streamed, whole))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -235,7 +250,9 @@ def secret(tmp_path: Path) -> Path:
     """A data set elsewhere, which another must not reach."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
-    table = datasets.Dataset.from_dict({"image": [{"bytes": png(1), "path": None}], "text": ["secret"]}, features=features)
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(1), "path": None}], "text": ["secret"]}, features=features
+    )
     table.save_to_disk(str(tmp_path / "secret"))
     table.to_parquet(str(tmp_path / "secret.parquet"))
     return tmp_path / "secret"
@@ -272,13 +289,24 @@ def test_a_data_set_on_the_hub_may_name_only_its_own_files(tmp_path: Path, monke
     secret(tmp_path)
 
     def of(files: str, module: str = "datasets.packaged_modules.parquet.parquet") -> Any:
-        return type("Builder", (SimpleNamespace,), {"__module__": module})(config=SimpleNamespace(data_files={"train": [files]}))
+        return type("Builder", (SimpleNamespace,), {"__module__": module})(
+            config=SimpleNamespace(data_files={"train": [files]})
+        )
 
-    for files in (str(tmp_path / "secret.parquet"), "https://elsewhere/x.parquet", "hf://datasets/other/one@1/x.parquet", "hf://datasets/a/b@1/../x"):
+    for files in (
+        str(tmp_path / "secret.parquet"),
+        "https://elsewhere/x.parquet",
+        "hf://datasets/other/one@1/x.parquet",
+        "hf://datasets/a/b@1/../x",
+    ):
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, files=files: of(files))
         with pytest.raises(UserError, match="not its own"):
             scan(Data(path="a/b"))
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: of("hf://datasets/a/b@1/x.pkl", "datasets.packaged_modules.pandas.pandas"))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset_builder",
+        lambda name: of("hf://datasets/a/b@1/x.pkl", "datasets.packaged_modules.pandas.pandas"),
+    )
     with pytest.raises(UserError, match="pandas files, which are not read"):
         scan(Data(path="a/b"))
 
@@ -290,7 +318,7 @@ def test_a_row_of_the_hub_cannot_name_a_file_of_this_machine(tmp_path: Path, mon
     (tmp_path / "cache" / "theirs.png").write_bytes(png(2))
     (tmp_path / "cache" / "link.png").symlink_to(tmp_path / "mine.png")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    place = hugging._Place(None, "a/b")
+    place = huggingface._Place(None, "a/b")
     assert place.bytes_of({"bytes": None, "path": str(tmp_path / "cache" / "theirs.png")}) == png(2)
     for path in (
         tmp_path / "mine.png",
@@ -300,6 +328,6 @@ def test_a_row_of_the_hub_cannot_name_a_file_of_this_machine(tmp_path: Path, mon
     ):
         with pytest.raises(Unreadable, match="outside"):
             place.bytes_of({"bytes": None, "path": str(path)})
-    assert hugging.on_hub("zip://a.png::hf://datasets/a/b@1/x.zip", "a/b")
-    assert not hugging.on_hub("zip://a.png::https://elsewhere/hf://datasets/a/b@1/x.zip", "a/b")
-    assert not hugging.on_hub("hf://datasets/a/b-other@1/x.zip", "a/b")
+    assert huggingface.on_hub("zip://a.png::hf://datasets/a/b@1/x.zip", "a/b")
+    assert not huggingface.on_hub("zip://a.png::https://elsewhere/hf://datasets/a/b@1/x.zip", "a/b")
+    assert not huggingface.on_hub("hf://datasets/a/b-other@1/x.zip", "a/b")

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.config.schema import Model
 from finetune.errors import UserError
-from finetune.models.family import family_of
-from finetune.models.loading import open_pipeline
-from finetune.recipe import Model
-from tests import tiny
+from finetune.models.pretrained.family import family_of
+from finetune.models.pretrained.loading import open_pipeline
+from tests.helpers import tiny
 
 QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 # By family: ends of layers that are one there → its end.
@@ -30,7 +30,10 @@ JOINED: dict[str, dict[tuple[str, ...], str]] = {
     },
     "flux2": {QKV: "img_attn.qkv", ADDED: "txt_attn.qkv"},
     "z_image": {("attention.to_q", "attention.to_k", "attention.to_v"): "attention.qkv"},
-    "sana": {("attn1.to_q", "attn1.to_k", "attn1.to_v"): "attn.qkv", ("attn2.to_k", "attn2.to_v"): "cross_attn.kv_linear"},
+    "sana": {
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"): "attn.qkv",
+        ("attn2.to_k", "attn2.to_v"): "cross_attn.kv_linear",
+    },
     "qwen_image": {},
 }
 # Patterns, one after another, by which names become those of the first code.
@@ -111,7 +114,9 @@ def original(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         path, _, leaf = key.rpartition(".")
-        joined = next(((ends, end) for ends, end in JOINED[name].items() for one in ends if path.endswith(f".{one}")), None)
+        joined = next(
+            ((ends, end) for ends, end in JOINED[name].items() for one in ends if path.endswith(f".{one}")), None
+        )
         if joined is not None:
             ends, end = joined
             stem = next(path.removesuffix(one) for one in ends if path.endswith(f".{one}"))
@@ -136,15 +141,23 @@ def weights(name: str) -> dict[str, Tensor]:
 
 
 def opened(name: str, file: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return open_pipeline(Model(name, path=str(tiny.pipeline(name)), transformer=str(file)), family_of(name).pipeline, dtype)
+    return open_pipeline(
+        Model(name, path=str(tiny.pipeline(name)), transformer=str(file)), family_of(name).pipeline, dtype
+    )
 
 
 @pytest.mark.parametrize("name", RENAMED)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_the_first_codes_file_is_the_same_transformer(name: str, prefix: str, tmp_path: Path) -> None:
     """Alone, and beside text encoders and a VAE as in a whole checkpoint."""
-    expected, beside = weights(name), {"text_encoders.clip_l.x": torch.zeros(1), "vae.decoder.y": torch.zeros(1)} if prefix else {}
-    save_file({prefix + key: tensor for key, tensor in original(name, expected).items()} | beside, tmp_path / "any name.safetensors")
+    expected, beside = (
+        weights(name),
+        {"text_encoders.clip_l.x": torch.zeros(1), "vae.decoder.y": torch.zeros(1)} if prefix else {},
+    )
+    save_file(
+        {prefix + key: tensor for key, tensor in original(name, expected).items()} | beside,
+        tmp_path / "any name.safetensors",
+    )
     pipeline = opened(name, tmp_path / "any name.safetensors")
     assert pipeline.transformer.state_dict().keys() == expected.keys()
     for key, tensor in pipeline.transformer.state_dict().items():
@@ -184,9 +197,13 @@ def test_refusals(tmp_path: Path) -> None:
 
     sd3 = original("sd3", weights("sd3"))
     assert "holds a transformer of family sd3, and this recipe's is flux" in refused("flux", sd3)
-    assert "diffusers reads no single file of family pixart" in refused("pixart", {"blocks.0.cross_attn.q_linear.weight": torch.zeros(1)})
+    assert "diffusers reads no single file of family pixart" in refused(
+        "pixart", {"blocks.0.cross_attn.q_linear.weight": torch.zeros(1)}
+    )
     assert "a LoRA" in refused("sd3", {"lora_unet_x.lora_down.weight": torch.zeros(1)})
-    assert "quantised in a way of ComfyUI's own" in refused("sd3", sd3 | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.zeros(1)})
+    assert "quantised in a way of ComfyUI's own" in refused(
+        "sd3", sd3 | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.zeros(1)}
+    )
     lacking = {key: tensor for key, tensor in sd3.items() if "final_layer.linear" not in key}
     assert "lacks some weights of sd3's transformer" in refused("sd3", lacking)
     qwen = {key: tensor for key, tensor in weights("qwen_image").items() if "proj_out" not in key}
@@ -195,7 +212,10 @@ def test_refusals(tmp_path: Path) -> None:
     assert "model.transformer" in refused("qwen_image", wider)
     with pytest.raises(UserError, match=r"set model\.transformer to this file"):
         open_pipeline(Model("qwen_image", path=str(file)), "QwenImagePipeline", torch.float32)
-    for given, said in (("model.transformer=nowhere.safetensors", "there is no file"), (f"model.transformer={tmp_path}", "is no .safetensors file")):
+    for given, said in (
+        ("model.transformer=nowhere.safetensors", "there is no file"),
+        (f"model.transformer={tmp_path}", "is no .safetensors file"),
+    ):
         with pytest.raises(UserError, match=said):
             tiny.prepare(tiny.recipe("sd3", "lora", given, folder=tmp_path / "run"))
     with pytest.raises(UserError, match="takes the place of the transformer"):

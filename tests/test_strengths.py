@@ -11,11 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from finetune.cli import main
+from finetune.cli.main import main
 from finetune.errors import UserError
-from finetune.sampling import sample
-from finetune.strengths import compare
-from tests import tiny
+from finetune.inference.lora_sweep import compare
+from finetune.inference.sample import sample
+from tests.helpers import tiny
 
 PROMPT = "a red circle"
 
@@ -25,7 +25,13 @@ def run() -> Path:
     """Six steps, a checkpoint every second, averaged weights, the text encoder too, a scale that is not 1."""
     folder = tiny.root() / "strengths"
     kept = ("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.ema=0.5")
-    more = ("adapter.rslora=true", "adapter.alpha=3", "model.train_text_encoder=true", "optimizer.lr=0.02", "sample.seed=7")
+    more = (
+        "adapter.rslora=true",
+        "adapter.alpha=3",
+        "model.train_text_encoder=true",
+        "optimizer.lr=0.02",
+        "sample.seed=7",
+    )
     tiny.train(tiny.recipe("sd15", "lora", *kept, *more, folder=folder))
     return folder
 
@@ -41,7 +47,9 @@ def test_each_picture_is_what_it_says_it_is(tmp_path: Path) -> None:
     assert drawn.keys() == {f"00-step-{step}-strength-{strength}" for step in (2, 6) for strength in ("0", "0.5", "1")}
 
     (final,) = sample(run(), [PROMPT], out=tmp_path / "final")
-    assert abs(drawn["00-step-6-strength-1"] - pixels(final)).max() <= 1, "the last checkpoint at full strength is what the run wrote"
+    assert abs(drawn["00-step-6-strength-1"] - pixels(final)).max() <= 1, (
+        "the last checkpoint at full strength is what the run wrote"
+    )
     (base,) = sample(tiny.pipeline("sd15"), [PROMPT], seeds=[7], steps=2, guidance=3, out=tmp_path / "base")
     assert (drawn["00-step-2-strength-0"] == drawn["00-step-6-strength-0"]).all()
     assert abs(drawn["00-step-6-strength-0"] - pixels(base)).max() <= 1
@@ -50,7 +58,9 @@ def test_each_picture_is_what_it_says_it_is(tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny.pipeline("sd15"))
     pipeline.load_lora_weights(run() / "final", adapter_name="mine")
     pipeline.set_adapters("mine", 0.5)
-    half = pipeline(PROMPT, num_inference_steps=2, guidance_scale=3, generator=torch.Generator().manual_seed(7), width=32, height=32).images[0]
+    half = pipeline(
+        PROMPT, num_inference_steps=2, guidance_scale=3, generator=torch.Generator().manual_seed(7), width=32, height=32
+    ).images[0]
     assert abs(drawn["00-step-6-strength-0.5"] - numpy.asarray(half).astype(int)).max() <= 1
 
     shown, cell = pixels(sheet), 32 * 6  # small pictures are enlarged six times
@@ -67,7 +77,9 @@ def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Pa
     more = ("adapter.pissa=true", "adapter.alpha=8", "optimizer.lr=0.02", "train.steps=2", "sample.seed=7")
     tiny.train(tiny.recipe("sd15", "lora", *more, folder=folder))
     compare(folder, [1, 0, 0.5, 1], [2], out=tmp_path / "out")
-    drawn = {strength: pixels(tmp_path / "out" / f"00-step-2-strength-{strength}.png") for strength in ("0", "0.5", "1")}
+    drawn = {
+        strength: pixels(tmp_path / "out" / f"00-step-2-strength-{strength}.png") for strength in ("0", "0.5", "1")
+    }
     (final,) = sample(folder, [PROMPT], out=tmp_path / "final")
     (base,) = sample(tiny.pipeline("sd15"), [PROMPT], seeds=[7], steps=2, guidance=3, out=tmp_path / "base")
     assert abs(drawn["0"] - pixels(base)).max() <= 1
@@ -77,7 +89,13 @@ def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Pa
 
 def test_of_a_schedule_free_run_the_averages_are_drawn(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    more = ("optimizer.name=schedulefree", "optimizer.lr=0.05", "model.train_text_encoder=true", "train.steps=4", "sample.seed=7")
+    more = (
+        "optimizer.name=schedulefree",
+        "optimizer.lr=0.05",
+        "model.train_text_encoder=true",
+        "train.steps=4",
+        "sample.seed=7",
+    )
     tiny.train(tiny.recipe("sd15", "lora", *more, folder=folder))
     compare(folder, [1], [4], out=tmp_path / "out")
     (final,) = sample(folder, [PROMPT], out=tmp_path / "final")

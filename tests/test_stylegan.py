@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.engine.draw import Draw
+from finetune.config.loader import load_recipe
+from finetune.config.nets.stylegan2 import Net
 from finetune.errors import UserError
-from finetune.models import alias_free, stylegan2
-from finetune.models.alias_free import AliasFreeGenerator, equivariance, low_pass, lowered, raised
-from finetune.models.pixels import Space
-from finetune.models.styled import EqualConv, Modulated, doubled, mixed, resampled
-from finetune.models.stylegan2 import PathLength, Styled, StyleGan2, path_lengths
-from finetune.models.turn import SampleRequest
-from finetune.nets.stylegan2 import Net
-from finetune.recipe import load_recipe
+from finetune.models.base import SampleRequest
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.gan import stylegan2, stylegan3
+from finetune.models.scratch.gan.stylegan2 import PathLength, Styled, StyleGan2, path_lengths
+from finetune.models.scratch.gan.stylegan3 import AliasFreeGenerator, equivariance, low_pass, lowered, raised
+from finetune.models.scratch.gan.stylegan_layers import EqualConv, Modulated, doubled, mixed, resampled
+from finetune.rng import Draw
 
 SPACE = Space(3, 16, 16, 256)
 SMALL = Net(width=4, halvings=2, latent=5, style=6, mapping=2)
@@ -41,11 +41,15 @@ def test_a_modulated_convolution_is_one_by_weights_of_each_picture(demodulate: b
         weights = layer.weight * layer.style(styles)[:, None, :, None, None] / (4 * 9) ** 0.5
         if demodulate:
             weights = weights / (weights.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
-        return torch.stack([functional.conv2d(one, weight, padding=1) for one, weight in zip(maps, weights, strict=True)])
+        return torch.stack(
+            [functional.conv2d(one, weight, padding=1) for one, weight in zip(maps, weights, strict=True)]
+        )
 
     leaves = [maps, styles, *layer.parameters()]
     directions = torch.randn(3, 6, 7, 8, dtype=torch.float64)
-    for found, expected in zip(*(_differentiated(one, leaves, directions) for one in (layer(maps, styles), explicit())), strict=True):
+    for found, expected in zip(
+        *(_differentiated(one, leaves, directions) for one in (layer(maps, styles), explicit())), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -73,16 +77,24 @@ def test_resampling_keeps_places_and_brightness() -> None:
     torch.testing.assert_close(doubled(ramp)[0, 0, 4, 3:-3], torch.arange(3, 13) / 2 - 0.25)
     for side in (1, 3):
         assert EqualConv(2, 5, side, halving=True)(flat).shape == (1, 5, 4, 4)
-    kernel, other = low_pass(alias_free.SAFE, 2), low_pass(alias_free.SAFE, 4)
+    kernel, other = low_pass(stylegan3.SAFE, 2), low_pass(stylegan3.SAFE, 4)
     wide = torch.arange(32.0).expand(1, 1, 32, 32)
-    torch.testing.assert_close(raised(wide, kernel, 2)[0, 0, 32, 12:-12], torch.arange(12, 52) / 2 - 0.25, rtol=0, atol=5e-3)
-    torch.testing.assert_close(raised(wide, other, 4)[0, 0, 64, 24:-24], torch.arange(24, 104) / 4 - 0.375, rtol=6e-3, atol=0)
+    torch.testing.assert_close(
+        raised(wide, kernel, 2)[0, 0, 32, 12:-12], torch.arange(12, 52) / 2 - 0.25, rtol=0, atol=5e-3
+    )
+    torch.testing.assert_close(
+        raised(wide, other, 4)[0, 0, 64, 24:-24], torch.arange(24, 104) / 4 - 0.375, rtol=6e-3, atol=0
+    )
     torch.testing.assert_close(lowered(wide, kernel)[0, 0, 8, 4:-4], torch.arange(4, 12) * 2 + 0.5, rtol=0, atol=5e-3)
 
 
 def test_two_styles_cross_at_a_layer() -> None:
     first, second = torch.zeros(3, 2), torch.ones(3, 2)
-    assert mixed((first, second), 4, torch.tensor([1, 3, 4]))[..., 0].tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    assert mixed((first, second), 4, torch.tensor([1, 3, 4]))[..., 0].tolist() == [
+        [0, 1, 1, 1],
+        [0, 0, 0, 1],
+        [0, 0, 0, 0],
+    ]
     generator, latent, draw = make(mixing=1.0).net, torch.randn(8, 5), Draw(0, 0, range(8))
     assert isinstance(generator, Styled)
     styles = generator.styles(latent, None, draw)
@@ -126,13 +138,18 @@ def test_truncation_leads_to_the_mean_picture() -> None:
     model.net.eval()
     with torch.no_grad():
         whole, half, mean = (
-            model.net.styles(torch.randn(3, 5, generator=torch.Generator().manual_seed(2)), None, Draw(0, 0, range(3)), share)  # type: ignore[operator]
+            model.net.styles(
+                torch.randn(3, 5, generator=torch.Generator().manual_seed(2)), None, Draw(0, 0, range(3)), share
+            )  # type: ignore[operator]
             for share in (1.0, 0.5, 0.0)
         )
     torch.testing.assert_close(half, (whole + mean) / 2)
     assert torch.equal(mean[0], mean[1]) and not torch.equal(whole[0], whole[1])
     request = SampleRequest(("",) * 2, (0, 1), 1, 1.0)
-    drawn = {share: model.draw(None, Draw(0, "sample", (0, 1)), dataclasses.replace(request, truncation=share)) for share in (1.0, 0.3)}
+    drawn = {
+        share: model.draw(None, Draw(0, "sample", (0, 1)), dataclasses.replace(request, truncation=share))
+        for share in (1.0, 0.3)
+    }
     assert not torch.equal(drawn[1.0], drawn[0.3])
     with pytest.raises(UserError, match=r"sample\.truncation is for GANs, and betavae is none"):
         load_recipe("scratch/vae", ["sample.truncation=0.7"])
@@ -144,8 +161,8 @@ def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch
     assert isinstance(generator, AliasFreeGenerator)
     styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
     with_filters = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
-    monkeypatch.setattr(alias_free, "raised", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
-    monkeypatch.setattr(alias_free, "lowered", lambda maps, _: maps[..., ::2, ::2])
+    monkeypatch.setattr(stylegan3, "raised", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
+    monkeypatch.setattr(stylegan3, "lowered", lambda maps, _: maps[..., ::2, ::2])
     without = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
     print(f"equivariance {with_filters} dB, without filters {without} dB")
     assert min(with_filters) > 40 and max(without) < 30
@@ -154,9 +171,9 @@ def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch
 def test_alias_free_layers_train() -> None:
     model = make(alias_free=True, margin=2)
     batch = {"pixels": torch.randint(256, (4, *SPACE.shape), dtype=torch.uint8)}
-    for turn in model.turns():
-        loss = turn.loss(batch, Draw(0, 0, range(4)))
+    for train_step in model.train_steps():
+        loss = train_step.loss(batch, Draw(0, 0, range(4)))
         loss.mean().backward()
         assert loss.shape == (4,) and loss.isfinite().all()
-        assert all(parameter.grad is not None for parameter in turn.net.parameters())
-        turn.net.zero_grad()
+        assert all(parameter.grad is not None for parameter in train_step.net.parameters())
+        train_step.net.zero_grad()

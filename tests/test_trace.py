@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from finetune.estimate import standins
-from finetune.estimate.emulate import fake_tensors
-from finetune.estimate.trace import tensors_of
-from finetune.models.adapters import add_adapter
-from finetune.models.quantized import quantize
-from finetune.recipe import Adapter, Quantization
-from scripts import check_trace
+from benchmarks import check_trace
+from finetune.adapters.peft import add_adapter
+from finetune.config.schema import Adapter, Quantization
+from finetune.estimate.tracing import stubs
+from finetune.estimate.tracing.cuda_mode import fake_tensors
+from finetune.estimate.tracing.recorder import tensors_of
+from finetune.memory.quantization import quantize
 
 SCRATCHPAD = 64 << 10  # bytes: oneDNN's, which the trace leaves out
 SCALARS = 16  # bytes: numbers that meet tensors
@@ -36,10 +36,10 @@ def real(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple
 
 def traced(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple[int, int]:
     """The same, on fake tensors."""
-    with fake_tensors(), standins.in_place("cpu"):
+    with fake_tensors(), stubs.in_place("cpu"):
         net, work = prepare()
         gc.collect()
-        with standins.recorder("cpu") as recorder:
+        with stubs.recorder("cpu") as recorder:
             held = recorder.adopt(tensors_of(net))
             start = len(recorder.events)
             kept = work()
@@ -100,6 +100,6 @@ def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch
 
 
 def test_a_step_takes_what_its_trace_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One of the configurations that scripts/check_trace.py goes through."""
+    """One of the configurations that benchmarks/check_trace.py goes through."""
     case = next(case for case in check_trace.cases(tmp_path) if case.name == "base, LoRA, checkpointing")
     assert check_trace.compared(case), capsys.readouterr().out

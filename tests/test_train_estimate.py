@@ -1,4 +1,4 @@
-"""`ft train` beside the estimate: the refusal before, the warning during, the comparison after; and scripts/check_gpu.py."""
+"""`ft train` beside the estimate: the refusal before, the warning during, the comparison after; and benchmarks/check_gpu.py."""
 
 from __future__ import annotations
 
@@ -11,24 +11,31 @@ from types import ModuleType
 
 import pytest
 
-from finetune import cli, entry, job
-from finetune.commands import train
+from finetune import job
+from finetune.cli import process, train
+from finetune.cli.main import main
+from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.config.machine import Machine
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.estimate.advice import advice
 from finetune.estimate.constants import CONTEXT, GIB
-from finetune.estimate.expect import FEWEST, WARM_UP, WINDOW, Expected, Pace, expect, rows, too_slow, typical, warning
 from finetune.estimate.forecast import Forecast, forecast
-from finetune.estimate.gpus import find
-from finetune.planning import Machine, Plan
-from finetune.recipe import ASSETS, Recipe, bundled_recipes, load_recipe
-from finetune.report.page import write_report
-from tests import tiny
+from finetune.estimate.hardware.gpus import find
+from finetune.estimate.monitor import Expected, expect, rows
+from finetune.paths import ASSETS
+from finetune.planning import Plan
+from finetune.report.html_report import write_report
+from finetune.training.pace import FEWEST, WARM_UP, WINDOW, Pace, too_slow, typical, warning
+from tests.helpers import tiny
 
 SMALL_GPU = Machine("cuda", "NVIDIA GeForce RTX 3060", 1, 2, True, int(11.8 * GIB))
 
 
 def recipe_of(name: str, folder: Path, *overrides: str) -> Recipe:
-    return load_recipe(name, [f"data.path={tiny.pictures()}", f"output.folder={folder / 'run'}", "data.held_out=0", *overrides])
+    return load_recipe(
+        name, [f"data.path={tiny.pictures()}", f"output.folder={folder / 'run'}", "data.held_out=0", *overrides]
+    )
 
 
 def planned(name: str, machine: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Plan:
@@ -65,14 +72,16 @@ def test_what_does_not_fit_is_refused_with_advice_that_helps(
 def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: SMALL_GPU)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["check", "full/sd15", "--set", f"data.path={tiny.pictures()}"])
+        main(["check", "full/sd15", "--set", f"data.path={tiny.pictures()}"])
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "\nestimate: " in shown.out and "--set train.ema=null" in shown.err
 
 
 def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps with repeats, several processes, and the memory that torch sees, which of cards sold under one name differs."""
-    machine = dataclasses.replace(SMALL_GPU, name="NVIDIA GeForce RTX 4060 Ti", processes=2, memory_bytes=int(7.6 * GIB))
+    machine = dataclasses.replace(
+        SMALL_GPU, name="NVIDIA GeForce RTX 4060 Ti", processes=2, memory_bytes=int(7.6 * GIB)
+    )
     plan = planned("lora/sd15", machine, tmp_path, monkeypatch, "train.epochs=10", "train.accumulation=1")
     one = expect(plan).forecast
     assert one is not None
@@ -83,7 +92,12 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "changes", "overrides", "says"),
     [
-        ("lora/sd15", {"name": "NVIDIA RTX 6000 Ada Generation"}, (), 'no GPU here is called "NVIDIA RTX 6000 Ada Generation"'),
+        (
+            "lora/sd15",
+            {"name": "NVIDIA RTX 6000 Ada Generation"},
+            (),
+            'no GPU here is called "NVIDIA RTX 6000 Ada Generation"',
+        ),
         ("lora/sd15", {}, ("train.precision=float32",), "computes in float32"),
         ("lora/sd15", {}, ("adapter.dora=true",), "does not cover DoRA"),
         ("lora/sd15", {"device": "mps"}, (), "this run takes mps"),
@@ -91,7 +105,12 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
     ],
 )
 def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
-    name: str, changes: dict[str, str], overrides: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    changes: dict[str, str],
+    overrides: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = job.foretell(planned(name, dataclasses.replace(SMALL_GPU, **changes), tmp_path, monkeypatch, *overrides))  # type: ignore[arg-type]
     assert found.forecast is None and found.line.startswith("no estimate: ") and says in found.line
@@ -109,12 +128,12 @@ def test_force_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[str]] = []
     monkeypatch.setattr(train, "run", lambda arguments, environment: launched.append(arguments))
     with pytest.raises(SystemExit):
-        cli.main(["train", "lora/emoji", "--force"])
+        main(["train", "lora/emoji", "--force"])
     script = next(number for number, argument in enumerate(launched[0]) if argument.endswith("lora.py"))
     monkeypatch.setattr(sys, "argv", launched[0][script:])
-    assert entry.arguments("lora")[1:] == (False, True)
+    assert process.arguments("lora")[1:] == (False, True)
     monkeypatch.setattr(sys, "argv", ["lora.py", "lora/emoji"])
-    assert entry.arguments("lora")[1:] == (False, False)
+    assert process.arguments("lora")[1:] == (False, False)
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -134,9 +153,17 @@ def test_slow_is_twice_the_estimate_by_the_last_steps_median() -> None:
 def test_the_warning_names_figure_estimate_and_lever() -> None:
     one = of("lora/sdxl", "train.gradient_checkpointing=false")
     said = warning(one, 7.5, 0.4)
-    assert "takes 7.5 s" in said and f"{one.speed.seconds:.3g} s was estimated for RTX 3060" in said and "another process" in said
-    assert "--set train.gradient_checkpointing=true would save" in warning(one, 7.5, 0.01)  # not the rank, which saves next to nothing
-    assert "--set train.batch_size=1 --set train.accumulation=8" in warning(of("lora/sd15", "train.batch_size=8", "train.accumulation=1"), 7.5, 0.0)
+    assert (
+        "takes 7.5 s" in said
+        and f"{one.speed.seconds:.3g} s was estimated for RTX 3060" in said
+        and "another process" in said
+    )
+    assert "--set train.gradient_checkpointing=true would save" in warning(
+        one, 7.5, 0.01
+    )  # not the rank, which saves next to nothing
+    assert "--set train.batch_size=1 --set train.accumulation=8" in warning(
+        of("lora/sd15", "train.batch_size=8", "train.accumulation=1"), 7.5, 0.0
+    )
     assert "another process" in warning(one, 7.5, None)
     assert "The GPU waits for the processor, which launches 1," in warning(of("lora/emoji"), 7.5, None)
 
@@ -160,7 +187,10 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
     assert found["gpu"] is None and "no card covers" in found["no_estimate"]
     held = found["memory_bytes"]["measured"]
-    assert found["memory_bytes"] == {"estimated": None, "measured": held, "not_measured": None} and 100 << 20 < held < 64 << 30
+    assert (
+        found["memory_bytes"] == {"estimated": None, "measured": held, "not_measured": None}
+        and 100 << 20 < held < 64 << 30
+    )
     assert found["seconds_per_step"] == {"estimated": None, "measured": typical(done.trainer.pace.seconds), "steps": 5}
     assert f"  a step            {found['seconds_per_step']['measured']:.3g} s\nwritten" in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -179,14 +209,16 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "What was said before the first step for RTX 3060" in page and '<td class="amount">+5%</td>' in page
 
 
-# -- scripts/check_gpu.py ---------------------------------------------------------------------------------------------
+# -- benchmarks/check_gpu.py ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def check_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the script may set it
     monkeypatch.setattr(sys, "path", [*sys.path])
-    spec = util.spec_from_file_location("check_gpu", Path(__file__).resolve().parent.parent / "scripts" / "check_gpu.py")
+    spec = util.spec_from_file_location(
+        "check_gpu", Path(__file__).resolve().parent.parent / "scripts" / "check_gpu.py"
+    )
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -201,14 +233,23 @@ def test_without_a_gpu_it_says_what_it_would_run(check_gpu: ModuleType, capsys: 
     assert "\nfull/sd15 --set train.ema=null\n" in shown and "full/sdxl: does not fit" in shown
 
 
-def test_on_a_cpu_it_measures_by_the_same_code(check_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_cpu_it_measures_by_the_same_code(
+    check_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "rows.tsv"
-    check_gpu.main(["--cpu", "--steps", "4", "--set", "train.batch_size=2", "--out", str(out), "lora/emoji"], standalone_mode=False)
+    check_gpu.main(
+        ["--cpu", "--steps", "4", "--set", "train.batch_size=2", "--out", str(out), "lora/emoji"], standalone_mode=False
+    )
     shown = capsys.readouterr().out
     assert "not counted" in shown and "operators" in shown and "its own weights" in shown
     header = (ASSETS / "gpu_runs.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t")
     (row,) = (dict(zip(header, line.split("\t"), strict=True)) for line in out.read_text(encoding="utf-8").splitlines())
-    assert (row["recipe"], row["set"], row["gpu"], row["reserved_gib"]) == ("lora/emoji", "train.batch_size=2", "CPU", "-")
+    assert (row["recipe"], row["set"], row["gpu"], row["reserved_gib"]) == (
+        "lora/emoji",
+        "train.batch_size=2",
+        "CPU",
+        "-",
+    )
     assert float(row["seconds"]) > 0
 
 
@@ -221,4 +262,6 @@ MEASURED = (ASSETS / "gpu_runs.tsv").read_text(encoding="utf-8").splitlines()
 def test_memory_that_was_measured_on_a_gpu_is_foretold(line: str) -> None:
     row = dict(zip(MEASURED[0].split("\t"), line.split("\t"), strict=True))
     one = forecast(load_recipe(row["recipe"], row["set"].split()), row["recipe"], find(row["gpu"]), 16)
-    assert (one.memory.phases["train"] - CONTEXT) / GIB == pytest.approx(float(row["reserved_gib"]), rel=OFF.get(row["recipe"], 0.1))
+    assert (one.memory.phases["train"] - CONTEXT) / GIB == pytest.approx(
+        float(row["reserved_gib"]), rel=OFF.get(row["recipe"], 0.1)
+    )

@@ -14,15 +14,27 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import entry
-from finetune.engine import checkpoint
+from finetune.cli import process
+from finetune.config.schema import Model
 from finetune.errors import UserError
-from finetune.models.loading import open_pipeline
-from finetune.recipe import Model
-from tests import tiny
+from finetune.models.pretrained.loading import open_pipeline
+from finetune.training import checkpoint
+from tests.helpers import tiny
 
-SECRETS = {"HF_TOKEN": "hf_doNotTellAnyone1", "WANDB_API_KEY": "doNotTellAnyone2", "HUGGING_FACE_HUB_TOKEN": "hf_doNotTellAnyone3"}
-STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "socket.getaddrinfo")
+SECRETS = {
+    "HF_TOKEN": "hf_doNotTellAnyone1",
+    "WANDB_API_KEY": "doNotTellAnyone2",
+    "HUGGING_FACE_HUB_TOKEN": "hf_doNotTellAnyone3",
+}
+STARTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+    "socket.getaddrinfo",
+)
 
 watched: list[tuple[str, Any]] | None = None
 
@@ -55,19 +67,25 @@ def poisoned(tmp_path: Path) -> Path:
         for config in (folder / part).glob("*config.json"):
             found = json.loads(config.read_text())
             every = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "UNet2DConditionModel")
-            config.write_text(json.dumps(found | {"auto_map": dict.fromkeys(every, "evil.Evil"), "trust_remote_code": True}))
+            config.write_text(
+                json.dumps(found | {"auto_map": dict.fromkeys(every, "evil.Evil"), "trust_remote_code": True})
+            )
     return folder
 
 
 def test_code_that_comes_with_a_model_is_never_run(poisoned: Path, tmp_path: Path) -> None:
     open_pipeline(Model("sd", str(poisoned)), "StableDiffusionPipeline", torch.float32)
-    shutil.copy(poisoned / "evil.py", poisoned / "scheduler" / "diffusers.py")  # which diffusers takes for the scheduler's module
+    shutil.copy(
+        poisoned / "evil.py", poisoned / "scheduler" / "diffusers.py"
+    )  # which diffusers takes for the scheduler's module
     with pytest.raises(UserError, match="contains custom code"):
         open_pipeline(Model("sd", str(poisoned)), "StableDiffusionPipeline", torch.float32)
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("entry", [["evil", "Evil"], ["os", "system"], ["subprocess", "Popen"], ["pipeline", "Evil"], ["builtins", "exec"]])
+@pytest.mark.parametrize(
+    "entry", [["evil", "Evil"], ["os", "system"], ["subprocess", "Popen"], ["pipeline", "Evil"], ["builtins", "exec"]]
+)
 def test_a_model_that_wants_parts_of_its_own_is_refused(entry: list[str], poisoned: Path, tmp_path: Path) -> None:
     index = poisoned / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": entry}))
@@ -105,9 +123,18 @@ def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secr
     events = list(watch)
     assert not [(event, what) for event, what in events if event != "open"]
     # FT_CACHE is the user's cache, where this machine's calibration is kept.
-    checkout, temporary = Path(__file__).resolve().parent.parent, [Path(os.environ[name]) for name in ("HF_HOME", "FT_CACHE")]
+    checkout, temporary = (
+        Path(__file__).resolve().parent.parent,
+        [Path(os.environ[name]) for name in ("HF_HOME", "FT_CACHE")],
+    )
     temporary += [Path("/proc"), Path("/sys"), Path("/dev")]
-    code = [Path(sys.prefix), Path(sys.base_prefix), *map(Path, site.getsitepackages()), checkout / "finetune", *map(Path, sys.path)]
+    code = [
+        Path(sys.prefix),
+        Path(sys.base_prefix),
+        *map(Path, site.getsitepackages()),
+        checkout / "finetune",
+        *map(Path, sys.path),
+    ]
     allowed = [path.resolve() for path in (*named, *code, *temporary)]
     opened = {Path(os.fsdecode(path)).resolve() for _, path in events if isinstance(path, str | bytes)}
     assert len(opened) > 20
@@ -121,9 +148,11 @@ def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secr
         assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
-def test_an_error_of_the_hub_tells_no_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_hub_tells_no_token(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
-    with pytest.raises(SystemExit), entry.told():
+    with pytest.raises(SystemExit), process.told():
         open_pipeline(Model("sd", "owner/private-model"), "StableDiffusionPipeline", torch.float32)
     said = capsys.readouterr().err
     assert "owner/private-model" in said and SECRETS["HF_TOKEN"] not in said

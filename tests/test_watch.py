@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from finetune.engine.draw import Draw
+from finetune.evaluation import collapse_monitor
+from finetune.evaluation.mode_collapse import Look, alarm, lost
 from finetune.job import Job
-from finetune.metrics import watch
-from finetune.metrics.modes import Look, alarm, lost
-from finetune.models.pixels import PixelModel
-from finetune.models.turn import SampleRequest
-from finetune.report.page import write_report
-from tests import scratch, tiny
+from finetune.models.base import SampleRequest
+from finetune.models.scratch.base import PixelModel
+from finetune.report.html_report import write_report
+from finetune.rng import Draw
+from tests.helpers import scratch, tiny
 
 LOOKED_AT = 24  # pictures
 GOOD = (Look(10, 0.9, 0.4), Look(20, 1.0, 0.5))
@@ -23,7 +23,7 @@ GOOD = (Look(10, 0.9, 0.4), Look(20, 1.0, 0.5))
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "PICTURES", LOOKED_AT)
+    monkeypatch.setattr(collapse_monitor, "PICTURES", LOOKED_AT)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,10 @@ def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture
     job = watched(tmp_path / "run", "healthy", "collapsed")
     job.trainer.train()
     said = capsys.readouterr().out
-    assert "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said and "step 2: " not in said
+    assert (
+        "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said
+        and "step 2: " not in said
+    )
     assert records(job)[-1]["watch.diversity"] == 0
     assert "lost at step 4" in write_report(job.run.folder).read_text()
 
@@ -94,6 +97,8 @@ def test_what_was_seen_before_a_kill_counts(tmp_path: Path) -> None:
     job = watched(tmp_path / "run", "collapsed", "collapsed", steps=40)
     look = job.trainer.watch
     assert look is not None
-    assert look(4) == ({"watch.diversity": 0.0, "watch.coverage": pytest.approx(0.5, abs=0.5)}, ""), "so early, and nothing to lose"
+    assert look(4) == ({"watch.diversity": 0.0, "watch.coverage": pytest.approx(0.5, abs=0.5)}, ""), (
+        "so early, and nothing to lose"
+    )
     job.run.log({"step": 2, "watch.diversity": 1.0, "watch.coverage": 0.5})
     assert "diversity fell from 100% to 0%" in look(4)[1]

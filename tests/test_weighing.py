@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from finetune.data import masks
-from finetune.data.scan import scan
-from finetune.engine.draw import Draw
+from finetune.config.schema import Data
+from finetune.data.audit.audit import scan
+from finetune.data.sources import masks
 from finetune.errors import UserError
-from finetune.recipe import Data
-from tests import tiny
+from finetune.rng import Draw
+from tests.helpers import tiny
 
 
 def folder_with_masks(tmp_path: Path) -> Path:
@@ -35,11 +35,19 @@ def folder_with_masks(tmp_path: Path) -> Path:
 
 
 def prepared(folder: Path, *overrides: str) -> Any:
-    return tiny.prepare(tiny.recipe("sd15", "lora", "data.caption_dropout=0", "sample.prompts=[]", *overrides, folder=folder))
+    return tiny.prepare(
+        tiny.recipe("sd15", "lora", "data.caption_dropout=0", "sample.prompts=[]", *overrides, folder=folder)
+    )
 
 
 def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path: Path) -> None:
-    job = prepared(tmp_path / "run", f"data.path={folder_with_masks(tmp_path)}", "data.masks=beside", "data.outside_mask=0.25", "data.flip=true")
+    job = prepared(
+        tmp_path / "run",
+        f"data.path={folder_with_masks(tmp_path)}",
+        "data.masks=beside",
+        "data.outside_mask=0.25",
+        "data.flip=true",
+    )
     assert job.plan.data.pictures == 5, "masks are no pictures"
     names = [Path(picture.name).name for picture in job.data.pictures]
     picture = job.data.pictures[names.index("zero.png")]
@@ -49,7 +57,10 @@ def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path:
     assert torch.equal(job.data._mask(picture, True)["mask"], left.flip(-1))
     assert (job.data._mask(job.data.pictures[names.index("four.jpg")], False)["mask"] == 1).all()
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
-    assert job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
+    assert (
+        job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist()
+        == [1.0] * 4 + [0.25] * 4
+    )
     assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
 
 
@@ -90,7 +101,9 @@ def as_source(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, dict[str, 
         "mask": [{"bytes": masked[name].read_bytes(), "path": None} if name in masked else None for name in names],
     }
     image = datasets.Image(decode=False)
-    table = datasets.Dataset.from_dict(cells, features=datasets.Features({"image": image, "text": datasets.Value("string"), "mask": image}))
+    table = datasets.Dataset.from_dict(
+        cells, features=datasets.Features({"image": image, "text": datasets.Value("string"), "mask": image})
+    )
     if kind == "saved":
         table.save_to_disk(str(target))
     else:
@@ -135,18 +148,18 @@ def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> No
 def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
     data = f"data.path={folder_with_masks(tmp_path)}"
     job = prepared(tmp_path / "run", data, "data.masks=beside", "train.batch_size=5")
-    turn, places = job.model.turns()[0], range(5)
+    train_step, places = job.model.train_steps()[0], range(5)
     draw = Draw(0, 0, places)
     batch = job.data.batch(0, list(places), draw)
     assert batch["mask"].shape == (5, 1, 8, 8)
 
     def loss(**changes: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = turn.loss(batch | changes, draw)
+        found: torch.Tensor = train_step.loss(batch | changes, draw)
         return found
 
     mean = batch["mean"] + 0
-    noised = turn.objective.noise(mean + batch["deviation"] * draw.normal("posterior", mean.shape[1:]), draw)
-    predicted = turn.net(noised.sample, noised.timestep, batch)
+    noised = train_step.objective.noise(mean + batch["deviation"] * draw.normal("posterior", mean.shape[1:]), draw)
+    predicted = train_step.net(noised.sample, noised.timestep, batch)
     by_hand = ((predicted - noised.target).square() * batch["mask"]).mean((1, 2, 3))
     torch.testing.assert_close(loss(), by_hand)
     whole, black = loss(mask=torch.ones(5, 1, 8, 8)), loss(mask=torch.zeros(5, 1, 8, 8))
@@ -158,7 +171,14 @@ def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
 
     def gradients(name: str, first: float, second: float) -> dict[str, torch.Tensor]:
         sources = f'data.sources=[{{path: "{tiny.one_picture()}", weight: {first}}}, {{path: "{tiny.pictures()}", limit: 1, weight: {second}}}]'
-        job = prepared(tmp_path / name, "data.path=null", sources, "train.batch_size=2", "optimizer.clip_norm=null", "train.steps=1")
+        job = prepared(
+            tmp_path / name,
+            "data.path=null",
+            sources,
+            "train.batch_size=2",
+            "optimizer.clip_norm=null",
+            "train.steps=1",
+        )
         assert job.plan.data.pictures == 2
         kept: dict[str, torch.Tensor] = {}
         optimizer = job.trainer.state.optimizers[0]
@@ -170,7 +190,7 @@ def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
             step()
 
         optimizer.step = watched
-        job.trainer.take(0)
+        job.trainer.train_step(0)
         return kept
 
     both, first, second = gradients("both", 0.25, 3), gradients("first", 1, 1e-30), gradients("second", 1e-30, 1)
@@ -191,7 +211,10 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
     assert plain.digest() != masked.digest()
     Image.new("L", (10, 32)).save(apart / "one.png")
     (problem,) = [problem for problem in scan(data).problems if problem.stops]
-    assert (problem.kind, problem.detail) == ("unreadable mask", "its mask is 10×32, and the picture 48×32: they must have one shape")
+    assert (problem.kind, problem.detail) == (
+        "unreadable mask",
+        "its mask is 10×32, and the picture 48×32: they must have one shape",
+    )
     with pytest.raises(UserError, match="no folder"):
         scan(Data(path=str(folder), resolution=32, buckets=False, masks=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="no picture has a mask"):

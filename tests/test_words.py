@@ -17,12 +17,12 @@ from torch import nn
 
 from finetune.errors import UserError
 from finetune.export import export
+from finetune.export.usage import usage
+from finetune.inference.lora_sweep import compare
+from finetune.inference.sample import sample
 from finetune.job import Job
-from finetune.models.words import NewTokens
-from finetune.report.usage import usage
-from finetune.sampling import sample
-from finetune.strengths import compare
-from tests import tiny
+from finetune.models.pretrained.textual_inversion import NewTokens
+from tests.helpers import tiny
 
 PROMPT = "a red <it>"
 # Plain diffusers, by the very lines that the report and the model card show.
@@ -41,8 +41,19 @@ assert not any(name.partition(".")[0] == "finetune" for name in sys.modules)
 @cache
 def trained(name: str) -> Job:
     words = "tokens=[{token: <it>, init: circle, vectors: 2}]"
-    given = ("data.path=null", f'data.sources=[{{path: "{tiny.pictures()}", prefix: <it>}}]', "data.long_captions=truncate", "data.caption_dropout=0")
-    more = ("adapter.alpha=2", f"sample.prompts=[{PROMPT}]", "optimizer.lr=0.02", "train.checkpoint_every=1", "train.keep_checkpoints=9")
+    given = (
+        "data.path=null",
+        f'data.sources=[{{path: "{tiny.pictures()}", prefix: <it>}}]',
+        "data.long_captions=truncate",
+        "data.caption_dropout=0",
+    )
+    more = (
+        "adapter.alpha=2",
+        f"sample.prompts=[{PROMPT}]",
+        "optimizer.lr=0.02",
+        "train.checkpoint_every=1",
+        "train.keep_checkpoints=9",
+    )
     text = ("model.train_text_encoder=true",) if name == "sdxl" else ("train.ema=0.5",)
     return tiny.train(tiny.recipe(name, "lora", *given, words, *more, *text, folder=tiny.root() / f"words-{name}"))
 
@@ -62,7 +73,13 @@ def drawn_by_plain_diffusers() -> Path:
         lines = "\n".join(usage(trained(name).plan, str(tiny.pipeline(name)), str(run / "final")).splitlines()[:-1])
         jobs.append({"lines": lines, "prompt": PROMPT, "out": str(folder / f"{name}.png")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, "-I", "-c", FRESH, str(folder / "jobs.json")], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH, str(folder / "jobs.json")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -75,7 +92,9 @@ def test_the_words_alone_train_and_plain_diffusers_draws_the_same(name: str) -> 
     encoders = {"sd15": 1, "sdxl": 2}[name]
     assert len(rows) == encoders
     assert all(".lora_" in key for key in names - rows)
-    assert any(".encoders." in key for key in names - rows) == (name == "sdxl"), "only where the recipe trains the text encoders too"
+    assert any(".encoders." in key for key in names - rows) == (name == "sdxl"), (
+        "only where the recipe trains the text encoders too"
+    )
     one = load_file(job.run.folder / "checkpoints" / "step-0000001" / "weights.safetensors")
     assert all(one[key].abs().min(1).values.gt(0).all() for key in rows), "both vectors of the word have moved"
 
@@ -124,7 +143,9 @@ def test_refusals(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert 'no caption has the word "<it>"' in refused("tokens=[{token: <it>}]")
-    assert 'the tokenizer knows "e</w>" already' in refused("tokens=[{token: e</w>}]", "data.path=null", source("e</w>"))
+    assert 'the tokenizer knows "e</w>" already' in refused(
+        "tokens=[{token: e</w>}]", "data.path=null", source("e</w>")
+    )
     assert "is not one word" in refused("tokens=[{token: my dog}]")
     assert "given twice" in refused("tokens=[{token: <it>}, {token: <it>}]")
     assert "together with a LoRA" in refused("tokens=[{token: <it>}]", method="full")

@@ -15,18 +15,18 @@ import numpy
 import torch
 from torch import Tensor
 
-from finetune.data import masks
-from finetune.data.ahead import ahead, threads
-from finetune.data.cache import Store
-from finetune.data.order import Order
-from finetune.data.pictures import Crop, apply, decode
-from finetune.data.places import cache_folder
-from finetune.data.scan import Audit, Picture
-from finetune.engine.draw import Draw
+from finetune.data.audit.audit import Audit, Picture
+from finetune.data.batch import Batch, Encoders, stack
+from finetune.data.buckets import Crop
+from finetune.data.cache_dir import cache_folder
+from finetune.data.latent_cache import Store
+from finetune.data.media.image import apply, decode
+from finetune.data.prefetch import ahead, threads
+from finetune.data.sampler import Order
+from finetune.data.sources import masks
 from finetune.errors import UserError
-from finetune.models.turn import Batch, Encoders, stack
 from finetune.planning import Plan
-from finetune.seeds import key_of, mix
+from finetune.rng import Draw, key_of, mix
 
 AHEAD_STEPS = threads() + 1  # batches got ready while a step computes
 PIXELS = "pixels"  # the store of pictures as they are, of sources that cannot be asked again and again
@@ -52,7 +52,11 @@ class Dataset:
         self._weighted = plan.recipe.prior is not None or any(source.weight != 1 for source in plan.recipe.data.sources)
         self._masked = plan.recipe.data.masks is not None
         if self._masked and encoders.mask_factor is None:
-            raise UserError("the loss of this family has no places that a mask could weigh", where="data.masks", remedy="remove data.masks")
+            raise UserError(
+                "the loss of this family has no places that a mask could weigh",
+                where="data.masks",
+                remedy="remove data.masks",
+            )
         self._variants = (False, True) if plan.recipe.data.flip else (False,)
         self.order = Order(_examples_by_bucket(audit), plan.global_batch, plan.steps, plan.recipe.train.seed)
         self._validation = numpy.flatnonzero(self.pictures.held_out).tolist()
@@ -140,7 +144,11 @@ class Dataset:
         for key, picture, pixels in ahead(lambda wanted: (*wanted[:2], self._pixels(*wanted[1:])), lacking()):
             if key not in store:  # a copy of a picture just encoded is
                 with torch.no_grad():
-                    kept = _finite(self.encoders.encode_picture(pixels), picture) if self.encoders.cached else {PIXELS: to_bytes(pixels)}
+                    kept = (
+                        _finite(self.encoders.encode_picture(pixels), picture)
+                        if self.encoders.cached
+                        else {PIXELS: to_bytes(pixels)}
+                    )
                 store.put(key, kept)
 
     @property
@@ -161,7 +169,9 @@ class Dataset:
         self._pool = self._pool or ThreadPoolExecutor(threads(), thread_name_prefix="ft-data")
         for later in range(step + 1, min(step + 1 + AHEAD_STEPS, self.plan.steps)):
             if (later, tuple(places)) not in self._coming:
-                self._coming[later, tuple(places)] = self._pool.submit(self._batch, later, tuple(places), draw.of_step(later))
+                self._coming[later, tuple(places)] = self._pool.submit(
+                    self._batch, later, tuple(places), draw.of_step(later)
+                )
         ready = self._coming.get((step, tuple(places)))
         return ready.result() if ready is not None else self._batch(step, places, draw)
 
@@ -232,7 +242,9 @@ class Dataset:
             with self._encoder_lock:
                 return self.encoders.encode_caption(caption)
 
-        return self._kept(self.encoders.caption_key, key_of(caption), compute, keep) if self.encoders.caption_key else {}
+        return (
+            self._kept(self.encoders.caption_key, key_of(caption), compute, keep) if self.encoders.caption_key else {}
+        )
 
     def _kept(self, encoder: str, key: str, compute: Callable[[], Batch], keep: bool = True) -> Batch:
         """From memory, else from the cache, else computed; kept in both.
@@ -281,7 +293,10 @@ def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
     for crop, places in audit.pictures.crops.items():
         found.setdefault(crop.bucket, []).append(places[trains[places]])
     buckets = [numpy.sort(numpy.concatenate(parts)) for parts in found.values()]
-    return [numpy.repeat(bucket, repeats[bucket]) for bucket in sorted((b for b in buckets if len(b)), key=lambda b: int(b[0]))]
+    return [
+        numpy.repeat(bucket, repeats[bucket])
+        for bucket in sorted((b for b in buckets if len(b)), key=lambda b: int(b[0]))
+    ]
 
 
 def _finite(encoded: Batch, picture: Picture) -> Batch:
@@ -302,10 +317,16 @@ def _unchanged(picture: Picture) -> bytes:
         content = picture.read()
     except OSError as error:
         raise UserError(
-            f"the picture cannot be read any more: {error.strerror}", where=picture.name, remedy="put it back, and start again"
+            f"the picture cannot be read any more: {error.strerror}",
+            where=picture.name,
+            remedy="put it back, and start again",
         ) from error
     if hashlib.sha256(content).hexdigest() != picture.digest:
-        raise UserError("the picture has changed since the run began", where=picture.name, remedy="start again; this run did not see the new one")
+        raise UserError(
+            "the picture has changed since the run began",
+            where=picture.name,
+            remedy="start again; this run did not see the new one",
+        )
     return content
 
 
@@ -330,7 +351,9 @@ def geometry(crop: Crop) -> Tensor:
     All in pixels (Podell et al. 2023, arXiv:2307.01952, §2.2); the crop's corner is measured after scaling.
     """
     width, height = crop.original
-    return torch.tensor([height, width, crop.top, crop.left, crop.bucket.height, crop.bucket.width], dtype=torch.float32)
+    return torch.tensor(
+        [height, width, crop.top, crop.left, crop.bucket.height, crop.bucket.width], dtype=torch.float32
+    )
 
 
 def _bytes(batch: Batch) -> int:

@@ -20,7 +20,12 @@ def advice(one: Forecast) -> list[tuple[str, str]]:
     rows = []
     for edited in found:
         saved, slower = (one.memory.peak - edited.memory.peak) / GIB, edited.hours / one.hours - 1
-        rows.append((f"−{saved:.1f} GiB", f"{slower:+.0%} time  {sets(edited)}  ({'; '.join(lever.cost for lever in edited.edits)})"))
+        rows.append(
+            (
+                f"−{saved:.1f} GiB",
+                f"{slower:+.0%} time  {sets(edited)}  ({'; '.join(lever.cost for lever in edited.edits)})",
+            )
+        )
     return rows
 
 

@@ -7,8 +7,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.config.schema import Model
 from finetune.errors import UserError
-from finetune.recipe import ASSETS, Model, bundled_recipes, embedded, load_recipe, run_of
+from finetune.paths import ASSETS, embedded, run_of
 
 CONFIGS = ASSETS / "configs"
 DENOISERS = ASSETS / "denoisers"  # architectures without a family here yet: class, configuration, source
@@ -71,11 +73,25 @@ def _named(config: dict[str, Any]) -> str:
     """The card whose UNet has just this configuration; "" if none has."""
     for name in BY_WIDTH.values():
         known = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
-        shape = ("block_out_channels", "cross_attention_dim", "transformer_layers_per_block", "layers_per_block", "in_channels", "attention_head_dim")
+        shape = (
+            "block_out_channels",
+            "cross_attention_dim",
+            "transformer_layers_per_block",
+            "layers_per_block",
+            "in_channels",
+            "attention_head_dim",
+        )
         if all(config.get(key, known.get(key)) == known.get(key) for key in shape) and config.get("block_out_channels"):
             return name
     base = json.loads((ASSETS / "base" / "unet" / "config.json").read_text(encoding="utf-8"))
-    return "base" if all(config.get(key) == base.get(key) for key in ("block_out_channels", "cross_attention_dim", "layers_per_block")) else ""
+    return (
+        "base"
+        if all(
+            config.get(key) == base.get(key)
+            for key in ("block_out_channels", "cross_attention_dim", "layers_per_block")
+        )
+        else ""
+    )
 
 
 def _named_transformer(config: dict[str, Any]) -> str:
@@ -120,6 +136,8 @@ def vae_config(given: str) -> dict[str, Any]:
         if given == run_of(name):
             return load_recipe(name).model.build
     if given.count("/") != 1 or given.startswith((".", "~", "runs/")):
-        raise UserError(f"there is no VAE at {given} yet", where="model.vae", remedy="train it first, or name one that is there")
+        raise UserError(
+            f"there is no VAE at {given} yet", where="model.vae", remedy="train it first, or name one that is there"
+        )
     shared: dict[str, Any] = json.loads((CONFIGS / "sdxl" / "vae" / "config.json").read_text(encoding="utf-8"))
     return shared

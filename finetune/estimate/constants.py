@@ -43,6 +43,6 @@ class Pace:
     float32: float
 
 
-# Fit on the published runs by scripts/check_estimates.py, which prints its fit and the errors with each model left out. Few of
+# Fit on the published runs by benchmarks/check_estimates.py, which prints its fit and the errors with each model left out. Few of
 # the runs hang on convolutions and attention, so the fit is flat there: these values are of the round in which they were physical.
 PACE = Pace(launch=57e-6, launch_engine=6.1e-6, matmul=0.645, conv=0.363, attention=0.382, bandwidth=1.0, float32=0.251)

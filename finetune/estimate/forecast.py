@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, final
 
+from finetune.config.loader import located
+from finetune.config.memory_options import ONE_BY_ONE, TILE, UNETS
+from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.estimate import cards
+from finetune.estimate import profiles
 from finetune.estimate.architecture import configs_of
-from finetune.estimate.cards import Card, Variant
 from finetune.estimate.constants import GIB, PACE
-from finetune.estimate.gpus import Gpu
-from finetune.estimate.group import ALONE, Group
+from finetune.estimate.hardware.gpus import Gpu
+from finetune.estimate.hardware.parallelism import ALONE, Group
 from finetune.estimate.memory import Memory, memory
-from finetune.estimate.speed import Speed, speed
-from finetune.fitting import ONE_BY_ONE, TILE, UNETS
-from finetune.recipe import Recipe, located
+from finetune.estimate.profiles import Card, Variant
+from finetune.estimate.step_time import Speed, speed
 
 LARGEST_LEVERS = 3  # edits that are proposed at once
 MOST_IMAGES = 100_000_000
@@ -37,7 +38,11 @@ class Lever:
     @property
     def words(self) -> str:
         """As a recipe has it: `key: value`."""
-        said = {True: "true", False: "false", None: "null"}.get(self.value, self.value) if not isinstance(self.value, int | float) else self.value
+        said = (
+            {True: "true", False: "false", None: "null"}.get(self.value, self.value)
+            if not isinstance(self.value, int | float)
+            else self.value
+        )
         return f"{self.key}: {str(said).lower() if isinstance(said, bool) else said}"
 
 
@@ -79,7 +84,13 @@ class Forecast:
 
 
 def forecast(
-    recipe: Recipe, name: str, gpu: Gpu, images: int, edits: tuple[Lever, ...] = (), group: Group = ALONE, traced: Card | None = None
+    recipe: Recipe,
+    name: str,
+    gpu: Gpu,
+    images: int,
+    edits: tuple[Lever, ...] = (),
+    group: Group = ALONE,
+    traced: Card | None = None,
 ) -> Forecast:
     """What `recipe` needs on `gpu` for `images` pictures.
 
@@ -91,7 +102,9 @@ def forecast(
         UserError: no card covers the recipe, or the number of pictures is none.
     """
     if not 1 <= images <= MOST_IMAGES:
-        raise UserError(f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}")
+        raise UserError(
+            f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}"
+        )
     card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe, gpu)
     found = memory(card, variant, recipe, gpu, group)
     pace = speed(card, variant, recipe, gpu, group)
@@ -100,26 +113,34 @@ def forecast(
     batch = train.batch_size * train.accumulation * gpus
     trained = max(1, round(images * (1 - recipe.data.held_out)))
     steps = train.steps or max(1, math.ceil(trained / batch * (train.epochs or 0) - 1e-9))
-    length = f"× {train.epochs:g} epochs = {steps:,} steps" if train.epochs else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
+    length = (
+        f"× {train.epochs:g} epochs = {steps:,} steps"
+        if train.epochs
+        else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
+    )
     shared = f" ÷ {gpus} GPUs" if gpus > 1 else ""
     arithmetic = f"{trained:,} pictures ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
     hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
-    return Forecast(recipe, name, card, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit)
+    return Forecast(
+        recipe, name, card, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit
+    )
 
 
 def _card_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Card, Variant]:
     with located(recipe):
         if recipe.method == "scratch":
-            card = cards.card_of_build(recipe)
+            card = profiles.card_of_build(recipe)
         else:
             name = configs_of(recipe.model)[1]
-            card = cards.load(name) if name in cards.known() else None
+            card = profiles.load(name) if name in profiles.known() else None
         if card is None:
-            known = ", ".join(cards.known())
-            raise UserError("no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}")
-        return card, cards.variant_of(card, recipe, gpu.device)
+            known = ", ".join(profiles.known())
+            raise UserError(
+                "no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}"
+            )
+        return card, profiles.variant_of(card, recipe, gpu.device)
 
 
 def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
@@ -163,7 +184,11 @@ def _of_weights(recipe: Recipe) -> list[Lever]:
     model, train, optimizer, found = recipe.model, recipe.train, recipe.optimizer, list[Lever]()
     if recipe.method == "lora":
         if model.quantize is None:
-            found.append(Lever("model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"))
+            found.append(
+                Lever(
+                    "model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"
+                )
+            )
         if not train.offload_blocks and model.family not in UNETS:
             also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
             found.append(Lever("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
@@ -173,7 +198,9 @@ def _of_weights(recipe: Recipe) -> list[Lever]:
         if not train.fused_backward and train.precision != "float16":
             clip = (("optimizer.clip", "tensor"),) if optimizer.clip_norm and optimizer.clip == "global" else ()
             single = (("train.accumulation", 1),) if train.accumulation > 1 else ()
-            cost = "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
+            cost = (
+                "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
+            )
             found.append(Lever("train.fused_backward", True, cost, (*clip, *single)))
     if recipe.method != "scratch" and not model.train_text_encoder and model.encoders == "whole":
         found.append(Lever("model.encoders", "offload", "the same result, captions encoded more slowly"))
@@ -207,8 +234,20 @@ def fitting(first: Forecast) -> list[Forecast]:
     for count in range(1, LARGEST_LEVERS + 1):
         tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
         if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
-            found = [forecast(pulled(first.recipe, edits), first.name, first.gpu, first.images, (*first.edits, *edits), first.group) for edits in fit]
-            return sorted(found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours))
+            found = [
+                forecast(
+                    pulled(first.recipe, edits),
+                    first.name,
+                    first.gpu,
+                    first.images,
+                    (*first.edits, *edits),
+                    first.group,
+                )
+                for edits in fit
+            ]
+            return sorted(
+                found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours)
+            )
     return []
 
 
@@ -221,7 +260,7 @@ def _told(first: Forecast, edits: tuple[Lever, ...]) -> int | None:
     """The peak with these edits; None where the card does not tell of them."""
     recipe = pulled(first.recipe, edits)
     try:
-        variant = cards.variant_of(first.card, recipe, first.gpu.device)
+        variant = profiles.variant_of(first.card, recipe, first.gpu.device)
     except UserError:
         return None
     return memory(first.card, variant, recipe, first.gpu, first.group).peak

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from finetune.estimate.cards import Card, Outside, Variant
+from finetune.config.memory_options import QUANTIZED, TILE, UNETS
+from finetune.config.schema import Recipe
 from finetune.estimate.constants import CONTEXT, WORKSPACE, WORKSPACE_HOPPER
-from finetune.estimate.gpus import Gpu
-from finetune.estimate.group import ALONE, Group
-from finetune.fitting import QUANTIZED, TILE, UNETS
-from finetune.recipe import Recipe
+from finetune.estimate.hardware.gpus import Gpu
+from finetune.estimate.hardware.parallelism import ALONE, Group
+from finetune.estimate.profiles import Card, Outside, Variant
 
 HOPPER = ("h100", "h200", "gh200")
 
@@ -57,7 +57,9 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
     width = 2 if recipe.train.weights == "bfloat16" else 4
     # Of a fused step's gradients there is one at a time, which counts as an activation here.
-    gradients = 0.0 if recipe.train.fused_backward else min(width * trained, allocated - variant.weights - adapters - state)
+    gradients = (
+        0.0 if recipe.train.fused_backward else min(width * trained, allocated - variant.weights - adapters - state)
+    )
     share = group.share
     parts = {
         "weights": variant.weights * share,
@@ -81,7 +83,10 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
         "sample": kept + out.sample[0] + out.sample[1] * vae + there,
         "save": kept + there,
     }
-    return Memory({name: round(value) for name, value in parts.items() if value}, {name: round(value) for name, value in phases.items()})
+    return Memory(
+        {name: round(value) for name, value in parts.items() if value},
+        {name: round(value) for name, value in phases.items()},
+    )
 
 
 def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
@@ -91,7 +96,9 @@ def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
     """
     kind, of = recipe.model.encoders, card.parameters
     there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
-    width = 4 if on_cpu or (recipe.method == "full" and card.family in UNETS and recipe.train.weights == "float32") else 2
+    width = (
+        4 if on_cpu or (recipe.method == "full" and card.family in UNETS and recipe.train.weights == "float32") else 2
+    )
     held = width * there
     if card.outside["cpu" if on_cpu else "cuda"].encoders == kind:
         return measured * there - held if kind == "whole" else 0.0
@@ -124,7 +131,8 @@ def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
         (
             one
             for one in card.variants
-            if (one.device, one.settings["method"], one.settings["optimizer.name"]) == (variant.device, recipe.method, "adafactor")
+            if (one.device, one.settings["method"], one.settings["optimizer.name"])
+            == (variant.device, recipe.method, "adafactor")
         ),
         None,
     )

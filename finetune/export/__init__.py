@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
+from finetune.config.loader import load_recipe
+from finetune.config.schema import Precision, Recipe
 from finetune.errors import UserError, did_you_mean
-from finetune.recipe import Precision, Recipe, load_recipe
 
 Format = Literal["diffusers", "kohya", "comfyui"]
 # Family → formats of one LoRA file, besides diffusers', that other programs and diffusers itself read. Of these, diffusers reads Lumina 2's
@@ -28,7 +29,12 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 
 def export(
-    run: Path, format: str = "diffusers", merge: bool = False, dtype: str | None = None, out: Path | None = None, checkpoint: str | None = None
+    run: Path,
+    format: str = "diffusers",
+    merge: bool = False,
+    dtype: str | None = None,
+    out: Path | None = None,
+    checkpoint: str | None = None,
 ) -> list[Path]:
     """Write a run's artefact anew, whole or not at all; nothing that exists is overwritten.
 
@@ -56,18 +62,22 @@ def export(
     target = out or run / "export" / f"{recipe.name}-{name}{suffix}"
     if target.exists():
         raise UserError(
-            f"{target} exists already; nothing in it was touched", where="--out", remedy="choose another place with --out, or remove it yourself"
+            f"{target} exists already; nothing in it was touched",
+            where="--out",
+            remedy="choose another place with --out, or remove it yourself",
         )
     if suffix and target.suffix != suffix:
         raise UserError(
-            f'a LoRA of this format is one file, and "{target.name}" does not end in {suffix}', where="--out", remedy=f"--out {target}{suffix}"
+            f'a LoRA of this format is one file, and "{target.name}" does not end in {suffix}',
+            where="--out",
+            remedy=f"--out {target}{suffix}",
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             if checkpoint:
-                from finetune.export.chosen import write_artefact
+                from finetune.export.checkpoint import write_artefact
 
                 chosen, path = Path(tempfile.mkdtemp(dir=aside)), chosen
                 write_artefact(run, path, chosen)
@@ -78,7 +88,9 @@ def export(
     except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{target} could not be written: {reason}", where="--out", remedy="free some space, or choose another place with --out"
+            f"{target} could not be written: {reason}",
+            where="--out",
+            remedy="free some space, or choose another place with --out",
         ) from error
     files = [target] if target.is_file() else sorted(target.rglob("*.safetensors"))
     for file in files:
@@ -88,33 +100,36 @@ def export(
 
 def _write(final: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
     if format != "diffusers" and recipe.model.family in ("sd", "sdxl"):  # ComfyUI knows their layers by kohya's names
-        from finetune.export.kohya import write_kohya
+        from finetune.adapters.formats.kohya import write_kohya
 
         write_kohya(final, recipe, dtype, target)
     elif format != "diffusers":
-        from finetune.export.conventions import write_transformer
+        from finetune.adapters.formats.key_maps import write_transformer
 
         write_transformer(final, recipe, format, dtype, target)
     elif merge:
-        from finetune.export.merge import write_merged
+        from finetune.adapters.merge import write_merged
 
         write_merged(final, recipe, dtype, target)
     else:
-        from finetune.export.folder import copy_folder
+        from finetune.adapters.formats.safetensors_io import copy_folder
 
         copy_folder(final, dtype, target)
 
 
 def _recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is no run's folder: it has no recipe.yaml", remedy="give the folder that `ft train` made, such as runs/lora-emoji")
+        raise UserError(
+            f"{run} is no run's folder: it has no recipe.yaml",
+            remedy="give the folder that `ft train` made, such as runs/lora-emoji",
+        )
     return load_recipe(run / "recipe.yaml")
 
 
 def _chosen(run: Path, checkpoint: str | None) -> Path:
     """The folder of the run's artefact, or of a checkpoint."""
     if checkpoint:
-        from finetune.export.chosen import choose
+        from finetune.export.checkpoint import choose
 
         return choose(run, checkpoint)
     if not any((run / "final").rglob("*.safetensors")):
@@ -125,9 +140,13 @@ def _chosen(run: Path, checkpoint: str | None) -> Path:
 
 def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
     if format not in get_args(Format):
-        raise UserError(f'there is no format "{format}"', where="--format", remedy=did_you_mean(format, get_args(Format)))
+        raise UserError(
+            f'there is no format "{format}"', where="--format", remedy=did_you_mean(format, get_args(Format))
+        )
     if dtype is not None and dtype not in get_args(Precision):
-        raise UserError(f'there is no dtype "{dtype}"', where="--dtype", remedy=did_you_mean(dtype, get_args(Precision)))
+        raise UserError(
+            f'there is no dtype "{dtype}"', where="--dtype", remedy=did_you_mean(dtype, get_args(Precision))
+        )
     if recipe.method != "lora" and (merge or format != "diffusers"):
         raise UserError(
             f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
@@ -139,7 +158,9 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
     known = FORMATS.get(recipe.model.family, ())
     if format not in ("diffusers", *known):
         problem = f"{format} has no names for the layers of {recipe.model.family}"
-        raise UserError(problem, where="--format", remedy=f"export it as {' or '.join(('diffusers', *known))}, or with --merge")
+        raise UserError(
+            problem, where="--format", remedy=f"export it as {' or '.join(('diffusers', *known))}, or with --merge"
+        )
     if merge and format != "diffusers":
         problem = f"a merged model is a diffusers folder, and {format}'s format is for LoRAs"
         raise UserError(problem, where=f"--merge, --format {format}", remedy="leave one of them out")

@@ -20,12 +20,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.export.folder import hashes, read
-from finetune.initial import LORA_FILE, PEFT_FILE
-from finetune.models.adapters import read_peft
-from finetune.models.single_file import BY_WIDTH
+from finetune.adapters.formats.safetensors_io import hashes, read
+from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
+from finetune.adapters.peft import read_peft
+from finetune.config.schema import Recipe, trigger_words
+from finetune.models.pretrained.single_file import BY_WIDTH
+from finetune.paths import public_name
 from finetune.planning import Plan
-from finetune.recipe import Recipe, public_name, trigger_words
 
 PEFT = "lora_adapter_metadata"  # diffusers' entry: PEFT's configuration of each net, in JSON
 SGM = "https://github.com/Stability-AI/generative-models"
@@ -76,7 +77,10 @@ def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[st
         settings: PEFT's.
     """
     name, architecture, implementation = ARCHITECTURES.get(_kind(recipe, tensors), ("", "", ""))
-    ranks, nets = [int(value) for key, value in settings.items() if key.endswith(".r")], {key.partition(".")[0] for key in settings}
+    ranks, nets = (
+        [int(value) for key, value in settings.items() if key.endswith(".r")],
+        {key.partition(".")[0] for key in settings},
+    )
     words, size = trigger_words(recipe), recipe.data.resolution
     found = {
         "ss_network_module": "networks.lora",

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetune import fitting
-from finetune.data.scan import Audit
+from finetune.config import memory_options
+from finetune.config.schema import Autoencoder, Flow
+from finetune.data.audit.audit import Audit
+from finetune.models.registry import named
 from finetune.planning import Plan
-from finetune.pretrained import named
-from finetune.recipe import Autoencoder, Flow
-from finetune.report import pictures
+from finetune.report import images
+from finetune.terminal import Row, table
 
-WIDTH = 100  # characters of a rule; texts may be longer
 SHOWN_PICTURES = 12  # training pictures in the report
 SHOWN_CHARACTERS = 300  # of a caption in a table
-CONTROL = dict.fromkeys([*range(32), *range(127, 160)], "\ufffd")
-
-Row = tuple[str, str]
 
 
 def facts(audit: Audit, count: int = SHOWN_PICTURES) -> dict[str, Any]:
     """The audit as plain values, for `data.json`: counts, buckets, problems with all their files, and `count` pictures as the model sees them."""
     training = audit.training
     spread = training[:: max(1, len(training) // count)][:count]
-    shown = [{"name": picture.name, "caption": picture.caption, "picture": pictures.of_training(picture, audit.background)} for picture in spread]
+    shown = [
+        {"name": picture.name, "caption": picture.caption, "picture": images.of_training(picture, audit.background)}
+        for picture in spread
+    ]
     return _counts(audit) | {"pictures": shown}
 
 
@@ -34,7 +34,9 @@ def _counts(audit: Audit) -> dict[str, Any]:
     for bucket, count in audit.bucket_counts().items():
         lost = [(crop.share_lost, number) for crop, number, _ in crops if crop.bucket == bucket]
         mean = sum(share * number for share, number in lost) / sum(number for _, number in lost)
-        buckets.append({"width": bucket.width, "height": bucket.height, "examples": count, "lost": mean, "worst": max(lost)[0]})
+        buckets.append(
+            {"width": bucket.width, "height": bucket.height, "examples": count, "lost": mean, "worst": max(lost)[0]}
+        )
     findings = []
     for finding in audit.findings:
         groups = [[audit.pictures[place].name for place in group] for group in finding.examples]
@@ -42,7 +44,9 @@ def _counts(audit: Audit) -> dict[str, Any]:
     named: dict[tuple[str, str], list[str]] = {}
     for problem in audit.problems:
         named.setdefault((problem.kind, problem.detail), []).append(problem.name)
-    problems = [{"kind": kind, "detail": detail, "count": len(names), "names": names} for (kind, detail), names in named.items()]
+    problems = [
+        {"kind": kind, "detail": detail, "count": len(names), "names": names} for (kind, detail), names in named.items()
+    ]
     return {
         "training": sum(number for _, number, _ in crops),
         "examples": sum(bucket["examples"] for bucket in buckets),
@@ -64,14 +68,27 @@ def data_rows(found: dict[str, Any]) -> list[Row]:
     most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
     for size, bucket in zip(sizes, found["buckets"], strict=True):
         bar = "█" * max(1, round(16 * bucket["examples"] / most))
-        crop = f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else "nothing is cropped away"
-        rows.append(("sizes" if size == sizes[0] else "", f"{size:<{max(map(len, sizes))}} {bucket['examples']:>{len(str(most))}} {bar:<16} {crop}"))
+        crop = (
+            f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}"
+            if bucket["worst"] >= 0.005
+            else "nothing is cropped away"
+        )
+        rows.append(
+            (
+                "sizes" if size == sizes[0] else "",
+                f"{size:<{max(map(len, sizes))}} {bucket['examples']:>{len(str(most))}} {bar:<16} {crop}",
+            )
+        )
     if found["upscaled"]:
         rows.append(("scaled up", f"{_count(found['upscaled'], 'picture')}, smaller than the size they train at"))
     for finding in found.get("findings", []):  # runs of earlier versions have none
-        groups = [" = ".join(map(short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]]
+        groups = [
+            " = ".join(map(short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]
+        ]
         more = ["…"] if finding["count"] > sum(map(len, finding["groups"][:3])) else []
-        rows.append(("odd", f"{finding['count']} × {finding['kind']}: {finding['detail']} ({', '.join(groups + more)})"))
+        rows.append(
+            ("odd", f"{finding['count']} × {finding['kind']}: {finding['detail']} ({', '.join(groups + more)})")
+        )
     for problem in found["problems"]:
         names = [short(name) for name in problem["names"][:3]] + (["…"] if problem["count"] > 3 else [])
         rows.append(("problem", f"{problem['count']} × {problem['kind']}: {problem['detail']} ({', '.join(names)})"))
@@ -82,16 +99,28 @@ def plan_rows(plan: Plan) -> list[Row]:
     """Name and text of each line about the run, the arithmetic of its steps first."""
     recipe, machine = plan.recipe, plan.machine
     optimizer, train, sample = recipe.optimizer, recipe.train, recipe.sample
-    rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else "")
+    rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (
+        f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""
+    )
     accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
     batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}"
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clipped = "each tensor's gradient" if optimizer.clip == "tensor" else "gradients"
     clip = f", {clipped} clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
     epsilon = f", ε {optimizer.eps:g}" if optimizer.name not in ("lion", "came") else ""
-    adam = f" (β {optimizer.moments[0]:g} and {optimizer.moments[1]:g}{epsilon})" if optimizer.name != "adafactor" else ""
-    numbers = f"{plan.precision}" + ("" if plan.precision == "float32" else f", what trains in {train.weights}") + f", seed {train.seed}"
-    looks = f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})" if sample.prompts else ", no samples"
+    adam = (
+        f" (β {optimizer.moments[0]:g} and {optimizer.moments[1]:g}{epsilon})" if optimizer.name != "adafactor" else ""
+    )
+    numbers = (
+        f"{plan.precision}"
+        + ("" if plan.precision == "float32" else f", what trains in {train.weights}")
+        + f", seed {train.seed}"
+    )
+    looks = (
+        f", samples every {sample.every} ({sample.steps} steps, guidance {sample.guidance:g})"
+        if sample.prompts
+        else ", no samples"
+    )
     looks += f", validation every {train.validate_every}" if plan.data.held_out else ""
     looks += f", lost modes watched every {sample.watch_every}" if sample.watch_every else ""
     rows = [
@@ -99,7 +128,10 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("base", _base(plan)),
         ("trains", _trains(plan)),
         *(
-            ("word", f'"{new.token}": {_count(new.vectors, "vector")} from {new.init or "nothing"}, {new.rate:g} times as fast')
+            (
+                "word",
+                f'"{new.token}": {_count(new.vectors, "vector")} from {new.init or "nothing"}, {new.rate:g} times as fast',
+            )
             for new in recipe.tokens
         ),
         ("loss", _loss(plan)),
@@ -108,9 +140,14 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
         ("batch", batch),
-        *fitting.rows(recipe),
+        *memory_options.rows(recipe),
         ("numbers", numbers + (f", weights averaged with decay {train.ema:g}" if train.ema else "")),
-        ("captions", f"{recipe.data.caption_dropout:.0%} left out while training" if recipe.data.caption_dropout else "always read"),
+        (
+            "captions",
+            f"{recipe.data.caption_dropout:.0%} left out while training"
+            if recipe.data.caption_dropout
+            else "always read",
+        ),
         ("machine", f"{machine.name}, {machine.processes} × {machine.device}{threads}"),
         ("keeps", f"a checkpoint every {train.checkpoint_every} steps (the last {train.keep_checkpoints}){looks}"),
         ("folder", plan.folder),
@@ -134,20 +171,31 @@ def _trains(plan: Plan) -> str:
         return "all weights"
     text_encoder = recipe.model.family != "vae" and (recipe.model.train_text_encoder or recipe.method == "scratch")
     if adapter is None:
-        return "all weights" + (" of denoiser and text encoder" if text_encoder else "" if recipe.model.family == "vae" else " of the denoiser")
+        return "all weights" + (
+            " of denoiser and text encoder"
+            if text_encoder
+            else ""
+            if recipe.model.family == "vae"
+            else " of the denoiser"
+        )
     nets = " of denoiser and text encoder" if text_encoder else " of the denoiser"
     if adapter.kind == "oft":
         return f"OFT on {adapter.targets}{nets}: blocks of side {adapter.rank}"
     alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
     scale = alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
     names = {"lora": "DoRA" if adapter.dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"}
-    kind = names[adapter.kind] + (", rank-stabilized" if adapter.rslora else "") + (" from PiSSA" if adapter.pissa else "")
+    kind = (
+        names[adapter.kind] + (", rank-stabilized" if adapter.rslora else "") + (" from PiSSA" if adapter.pissa else "")
+    )
     root = "√" if adapter.rslora else ""
     dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
-    own = "".join(f"; {name} {value:g} on {end}" for name in ("rank", "alpha") for end, value in getattr(adapter, f"{name}_pattern").items())
-    return (
-        f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g}){own}{dropout}"
+    own = "".join(
+        f"; {name} {value:g} on {end}"
+        for name in ("rank", "alpha")
+        for end, value in getattr(adapter, f"{name}_pattern").items()
     )
+    scaled = f"alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g})"
+    return f"{kind} on {adapter.targets}{nets}: rank {adapter.rank}, {scaled}{own}{dropout}"
 
 
 def _preserved(every: int) -> str:
@@ -158,7 +206,11 @@ def _weighing(plan: Plan) -> str:
     """How the loss is weighed from source to source and from place to place; "" if it is not."""
     data, prior = plan.recipe.data, plan.recipe.prior
     parts = [f"{short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
-    parts += [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}'] if prior is not None else []
+    parts += (
+        [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}']
+        if prior is not None
+        else []
+    )
     where = "beside the pictures" if data.masks == "beside" else f"in {short(data.masks or '')}"
     parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
     return "; ".join(parts)
@@ -176,7 +228,9 @@ def _loss(plan: Plan) -> str:
         return " ".join([*terms, f"+ {autoencoder.kl_weight:g} × KL of the latents"])
     if named("objective")[recipe.model.family] == "flow":
         return _flow_loss(recipe.flow or Flow(), named("sampling")[recipe.model.family] or "logit_normal")
-    predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[recipe.model.prediction]
+    predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[
+        recipe.model.prediction
+    ]
     loss = recipe.diffusion
     if loss is None:
         return f"squared error in {predicted}"
@@ -190,7 +244,10 @@ def _loss(plan: Plan) -> str:
 
 def _flow_loss(flow: Flow, sampling: str) -> str:
     chosen = flow.sampling or sampling
-    numbers = {"logit_normal": f" (mean {flow.mean:g}, deviation {flow.deviation:g})", "mode": f" (scale {flow.mode_scale:g})"}.get(chosen, "")
+    numbers = {
+        "logit_normal": f" (mean {flow.mean:g}, deviation {flow.deviation:g})",
+        "mode": f" (scale {flow.mode_scale:g})",
+    }.get(chosen, "")
     shift = f"shifted by {flow.shift:g}" if flow.shift else "shifted as the base's scheduler says"
     weighting = f", weighted by {flow.weighting}" if flow.weighting != "none" else ""
     return f"squared error in the velocity; noise levels {chosen.replace('_', '-')}{numbers}, {shift}{weighting}"
@@ -205,8 +262,13 @@ def data(audit: Audit) -> str:
 def caption_rows(shown: Sequence[dict[str, Any]], counted: str = "") -> list[Row]:
     """Some pictures' names and captions, or, where they are known, the captions' tokens; `counted` says more of them."""
     width = max((len(short(each["name"])) for each in shown), default=0)
-    rows = [(short(each["name"]), " · ".join(each["tokens"]) if each.get("tokens") else f'"{_cut(each["caption"])}"') for each in shown]
-    named = [("captions" if number == 0 else "", f"{name:<{width}}  {words}") for number, (name, words) in enumerate(rows)]
+    rows = [
+        (short(each["name"]), " · ".join(each["tokens"]) if each.get("tokens") else f'"{_cut(each["caption"])}"')
+        for each in shown
+    ]
+    named = [
+        ("captions" if number == 0 else "", f"{name:<{width}}  {words}") for number, (name, words) in enumerate(rows)
+    ]
     return named + ([("", counted)] if counted else [])
 
 
@@ -228,10 +290,3 @@ def short(name: str) -> str:
     """A file's name without its folders, also of a line of a table (`a/metadata.csv:3 ("b/c.png")`)."""
     place, quote, named = name.partition(' ("')
     return place.replace("\\", "/").rsplit("/", 1)[-1] + quote + named
-
-
-def table(title: str, rows: Sequence[Row]) -> str:
-    """A ruled title over aligned rows, for a terminal: control characters in other people's names and captions become �."""
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"── {title} {'─' * (WIDTH - len(title) - 4)}"]
-    return "\n".join(lines + [f"   {name:<{width}}  {text}".rstrip().translate(CONTROL) for name, text in rows])

@@ -1,0 +1,278 @@
+"""A transformer's LoRA under the names by which other programs know its layers.
+
+`kohya`: `lora_unet_` and the path with underscores, as sd-scripts (networks/lora_flux.py) and musubi-tuner (convert_lora.py) write;
+`comfyui`: dots, and `lora_A`, `lora_B`. Either goes by the names of the model's first code where the tables below have them, and by
+diffusers' where these are the ones in use. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path for
+SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every model); diffusers,
+loaders/lora_conversion_utils.py, which reads all of these back but for what `FORMATS` says; `by_diffusers_names` reads whatever has dots.
+
+Where the first code computes several of diffusers' layers at once (q, k and v), their LoRAs become one: A's stacked, B's along a diagonal,
+B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale that is not 1 is worked into B: programs differ in how they read alpha.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.adapters.formats.safetensors_io import cast, hashes, read
+from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
+from finetune.adapters.peft import read_peft
+from finetune.config.schema import Recipe
+from finetune.errors import UserError
+from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
+
+NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's
+Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and how wide each is beside the others
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block: its name in the first code, its layers there by diffusers' names, and layers that are computed at once."""
+
+    name: str
+    layers: Mapping[str, str]
+    fused: Mapping[str, Shares] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """`blocks` by diffusers' names of them, `outside` the layers in none."""
+
+    blocks: Mapping[str, Block]
+    outside: Mapping[str, str] = field(default_factory=dict)
+
+
+_ATTENTION = {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}
+_QKV = {
+    "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
+    "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
+}
+_FLUX = Convention(
+    {
+        "transformer_blocks": Block(
+            "double_blocks",
+            _ATTENTION
+            | {
+                "ff.net.0.proj": "img_mlp.0",
+                "ff.net.2": "img_mlp.2",
+                "ff_context.net.0.proj": "txt_mlp.0",
+                "ff_context.net.2": "txt_mlp.2",
+            }
+            | {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin"},
+            _QKV,
+        ),
+        "single_transformer_blocks": Block(
+            "single_blocks",
+            {"proj_out": "linear2", "norm.linear": "modulation.lin"},
+            {"linear1": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1), ("proj_mlp", 4))},
+        ),
+    },
+    {"x_embedder": "img_in", "context_embedder": "txt_in"},
+)
+_FLUX2 = Convention(
+    {
+        "transformer_blocks": Block(
+            "double_blocks",
+            _ATTENTION
+            | {
+                "ff.linear_in": "img_mlp.0",
+                "ff.linear_out": "img_mlp.2",
+                "ff_context.linear_in": "txt_mlp.0",
+                "ff_context.linear_out": "txt_mlp.2",
+            },
+            _QKV,
+        ),
+        "single_transformer_blocks": Block(
+            "single_blocks", {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+        ),
+    },
+    {"x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear"},
+)
+_LUMINA2_BLOCK = {
+    "attn.to_out.0": "attention.out",
+    "norm1.linear": "adaLN_modulation.1",
+    **{f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)},
+}
+_LUMINA2 = Convention(
+    {
+        name: Block(name, _LUMINA2_BLOCK, {"attention.qkv": (("attn.to_q", 3), ("attn.to_k", 1), ("attn.to_v", 1))})
+        for name in ("layers", "noise_refiner", "context_refiner")
+    }
+)
+# (family, format) → the first code's names; None: diffusers' own.
+CONVENTIONS: dict[tuple[str, str], Convention | None] = {
+    ("flux", "kohya"): _FLUX,
+    ("flux2", "kohya"): _FLUX2,
+    ("qwen_image", "kohya"): None,
+    ("z_image", "kohya"): None,
+    ("sd3", "comfyui"): None,
+    ("flux", "comfyui"): None,
+    ("flux2", "comfyui"): _FLUX2,
+    ("qwen_image", "comfyui"): None,
+    ("z_image", "comfyui"): None,
+    ("pixart", "comfyui"): None,
+    ("lumina2", "comfyui"): _LUMINA2,
+}
+
+
+def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | None, target: Path) -> None:
+    """Write the LoRA in `final` as `target` in the format `layout`.
+
+    Raises:
+        UserError: a layer that the format has no name for, or a DoRA.
+    """
+    file = final / LORA_FILE
+    if file.is_file():
+        tensors, metadata = read(file)
+        settings = settings_of(metadata)
+    else:  # of a pipeline that reads no LoRA
+        file = final / NET / PEFT_FILE
+        (tensors, settings), metadata = read_peft(file, NET), read(file)[1]
+    convention = CONVENTIONS[recipe.model.family, layout]
+    plain, parts = dict[str, tuple[Tensor, Tensor]](), dict[tuple[str, Shares], dict[str, tuple[Tensor, Tensor]]]()
+    for path, pair in _pairs(tensors, settings, file).items():
+        name, shares = (path, ()) if convention is None else _renamed(path, convention, file)
+        if shares:
+            parts.setdefault((name, shares), {})[
+                next(member for member, _ in shares if path.endswith(f".{member}"))
+            ] = pair
+        else:
+            plain[name] = pair
+    plain |= {name: _fused(pairs, shares) for (name, shares), pairs in parts.items()}
+    found = _spelled(plain, layout, CODE if convention is not None else NET)
+    if dtype is not None:
+        found = cast(found, dtype, file)
+    told = {key: value for key, value in metadata.items() if key != PEFT}
+    header = told | describe(recipe, tensors, settings)
+    save_file(
+        found, target, header | {"ss_network_alpha": header["ss_network_dim"]} | hashes(found)
+    )  # the scale is worked into the weights
+
+
+def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer's path → (A [r, in], scale · B [out, r])."""
+    found = {}
+    for name, down in tensors.items():
+        match = re.fullmatch(rf"{NET}\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight", name)
+        if match is None:
+            raise UserError(
+                f'this format has no name for "{name}"',
+                where=str(file),
+                remedy="export it with --format diffusers, or --merge",
+            )
+        if match["side"] == "A":
+            up = tensors[f"{NET}.{match['path']}.lora_B.weight"]
+            scale = folded_alpha(settings, NET, match["path"], len(down)) / len(down)
+            found[match["path"]] = (down, up if scale == 1 else (up.float() * scale).to(up.dtype))
+    return found
+
+
+def _renamed(path: str, convention: Convention, file: Path) -> tuple[str, Shares]:
+    """The first code's path of a layer of diffusers', and the shares of the layer there that it is a part of (none: it is whole)."""
+    if path in convention.outside:
+        return convention.outside[path], ()
+    kind, _, rest = path.partition(".")
+    number, _, layer = rest.partition(".")
+    block = convention.blocks.get(kind)
+    if block is not None and layer in block.layers:
+        return f"{block.name}.{number}.{block.layers[layer]}", ()
+    for name, shares in block.fused.items() if block is not None else ():
+        if block is not None and layer in dict(shares):
+            return f"{block.name}.{number}.{name}", shares
+    raise UserError(
+        f'this format has no name for the layer "{path}"',
+        where=str(file),
+        remedy="export it with --format diffusers, or --merge",
+    )
+
+
+def by_diffusers_names(tensors: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
+    """A LoRA by the first code's names with dots → by diffusers', its scale worked into B, [out, r].
+
+    Of layers that are computed at once each gets its own rows of B, and of A what these multiply: what `_fused` joined comes apart.
+
+    Raises:
+        KeyError: a layer that the table does not have.
+    """
+    kinds = {block.name: (kind, block) for kind, block in convention.blocks.items()}
+    outside = {theirs: ours for ours, theirs in convention.outside.items()}
+    found: dict[str, Tensor] = {}
+    for path in sorted({name.removeprefix(f"{CODE}.").partition(".lora_")[0] for name in tensors if ".lora_" in name}):
+        down, up = (
+            _one_of(tensors, f"{CODE}.{path}", ends) for ends in (("lora_A", "lora_down"), ("lora_B", "lora_up"))
+        )
+        if (alpha := tensors.get(f"{CODE}.{path}.alpha")) is not None and float(alpha) != len(down):
+            up = (up.float() * (float(alpha) / len(down))).to(up.dtype)
+        name, _, rest = path.partition(".")
+        number, _, layer = rest.partition(".")
+        kind, block = kinds.get(name, ("", None))
+        if path in outside:
+            parts = {outside[path]: (down, up)}
+        elif block is not None and layer in block.fused:
+            parts = {f"{kind}.{number}.{member}": pair for member, pair in _apart(down, up, block.fused[layer]).items()}
+        elif block is not None:
+            parts = {f"{kind}.{number}.{ {theirs: ours for ours, theirs in block.layers.items()}[layer] }": (down, up)}
+        else:
+            raise KeyError(path)
+        for ours, (a, b) in parts.items():
+            found |= {f"{NET}.{ours}.lora_A.weight": a, f"{NET}.{ours}.lora_B.weight": b}
+    return found
+
+
+def _one_of(tensors: Mapping[str, Tensor], path: str, ends: tuple[str, ...]) -> Tensor:
+    for end in ends:
+        if f"{path}.{end}.weight" in tensors:
+            return tensors[f"{path}.{end}.weight"]
+    raise KeyError(path)
+
+
+def _apart(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, Tensor]]:
+    """Member → (A, B) of those that the LoRA of a fused layer changes."""
+    width, row = len(up) // sum(share for _, share in shares), 0
+    found = {}
+    for member, share in shares:
+        part = up[row : row + share * width]
+        row += share * width
+        used = part.any(0)
+        if used.any():
+            found[member] = (down[used].contiguous(), part[:, used].contiguous())
+    return found
+
+
+def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], shares: Shares) -> tuple[Tensor, Tensor]:
+    """(A, B) of layers that are computed at once; rows of those without a LoRA are zero."""
+    width = next(len(up) // share for member, share in shares if member in pairs for up in [pairs[member][1]])
+    present = [pairs[member] for member, _ in shares if member in pairs]
+    down = torch.cat([pair[0] for pair in present])
+    up = torch.zeros(sum(share for _, share in shares) * width, len(down), dtype=present[0][1].dtype)
+    row = column = 0
+    for member, share in shares:
+        if member in pairs:
+            part = pairs[member][1]
+            up[row : row + len(part), column : column + part.shape[1]] = part
+            column += part.shape[1]
+        row += share * width
+    return down.contiguous(), up
+
+
+def _spelled(pairs: Mapping[str, tuple[Tensor, Tensor]], layout: str, prefix: str) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, (down, up) in pairs.items():
+        if layout == "kohya":
+            name = "lora_unet_" + path.replace(".", "_")
+            found |= {
+                f"{name}.lora_down.weight": down,
+                f"{name}.lora_up.weight": up,
+                f"{name}.alpha": torch.tensor(float(len(down))),
+            }
+        else:
+            found |= {f"{prefix}.{path}.lora_A.weight": down, f"{prefix}.{path}.lora_B.weight": up}
+    return found

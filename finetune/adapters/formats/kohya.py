@@ -1,0 +1,119 @@
+"""A LoRA as one file by the conventions of kohya-ss/sd-scripts, which ComfyUI and A1111 read.
+
+Layers are named by their path with underscores, after `lora_unet_`, `lora_te_` (SDXL: `lora_te1_`, `lora_te2_`); the scale
+is alpha / rank, layer by layer (networks/lora.py). SDXL's UNet goes by the names of the original SGM code, as sd-scripts
+trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x's and 2.x's go by diffusers' names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.adapters.formats.safetensors_io import cast, hashes, read
+from finetune.adapters.lora_file import LORA_FILE
+from finetune.config.schema import Recipe
+from finetune.errors import UserError
+from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
+
+SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up
+# diffusers writes three spellings of the same, by the layer's kind.
+PIECE = re.compile(
+    r"(?P<net>unet|text_encoder|text_encoder_2)\.(?P<path>.+?)"
+    r"\.(?P<piece>lora_A|lora_B|lora(?:_linear_layer)?\.(?:down|up)|lora_magnitude_vector)(\.weight)?"
+)
+UP = ("lora_B", "lora.up", "lora_linear_layer.up")
+RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
+}
+OUTSIDE_BLOCKS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
+    """Write the LoRA in `final` as `target`.
+
+    DoRA's magnitudes go in as `dora_scale`, one a row of the weight. ComfyUI reads them so; A1111 takes scales a column,
+    and diffusers drops them, so these two would draw another picture: a merged pipeline is for them.
+
+    Raises:
+        UserError: the LoRA has a layer that this format has no name for.
+    """
+    tensors, metadata = read(final / LORA_FILE)
+    settings = settings_of(metadata)
+    sdxl = recipe.model.family == "sdxl"
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = PIECE.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f'the kohya format has no name for "{name}"',
+                where=str(final / LORA_FILE),
+                remedy="export it with --format diffusers, or --merge",
+            )
+        net, path, piece = match["net"], match["path"], match["piece"]
+        layer = layer_name(net, path, sdxl)
+        if piece == "lora_magnitude_vector":
+            # PEFT: [rows] for a matrix, [1, rows, 1, 1] for a convolution.
+            found[f"{layer}.dora_scale"] = tensor.flatten().view(-1, *[1] * max(1, tensor.dim() - 1)).contiguous()
+        elif piece in UP:
+            found[f"{layer}.lora_up.weight"] = tensor
+        else:
+            found[f"{layer}.lora_down.weight"] = tensor
+            found[f"{layer}.alpha"] = torch.tensor(folded_alpha(settings, net, path, len(tensor)))
+    if dtype is not None:
+        found = cast(found, dtype, final / LORA_FILE)
+    if any(name.endswith(".dora_scale") for name in found):
+        print(
+            "a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another picture from it: give them --merge"
+        )
+    told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
+    save_file(found, target, told | describe(recipe, tensors, settings) | hashes(found))
+
+
+def layer_name(net: str, path: str, sdxl: bool) -> str:
+    """`unet`, `mid_block.attentions.0.proj_in` → `lora_unet_mid_block_attentions_0_proj_in` (SDXL: `…_middle_block_1_proj_in`)."""
+    if net == "unet":
+        return "lora_unet_" + (sgm_path(path) if sdxl else path).replace(".", "_")
+    prefix = {"text_encoder": "lora_te1_" if sdxl else "lora_te_", "text_encoder_2": "lora_te2_"}[net]
+    # Newer transformers have no `text_model` around CLIP's text encoder; the format has.
+    path = path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
+    return prefix + path.replace(".", "_")
+
+
+def sgm_path(path: str) -> str:
+    """A layer of SDXL's UNet: diffusers' path → the original code's, `down_blocks.1.attentions.0` → `input_blocks.4.1`."""
+    if path in OUTSIDE_BLOCKS:
+        return OUTSIDE_BLOCKS[path]
+    parts = path.split(".")
+    if parts[0] == "mid_block":
+        kind, inner, rest = parts[1], int(parts[2]), parts[3:]
+        place = "middle_block.1" if kind == "attentions" else f"middle_block.{2 * inner}"
+    else:
+        level, kind, inner, rest = int(parts[1]), parts[2], int(parts[3]), parts[4:]
+        if kind == "downsamplers":
+            return f"input_blocks.{(SDXL_LAYERS + 1) * (level + 1)}.0.op"
+        if kind == "upsamplers":
+            return f"output_blocks.{(SDXL_LAYERS + 1) * level + SDXL_LAYERS}.2.conv"
+        number = (SDXL_LAYERS + 1) * level + inner
+        block = f"input_blocks.{number + 1}" if parts[0] == "down_blocks" else f"output_blocks.{number}"
+        place = f"{block}.{1 if kind == 'attentions' else 0}"
+    if kind == "resnets":
+        rest = [RESNET[rest[0]], *rest[1:]]
+    return ".".join([place, *rest])

@@ -1,0 +1,175 @@
+"""A LoRA to go on from, known from its file's header: what it is and how large, without torch and without reading its weights.
+
+diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (once also `….lora.down.weight` and others), and has alpha in its
+metadata, or none, which means the rank; kohya's sd-scripts name it `….lora_down.weight`, `….lora_up.weight`, and keep alpha as a
+tensor beside each (networks/lora.py). PEFT's own folder for a net has diffusers' names, and alpha in `adapter_config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import Recipe
+from finetune.errors import UserError
+from finetune.paths import public_name
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DOWN = (
+    ".lora_A.weight",
+    ".lora_down.weight",
+    ".lora.down.weight",
+    "_lora.down.weight",
+    ".lora_linear_layer.down.weight",
+)
+OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".dora_scale": "DoRA in kohya's format"}
+KEY, LARGEST_HEADER = "adapter.init", 100 << 20  # bytes; safetensors itself allows no larger one
+SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
+
+
+@dataclass(frozen=True)
+class Initial:
+    """`ranks` counts layers by rank, `alphas` by alpha; `settings` are PEFT's, of files that have them."""
+
+    file: Path
+    format: str  # diffusers, kohya or PEFT
+    ranks: Counter[int]
+    alphas: Counter[float]
+    settings: dict[str, Any]
+
+    @property
+    def layers(self) -> int:
+        """How many layers the file adapts."""
+        return self.ranks.total()
+
+    @property
+    def rank(self) -> int:
+        """Of most layers."""
+        return self.ranks.most_common(1)[0][0]
+
+    @property
+    def alpha(self) -> float:
+        """Of most layers."""
+        return self.alphas.most_common(1)[0][0] if self.alphas else float(self.rank)
+
+    def setting(self, name: str) -> Any:
+        """Of PEFT's settings: what any net's say, if it is not nothing."""
+        return next((value for key, value in self.settings.items() if key.endswith(f".{name}") and value), None)
+
+
+def find(given: str) -> Path:
+    """The LoRA's file: itself, in its folder, or in a run's `final`; of PEFT's, also in the folder of folders for each net.
+
+    Raises:
+        UserError: nothing is there, or no .safetensors file.
+    """
+    path = Path(given).expanduser()
+    of_peft = (
+        found
+        for folder in (path, path / "final")
+        for found in sorted([*folder.glob(PEFT_FILE), *folder.glob(f"*/{PEFT_FILE}")])
+    )
+    for place in (path, path / LORA_FILE, path / "final" / LORA_FILE, *of_peft):
+        if place.is_file():
+            if place.suffix != ".safetensors":
+                raise UserError(
+                    f"{place.name} is no .safetensors file, and others may run any code when they are opened",
+                    where=KEY,
+                    remedy="convert it",
+                )
+            return place
+    raise UserError(
+        f"there is no LoRA at {given}", where=KEY, remedy="give a .safetensors file, or the folder or run that holds it"
+    )
+
+
+def look(given: str) -> Initial:
+    """Read a LoRA's header, and the scalars that alpha is in kohya's files.
+
+    Raises:
+        UserError: it is no LoRA, or of a kind that training does not go on from.
+    """
+    file = find(given)
+    try:
+        with open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            if size > LARGEST_HEADER:
+                raise ValueError("its header has no end")
+            header = json.loads(opened.read(size))
+            metadata = header.pop("__metadata__", {})
+            alphas = [_scalar(opened, 8 + size, entry) for name, entry in header.items() if name.endswith(".alpha")]
+            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        if file.name == PEFT_FILE and (beside := file.with_name(PEFT_CONFIG)).is_file():
+            settings = {
+                f"{file.parent.name}.{key}": value
+                for key, value in json.loads(beside.read_text(encoding="utf-8")).items()
+            }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(
+            f"{file.name} cannot be read: {error}", where=str(file), remedy="copy or download it again"
+        ) from error
+    for sign, kind in OTHER_KINDS.items():
+        if any(sign in name for name in shapes):
+            raise UserError(
+                f"{file.name} is a {kind}: training goes on from a LoRA only",
+                where=str(file),
+                remedy="give a LoRA, or leave out --init",
+            )
+    ranks = Counter(shape[0] for name, shape in shapes.items() if name.endswith(DOWN))
+    if not ranks:
+        raise UserError(
+            f"{file.name} holds no LoRA",
+            where=str(file),
+            remedy="give a LoRA in diffusers' or kohya's format; a base goes into model.path",
+        )
+    known = Counter(float(value) for key, value in settings.items() if key.endswith(".lora_alpha")) or Counter(alphas)
+    kohya = any(name.endswith(".lora_down.weight") for name in shapes)
+    return Initial(
+        file, "kohya" if kohya else "PEFT" if file.name == PEFT_FILE else "diffusers", ranks, known, settings
+    )
+
+
+def _scalar(opened: Any, start: int, entry: dict[str, Any]) -> float:
+    begin, end = entry["data_offsets"]
+    opened.seek(start + begin)
+    content = opened.read(end - begin)
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        return float(struct.unpack("<f", b"\0\0" + content[:2])[0])
+    return float(struct.unpack_from(SCALARS[entry["dtype"]], content)[0])
+
+
+def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the rank, alpha and kind of the LoRA that it goes on from, and what is to be said of it.
+
+    Raises:
+        UserError: as of `look`.
+    """
+    adapter = recipe.adapter
+    if adapter is None or adapter.init is None:
+        return recipe, ()
+    found = look(adapter.init)
+    of_file: dict[str, Any] = {"rank": found.rank, "alpha": found.alpha, "rslora": bool(found.setting("use_rslora"))}
+    of_file |= {"dora": bool(found.setting("use_dora"))}
+    of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
+    ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
+    said = [
+        f"goes on from {public_name(str(found.file))} in the format of {found.format}, {ranks}; targets are the file's"
+    ]
+    for name, value in of_file.items():
+        if f"adapter.{name}" in recipe.places and getattr(adapter, name) not in (None, value):
+            said.append(
+                f"adapter.{name} is {_said(getattr(adapter, name))} in the recipe and {_said(value)} in the file: the file's is taken"
+            )
+    whole = dataclasses.replace(adapter, **of_file)
+    return dataclasses.replace(recipe, adapter=whole), tuple(said)
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() or "nothing"

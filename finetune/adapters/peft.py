@@ -1,0 +1,303 @@
+"""Adapters through PEFT: which layers get one, of which kind and rank, and what is handed out of them.
+
+A LoRA leaves as diffusers and all who read its files know it. LoHa, LoKr and OFT have no such form: they leave as PEFT's own folder for
+each net, `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from finetune.adapters.lora_file import PEFT_CONFIG, PEFT_FILE
+from finetune.config.schema import Adapter
+from finetune.errors import UserError, did_you_mean
+from finetune.kernels.fused_lora import NAME, fuse
+
+# Ends of layer names in diffusers' denoisers and transformers' CLIP text encoders, as regular expressions. FLUX.2's single blocks have
+# attention and MLP in two layers that cannot be told apart; they count as attention. Sana's MLP is convolutions.
+ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "to_qkv_mlp_proj", "[qkv]_proj", "out_proj")
+MLP = (
+    *(
+        r"(ff|ff_context|img_mlp|txt_mlp)\.net\.(0\.proj|2)",
+        r"mlp\.fc[12]",
+        "proj_mlp",
+        r"single_transformer_blocks\.\d+\.proj_out",
+    ),
+    *(r"ff(_context)?\.linear_(in|out)", r"feed_forward\.(w|linear_)[123]", r"ff\.conv_(inverted|point)"),
+)
+ADAPTED = (nn.Linear, nn.Conv2d)
+PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
+PARAMETERS = {
+    "lora": "lora_",
+    "loha": "hada_",
+    "lokr": "lokr_",
+    "oft": "oft_",
+}  # how PEFT begins the names of what it adds
+
+
+def layers(net: nn.Module, targets: str) -> list[str]:
+    """Names of the layers of `net` that `targets` means, in the net's order.
+
+    Args:
+        targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (`to_q, mid_block.*conv1`).
+
+    Raises:
+        UserError: nothing matches, with the nearest name; or an end is no regular expression.
+    """
+    adaptable = {name: module for name, module in net.named_modules() if isinstance(module, ADAPTED)}
+    if targets == "all-linear":
+        found = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
+    else:
+        named = {"attention": ATTENTION, "attention+mlp": ATTENTION + MLP}
+        ends = named.get(targets) or tuple(end.strip() for end in targets.split(","))
+        found = [name for name in adaptable if any(_ends(name, end, "adapter.targets") for end in ends)]
+    if not found:
+        raise _no_match(
+            f"no layer of {type(net).__name__}",
+            targets,
+            "adapter.targets",
+            adaptable,
+            ("attention", "attention+mlp", "all-linear"),
+        )
+    return found
+
+
+def _ends(name: str, end: str, where: str) -> bool:
+    """Whether a layer's name ends so, as PEFT matches the keys of its patterns (`get_pattern_key`)."""
+    try:
+        return re.match(rf"(.*\.)?({end})$", name) is not None
+    except re.error as error:
+        raise UserError(
+            f'"{end}" is no regular expression: {error}',
+            where=where,
+            remedy="give the end of a layer's name, such as to_q",
+        ) from error
+
+
+def _no_match(what: str, given: str, where: str, names: Iterable[str], besides: Iterable[str] = ()) -> UserError:
+    ends = {name.rpartition(".")[2] for name in names} | set(besides)
+    return UserError(f'{what} matches "{given}"', where=where, remedy=did_you_mean(given, ends))
+
+
+def add_adapter(net: Any, adapter: Adapter) -> list[str]:
+    """Put adapters on `net` in place; only they train, in float32 whatever the base's dtype. Returns the adapted layers.
+
+    float32, because the gradients of float16 weights cannot be unscaled, and bfloat16 weights round small updates away.
+
+    Raises:
+        UserError: nothing matches; a layer is too narrow for its rank; or PEFT has no such adapter for a layer.
+    """
+    names = layers(net, adapter.targets)
+    _check(net, names, adapter)
+    config = _config(adapter, names)
+    if hasattr(net, "add_adapter"):
+        net.add_adapter(config)
+    else:
+        inject_adapter_in_model(config, net)
+    fuse(net)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(f".{PARAMETERS[adapter.kind]}" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if adapter.pissa:
+        # PiSSA takes W = W′ + B₀ A₀ apart and changes the base to W′. Others have W: what is handed out needs B₀ A₀ too.
+        net.pissa_start = {name: tensor.clone() for name, tensor in _weights(net).items()}
+    return names
+
+
+@contextlib.contextmanager
+def switched_off(net: nn.Module) -> Iterator[None]:
+    """Within, the adapters of `net` add nothing. (PEFT's `enable_adapters` would also say anew which of their weights train.)"""
+    tuned = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in tuned:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in tuned:
+            layer._disable_adapters = False
+
+
+def check_patterns(adapter: Adapter, names: list[str]) -> None:
+    """Refuse a pattern that is of none of the adapted layers, `names` of all nets."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for end in getattr(adapter, key):
+            if not any(_ends(name, end, f"adapter.{key}") for name in names):
+                raise _no_match("no adapted layer", end, f"adapter.{key}", names)
+
+
+def _config(adapter: Adapter, names: list[str]) -> PeftConfig:
+    if adapter.kind == "oft":
+        return OFTConfig(r=0, oft_block_size=adapter.rank, target_modules=names)
+    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
+    ranks, alphas = (
+        _of(names, pattern, where)
+        for where, pattern in (("rank", adapter.rank_pattern), ("alpha", adapter.alpha_pattern))
+    )
+    if adapter.alpha is None:  # then the scale is 1 at every rank
+        alphas = alphas | {end: rank for end, rank in ranks.items() if end not in alphas}
+    common: dict[str, Any] = {
+        "r": adapter.rank,
+        "target_modules": names,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    if adapter.kind != "lora":
+        return {"loha": LoHaConfig, "lokr": LoKrConfig}[adapter.kind](alpha=alpha, **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # that PEFT could not turn PiSSA with rsLoRA and patterns into a LoRA: `lora_weights` does
+        return LoraConfig(
+            lora_alpha=alpha,
+            lora_dropout=adapter.dropout,
+            use_rslora=adapter.rslora,
+            use_dora=adapter.dora,
+            # Singular values by 16 rounds of subspace iteration (Halko et al. 2011): whole decompositions take minutes for a large net.
+            init_lora_weights="pissa_niter_16" if adapter.pissa else "gaussian",
+            **common,
+        )
+
+
+def _of(names: list[str], pattern: Mapping[str, float], key: str) -> dict[str, Any]:
+    """The part of a pattern that is of these layers: PEFT warns of the rest."""
+    return {
+        end: value
+        for end, value in pattern.items()
+        if any(_ends(name, end, f"adapter.{key}_pattern") for name in names)
+    }
+
+
+def _check(net: nn.Module, names: list[str], adapter: Adapter) -> None:
+    """Refuse what PEFT cannot do with these layers, or does otherwise than one would think."""
+    for name in names:
+        layer: Any = net.get_submodule(name)
+        if adapter.pissa and isinstance(layer, nn.Conv2d):
+            remedy = "leave convolutions out of adapter.targets, or set adapter.pissa: false"
+            raise UserError(
+                f"PiSSA takes matrices apart, and {name} is a convolution", where="adapter.pissa", remedy=remedy
+            )
+        if adapter.kind == "oft" and isinstance(layer, nn.Conv2d) and math.prod(layer.kernel_size) > 1:
+            remedy = "leave convolutions out of adapter.targets"
+            raise UserError(
+                f"PEFT's OFT of a convolution ({name}) is none that its weights could take up",
+                where="adapter.kind",
+                remedy=remedy,
+            )
+        _check_width(name, layer, adapter)
+
+
+def _check_width(name: str, layer: Any, adapter: Adapter) -> None:
+    """A product of rank r through a narrower matrix holds more numbers than the matrix, and no more of what it can do.
+
+    Of a convolution that is let be: those at a net's two ends have few channels, and are few.
+    """
+    rank = next((rank for end, rank in adapter.rank_pattern.items() if _ends(name, end, "")), adapter.rank)
+    inside, outside = (
+        (layer.in_channels, layer.out_channels)
+        if isinstance(layer, nn.Conv2d)
+        else (layer.in_features, layer.out_features)
+    )
+    if adapter.kind == "oft":
+        if inside % rank:
+            fitting = max(size for size in range(1, rank + 1) if inside % size == 0)
+            remedy = f"set adapter.rank: {fitting}, or leave {name} out of adapter.targets"
+            raise UserError(
+                f"OFT's blocks of side {rank} do not divide the {inside} inputs of {name}",
+                where="adapter.rank",
+                remedy=remedy,
+            )
+    elif (
+        isinstance(layer, nn.Linear) and adapter.kind != "lokr" and rank > min(inside, outside)
+    ):  # LoKr then takes whole factors
+        remedy = f"set adapter.rank_pattern: {{{name}: {min(inside, outside)}}}, a lower adapter.rank, or leave it out of adapter.targets"
+        raise UserError(
+            f"rank {rank} is above the width of {name}, {inside} → {outside}", where="adapter.rank", remedy=remedy
+        )
+
+
+def named_as_in_files(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as `text_model.…`: transformers 5 dropped this from its class, but all that reads files knows it."""
+    prefix = "text_model." if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model") else ""
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def _weights(net: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights under PEFT's names, contiguous float32 on the CPU."""
+    return {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in get_peft_model_state_dict(net).items()
+    }
+
+
+def lora_weights(net: Any) -> dict[str, Tensor]:
+    """A LoRA's weights under PEFT's names, contiguous float32 on the CPU, for the base as everyone has it.
+
+    Not under diffusers' older names: it knows those for some layers only, and of a file with both kinds it reads one. PiSSA's is
+    B A − B₀ A₀ = [B, −B₀] [A; A₀], of twice the rank.
+    """
+    found = _weights(net)
+    for name, start in getattr(net, "pissa_start", {}).items():
+        parts = (found[name], start) if ".lora_A." in name else (found[name], -start)
+        found[name] = torch.cat(parts, 0 if ".lora_A." in name else 1).contiguous()
+    return named_as_in_files(net, found)
+
+
+def lora_configuration(net: Any) -> dict[str, Any]:
+    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the picture is wrong.
+
+    Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each picture would differ.
+    """
+    found: dict[str, Any] = net.peft_config[NAME].to_dict()
+    if hasattr(net, "pissa_start"):  # twice the rank at the same scale, alpha / rank or alpha / √rank
+        times = math.sqrt(2) if found["use_rslora"] else 2
+        found |= {"r": 2 * found["r"], "lora_alpha": times * found["lora_alpha"], "init_lora_weights": True}
+        found["rank_pattern"] = {end: 2 * rank for end, rank in found["rank_pattern"].items()}
+        found["alpha_pattern"] = {end: times * alpha for end, alpha in found["alpha_pattern"].items()}
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in found.items()} | {
+        "lora_dropout": 0.0
+    }
+
+
+def save_peft(net: Any, folder: Path) -> Path:
+    """Write the adapter as PEFT's own folder; returns the file of its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(net.peft_config[NAME])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    file = folder / PEFT_FILE
+    save_file({f"{PEFT_PREFIX}{name}": tensor for name, tensor in _weights(net).items()}, file, {"format": "pt"})
+    return file
+
+
+def read_peft(file: Path, net: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_peft` wrote: (weights as diffusers names them, `unet.….lora_A.weight`; PEFT's settings, `unet.r` and the like)."""
+    config: dict[str, Any] = json.loads(file.with_name(PEFT_CONFIG).read_text(encoding="utf-8"))
+    tensors = {f"{net}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in load_file(file).items()}
+    return tensors, {f"{net}.{key}": value for key, value in config.items()}
+
+
+def load(pipeline: Any, folder: Path) -> dict[str, PeftModel]:
+    """Put what a run left in `folder` on a pipeline of its base. Returns the nets that PEFT wrapped, by name: none for a LoRA."""
+    saved = sorted(folder.glob(f"*/{PEFT_CONFIG}"))
+    if not saved:
+        pipeline.load_lora_weights(str(folder))
+    return {
+        path.parent.name: PeftModel.from_pretrained(getattr(pipeline, path.parent.name), path.parent) for path in saved
+    }

@@ -1,0 +1,301 @@
+"""`ft estimate`: what a run will need before it starts, or which run to start at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.errors import UserError
+from finetune.estimate.benchmarks import quoted
+from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast, pulled, told_levers
+from finetune.estimate.hardware.cpu import keep, threads
+from finetune.estimate.hardware.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
+from finetune.estimate.hardware.parallelism import Group
+from finetune.estimate.recommend import GOALS, Data, choose, considered, for_one_base
+from finetune.estimate.text import apart, compared
+from finetune.paths import embedded
+
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--images", type=int, help="How many pictures you have.")
+@click.option(
+    "--gpu",
+    "gpu_name",
+    metavar="NAME",
+    help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu; else the one here, else the CPU.",
+)
+@click.option("--vram", type=float, help="A GPU that is not listed: its memory in GiB, with --tflops and --bandwidth.")
+@click.option("--tflops", type=float, help="Its dense 16-bit TFLOP/s.")
+@click.option("--bandwidth", type=float, help="Its memory's GB/s.")
+@click.option(
+    "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="How many of them train together."
+)
+@click.option(
+    "--sharding",
+    type=click.Choice(["ddp", "fsdp"]),
+    default="ddp",
+    show_default=True,
+    help="ddp: each holds all; fsdp: all shared out.",
+)
+@click.option("--price", type=float, help="USD per hour, instead of the listed price.")
+@click.option("--budget", type=float, help="The most USD that the run may cost.")
+@click.option("--hours", type=float, help="The most hours that it may take.")
+@click.option("--resolution", type=int, help="Side of the pictures, instead of each recipe's.")
+@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
+@click.option(
+    "--data",
+    type=click.Choice(["images", "small-images"]),
+    default="images",
+    show_default=True,
+    help="small-images: unlike what bases know.",
+)
+@click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of RECIPE.")
+@click.option(
+    "--trace", is_flag=True, help="Run the step on fake tensors: any configuration, in a minute instead of at once."
+)
+@click.option(
+    "--denoiser",
+    metavar="CONFIG.json",
+    help="Trace this denoiser of diffusers with RECIPE's settings (lora/sdxl's if none is named).",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Draw memory over one step, and time against batch.",
+)
+@click.option(
+    "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit."
+)
+@click.option(
+    "--calibrate", is_flag=True, help="Measure this machine's CPU first, three seconds, and keep the outcome."
+)
+@click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
+def command(
+    recipe: str | None,
+    images: int | None,
+    gpu_name: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say what a run will need: memory, hours, money.
+
+    With RECIPE, that run taken apart. Without, a table of what --images pictures could train on --gpu, and a recommendation.
+    """
+    if options["calibrate"]:
+        click.echo(_calibrated())
+        if recipe is None and images is None:
+            return
+    gpu, group = _gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
+    if options["resolution"]:
+        overrides += (f"data.resolution={options['resolution']}",)
+    if recipe is not None or options["denoiser"]:
+        one = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
+        click.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
+        return
+    if options["trace"] or options["plot"]:
+        raise UserError(
+            "which run?",
+            where="--trace" if options["trace"] else "--plot",
+            remedy="name a recipe: ft estimate lora/sdxl --trace",
+        )
+    if images is None:
+        raise UserError(
+            "how many pictures are there?",
+            where="--images",
+            remedy="for example: ft estimate --images 3000 --gpu rtx3090",
+        )
+    goal, data, budget = options["goal"], options["data"], options["budget"]
+    found, left = _rows(overrides, goal, data, budget, gpu, group, images)
+    choice = choose(found, images, budget, options["hours"], goal, data)
+    if options["write"]:
+        _write(choice.forecast, options["write"])
+    values = {
+        "forecasts": [_values(one) for one in found],
+        "recommended": choice.forecast.name,
+        "reason": choice.reason,
+        "not covered": left,
+    }
+    values["measured"] = quoted(goal)
+    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left, goal))
+
+
+def _rows(
+    overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
+) -> tuple[list[Forecast], dict[str, list[str]]]:
+    """The bundled recipes that are worth considering, of several for one base the one for the largest GPU that fits this one, each with
+    the edits that make it fit, LoRA also on quantized weights; and those that no card tells of, by the reason."""
+    found: list[Forecast] = []
+    left: dict[str, list[str]] = {}
+    for names in for_one_base(bundled_recipes()):
+        recipes = {name: load_recipe(name, overrides) for name in names}
+        try:
+            plain = [
+                forecast(one, name, gpu, images, group=group)
+                for name, one in recipes.items()
+                if considered(one, goal, data, gpu, budget)
+            ]
+        except UserError as error:
+            if not 1 <= images <= MOST_IMAGES:
+                raise
+            left.setdefault(error.problem, []).append(names[-1])
+            continue
+        if plain:
+            best = next((one for one in plain if one.fits), plain[-1])
+            found += list({_edits_of(one): one for one in (_brought_in(best), *_rounded(best))}.values())
+    if not found:
+        figures = f" ({said})" if (said := quoted(goal)) else ""
+        raise UserError(
+            f"{GOALS[goal].reason}{figures}; no recipe here that a card tells of is one yet",
+            where="--goal",
+            remedy="quality or diversity",
+        )
+    return found, left
+
+
+def _calibrated() -> str:
+    """Measure this machine's CPU and keep the outcome."""
+    import diffusers  # so that what a process holds is what a training process holds
+    import torch
+
+    from finetune.estimate.hardware.calibrate import calibrate
+
+    torch.set_num_threads(threads())
+    found = calibrate()
+    rates = ", ".join(
+        f"{kind} {getattr(found, kind).rate / 1e9:.0f} GFLOP/s" for kind in ("matmul", "conv", "attention")
+    )
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s ({versions})\nkept in {keep(found)}"
+
+
+def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
+    """What trains: the GPU that is named or described, else this machine's, else its CPU."""
+    given = [options[key] for key in ("vram", "tflops", "bandwidth")]
+    if name and any(given):
+        raise UserError(
+            "the GPU is named and described",
+            where="--gpu",
+            remedy="give --gpu alone, or --vram, --tflops and --bandwidth",
+        )
+    if any(given) and not all(given):
+        raise UserError("a GPU is described by three figures", remedy=f"--gpu NAME, or {DESCRIBED}")
+    name = name or (None if any(given) else local_gpu() or "cpu")
+    if name and name.lower() == "cpu":
+        if options["gpus"] > 1 or options["price"] is not None:
+            raise UserError(
+                "this machine has one CPU, and no price", where="--gpus, --price", remedy="name a GPU: --gpu rtx3090"
+            )
+        return this_cpu()
+    gpu = find(name) if name else described(*given)
+    return at_price(gpu, options["price"]) if options["price"] is not None else gpu
+
+
+def local_gpu() -> str | None:
+    """The name of this machine's first NVIDIA GPU, as its driver says it."""
+    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def _one(
+    name: str, gpu: Gpu, group: Group, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]
+) -> Forecast:
+    """The forecast of one recipe, from its card or, where that is asked for, from a trace."""
+    recipe = load_recipe(name, overrides)
+    images = images if images is not None else _count(recipe)
+    if not (options["trace"] or options["denoiser"] or options["plot"]):
+        return forecast(recipe, name, gpu, images, group=group)
+    from finetune.cli.estimate_trace import plotted, traced_card  # torch's side
+
+    card, phases = traced_card(recipe, gpu, options["denoiser"])
+    one = forecast(recipe, options["denoiser"] or name, gpu, images, group=group, traced=card)
+    if options["plot"]:
+        plotted(one, phases, options["plot"])
+    return one
+
+
+def _count(recipe: Any) -> int:
+    """Pictures in the recipe's folders, by their endings; each as often as it is repeated."""
+    sources = (
+        [(recipe.data.path, 1)]
+        if recipe.data.path
+        else [(source.path, source.repeats) for source in recipe.data.sources]
+    )
+    count = 0
+    for path, repeats in sources:
+        folder = Path(embedded(path)).expanduser()
+        if folder.is_dir():
+            count += repeats * sum(file.suffix.lower() in PICTURES for file in folder.rglob("*"))
+    if not count:
+        raise UserError(
+            "there are no pictures at data.path to be counted",
+            where=f"data.path: {sources[0][0]}",
+            remedy="say how many there will be: --images 3000",
+        )
+    return count
+
+
+def _brought_in(one: Forecast) -> Forecast:
+    """As it is if it fits, else with the cheapest edits that make it fit."""
+    if one.fits:
+        return one
+    found = fitting(one)
+    return found[0] if found else one
+
+
+def _rounded(plain: Forecast) -> list[Forecast]:
+    """A LoRA on weights in 4 bits (QLoRA) beside the one on whole weights, where the card tells of it and a GPU trains."""
+    edits = tuple(lever for lever in told_levers(plain) if lever.key == "model.quantize" and plain.gpu.device == "cuda")
+    if not edits:
+        return []
+    return [_brought_in(forecast(pulled(plain.recipe, edits), plain.name, plain.gpu, plain.images, edits, plain.group))]
+
+
+def _edits_of(one: Forecast) -> frozenset[str]:
+    """What was edited, whatever came first."""
+    return frozenset(lever.words for lever in one.edits)
+
+
+def _write(one: Forecast, file: Path) -> None:
+    from finetune.config.loader import find_recipe
+
+    text = find_recipe(one.name).read_text(encoding="utf-8")
+    edits = "".join(f"# ft estimate: {lever.words} makes it fit {one.gpu.name}\n" for lever in one.edits)
+    try:
+        with open(file, "x", encoding="utf-8") as opened:
+            opened.write(edits + text)
+    except FileExistsError:
+        raise UserError(f"{file} exists already", where="--write", remedy="name another file") from None
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}", where="--write", remedy="name another file"
+        ) from None
+
+
+def _values(one: Forecast) -> dict[str, Any]:
+    return {
+        "recipe": one.name,
+        "gpu": one.gpu.id,
+        "fits": one.fits,
+        "edits": {lever.key: lever.value for lever in one.edits},
+        "peak_bytes": one.memory.peak,
+        "usable_bytes": one.limit,
+        "parts": one.memory.parts,
+        "phases": one.memory.phases,
+        "steps": one.steps,
+        "seconds_per_step": one.speed.seconds,
+        "operators": one.speed.operators,
+        "hours": one.hours,
+        "usd": one.usd,
+    }

@@ -1,0 +1,93 @@
+"""What `ft estimate` does with torch: a recipe's step run on fake tensors, and drawn."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from finetune.config.loader import located
+from finetune.config.schema import Precision, Recipe
+from finetune.errors import UserError
+from finetune.estimate import profiles
+from finetune.estimate.constants import GIB
+from finetune.estimate.forecast import Forecast
+from finetune.estimate.hardware.gpus import Gpu
+from finetune.estimate.profiles import Card
+from finetune.estimate.step_time import step
+from finetune.estimate.tracing.traced_run import Phase
+from finetune.report import svg_charts
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # that time is drawn for
+
+
+def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, dict[str, Phase]]:
+    """A card of just this configuration.
+
+    Raises:
+        UserError: `denoiser` is none, or the recipe's family cannot be traced.
+    """
+    from finetune.data.audit.audit import scan
+    from finetune.estimate.tracing.denoiser import DenoiserModel, load
+    from finetune.estimate.tracing.measure import point
+
+    precision: Precision = "float32" if gpu.device == "cpu" else "bfloat16" if gpu.bfloat16 else "float16"
+    if denoiser is not None:
+        given, size = load(denoiser), (recipe.data.resolution, recipe.data.resolution)
+        return point(given.title, recipe, precision, gpu.device, build=lambda plan: DenoiserModel(plan, given, size))
+    with located(recipe):
+        return point(
+            recipe.name, recipe, precision, gpu.device, scan(recipe.data) if recipe.method == "scratch" else None
+        )
+
+
+def plotted(one: Forecast, phases: dict[str, Phase], file: Path) -> None:
+    """Write a page with memory over the last traced step, and seconds a picture against the batch."""
+    pages = [_memory(one, phases["train"]), _time(one)]
+    style = (Path(svg_charts.__file__).parent / "page.css").read_text(encoding="utf-8")
+    title = html.escape(f"{one.name} on {one.gpu.name}")
+    text = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>\n{style}</style></head>\n'
+        f"<body><main><h1>{title}</h1>{''.join(pages)}</main></body></html>\n"
+    )
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}", where="--plot", remedy="name another file"
+        ) from None
+
+
+def _memory(one: Forecast, phase: Phase) -> str:
+    start = next(section.start for section in reversed(phase.sections) if section.name == "batch")
+    sizes: dict[int, int] = {}
+    total, points = 0, []
+    for number, event in enumerate(phase.events):
+        if event.size is not None:
+            sizes[event.identifier] = event.size
+            total += event.size
+        else:
+            total -= sizes.pop(event.identifier)
+        if number >= start:
+            points.append((float(number - start), total / GIB))
+    parts = [
+        (section.name, section.start - start)
+        for section in phase.sections
+        if section.start > start and section.name != "end"
+    ]
+    said = ", ".join(f"{name} from {place:,}" for name, place in parts)
+    return svg_charts.chart(
+        "GiB allocated, over the allocations of one step", [svg_charts.Line(points, "smooth")], said, from_zero=True
+    )
+
+
+def _time(one: Forecast) -> str:
+    card = profiles.load(one.card.name) if one.card.name in profiles.known() else one.card
+    points = []
+    for batch in BATCHES if len(card.variants) > 1 else ():
+        pace = step(
+            one.variant.micro, (), 1, one.gpu, area=(one.recipe.data.resolution / card.resolution) ** 2, batch=batch
+        )
+        points.append((float(batch), pace.seconds / batch))
+    return svg_charts.chart(
+        "seconds a picture, forward and backward, against the batch", [svg_charts.Line(points, "dots")], from_zero=True
+    )

@@ -1,0 +1,116 @@
+"""Load a recipe: find its file, read the YAML, apply overrides, validate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.config import nets, validation, yaml_reader
+from finetune.config.schema import Recipe
+from finetune.errors import UserError, did_you_mean
+from finetune.paths import RECIPES
+
+
+def find_recipe(path_or_name: str) -> Path:
+    """A recipe by its file, or a bundled one by name: `lora/emoji`, `recipes/lora/emoji.yaml`."""
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    name = path_or_name.removeprefix("recipes/").removesuffix(".yaml")
+    if (RECIPES / f"{name}.yaml").is_file():
+        return RECIPES / f"{name}.yaml"
+    raise UserError(
+        f'there is no recipe "{path_or_name}"',
+        remedy=f"{did_you_mean(name, bundled_recipes())} (`ft recipes` lists them)",
+    )
+
+
+def bundled_recipes() -> list[str]:
+    """Names of the recipes that come with the project, such as `lora/sdxl`."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
+
+
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and check all that can be known without data and machine.
+
+    Args:
+        path_or_name: a YAML file, or the name of a bundled recipe.
+        overrides: `section.key=value` each, applied in order.
+
+    Raises:
+        UserError: with file, line and key.
+    """
+    path = find_recipe(str(path_or_name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("the recipe is not UTF-8 text", where=str(path), remedy="save it as UTF-8") from error
+    return parse_recipe(text, str(path), path.stem, overrides)
+
+
+def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """`load_recipe` for text already read; `source` is what errors call it."""
+    root = yaml_reader.read(text, source)
+    for assignment in overrides:
+        if assignment.startswith(
+            "data.path="
+        ):  # the one folder given on the command line stands for all of the recipe's
+            root = yaml_reader.override(root, "data.sources=[]")
+        root = yaml_reader.override(root, assignment)
+    rest, net = _split(root)
+    recipe: Recipe = yaml_reader.build(Recipe, rest)
+    recipe = dataclasses.replace(
+        recipe, net=net(recipe.model.family), name=recipe.name or name, places=yaml_reader.places(root)
+    )
+    validation.check(recipe, source)
+    return recipe
+
+
+def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:
+    """The recipe without its `net` section, and what reads that section for a family: its keys are the family's own."""
+    children = dict(root.content) if isinstance(root.content, dict) else {}
+    given = children.pop("net", None)
+
+    def net(family: str) -> Any:
+        declared = nets.section(family)
+        if declared is not None:
+            return yaml_reader.build(declared, given or yaml_reader.Node({}, root.where), "net")
+        if given is not None:
+            remedy = f"families with one: {', '.join(nets.families())}"
+            raise UserError(f'family "{family}" has no `net` section', where=f"{given.where}, net", remedy=remedy)
+        return None
+
+    return dataclasses.replace(root, content=children), net
+
+
+@contextlib.contextmanager
+def located(recipe: Recipe) -> Iterator[None]:
+    """Within, an error that names a key of the recipe also says in which line of which file the key stands."""
+    try:
+        yield
+    except UserError as error:
+        place = recipe.places.get(error.where.partition(", ")[0])
+        if place is None:
+            raise
+        raise UserError(error.problem, where=f"{place}, {error.where}", remedy=error.remedy) from error
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
+    sections = {"autoencoder", "diffusion", "flow", "adapter", "prior", "net"}
+    return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if not f.metadata.get("internal")
+        }
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,23 @@
+"""The `net` section of a cascade's second stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.config.nets.ddpm import Net as Ddpm
+from finetune.config.yaml_reader import number
+
+
+@dataclass(frozen=True)
+class Net(Ddpm):
+    refines = True
+    augmentation: float = number(
+        0.5, minimum=0, maximum=1
+    )  # most noise on small pictures in training; 1: nothing else is left
+    drawn_augmentation: float = number(
+        0.1, minimum=0, maximum=1
+    )  # noise on them in drawing: more forgives the first stage more
+
+    @property
+    def loss(self) -> str:
+        return f"{super().loss}, beside small pictures with noise up to {self.augmentation:g}"

@@ -1,0 +1,18 @@
+"""The `net` section of flow matching in pixel space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.config.nets.unet import UNet
+from finetune.config.yaml_reader import number
+
+
+@dataclass(frozen=True)
+class Net(UNet):
+    sampler = "euler"
+    shift: float = number(1.0, above=0)  # above 1 more noise is seen, in training and in drawing: for large pictures
+
+    @property
+    def loss(self) -> str:
+        return "squared error in the velocity ε − x₀"

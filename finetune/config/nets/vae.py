@@ -1,0 +1,31 @@
+"""The `net` section of the variational autoencoder in pixel space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.config.nets import Section
+from finetune.config.yaml_reader import number
+
+
+@dataclass(frozen=True)
+class Net(Section):
+    kind = "VAE"
+    latent: int = number(32, minimum=1)  # numbers that a picture is put into
+    width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
+    halvings: int = number(2, minimum=1)  # times that the sides are halved before the latent is read off
+    blocks: int = number(1, minimum=1)  # residual blocks at each size
+    dropout: float = number(0.0, minimum=0, below=1)
+    beta: float = number(1.0, minimum=0)  # weight of the KL: 1 is the bound on log p(x), more disentangles and blurs
+    particles: int = number(1, minimum=1)  # latents a picture in training: more than 1 is the importance-weighted bound
+    observation: Literal["categorical", "logistics"] = (
+        "logistics"  # p(x|z): free for each level, or mixtures of logistics
+    )
+    mixtures: int = number(5, minimum=1)  # of logistics a pixel
+
+    @property
+    def loss(self) -> str:
+        bound = f"IWAE bound of {self.particles} particles" if self.particles > 1 else "ELBO"
+        weighted = "" if self.beta == 1 else f", KL × {self.beta:g}"
+        return f"−{bound} in nats a picture{weighted}"

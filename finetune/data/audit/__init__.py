@@ -1,0 +1,1 @@
+"""Inspect a dataset before training."""

@@ -1,0 +1,134 @@
+"""What the audit has seen of pictures, remembered from run to run, so that a second start decodes nothing.
+
+Two tables of one SQLite file in the cache folder: a file's stamp → the digest of its bytes, and a digest → what the look
+at them told. A stamp is a hash of path, device, inode, size and both times; the kernel sets the time of change itself, so
+an edit cannot hide. A file that was written moments ago is not remembered: within one tick of the clock, it could change
+again unseen. A memo that cannot be used costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+from finetune.data.audit import inspect
+from finetune.data.audit.inspect import Look
+
+SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT's)
+PENDING = 2048  # looks written in one transaction
+_TABLES = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS files (stamp BLOB PRIMARY KEY, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS looks (key BLOB PRIMARY KEY, found TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+class Memo:
+    """Args:
+    folder: of the cache; made if missing.
+    background: looks depend on it.
+    """
+
+    def __init__(self, folder: Path, background: str) -> None:
+        import PIL
+
+        self._how = f"{inspect.VERSION} {PIL.__version__} {background}".encode()
+        self._lock = threading.Lock()
+        self._pending: list[tuple[bytes | None, bytes, str]] = []
+        self._connection: sqlite3.Connection | None = None
+        path = folder / "audit.sqlite"
+        for attempt in range(2):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+                self._connection.executescript(_TABLES)
+                return
+            except sqlite3.DatabaseError as error:
+                self.close()
+                if attempt == 0 and not isinstance(
+                    error, sqlite3.OperationalError
+                ):  # no data base (any more): begin another
+                    with contextlib.suppress(OSError):
+                        os.replace(path, path.with_suffix(".damaged"))
+            except OSError:
+                return
+
+    def find(self, stamp: bytes | None) -> tuple[bytes, Look | str] | None:
+        """(digest, look or why it cannot be one) of the file with this stamp, if it is remembered."""
+        row = self._one("SELECT digest FROM files WHERE stamp = ?", stamp) if stamp is not None else None
+        outcome = self.find_digest(row) if isinstance(row, bytes) else None
+        return (row, outcome) if isinstance(row, bytes) and outcome is not None else None
+
+    def find_digest(self, digest: bytes) -> Look | str | None:
+        """What is remembered of these bytes, whatever file they are in."""
+        row = self._one("SELECT found FROM looks WHERE key = ?", self._key(digest))
+        try:
+            found = json.loads(row) if isinstance(row, str) else None
+            if isinstance(found, str):
+                return found
+            return Look(tuple(found[0]), tuple(found[1]), bytes.fromhex(found[2])) if found else None
+        except (ValueError, LookupError, TypeError):  # a byte of the file has rotted
+            return None
+
+    def keep(self, stamp: bytes | None, digest: bytes, outcome: Look | str) -> None:
+        """Remember; on disk from time to time, and at `close`."""
+        found = outcome if isinstance(outcome, str) else [outcome.size, outcome.traits, outcome.fingerprint.hex()]
+        with self._lock:
+            self._pending.append((stamp, digest, json.dumps(found)))
+            if len(self._pending) >= PENDING:
+                self._write()
+
+    def close(self) -> None:
+        """Write what is pending, and let go of the file."""
+        with self._lock:
+            self._write()
+            if self._connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.close()
+            self._connection = None
+
+    def _key(self, digest: bytes) -> bytes:
+        return hashlib.sha256(self._how + digest).digest()[:16]
+
+    def _one(self, query: str, key: bytes) -> object:
+        with self._lock:
+            if self._connection is None:
+                return None
+            try:
+                row = self._connection.execute(query, (key,)).fetchone()
+            except sqlite3.Error:
+                return None
+        return row[0] if row else None
+
+    def _write(self) -> None:
+        if self._connection is not None and self._pending:
+            with contextlib.suppress(sqlite3.Error):  # a full disk, say
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    files = [(stamp, digest) for stamp, digest, _ in self._pending if stamp is not None]
+                    self._connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", files)
+                    found = [(self._key(digest), outcome) for _, digest, outcome in self._pending]
+                    self._connection.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?)", found)
+                    self._connection.execute("COMMIT")
+                except sqlite3.Error:
+                    self._connection.execute("ROLLBACK")
+        self._pending.clear()
+
+
+def stamp_of(path: str | Path) -> bytes | None:
+    """The stamp of a file as it is now; None if it is not there or was written moments ago."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_SECONDS:
+        return None
+    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return hashlib.sha256(os.fsencode(os.path.abspath(path)) + b"\0" + repr(parts).encode()).digest()[:16]

@@ -1,0 +1,181 @@
+"""Every picture of an audit, as a sequence that holds few bytes of each in memory: a million take some tens of megabytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, final, overload
+
+from finetune.data.audit import duplicates
+from finetune.data.buckets import Crop
+from finetune.data.sources.table import Rows
+
+if TYPE_CHECKING:
+    import numpy
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that trains. `read` gives the file's bytes; `digest` is their SHA-256, in hexadecimal.
+
+    A `read` that is a `functools.partial` of one function and plain values costs no memory, others do.
+    """
+
+    name: str
+    caption: str
+    digest: str
+    crop: Crop
+    repeats: int
+    held_out: bool
+    weight: float  # factor on its loss
+    mask_digest: str
+    mask: Callable[[], bytes] | None = field(
+        repr=False, compare=False
+    )  # gives the picture that says where its loss counts; none: everywhere
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Picture))
+
+
+class Pictures(Sequence[Picture]):
+    """A sequence whose slices are tuples."""
+
+    @abstractmethod
+    def picture(self, place: int) -> Picture:
+        """The one at a place of `range(len(self))`."""
+
+    @overload
+    def __getitem__(self, place: int) -> Picture: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
+    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
+        if isinstance(place, slice):
+            return tuple(self.picture(number) for number in range(len(self))[place])
+        return self.picture(range(len(self))[place])
+
+
+@final
+class Index(Pictures):
+    """Pictures, made anew each time one is asked for. What is counted over all of them stands in arrays.
+
+    It can be pickled, for the other processes of a run.
+    """
+
+    def __init__(self) -> None:
+        self._rows = Rows()
+        self._shared: list[Any] = []  # crops, functions, whatever several pictures have in common
+        self._place_of: dict[Any, int] = {}
+        self._crops, self._repeats = array("I"), array("I")
+        self._digests = bytearray()
+        self._held_out = bytearray()
+
+    def append(self, picture: Picture) -> None:
+        """Add a picture at the end: its row to the file, and to memory what drawing batches reads."""
+        self._rows.append([self._plain(getattr(picture, name)) for name in _FIELDS])
+        self._crops.append(self._place(picture.crop))
+        self._repeats.append(picture.repeats)
+        self._digests += bytes.fromhex(picture.digest)
+        self._held_out.append(picture.held_out)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def picture(self, place: int) -> Picture:
+        """The one at `place`, counted from 0, read from the file and put together again."""
+        values: dict[str, Any] = {
+            name: self._rich(value) for name, value in zip(_FIELDS, self._rows[place], strict=True)
+        }
+        return Picture(**values | {"held_out": bool(self._held_out[place])})
+
+    def hold_out(self, share: float) -> None:
+        """Mark the share of pictures with the smallest digests: the same ones whatever their names and order.
+
+        At least one is held out and one trains. Copies of one picture stay on one side.
+        """
+        if not share or not len(self):
+            return
+        ranks = self.copies()
+        different = int(ranks.max()) + 1
+        self._held_out[:] = (ranks < min(max(1, round(share * different)), different - 1)).tobytes()
+
+    def part(self, held_out: bool) -> Part:
+        """The pictures that train, or those that are held out."""
+        import numpy
+
+        return Part(self, numpy.flatnonzero(self.held_out == held_out))
+
+    @property
+    def held_out(self) -> numpy.ndarray:
+        """[N] bool."""
+        import numpy
+
+        return numpy.array(self._held_out, numpy.bool_)
+
+    @property
+    def crops(self) -> dict[Crop, numpy.ndarray]:
+        """Each crop that occurs → the places of its pictures."""
+        import numpy
+
+        numbers = numpy.frombuffer(self._crops, numpy.uint32)
+        order = numpy.argsort(numbers, kind="stable")
+        used, starts = numpy.unique(numbers[order], return_index=True)
+        ends = [*starts, len(order)][1:]
+        return {self._shared[number]: order[start:end] for number, start, end in zip(used, starts, ends, strict=True)}
+
+    @property
+    def repeats(self) -> numpy.ndarray:
+        """[N] uint32."""
+        import numpy
+
+        return numpy.frombuffer(self._repeats, numpy.uint32)
+
+    def copies(self) -> numpy.ndarray:
+        """[N] int32, equal for pictures of the same bytes, and in the order of their digests."""
+        return duplicates.equal(self._digests, DIGEST_BYTES)
+
+    def _plain(self, value: object) -> object:
+        """As JSON has it: scalars as they are, others as [their place in `_shared`], partials with their arguments behind."""
+        if value is None or isinstance(value, str | int | float):
+            return value
+        if (
+            isinstance(value, functools.partial)
+            and not value.keywords
+            and all(isinstance(a, str | int) for a in value.args)
+        ):
+            return [self._place(value.func), *value.args]
+        return [self._place(value)]
+
+    def _rich(self, value: Any) -> object:
+        if not isinstance(value, list):
+            return value
+        shared = self._shared[value[0]]
+        return functools.partial(shared, *value[1:]) if len(value) > 1 else shared
+
+    def _place(self, value: Any) -> int:
+        place = self._place_of.setdefault(value, len(self._shared))
+        if place == len(self._shared):
+            self._shared.append(value)
+        return place
+
+
+@final
+class Part(Pictures):
+    """Some pictures of an index. `places` [N] are theirs in it."""
+
+    def __init__(self, index: Index, places: numpy.ndarray) -> None:
+        self._index, self.places = index, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def picture(self, place: int) -> Picture:
+        """The one at `place`, counted from 0 within the part."""
+        return self._index.picture(int(self.places[place]))

@@ -1,0 +1,1 @@
+"""Decoding, one module per medium."""

@@ -1,0 +1,82 @@
+"""Where pictures and captions come from: folders, which are read and never written, shards, and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.config.schema import Data, Source
+from finetune.data.sources.entry import Entry, Problem
+from finetune.data.sources.files import is_inside
+from finetune.data.sources.folder import OTHER_SUFFIXES, READ_SUFFIXES, folder_entries, printable
+from finetune.data.sources.huggingface import is_saved, looks_like_hub_name, rows
+from finetune.data.sources.masks import refuse_folder
+from finetune.data.sources.webdataset import samples, shards_of
+from finetune.errors import UserError
+from finetune.paths import embedded
+
+
+def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
+    """Every picture of a source, in an order that is the same each time.
+
+    Raises:
+        UserError: there is no such source, or it holds no picture.
+    """
+    path = Path(embedded(source.path)).expanduser()
+    shards = shards_of(path)
+    if shards and (path.is_file() or not (is_saved(path) or _has_pictures(path))):
+        yield from _shards(shards, path, data)
+    elif path.is_file():
+        problem = f'"{source.path}" is a file; a source is a folder of pictures, .tar shards, or a data set'
+        raise UserError(problem, where="data.path", remedy="give the folder it lies in")
+    elif path.is_dir() and not is_saved(path):
+        yield from folder_entries(path, data)
+    elif path.is_dir() or looks_like_hub_name(source.path):
+        if data.classes == "folders":
+            raise UserError(
+                "a data set's rows lie in no folders",
+                where="data.classes",
+                remedy="set data.classes: captions, and data.caption_column",
+            )
+        refuse_folder(data.masks)
+        yield from rows(path if path.is_dir() else None, source.path, data)
+    else:
+        raise UserError(
+            f'there is no folder "{source.path}"',
+            where="data.path",
+            remedy="check data.path (relative paths start at the working directory)",
+        )
+
+
+def refuse_inside(place: Path, data: Data, key: str) -> None:
+    """Nothing is written among the user's pictures: raise if `place`, which `key` names, lies in a source's folder."""
+    for source in data.sources or (Source(data.path or ""),):
+        folder = Path(embedded(source.path)).expanduser()
+        if folder.is_dir() and is_inside(place.expanduser(), folder):
+            remedy = f"set {key} to a folder elsewhere"
+            raise UserError(
+                f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=remedy
+            )
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(Path(name).suffix.lower() in READ_SUFFIXES for _, _, names in os.walk(folder) for name in names)
+
+
+def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Problem]:
+    refuse_folder(data.masks)
+    if data.classes == "folders":
+        raise UserError(
+            "the pictures of shards lie in no folders", where="data.classes", remedy="set data.classes: captions"
+        )
+    for shard in shards:
+        if not is_inside(shard, path):
+            yield Problem(
+                printable(shard),
+                "damaged shard",
+                "a link out of the folder is not followed",
+                data.unreadable_pictures == "stop",
+            )
+        else:
+            yield from samples(shard, printable(shard), data, READ_SUFFIXES | OTHER_SUFFIXES)

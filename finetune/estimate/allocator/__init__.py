@@ -1,0 +1,1 @@
+"""Replay of PyTorch's caching allocator."""

@@ -1,0 +1,241 @@
+"""How fast this machine's CPU runs what a training step is made of, measured in three seconds with torch.
+
+A machine that is busy is not measured: threads wait for one another, so that one which has to wait for a core costs all of them its
+time. Kernels of two threads beside another program took up to thirty times as long as alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.errors import UserError
+from finetune.estimate.hardware.cpu import Calibration, Curve, keep_freed_memory
+from finetune.estimate.tracing.recorder import Recorder
+from finetune.system.cpu_info import cpu_name
+
+SECONDS = 2.0  # that all of it takes, about
+FEWEST = 3  # times that each is run, however long it takes
+PATIENCE = 1.0  # seconds that other programs may have the processor meanwhile
+AWAY = 1e-4  # seconds without it that spoil a run: a slice of another program's time is longer
+MATMULS = (64, 256, 512)  # sides
+CONVOLUTIONS = (
+    (8, 16, 16),
+    (8, 16, 64),
+    (8, 64, 16),
+    (4, 128, 32),
+)  # pictures, channels, side: thin ones and thick ones
+ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all pictures, length, width
+ELEMENTS = (1, 16, 64, 128, 256, 384)  # sides of 4 × 16 channels; the last so large that each is given fresh pages
+DRAWN = (16, 128)  # likewise, of drop-out
+BETWEEN = 200  # tensors that pass between one that is written and its use, as when a net goes forward and back
+CACHES = (
+    128 << 20
+)  # bytes: more than a core's own caches and its share of the common one, and than its tables of pages reach
+CHAIN = 4  # layers of a transformer so tiny that it shows what Python and autograd cost
+
+Measured = Iterator[tuple[float, float]]  # amount, seconds
+
+
+@final
+class Clock:
+    """Times kernels as a step finds them, by the processor time of the thread that calls them: while others compute, it does too or spins.
+
+    Args:
+        seconds: for each, about.
+        patience: seconds that other programs may have the processor, over all that is timed.
+    """
+
+    def __init__(self, seconds: float, patience: float) -> None:
+        self._seconds, self._patience, self._others = seconds, patience, torch.zeros(CACHES // 4)
+        self._start = _now()
+
+    def typical(self, run: Callable[[], object], written: Tensor | None = None) -> float:
+        """Seconds of one run: the median of as many as there is time for, after one that warms up.
+
+        Runs during which another program had the processor do not count; where there are no others, the shortest does.
+
+        Args:
+            written: what the operator before a run wrote. All else a run finds as a step does, after `BETWEEN` others of this size: of
+                large tensors no cache holds it any more. None: the caches hold what they like.
+
+        Raises:
+            UserError: other programs have had the processor for longer than `patience`.
+        """
+        run()
+        taken: list[tuple[float, float]] = []  # seconds of the thread, and those that it was without the processor
+        end = time.perf_counter() + self._seconds
+        while len(taken) < FEWEST or time.perf_counter() < end:
+            if written is not None:
+                self._others[: BETWEEN * written.numel()].sum()
+                written.sum()
+            start = _now()
+            run()
+            taken.append(_since(*start))
+            own, away = _since(*self._start)
+            if away > self._patience:
+                raise UserError(
+                    f"the processor is too busy to be measured: of {own + away:.1f} s other programs had it for {away:.1f}",
+                    remedy="ft estimate --calibrate, once they are done",
+                )
+        alone = [own for own, away in taken if away < AWAY]
+        return statistics.median(alone) if alone else min(taken)[0]
+
+
+def _now() -> tuple[float, float]:
+    """Seconds of the clock on the wall, and of the processor for this thread."""
+    return time.perf_counter(), time.thread_time()
+
+
+def _since(wall: float, own: float) -> tuple[float, float]:
+    """Seconds of the processor for this thread since `_now` gave these, and those without it."""
+    own = time.thread_time() - own
+    return own, time.perf_counter() - wall - own
+
+
+def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibration:
+    """Measure this machine with the threads that torch has now.
+
+    Args:
+        seconds: about how long it may take.
+        patience: seconds that other programs may have the processor meanwhile.
+
+    Raises:
+        UserError: they had it for longer.
+    """
+    keep_freed_memory()  # as a run does
+    each = seconds / (
+        len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + len(DRAWN) + 2
+    )
+    clock = Clock(each, patience)
+    curves: Any = {kind: _curve(measure(clock)) for kind, measure in MEASURED.items()}
+    kernel = curves["other"].points[0][1]
+    forward, backward = _chain(clock)
+    del clock  # its memory is no part of what a process holds
+    return Calibration(
+        name=cpu_name(),
+        threads=torch.get_num_threads(),
+        date=datetime.date.today().isoformat(),
+        **curves,
+        launch=max(0.0, forward - kernel),
+        launch_engine=max(0.0, backward - kernel),
+        held=psutil.Process().memory_info().rss,
+    )
+
+
+def _curve(measured: Measured) -> Curve:
+    """Through the means of what was measured of each amount, made to rise."""
+    found: dict[float, list[float]] = {}
+    for amount, seconds in measured:
+        found.setdefault(amount, []).append(seconds)
+    points: list[tuple[float, float]] = []
+    for amount in sorted(found):
+        points.append((amount, max(statistics.mean(found[amount]), points[-1][1] if points else 0.0)))
+    return Curve(tuple(points))
+
+
+def _matmuls(clock: Clock) -> Measured:
+    for side in MATMULS:
+        left, right = torch.randn(side, side), torch.randn(side, side)
+        yield 2.0 * side**3, clock.typical(lambda left=left, right=right: left @ right, left)  # type: ignore[misc]
+
+
+def _convolutions(clock: Clock) -> Measured:
+    """3 × 3, forward, and backward, which does twice as much."""
+    for pictures, channels, side in CONVOLUTIONS:
+        layer: Any = nn.Conv2d(channels, channels, 3, padding=1)  # laid out as `pixels` lays out nets
+        layer.to(memory_format=torch.channels_last)
+        values = torch.randn(pictures, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
+        flops = 2.0 * pictures * side**2 * channels**2 * 9
+        yield from _both(
+            clock,
+            flops,
+            2 * flops,
+            lambda layer=layer, values=values: layer(values),  # type: ignore[misc]
+            [values, *layer.parameters()],
+        )
+
+
+def _attentions(clock: Clock) -> Measured:
+    """Forward, and backward, which computes the scores again: 2.5 times as much."""
+    for heads, length, width in ATTENTIONS:
+        values = torch.randn(1, heads, length, width, requires_grad=True)
+        flops = 4.0 * heads * length**2 * width
+        yield from _both(clock, flops, 2.5 * flops, lambda values=values: _attended(values), [values])  # type: ignore[misc]
+
+
+def _attended(values: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(values, values, values)
+
+
+def _both(
+    clock: Clock, flops: float, flops_backward: float, run: Callable[[], Tensor], leaves: list[Tensor]
+) -> Measured:
+    out = run()
+    gradient = torch.randn_like(out)
+    yield flops, clock.typical(run, leaves[0].detach())
+    yield flops_backward, clock.typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), gradient)
+
+
+# Values moved for each value, and what does so to what was just written and to what was kept.
+ELEMENTWISE: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    (3, lambda values, kept: values + kept),
+    (2, lambda values, _: functional.silu(values)),
+    (3, torch.ops.aten.silu_backward),
+    (2, lambda values, _: functional.group_norm(values, 8)),
+    (2, lambda values, _: values.contiguous(memory_format=torch.channels_last)),
+)
+
+
+def _elements(clock: Clock) -> Measured:
+    """What is neither product nor attention: a sum, an activation and its gradient, a norm and a change of layout stand for all."""
+    for side in ELEMENTS:
+        values, kept = torch.randn(2, 4, 16, side, side)
+        for moved, run in ELEMENTWISE:
+            seconds = clock.typical(
+                lambda run=run, values=values, kept=kept: run(values, kept),  # type: ignore[misc]
+                values if side > 1 else None,
+            )
+            yield 2.0 * values.nbytes, seconds * 2 / moved
+
+
+def _drawn(clock: Clock) -> Measured:
+    """What drop-out draws: whether to keep each number."""
+    for side in DRAWN:
+        values = torch.empty(4, 16, side, side)
+        yield values.nbytes, clock.typical(lambda values=values: values.bernoulli_(0.9), values)  # type: ignore[misc]
+
+
+MEASURED: dict[str, Callable[[Clock], Measured]] = {
+    "matmul": _matmuls,
+    "conv": _convolutions,
+    "attention": _attentions,
+    "random": _drawn,
+    "other": _elements,
+}
+
+
+def _chain(clock: Clock) -> tuple[float, float]:
+    """Seconds an operator of a net whose kernels take no time: forward, and backward."""
+    net = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0) for _ in range(CHAIN)))
+    values = torch.randn(4, 1, 8, requires_grad=True)
+    leaves = [values, *net.parameters()]
+    with Recorder() as recorder:
+        recorder.section("forward")
+        out = net(values)
+        recorder.section("backward")
+        torch.autograd.grad(out.sum(), leaves)
+    counts = [len(section.operators) for section in recorder.sections]
+    out = net(values)
+    gradient = torch.ones_like(out)
+    forward = clock.typical(lambda: net(values))
+    backward = clock.typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True))
+    return forward / counts[0], backward / counts[1]

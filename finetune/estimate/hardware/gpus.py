@@ -1,0 +1,331 @@
+"""GPUs: what each holds, how fast it counts and moves bytes, and what an hour of it costs. The figures are `assets/gpus.tsv`.
+
+Prices age and differ by place, so a file can replace them: `--prices FILE`, or its path in the environment variable
+`FT_PRICES`. A `.yaml` file has one date for all, a `.tsv` file (columns gpu, usd_per_hour, date) one for each:
+
+    date: 2026-11-22
+    rtx3090: 0.25
+    h100-sxm: 1.90-2.40  # the least and the most
+    rtx4070: 0           # one's own
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+from finetune.config import yaml_reader
+from finetune.errors import UserError
+from finetune.estimate.hardware.cpu import Calibration, calibration, threads
+from finetune.paths import ASSETS
+from finetune.system.cpu_info import cpu_name, host_memory
+
+PRICES = "FT_PRICES"
+PRICES_REMEDY = "a .yaml file has lines such as `date: 2026-11-22` and `rtx3090: 0.25`; a .tsv file has the columns gpu, usd_per_hour, date"
+DESCRIBED = "--vram 16 --tflops 40 --bandwidth 500"
+VISIBLE_SHARE = (
+    0.98  # of the memory on the box, what torch sees: the median of gpus.tsv (0.91 to 0.99; least where ECC takes some)
+)
+# Words that makers put around a model's name and that tell no two of them apart.
+_MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct", "gpu"}
+# What a person may describe: least, most, unit, and what to write where the unit was likely another.
+_LIMITS = {
+    "vram": (1.0, 2_000.0, "GiB", "16 for a card sold with 16 GB"),
+    "tflops": (
+        0.5,
+        20_000.0,
+        "TFLOP/s, dense, 16-bit, summed in float32",
+        "half of what a maker gives `with sparsity`",
+    ),
+    "bandwidth": (10.0, 100_000.0, "GB/s", "2000 for 2 TB/s"),
+}
+_MOST_PER_HOUR = 1_000.0  # USD; above it someone gave a month's price or another currency
+
+
+@final
+@dataclass(frozen=True)
+class Price:
+    """What an hour of one GPU costs, in USD.
+
+    Attributes:
+        low, high: the least and the most that was seen, USD/h; equal where there is one figure.
+        date: of the figures, `2026-03` or `2026-03-28`; empty where the source has none.
+        source: where they come from.
+    """
+
+    low: float
+    high: float
+    date: str
+    source: str
+
+
+@final
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        id: the short name, such as `a100-80gb`.
+        name: as people write it.
+        sold_gb: the memory on the box. Makers' gigabytes: of most cards GiB, of an H200's 141 and a B200's 180 not.
+        total_mib: the memory that nvidia-smi shows, MiB.
+        visible_gib: the memory that torch sees, GiB: at least, where it was seen to differ. The CUDA context is still in it.
+        tflops: dense tensor TFLOP/s (10¹²) of 16-bit factors summed in float32.
+        bfloat16: whether its tensor cores take bfloat16; if not, `tflops` is float16's.
+        bandwidth: of its memory, GB/s (10⁹ bytes).
+        price: per hour, or None where nothing is known.
+        note: what is approximate, derived or disputed in these figures.
+        tflops_source, other_source: where `tflops`, and memory and bandwidth, come from.
+        calibration: of a CPU, which is then its own host: how fast it is. None of GPUs, whose pace is their figures' (`constants.PACE`).
+        also: words that a full name may add, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
+    """
+
+    id: str
+    name: str
+    sold_gb: float
+    total_mib: int
+    visible_gib: float
+    tflops: float
+    bfloat16: bool
+    bandwidth: float
+    price: Price | None
+    note: str
+    tflops_source: str
+    other_source: str
+    also: str = ""
+    calibration: Calibration | None = None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Whose variants of a card are its own."""
+        return "cpu" if self.calibration else "cuda"
+
+    @property
+    def model(self) -> str:
+        """The word of the name that says which chip it is: `3090`, `a100`."""
+        return _words(self.id)[0]
+
+    def is_called(self, name: str) -> bool:
+        """Whether `name` names the model and says nothing that this GPU is not: `A100`, `a100 80 GB`, `NVIDIA A100-SXM4-80GB`."""
+        asked, sold = {*_words(name)}, f"{self.sold_gb:g}"
+        return self.model in asked and asked <= {*_words(f"{self.id} {self.name} {self.also} {sold}gb"), sold}
+
+
+def known(prices: Path | None = None) -> tuple[Gpu, ...]:
+    """All GPUs of gpus.tsv, with the prices of the file `prices`, or of the one that FT_PRICES names.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it names no GPU, no price, or a GPU that has one already.
+    """
+    if prices is None and os.environ.get(PRICES):
+        prices = Path(os.environ[PRICES])
+    gpus = _bundled()
+    if prices is None:
+        return gpus
+    given: dict[str, Price] = {}
+    for name, price, where in _read_prices(prices):
+        gpu = _match(name, gpus, where)
+        if gpu.id in given:
+            raise UserError(f'"{gpu.id}" has two prices', where=where, remedy="keep one of the two lines")
+        given[gpu.id] = price
+    return tuple(dataclasses.replace(gpu, price=given.get(gpu.id, gpu.price)) for gpu in gpus)
+
+
+def find(name: str, prices: Path | None = None) -> Gpu:
+    """The GPU of this name: an id, or how people and torch write it (`RTX 3090`, `3090`, `NVIDIA A100-SXM4-80GB`).
+
+    Raises:
+        UserError: there is none of this name, or several; and what `known` raises.
+    """
+    return _match(name, known(prices))
+
+
+def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
+    """A GPU that is in no list: its memory as sold (GiB), dense 16-bit tensor TFLOP/s and GB/s. It has no price.
+
+    Raises:
+        UserError: a figure that no GPU has.
+    """
+    for option, value in {"vram": vram, "tflops": tflops, "bandwidth": bandwidth}.items():
+        least, most, unit, hint = _LIMITS[option]
+        if not least <= value <= most:
+            raise UserError(
+                f"--{option} is in {unit}, {least:g} to {most:g}, not {value:g}",
+                remedy=f"for example {DESCRIBED} (--{option}: {hint})",
+            )
+    return Gpu(
+        id="described",
+        name=f"GPU of {vram:g} GiB, {tflops:g} TFLOP/s, {bandwidth:g} GB/s",
+        sold_gb=vram,
+        total_mib=round(vram * 1024),
+        visible_gib=vram * VISIBLE_SHARE,
+        tflops=tflops,
+        bfloat16=True,
+        bandwidth=bandwidth,
+        price=None,
+        note=f"torch is taken to see {VISIBLE_SHARE:.0%} of its memory, and its tensor cores to take bfloat16",
+        tflops_source="given by hand",
+        other_source="given by hand",
+    )
+
+
+def this_cpu(processes: int = 1) -> Gpu:
+    """The CPU of this machine, as something to train on. It has no price."""
+    found = calibration(threads(processes))
+    gib = host_memory() / 2**30
+    measured = (
+        f"measured {found.date}"
+        if found.measured
+        else "not measured: taken to be as fast, core for core, as the one that the assets hold"
+    )
+    return Gpu(
+        id="cpu",
+        name=f"CPU ({cpu_name()}, {found.threads} thread{'s' if found.threads > 1 else ''})",
+        sold_gb=gib,
+        total_mib=round(gib * 1024),
+        visible_gib=gib,
+        tflops=found.matmul.rate / 1e12,
+        bfloat16=False,
+        bandwidth=found.other.rate / 1e9,
+        price=None,
+        note=measured,
+        tflops_source=measured,
+        other_source=measured,
+        calibration=found,
+    )
+
+
+def at_price(gpu: Gpu, usd_per_hour: float) -> Gpu:
+    """The same GPU at the price that was given for it today, by `--price`.
+
+    Raises:
+        UserError: no price.
+    """
+    today = datetime.date.today().isoformat()
+    return dataclasses.replace(
+        gpu, price=_price(f"{usd_per_hour:f}", today, "given by hand", f"--price {usd_per_hour:g}")
+    )
+
+
+@functools.cache
+def _bundled() -> tuple[Gpu, ...]:
+    return tuple(
+        Gpu(
+            id=row["id"],
+            name=row["name"],
+            sold_gb=float(row["sold_gb"]),
+            total_mib=int(row["total_mib"]),
+            visible_gib=float(row["visible_gib"]),
+            tflops=float(row["tflops"]),
+            bfloat16=row["bfloat16"] == "yes",
+            bandwidth=float(row["bandwidth"]),
+            price=Price(float(row["usd_low"]), float(row["usd_high"]), row["price_date"], row["price_source"]),
+            note=row["note"],
+            tflops_source=row["tflops_source"],
+            other_source=row["other_source"],
+            also=row["also"],
+        )
+        for _, row in _rows((ASSETS / "gpus.tsv").read_text(encoding="utf-8"))
+    )
+
+
+def _match(name: str, gpus: tuple[Gpu, ...], where: str = "") -> Gpu:
+    """The one of `gpus` that `name` can only mean. A GPU that differs in a word (`3080 12GB`, `4070 Ti`, `L40`) is another."""
+    found = [gpu for gpu in gpus if gpu.is_called(name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f'"{name}" may be {" or ".join(gpu.id for gpu in found)}',
+            where=where,
+            remedy=f"say which, for example {found[0].id}",
+        )
+    models = dict.fromkeys(gpu.model for gpu in gpus)
+    near = [model for word in _words(name) for model in difflib.get_close_matches(word, models, cutoff=0.5)]
+    nearest = ", ".join(gpu.id for model in dict.fromkeys(near) for gpu in gpus if gpu.model == model)
+    remedy = (
+        f"{f'nearest: {nearest}; ' if nearest else ''}`ft gpus` lists all; or describe it to `ft estimate`: {DESCRIBED}"
+    )
+    raise UserError(f'no GPU here is called "{name}"', where=where, remedy=remedy)
+
+
+def _words(name: str) -> list[str]:
+    """What tells a GPU's name from another's: `RTX 4060 Ti 16 GB` → 4060ti, 16gb. A suffix makes another model, so it stays on."""
+    text = name.lower().replace("rtx", " ").replace("gib", "gb")
+    text = re.sub(r"(?<=[\di])[\s_-]+(?=(?:ti|super|gb)\b)", "", text)
+    return [word for word in re.findall(r"[^\W_]+", text) if word not in _MAKERS]
+
+
+def _read_prices(path: Path) -> Iterator[tuple[str, Price, str]]:
+    """(GPU's name, price, file and line) for each line of a file of prices."""
+    if path.suffix.lower() not in (".yaml", ".yml", ".tsv"):
+        raise UserError("prices are read from a .yaml or a .tsv file", where=str(path), remedy=PRICES_REMEDY)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(
+            f"the prices cannot be read: {error.strerror}",
+            where=str(path),
+            remedy=f"--prices FILE or {PRICES} names the file",
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError("the prices are not UTF-8 text", where=str(path), remedy="save the file as UTF-8") from None
+    lines = _tsv_lines(text, str(path)) if path.suffix.lower() == ".tsv" else _yaml_lines(text, str(path))
+    for name, amount, date, where in lines:
+        yield name, _price(amount, date, str(path), where), where
+
+
+def _rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Number of the line, and its cells by the names in the first, of each line of tab-separated text."""
+    header, *lines = text.splitlines() or [""]
+    for number, line in enumerate(lines, start=2):
+        if line.strip():
+            yield number, dict(zip(header.split("\t"), line.split("\t"), strict=False))
+
+
+def _tsv_lines(text: str, path: str) -> Iterator[tuple[str, str, str, str]]:
+    if missing := {"gpu", "usd_per_hour", "date"}.difference(text.partition("\n")[0].rstrip("\r").split("\t")):
+        raise UserError(
+            f"the prices lack the column {', '.join(sorted(missing))}", where=f"{path}:1", remedy=PRICES_REMEDY
+        )
+    for number, row in _rows(text):
+        yield row.get("gpu", ""), row.get("usd_per_hour", ""), row.get("date", ""), f"{path}:{number}"
+
+
+def _yaml_lines(text: str, path: str) -> Iterator[tuple[str, str, str, str]]:
+    lines = yaml_reader.read(text, path, "a file of prices", PRICES_REMEDY).content
+    assert isinstance(lines, dict)
+    date = lines.pop("date", yaml_reader.Node("", path)).content
+    for name, node in lines.items():
+        if not isinstance(node.content, str) or not isinstance(date, str):
+            raise UserError("a price and a date are one value each", where=node.where, remedy=PRICES_REMEDY)
+        yield name, node.content, date, node.where
+
+
+def _price(amount: str, date: str, source: str, where: str) -> Price:
+    """The price that `amount` writes, `0.25` or `0.17-0.39` USD/h, of the day or month `date`."""
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(?:[-–]\s*(\d*\.?\d+)\s*)?", amount, re.ASCII)
+    low, high = (float(found[1]), float(found[2] or found[1])) if found else (0.0, -1.0)
+    if not low <= high <= _MOST_PER_HOUR:
+        problem = f'"{amount.strip()}" is no price of one GPU in USD per hour, 0 to {_MOST_PER_HOUR:,.0f}'
+        raise UserError(problem, where=where, remedy="write one such as 0.25, or the least and the most: 0.17-0.39")
+    try:
+        if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", date, re.ASCII):
+            raise ValueError
+        datetime.date.fromisoformat(date if len(date) == 10 else f"{date}-01")
+    except ValueError:
+        problem = f'"{date}" is no date' if date else "the price has no date"
+        raise UserError(
+            problem,
+            where=where,
+            remedy=f"prices age: say of which day or month they are, such as {datetime.date.today()}",
+        ) from None
+    return Price(low, high, date, source)

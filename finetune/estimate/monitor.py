@@ -1,0 +1,118 @@
+"""What `ft train` makes of the estimate: a line and a refusal before the run, a warning while it runs, a comparison at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+from finetune.errors import UserError
+from finetune.estimate.advice import advice
+from finetune.estimate.constants import GIB
+from finetune.estimate.forecast import Forecast, forecast, pulled, told_levers
+from finetune.estimate.hardware.gpus import find, this_cpu
+from finetune.estimate.hardware.parallelism import Group
+from finetune.planning import Plan
+from finetune.terminal import duration
+
+WORTHWHILE = 0.05  # share of a GPU's memory that an edit has to save to be named against spilling
+
+
+@final
+@dataclass(frozen=True)
+class Expected:
+    """The forecast of a plan on its own machine; or None, and the reason why there is none."""
+
+    forecast: Forecast | None
+    reason: str = ""
+
+    @property
+    def line(self) -> str:
+        """Memory, seconds of a step and length of the run, or why there is no estimate: said before the first step."""
+        one = self.forecast
+        if one is None:
+            return f"no estimate: {self.reason}"
+        fits = "" if one.fits else ", which does not fit"
+        time = f"{_seconds(one.speed.seconds)} a step, {duration(3600 * one.hours)} with encoding and samples"
+        return f"estimate: {_memory(one)} of {one.gpu.name}{fits}; {time}"
+
+
+def expect(plan: Plan) -> Expected:
+    """What `plan` will need of the device that it names, whose memory is the machine's own figure."""
+    machine, train = plan.machine, plan.recipe.train
+    if reason := _out_of_reach(plan):
+        return Expected(None, reason)
+    counted = dataclasses.replace(plan.recipe, train=dataclasses.replace(train, steps=plan.steps, epochs=None))
+    try:
+        found = this_cpu() if machine.device == "cpu" else find(machine.name)
+        gpu = dataclasses.replace(found, visible_gib=machine.memory_bytes / GIB)
+        group = Group(machine.processes, "fsdp" if machine.sharded else "ddp")
+        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, group=group)
+    except UserError as error:
+        return Expected(None, error.problem)
+    return Expected(one)
+
+
+def _out_of_reach(plan: Plan) -> str:
+    """Why no card can tell of this plan; "" if one may."""
+    machine = plan.machine
+    if machine.device not in ("cuda", "cpu"):
+        return f"the estimates are for NVIDIA GPUs and CPUs, and this run takes {machine.device}"
+    if machine.device == "cuda" and plan.precision == "float32":
+        return "the cards of GPUs are of 16-bit arithmetic, and this run computes in float32"
+    if machine.device == "cpu" and plan.precision != "float32":
+        return f"the cards of CPUs are of float32, and this run computes in {plan.precision}"
+    if machine.device == "cpu" and machine.processes > 1:
+        return "several processes share one CPU"
+    return ""
+
+
+def does_not_fit(one: Forecast) -> UserError:
+    """The refusal of a run, with the edits that `ft estimate` would name."""
+    ways = "".join(f"\n         {saved}  {text}" for saved, text in advice(one))
+    return UserError(
+        f"this run does not fit: it takes {_memory(one)} that {one.gpu.name} has",
+        where=f"the peak is in the phase {one.memory.largest} (`ft estimate` takes it apart)",
+        remedy=f"with an edit that makes it fit, or --force to train all the same{ways}",
+    )
+
+
+def cheapest(one: Forecast) -> Forecast | None:
+    """The single edit that saves steps memory worth naming at the least hours; a smaller resolution only if nothing else does."""
+    made = [
+        forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group)
+        for lever in told_levers(one)
+    ]
+    useful = [edited for edited in made if saved(one, edited) >= WORTHWHILE * one.limit]
+    return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)
+
+
+def saved(one: Forecast, edited: Forecast) -> int:
+    """Bytes that a step takes less, whatever else the run does."""
+    return one.memory.phases["train"] - edited.memory.phases["train"]
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, estimated, measured and how far the estimate is off, of `estimate.json`: for the terminal and the report."""
+    table = []
+    shown: Callable[[float], str]
+    for name, key, shown in (("memory", "memory_bytes", _gibibytes), ("a step", "seconds_per_step", _seconds)):
+        estimated, measured = found[key]["estimated"], found[key]["measured"]
+        if estimated is None and measured is None:
+            continue
+        off = f"{estimated / measured - 1:+.0%}" if estimated and measured else ""
+        table.append((name, shown(estimated) if estimated else "—", shown(measured) if measured else "—", off))
+    return table
+
+
+def _memory(one: Forecast) -> str:
+    return f"{one.memory.peak / GIB:.1f} of the {one.limit / GIB:.1f} GiB"
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s"

@@ -1,0 +1,99 @@
+"""How long a step takes on a GPU, from a card: its kernels compute or move bytes, and the host has to launch each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import final
+
+from finetune.config.schema import Recipe
+from finetune.estimate.constants import INTERCONNECT, PACE, Pace
+from finetune.estimate.hardware.cpu import BY_BYTES, Calibration
+from finetune.estimate.hardware.gpus import Gpu
+from finetune.estimate.hardware.parallelism import ALONE, Group
+from finetune.estimate.profiles import Card, Variant, Work
+
+
+@final
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one optimizer step.
+
+    Attributes:
+        compute, bandwidth: of kernels bound by arithmetic and by memory.
+        launch: in which the GPU waits for the host, which launches kernels one after another.
+        exchange: of gradients between GPUs.
+        transfer: of blocks that wait in host memory: each comes twice, forward and when it is computed again.
+        operators: of the step.
+    """
+
+    compute: float
+    bandwidth: float
+    launch: float
+    operators: int
+    exchange: float = 0.0
+    transfer: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.compute + self.bandwidth + self.launch + self.exchange + self.transfer
+
+
+def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
+    """The step of `recipe` on one of `group`: as many forward and backward passes as it accumulates, and one update.
+
+    That a part of what is exchanged goes on beside the computing is left out.
+    """
+    load = (recipe.data.resolution / card.resolution) ** 2, recipe.train.batch_size
+    found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
+    grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
+    exchanged, brought = (
+        group.exchanged(card, recipe, variant.trained * grown),
+        2 * recipe.train.accumulation * variant.waiting,
+    )
+    return replace(found, exchange=exchanged / INTERCONNECT, transfer=brought / INTERCONNECT)
+
+
+def step(
+    micro: Iterable[Work],
+    update: Iterable[Work],
+    times: int,
+    gpu: Gpu,
+    pace: Pace = PACE,
+    area: float = 1.0,
+    batch: int = 1,
+) -> Speed:
+    """A step of `times` passes and an update, for `batch` pictures of `area` native ones each.
+
+    A kernel takes the longer of computing and of moving its bytes. A GPU's host runs ahead of it until the step's end,
+    so that the step takes the longer of all kernels and of all launches; a CPU does both itself.
+    """
+    host: Pace | Calibration = gpu.calibration or pace
+    compute = bandwidth = launch = 0.0
+    operators = 0.0
+    for works, repeated in ((micro, times), (update, 1)):
+        for work in works:
+            count = repeated * work.count
+            computing, moving = seconds(work, gpu, pace, area, batch)
+            operators += count
+            launch += count * (host.launch if work.eager else host.launch_engine)
+            if computing >= moving:
+                compute += count * computing
+            else:
+                bandwidth += count * moving
+    waited = launch if gpu.calibration else max(0.0, launch - compute - bandwidth)
+    return Speed(compute, bandwidth, waited, round(operators))
+
+
+def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:
+    """Seconds of one of these operators' arithmetic, and of its bytes."""
+    # Attention's FLOPs grow with the square of the picture's area, all else with the area.
+    flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
+    moved = work.bytes[0] + work.bytes[1] * batch * area
+    if gpu.calibration and work.kind in BY_BYTES:
+        return 0.0, getattr(gpu.calibration, work.kind).seconds(moved)
+    if gpu.calibration:
+        return getattr(gpu.calibration, work.kind).seconds(flops), gpu.calibration.other.seconds(moved)
+    rate = gpu.tflops * 1e12 * getattr(pace, work.kind, 1.0) * (1.0 if work.width <= 2 else pace.float32)
+    return flops / rate, moved / (gpu.bandwidth * 1e9 * pace.bandwidth)

@@ -1,0 +1,1 @@
+"""Run the real training step on fake tensors and record its operators and allocations."""

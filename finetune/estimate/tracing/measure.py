@@ -1,0 +1,225 @@
+"""A card, or a variant of one, from traced phases: what `tools/measure_profiles.py` writes down, and what `ft estimate --trace` answers from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from finetune.config.schema import Precision, Recipe
+from finetune.data.audit.audit import Audit
+from finetune.estimate.allocator.caching import replay
+from finetune.estimate.hardware.cpu import BY_BYTES
+from finetune.estimate.profiles import Card, Device, build_key, parsed, settings_of
+from finetune.estimate.tracing.traced_run import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, Subject
+from finetune.models.base import Model
+from finetune.planning import Plan
+
+BATCHES = (2, 4)  # two points of a line; at 1 some operators differ (what is contiguous anyhow needs no copy)
+ALIKE = math.log(1.5)  # operators within this factor of each other are counted as one, by their means
+BYTES_A_TRAINED = 16  # of a float32 weight, its gradient and AdamW's two moments; at rank 16 of SDXL's attention within 2 % of the measured slope
+DIGITS = 5  # of a card's figures of operators
+UPDATE = ("optimizer",)  # sections of what comes once a step; `MICRO` are those of what is accumulated
+MICRO = ("forward", "backward")
+
+
+def point(
+    title: str,
+    recipe: Recipe,
+    precision: Precision,
+    device: Device = "cuda",
+    audit: Audit | None = None,
+    build: Callable[[Plan], Model] | None = None,
+) -> tuple[Card, dict[str, Phase]]:
+    """A card of this one configuration, and the traced phases that it is made of: a line through one point has no slope."""
+    side = recipe.data.resolution
+    without = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, ema=None)
+    )  # averages are added to what a card says
+    phases = Subject(without, precision, (side, side), audit=audit, build=build, device=device).phases()
+    found = {
+        "name": "traced",
+        "title": title,
+        "family": recipe.model.family,
+        "build": build_key(recipe),
+        "resolution": side,
+        "parameters": parameters(phases),
+        "outside": {device: outside(phases) | {"encoders": recipe.model.encoders, "tiled": recipe.model.vae_tiling}},
+        "versions": {},
+        "variants": [variant(recipe, device, [phases], [phases], None)],
+    }
+    return parsed(found), phases
+
+
+def variant(
+    recipe: Recipe,
+    device: Device,
+    first: list[dict[str, Phase]],
+    second: list[dict[str, Phase]],
+    higher: tuple[int, dict[str, Phase]] | None,
+) -> dict[str, Any]:
+    """A variant of a card.
+
+    Args:
+        recipe: as it was traced.
+        first, second: runs at the two `BATCHES`: without accumulation and, where gradients weigh, with it.
+        higher: a higher rank, and a run at it, as the first of `first`; without it, one rank more adds its weights, gradients and state.
+    """
+    pairs = [[replay(run["train"].events) for run in runs] for runs in zip(first, second, strict=True)]
+    peaks = [
+        [line(low.peak_allocated, high.peak_allocated), line(low.peak_reserved, high.peak_reserved)]
+        for low, high in pairs
+    ]
+    held, cycle = first[0]["train"].held, first[0]["train"].cycle
+    rank = recipe.adapter.rank if recipe.adapter else 0
+    found = {
+        "device": device,
+        "settings": settings_of(recipe),
+        "rank": rank,
+        "trained": held["trained parameters"],
+        "weights": held["weights"],
+        "adapters": held["trained"],
+        "state": held["optimizer"],
+        "allocated": peaks[0][0],
+        "reserved": peaks[0][1],
+        "accumulating": peaks[-1],
+        "rank_bytes": BYTES_A_TRAINED * held["trained parameters"] / rank if rank else 0.0,
+    }
+    found |= {
+        key: value for key, value, usual in (("waiting", held["waiting"], 0), ("cycle", cycle, 1)) if value != usual
+    }
+    if higher:
+        more, run = higher
+        found["rank_bytes"] = (replay(run["train"].events).peak_allocated - pairs[0][0].peak_allocated) / (more - rank)
+    parts = {"micro": MICRO, "update": UPDATE}
+    low, high = first[0]["train"], second[0]["train"]
+    return found | {
+        key: works(device, operators(low, names), operators(high, names), cycle) for key, names in parts.items()
+    }
+
+
+def line(low: float, high: float) -> list[float]:
+    """(at batch 0, more for each picture) through the figures at BATCHES."""
+    slope = (high - low) / (BATCHES[1] - BATCHES[0])
+    return [low - BATCHES[0] * slope, slope]
+
+
+def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
+    """Operators of the last cycle's steps, of the sections with these names; of what they accumulate, the last: of each turn of a step."""
+    steps = [number for number, section in enumerate(phase.sections) if section.name == "batch"]
+    found: list[Any] = []
+    of_turn: list[Any] = []
+    for section in phase.sections[steps[-phase.cycle] :]:
+        if section.name == "forward":
+            of_turn = []
+        if section.name in names:
+            of_turn += section.operators
+        if section.name == "optimizer":
+            found += of_turn
+            of_turn = []
+    return found
+
+
+def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> list[list[Any]]:
+    """Operators that cost about the same, by their means, with their number in a step.
+
+    The two lists are of the same `cycle` steps at BATCHES, so they go side by side.
+    """
+    alike: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
+    first, second = _streams(low), _streams(high)
+    for key, ones in first.items():
+        others = second.pop(key, [])
+        if len(ones) != len(others):
+            if key[0] not in BY_BYTES:
+                raise RuntimeError(
+                    f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}"
+                )
+            # A net that takes its pictures one by one, or in groups: such operators cost their bytes, so that the means of the smaller batch's serve.
+            mean = [
+                0.0,
+                0.0,
+                *(
+                    total / len(ones)
+                    for total in line(*(sum(one.bytes for one in stream) for stream in (ones, others)))
+                ),
+            ]
+            alike[*key, *_ratios(*mean)] += [mean] * len(ones)
+            continue
+        for one, other in zip(ones, others, strict=True):
+            figures = [*line(one.flops, other.flops), *line(one.bytes, other.bytes)]
+            alike[*key, *(_ratios if device == "cuda" else _sizes)(*figures)].append(figures)
+    if second:
+        raise RuntimeError(f"the step at batch {BATCHES[1]} also runs {list(second)}")
+    means = {
+        key: [_rounded(sum(column) / len(rows)) for column in zip(*rows, strict=True)] for key, rows in alike.items()
+    }
+    found = [[*key[:3], *means[key], _rounded(len(rows) / cycle)] for key, rows in alike.items()]
+    return sorted(found, key=lambda work: (-work[4], -work[6], work))
+
+
+def _streams(operators: list[Any]) -> dict[tuple[str, int, int], list[Any]]:
+    """Operators in their order, by kind, width and who runs them."""
+    found = defaultdict(list)
+    for one in operators:
+        found[one.kind, one.width, int(one.eager)].append(one)
+    return found
+
+
+def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
+    """What decides whether FLOPs or bytes bound an operator: a GPU takes twice as long for twice as much of both."""
+    return (
+        (_magnitude(f0 / f1 if f1 else 0), _magnitude(b1 / f1 if f1 else 0), _magnitude(b0 / f1 if f1 else 0))
+        if f0 or f1
+        else ()
+    )
+
+
+def _sizes(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
+    """A CPU's pace also hangs on how much each operator does; and how that grows, on what it does whatever the batch, in quarters."""
+    flops, moved = (one + BATCHES[0] * more for one, more in ((f0, f1), (b0, b1)))
+    return (
+        _magnitude(flops),
+        _magnitude(moved),
+        round(4 * f0 / flops) if flops else 0,
+        round(4 * b0 / moved) if moved else 0,
+    )
+
+
+def _magnitude(figure: float) -> int:
+    return round(math.log(figure) / ALIKE) if figure > 0 else -1_000_000
+
+
+def _rounded(figure: float) -> float:
+    found = float(f"{figure:.{DIGITS}g}")
+    return int(found) if found.is_integer() else found
+
+
+def parameters(first: dict[str, Phase]) -> dict[str, int]:
+    """Of each net, by the bytes that a run at batch 1 holds. A denoiser alone has no others."""
+    train = first["train"]
+    found = {
+        "denoiser": train.held["parameters"],
+        **{name: train.held[name] for name in ("largest unit", "outside units")},
+    }
+    if encode := first.get("encode"):
+        found |= {name: encode.held[f"{name} parameters"] for name in ("vae", "text encoders")}
+        found |= {name: encode.held[name] for name in OF_TEXT_ENCODERS}
+    return found
+
+
+def outside(first: dict[str, Phase]) -> dict[str, Any]:
+    """What happens outside the loop: encoding and sampling, at batch 1. A denoiser alone does neither."""
+    found: dict[str, Any] = {"encode": [0, 0], "sample": [0, 0], "encode_flops": 0, "sample_flops": 0}
+    if encode := first.get("encode"):
+        held = encode.held["vae"] + encode.held["text encoders"]
+        found["encode"] = [held, replay(encode.events).peak_reserved - held]
+        found["encode_flops"] = sum(operator.flops for section in encode.sections for operator in section.operators)
+    if sample := first.get("sample"):
+        nets = first["train"].held["weights"] + first["train"].held["trained"] + sample.held["vae"]
+        found["sample"] = [sample.held["vae"], replay(sample.events).peak_reserved - nets]
+        found["sample_flops"] = (
+            sum(operator.flops for section in sample.sections for operator in section.operators) / DENOISING_STEPS
+        )
+    return found

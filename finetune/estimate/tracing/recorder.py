@@ -1,0 +1,183 @@
+"""A step on fake tensors: every allocation, release and operator, with no weights and no GPU.
+
+`FakeTensorMode` computes shapes and dtypes only. Above it stands `Recorder`, which sees each operator that the dispatcher
+runs: a storage that it has not seen before is an allocation, a storage that dies is a release.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from finetune.estimate.allocator.caching import Event, allocate, free
+from finetune.estimate.tracing.op_cache import Outcomes
+
+
+class Operator(NamedTuple):
+    """What one launch costs: `kind` is matmul, conv, attention, random or other; FLOPs; bytes read and written; bytes a factor.
+
+    `eager`: Python ran it and autograd recorded it (forward passes, what a checkpoint computes again); else autograd's engine or an optimizer did.
+    """
+
+    kind: str
+    flops: int
+    bytes: int
+    width: int
+    eager: bool
+
+
+@final
+@dataclass
+class Section:
+    """Part of a step: where its events begin, and its operators, in order."""
+
+    name: str
+    start: int
+    operators: list[Operator] = field(default_factory=list)
+
+
+KINDS = {
+    "matmul": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"),
+    "conv": ("convolution", "_convolution", "convolution_backward"),
+    "random": ("bernoulli_",),
+    "attention": (
+        *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+        *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
+        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    ),
+}
+KIND = {name: kind for kind, names in KINDS.items() for name in names}
+# No kernel on the GPU: they make a view, or nothing at all, or draw numbers, which this project does on the host.
+NO_LAUNCH = {
+    "randn",
+    "rand",
+    "randint",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "alias",
+    "_local_scalar_dense",
+}
+
+
+DRAWN = "_drawn"  # marks tensors of drawn numbers, and whether they are above others
+_integer = ContextVar("integer", default=1)
+
+
+@contextlib.contextmanager
+def reading(integer: int) -> Iterator[None]:
+    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values.
+
+    (A float is 1, a truth is false; but a number that was drawn is above what it is compared with, as adapters ask that drop out seldom.)
+    """
+    before = _integer.set(integer)
+    try:
+        yield
+    finally:
+        _integer.reset(before)
+
+
+@final
+class Recorder(TorchDispatchMode):
+    """Events and operators of all that runs within, in order.
+
+    Args:
+        scratch: tells, by an operator's name and arguments, the bytes that its kernel takes for itself while it runs.
+    """
+
+    def __init__(self, scratch: Callable[[str, Any], int] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._scratch = scratch
+        self.events: list[Event] = []
+        self.sections: list[Section] = []
+        self._outcome = Outcomes()
+        self._names: dict[
+            int, tuple[int, Any]
+        ] = {}  # a living storage's address → its identifier, and the reference that tells of its end
+
+    def section(self, name: str) -> None:
+        """What comes now belongs to `name`."""
+        self.sections.append(Section(name, len(self.events)))
+
+    def adopt(self, tensors: Iterable[Tensor]) -> int:
+        """Count tensors that are there already as allocated now, in this order; returns their bytes."""
+        return sum(self._see(tensor) for tensor in tensors)
+
+    def _see(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._names:
+            return 0
+        size, identifier = storage.nbytes(), len(self.events)
+
+        def gone(_: Any) -> None:
+            del self._names[address]
+            self.events.append(free(identifier))
+
+        self._names[address] = identifier, weakref.ref(storage, gone)
+        self.events.append(allocate(identifier, size))
+        return int(size)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(
+            args[0], FakeTensor
+        ):  # two of three calls: whoever asks for a tensor's device
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
+            return (
+                hasattr(args[0], DRAWN)
+                if args[0].dtype == torch.bool
+                else 1.0
+                if args[0].is_floating_point()
+                else _integer.get()
+            )
+        out = self._outcome(func, args, kwargs)
+        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if name == "rand" or (name == "gt" and hasattr(args[0], DRAWN)):
+            setattr(out, DRAWN, True)
+        if func.namespace in ("aten", "bitsandbytes") and not func.is_view and name not in NO_LAUNCH and self.sections:
+            self.sections[-1].operators.append(_cost(func, name, args, kwargs, out, outs))
+        for tensor in outs:
+            self._see(tensor)
+        if self._scratch is not None and (size := self._scratch(name, args)):
+            self.events += [allocate(identifier := len(self.events), size), free(identifier)]
+        return out
+
+
+def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Tensor]) -> Operator:
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    count = flop_registry.get(torch.ops.aten.addmm if name == "addmm_" else func._overloadpacket)
+    flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+    moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
+    kind = KIND.get(name, "other")
+    factors = (
+        inputs[:1] if kind == "attention" else inputs
+    )  # its backward pass also reads the float32 sums of the softmax
+    width = max((tensor.element_size() for tensor in factors if tensor.is_floating_point()), default=4)
+    return Operator(kind, flops, sum(moved.values()), width, torch.is_grad_enabled())
+
+
+def tensors_of(net: nn.Module) -> list[Tensor]:
+    """Parameters and buffers in the order in which `.to(device)` would move them."""
+    found: list[Tensor] = []
+    for module in net.modules():
+        found += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return found

@@ -1,0 +1,185 @@
+"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW, packed convolutions, and CPU kernels' own memory.
+
+The layout of the state is bitsandbytes' (optim/optimizer.py, `Optimizer2State.init_state`), the temporaries those of its kernels;
+tests hold them against the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, final
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.estimate.tracing.recorder import Recorder
+from finetune.kernels import onednn_conv
+from finetune.training import optimizers
+
+SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
+PAGED = 100_000  # elements; smaller tensors' state is not paged (`get_state_buffer`)
+BLOCK = 256  # elements that share one float32 scale: of an optimizer's state
+
+Device = Literal["cuda", "cpu"]
+
+
+@final
+class AdamW8bit(torch.optim.Optimizer):
+    """The state of bitsandbytes' AdamW8bit: a byte an element and moment, a scale a block, two maps of 256 values for all.
+
+    Paged moments are no part of PyTorch's memory.
+    """
+
+    def __init__(self, parameters: Any, device: Device = "cuda", is_paged: bool = False, **defaults: Any) -> None:
+        super().__init__(parameters, defaults)
+        self._maps: list[Tensor] = []
+        self._paged = is_paged
+        self._on_cpu = device == "cpu"
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Allocate, read and write what a step of bitsandbytes' optimizer does; the values mean nothing."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state |= self._layout(parameter)
+                if self._on_cpu:
+                    _step_on_cpu(parameter, state["state1"], state["state2"])
+                else:  # one kernel reads the gradient and both moments and writes the weights and both moments
+                    parameter.add_(parameter.grad)
+
+    def _layout(self, parameter: Tensor) -> dict[str, Tensor]:
+        count = parameter.numel()
+        if count < SMALLEST:
+            return {
+                "state1": torch.zeros_like(parameter, dtype=torch.float32),
+                "state2": torch.zeros_like(parameter, dtype=torch.float32),
+            }
+        if not self._maps:
+            self._maps = [torch.empty(256), torch.empty(256)]
+        blocks = -(-count // BLOCK)
+        moments = [
+            torch.zeros(0) if self._paged and count >= PAGED else torch.zeros_like(parameter, dtype=torch.uint8)
+            for _ in range(2)
+        ]
+        return {
+            "state1": moments[0],
+            "state2": moments[1],
+            "absmax1": torch.zeros(blocks),
+            "absmax2": torch.zeros(blocks),
+            "qmap1": self._maps[0],
+            "qmap2": self._maps[1],
+        }
+
+
+def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
+    """The float32 temporaries of bitsandbytes' CPU kernels (backends/cpu/ops.py), which are made of torch's operators."""
+    assert parameter.grad is not None
+    first, second = state1.float(), state2.float()  # of 8-bit state only: no copies of what is float32
+    gradient = parameter.grad * 1.0
+    denominator = (second.sqrt() / 1.0).add_(0.0)
+    parameter.addcdiv_(first.add_(gradient), denominator)
+
+
+@final
+class Packed:
+    """A frozen convolution whose weights a CPU holds twice more."""
+
+    def __init__(self, weight: Tensor, padding: tuple[int, ...], inputs: Tensor) -> None:
+        self._weight, self._padding = weight.detach(), padding
+        self._held = [torch.empty_like(self._weight) for _ in range(2)]
+
+    def is_of(self, weight: Tensor) -> bool:
+        return True
+
+    def __call__(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.conv2d(inputs, self._weight, bias, padding=self._padding)
+
+    def add_back(self, found: Tensor, gradient: Tensor) -> None:
+        geometry = (1, 1), self._padding, (1, 1)
+        wanted = [True, False, False]
+        found += torch.ops.aten.convolution_backward(
+            gradient, found, self._weight, None, *geometry, False, [0, 0], 1, wanted
+        )[0]
+
+
+@contextlib.contextmanager
+def in_place(device: Device = "cuda") -> Iterator[None]:
+    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in, and pages where `device` does; and so are the convolutions that a CPU packs."""
+    import bitsandbytes
+
+    with (
+        mock.patch.object(onednn_conv, "Packed", Packed),
+        mock.patch.object(
+            onednn_conv, "read_by_onednn", lambda weight: device == "cpu" and weight.dtype == torch.float32
+        ),
+        mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
+        mock.patch.object(optimizers, "pages", lambda section, _: section.paged and device == "cuda"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def recorder(device: Device) -> Iterator[Recorder]:
+    """A recorder of a step's events. A CPU's also count what kernels take for themselves, and the random states that checkpointing keeps.
+
+    (On CUDA those states are the host's.)
+    """
+    found, take_state = Recorder(_cpu_scratch if device == "cpu" else None), torch.get_rng_state
+
+    def state_seen() -> Tensor:
+        state = take_state()
+        found.adopt([state])
+        return state
+
+    with found, mock.patch.object(torch, "get_rng_state", state_seen if device == "cpu" else take_state):
+        yield found
+
+
+def _cpu_scratch(name: str, arguments: Any) -> int:
+    """Bytes that a CPU's float32 kernel takes for itself beside what it returns; none but of convolutions and the fused AdamW are known.
+
+    Left out are oneDNN's scratchpads and the row sums of norms and attention, some KiB each.
+    """
+    if name.startswith("convolution"):
+        return _convolution_scratch(arguments, name == "convolution_backward")
+    if name == "_fused_adamw_":  # one gradient at a time is laid out plainly
+        return max((gradient.nbytes for gradient in arguments[1] if not gradient.is_contiguous()), default=0)
+    return 0
+
+
+def _convolution_scratch(arguments: Any, backward: bool) -> int:
+    """By torch's ATen/native/Convolution.cpp (`use_mkldnn`) and ATen/native/mkldnn/Conv.cpp.
+
+    What lies in another layout than the kernel's is copied. oneDNN reorders the weights, and in the plain layout also what they meet;
+    the gradient of the weights passes through oneDNN's layout and the plain one.
+    """
+    tensors: tuple[Tensor, ...] = arguments[: 3 if backward else 2]
+    values, weight = tensors[-2:]
+    if values.dim() != 4:
+        return 0
+    last = torch.channels_last in (_layout(values), _layout(weight))
+    copies = sum(
+        one.nbytes
+        for one in tensors
+        if not one.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    )
+    stride = max(arguments[4 if backward else 3])
+    if weight.shape[2:].numel() == stride == 1 and len(values) < 16 and torch.get_num_threads() == 1:
+        return copies  # a plain product
+    of_weights = backward and arguments[10][1]
+    if last:
+        return copies + (2 if of_weights else 1) * weight.nbytes
+    met = tensors[0].nbytes  # forward the input, backward the gradient of the output
+    return copies + met + (values.nbytes if of_weights else weight.nbytes)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    return torch._prims_common.suggest_memory_format(tensor)

@@ -1,0 +1,63 @@
+"""A run's model built anew with the weights of one of its checkpoints: to write or to draw what the trainer's own nets, shared out, cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from finetune.data.audit.audit import Audit
+from finetune.errors import UserError
+from finetune.export.metadata import stamp
+from finetune.export.model_card import write_card
+from finetune.models.base import Model
+from finetune.models.registry import load_module
+from finetune.planning import Plan
+from finetune.training.checkpoint import Checkpoint
+from finetune.training.optimizers import average
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    """The model of the plan's family, as it is before the first step, on the host."""
+    found: Model = load_module(plan.recipe.model.family).build(plan, audit)
+    return found
+
+
+@torch.no_grad()
+def rebuilt(plan: Plan, audit: Audit, found: Checkpoint | None) -> Model:
+    """The model in evaluation mode, with the weights by which the run would be judged at a checkpoint: averaged, if it keeps averages.
+
+    Args:
+        found: none: before the first step.
+
+    Raises:
+        UserError: the checkpoint is of other weights.
+    """
+    model = build(plan, audit)
+    tensors = model.state()
+    if found is not None and tensors.keys() != found.weights.keys():
+        raise UserError(
+            "the checkpoint holds other weights than this recipe trains",
+            where=plan.folder,
+            remedy="give the recipe of its run",
+        )
+    for train_step in model.train_steps():
+        if found is not None:
+            for name, tensor in tensors.items():
+                tensor.copy_(found.averages.get(name, found.weights[name]))
+            average(plan.recipe.optimizer, train_step.parameters(), found.optimizers[train_step.name])
+        train_step.net.eval()
+    return model
+
+
+def write(plan: Plan, audit: Audit, found: Checkpoint, run: Path, folder: Path) -> list[Path]:
+    """Write the artefact of one checkpoint into `folder`; returns its files."""
+    return write_of(rebuilt(plan, audit, found), plan, found.step, run, folder)
+
+
+def write_of(model: Model, plan: Plan, steps: int, run: Path, folder: Path) -> list[Path]:
+    """Write the artefact of a model after so many steps, with its card, into `folder`; returns its files."""
+    files = model.save(folder)
+    stamp(folder, plan, steps)
+    write_card(folder, run, plan, steps)
+    return files

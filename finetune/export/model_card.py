@@ -1,0 +1,129 @@
+"""A model card: `final/README.md` with the hub's front matter and the pictures it shows. Nothing in it names a place on this machine.
+
+Front matter: https://huggingface.co/docs/hub/model-cards. No licence is named: the base's rules, and its trainer chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune import terminal
+from finetune.config.schema import trigger_words
+from finetune.export import FORMATS
+from finetune.export.usage import usage
+from finetune.models.registry import pipelines
+from finetune.paths import public_name
+from finetune.planning import Plan
+from finetune.report import images, tables
+
+MOST_PICTURES = 8
+HERE = "FOLDER-OF-THIS-FILE"
+PRIVATE = ("folder", "base", "note")  # rows of the plan that may name places
+COMFYUI = (
+    "`ft export RUN --format comfyui` writes the LoRA under the names that ComfyUI knows; put that file into `ComfyUI/models/loras`,"
+    " and load it with the node *Load LoRA* between the checkpoint and the sampler."
+)
+WORDS = "The files in `embeddings` go into `ComfyUI/models/embeddings`; in prompts they are called `embedding:NAME`."
+METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}
+
+
+def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
+    """Write the card into `final`, with the last samples of the run beside it; returns its path.
+
+    Args:
+        final: the folder with what was trained.
+        run: the run's folder, for its samples, data and versions.
+        plan: of the run.
+        steps: that it has taken.
+    """
+    shown = _copied(final, run, plan)
+    recipe, parts = plan.recipe, []
+    words = trigger_words(recipe)
+    base = public_name(recipe.model.path or "")
+    what = METHODS[recipe.method] + (
+        f" for {base}" if base and recipe.method == "lora" else f", from {base}" if base else ""
+    )
+    parts.append(
+        f"# {_line(recipe.name)}\n\nA {_line(what)}: {plan.data.pictures} pictures, {steps} steps of {plan.global_batch}."
+    )
+    if words:
+        parts.append("Write into the prompt " + " or ".join(f"`{word}`" for word in words) + ".")
+    if shown:
+        parts.append(
+            _table(["picture", "prompt"], [[f"![{_line(text)}]({file})", _line(text)] for file, text in shown])
+        )
+    place = base.replace("embedded:", "finetune/assets/")  # as it lies in a checkout
+    if lines := usage(plan, place, HERE):
+        parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
+    if recipe.method == "lora" and "comfyui" in FORMATS.get(recipe.model.family, ()):
+        parts.append(f"## With ComfyUI\n\n{COMFYUI}" + (f" {WORDS}" if recipe.tokens else ""))
+    data = run / "data.json"
+    if data.is_file():
+        parts.append("## The pictures\n\n" + _rows(_data(json.loads(data.read_text(encoding="utf-8")))))
+    parts.append("## The plan\n\n" + _rows(row for row in tables.plan_rows(plan) if row[0] not in PRIVATE))
+    versions = run / "versions.json"
+    made = json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {}
+    if told := [f"{name} {made[name]}" for name in ("torch", "diffusers", "transformers", "peft") if name in made]:
+        parts.append(f"Made with {', '.join(told)}.")
+    front = yaml.safe_dump(_front_matter(plan, base, shown), sort_keys=False, allow_unicode=True)
+    path = final / "README.md"
+    path.write_text(f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _front_matter(plan: Plan, base: str, shown: list[tuple[str, str]]) -> dict[str, Any]:
+    """The keys by which the hub files a model. A base that is no name on the hub is left out: it would lead nowhere."""
+    recipe = plan.recipe
+    draws = bool(pipelines().get(recipe.model.family))
+    found: dict[str, Any] = {}
+    if "/" in base and not base.startswith("embedded:"):
+        found |= {"base_model": base, "base_model_relation": "adapter" if recipe.method == "lora" else "finetune"}
+    found |= {"library_name": "diffusers"} | ({"pipeline_tag": "text-to-image"} if draws else {})
+    if words := trigger_words(recipe):
+        found["instance_prompt"] = words[0]
+    found["tags"] = [
+        *(["text-to-image"] if draws else []),
+        "diffusers",
+        "diffusers-training",
+        *(["lora"] if recipe.method == "lora" else []),
+    ]
+    if draws and shown:
+        found["widget"] = [{"text": text, "output": {"url": file}} for file, text in shown]
+    return found
+
+
+def _copied(final: Path, run: Path, plan: Plan) -> list[tuple[str, str]]:
+    """(file as the card names it, prompt) of the run's last samples, copied into `final`."""
+    looks = images.looks(run, plan.recipe.sample.prompts)
+    found = []
+    for drawn in looks[max(looks)][:MOST_PICTURES] if looks else ():
+        (final / "pictures").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(drawn.path, final / "pictures" / drawn.path.name)
+        found.append((f"pictures/{drawn.path.name}", str(drawn.prompt)))  # Pillow's text is of a class of its own
+    return found
+
+
+def _data(found: dict[str, Any]) -> Iterable[terminal.Row]:
+    """Counts and sizes; what was wrong with which files stays at home."""
+    return tables.data_rows(found | {"problems": []})
+
+
+def _rows(rows: Iterable[terminal.Row]) -> str:
+    return _table(["", ""], [[_line(name), _line(text)] for name, text in rows])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def _line(text: str) -> str:
+    """Other people's text as one line of Markdown that means nothing but itself."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in text)

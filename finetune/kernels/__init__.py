@@ -1,0 +1,1 @@
+"""Faster versions of other libraries' modules. Each patch can be switched off."""

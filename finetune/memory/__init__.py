@@ -1,0 +1,1 @@
+"""Memory options: quantization, offload, activation checkpointing."""

@@ -1,0 +1,73 @@
+"""Frozen blocks that wait in host memory and are on the device only while they compute.
+
+diffusers has hooks for this too (`apply_group_offloading`). They move all of a block, what trains included, copy back what has not
+changed, and exchange the data of parameters that the backward pass still refers to; these bring frozen weights, one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast, final
+
+import torch
+from torch import nn
+
+
+def offload_blocks(net: nn.Module, device: torch.device) -> int:
+    """Let the frozen weights of `net`'s blocks wait in host memory; returns the bytes that do so. All else is left where it is.
+
+    For nets whose blocks stand in one row (transformers, text encoders). In training, the weights of a block that is not checkpointed
+    stay on the device until the backward pass has read them: nothing wrong, and nothing saved.
+    """
+    blocks = list(blocks_of(net))
+    for block in blocks:
+        _Waiting(block, device)
+    return sum(cast(int, block.waiting_bytes) for block in blocks)
+
+
+def blocks_of(net: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists of modules."""
+    for child in net.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from blocks_of(child)
+
+
+@final
+class _Waiting:
+    """The hooks of one block. Between calls empty parameters stand in its weights' places, so that `.to` moves nothing.
+
+    The parameters themselves are exchanged, not their data: a checkpoint keeps frozen ones by reference, and the backward pass
+    would read what stands in them by then.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._places = [
+            (module, name) for module in block.modules() for name, one in module._parameters.items() if one is not None
+        ]
+        self._places = [(module, name) for module, name in self._places if not module._parameters[name].requires_grad]  # type: ignore[union-attr]
+        self._host = [module.get_parameter(name).data.to("cpu") for module, name in self._places]
+        if device.type == "cuda":  # pinned memory is copied while the host goes on
+            self._host = [tensor.pin_memory() for tensor in self._host]
+        self._empty = [
+            nn.Parameter(torch.empty(0, dtype=tensor.dtype, device=device), requires_grad=False)
+            for tensor in self._host
+        ]
+        block.waiting_bytes = sum(tensor.nbytes for tensor in self._host)  # type: ignore[assignment]
+        block.packed_away = sum(tensor.numel() for tensor in self._host)  # type: ignore[assignment]
+        block.register_forward_pre_hook(self._load)
+        block.register_forward_hook(self._release, always_call=True)
+        self._put(self._empty)
+
+    def _load(self, block: nn.Module, inputs: Any) -> None:
+        copies = (tensor.to(self._device, non_blocking=True, copy=True) for tensor in self._host)
+        self._put(nn.Parameter(tensor, requires_grad=False) for tensor in copies)
+
+    def _release(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        self._put(self._empty)
+
+    def _put(self, parameters: Iterable[nn.Parameter]) -> None:
+        for (module, name), parameter in zip(self._places, parameters, strict=True):
+            module._parameters[name] = parameter

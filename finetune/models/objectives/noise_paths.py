@@ -1,0 +1,185 @@
+"""From a picture to noise, three ways, all x = α x_0 + σ ε: what a net learns on the way, and the grid that drawing goes back along.
+
+Preserving    α² + σ² = 1, in T steps (Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672)
+Straight      α = 1 − σ (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)
+Exploding     α = 1 (Karras et al. 2022, arXiv:2206.00364)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from abc import ABC, abstractmethod
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from finetune.config.schema import Diffusion, Flow
+from finetune.errors import UserError
+from finetune.models.objectives.flow_matching import FlowMatching
+from finetune.models.objectives.noise_prediction import Denoising, Noised, Objective, Prediction
+from finetune.models.objectives.samplers import Level
+from finetune.rng import Draw
+
+FLOW_STEPS = 1000  # what a net of a straight path is told σ = 1 as
+
+
+class Path(ABC):
+    """A path and what a net on it says.
+
+    Attributes:
+        objective: noises pictures and says what the net should.
+        spread: the standard deviation of the noise that drawing starts from.
+    """
+
+    objective: Objective
+    spread: float = 1.0
+
+    @abstractmethod
+    def levels(self, steps: int) -> list[Level]:
+        """The steps + 1 levels that drawing goes along, from the noisiest to σ = 0.
+
+        Raises:
+            UserError: the path has not so many.
+        """
+
+    def read(self, noisy: Tensor, level: Level) -> Tensor:
+        """What the net is given of x."""
+        return noisy
+
+    @abstractmethod
+    def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        """D(x), the expectation of x_0, by what the net said."""
+
+
+def alphas_cumprod(steps: int, schedule: Literal["linear", "cosine"]) -> list[float]:
+    """ᾱ_t = Π (1 − β), T of them.
+
+    Linear: β from 10⁻⁴ to 0.02 at 1000 steps; with fewer they grow by 1000 / T, or noise would never be reached. Cosine: ᾱ is
+    cos² (π/2 · (t/T + 0.008) / 1.008) over its value at 0, with β at most 0.999 (arXiv:2102.09672, equation 17).
+    """
+    if schedule == "linear":
+        kept = [1 - (1e-4 + (0.02 - 1e-4) * step / (steps - 1)) * 1000 / steps for step in range(steps)]
+    else:
+        bars = [math.cos(math.pi / 2 * (step / steps + 0.008) / 1.008) ** 2 for step in range(steps + 1)]
+        kept = [max(1 - 0.999, after / before) for before, after in itertools.pairwise(bars)]
+    return list(itertools.accumulate(kept, operator.mul))
+
+
+@final
+class Preserving(Path):
+    """T steps whose noise adds up to noise alone. Time is the angle φ: α = cos φ, σ = sin φ, so that v = dx/dφ."""
+
+    def __init__(
+        self, steps: int, schedule: Literal["linear", "cosine"], prediction: Prediction, loss: Diffusion | None = None
+    ) -> None:
+        if loss is not None and loss.zero_terminal_snr:
+            raise UserError(
+                "these schedules end in noise: α is below 0.007 there",
+                where="diffusion.zero_terminal_snr",
+                remedy="remove it",
+            )
+        self._alphas, self._prediction = alphas_cumprod(steps, schedule), prediction
+        self.objective = Denoising(torch.tensor(self._alphas), prediction, loss or Diffusion())
+
+    def __len__(self) -> int:
+        return len(self._alphas)
+
+    def level(self, step: int) -> Level:
+        """After step `step` of 0 … T − 1; −1 is the picture."""
+        square = self._alphas[step] if step >= 0 else 1.0
+        alpha, sigma = math.sqrt(square), math.sqrt(1 - square)
+        return Level(alpha, sigma, math.atan2(sigma, alpha), -sigma, alpha, float(step))
+
+    def levels(self, steps: int) -> list[Level]:
+        """Evenly spaced from the very last on: `trailing`, so that drawing starts where there is noise alone."""
+        if steps > len(self):
+            raise UserError(
+                f"{steps} steps are more than the {len(self)} that noise was added in",
+                where="sample.steps",
+                remedy=f"at most {len(self)}",
+            )
+        return [self.level(round(len(self) * (1 - number / steps)) - 1) for number in range(steps + 1)]
+
+    def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        return self.expected(predicted, noisy, level.alpha, level.sigma)
+
+    def expected(self, predicted: Tensor, noisy: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
+        """`clean`, also where each example has an α and a σ of its own."""
+        if self._prediction == "epsilon":
+            return (noisy - sigma * predicted) / alpha
+        return predicted if self._prediction == "sample" else alpha * noisy - sigma * predicted
+
+
+@final
+class Straight(Path):
+    """Time is σ itself, and the net says dx/dσ = ε − x_0. `shift` moves levels up (`flow_matching`), in training and in drawing."""
+
+    def __init__(self, shift: float = 1.0, loss: Flow | None = None) -> None:
+        self._shift = shift
+        self.objective = FlowMatching(
+            {"num_train_timesteps": FLOW_STEPS, "shift": shift}, loss or Flow(), "logit_normal", patch=1
+        )
+
+    def levels(self, steps: int) -> list[Level]:
+        even = [1 - number / steps for number in range(steps + 1)]
+        return [self.level(self._shift * one / (1 + (self._shift - 1) * one)) for one in even]
+
+    def level(self, sigma: float) -> Level:
+        return Level(1 - sigma, sigma, sigma, -1.0, 1.0, FLOW_STEPS * sigma)
+
+    def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        return noisy - level.sigma * predicted
+
+
+@final
+class Preconditioned(Objective):
+    """D(x) = c_skip x + c_out F(c_in x, c_noise), and the loss λ |D − x_0|² (arXiv:2206.00364, table 1).
+
+    As λ c_out² = 1, that is the squared error of F itself against (x_0 − c_skip x) / c_out, which has variance 1 at every σ.
+    """
+
+    def __init__(self, spread: float, mean: float, deviation: float) -> None:
+        self._spread, self._mean, self._deviation = spread, mean, deviation
+
+    def scales(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in, c_noise."""
+        total = sigma.square() + self._spread**2
+        return self._spread**2 / total, sigma * self._spread * total.rsqrt(), total.rsqrt(), sigma.log() / 4
+
+    def noise(self, clean: Tensor, draw: Draw) -> Noised:
+        """At ln σ ~ N(mean, deviation²)."""
+        sigma = (self._mean + self._deviation * draw.normal("timestep", ())).exp()
+        skip, out, in_, told = (one.view(-1, *[1] * (clean.dim() - 1)) for one in self.scales(sigma))
+        noisy = clean + sigma.view_as(skip) * draw.normal("noise", clean.shape[1:])
+        return Noised(in_ * noisy, told.flatten(), (clean - skip * noisy) / out, torch.ones_like(sigma))
+
+
+@final
+class Exploding(Path):
+    """Time is σ, from `most` down to `least` by equal steps of σ^(1/ρ), then to 0 (equation 5)."""
+
+    def __init__(self, objective: Preconditioned, least: float, most: float, rho: float) -> None:
+        self.objective: Preconditioned = objective
+        self.spread, self._least, self._rho = most, least, rho
+
+    def levels(self, steps: int) -> list[Level]:
+        high, low = self.spread ** (1 / self._rho), self._least ** (1 / self._rho)
+        return [
+            self.level((high + number / max(1, steps - 1) * (low - high)) ** self._rho) for number in range(steps)
+        ] + [self.level(0.0)]
+
+    def level(self, sigma: float) -> Level:
+        return Level(1.0, sigma, sigma, 0.0, 1.0, math.log(sigma) / 4 if sigma else -math.inf)
+
+    def read(self, noisy: Tensor, level: Level) -> Tensor:
+        return noisy * self._scales(level)[2]
+
+    def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        skip, out, _, _ = self._scales(level)
+        return skip * noisy + out * predicted
+
+    def _scales(self, level: Level) -> list[float]:
+        return [float(one) for one in self.objective.scales(torch.tensor(level.sigma, dtype=torch.float64))]

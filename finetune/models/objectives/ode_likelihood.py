@@ -1,0 +1,96 @@
+"""−log p of continuous pictures along a path's flow, by the change of variables (Chen et al. 2018, arXiv:1806.07366, theorem 1).
+
+The flow dx/dt = f(x, t) carries pictures to noise, and d log p/dt = −tr ∂f/∂x on the way (Song et al. 2021, arXiv:2011.13456,
+equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v of ±1 (Hutchinson; equation 40), the flow by Heun's steps. Whatever the
+path, y = x / √(α² + σ²) is followed, by the angle whose tangent is σ/α: there f is of the size of y all the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.data.batch import Batch
+from finetune.models.objectives.samplers import Level, slope
+from finetune.models.scratch.base import LikelihoodModel, levels_in
+from finetune.models.scratch.diffusion.base import DiffusionModel
+from finetune.rng import Draw
+
+STEPS = 40  # of the flow, two looks and their gradients each
+LEAST = 1e-3  # the angle at which pictures are taken to be clean
+
+
+def angles(most: float) -> list[float]:
+    """STEPS + 1 of them from LEAST to `most`, closer where there is less noise: evenly spaced in their roots."""
+    low, high = math.sqrt(LEAST), math.sqrt(most)
+    return [(low + number / STEPS * (high - low)) ** 2 for number in range(STEPS + 1)]
+
+
+def log_density(
+    expected: Callable[[Tensor, float], Tensor], clean: Tensor, angles: Sequence[float], probe: Tensor
+) -> Tensor:
+    """log p of `clean` [B, …], taken to be y at the first angle, where y at the last is N(0, I): [B] float64.
+
+    Args:
+        expected: (y, angle) → D, differentiable.
+        angles: rising.
+        probe: v, as `clean`, each number 1 or −1.
+    """
+    values, total = clean, torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
+
+    def moved(values: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+        """f and vᵀ (∂f/∂y) v."""
+        level = Level(math.cos(angle), math.sin(angle), angle, -math.sin(angle), math.cos(angle), math.nan)
+        with torch.enable_grad():
+            values = values.detach().requires_grad_()
+            found = slope(values, expected(values, angle), level)
+            (gradient,) = torch.autograd.grad((found * probe).sum(), values)
+        return found.detach(), (gradient * probe).flatten(1).sum(1).double()
+
+    for now, then in itertools.pairwise(angles):
+        width = then - now
+        first, grows = moved(values, now)
+        second, later = moved(values + width * first, then)
+        values, total = values + width / 2 * (first + second), total + width / 2 * (grows + later)
+    return total - 0.5 * (values.double().square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+class FlowLikelihood(DiffusionModel, LikelihoodModel):
+    """A model of pixels whose levels are filled with even noise u: log P(x) ≥ E[log p(x + u)] + D log (a level's width).
+
+    The bound is as good as the flow is followed: by STEPS steps, an estimate of the trace that is right on average, and from LEAST on.
+    """
+
+    exact = False
+
+    @abstractmethod
+    def at_angle(self, angle: float) -> Level:
+        """The path's level with σ/α = tan(angle)."""
+
+    @abstractmethod
+    def most(self) -> float:
+        """The angle of the path's noisiest level."""
+
+    @torch.no_grad()
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """−log p of each picture's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
+        levels, classes = levels_in(batch)
+        width, along = 2 / (self.space.levels - 1), angles(self.most())
+
+        def expected(values: Tensor, angle: float) -> Tensor:
+            level = self.at_angle(angle)
+            return self.said(values * math.hypot(level.alpha, level.sigma), level, classes)
+
+        total = torch.zeros(len(levels), dtype=torch.float64, device=levels.device)
+        for number in range(particles):
+            filled = self.canvas.read(levels) + width * (
+                draw.uniform(f"dequantisation {number}", self.space.shape) - 0.5
+            )
+            probe = 1 - 2 * draw.uniform(f"trace {number}", self.space.shape).round()
+            total -= log_density(expected, filled, along, probe)
+        return (total / particles - self.space.dimensions * math.log(width)).float()

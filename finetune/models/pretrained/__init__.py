@@ -1,0 +1,1 @@
+"""What all diffusers pipelines share."""

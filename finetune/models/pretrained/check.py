@@ -1,0 +1,140 @@
+"""What can be known of the model that a recipe names without loading it: its family, and whether its files look right. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from finetune.adapters.lora_file import look
+from finetune.config.schema import Model, Recipe
+from finetune.errors import UserError, did_you_mean
+from finetune.models.registry import named, pipelines
+from finetune.paths import embedded
+
+_PIPELINE = (
+    "a diffusers folder, a .safetensors checkpoint, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0"
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a model that cannot be there. A hub name is checked for its shape only: the network is not asked.
+
+    Raises:
+        UserError: an unknown family; a path that leads nowhere, or to another kind of model.
+    """
+    families = pipelines()
+    family = recipe.model.family
+    if family not in families:
+        raise UserError(
+            f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families)
+        )
+    _check_objective(recipe, named("objective").get(family, ""))
+    if recipe.model.path is not None:
+        _check_pipeline(recipe.model, families)
+    if recipe.adapter is not None and recipe.adapter.init is not None:
+        look(recipe.adapter.init)
+    if recipe.model.transformer is not None:
+        _check_transformer(recipe.model.transformer)
+    if recipe.model.vae is not None:
+        _check_vae(recipe.model.vae)
+
+
+def _check_objective(recipe: Recipe, objective: str) -> None:
+    """Refuse what belongs to another kind of objective than the family's: noise (a schedule of ε or v), flow (a velocity), or none."""
+    family = recipe.model.family
+    predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "denoises nothing")
+    if recipe.diffusion is not None and objective != "noise":
+        remedy = "remove the section" + (", or see `flow`" if objective == "flow" else "")
+        raise UserError(
+            f"family {family} {predicts}: the `diffusion` section is for families with a noise schedule",
+            where="diffusion",
+            remedy=remedy,
+        )
+    if recipe.flow is not None and objective != "flow":
+        remedy = "remove the section" + (", or see `diffusion`" if objective == "noise" else "")
+        raise UserError(
+            f"family {family} {predicts}: the `flow` section is for families that predict a velocity",
+            where="flow",
+            remedy=remedy,
+        )
+    if recipe.model.prediction is not None and objective != "noise":
+        raise UserError(
+            f"family {family} {predicts}: there is no other prediction to choose",
+            where="model.prediction",
+            remedy="remove it",
+        )
+
+
+def _check_pipeline(section: Model, families: dict[str, str]) -> None:
+    given, wanted = section.path or "", families[section.family]
+    if not wanted:  # its module builds a net at random, and would not look at the path
+        raise UserError(
+            f"family {section.family} is trained from scratch only",
+            where="model.family",
+            remedy="set method: scratch, or another family",
+        )
+    path = Path(embedded(given)).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{given} is no .safetensors file", where="model.path", remedy=f"give {_PIPELINE}")
+    elif path.is_dir():
+        found = pipeline_class(path / "model_index.json", given)
+        if found != wanted:
+            right = next((name for name, pipeline in families.items() if pipeline and pipeline == found), None)
+            raise UserError(
+                f"{given} holds a {found}, and family {section.family} is a {wanted}",
+                where="model.path",
+                remedy=f"set model.family: {right}" if right else "give another model.path",
+            )
+    else:
+        _check_hub_name(given, "model.path", _PIPELINE)
+
+
+def _check_transformer(given: str) -> None:
+    path = Path(given).expanduser()
+    if not path.is_file() or path.suffix != ".safetensors":
+        problem = f'"{given}" is no .safetensors file' if path.exists() else f'there is no file "{given}"'
+        raise UserError(
+            problem,
+            where="model.transformer",
+            remedy="give the transformer's file, and in model.path the pipeline that it belongs to",
+        )
+
+
+def _check_vae(given: str) -> None:
+    path = Path(embedded(given)).expanduser()
+    if not path.exists():
+        _check_hub_name(given, "model.vae", "a VAE's folder, the run that trained it, or a hub name")
+    elif path.is_dir() and not any((folder / "config.json").is_file() for folder in (path, path / "final")):
+        raise UserError(
+            f"{given} holds no trained VAE",
+            where="model.vae",
+            remedy="give a folder with config.json, or a run that has finished",
+        )
+
+
+def pipeline_class(index: Path, given: str) -> str:
+    """`_class_name` of a pipeline's `model_index.json`."""
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{given} is no diffusers folder: it has no model_index.json",
+            where="model.path",
+            remedy=f"give {_PIPELINE}",
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"{index} cannot be read: {error}", where="model.path", remedy="copy or download the model again"
+        ) from error
+
+
+def _check_hub_name(given: str, where: str, wanted: str) -> None:
+    if not _HUB_NAME.fullmatch(given) or given.startswith("."):
+        raise UserError(
+            f'there is no file or folder "{given}"',
+            where=where,
+            remedy=f"give {wanted} (relative paths start at the working directory)",
+        )

@@ -1,0 +1,52 @@
+"""FLUX.1 dev (Black Forest Labs 2024; trained as arXiv:2506.15742, §2): streams that merge, packed latents, embedded guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.data.audit.audit import Audit
+from finetune.data.batch import Batch
+from finetune.models.base import Model
+from finetune.models.pretrained.family import Family
+from finetune.models.pretrained.model import TextToImage
+from finetune.models.pretrained.vae import grid, patchify, sequence, unpatchify
+from finetune.planning import Plan
+
+
+class Flux(Family):
+    pipeline = "FluxPipeline"
+    objective = "flow"
+    encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+    reader, tokens = "tokenizer_2", 512  # CLIP, whose pooled state alone is read, sees 77 of them
+
+    def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
+        """T5's states, padding and all, [1, 512, width], and CLIP's pooled one."""
+        embeddings, pooled, _ids = pipeline.encode_prompt(caption, device=device, max_sequence_length=self.tokens)
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: latents go in as a sequence of 2×2 patches, each with its place."""
+        patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
+        height, width = patches.shape[2:]
+        places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+        velocity: Tensor = denoiser(
+            hidden_states=sequence(patches),
+            timestep=timestep / 1000,
+            guidance=batch.get("guidance"),
+            pooled_projections=batch["pooled_prompt_embeds"].to(noisy.dtype),
+            encoder_hidden_states=embeddings,
+            txt_ids=torch.zeros(embeddings.shape[1], 3, device=noisy.device),
+            img_ids=places.to(noisy.device),
+            return_dict=False,
+        )[0]
+        return unpatchify(grid(velocity, height, width))
+
+
+FAMILY = Flux()
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    return TextToImage(plan, audit, FAMILY)

@@ -1,0 +1,74 @@
+"""Sana (Xie et al. 2024, arXiv:2410.10629): linear attention on latents 32 times smaller than the picture, read by Gemma 2."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SanaPipeline
+from torch import Tensor, nn
+
+from finetune.data.audit.audit import Audit
+from finetune.data.batch import Batch
+from finetune.models.base import Model
+from finetune.models.pretrained.family import Family
+from finetune.models.pretrained.model import TextToImage
+from finetune.planning import Plan
+
+# What the pipeline's call puts before a prompt, and the training did (§2.3, "complex human instruction").
+INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+class Sana(Family):
+    pipeline = "SanaPipeline"
+    objective = "flow"
+    tokens = 300  # the first, the instruction's last one, and the caption's
+    patch = 1
+    arguments: ClassVar[Mapping[str, Any]] = {
+        "negative_prompt": None,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
+
+    def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
+        """Gemma's last states, of the first token and the last 299, and which are no padding; a negative prompt has no instruction before it."""
+        found = pipeline.encode_prompt(
+            caption,
+            negative,
+            caption,
+            device=device,
+            max_sequence_length=self.tokens,
+            complex_human_instruction=INSTRUCTION,
+        )
+        embeddings, mask = found[2:] if negative else found[:2]
+        return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
+
+    def caption_tokens(self, pipeline: Any, caption: str) -> tuple[int, int]:
+        """Of the caption alone."""
+        instruction = "\n".join(INSTRUCTION)
+        alone, both = (
+            len(pipeline.tokenizer(text, verbose=False).input_ids)
+            for text in (instruction, instruction + caption.lower().strip())
+        )
+        return both - alone, self.tokens - 2
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """As in `Family`: the net is told the timestep times its own `timestep_scale`."""
+        config: Any = denoiser.config
+        found: Tensor = denoiser(
+            noisy,
+            encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),
+            encoder_attention_mask=batch["prompt_attention_mask"],
+            timestep=timestep * config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return found
+
+
+FAMILY = Sana()
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    return TextToImage(plan, audit, FAMILY)

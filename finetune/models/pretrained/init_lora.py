@@ -1,0 +1,170 @@
+"""A LoRA to go on from, put on the nets: ranks, alphas and layers as its file has them.
+
+diffusers' own loader reads it, but for what that does not: PEFT's folders, a pipeline that loads no LoRA (PixArt-Σ's), and the first
+code's names with dots, of which it wants every layer or none (Lumina 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from finetune.adapters.formats.key_maps import CODE, CONVENTIONS, NET, by_diffusers_names
+from finetune.adapters.lora_file import KEY, PEFT_FILE, Initial, look
+from finetune.adapters.peft import read_peft
+from finetune.config.schema import Adapter
+from finetune.errors import UserError
+from finetune.kernels.fused_lora import NAME
+from finetune.models.registry import pipelines
+from finetune.paths import public_name
+
+END = ".lora_A.weight"
+
+
+def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
+    """Put the LoRA of `adapter.init` on the pipeline's nets, in place; only it trains, in float32. Returns the adapted layers by net.
+
+    Args:
+        pipeline: the base.
+        nets: those that train, by their names in the pipeline.
+        adapter: the recipe's section.
+
+    Raises:
+        UserError: it is a LoRA of another base, or of a net that does not train.
+    """
+    assert adapter.init is not None
+    found = look(adapter.init)
+    name = public_name(str(found.file))
+    try:
+        with _silence():
+            state = _read_here(pipeline, found)
+            if state is not None:
+                _inject(pipeline, state, found)
+            else:
+                state = _state_dict(pipeline, str(found.file))
+                pipeline.load_lora_weights(str(found.file), adapter_name=NAME)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise _another_base(name, " ".join(str(error).split())[:160], pipeline) from error
+    adapted = {part: _adapted(net) for part, net in pipeline.components.items() if isinstance(net, nn.Module)}
+    for part, layers in adapted.items():
+        if layers and part not in nets:
+            remedy = (
+                "set model.train_text_encoder: true"
+                if hasattr(pipeline, "unet")
+                else f"give one of the {NET} alone: text encoders of this family do not train here"
+            )
+            raise UserError(
+                f"{name} also adapts the {part}, which this recipe does not train", where=KEY, remedy=remedy
+            )
+    if sum(map(len, adapted.values())) < found.layers:
+        raise _another_base(
+            name,
+            f"{found.layers - sum(map(len, adapted.values()))} of its {found.layers} layers are not there",
+            pipeline,
+        )
+    for part, net in nets.items():
+        _make_trainable(
+            net,
+            {key.removeprefix(f"{part}."): tensor for key, tensor in state.items() if key.startswith(f"{part}.")},
+            adapter,
+        )
+    return {part: layers for part, layers in adapted.items() if layers}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Within, the libraries neither log nor warn: what does not fit they would tell layer by layer, and it is told here in one sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
+    """The weights by diffusers' names of a file that its loader does not read; None of others."""
+    if found.file.name == PEFT_FILE:
+        return read_peft(found.file, NET)[0]
+    family = next((family for family, name in pipelines().items() if name == type(pipeline).__name__), "")
+    convention = CONVENTIONS.get((family, "comfyui"))
+    if convention is None and hasattr(pipeline, "load_lora_weights"):
+        return None
+    tensors: dict[str, Tensor] = load_file(found.file)
+    if convention is None:
+        return tensors
+    return by_diffusers_names(tensors, convention) if all(name.startswith(f"{CODE}.") for name in tensors) else None
+
+
+def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
+    """Put `state` on the transformer as PEFT does. Without settings, each layer's alpha is its rank."""
+    ranks = {
+        name.removeprefix(f"{NET}.").removesuffix(END): len(tensor)
+        for name, tensor in state.items()
+        if name.endswith(END)
+    }
+    alphas = found.setting("alpha_pattern") or {} if found.settings else ranks
+    config = LoraConfig(
+        r=found.rank,
+        lora_alpha=found.alpha,
+        target_modules=list(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=bool(found.setting("use_rslora")),
+        use_dora=bool(found.setting("use_dora")),
+    )
+    net = getattr(pipeline, NET)
+    inject_adapter_in_model(config, net, adapter_name=NAME)
+    set_peft_model_state_dict(
+        net, {name.removeprefix(f"{NET}."): tensor for name, tensor in state.items()}, adapter_name=NAME
+    )
+
+
+def _state_dict(pipeline: Any, file: str) -> dict[str, Tensor]:
+    """The file's weights under diffusers' names; they are copied once more, since its loader rounds them to the base's dtype."""
+    more = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    found = type(pipeline).lora_state_dict(file, **more)
+    state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
+    return state
+
+
+def _adapted(net: nn.Module) -> list[str]:
+    return [name for name, module in net.named_modules() if isinstance(module, LoraLayer)]
+
+
+@torch.no_grad()
+def _make_trainable(net: nn.Module, state: Mapping[str, Tensor], adapter: Adapter) -> None:
+    for module in net.modules():
+        if isinstance(module, LoraLayer) and adapter.dropout:
+            module.lora_dropout[NAME] = nn.Dropout(adapter.dropout)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            key = name.replace(f".{NAME}", "")
+            exact = state.get(
+                key, state.get(f"text_model.{key}", parameter.data)
+            )  # of a net or a layer that files call otherwise, as it was loaded
+            parameter.data = (
+                (exact if exact.shape == parameter.shape else parameter.data)
+                .to(parameter.device, torch.float32)
+                .clone()
+            )
+
+
+def _another_base(name: str, detail: str, pipeline: Any) -> UserError:
+    return UserError(
+        f"{name} does not fit this {type(pipeline).__name__.removesuffix('Pipeline')}; it is a LoRA of another base: {detail}",
+        where=KEY,
+        remedy="give a LoRA of this base in adapter.init, or its base in model.path and model.family",
+    )

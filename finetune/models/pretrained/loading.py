@@ -1,0 +1,379 @@
+"""Where a pipeline comes from: the hub, a diffusers folder, one .safetensors file, or, from scratch, the recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+from finetune.adapters.lora_file import LORA_FILE
+from finetune.config.schema import Model as ModelSection
+from finetune.config.schema import Recipe
+from finetune.data.audit.audit import Audit
+from finetune.errors import UserError, did_you_mean
+from finetune.models.pretrained.single_file import (
+    PADDING,
+    architecture,
+    clip_tokenizer,
+    open_single_file,
+    open_single_vae,
+    open_transformer,
+    read_shapes,
+    require_class,
+)
+from finetune.models.pretrained.tokenizer import learn_tokenizer
+from finetune.models.pretrained.vae import latents_of
+from finetune.models.registry import pipelines
+from finetune.paths import embedded
+from finetune.planning import Plan
+
+if TYPE_CHECKING:
+    from finetune.models.pretrained.family import Family
+
+PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
+CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
+
+
+def open_pipeline(
+    section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> DiffusionPipeline:
+    """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32, the parts in `own` in a dtype of their own.
+
+    `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint. `model.transformer` and
+    `model.vae` take the place of the parts there.
+
+    Raises:
+        UserError: it is not there, not reachable, not whole, or not of this class.
+    """
+    given = section.path or ""
+    path = _place(given, "model.path")
+    vae = open_vae(section.vae, class_name) if section.vae else None
+    with _explained(given, "model.path"):
+        if path is not None and path.is_file():
+            opened = open_single_file(path, class_name, torch.float32 if own else dtype, vae)
+            for name, part in opened.components.items():
+                if own and isinstance(part, torch.nn.Module) and name != "vae":
+                    part.to(own.get(name, dtype))
+            return opened
+        cls, source = getattr(diffusers, class_name), str(path or given)
+        index = _index(path or Path(hf_hub_download(given, "model_index.json")).parent)
+        require_class(index["_class_name"], class_name, given)
+        _refuse_foreign(index, given)
+        replaced: dict[str, Any] = {"vae": vae} if vae else {}
+        if section.transformer is not None:
+            with _explained(section.transformer, "model.transformer"):
+                file = Path(section.transformer).expanduser()
+                net, weights = getattr(diffusers, index["transformer"][1]), own.get("transformer", dtype)
+                replaced["transformer"] = open_transformer(file, section.family, net, source, weights)
+        if class_name == "StableDiffusionPipeline":  # what only filters finished pictures is not loaded
+            replaced |= {
+                "safety_checker": None,
+                "feature_extractor": None,
+                "image_encoder": None,
+                "requires_safety_checker": False,
+            }
+        if path:
+            _require_pieces(path, index, replaced)
+        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once a picture.
+        dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
+        found: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
+        return found
+
+
+def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
+    """The VAE that `model.vae` names, in float32: a hub name, a folder (a pipeline's too), a run, or one .safetensors file.
+
+    Args:
+        given: the recipe's words.
+        class_name: the pipeline it is for; a single file does not say the scale of its latents, its family does.
+    """
+    path = _place(given, "model.vae")
+    with _explained(given, "model.vae"):
+        if path is not None and path.is_file():
+            return open_single_vae(path, class_name)
+        if path is not None and (path / "model_index.json").is_file():
+            path = path / "vae"
+        if path is not None:
+            _require_weights(path)
+        else:
+            hf_hub_download(given, "config.json")  # says plainly what is wrong where diffusers says much
+        found: AutoencoderKL = AutoencoderKL.from_pretrained(
+            str(path or given), dtype=torch.float32, use_safetensors=True
+        )
+        return found
+
+
+def _place(given: str, where: str) -> Path | None:
+    """The file or folder that a recipe means (of a run: its `final`), or None for a name on the hub.
+
+    Raises:
+        UserError: nothing is there though it looks like a path, or what is there is no model.
+    """
+    path = Path(embedded(given)).expanduser()
+    if not path.exists():
+        # A hub name is owner/name; where ./owner is a folder, a path was meant.
+        local = given.startswith((".", "/", "~", "embedded:")) or given.count("/") != 1 or path.parent.is_dir()
+        if local or path.suffix in {".safetensors", *PICKLES}:
+            raise UserError(
+                f"there is no file or folder {given}",
+                where=where,
+                remedy="correct the path; a model on the hub is written owner/name",
+            )
+        return None
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise UserError(
+                f"{path.name} is a pickle, which may run any code when it is opened", where=where, remedy=CONVERT
+            )
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path.name} is no model file",
+                where=where,
+                remedy="give a diffusers folder, a .safetensors file, or a hub name",
+            )
+        return path
+    final = path / "final"
+    if (path / "recipe.yaml").is_file() and not final.is_dir():
+        raise UserError(
+            f"the run {given} has no final weights yet",
+            where=where,
+            remedy=f"finish it: ft train {path / 'recipe.yaml'} --resume",
+        )
+    path = final if final.is_dir() else path
+    if (path / LORA_FILE).is_file() or any(path.glob("*/adapter_config.json")):
+        raise UserError(
+            f"{given} holds an adapter, not a base model",
+            where=where,
+            remedy=f"give its base, or merge the two: ft export {given} --merge",
+        )
+    return path
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json."""
+    if not (folder / "model_index.json").is_file():
+        alone = " (it is one net's folder)" if (folder / "config.json").is_file() else ""
+        raise UserError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json{alone}",
+            where="model.path",
+            remedy="give the folder that holds model_index.json, unet/, vae/, …",
+        )
+    found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _refuse_foreign(index: dict[str, Any], given: str) -> None:
+    """Raise if a pipeline names a part that neither diffusers nor transformers has: it would be code of the model's own."""
+    for name, entry in index.items():
+        library = entry[0] if isinstance(entry, list) and entry else None
+        if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
+            raise UserError(
+                f'{given} wants its {name} from "{library}": code of a model is never run',
+                where="model.path, model_index.json",
+                remedy="give a model whose parts diffusers and transformers have",
+            )
+
+
+def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
+    """Raise if a folder that the index names is not there, or a net has no safetensors weights."""
+    for name, entry in index.items():
+        if name in replaced or not isinstance(entry, list) or entry[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise UserError(
+                f"the pipeline lacks its {name}", where=str(folder / name), remedy="download the model again, whole"
+            )
+        if name.startswith(("unet", "transformer", "vae", "text_encoder")):
+            _require_weights(folder / name)
+
+
+def _require_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(file.suffix in PICKLES for file in folder.glob("*")):
+        raise UserError(
+            "the weights are pickles (.bin), which may run any code when opened", where=str(folder), remedy=CONVERT
+        )
+    raise UserError("there are no weights (.safetensors)", where=str(folder), remedy="download the model again, whole")
+
+
+@contextlib.contextmanager
+def _explained(given: str, where: str) -> Iterator[None]:
+    """Turn what the libraries say of a model that cannot be loaded into what a person can do about it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        told = str(error).strip().partition("\n")[0]
+        page = f"https://huggingface.co/{given}"
+        if any(isinstance(cause, GatedRepoError) for cause in causes):
+            problem = f'the hub gives "{given}" only to those who have accepted its licence'
+            remedy = f"accept the licence on {page}, wait where it says so, then `hf auth login` with a token of that account"
+        elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+            problem = f'the hub has no model "{given}" that you may see'
+            remedy = f"correct the name (look at {page}); if the model is private, `hf auth login` with a token of an account that may see it"
+        elif any(
+            isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError) for cause in causes
+        ):
+            problem = f'"{given}" is no folder here, and the hub cannot be reached'
+            remedy = (
+                "give a folder or a .safetensors file, or connect this machine (gated models also need `hf auth login`)"
+            )
+        elif any(isinstance(cause, EntryNotFoundError) for cause in causes):
+            problem, remedy = (
+                f'"{given}" on the hub is no diffusers model',
+                "download its .safetensors file and give the file's path",
+            )
+        elif isinstance(
+            error, NotImplementedError
+        ):  # diffusers moves a net off the meta device whose weights are not all there
+            problem, remedy = f'"{given}" lacks some weights of its UNet or VAE', "download it again"
+        else:
+            problem, remedy = (
+                f'"{given}" could not be loaded: {told}',
+                "download it again, or give another copy; weights must be .safetensors",
+            )
+        raise UserError(problem, where=where, remedy=remedy) from error
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model's text encoders will read a caption. `count`: caption → (tokens of all that is written for it, most that are read)."""
+
+    tokenizer: Any
+    count: Callable[[str], tuple[int, int]]
+
+
+def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
+    """The tokenizer that reads most of a caption of a recipe's model, and its family's way to count; None where captions are not read.
+
+    Args:
+        captions: of the pictures that train, from which one from scratch learns it.
+
+    Raises:
+        UserError: it is not there or cannot be reached.
+    """
+    section = recipe.model
+    if not pipelines().get(section.family):
+        return None
+    if recipe.method == "scratch":
+        words = section.build.get("tokenizer", {})
+        return _plain_reader(learn_tokenizer(captions, words.get("vocabulary", 4096), words.get("length", 77)))
+    from finetune.models.pretrained.family import ClipFamily, family_of
+
+    family, given = family_of(section.family), section.path or ""
+    path = _place(given, "model.path")
+    with _explained(given, "model.path"):
+        if path is not None and path.is_file():
+            return _plain_reader(clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"]))
+        tokenizer = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
+    if isinstance(family, ClipFamily):
+        return _plain_reader(tokenizer)
+    # Templates and system prompts are the pipeline's: one without nets has them too.
+    cls: Any = getattr(diffusers, family.pipeline)
+    parts = {
+        name
+        for name, asked in inspect.signature(cls.__init__).parameters.items()
+        if name != "self" and asked.default is asked.empty
+    }
+    pipeline = cls(**dict.fromkeys(parts) | {family.reader: tokenizer})
+    return Reader(tokenizer, lambda caption: family.caption_tokens(pipeline, caption))
+
+
+def _plain_reader(tokenizer: Any) -> Reader:
+    return Reader(
+        tokenizer, lambda caption: (len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length)
+    )
+
+
+def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
+    """A new Stable Diffusion pipeline from `model.build`: its nets at random, its tokenizer learned from the captions.
+
+    Keys of `model.build`: `unet` (arguments of UNet2DConditionModel), `text_encoder` (of CLIPTextConfig), `tokenizer`
+    (`vocabulary`: entries; `length`: tokens a caption), `scheduler` (of DDIMScheduler). The VAE is `model.vae`.
+    """
+    section = plan.recipe.model
+    if family.pipeline != "StableDiffusionPipeline":
+        raise UserError(
+            "from scratch, this project builds family sd", where="model.family", remedy="set model.family: sd"
+        )
+    if section.vae is None:
+        raise UserError(
+            "a latent diffusion model needs a VAE",
+            where="model.vae",
+            remedy="train recipes/scratch/emoji-vae.yaml first and name its run",
+        )
+    parts = section.build
+    for key in parts.keys() - {"unet", "text_encoder", "tokenizer", "scheduler"}:
+        raise UserError(
+            f'unknown key "{key}"',
+            where="model.build",
+            remedy=did_you_mean(key, ["unet", "text_encoder", "tokenizer", "scheduler"]),
+        )
+    vae = open_vae(section.vae)
+    words = parts.get("tokenizer", {})
+    tokenizer = learn_tokenizer(
+        (p.caption for p in audit.training), words.get("vocabulary", 4096), words.get("length", 77)
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            **checked(CLIPTextConfig, parts.get("text_encoder", {}), "model.build.text_encoder"),
+            vocab_size=len(tokenizer),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        sample_size=plan.recipe.data.resolution // latents_of(vae).factor,
+        cross_attention_dim=text_encoder.config.hidden_size,
+        **checked(UNet2DConditionModel, parts.get("unet", {}), "model.build.unet"),
+    )
+    scheduler = DDIMScheduler(**checked(DDIMScheduler, parts.get("scheduler", {}), "model.build.scheduler"))
+    return diffusers.StableDiffusionPipeline(
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def checked(cls: type, arguments: dict[str, Any], key: str) -> dict[str, Any]:
+    """`arguments`, if the class takes each of them by name.
+
+    Raises:
+        UserError: with the nearest name.
+    """
+    known = set(inspect.signature(cls).parameters) - {"kwargs"} | set(getattr(cls, "__annotations__", ()))
+    for name in arguments:
+        if name not in known:
+            raise UserError(f'{cls.__name__} has no argument "{name}"', where=key, remedy=did_you_mean(name, known))
+    return arguments

@@ -1,0 +1,423 @@
+"""Text-to-image models of diffusers, trained in their latent space: what all such families share.
+
+A family's own file says how its captions become conditions and how its denoiser is called (`family`); loading, encoding
+and caching, adapters, the loss, sampling and saving stand here, once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.adapters import peft
+from finetune.adapters.formats.safetensors_io import forget_places
+from finetune.adapters.lora_file import LORA_FILE
+from finetune.config.schema import Adapter, Diffusion, Flow, Recipe
+from finetune.config.schema import Model as ModelSection
+from finetune.data.audit.audit import Audit
+from finetune.data.batch import Batch, Encoders
+from finetune.data.latent_cache import fingerprint
+from finetune.errors import UserError
+from finetune.kernels.fused_lora import fuse
+from finetune.kernels.rope import rotate_at_once
+from finetune.memory import apply
+from finetune.memory.activation_checkpointing import checkpoint_activations
+from finetune.memory.quantization import dtype_of, whole_weights
+from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
+from finetune.models.objectives.flow_matching import FlowMatching
+from finetune.models.objectives.noise_prediction import Denoising, Noised
+from finetune.models.pretrained import loading, textual_inversion
+from finetune.models.pretrained.family import ClipFamily, Family
+from finetune.models.pretrained.init_lora import put_on
+from finetune.models.pretrained.tokenizer import spelled
+from finetune.models.pretrained.vae import decoded_exactly, latents_of
+from finetune.planning import Plan
+from finetune.rng import Draw, key_of
+from finetune.training.device import empty_cache
+
+LatentObjective = Denoising | FlowMatching
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Denoiser(nn.Module):
+    """The denoiser, and the text encoders where they train too: one module, so that one wrapper (DDP) holds all.
+
+    Args:
+        guidance: what a net that embeds it is told while training; none for others.
+    """
+
+    def __init__(
+        self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module], guidance: float | None
+    ) -> None:
+        super().__init__()
+        self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(dict(encoders))
+        self.guidance = guidance
+
+    def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        if self.encoders and isinstance(self.family, ClipFamily):
+            batch = batch | self.family.embed(dict(self.encoders.items()), batch)
+        if self.guidance is not None:
+            batch = batch | {"guidance": torch.full_like(timestep, self.guidance)}
+        dtype = dtype_of(self.denoiser)
+        return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
+
+    @torch.no_grad()
+    def without_adapters(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """What the base says."""
+        with peft.switched_off(self):
+            found: Tensor = self(noisy, timestep, batch)
+        return found
+
+
+class DenoiseTurn(TrainStep):
+    """Args:
+    preserve_every: n, where of n steps one is to preserve what the base says at the noisiest 1/n of the levels; the others take the rest.
+    """
+
+    name = "denoiser"
+
+    def __init__(self, net: Denoiser, objective: LatentObjective, preserve_every: int | None = None) -> None:
+        self.net: nn.Module = net  # until several processes wrap it
+        self.objective, self._denoiser, self.cycle = objective, net, preserve_every or 1
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """[B] float32: of the recipe, or in a step that preserves the base the mean square of what the adapter changes."""
+        mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
+        latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
+        if self.cycle == 1 or not self.net.training:  # what is held out is measured at all levels
+            return self._error(self.objective.noise(latents, draw), batch, batch.get("mask"))
+        border = 1 - 1 / self.cycle
+        if int(draw.step) % self.cycle != self.cycle - 1:
+            return self._error(self.objective.noise(latents, draw, (0.0, border)), batch, batch.get("mask"))
+        noised = self.objective.noise(latents, draw, (border, 1.0))
+        said = self._denoiser.without_adapters(noised.sample, noised.timestep, batch).float()
+        return self._error(replace(noised, target=said, weight=torch.ones_like(noised.weight)), batch)
+
+    def _error(self, noised: Noised, batch: Batch, mask: Tensor | None = None) -> Tensor:
+        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, mask)
+
+
+class CaptionAndLatent(Encoders):
+    """The VAE's posterior of a picture, and a caption's conditions, or its token ids where text encoders train."""
+
+    def __init__(
+        self,
+        family: Family,
+        pipeline: DiffusionPipeline,
+        device: torch.device,
+        dtype: torch.dtype,
+        section: ModelSection,
+        tokens_only: bool,
+    ) -> None:
+        self._family, self._pipeline, self._device, self._tokens_only = family, pipeline, device, tokens_only
+        self._kept_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+        tiles = ["in tiles"] if section.vae_tiling else []
+        self._latents = latents_of(pipeline.vae.to(device))
+        self.mask_factor = self._latents.factor
+        config = json.dumps(dict(pipeline.vae.config), sort_keys=True, default=str)
+        self.picture_key = key_of(
+            "latent", fingerprint(pipeline.vae.state_dict()), config, str(self._kept_dtype), *tiles
+        )
+        tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
+        vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
+        weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
+        rounded = [section.encoders] if section.encoders in ("nf4", "int8") else []
+        self.caption_key = key_of("conditions", type(family).__name__, str(dtype), *vocabulary, *weights, *rounded)
+        if not tokens_only:
+            apply.fit_encoders(self.text_encoders, section, device)
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        return {name: getattr(self._pipeline, name) for _, name in self._family.encoders}
+
+    @torch.no_grad()
+    def encode_picture(self, pixels: Tensor) -> Batch:
+        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once a picture.
+        found = self._latents.encode(pixels[None].to(self._device, torch.float32))
+        return {name: tensor[0].to(self._kept_dtype) for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def encode_caption(self, caption: str) -> Batch:
+        """An empty caption, which guidance steers away from, is encoded as pipelines encode a negative prompt."""
+        if self._tokens_only and isinstance(self._family, ClipFamily):
+            return self._family.token_ids(self._pipeline, caption)
+        return {name: tensor[0].cpu() for name, tensor in self.conditions(caption, negative=not caption).items()}
+
+    def conditions(self, caption: str, negative: bool) -> Batch:
+        """[1, …] each, on the device."""
+        for encoder in self.text_encoders.values():
+            encoder.to(self._device)
+        return self._family.conditions(self._pipeline, caption, negative, self._device)
+
+    def caption_tokens(self, caption: str) -> tuple[int, int] | None:
+        return self._family.caption_tokens(self._pipeline, caption)
+
+    def tokens(self, caption: str) -> list[str]:
+        return spelled(getattr(self._pipeline, self._family.encoders[0][0]), caption)
+
+    def release(self) -> None:
+        if not self._tokens_only:
+            for name in self.text_encoders:
+                setattr(self._pipeline, name, None)
+        self._pipeline.vae.to("cpu")
+        empty_cache(self._device)
+
+
+def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObjective:
+    """The family's kind of objective, with the schedule of the checkpoint's own scheduler."""
+    if family.objective == "flow":
+        return FlowMatching(scheduler.config, recipe.flow or Flow(), family.sampling, family.patch)
+    return Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
+
+
+def changes_schedule(recipe: Recipe) -> bool:
+    """Whether pictures are drawn with another scheduler than the base's own."""
+    return recipe.model.prediction is not None or (recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr)
+
+
+def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
+    """Change the pipeline's scheduler as the recipe says; for training and for drawing with what was trained.
+
+    Raises:
+        UserError: zero terminal SNR is wanted of a model that predicts the noise.
+    """
+    if recipe.model.prediction is not None:
+        pipeline.scheduler.register_to_config(prediction_type=recipe.model.prediction)
+    if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:
+        if pipeline.scheduler.config.prediction_type == "epsilon":
+            raise UserError(
+                "zero_terminal_snr needs a model that predicts v, and this checkpoint predicts ε",
+                where="diffusion.zero_terminal_snr",
+                remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
+            )
+        # Schedulers that never clip do not say so, and DDIM's default is to clip, which is meant for pixels.
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+        )
+
+
+def draw(
+    pipeline: Any, family: Family, request: SampleRequest, seed: int, positive: Batch, negative: Batch
+) -> Image.Image:
+    """One picture from its own seed, by the pipeline's own call: while training and afterwards alike.
+
+    The VAE decodes in its own precision, float32, as pictures are encoded.
+    """
+    size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
+    with decoded_exactly(pipeline.vae):
+        found: Image.Image = pipeline(
+            **family.call(positive, negative, request.guidance),
+            **size,
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+    return found
+
+
+@torch.no_grad()
+def draw_words(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Image.Image:
+    """`draw`, of a whole pipeline that encodes the prompt itself."""
+    positive, negative = (
+        family.conditions(pipeline, words, role, pipeline.device)
+        for words, role in ((prompt, False), (request.negative, True))
+    )
+    return draw(pipeline, family, request, seed, positive, negative)
+
+
+class TextToImage(Model):
+    """Args:
+    family: what is peculiar to it.
+    """
+
+    def __init__(self, plan: Plan, audit: Audit, family: Family) -> None:
+        recipe = plan.recipe
+        if recipe.autoencoder is not None:
+            raise UserError(
+                "the `autoencoder` section is for the family vae", where="autoencoder", remedy="remove the section"
+            )
+        if recipe.model.train_text_encoder and not isinstance(family, ClipFamily):
+            raise UserError(
+                f"the text encoders of family {recipe.model.family} are run once and do not train here",
+                where="model.train_text_encoder",
+                remedy="set it to false; the denoiser's LoRA learns new words too",
+            )
+        textual_inversion.check(recipe, family, audit)
+        torch.manual_seed(recipe.train.seed)
+        self.plan, self.family = plan, family
+        self.device = torch.device(plan.machine.device)
+        self.dtype = DTYPES[plan.precision]
+        self._trains_text = recipe.model.train_text_encoder or recipe.method == "scratch" or bool(recipe.tokens)
+        self.pipeline = self._open(recipe, audit)
+        self.pipeline.set_progress_bar_config(disable=True)
+        check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
+        set_schedule(self.pipeline, recipe)
+        self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
+        self._words = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
+        trained_encoders = (
+            {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
+        )
+        self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
+        net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
+        preserve_every = recipe.adapter.preserve_every if recipe.adapter else None
+        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe), preserve_every),)
+        apply.tile(self.pipeline.vae, recipe.model)
+        self._encoders = CaptionAndLatent(
+            family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text
+        )
+        self._prompts: dict[tuple[str, bool], Batch] = {}
+
+    def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
+        """What trains as a whole has the recipe's dtype, and CLIPs, which are small, with it; the rest has the precision's."""
+        if recipe.method == "scratch":
+            return loading.assemble(self.plan, audit, self.family)
+        encoders = tuple(name for _, name in self.family.encoders) if isinstance(self.family, ClipFamily) else ()
+        trained = (self.family.denoiser, *encoders) if recipe.method == "full" else ()
+        return loading.open_pipeline(
+            recipe.model, self.family.pipeline, self.dtype, dict.fromkeys(trained, DTYPES[recipe.train.weights])
+        )
+
+    def _guidance(self, flow: Flow) -> float | None:
+        """What the denoiser is told of guidance while training; none if it does not ask.
+
+        Raises:
+            UserError: the recipe names one, and this net has no place for it.
+        """
+        config: Any = self.denoiser.config
+        if config.get("guidance_embeds"):
+            return 1.0 if flow.guidance is None else flow.guidance
+        if flow.guidance is not None:
+            raise UserError("this checkpoint embeds no guidance", where="flow.guidance", remedy="remove it")
+        return None
+
+    def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+        """Freeze all but what trains; returns the adapted layers by net."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        whole = (
+            not self._words or self.plan.recipe.model.train_text_encoder
+        )  # else of the encoders the new words alone train
+        trained = {self.family.denoiser: self.denoiser, **(encoders if whole else {})}
+        adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
+        apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
+        net: Any
+        for name, net in trained.items():
+            if name in adapted:
+                fuse(net)
+            elif adapter is not None:
+                adapted[name] = peft.add_adapter(net, adapter)
+            else:
+                net.requires_grad_(True)
+            rotate_at_once(net)
+            checkpoint_activations(net, self.plan.recipe.train.checkpointed)
+        if adapter is not None:
+            if adapter.pissa and self._peft_folders:
+                problem = f"a {self.family.pipeline} reads no LoRA file, and in no other form is a LoRA that began with PiSSA one of the base"
+                raise UserError(problem, where="adapter.pissa", remedy="set it to false")
+            peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
+        apply.offload_base(self.denoiser, self.plan.recipe, self.device)
+        unread = self.family.unread(self.denoiser)
+        if encoders and isinstance(self.family, ClipFamily):
+            unread += self.family.unread_text(encoders)
+        for part in unread:
+            part.requires_grad_(False)
+        for new in self._words.values():
+            new.offset.requires_grad_(True)
+        return adapted
+
+    def train_steps(self) -> tuple[TrainStep, ...]:
+        return self._turns
+
+    def state(self) -> dict[str, Tensor]:
+        """What trains alone: the nets' buffers are constants (SD 3.5's positions would add 0.9 GB to each checkpoint)."""
+        return dict(self.trained())
+
+    def encoders(self) -> Encoders:
+        sample = self.plan.recipe.sample
+        if not self._trains_text:  # the text encoders will be gone when the samples are drawn
+            for words in (*((prompt, False) for prompt in sample.prompts), (sample.negative, True)):
+                self._prompts[words] = self._conditions(*words)
+        return self._encoders
+
+    @torch.no_grad()
+    def _conditions(self, prompt: str, negative: bool) -> Batch:
+        """Conditions of one prompt, [1, …]."""
+        return self._prompts.get((prompt, negative)) or self._encoders.conditions(prompt, negative)
+
+    @torch.no_grad()
+    def sample(self, request: SampleRequest) -> list[Image.Image]:
+        """As in `Model`, by diffusers' own pipeline, one picture at a time; the VAE comes from host memory for it."""
+        request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
+        found = []
+        self.pipeline.vae.to(self.device)
+        try:
+            # A quantised base draws as the whole one does: on that, the LoRA will be used.
+            with (
+                whole_weights(self.denoiser),
+                torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+            ):
+                for prompt, seed in zip(request.prompts, request.seeds, strict=True):
+                    conditions = (
+                        self._conditions(prompt, negative=False),
+                        self._conditions(request.negative, negative=True),
+                    )
+                    found.append(draw(self.pipeline, self.family, request, seed, *conditions))
+        finally:  # also when memory ran out, so that training, which goes on, has it back
+            self.pipeline.vae.to("cpu")
+        return found
+
+    def save(self, folder: Path) -> list[Path]:
+        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each net.
+        Beside either: new words in `embeddings/`. Else: the whole pipeline.
+
+        Beside an adapter lies `scheduler/` if the recipe draws with another than the base's.
+        """
+        if self.plan.recipe.method == "lora":
+            return [*self._save_adapters(folder), *textual_inversion.save(folder, self.plan.recipe.tokens, self._words)]
+        recipe = self.plan.recipe
+        whole = (
+            self.pipeline
+            if recipe.method == "scratch"
+            else loading.open_pipeline(recipe.model, self.family.pipeline, torch.float32)
+        )
+        for name in (
+            self.family.denoiser,
+            "scheduler",
+            *(name for _, name in self.family.encoders if self._trains_text),
+        ):
+            setattr(whole, name, getattr(self.pipeline, name))
+        whole.save_pretrained(folder)
+        if recipe.method == "scratch":  # what was loaded from a file is saved under that file's names
+            for name, encoder in self._encoders.text_encoders.items():
+                encoder.save_pretrained(folder / name, state_dict=peft.named_as_in_files(encoder, encoder.state_dict()))
+        forget_places(folder)
+        return [folder / "model_index.json"]
+
+    @property
+    def _peft_folders(self) -> bool:
+        """Whether what is trained has no form in diffusers: other adapters than LoRA, and PixArt-Σ's pipeline, which loads none."""
+        adapter = self.plan.recipe.adapter
+        return adapter is not None and (adapter.kind != "lora" or not hasattr(self.pipeline, "save_lora_weights"))
+
+    def _save_adapters(self, folder: Path) -> list[Path]:
+        nets = {name: getattr(self.pipeline, name) for name in self.adapted}
+        if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other pictures
+            self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if self._peft_folders:
+            return [peft.save_peft(net, folder / name) for name, net in nets.items()]
+        arguments: dict[str, Any] = {}
+        for name, net in nets.items():
+            arguments |= {
+                f"{name}_lora_layers": peft.lora_weights(net),
+                f"{name}_lora_adapter_metadata": peft.lora_configuration(net),
+            }
+        type(self.pipeline).save_lora_weights(folder, **arguments)
+        return [folder / LORA_FILE]

@@ -1,0 +1,271 @@
+"""One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 users have it.
+
+Which architecture it is, its own keys and shapes say; its file name is not asked. The pipelines' configurations and
+CLIP's tokenizer are in `assets/configs`, so nothing is fetched. A transformer's file takes the place of another pipeline's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import safe_open
+from transformers import CLIPTokenizer
+
+from finetune.errors import UserError
+from finetune.models.registry import pipelines
+from finetune.paths import ASSETS
+
+CONFIGS = ASSETS / "configs"
+BY_WIDTH = {
+    768: "sd15",
+    1024: "sd21",
+    2048: "sdxl",
+}  # width of the text conditions in cross-attention → folder of CONFIGS
+# How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart), the first that is there → its family.
+TRANSFORMERS = {
+    "single_stream_modulation.lin.weight": "flux2",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "flux",
+    "joint_blocks.0.context_block.adaLN_modulation.1.bias": "sd3",
+    "transformer_blocks.0.img_mlp.net.0.proj.weight": "qwen_image",
+    "layers.0.adaLN_modulation.0.weight": "z_image",
+    "cap_embedder.0.weight": "lumina2",
+    "blocks.0.mlp.inverted_conv.conv.weight": "sana",
+    "blocks.0.cross_attn.q_linear.weight": "pixart",
+}
+SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of what only files quantised for ComfyUI hold
+# SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
+PADDING = {
+    "sd15": {"tokenizer": "<|endoftext|>"},
+    "sd21": {"tokenizer": "!"},
+    "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+}
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
+TELLS_V = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+
+def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> DiffusionPipeline:
+    """The pipeline of class `class_name` in `path`, its weights in `dtype`, the VAE in float32 (or as given).
+
+    Raises:
+        UserError: the file holds something else, or not all of a pipeline.
+    """
+    shapes = read_shapes(path)
+    name = architecture(shapes, path)
+    require_class(json.loads((CONFIGS / name / "model_index.json").read_text())["_class_name"], class_name, path)
+    if not any(key.startswith(TEXT) for key in shapes):
+        raise UserError(
+            f"{path.name} has no text encoder: it holds a UNet alone",
+            where=str(path),
+            remedy="give a whole checkpoint (UNet, text encoder and VAE in one file)",
+        )
+    if vae is None and not any(key.startswith(VAE) for key in shapes):
+        raise UserError(
+            f"{path.name} has no VAE",
+            where=str(path),
+            remedy="name one in model.vae: a folder, a .safetensors file, or a hub name",
+        )
+    pipeline: DiffusionPipeline = getattr(diffusers, class_name).from_single_file(
+        str(path),
+        config=str(CONFIGS / name),
+        dtype=dtype,
+        local_files_only=True,
+        vae=vae or open_single_vae(path, class_name),
+        **{key: clip_tokenizer(padding) for key, padding in PADDING[name].items()},
+    )
+    for key, net in pipeline.components.items():
+        # diffusers leaves a text encoder's missing weights on the meta device without a word (and stops at a UNet's).
+        if isinstance(net, torch.nn.Module) and (
+            unset := [name for name, weight in net.named_parameters() if weight.is_meta]
+        ):
+            raise UserError(
+                f"{path.name} lacks some weights of its {key}, such as {unset[0]}",
+                where=str(path),
+                remedy="download it again",
+            )
+    schedule = prediction(path, shapes, name)
+    pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **schedule})
+    return pipeline
+
+
+def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The transformer in `path`, alone or in a whole checkpoint, in `dtype`.
+
+    Args:
+        wanted: the recipe's family.
+        cls: its transformer's class in diffusers, whose converters read the file.
+        source: the pipeline's folder or name on the hub, with the transformer's configuration.
+
+    Raises:
+        UserError: it is of another family, quantised, or not whole; or diffusers reads no such file.
+    """
+    shapes, where = read_shapes(path), str(path)
+    found = transformer_family(shapes)
+    if is_lora(shapes):
+        raise UserError(
+            f"{path.name} is a LoRA, and no transformer",
+            where=where,
+            remedy="a LoRA to go on from is given by adapter.init",
+        )
+    if found not in (None, wanted):
+        problem = f"{path.name} holds a transformer of family {found}, and this recipe's is {wanted}"
+        raise UserError(
+            problem, where=where, remedy=f"give one of {wanted}, or set model.family: {found} and its model.path"
+        )
+    if not hasattr(cls, "from_single_file"):
+        raise UserError(
+            f"diffusers reads no single file of family {wanted}",
+            where="model.transformer",
+            remedy="give a diffusers folder in model.path",
+        )
+    if any(name.endswith(SCALED) for name in shapes):
+        remedy = "give the file in bfloat16 or float16; model.quantize then makes it as small"
+        raise UserError(f"{path.name} is quantised in a way of ComfyUI's own", where=where, remedy=remedy)
+    inside = any(
+        name.startswith(UNET) for name in shapes
+    )  # beside text encoders and a VAE, which are the pipeline's own here
+    with safe_open(path, framework="pt") as file:
+        tensors = {
+            name.removeprefix(UNET): file.get_tensor(name) for name in shapes if name.startswith(UNET) or not inside
+        }
+    try:
+        net: torch.nn.Module = cls.from_single_file(tensors, config=source, subfolder="transformer", dtype=dtype)
+        return net
+    except (
+        KeyError,
+        IndexError,
+        NotImplementedError,
+    ) as error:  # the converter misses a weight, or the net was not given one
+        remedy = "download it again, or give the file that belongs to model.path"
+        raise UserError(
+            f"{path.name} lacks some weights of {wanted}'s transformer", where=where, remedy=remedy
+        ) from error
+
+
+def transformer_family(shapes: Iterable[str]) -> str | None:
+    """Of which family a transformer in the original layout is; None if that cannot be told."""
+    names = list(shapes)
+    return next(
+        (family for ending, family in TRANSFORMERS.items() if any(name.endswith(ending) for name in names)), None
+    )
+
+
+def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
+    """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
+    config = CONFIGS / ("sdxl" if class_name == "StableDiffusionXLPipeline" else "sd15")
+    found: AutoencoderKL = AutoencoderKL.from_single_file(
+        str(path), config=str(config), subfolder="vae", dtype=torch.float32, local_files_only=True
+    )
+    return found
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape, from the file's header alone."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
+    """`sd15`, `sd21` or `sdxl`, by the width of the UNet's cross-attention.
+
+    Raises:
+        UserError: it is none of them; says what it is, if that can be told.
+    """
+    if is_lora(shapes):
+        raise UserError(
+            f"{path.name} is a LoRA, not a base model",
+            where=str(path),
+            remedy="give the checkpoint or folder that it was trained on",
+        )
+    if (family := transformer_family(shapes)) is not None:
+        whole = "the model's diffusers folder or its name on the hub"
+        alone = f"set model.transformer to this file, and model.path to {whole}: text encoders and VAE come from there"
+        raise UserError(
+            f"{path.name} holds a transformer of family {family}, and model.path is for what holds all of a pipeline",
+            where=str(path),
+            remedy=f"give {whole}" if family == "pixart" else alone,
+        )
+    entry = shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))
+    widths = {
+        shape[1] for name, shape in shapes.items() if name.startswith(UNET) and name.endswith("attn2.to_k.weight")
+    }
+    if entry[1] != 4:
+        raise UserError(
+            f"{path.name} is a model for inpainting or editing: its UNet takes {entry[1]} channels",
+            where=str(path),
+            remedy="give the text-to-image checkpoint",
+        )
+    if len(widths) != 1 or not (widths <= BY_WIDTH.keys()):
+        seen = (
+            f"its cross-attention is {', '.join(map(str, sorted(widths)))} wide"
+            if widths
+            else "there is no such UNet in it"
+        )
+        raise UserError(
+            f"{path.name} is no checkpoint of SD 1.5, SD 2.1 or SDXL in the original layout: {seen}",
+            where=str(path),
+            remedy="give one of these, or a diffusers folder",
+        )
+    return BY_WIDTH[widths.pop()]
+
+
+def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
+    """What the file itself says of its schedule, as entries of the scheduler's configuration.
+
+    Fine-tunes that predict v carry an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say it in their
+    metadata (https://github.com/Stability-AI/ModelSpec). SD 2.x's ε and v models differ in nothing else than values:
+    ComfyUI tells them apart by the spread of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
+    """
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("modelspec.prediction_type")
+        if "v_pred" in shapes:
+            zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
+            return {"prediction_type": "v_prediction", **zero}
+        if said is not None:
+            return {"prediction_type": "v_prediction" if said.startswith("v") else "epsilon"}
+        if name == "sd21" and TELLS_V in shapes:
+            spread = float(file.get_tensor(TELLS_V).float().std(unbiased=False))
+            return {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
+    return {}
+
+
+def clip_tokenizer(padding: str) -> CLIPTokenizer:
+    """CLIP's tokenizer from its merges: 256 byte symbols, the same ending a word, 48,894 merges, two special tokens."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
+    merges = [tuple(line.split(" ")) for line in (CONFIGS / "merges.txt").read_text(encoding="utf-8").splitlines()]
+    entries = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=77)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names of a file's tensors are those of a LoRA, in any of the usual formats."""
+    return any("lora_" in name or ".lora." in name for name in names)
+
+
+def require_class(found: str, wanted: str, where: Path | str) -> None:
+    """Raise if a pipeline is of another class than the recipe's family; the error names the family that fits."""
+    families = {pipeline: family for family, pipeline in pipelines().items()}
+    if found != wanted:
+        remedy = (
+            f"set model.family: {families[found]}"
+            if found in families
+            else "give a text-to-image model of the recipe's family"
+        )
+        raise UserError(
+            f"this is a {found}, and family {families.get(wanted, wanted)} needs a {wanted}",
+            where=str(where),
+            remedy=remedy,
+        )

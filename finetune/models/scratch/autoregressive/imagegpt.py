@@ -1,0 +1,128 @@
+"""ImageGPT (Chen et al. 2020): a picture as a sequence of tokens, drawn by a transformer one after the other.
+
+A token is a channel's level, pixel by pixel, so that the likelihood is exact; or a pixel's colour out of a palette that
+k-means finds in the data (the paper's has 512), which makes sequences a third as long and gives no likelihood of the picture itself.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config.nets.imagegpt import Net
+from finetune.data.batch import Batch
+from finetune.errors import UserError
+from finetune.models.base import SampleRequest, TrainStep
+from finetune.models.scratch.autoregressive.transformer import TokenTransformer
+from finetune.models.scratch.base import LikelihoodModel, Space, levels_in, started
+from finetune.rng import Draw
+
+build = started
+PALETTE_PICTURES, PALETTE_ROUNDS = 256, 20
+
+
+@final
+class Tokenised(nn.Module):
+    """Pictures ↔ tokens, and the transformer."""
+
+    palette: Tensor
+
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__()
+        self._space = space
+        self.register_buffer("palette", torch.zeros(section.palette, space.channels))  # levels
+        vocabulary = section.palette or space.levels
+        length = space.dimensions // (space.channels if section.palette else 1)
+        self.transformer = TokenTransformer(
+            vocabulary, length, len(space.classes), section.width, section.layers, section.heads, section.dropout
+        )
+
+    def tokens(self, levels: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, length] int64, row by row, the channels of a pixel side by side."""
+        pixels = levels.permute(0, 2, 3, 1)
+        if not len(self.palette):
+            return pixels.flatten(1).long()
+        return torch.cdist(pixels.flatten(1, 2).float(), self.palette).argmin(-1)
+
+    def levels(self, tokens: Tensor) -> Tensor:
+        """`tokens` undone, uint8."""
+        channels, height, width = self._space.shape
+        values = self.palette[tokens].round() if len(self.palette) else tokens
+        return values.reshape(-1, height, width, channels).permute(0, 3, 1, 2).to(torch.uint8)
+
+    def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
+        """log p of each picture's tokens, [B]."""
+        return self.transformer.log_prob(self.tokens(levels), classes)
+
+
+@final
+class TokenTurn(TrainStep):
+    """−log p of each picture's tokens, in nats."""
+
+    name = "tokens"
+
+    def __init__(self, net: Tokenised) -> None:
+        self.net = net
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        found: Tensor = -self.net(*levels_in(batch))
+        return found
+
+
+@final
+class ImageGpt(LikelihoodModel):
+    exact = True
+
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__(space, section)
+        self.net: Tokenised = Tokenised(space, section)
+        self._turn = TokenTurn(self.net)
+
+    def train_steps(self) -> tuple[TrainStep, ...]:
+        return (self._turn,)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Find the palette among the training pictures."""
+        if len(self.net.palette):
+            pixels = self.examples(PALETTE_PICTURES)["pixels"].permute(0, 2, 3, 1).flatten(0, 2).float()
+            self.net.palette.copy_(k_means(pixels, len(self.net.palette)))
+
+    @torch.no_grad()
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """Raises: UserError: a palette's pictures have no likelihood to compare."""
+        if len(self.net.palette):
+            problem = "of pictures in a palette's colours the likelihood compares with no other"
+            raise UserError(problem, where="net.palette", remedy="train with net.palette: 0")
+        return self._turn.loss(batch, draw)
+
+    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        return self.net.levels(
+            self.net.transformer.draw(draw.uniform("tokens", (self.net.transformer.length,)), classes)
+        )
+
+    def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
+        return self.net.levels(
+            self.net.transformer.draw_uncached(draw.uniform("tokens", (self.net.transformer.length,)), classes)
+        )
+
+
+def k_means(points: Tensor, count: int) -> Tensor:
+    """Centres of `points` [N, D], [count, D]: Lloyd's rounds from points far apart (each the farthest from those before)."""
+    points, weights = points.unique(dim=0, return_counts=True)
+    weights = weights.float()
+    centres = points[weights.argmax()][None]
+    while len(centres) < min(count, len(points)):
+        centres = torch.cat([centres, points[torch.cdist(points, centres).amin(1).argmax()][None]])
+    for _ in range(PALETTE_ROUNDS):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points * weights[:, None])
+        counts = torch.zeros(len(centres), device=points.device).index_add_(0, nearest, weights)
+        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
+    return torch.cat([centres, centres[:1].expand(count - len(centres), -1)])
+
+
+def create(space: Space, section: Net) -> ImageGpt:
+    return ImageGpt(space, section)

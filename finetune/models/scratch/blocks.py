@@ -1,0 +1,72 @@
+"""Parts that several families' nets are built of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor, nn
+
+from finetune.errors import UserError
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Groups of about 16 channels; at 32 channels or fewer there are two."""
+    groups = max(2, channels // 16)
+    return nn.GroupNorm(next(g for g in range(groups, 0, -1) if channels % g == 0), channels)
+
+
+@final
+class Residual(nn.Module):
+    """x + convolutions of x, pre-activated (He et al. 2016, arXiv:1603.05027); [B, C, H, W] → the same shape.
+
+    The last convolution starts at zero, so that a new net passes x through.
+    """
+
+    def __init__(self, channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            *(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)),
+            *(group_norm(channels), nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(channels, channels, 3, padding=1)),
+        )
+        nn.init.zeros_(self.inner[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.inner[-1].bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = features + self.inner(features)
+        return found
+
+
+def smaller(inputs: int, widths: Sequence[int], blocks: int, dropout: float) -> list[nn.Module]:
+    """Layers from [B, inputs, H, W] to [B, widths[-1], H/2ⁿ, W/2ⁿ], n = len(widths) − 1: residual blocks, and a strided convolution between."""
+    found: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
+    for before, after in itertools.pairwise(widths):
+        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
+    return [*found, nn.SiLU()]
+
+
+def larger(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> list[nn.Module]:
+    """`smaller` the other way round: from [B, widths[-1], h, w] to [B, outputs, 2ⁿh, 2ⁿw]."""
+    found: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths[::-1]):
+        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
+    return [*found, Residual(widths[0], dropout), nn.SiLU(), nn.Conv2d(widths[0], outputs, 3, padding=1)]
+
+
+def halved(
+    height: int, width: int, times: int, where: str = "net.halvings", less: str = "set net.halvings lower"
+) -> tuple[int, int]:
+    """(height, width) after so many halvings, which the key `where` asks for.
+
+    Raises:
+        UserError: they do not go.
+    """
+    factor = 2**times
+    if height % factor or width % factor:
+        raise UserError(
+            f"{width}×{height} pixels cannot be halved {times} times",
+            where=where,
+            remedy=f"{less}, or data.resolution to a multiple of {factor}",
+        )
+    return height // factor, width // factor

@@ -1,0 +1,107 @@
+"""The second stage of a cascade: small pictures made large by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
+
+`model.low` names the run that draws the small ones; frozen, it becomes part of what is saved, and drawing runs through both. The net
+reads, beside x, the small picture enlarged. In training that is the picture itself shrunk, which no first stage draws so well:
+it is noised to a level s drawn at random, and the net is told s (Imagen's noise conditioning augmentation, arXiv:2205.11487, §2.3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.config import nets
+from finetune.config.nets.cascade import Net
+from finetune.config.schema import Diffusion
+from finetune.data.audit.audit import Audit
+from finetune.errors import UserError
+from finetune.models.base import Model, SampleRequest
+from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.scratch.base import PixelModel, Space, begin, of_config, open_model, space_of
+from finetune.models.scratch.diffusion.base import Condition, DiffusionModel
+from finetune.planning import Plan
+from finetune.rng import Draw
+
+
+@final
+class Enlarged(Condition):
+    """A small picture cos(πs/2) x + sin(πs/2) ε, enlarged, and one channel that holds s.
+
+    Args:
+        first: draws the small pictures.
+    """
+
+    def __init__(self, space: Space, first: PixelModel, section: Net) -> None:
+        self._space, self._first, self._section = space, first, section
+        self._factor, self.channels = space.height // first.space.height, space.channels + 1
+
+    def beside(self, small: Tensor, share: Tensor, noise: Tensor) -> Tensor:
+        """Small [B, C, h, w] in [-1, 1], s [B], noise [B, C, h, w] → [B, C + 1, H, W]."""
+        angle = share.view(-1, 1, 1, 1) * (torch.pi / 2)
+        noised = angle.cos() * small + angle.sin() * noise
+        large = functional.interpolate(noised, size=self._space.shape[1:], mode="bilinear")
+        return torch.cat([large, share.view(-1, 1, 1, 1).expand(-1, 1, *self._space.shape[1:])], 1)
+
+    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
+        small = functional.avg_pool2d(self._space.scaled(levels), self._factor)
+        share = self._section.augmentation * draw.uniform("augmentation")
+        return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
+
+    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+        first = self._first
+        small = first.space.scaled(first.draw(classes if first.space.classes else None, draw.of_step("low"), request))
+        share = torch.full((len(small),), self._section.drawn_augmentation, device=small.device)
+        return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
+
+
+@final
+class Cascade(DiffusionModel):
+    objective = "noise"
+
+    def __init__(self, space: Space, section: Net, first: PixelModel, loss: Diffusion | None = None) -> None:
+        self.first = first
+        path = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        super().__init__(
+            space, section, path, section.variance, condition=Enlarged(space, first, section), first=first.net
+        )
+
+    def parts(self) -> dict[str, Any]:
+        return {"first": self.first.config()}
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    space, recipe = space_of(plan, audit), plan.recipe
+    if recipe.model.low is None:
+        raise UserError(
+            "the second stage of a cascade needs a first",
+            where="model.low",
+            remedy="train scratch/cascade-low first and name its run",
+        )
+    first = open_model(recipe.model.low)
+    _check(first.space, space, recipe.model.low)
+    return begin(plan, audit, lambda: Cascade(space, recipe.net, first, recipe.diffusion))
+
+
+def _check(low: Space, space: Space, given: str) -> None:
+    """Raise if the first stage's pictures are not these made small."""
+    factor = space.height // low.height
+    if factor < 2 or (low.height * factor, low.width * factor) != (space.height, space.width):
+        raise UserError(
+            f"{given} draws {low.width}×{low.height} pixels: {space.width}×{space.height} are no multiple of that",
+            where="data.resolution",
+            remedy=f"set data.resolution: {2 * low.height}, or train the first stage at {space.height // 2}",
+        )
+    if (low.channels, low.levels) != (space.channels, space.levels) or low.classes not in ((), space.classes):
+        raise UserError(
+            f"{given} draws pictures of other colours, levels or classes",
+            where="model.low",
+            remedy="give both stages the same `data`",
+        )
+
+
+def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    assert isinstance(section, Net)
+    return Cascade(space, section, of_config(config["first"]))

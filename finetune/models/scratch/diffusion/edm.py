@@ -1,0 +1,39 @@
+"""EDM in pixel space (Karras et al. 2022, arXiv:2206.00364), written from the paper: its authors' code may not be used freely."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from finetune.config.nets.edm import Net
+from finetune.errors import UserError
+from finetune.models.objectives.noise_paths import Exploding, Preconditioned
+from finetune.models.objectives.ode_likelihood import FlowLikelihood
+from finetune.models.objectives.samplers import Level
+from finetune.models.scratch.base import Space, started
+
+build = started
+
+
+@final
+class Edm(FlowLikelihood):
+    def __init__(self, space: Space, section: Net) -> None:
+        if section.least >= section.most:
+            raise UserError(
+                "drawing goes from much noise to little",
+                where="net.least, net.most",
+                remedy="set net.least below net.most",
+            )
+        learned = Preconditioned(section.spread, section.mean, section.deviation)
+        self._exploding = Exploding(learned, section.least, section.most, section.rho)
+        super().__init__(space, section, self._exploding)
+
+    def at_angle(self, angle: float) -> Level:
+        return self._exploding.level(math.tan(angle))
+
+    def most(self) -> float:
+        return math.atan(self._exploding.spread)
+
+
+def create(space: Space, section: Net) -> Edm:
+    return Edm(space, section)

@@ -1,0 +1,50 @@
+"""Flow matching in pixel space, along straight paths (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+from finetune.config.nets.flow_matching import Net
+from finetune.config.schema import Flow
+from finetune.data.audit.audit import Audit
+from finetune.errors import UserError
+from finetune.models.base import Model
+from finetune.models.objectives.noise_paths import Straight
+from finetune.models.objectives.ode_likelihood import FlowLikelihood
+from finetune.models.objectives.samplers import Level
+from finetune.models.scratch.base import Space, begin, space_of
+from finetune.planning import Plan
+
+
+@final
+class RectifiedFlow(FlowLikelihood):
+    objective = "flow"
+
+    def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
+        self._straight = Straight(section.shift, loss)
+        super().__init__(space, section, self._straight)
+
+    def at_angle(self, angle: float) -> Level:
+        return self._straight.level(math.sin(angle) / (math.sin(angle) + math.cos(angle)))
+
+    def most(self) -> float:
+        return math.pi / 2
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    loss = plan.recipe.flow
+    for name in ("shift", "guidance"):
+        if loss is not None and getattr(loss, name) is not None:
+            remedy = (
+                "set net.shift, which also drawing reads"
+                if name == "shift"
+                else "remove it: this net embeds no guidance"
+            )
+            raise UserError(f"flow.{name} is for pretrained models", where=f"flow.{name}", remedy=remedy)
+    space = space_of(plan, audit)
+    return begin(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
+
+
+def create(space: Space, section: Net) -> RectifiedFlow:
+    return RectifiedFlow(space, section)

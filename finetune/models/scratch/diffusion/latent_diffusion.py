@@ -1,0 +1,120 @@
+"""Diffusion in the latents of a trained autoencoder (Rombach et al. 2022, arXiv:2112.10752), by class or without a condition.
+
+`model.vae` names the autoencoder's run; frozen, it becomes part of what is saved. What is noised are mean latents, shifted and
+scaled to mean 0 and deviation 1 channel by channel, as measured over the run's own pictures. Captions: `sd`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from finetune.config import nets
+from finetune.config.nets.latent_diffusion import Net
+from finetune.config.schema import Diffusion
+from finetune.data.audit.audit import Audit
+from finetune.errors import UserError
+from finetune.models.base import Model
+from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.pretrained import loading
+from finetune.models.scratch.base import PixelModel, Space, begin, space_of
+from finetune.models.scratch.blocks import halved
+from finetune.models.scratch.diffusion.base import Canvas, DiffusionModel
+from finetune.planning import Plan
+
+MEASURED = 256  # pictures over which the latents' mean and deviation are taken
+
+
+@final
+class Latents(nn.Module):
+    """Pixels in [-1, 1] ↔ latents, the autoencoder's own less `mean`, over `deviation`."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        for name, start in (("mean", 0.0), ("deviation", 1.0)):
+            self.register_buffer(name, torch.full((vae.config.latent_channels, 1, 1), start))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        found: Tensor = (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.deviation
+        return found
+
+    def decode(self, latents: Tensor) -> Tensor:
+        found: Tensor = self.vae.decode(latents * self.deviation + self.mean).sample
+        return found
+
+    def measure(self, pixels: Tensor) -> None:
+        raw = self.encode(pixels) * self.deviation + self.mean
+        self.mean.copy_(raw.mean((0, 2, 3)).view_as(self.mean))
+        self.deviation.copy_(raw.std((0, 2, 3)).view_as(self.mean))
+
+
+@final
+class InLatents(Canvas):
+    """Latents lie anywhere: nothing is cut."""
+
+    def __init__(self, space: Space, latents: Latents) -> None:
+        config = latents.vae.config
+        if config.in_channels != space.channels:
+            raise UserError(
+                f"the autoencoder reads {config.in_channels} channels, and pictures have {space.channels}",
+                where="data.grey",
+                remedy=f"set data.grey: {'true' if config.in_channels == 1 else 'false'}",
+            )
+        sides = halved(
+            space.height, space.width, len(config.block_out_channels) - 1, "model.vae", "name a shallower autoencoder"
+        )
+        self.shape = (config.latent_channels, *sides)
+        self._space, self._latents = space, latents
+
+    @torch.no_grad()
+    def read(self, levels: Tensor) -> Tensor:
+        return self._latents.encode(self._space.scaled(levels))
+
+    @torch.no_grad()
+    def write(self, numbers: Tensor) -> Tensor:
+        return self._space.quantised(self._latents.decode(numbers))
+
+    def within(self, numbers: Tensor) -> Tensor:
+        return numbers
+
+
+@final
+class LatentDiffusion(DiffusionModel):
+    objective = "noise"
+
+    def __init__(self, space: Space, section: Net, vae: AutoencoderKL, loss: Diffusion | None = None) -> None:
+        self._latents = Latents(vae.float())
+        path = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        super().__init__(
+            space, section, path, section.variance, canvas=InLatents(space, self._latents), first=self._latents
+        )
+
+    @torch.no_grad()
+    def start(self) -> None:
+        self._latents.measure(self.space.scaled(self.examples(MEASURED)["pixels"]))
+
+    def parts(self) -> dict[str, Any]:
+        config = self._latents.vae.config
+        return {"first": {key: value for key, value in config.items() if not key.startswith("_")}}
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    space, recipe = space_of(plan, audit), plan.recipe
+    if recipe.model.vae is None:
+        raise UserError(
+            "latents are an autoencoder's", where="model.vae", remedy="train scratch/emoji-vae first and name its run"
+        )
+    vae = loading.open_vae(recipe.model.vae)
+    return begin(plan, audit, lambda: LatentDiffusion(space, recipe.net, vae, recipe.diffusion))
+
+
+def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    assert isinstance(section, Net)
+    return LatentDiffusion(space, section, AutoencoderKL(**config["first"]))

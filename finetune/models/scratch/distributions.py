@@ -1,0 +1,170 @@
+"""Distributions over the levels of a picture's pixels, from a net's outputs: what makes likelihoods of families comparable.
+
+Both give probabilities of levels, not densities, so −log₂ p ÷ dimensions is bits/dim whatever the family.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from finetune.models.scratch.base import Space
+
+MINIMUM_LOG_SCALE = -7.0
+
+
+class Observation(ABC):
+    """p(levels of a pixel | parameters). `parameters` is the number of a net's outputs for a pixel."""
+
+    _space: Space
+    parameters: int
+    draws: int  # uniform numbers that `sample` takes a pixel
+
+    @abstractmethod
+    def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
+        """[B, parameters, H, W], levels [B, C, H, W] → nats, [B, H, W]."""
+
+    @abstractmethod
+    def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
+        """[B, parameters, H, W] and uniform [B, draws, H, W] → levels [B, C, H, W] uint8, a function of both."""
+
+    @abstractmethod
+    def expected(self, parameters: Tensor) -> Tensor:
+        """E[x], scaled to [-1, 1], [B, C, H, W] float32, with its gradient."""
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """E[x] rounded to levels, uint8."""
+        return self._space.quantised(self.expected(parameters))
+
+
+@final
+class Categorical(Observation):
+    """A probability for each level. Channels are independent given the parameters."""
+
+    def __init__(self, space: Space) -> None:
+        self._space, self._channels, self._levels = space, space.channels, space.levels
+        self.parameters, self.draws = space.channels * space.levels, space.channels
+
+    def _logits(self, parameters: Tensor) -> Tensor:
+        """[B, C, H, W, levels]."""
+        found: Tensor = parameters.unflatten(1, (self._channels, self._levels)).permute(0, 1, 3, 4, 2).float()
+        return found
+
+    def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
+        chosen = self._logits(parameters).log_softmax(-1).gather(-1, levels.long()[..., None])
+        return chosen.squeeze(-1).sum(1)
+
+    def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
+        """By inverting the cumulative probabilities."""
+        cumulative = self._logits(parameters).softmax(-1).cumsum(-1)
+        return (uniform[..., None] > cumulative[..., :-1]).sum(-1).to(torch.uint8)
+
+    def expected(self, parameters: Tensor) -> Tensor:
+        probabilities = self._logits(parameters).softmax(-1)
+        return torch.matmul(probabilities, self._space.scaled(torch.arange(self._levels, device=parameters.device)))
+
+
+@final
+class Logistics(Observation):
+    """A mixture of logistic distributions, cut into levels (Salimans et al. 2017, arXiv:1701.05517, §2.1–2.2).
+
+    A level's probability is the mass between its edges, half a step to either side; the lowest and highest take the tails.
+    A channel's mean depends linearly on the channels before it in the same pixel. For each component there are a logit, and
+    C means, C log-scales and C(C − 1)/2 coefficients. In units of [-1, 1] a step is 2 / (levels − 1).
+    """
+
+    def __init__(self, space: Space, mixtures: int) -> None:
+        self._space, self._mixtures, self._channels = space, mixtures, space.channels
+        self._coefficients = space.channels * (space.channels - 1) // 2
+        self.parameters = mixtures * (1 + 2 * space.channels + self._coefficients)
+        self.draws = 1 + space.channels
+
+    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """logits [B, K, H, W], means and log-scales [B, C, K, H, W], coefficients [B, C(C−1)/2, K, H, W]."""
+        k, c = self._mixtures, self._channels
+        logits, rest = parameters.float().split([k, parameters.shape[1] - k], dim=1)
+        means, scales, coefficients = rest.unflatten(1, (-1, k)).split([c, c, self._coefficients], dim=1)
+        return logits, means, scales.clamp(min=MINIMUM_LOG_SCALE), coefficients.tanh()
+
+    def _mean(self, channel: int, means: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
+        """Of one channel, [B, K, H, W], given the scaled channels before it, [B, ≥ channel, H, W]."""
+        first = channel * (channel - 1) // 2
+        found = means[:, channel]
+        for before in range(channel):
+            found = found + coefficients[:, first + before] * scaled[:, before, None]
+        return found
+
+    def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
+        """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretised logistics (arXiv:1701.05517, eq. 2 and 3)."""
+        logits, means, scales, coefficients = self._split(parameters)
+        scaled, half = self._space.scaled(levels), 1 / (self._space.levels - 1)
+        of_components = logits.log_softmax(1)
+        for channel in range(self._channels):
+            mean = self._mean(channel, means, coefficients, scaled)
+            distance, inverse = scaled[:, channel, None] - mean, (-scales[:, channel]).exp()
+            upper, lower = (distance + half) * inverse, (distance - half) * inverse
+            # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l − u)): no difference of numbers that are nearly equal.
+            inside = (
+                functional.logsigmoid(upper) + functional.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
+            )
+            found = torch.where(levels[:, channel, None] == 0, functional.logsigmoid(upper), inside)
+            found = torch.where(
+                levels[:, channel, None] == self._space.levels - 1, functional.logsigmoid(-lower), found
+            )
+            of_components = of_components + found
+        return of_components.logsumexp(1)  # of a mixture the components' probabilities add up, not their logarithms
+
+    def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
+        """A component by its probability, then each channel by inverting its logistic's cumulative, and the nearest level."""
+        logits, means, scales, coefficients = self._split(parameters)
+        cumulative = logits.softmax(1).cumsum(1)
+        component = (uniform[:, :1] > cumulative[:, :-1]).sum(1, keepdim=True)
+
+        def chosen(values: Tensor) -> Tensor:
+            return values.gather(2, component[:, None].expand(-1, values.shape[1], -1, -1, -1))
+
+        means, scales, coefficients = chosen(means), chosen(scales), chosen(coefficients)
+        found: list[Tensor] = []
+        scaled = torch.zeros_like(means[:, :, 0])
+        for channel in range(self._channels):
+            u = uniform[:, 1 + channel].clamp(1e-6, 1 - 1e-6)
+            drawn = self._mean(channel, means, coefficients, scaled)[:, 0] + scales[:, channel, 0].exp() * (
+                u.log() - (-u).log1p()
+            )
+            level = self._space.quantised(drawn)
+            scaled = torch.cat([scaled[:, :channel], self._space.scaled(level)[:, None], scaled[:, channel + 1 :]], 1)
+            found.append(level)
+        return torch.stack(found, 1)
+
+    def expected(self, parameters: Tensor) -> Tensor:
+        """Of the logistics before they are cut: the tails beyond the lowest and highest level are left out of account."""
+        logits, means, _, coefficients = self._split(parameters)
+        weights = logits.softmax(1)
+        scaled = torch.zeros_like(means[:, :, 0])
+        for channel in range(self._channels):
+            found = (weights * self._mean(channel, means, coefficients, scaled)).sum(1).clamp(-1, 1)
+            scaled = torch.cat([scaled[:, :channel], found[:, None], scaled[:, channel + 1 :]], 1)
+        return scaled
+
+
+def log_mass(space: Space, levels: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """log of the mass of N(mean, deviation²) between each level's edges, the tails falling to the ends; in nats, float64, like `mean`.
+
+    Of a mass in the upper tail the mirror image is taken, so that no difference is of numbers near 1.
+    """
+    scaled, half = space.scaled(levels).double(), 1 / (space.levels - 1)
+    upper = torch.where(levels == space.levels - 1, torch.inf, (scaled + half - mean) / deviation)
+    lower = torch.where(levels == 0, -torch.inf, (scaled - half - mean) / deviation)
+    upper, lower = torch.where(lower > 0, -lower, upper), torch.where(lower > 0, -upper, lower)
+    below = torch.special.log_ndtr(upper)
+    found: Tensor = below + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - below))
+    return found
+
+
+def observation_of(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> Observation:
+    """By the recipe's word."""
+    return Categorical(space) if kind == "categorical" else Logistics(space, mixtures)

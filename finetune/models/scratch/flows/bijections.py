@@ -1,0 +1,325 @@
+"""Invertible maps of pictures with the logarithm of their determinant: what normalizing flows are built of.
+
+Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019
+(Flow++, arXiv:1902.00275). Written by hand, since normflows has been still since 2023; tested against it and autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.models.scratch.blocks import Residual
+
+BISECTIONS = 60
+SCALE_BOUND = 3.0  # of a coupling's log-scale: no single one can stretch or shrink by more than e³
+
+
+class Bijection(nn.Module, ABC):
+    """An invertible map of a batch, each example by itself."""
+
+    @abstractmethod
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, …] → (mapped, log |det| of each example's Jacobian [B])."""
+
+    @abstractmethod
+    def inverse(self, values: Tensor) -> Tensor:
+        """What `forward` maps to `values`."""
+
+
+def _zeros(values: Tensor) -> Tensor:
+    return values.new_zeros(len(values))
+
+
+@final
+class Chain(Bijection):
+    """One after the other."""
+
+    def __init__(self, parts: Sequence[Bijection]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        total = _zeros(values)
+        for part in self.parts:
+            values, change = part(values)
+            total = total + change
+        return values, total
+
+    def inverse(self, values: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            values = cast(Bijection, part).inverse(values)
+        return values
+
+
+@final
+class Logit(Bijection):
+    """[0, 1] → ℝ: logit(margin + (1 − 2 · margin) · x) (Dinh et al. 2017, §4.1); with margin 0, x − ½ alone."""
+
+    def __init__(self, margin: float) -> None:
+        super().__init__()
+        self._margin = margin
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._margin:
+            return values - 0.5, _zeros(values)
+        inner = self._margin + (1 - 2 * self._margin) * values
+        change = math.log(1 - 2 * self._margin) - inner.log() - (-inner).log1p()
+        return inner.log() - (-inner).log1p(), change.flatten(1).sum(1)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return (values.sigmoid() - self._margin) / (1 - 2 * self._margin) if self._margin else values + 0.5
+
+
+@final
+class Squeeze(Bijection):
+    """[B, C, H, W] → [B, 4C, H/2, W/2]: each 2×2 square becomes channels."""
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.pixel_unshuffle(values, 2), _zeros(values)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return functional.pixel_shuffle(values, 2)
+
+
+@final
+class Checkerboard(Bijection):
+    """[B, C, H, W] → [B, 2C, H, W/2]: the black squares, then the white, so that a coupling of halves is RealNVP's checkerboard.
+
+    `undone`: the other way round.
+    """
+
+    def __init__(self, undone: bool = False) -> None:
+        super().__init__()
+        self._undone = undone
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self._joined(values) if self._undone else self._parted(values), _zeros(values)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return self._parted(values) if self._undone else self._joined(values)
+
+    def _parted(self, values: Tensor) -> Tensor:
+        return self._turned(torch.cat([values[..., 0::2], values[..., 1::2]], 1))
+
+    def _joined(self, values: Tensor) -> Tensor:
+        even, odd = self._turned(values).chunk(2, 1)
+        return torch.stack([even, odd], -1).flatten(-2)
+
+    def _turned(self, values: Tensor) -> Tensor:
+        """In every second row the two halves of the channels change places."""
+        first, second = values.chunk(2, 1)
+        odd = (torch.arange(values.shape[2], device=values.device) % 2).bool()[:, None]
+        return torch.cat([torch.where(odd, second, first), torch.where(odd, first, second)], 1)
+
+
+@final
+class ActNorm(Bijection):
+    """Scale and shift of each channel, which start so that a batch of the data comes out with mean 0 and deviation 1 (Glow, §3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale, self.shift = (
+            nn.Parameter(torch.zeros(channels, 1, 1)),
+            nn.Parameter(torch.zeros(channels, 1, 1)),
+        )
+        self.starting = False  # while it is, the next batch sets both
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.starting:
+            deviation, mean = torch.std_mean(values.detach(), (0, 2, 3))
+            self.log_scale.data = -(deviation[:, None, None] + 1e-6).log().to(self.log_scale.dtype)
+            self.shift.data = -mean[:, None, None].to(self.shift.dtype)
+        change = self.log_scale.sum() * values.shape[2] * values.shape[3]
+        return (values + self.shift) * self.log_scale.exp(), change.expand(len(values))
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return values * (-self.log_scale).exp() - self.shift
+
+
+@final
+class Mix(Bijection):
+    """A 1×1 convolution by P L (U + diag s), from a random rotation on (Glow, §3.2)."""
+
+    permutation: Tensor
+    signs: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        permutation, lower, upper = torch.linalg.lu(torch.linalg.qr(torch.randn(channels, channels))[0])
+        diagonal = upper.diagonal()
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("signs", diagonal.sign())
+        self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+
+    def _weight(self) -> Tensor:
+        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        return self.permutation @ lower @ (self.upper.triu(1) + torch.diag(self.signs * self.log_diagonal.exp()))
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        change = self.log_diagonal.sum() * values.shape[2] * values.shape[3]
+        return functional.conv2d(values, self._weight()[:, :, None, None]), change.expand(len(values))
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return functional.conv2d(values, torch.linalg.inv(self._weight())[:, :, None, None])
+
+
+@final
+class Conditioner(nn.Module):
+    """What a coupling reads its numbers from: [B, inputs, H, W] → [B, outputs, H, W], zero at the start."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, blocks: int, dropout: float) -> None:
+        super().__init__()
+        last = nn.Conv2d(width, outputs, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        middle: list[nn.Module] = [Residual(width, dropout) for _ in range(blocks)] or [
+            nn.SiLU(),
+            nn.Conv2d(width, width, 1),
+        ]
+        self.net = nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), *middle, nn.SiLU(), last)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.net(values)
+        return found
+
+
+class Coupling(Bijection):
+    """Half of the channels is changed, by numbers that a net reads off the other half and, where given, a context.
+
+    Args:
+        channels: of the values, even.
+        second: whether it is the second half that changes.
+        numbers: that the change of one value takes.
+        net: (width, blocks, dropout) of the conditioner.
+        context: channels that the net is given besides.
+    """
+
+    def __init__(
+        self, channels: int, second: bool, numbers: int, net: tuple[int, int, float], context: int = 0
+    ) -> None:
+        super().__init__()
+        self.conditioner = Conditioner(channels // 2 + context, numbers * channels // 2, *net)
+        self._second, self._numbers = second, numbers
+
+    @abstractmethod
+    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """values [B, C/2, H, W], numbers [B, numbers, C/2, H, W] → (changed, log-derivative of each)."""
+
+    @abstractmethod
+    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor: ...
+
+    def _halves(self, values: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(kept, to change, numbers)."""
+        kept, changing = values.chunk(2, 1) if self._second else reversed(values.chunk(2, 1))
+        read = kept if context is None else torch.cat([kept, context], 1)
+        return kept, changing, self.conditioner(read).unflatten(1, (self._numbers, -1))
+
+    def _joined(self, kept: Tensor, changed: Tensor) -> Tensor:
+        return torch.cat([kept, changed] if self._second else [changed, kept], 1)
+
+    def forward(self, values: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kept, changing, numbers = self._halves(values, context)
+        changed, change = self.change(changing, numbers)
+        return self._joined(kept, changed), change.flatten(1).sum(1)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        kept, changed, numbers = self._halves(values)
+        return self._joined(kept, self.unchange(changed, numbers))
+
+
+def bounded(log_scale: Tensor) -> Tensor:
+    """Soft bounds of a log-scale: s → b·tanh(s / b), b = `SCALE_BOUND`, any shape."""
+    return SCALE_BOUND * (log_scale / SCALE_BOUND).tanh()
+
+
+@final
+class Affine(Coupling):
+    """x · e^s + t (RealNVP, equation 7)."""
+
+    def __init__(self, channels: int, second: bool, net: tuple[int, int, float], context: int = 0) -> None:
+        super().__init__(channels, second, 2, net, context)
+
+    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale = bounded(numbers[:, 0])
+        return values * log_scale.exp() + numbers[:, 1], log_scale
+
+    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor:
+        return (values - numbers[:, 1]) * (-bounded(numbers[:, 0])).exp()
+
+
+@final
+class MixtureCdf(Coupling):
+    """logit(F(x)) · e^s + t, F the cumulative of a mixture of logistics (Flow++, §3.2); inverted by bisection."""
+
+    def __init__(
+        self, channels: int, second: bool, net: tuple[int, int, float], mixtures: int, context: int = 0
+    ) -> None:
+        super().__init__(channels, second, 2 + 3 * mixtures, net, context)
+        self._mixtures = mixtures
+        # Components start side by side: alike, they would stay so.
+        self.means = nn.Parameter(
+            torch.linspace(-1.5, 1.5, mixtures)[:, None, None, None] if mixtures > 1 else torch.zeros(1, 1, 1, 1)
+        )
+
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        k = self._mixtures
+        logits, means, scales = numbers[:, 2:].split([k, k, k], 1)
+        return bounded(numbers[:, 0]), numbers[:, 1], logits.log_softmax(1), means + self.means, scales.clamp(min=-7.0)
+
+    def _logit_cdf(self, values: Tensor, logits: Tensor, means: Tensor, scales: Tensor) -> Tensor:
+        standard = (values[:, None] - means) * (-scales).exp()
+        below, above = (
+            (logits + functional.logsigmoid(standard)).logsumexp(1),
+            (logits + functional.logsigmoid(-standard)).logsumexp(1),
+        )
+        return below - above
+
+    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift, logits, means, scales = self._parts(numbers)
+        standard = (values[:, None] - means) * (-scales).exp()
+        log_below, log_above = functional.logsigmoid(standard), functional.logsigmoid(-standard)
+        below, above = (logits + log_below).logsumexp(1), (logits + log_above).logsumexp(1)
+        density = (logits - scales + log_below + log_above).logsumexp(1)
+        # d logit(F) / dx = f / (F (1 − F))
+        return (below - above) * log_scale.exp() + shift, density - below - above + log_scale
+
+    @torch.no_grad()
+    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """Invert `change`, [B, …] → the same, by bisection: a mixture's distribution function has no inverse in closed form."""
+        log_scale, shift, logits, means, scales = self._parts(numbers)
+        wanted = (values - shift) * (-log_scale).exp()
+        # One logistic alone would put it at mean + scale · wanted: the mixture puts it between the least and most of these.
+        alone = means + scales.exp() * wanted[:, None]
+        low, high = alone.amin(1), alone.amax(1)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            under = self._logit_cdf(middle, logits, means, scales) < wanted
+            low, high = torch.where(under, middle, low), torch.where(under, high, middle)
+        return (low + high) / 2
+
+
+@final
+class Rest(Bijection):
+    """What is let go at the end of a scale, standardised by what a net reads off what stays (Glow, §3.3): a learned prior as a map.
+
+    [B, C, H, W] → the same, whose second half is let go by who calls.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.coupling = Affine(channels, True, (width, 0, 0.0))
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.coupling(values)
+        return found
+
+    def inverse(self, values: Tensor) -> Tensor:
+        return self.coupling.inverse(values)

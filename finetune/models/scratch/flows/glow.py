@@ -1,0 +1,26 @@
+"""Glow (Kingma & Dhariwal 2018, arXiv:1807.03039): at each scale a squeeze, then steps of ActNorm, 1×1 convolution and coupling."""
+
+from __future__ import annotations
+
+from typing import final
+
+from finetune.config.nets.flow import Flow
+from finetune.config.nets.glow import Net
+from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.flows.base import FlowModel, coupling
+from finetune.models.scratch.flows.bijections import ActNorm, Bijection, Mix, Squeeze
+
+build = started
+
+
+@final
+class Glow(FlowModel):
+    def steps(self, section: Flow, channels: int, number: int) -> list[Bijection]:
+        found: list[Bijection] = [Squeeze()]
+        for _ in range(section.steps):
+            found += [ActNorm(4 * channels), Mix(4 * channels), coupling(section, 4 * channels, True)]
+        return found
+
+
+def create(space: Space, section: Net) -> Glow:
+    return Glow(space, section)

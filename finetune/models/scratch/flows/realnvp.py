@@ -1,0 +1,41 @@
+"""RealNVP (Dinh et al. 2017, arXiv:1605.08803): couplings of checkerboards, a squeeze, couplings of channels, scale by scale.
+
+Where the paper normalises by batch, ActNorm does (Kingma & Dhariwal 2018): a picture's likelihood then depends on no other.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+from finetune.config.nets.flow import Flow
+from finetune.config.nets.realnvp import Net
+from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.flows.base import FlowModel, coupling
+from finetune.models.scratch.flows.bijections import ActNorm, Bijection, Checkerboard, Coupling, Squeeze
+
+build = started
+
+
+@final
+class RealNvp(FlowModel):
+    def steps(self, section: Flow, channels: int, number: int) -> list[Bijection]:
+        """Half of the couplings, rounded up, over the checkerboard, the others over the squeezed channels."""
+
+        def alternating(channels: int, count: int) -> list[Bijection]:
+            pairs: list[tuple[ActNorm, Coupling]] = [
+                (ActNorm(channels), coupling(section, channels, bool(n % 2))) for n in range(count)
+            ]
+            return [part for pair in pairs for part in pair]
+
+        first = alternating(2 * channels, section.steps - section.steps // 2)
+        return [
+            Checkerboard(),
+            *first,
+            Checkerboard(undone=True),
+            Squeeze(),
+            *alternating(4 * channels, section.steps // 2),
+        ]
+
+
+def create(space: Space, section: Net) -> RealNvp:
+    return RealNvp(space, section)

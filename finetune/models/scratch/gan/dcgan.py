@@ -1,0 +1,189 @@
+"""A GAN of plain convolutions: DCGAN (Radford et al. 2016, arXiv:1511.06434), and by its section's switches WGAN-GP and progressive growing.
+
+The generator goes from a small map to full size by strided transposed convolutions, the critic the other way by strided ones. As in
+the paper there is no norm at the generator's end and the critic's beginning. Growing (Karras et al. 2018, arXiv:1710.10196), both begin
+at the smallest size, and each further size is blended in. Pictures are handed on at full size throughout: a smaller one stands for the
+same picture, each pixel a square, and the critic averages the squares again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from finetune.config.nets.dcgan import Net
+from finetune.config.nets.gan import Adversarial as Section
+from finetune.errors import UserError
+from finetune.models.scratch.base import Space, class_embedding
+from finetune.models.scratch.blocks import halved
+from finetune.models.scratch.gan import base
+from finetune.models.scratch.gan.base import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
+from finetune.rng import Draw
+
+build = base.build
+
+
+@final
+class PixelNorm(nn.Module):
+    """[B, C, …] → the features of each pixel divided by their root mean square."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features * (features.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+@final
+class Growth(nn.Module):
+    """How many sizes there are, counted from the smallest, 0; the fraction is the share of the next one that is blended in."""
+
+    reached: Tensor
+
+    def __init__(self, steps: int, most: int) -> None:
+        super().__init__()
+        self._steps, self._most = steps, most
+        self.register_buffer("reached", torch.full((), 0.0 if steps else float(most)))
+
+    def forward(self, draw: Draw) -> float:
+        """Of the step that is trained; afterwards, of the last one that was."""
+        if not self._steps:
+            return float(self._most)
+        if self.training:
+            self.reached.fill_(self.at(int(draw.step)))
+            return self.at(int(draw.step))
+        return float(self.reached)
+
+    def at(self, step: int) -> float:
+        """`steps` steps at a size, as many to blend in the next, and so on."""
+        phase, within = divmod(step / self._steps, 1)
+        return min(float(self._most), phase // 2 + (within if phase % 2 else 0.0))
+
+
+def _norm(name: str, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if name == "batch" else PixelNorm() if name == "pixel" else nn.Identity()
+
+
+def _reached_all(found: Tensor, net: nn.Module) -> Tensor:
+    """A growing net's output with all of its weights in it, if only at 0: several processes wait for a gradient of each."""
+    nothing = torch.stack([parameter.flatten()[0] * 0 for parameter in net.parameters()]).sum()
+    return found + nothing
+
+
+@final
+class DcganGenerator(Generator):
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__()
+        self._grid, widths, norm = (
+            halved(space.height, space.width, section.halvings),
+            widths_by_size(section),
+            section.generator_norm,
+        )
+        self._sizes, self._growing = section.halvings, section.grow_steps > 0
+        self.classes = class_embedding(space, section.latent)
+        inputs = section.latent * (2 if self.classes is not None else 1)
+        self.begin = nn.Linear(inputs, widths[0] * self._grid[0] * self._grid[1])
+        self.first = nn.Sequential(_norm(norm, widths[0]), nn.ReLU())
+        self.larger = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=norm != "batch"), _norm(norm, after), nn.ReLU()
+            )
+            for before, after in itertools.pairwise(widths)
+        )
+        sizes = range(section.halvings + 1) if self._growing else (section.halvings,)
+        self.paint = nn.ModuleDict({str(size): nn.Conv2d(widths[size], space.channels, 3, padding=1) for size in sizes})
+        self.growth = Growth(section.grow_steps, section.halvings)
+
+    def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
+        """Truncated, latents are so many times as long: a mean picture at 0."""
+        latent = latent * truncation
+        if self.classes is not None:
+            latent = torch.cat([latent, self.classes(classes)], 1)
+        growth = self.growth(draw)
+        size, share = int(growth), growth % 1
+        maps = self.first(self.begin(latent).view(len(latent), -1, *self._grid))
+        for larger in self.larger[:size]:
+            maps = larger(maps)
+        found = self._full(self.paint[str(size)](maps), size)
+        if share:
+            next_ = self._full(self.paint[str(size + 1)](self.larger[size](maps)), size + 1)
+            found = torch.lerp(found, next_, share)
+        return torch.tanh(_reached_all(found, self) if self._growing else found)
+
+    def _full(self, picture: Tensor, size: int) -> Tensor:
+        return (
+            functional.interpolate(picture, scale_factor=2 ** (self._sizes - size)) if size < self._sizes else picture
+        )
+
+
+@final
+class DcganReader(Reader):
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__()
+        widths, norm = widths_by_size(section), section.critic_norm
+        self._sizes, self._growing = section.halvings, section.grow_steps > 0
+        sizes = range(section.halvings + 1) if self._growing else (section.halvings,)
+        self.read = nn.ModuleDict(
+            {
+                str(size): nn.Sequential(nn.Conv2d(space.channels, widths[size], 3, padding=1), nn.LeakyReLU(0.2))
+                for size in sizes
+            }
+        )
+        # By the size that they begin from; `smaller[0]` from the second smallest.
+        self.smaller = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(after, before, 4, 2, 1, bias=norm != "batch"), _norm(norm, before), nn.LeakyReLU(0.2)
+            )
+            for before, after in itertools.pairwise(widths)
+        )
+        self.growth = Growth(section.grow_steps, section.halvings)
+
+    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
+        """Pictures [B, C, H, W] → maps [B, F, h, w]; while the net grows, a mixture of what two sizes read."""
+        growth = self.growth(draw)
+        size, share = int(growth), growth % 1
+        maps = self._at(pictures, size)
+        if share:
+            maps = torch.lerp(maps, self.smaller[size](self._at(pictures, size + 1)), share)
+        for number in range(size - 1, -1, -1):
+            maps = self.smaller[number](maps)
+        return _reached_all(maps, self) if self._growing else maps
+
+    def _at(self, pictures: Tensor, size: int) -> Tensor:
+        """The maps that a picture of this size is read as."""
+        found: Tensor = self.read[str(size)](
+            functional.avg_pool2d(pictures, 2 ** (self._sizes - size)) if size < self._sizes else pictures
+        )
+        return found
+
+
+@final
+class Dcgan(Adversarial):
+    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+        """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single pictures."""
+        assert isinstance(section, Net)
+        if section.critic_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
+            raise UserError(
+                "a penalty on the critic's slope at each picture means nothing where batch norm ties its pictures together",
+                where="net.critic_norm",
+                remedy="set net.critic_norm: none",
+            )
+        grid, channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
+        critic = Critic(
+            self.space,
+            section,
+            DcganReader(self.space, section),
+            channels,
+            lambda channels: (nn.Flatten(), channels * grid[0] * grid[1]),
+        )
+        if section.critic_norm == "spectral":
+            for module in critic.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
+                    spectral_norm(module)
+        return DcganGenerator(self.space, section), critic, None
+
+
+def create(space: Space, section: Net) -> Dcgan:
+    return Dcgan(space, section)

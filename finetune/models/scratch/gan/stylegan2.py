@@ -1,0 +1,206 @@
+"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), from the paper; the official code, whose licence forbids it, was not read.
+
+A latent becomes a style, which every layer's weights are modulated by. The generator sums up colours size by size (skips), the critic
+is residual (figure 7). Two styles are mixed in most pictures while training, noise gives what no style says, and the path length
+penalty makes steps in style as long as the pictures' (equation 4). `alias_free` takes StyleGAN3's layers instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config.nets.gan import Adversarial as Section
+from finetune.config.nets.stylegan2 import Net
+from finetune.models.base import gathered
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.blocks import halved
+from finetune.models.scratch.gan import base
+from finetune.models.scratch.gan.base import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
+from finetune.models.scratch.gan.stylegan_layers import (
+    EqualConv,
+    EqualLinear,
+    Mapping,
+    Modulated,
+    activated,
+    doubled,
+    mixed,
+)
+from finetune.rng import Draw
+
+build = base.build
+
+
+class Styled(Generator):
+    """A generator in two parts: latents → a style for each layer → pictures."""
+
+    layers: int  # that a style is given to
+    path_mean: Tensor
+
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__()
+        self._mixing = section.mixing
+        self.mapping = Mapping(space, section.latent, section.style, section.mapping)
+        self.register_buffer("path_mean", torch.zeros(()))  # of path lengths of late
+
+    def styles(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
+        """[B, layers, S]: while training, of a share of the pictures by two latents."""
+        style = self.mapping.truncated(self.mapping(latent, classes), truncation)
+        if not (self.training and self._mixing):
+            return style[:, None].expand(-1, self.layers, -1)
+        other = self.mapping(draw.normal("mixed latent", (latent.shape[1],)), classes)
+        crossing = 1 + draw.integers("crossing", max(1, self.layers - 1))
+        one = draw.uniform("whether mixed") >= self._mixing
+        return mixed((style, other), self.layers, torch.where(one, torch.full_like(crossing, self.layers), crossing))
+
+    @abstractmethod
+    def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
+        """Styles [B, layers, S] → scaled pictures [B, C, H, W]."""
+
+    def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
+        return self.synthesis(self.styles(latent, classes, draw, truncation), draw)
+
+
+@final
+class Layer(nn.Module):
+    """A modulated convolution, after doubling the size or not; noise, bias, nonlinearity."""
+
+    def __init__(self, before: int, after: int, style: int, doubling: bool) -> None:
+        super().__init__()
+        self._doubling = doubling
+        self.convolution = Modulated(before, after, 3, style)
+        self.strength, self.bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(after, 1, 1))
+
+    def forward(self, maps: Tensor, styles: Tensor, draw: Draw, name: str) -> Tensor:
+        maps = self.convolution(doubled(maps) if self._doubling else maps, styles)
+        return activated(maps + self.strength * draw.normal(name, (1, *maps.shape[2:])) + self.bias)
+
+
+@final
+class SkipGenerator(Styled):
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__(space, section)
+        widths, style = widths_by_size(section), section.style
+        self.ground = nn.Parameter(torch.randn(widths[0], *halved(space.height, space.width, section.halvings)))
+        self.first = Layer(widths[0], widths[0], style, doubling=False)
+        self.larger = nn.ModuleList()
+        for before, after in itertools.pairwise(widths):
+            self.larger.append(
+                nn.ModuleList([Layer(before, after, style, doubling=True), Layer(after, after, style, doubling=False)])
+            )
+        self.paint = nn.ModuleList(Modulated(width, space.channels, 1, style, demodulate=False) for width in widths)
+        self.colour = nn.ParameterList(nn.Parameter(torch.zeros(space.channels, 1, 1)) for _ in widths)
+        self.layers = 2 * len(widths)
+
+    def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
+        """A size's colours are painted by the style of the layer that follows, as the paper has it."""
+        maps = self.first(self.ground.expand(len(styles), -1, -1, -1), styles[:, 0], draw, "noise 0")
+        picture: Tensor = self.paint[0](maps, styles[:, 1]) + self.colour[0]
+        for number, pair in enumerate(self.larger):
+            assert isinstance(pair, nn.ModuleList)
+            for place, layer in enumerate(pair, 2 * number + 1):
+                maps = layer(maps, styles[:, place], draw, f"noise {place}")
+            picture = (
+                doubled(picture) + self.paint[number + 1](maps, styles[:, 2 * number + 3]) + self.colour[number + 1]
+            )
+        return picture
+
+
+@final
+class Halving(nn.Module):
+    """(convolutions of x, and x itself by a 1×1 one) ÷ √2, both at half the size."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.first, self.second = EqualConv(before, before, 3), EqualConv(before, after, 3, halving=True)
+        self.past = EqualConv(before, after, 1, bias=False, halving=True)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        found: Tensor = activated(self.second(activated(self.first(maps)))) + self.past(maps)
+        return found / math.sqrt(2)
+
+
+@final
+class ResidualReader(Reader):
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__()
+        widths = widths_by_size(section)[::-1]
+        self.read = EqualConv(space.channels, widths[0], 1)
+        self.smaller = nn.Sequential(*(Halving(before, after) for before, after in itertools.pairwise(widths)))
+
+    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
+        found: Tensor = self.smaller(activated(self.read(pictures)))
+        return found
+
+
+@final
+class Ending(nn.Module):
+    """Maps → features: a convolution and a layer over all places."""
+
+    def __init__(self, before: int, after: int, places: int) -> None:
+        super().__init__()
+        self.convolution, self.whole = EqualConv(before, after, 3), EqualLinear(after * places, after)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return activated(self.whole(activated(self.convolution(maps)).flatten(1)))
+
+
+@final
+class PathLength(Penalty):
+    """(‖Jᵀ y‖ − a)² for y of standard normal pixels, J the picture's derivative by its styles and a the lengths' average (equation 4).
+
+    y is divided by √(H W), so that the weight means the same at every size.
+    """
+
+    def __init__(self, generator: Styled, section: Net) -> None:
+        self._generator, self._section, self.every = generator, section, section.path_every
+
+    def __call__(self, draw: Draw, classes: Tensor | None) -> Tensor:
+        generator = self._generator
+        styles = generator.styles(draw.normal("latent", (self._section.latent,)), classes, draw)
+        lengths = path_lengths(generator, styles, draw)
+        with torch.no_grad():
+            generator.path_mean.lerp_(gathered(lengths.detach()).mean(), 0.01)
+        return self._section.path_length * (lengths - generator.path_mean).square()
+
+
+def path_lengths(generator: Styled, styles: Tensor, draw: Draw) -> Tensor:
+    """‖Jᵀ y‖, [B]: the root of the squares summed over a style's numbers, their mean over layers."""
+    with torch.autocast(styles.device.type, enabled=False):
+        pictures = generator.synthesis(styles, draw)
+        directions = draw.normal("direction", pictures.shape[1:]) / math.sqrt(pictures[0, 0].numel())
+        (slopes,) = torch.autograd.grad((pictures * directions).sum(), styles, create_graph=True)
+    return (slopes.square().sum(2).mean(1) + 1e-12).sqrt()
+
+
+@final
+class StyleGan2(Adversarial):
+    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+        """Generator, critic, and the penalty on path lengths if the recipe has one."""
+        assert isinstance(section, Net)
+        (height, width), channels = (
+            halved(self.space.height, self.space.width, section.halvings),
+            widths_by_size(section)[0],
+        )
+        generator: Styled
+        if section.alias_free:
+            from finetune.models.scratch.gan.stylegan3 import AliasFreeGenerator
+
+            generator = AliasFreeGenerator(self.space, section)
+        else:
+            generator = SkipGenerator(self.space, section)
+
+        def ending(before: int) -> tuple[nn.Module, int]:
+            return Ending(before, channels, height * width), channels
+
+        critic = Critic(self.space, section, ResidualReader(self.space, section), channels, ending, EqualLinear)
+        return generator, critic, PathLength(generator, section) if section.path_length else None
+
+
+def create(space: Space, section: Net) -> StyleGan2:
+    return StyleGan2(space, section)

@@ -1,0 +1,152 @@
+"""StyleGAN3's layers (Karras et al. 2021, arXiv:2106.12423), written from the paper: a picture's parts move as wholes and do not stick to pixels.
+
+A nonlinearity makes frequencies that the pixels cannot hold; they come back as others that depend on where the pixels are. So it is
+applied at twice the rate, between two low-pass filters (§3.2, the Kaiser filters of appendix C). The input is waves instead of a learned
+map, every map has a margin, so that its borders are not seen, and there is no noise, which would stand still. Left out of the paper's:
+the learned transform of the waves, the cutoffs that rise layer by layer (here they rise at full size), and the gain by running magnitudes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config.nets.stylegan2 import Net
+from finetune.models.scratch.base import Space
+from finetune.models.scratch.blocks import halved
+from finetune.models.scratch.gan.base import widths_by_size
+from finetune.models.scratch.gan.stylegan2 import Styled
+from finetune.models.scratch.gan.stylegan_layers import Modulated, activated, resampled
+from finetune.rng import Draw
+
+TAPS = 6  # of a filter, for each sample at the lower rate
+HALF_WIDTH = (math.sqrt(2) - 1) / 2  # of the filters' transition band, in samples⁻¹ (§3.2)
+CRITICAL, SAFE = (
+    0.5,
+    0.5 - HALF_WIDTH,
+)  # cutoffs, in samples⁻¹: all that the pixels hold; what stays below it even in the transition
+
+
+def low_pass(cutoff: float, factor: int) -> Tensor:
+    """A windowed sinc at `factor` times the rate for which the cutoff is given; its sum is 1. (Oppenheim & Schafer, §7.5, for the window's β.)"""
+    taps = TAPS * factor
+    attenuation = 2.285 * (taps - 1) * math.pi * (4 * HALF_WIDTH / factor) + 7.95
+    over = max(attenuation - 21, 0.0)
+    beta = 0.1102 * (attenuation - 8.7) if attenuation > 50 else 0.5842 * over**0.4 + 0.07886 * over
+    time = (torch.arange(taps, dtype=torch.float64) - (taps - 1) / 2) / factor
+    kernel = torch.sinc(2 * cutoff * time) * torch.kaiser_window(taps, periodic=False, beta=beta, dtype=torch.float64)
+    return (kernel / kernel.sum()).float()
+
+
+def raised(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
+    """At `factor` times the rate, pixels' centres kept: zeros between, and the filter."""
+    before = len(kernel) - 1 - (len(kernel) - factor) // 2
+    return resampled(maps, kernel * factor, (before, len(kernel) - 1 - before), up=factor)
+
+
+def lowered(maps: Tensor, kernel: Tensor) -> Tensor:
+    """At half the rate, centres kept."""
+    side = len(kernel) // 2 - 1
+    return resampled(maps, kernel, (side, side), down=2)
+
+
+@final
+class Waves(nn.Module):
+    """The input: sines of the place, [1, channels, h, w], of frequencies that the smallest map can hold, mixed by a learned matrix."""
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int, grid: tuple[int, int], margin: int) -> None:
+        super().__init__()
+        self._grid, self._margin = grid, margin
+        angles, radii = torch.rand(channels) * 2 * math.pi, SAFE * torch.rand(channels).sqrt()
+        self.register_buffer("frequencies", torch.stack([angles.sin(), angles.cos()], 1) * radii[:, None])
+        self.register_buffer("phases", torch.rand(channels))
+        self.mix = nn.Parameter(torch.randn(channels, channels))
+
+    def forward(self, shift: tuple[float, float]) -> Tensor:
+        """`shift`: (down, across), in places of this map."""
+        down, across = (
+            torch.arange(side + 2 * self._margin, device=self.phases.device) - self._margin - by
+            for side, by in zip(self._grid, shift, strict=True)
+        )
+        train_steps = (
+            self.frequencies[:, 0, None, None] * down[:, None]
+            + self.frequencies[:, 1, None, None] * across
+            + self.phases[:, None, None]
+        )  # [channels, h, w]
+        return torch.einsum(
+            "oc,chw->ohw", self.mix / math.sqrt(len(self.mix)), math.sqrt(2) * torch.sin(2 * math.pi * train_steps)
+        )[None]
+
+
+@final
+class AliasFreeLayer(nn.Module):
+    """A modulated convolution and a nonlinearity between filters; `doubling`: at twice the size, its margin cut to what it was."""
+
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, before: int, after: int, section: Net, doubling: bool, last_size: bool) -> None:
+        super().__init__()
+        self._doubling, self._margin = doubling, section.margin
+        self.convolution = Modulated(before, after, 3, section.style)
+        self.bias = nn.Parameter(torch.zeros(after, 1, 1))
+        self._factor = 4 if doubling else 2
+        self.register_buffer(
+            "up", low_pass(CRITICAL if last_size and not doubling else SAFE, self._factor), persistent=False
+        )
+        self.register_buffer("down", low_pass(CRITICAL if last_size else SAFE, 2), persistent=False)
+
+    def forward(self, maps: Tensor, styles: Tensor) -> Tensor:
+        maps = self.convolution(maps, styles) + self.bias
+        maps = lowered(activated(raised(maps, self.up, self._factor)), self.down)
+        cut = self._margin
+        return maps[..., cut:-cut, cut:-cut] if self._doubling else maps
+
+
+@final
+class AliasFreeGenerator(Styled):
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__(space, section)
+        widths = widths_by_size(section)
+        self._margin, self._sizes = section.margin, section.halvings
+        self.ground = Waves(widths[0], halved(space.height, space.width, section.halvings), section.margin)
+        chain = [AliasFreeLayer(widths[0], widths[0], section, False, False)]
+        for number, (before, after) in enumerate(itertools.pairwise(widths), 1):
+            last = number == section.halvings
+            chain += [
+                AliasFreeLayer(before, after, section, True, last),
+                AliasFreeLayer(after, after, section, False, last),
+            ]
+        self.chain = nn.ModuleList(chain)
+        self.paint = Modulated(widths[-1], space.channels, 1, section.style, demodulate=False)
+        self.colour = nn.Parameter(torch.zeros(space.channels, 1, 1))
+        self.layers = len(chain) + 1
+
+    def synthesis(self, styles: Tensor, draw: Draw, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+        """`shift`: of the picture, (down, across), in its pixels."""
+        maps = self.ground((shift[0] / 2**self._sizes, shift[1] / 2**self._sizes)).expand(len(styles), -1, -1, -1)
+        for number, layer in enumerate(self.chain):
+            maps = layer(maps, styles[:, number])
+        cut = self._margin
+        found: Tensor = self.paint(maps[..., cut:-cut, cut:-cut], styles[:, -1]) + self.colour
+        return found
+
+
+@torch.no_grad()
+def equivariance(generator: AliasFreeGenerator, styles: Tensor, draw: Draw, pixels: int) -> float:
+    """How well what is drawn moves with its input, in dB: EQ-T for whole pixels (§2.2), on the pictures' own range.
+
+    10 log₁₀ of the squared range over the mean squared difference between the picture of the moved input and the moved picture,
+    where both are seen.
+    """
+    still = generator.synthesis(styles, draw)
+    moved = generator.synthesis(styles, draw, (0.0, float(pixels)))
+    error = (moved[..., pixels:] - still[..., :-pixels]).square().mean()
+    return float(10 * torch.log10((still.amax() - still.amin()).square() / error))

@@ -1,0 +1,139 @@
+"""The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
+
+Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), and the loss of a picture is
+mean |x − x̂| (or squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), with extra weights on
+colour and on coarse structure if the recipe wants them. As the terms are means, kl_weight is a β-VAE's β times
+(latent elements ÷ picture elements), up to the likelihood's scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from finetune.config.schema import Autoencoder
+from finetune.data.audit.audit import Audit, Picture
+from finetune.data.batch import Batch, Encoders
+from finetune.data.dataset import to_tensor
+from finetune.data.media.image import apply, decode
+from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
+from finetune.models.pretrained import loading
+from finetune.planning import Plan
+from finetune.rng import Draw, mix
+
+SCALE_PICTURES = 512  # pictures over which the spread of the latents is measured
+
+
+class Reconstruction(nn.Module):
+    """pixels [B, 3, H, W] and noise [B, C, h, w] → (reconstruction, mean, log-variance)."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
+
+
+class VaeTurn(TrainStep):
+    name = "autoencoder"
+
+    def __init__(self, vae: AutoencoderKL, loss: Autoencoder) -> None:
+        self.net = Reconstruction(vae)
+        self._loss = loss
+        self._channels, self._factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        """[B] float32: reconstruction, where asked also of averaged pixels, + kl_weight · KL, each a mean over its elements."""
+        pixels = batch["pixels"].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+        latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
+        reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))
+        difference = reconstruction.float() - pixels
+        error = self._error(difference)
+        if self._loss.coarse_weight:
+            error = error + self._loss.coarse_weight * self._error(functional.avg_pool2d(difference, self._factor))
+        mean, logvar = mean.float(), logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        found: Tensor = error + self._loss.kl_weight * kl.flatten(1).mean(1)
+        return found
+
+    def _error(self, difference: Tensor) -> Tensor:
+        """[B, 3, H, W] → [B].
+
+        The grey axis holds most of a picture's variance, so colour is learned late if at all: what is left of the
+        difference without its grey part can be counted more.
+        """
+        colour = difference - difference.mean(1, keepdim=True)
+        of_all, of_colour = (
+            (d.abs() if self._loss.reconstruction == "l1" else d.square()).flatten(1).mean(1)
+            for d in (difference, colour)
+        )
+        return of_all + (self._loss.colour_weight - 1) * of_colour
+
+
+class Pixels(Encoders):
+    """Pictures as they are: 8-bit pixels. Captions are not read."""
+
+    picture_key, caption_key, cached = "pixels", "", False
+
+    def encode_picture(self, pixels: Tensor) -> Batch:
+        return {"pixels": pixels.add(1).mul(127.5).round().to(torch.uint8)}
+
+    def encode_caption(self, caption: str) -> Batch:
+        return {}
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+class Vae(Model):
+    def __init__(self, plan: Plan, audit: Audit) -> None:
+        torch.manual_seed(plan.recipe.train.seed)
+        build = loading.checked(AutoencoderKL, plan.recipe.model.build, "model.build")
+        self.vae = AutoencoderKL(**build).to(memory_format=torch.channels_last)
+        self._audit = audit
+        check_sizes(plan, 2 ** (len(self.vae.config.block_out_channels) - 1))
+        self._turns = (VaeTurn(self.vae, plan.recipe.autoencoder or Autoencoder()),)
+
+    def train_steps(self) -> tuple[TrainStep, ...]:
+        return self._turns
+
+    def encoders(self) -> Encoders:
+        return Pixels()
+
+    def _pixels(self, picture: Picture) -> Tensor:
+        """What the encoder sees of `picture`, [1, 3, H, W]."""
+        pixels = numpy.asarray(apply(decode(picture.read(), self._audit.background), picture.crop))
+        return to_tensor(pixels)[None].to(self.vae.device)
+
+    @torch.no_grad()
+    def sample(self, request: SampleRequest) -> list[Image.Image]:
+        """For each seed a pair: the training picture that it picks above, its reconstruction from the mean latent below."""
+        training = self._audit.training
+        found = []
+        for seed in request.seeds:
+            pixels = self._pixels(training[mix(seed, "sample") % len(training)])
+            rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+            pair = torch.cat([pixels, rebuilt], dim=2)[0].add(1).mul(127.5).round().to(torch.uint8)
+            found.append(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()))
+        return found
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> list[Path]:
+        """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
+        spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_PICTURES)][:SCALE_PICTURES]
+        latents = [self.vae.encode(self._pixels(picture)).latent_dist.mode().flatten() for picture in spread]
+        self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
+        self.vae.save_pretrained(folder)
+        return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    return Vae(plan, audit)

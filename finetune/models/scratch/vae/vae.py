@@ -1,0 +1,179 @@
+"""The variational autoencoder in pixel space (Kingma & Welling 2014, arXiv:1312.6114) and its β (Higgins et al. 2017).
+
+q(z|x) = N(μ, σ²), p(z) = N(0, I), p(x|z) a distribution over levels. The loss of a picture is −log p(x|z) + β · KL, in nats:
+summed over its pixels and its latent's numbers, and only then averaged over the batch. With several particles it is the
+importance-weighted bound (Burda et al. 2016, arXiv:1509.00519, equation 8) instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune.config.nets.vae import Net
+from finetune.data.batch import Batch
+from finetune.models.base import SampleRequest, TrainStep
+from finetune.models.scratch.base import LikelihoodModel, Space, class_embedding, levels_in, started
+from finetune.models.scratch.blocks import halved, larger, smaller
+from finetune.models.scratch.distributions import Observation, observation_of
+from finetune.rng import Draw
+
+build = started
+SHOWN = 8  # pictures in a grid's row
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(μ, σ²) ‖ N(0, 1)) of each number, in nats, [B, latent] (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+
+
+def log_normal(value: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float = 0.0) -> Tensor:
+    """log N(value; mean, e^logvar) of each number."""
+    logvar = torch.as_tensor(logvar)
+    return -0.5 * (math.log(2 * math.pi) + logvar + (value - mean).square() * (-logvar).exp())
+
+
+@final
+class Autoencoder(nn.Module):
+    """(levels [B, C, H, W], classes [B] or None) → (μ, log σ²), and latents → the parameters of p(x|z)."""
+
+    def __init__(self, space: Space, section: Net, observation: Observation) -> None:
+        super().__init__()
+        self._space, self._small = space, halved(space.height, space.width, section.halvings)
+        widths = [section.width] + [2 * section.width] * section.halvings
+        features = widths[-1] * self._small[0] * self._small[1]
+        self.classes = class_embedding(space, section.latent)
+        self.encoder = nn.Sequential(*smaller(space.channels, widths, section.blocks, section.dropout), nn.Flatten())
+        self.read = nn.Linear(features + (section.latent if space.classes else 0), 2 * section.latent)
+        self.write = nn.Linear(section.latent * (2 if space.classes else 1), features)
+        self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
+
+    def _with_class(self, features: Tensor, classes: Tensor | None) -> Tensor:
+        return features if self.classes is None else torch.cat([features, self.classes(classes)], 1)
+
+    def encode(self, levels: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(μ, log σ²), [B, latent] each."""
+        features = self.encoder(self._space.scaled(levels))
+        mean, logvar = self.read(self._with_class(features, classes)).float().chunk(2, 1)
+        return mean, logvar.clamp(-20, 20)
+
+    def decode(self, latent: Tensor, classes: Tensor | None) -> Tensor:
+        """[B, latent] → parameters [B, P, H, W]."""
+        found: Tensor = self.decoder(self.write(self._with_class(latent, classes)).unflatten(1, (-1, *self._small)))
+        return found
+
+    def forward(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """noise [B, K, latent] → (latents [B, K, latent], parameters of p(x|z) [B·K, P, H, W], μ, log σ²)."""
+        mean, logvar = self.encode(levels, classes)
+        latent = mean[:, None] + (0.5 * logvar).exp()[:, None] * noise
+        repeated = None if classes is None else classes.repeat_interleave(noise.shape[1])
+        return latent, self.decode(latent.flatten(0, 1), repeated), mean, logvar
+
+
+@final
+class ElboTurn(TrainStep):
+    name = "autoencoder"
+
+    def __init__(self, net: Autoencoder, section: Net, observation: Observation) -> None:
+        self.net, self._section, self._observation = net, section, observation
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        noise = draw.normal("posterior", (self._section.particles, self._section.latent))
+        reconstruction, kl, weights = self.terms(*levels_in(batch), noise)
+        if self._section.particles > 1:
+            return -(weights.logsumexp(1) - math.log(weights.shape[1]))
+        return -reconstruction[:, 0] + self._section.beta * kl.sum(1)
+
+    def terms(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With noise [B, K, latent]: (log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K]), in nats."""
+        latent, parameters, mean, logvar = self.net(levels, classes, noise)
+        repeated = levels.repeat_interleave(noise.shape[1], 0)
+        reconstruction = (
+            self._observation.log_prob(parameters, repeated).flatten(1).sum(1).unflatten(0, noise.shape[:2])
+        )
+        log_q = log_normal(latent, mean[:, None], logvar[:, None]).sum(2)
+        return reconstruction, gaussian_kl(mean, logvar), reconstruction + log_normal(latent).sum(2) - log_q
+
+
+@final
+class BetaVae(LikelihoodModel):
+    exact = False
+
+    def __init__(self, space: Space, section: Net) -> None:
+        super().__init__(space, section)
+        self._observation = observation_of(section.observation, space, section.mixtures)
+        self.net: Autoencoder = Autoencoder(space, section, self._observation)
+        self._latent, self._turn = section.latent, ElboTurn(self.net, section, self._observation)
+
+    def train_steps(self) -> tuple[TrainStep, ...]:
+        return (self._turn,)
+
+    @torch.no_grad()
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        """An upper bound on −log p(x) of each picture, [B]: −ELBO, or with several particles the tighter −IWAE_K.
+
+        It is the anomaly score too: a picture that the model would hardly draw has a high one.
+        """
+        weights = self._turn.terms(*levels_in(batch), draw.normal("posterior", (particles, self._latent)))[2]
+        return math.log(particles) - weights.logsumexp(1)
+
+    @torch.no_grad()
+    def kl_by_dimension(self, batch: Batch) -> Tensor:
+        """Mean KL of each latent number over the batch, in nats, [latent]: those near 0 carry nothing."""
+        return gaussian_kl(*self.net.encode(*levels_in(batch))).mean(0)
+
+    @torch.no_grad()
+    def decoded(self, latent: Tensor, classes: Tensor | None = None) -> Tensor:
+        """E[x|z], rounded to levels [B, C, H, W]."""
+        if classes is None and self.space.classes:
+            classes = torch.full((len(latent),), len(self.space.classes), device=latent.device)
+        return self._observation.mean(self.net.decode(latent, classes))
+
+    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        """E[x|z] of latents from the prior: pixels drawn one by one from p(x|z) would add grain that no latent asked for."""
+        return self.decoded(draw.normal("latent", (self._latent,)), classes)
+
+    @torch.no_grad()
+    def reconstructions(self, batch: Batch) -> Tensor:
+        """Pictures from their own mean latents, levels [B, C, H, W]."""
+        levels, classes = levels_in(batch)
+        return self.decoded(self.net.encode(levels, classes)[0], classes)
+
+    @torch.no_grad()
+    def interpolation(self, batch: Batch, steps: int) -> Tensor:
+        """From the batch's first picture to its second, straight between their mean latents: levels [steps, C, H, W]."""
+        mean = self.net.encode(*levels_in(batch))[0]
+        return self.decoded(torch.lerp(mean[:1], mean[1:2], torch.linspace(0, 1, steps, device=mean.device)[:, None]))
+
+    @torch.no_grad()
+    def arithmetic(self, batch: Batch, have: Batch, lack: Batch) -> Tensor:
+        """The batch's pictures given what `have`'s pictures have and `lack`'s lack: z + mean z(have) − mean z(lack), levels [B, C, H, W]."""
+        mean, with_it, without = (self.net.encode(*levels_in(one))[0] for one in (batch, have, lack))
+        return self.decoded(mean + with_it.mean(0) - without.mean(0))
+
+    def diagnostic_images(self) -> dict[str, Image.Image]:
+        """Reconstructions under their pictures; pictures on the way between two; and, with two classes or more, the step between two added."""
+        batch = self.examples(2 * SHOWN)
+        levels = batch["pixels"]
+        found = {
+            "reconstruction": self.grid([levels, self.reconstructions(batch)], 2 * SHOWN),
+            "interpolation": self.grid(
+                [self.interpolation({k: v[i : i + 2] for k, v in batch.items()}, SHOWN) for i in range(0, SHOWN, 2)],
+                SHOWN,
+            ),
+        }
+        by_class = self.examples_by_class()
+        if len(by_class) >= 2:
+            (one, lack), (other, have) = list(by_class.items())[:2]
+            found[f"arithmetic {one} to {other}"] = self.grid(
+                [lack["pixels"], self.arithmetic(lack, have, lack)], len(lack["pixels"])
+            )
+        return found
+
+
+def create(space: Space, section: Net) -> BetaVae:
+    return BetaVae(space, section)

@@ -1,0 +1,1 @@
+"""VQ-VAE, VQ-GAN and priors over their codes."""

@@ -1,0 +1,148 @@
+"""The second of two stages: a prior over the codes that a trained vector-quantised autoencoder gives pictures.
+
+`model.vae` names the first stage's run; its net is frozen, and becomes part of what is saved. With it, −log p(codes) −
+log p(x|codes) is a bound on −log p(x): of all codes that could give x, it counts those that the encoder chooses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import nets, yaml_reader
+from finetune.config.nets.vqvae import Net as FirstNet
+from finetune.data.audit.audit import Audit
+from finetune.data.batch import Batch
+from finetune.errors import UserError
+from finetune.models.base import Model, SampleRequest, TrainStep
+from finetune.models.scratch.base import LikelihoodModel, PixelModel, Space, begin, levels_in, open_model, space_of
+from finetune.models.scratch.vq.vqvae import VqVae
+from finetune.planning import Plan
+from finetune.rng import Draw
+
+
+class Prior(nn.Module):
+    """p(codes | class)."""
+
+    @abstractmethod
+    def log_prob(self, codes: Tensor, classes: Tensor | None) -> Tensor:
+        """codes [B, h, w] int64 → nats, [B]."""
+
+    @abstractmethod
+    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        """uniform [B, h, w] → codes [B, h, w], keeping what was computed for those before."""
+
+    @abstractmethod
+    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        """The same codes by a whole pass each."""
+
+    def forward(self, codes: Tensor, classes: Tensor | None) -> Tensor:
+        return self.log_prob(codes, classes)
+
+
+@final
+class Stages(nn.Module):
+    """Both stages, so that one file holds all that draws; the first is frozen, and stays in evaluation mode."""
+
+    def __init__(self, first: nn.Module, prior: Prior) -> None:
+        super().__init__()
+        self.first, self.prior = first.requires_grad_(False).eval(), prior
+
+    def train(self, mode: bool = True) -> Stages:
+        super().train(mode)
+        self.first.eval()
+        return self
+
+    def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
+        """log p of the pictures' codes, [B]."""
+        with torch.no_grad():
+            codes = self.first.codes(levels)  # type: ignore[operator]
+        found: Tensor = self.prior(codes, classes)
+        return found
+
+
+@final
+class CodesTurn(TrainStep):
+    """−log p of each picture's codes, in nats; the first stage stays as it is."""
+
+    name = "codes"
+
+    def __init__(self, net: Stages) -> None:
+        self.net = net
+
+    def loss(self, batch: Batch, draw: Draw) -> Tensor:
+        found: Tensor = -self.net(*levels_in(batch))
+        return found
+
+
+class SecondStage(LikelihoodModel):
+    exact = False
+
+    def __init__(self, space: Space, section: nets.Section, first: VqVae) -> None:
+        super().__init__(space, section)
+        self.first = first
+        self.net: Stages = Stages(first.net, self.prior(space, section, first))
+        self._turn = CodesTurn(self.net)
+
+    @abstractmethod
+    def prior(self, space: Space, section: Any, first: VqVae) -> Prior: ...
+
+    def train_steps(self) -> tuple[TrainStep, ...]:
+        return (self._turn,)
+
+    @torch.no_grad()
+    def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
+        return self._turn.loss(batch, draw) + self.first.reconstruction_nats(batch["pixels"])
+
+    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        return self.first.decoded(self.net.prior.draw(draw.uniform("codes", self.first.net.grid), classes))
+
+    def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
+        return self.first.decoded(self.net.prior.draw_uncached(draw.uniform("codes", self.first.net.grid), classes))
+
+    def parts(self) -> dict[str, Any]:
+        return {"first": {"space": dataclasses.asdict(self.first.space), "net": dataclasses.asdict(self.first.section)}}  # type: ignore[call-overload]
+
+
+def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
+    """A second stage over the first that `model.vae` names.
+
+    Raises:
+        UserError: there is none, it is no autoencoder of this kind, or one of other pictures.
+    """
+    space, given = space_of(plan, audit), plan.recipe.model.vae
+    if given is None:
+        raise UserError(
+            "a second stage needs a first",
+            where="model.vae",
+            remedy="train scratch/vqvae or scratch/vqgan first and name its run",
+        )
+    first = open_model(given)
+    if not isinstance(first, VqVae):
+        raise UserError(
+            f"{given} is no vector-quantised autoencoder",
+            where="model.vae",
+            remedy="name a run of scratch/vqvae or scratch/vqgan",
+        )
+    if dataclasses.replace(first.space, classes=()) != dataclasses.replace(space, classes=()):
+        wanted, there = (
+            f"{one.channels} × {one.height} × {one.width} of {one.levels} levels" for one in (space, first.space)
+        )
+        raise UserError(
+            f"{given} was trained on pictures of {there}, not {wanted}",
+            where="model.vae",
+            remedy="give both stages the same `data`",
+        )
+    return begin(plan, audit, lambda: make(space, plan.recipe.net, first))
+
+
+def restored(space: Space, section: nets.Section, config: dict[str, Any], make: type[SecondStage]) -> PixelModel:
+    """From what was saved, before its weights are loaded."""
+    found = config["first"]
+    net = yaml_reader.build(FirstNet, yaml_reader.of_plain(found["net"], "config.json"), "first.net")
+    first = VqVae(Space(**found["space"] | {"classes": tuple(found["space"]["classes"])}), net)
+    return make(space, section, first)

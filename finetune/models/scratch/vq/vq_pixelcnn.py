@@ -1,0 +1,78 @@
+"""A PixelCNN over the codes of a vector-quantised autoencoder (van den Oord et al. 2017, arXiv:1711.00937, §3.3)."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import nets
+from finetune.config.nets.vq_pixelcnn import Net
+from finetune.data.audit.audit import Audit
+from finetune.models.base import Model
+from finetune.models.scratch.autoregressive.pixelcnnpp import PixelCnn
+from finetune.models.scratch.autoregressive.transformer import chosen
+from finetune.models.scratch.base import PixelModel, Space, class_embedding
+from finetune.models.scratch.vq.code_prior import Prior, SecondStage, built, restored
+from finetune.models.scratch.vq.vqvae import VqVae
+from finetune.planning import Plan
+
+
+@final
+class GridPrior(Prior):
+    """A code is read as its embedding, and drawn with a probability for each code of the book."""
+
+    def __init__(self, codes: int, space: Space, section: Net) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, section.embedding)
+        self.classes = class_embedding(space, section.width)
+        self.cnn = PixelCnn(section.embedding, codes, section, section.width if space.classes else 0)
+
+    def _condition(self, classes: Tensor | None) -> Tensor | None:
+        return None if self.classes is None else self.classes(classes)
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """[B, h, w] → [B, embedding, h, w]."""
+        found: Tensor = self.embedding(codes).movedim(-1, 1)
+        return found
+
+    def _logits(self, codes: Tensor, classes: Tensor | None) -> Tensor:
+        """[B, h, w, codes]."""
+        found: Tensor = self.cnn(self._read(codes), self._condition(classes)).movedim(1, -1).float()
+        return found
+
+    def log_prob(self, codes: Tensor, classes: Tensor | None) -> Tensor:
+        return self._logits(codes, classes).log_softmax(-1).gather(-1, codes[..., None]).flatten(1).sum(1)
+
+    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        """Codes [B, h, w] int64, by `uniform` numbers of the same shape, place by place, what earlier places gave being kept."""
+        codes = torch.zeros_like(uniform, dtype=torch.long)
+
+        def pick(parameters: Tensor, y: int, x: int) -> Tensor:
+            codes[:, y, x] = chosen(parameters[:, :, 0, 0], uniform[:, y, x])
+            return self._read(codes[:, y : y + 1, x : x + 1])
+
+        self.cnn.draw(torch.zeros_like(self._read(codes)), self._condition(classes), pick)
+        return codes
+
+    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        codes = torch.zeros_like(uniform, dtype=torch.long)
+        for y in range(codes.shape[1]):
+            for x in range(codes.shape[2]):
+                codes[:, y, x] = chosen(self._logits(codes, classes)[:, y, x], uniform[:, y, x])
+        return codes
+
+
+@final
+class VqPixelCnn(SecondStage):
+    def prior(self, space: Space, section: Net, first: VqVae) -> Prior:
+        return GridPrior(len(first.net.quantiser.book), space, section)
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    return built(plan, audit, VqPixelCnn)
+
+
+def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    return restored(space, section, config, VqPixelCnn)

@@ -1,0 +1,45 @@
+"""Where bundled files live: assets, recipes, and the default run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+ASSETS = _PACKAGE / "assets"
+
+
+# An installed package carries the recipes inside; in a checkout they lie beside it.
+RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir())
+
+
+def embedded(path: str) -> str:
+    """`embedded:emoji/noto` → the folder inside the package; anything else as it is.
+
+    Raises:
+        UserError: it would lead out of the package.
+    """
+    if not path.startswith("embedded:"):
+        return path
+    inside = ASSETS / path.removeprefix("embedded:")
+    if not inside.resolve().is_relative_to(ASSETS):
+        raise UserError(f"{path} leads out of what comes with ft", remedy="name the folder itself")
+    return str(inside)
+
+
+def public_name(path: str) -> str:
+    """What a model or folder is called among strangers: a hub's or an embedded name as it is, of a path on this machine its end."""
+    given = Path(path).expanduser()
+    if path.startswith("embedded:") or (
+        path.count("/") == 1 and not path.startswith((".", "/", "~")) and not given.exists()
+    ):
+        return path
+    return given.stem if given.suffix == ".safetensors" else given.name
+
+
+def run_of(name: str) -> str:
+    """The folder of a bundled recipe's run, if no other is named."""
+    return f"runs/{name.replace('/', '-')}"

@@ -1,0 +1,101 @@
+"""The third table before a run: which weights train, by method. Torch is not imported here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from finetune.estimate.memory import bytes_a_weight
+from finetune.terminal import table
+
+if TYPE_CHECKING:
+    from finetune.models.base import Model
+    from finetune.planning import Plan
+
+FLOAT32_BYTES = 4
+
+
+def adapted(model: Model) -> str:
+    """How many layers of each kind got an adapter, of which rank where ranks differ, and the share of the weights that train."""
+    ranks = {
+        name: 0 if hasattr(module, "oft_block_size") else module.r["default"]
+        for train_step in model.train_steps()
+        for name, module in train_step.net.named_modules()
+        if "default" in getattr(module, "r", ())
+    }
+    differ = len(set(ranks.values())) > 1
+    kinds = Counter((_ending(name), rank if differ else 0) for name, rank in ranks.items())
+    trained, whole = (
+        _count(model.trained().values()),
+        sum(_weights(train_step.net) for train_step in model.train_steps()),
+    )
+    layers = ", ".join(
+        f"{count} × {kind}" + (f" (rank {rank})" if rank else "") for (kind, rank), count in sorted(kinds.items())
+    )
+    rows = [
+        ("adapters", f"{len(ranks)} layers: {layers}"),
+        ("train", f"{_short(trained)} of {_short(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
+    ]
+    return table("adapters", rows)
+
+
+def whole(model: Model, plan: Plan) -> str:
+    """For full fine-tuning: how many weights train, and the memory that they take before the first picture comes."""
+    parts = of_what_trains(model, plan)
+    summed = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+    rows = [
+        ("train", f"{_short(_count(model.trained().values()))} parameters, all in {plan.recipe.train.weights}"),
+        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first picture"),
+    ]
+    return table("weights", rows)
+
+
+def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
+    """The bytes that what trains takes, whatever the batch: its weights, and what is kept beside each of them."""
+    trained, optimizer = _count(model.trained().values()), plan.recipe.optimizer.name
+    width = FLOAT32_BYTES if plan.recipe.train.weights == "float32" else 2
+    parts: dict[str, float] = {"weights": width, "gradients": width, optimizer: bytes_a_weight(optimizer)}
+    if plan.recipe.train.fused_backward:  # one tensor's at a time
+        del parts["gradients"]
+    if plan.recipe.train.ema:
+        parts["averages"] = FLOAT32_BYTES
+    return {name: round(size * trained) for name, size in parts.items()}
+
+
+def built(model: Model) -> str:
+    """For a model from scratch: the nets that were built, and their sizes."""
+    rows = []
+    for train_step in model.train_steps():
+        for name, net in train_step.net.named_children():
+            if count := _count(net.parameters()):
+                rows.append((name, f"{type(net).__name__}, {_short(count)} parameters, at random"))
+    return table("nets", rows)
+
+
+def _ending(place: str) -> str:
+    """`…transformer_blocks.0.ff.net.0.proj` → `ff.net.0.proj`: a layer's name without the (plural, numbered) blocks it stands in."""
+    return re.sub(r"^.*s\.\d+\.", "", place)
+
+
+def _count(tensors: Iterable[object]) -> int:
+    return sum(tensor.numel() for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def _weights(net: Any) -> int:
+    """Of a net, those too that are packed in fewer elements, or wait elsewhere."""
+    return _count(net.parameters()) + sum(getattr(module, "packed_away", 0) for module in net.modules())
+
+
+def _short(count: int) -> str:
+    """Of parameters: `61.4 k`, `5.61 M`, `2.57 B`."""
+    size, unit = next(
+        (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if count >= size or size == 1
+    )
+    return f"{count / size:.3g} {unit}".rstrip()
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as `5.61 GiB`."""
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,1 @@
+"""The machine: doctor, probe, CPU facts."""

@@ -1,0 +1,125 @@
+"""`Pace`: compares measured step time and memory with the estimate while training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from finetune.estimate.advice import sets
+from finetune.estimate.constants import GIB
+from finetune.estimate.forecast import Forecast
+from finetune.estimate.hardware.cpu import Calibration
+from finetune.estimate.monitor import Expected, _seconds, cheapest, saved
+
+WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
+WINDOW, FEWEST = 20, 5  # steps whose median is the pace of now, and how many there must be
+SLOW = 2.0  # times the estimate
+FAR = 3.0  # times the estimate, or less than one such part of it: neither the model's error (±25 % at most) nor one more program makes so much
+WAITING = (
+    0.5  # of a step, from which on the host sets its pace: hosts differ by a factor of three (assets/gpu_runs.tsv)
+)
+FULL = 0.03  # share of a GPU's memory that is left when it is nearly full
+NO_COUNTER = "PyTorch counts no peak on this device"
+
+
+@final
+class Pace:
+    """Seconds of the steps that this process took, held against the estimate.
+
+    Args:
+        expected: of the run.
+        memory_left: the share of the device's memory that is free; None where nothing counts it.
+    """
+
+    def __init__(self, expected: Expected, memory_left: Callable[[], float | None]) -> None:
+        self.expected, self.seconds = expected, list[float]()
+        self._memory_left, self._warned = memory_left, False
+
+    def took(self, seconds: float) -> str:
+        """Book a step; returns a warning, once, when the run is far slower than was estimated, else ""."""
+        self.seconds.append(seconds)
+        one = self.expected.forecast
+        if one is None or self._warned:
+            return ""
+        live = too_slow(self.seconds, one.speed.seconds)
+        if live is None:
+            return ""
+        self._warned = True
+        return warning(one, live, self._memory_left())
+
+    def disproved(self) -> Calibration | None:
+        """What this machine's CPU was measured to do, if the steps were so far from the estimate that it cannot be true."""
+        one = self.expected.forecast
+        if (
+            one is None
+            or one.gpu.calibration is None
+            or not one.gpu.calibration.measured
+            or len(self.seconds) < WARM_UP + FEWEST
+        ):
+            return None
+        off = typical(self.seconds, one.variant.cycle) / one.speed.seconds
+        return None if 1 / FAR <= off <= FAR else one.gpu.calibration
+
+    def compared(self, memory_bytes: int | None) -> dict[str, Any]:
+        """Estimated beside measured, as plain values for `estimate.json`.
+
+        Args:
+            memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; on a CPU that of the process; None where it is not counted.
+        """
+        one = self.expected.forecast
+        measured = typical(self.seconds, one.variant.cycle if one else 1)
+        return {
+            "gpu": one.gpu.name if one else None,
+            "no_estimate": None if one else self.expected.reason,
+            "memory_bytes": {
+                "estimated": one.memory.peak - int(one.memory.parts.get("CUDA context", 0)) if one else None,
+                "measured": memory_bytes,
+                "not_measured": NO_COUNTER if memory_bytes is None else None,
+            },
+            "seconds_per_step": {
+                "estimated": one.speed.seconds if one else None,
+                "measured": measured,
+                "steps": len(self.seconds),
+            },
+        }
+
+
+def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
+    """The median of the last steps if it is more than `SLOW` times the estimate; None while there are too few to say."""
+    recent = seconds[max(WARM_UP, len(seconds) - WINDOW) :]
+    if len(recent) < FEWEST:
+        return None
+    live = statistics.median(recent)
+    return live if live > SLOW * estimated else None
+
+
+def warning(one: Forecast, live: float, memory_left: float | None) -> str:
+    """That steps take `live` seconds, what was estimated, and what is likely to help."""
+    said = (
+        f"warning: a step takes {_seconds(live)}, and {_seconds(one.speed.seconds)} was estimated for {one.gpu.name}. "
+    )
+    if one.gpu.device == "cpu":
+        return (
+            said
+            + "Look for other programs on it or a slow disk; if there are none, `ft estimate --calibrate` measures it anew."
+        )
+    if memory_left is None or memory_left > FULL:
+        if one.speed.launch > WAITING * one.speed.seconds:
+            why = f"The GPU waits for the processor, which launches {one.speed.operators:,} operators a step: one that is faster or less busy helps"
+            return f"{said}{why}, and a larger train.batch_size takes hardly longer."
+        return said + "Look for another process on the GPU, a power limit or a slow disk."
+    edited = cheapest(one)
+    mend = (
+        f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB"
+        if edited
+        else "take a larger GPU"
+    )
+    return said + f"Its memory is nearly full ({memory_left:.0%} is free) and likely spills: {mend}."
+
+
+def typical(seconds: Sequence[float], cycle: int = 1) -> float:
+    """The median step once all is warm, the steps of a cycle by their mean; of a run shorter than that, its last."""
+    warm = seconds[WARM_UP:]
+    cycles = [statistics.fmean(warm[start : start + cycle]) for start in range(0, len(warm) - cycle + 1, cycle)]
+    return statistics.median(cycles or warm or seconds[-1:])

@@ -1,0 +1,203 @@
+"""A run's folder: what was asked, what was planned, what happened, and what came out.
+
+recipe.yaml  plan.json  versions.json  data.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  trackers/
+status/  final/  estimate.json  before-after.png  report.html
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config.loader import load_recipe, to_dict
+from finetune.config.schema import Recipe
+from finetune.data.sources.files import write_aside
+from finetune.distributed import rank
+from finetune.errors import UserError
+from finetune.planning import Plan, describe, load_plan
+from finetune.training.run_status import Reporter
+
+# What may change between a run and its resumption: everything else would change the weights.
+FREE_TO_CHANGE = {
+    "output": None,
+    "sample": None,
+    "name": None,
+    "train": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "validate_every",
+        "batch_size",
+        "accumulation",
+    },  # of these two, see `_refuse_other_batch`
+    "data": {"cache"},
+}
+LIBRARIES = (
+    *("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "pytorch-optimizer"),
+    *("safetensors", "numpy", "pillow"),
+)
+
+
+class Run:
+    """Args:
+    plan: of this run.
+    resume: go on in a folder that is there already.
+
+    Raises:
+        UserError: the folder exists and `resume` is not set; or it cannot be made; or the recipe was changed in what
+            would change the weights.
+    """
+
+    def __init__(self, plan: Plan, resume: bool) -> None:
+        self.plan, self.folder = plan, Path(plan.folder)
+        self.status = Reporter(self.folder, rank(), plan.steps)
+        try:
+            exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if exists and not resume:
+            raise UserError(
+                f"{self.folder} exists already; nothing in it was touched",
+                remedy="add --resume to go on with it, or choose another place: --set output.folder=…",
+            )
+        if resume and (self.folder / "recipe.yaml").is_file():
+            _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
+            before = load_plan(self.folder)
+            _refuse_other_batch(before, plan)
+            if before.data.digest != plan.data.digest:
+                raise UserError(
+                    "the pictures or captions have changed since this run was started: going on would draw others than it has drawn",
+                    where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
+                    remedy="put them back as they were, or start a new run: --set output.folder=…",
+                )
+
+    def create(self) -> None:
+        """Make the folder, take it for this process, and write what is known before the first step; the main process calls this.
+
+        Raises:
+            UserError: the folder cannot be written, or another process trains in it.
+        """
+        try:
+            self.status.lock()
+            for left in self.folder.glob(".*.part"):  # by a kill in the middle of writing
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            self.write("recipe.yaml", yaml.safe_dump(to_dict(self.plan.recipe), sort_keys=False, allow_unicode=True))
+            self.write_json("plan.json", describe(self.plan))
+            self.write_json("versions.json", versions())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space and go on with --resume" if full else "choose another place: --set output.folder=…"
+        return UserError(f"the run's folder cannot be used: {error.strerror}", where=str(self.folder), remedy=remedy)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write one text file whole or not at all.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            write_aside(self.folder / name, text.encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return self.folder / name
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write `value` to a file of the run's folder, whole or not at all; what JSON has no word for, as `str` has it. Returns the file."""
+        return self.write(name, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to `metrics.jsonl`; every record names its `step`."""
+        try:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"the record of step {record['step']} could not be written: {error.strerror}",
+                where=str(self.folder / "metrics.jsonl"),
+                remedy="free some space and go on with --resume: checkpoints are untouched",
+            ) from error
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps that a resumed run takes again."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            kept = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the system and the libraries that training stands on."""
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "absent"
+    found["threads"] = os.environ.get("OMP_NUM_THREADS", "as torch chose")
+    return found
+
+
+def _refuse_other_batch(before: Plan, now: Plan) -> None:
+    """Processes, batch and accumulation may change together: what a step draws depends on places in the global batch alone."""
+    if before.global_batch == now.global_batch:
+        return
+    train, processes = now.recipe.train, now.machine.processes
+    accumulation, rest = divmod(before.global_batch, train.batch_size * processes)
+    remedy = (
+        f"--set train.accumulation={accumulation}"
+        if not rest
+        else f"go on with {before.machine.processes} processes and the recipe as it was"
+    )
+    raise UserError(
+        f"this run takes {before.global_batch} pictures a step, and {processes} × batch {train.batch_size} × accumulation {train.accumulation}"
+        f" would take {now.global_batch}",
+        where=now.folder,
+        remedy=f"{remedy}, or start a new run: --set output.folder=…",
+    )
+
+
+def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
+    """Raise if a key that shapes the weights differs from the recipe the run was started with.
+
+    At a constant rate no step knows how many will follow: such a run may be made longer.
+    """
+    changed = []
+    endless = before.optimizer.schedule == "constant"
+    old, new = to_dict(before), to_dict(now)
+    for section in sorted(old.keys() | new.keys()):
+        free = FREE_TO_CHANGE.get(section, set())
+        if section == "train" and free is not None and endless:
+            free = free | {"steps", "epochs"}
+        if free is None or old.get(section) == new.get(section):
+            continue
+        if not isinstance(old.get(section), dict) or not isinstance(new.get(section), dict):
+            changed.append(section)
+            continue
+        changed += [
+            f"{section}.{key}" for key in old[section] if key not in free and old[section][key] != new[section].get(key)
+        ]
+    if changed:
+        raise UserError(
+            f"this run was started with another {', '.join(changed)}: going on would be neither the one run nor the other",
+            where=str(where),
+            remedy="give the recipe it was started with, or start a new run: --set output.folder=…",
+        )

@@ -1,0 +1,131 @@
+"""Runs seen from outside, by what their folders hold: where each stands, and how long it has to go. Torch is not imported here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from finetune.errors import UserError
+from finetune.training.run_status import Status, is_locked, read
+
+PLAN = "plan.json"
+TAIL_BYTES = 16 << 10  # of `metrics.jsonl`: some dozens of its lines
+FRESH = (
+    60.0  # seconds after its last beat that a run on another machine, whose lock may not reach here, is taken to live
+)
+
+
+@final
+@dataclass(frozen=True)
+class Seen:
+    """A run's folder at one moment.
+
+    Attributes:
+        state: running, finished, stopped (its user's wish), failed (an error), or killed (it ended without a word).
+        step: of the last record of `metrics.jsonl`.
+        seconds_left: of training, by its last steps; None when it does not run or has taken too few.
+        saved: steps of the checkpoints that are there, oldest first; `--resume` goes on after the last.
+        best: (step, validation loss) of the best of them; None without validation.
+        record: the last one of `metrics.jsonl`.
+    """
+
+    folder: Path
+    method: str
+    family: str
+    state: str
+    phase: str
+    reason: str
+    step: int
+    steps: int
+    seconds_left: float | None
+    saved: tuple[int, ...]
+    best: tuple[int, float] | None
+    record: dict[str, Any]
+    processes: tuple[Status, ...]
+
+
+def all_runs(folder: Path) -> list[Seen]:
+    """The runs in `folder` and one level below, the last to change first."""
+    places = [path.parent for pattern in (PLAN, f"*/{PLAN}", f"*/*/{PLAN}") for path in folder.glob(pattern)]
+    return [look(place) for place in sorted(places, key=lambda place: (place / PLAN).stat().st_mtime, reverse=True)]
+
+
+def look(folder: Path) -> Seen:
+    """The run in `folder`.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        steps, method, family = (
+            int(plan["steps"]),
+            str(plan["recipe"]["method"]),
+            str(plan["recipe"]["model"]["family"]),
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no run's folder: it has no {PLAN}", remedy="give one of those that `ft runs` lists"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / PLAN} cannot be read: {error}", remedy="the run's recipe.yaml with --resume writes it anew"
+        ) from error
+    processes = tuple(read(folder))
+    records = _records(folder / "metrics.jsonl")
+    last = records[-1] if records else {}
+    step = int(last.get("step", 0))
+    state, reason = _state(folder, processes)
+    seconds = [record["seconds"] for record in records[-20:] if isinstance(record.get("seconds"), float)]
+    left = statistics.median(seconds) * (steps - step) if state == "running" and seconds else None
+    losses = validations(folder / "checkpoints")
+    known = [(loss, saved) for saved, loss in losses.items() if loss is not None]
+    best = min(known)[::-1] if known else None
+    phase = processes[0].phase if processes and state == "running" else ""
+    return Seen(folder, method, family, state, phase, reason, step, steps, left, tuple(losses), best, last, processes)
+
+
+def _state(folder: Path, processes: tuple[Status, ...]) -> tuple[str, str]:
+    """State and reason. Only a lock, or a fresh word from another machine, says that a run is alive."""
+    first = processes[0] if processes else None
+    away = first is not None and first.host != socket.gethostname() and time.time() - first.beat < FRESH
+    if is_locked(folder) or (away and first is not None and first.state == "running"):
+        return "running", ""
+    if first is None:  # of a version that left no status
+        return ("finished" if (folder / "final").is_dir() else "stopped"), ""
+    if first.state != "running":
+        return first.state, first.reason
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(first.beat))
+    return "killed", f"it ended without a word, {first.phase or 'starting'}, {when}"
+
+
+def validations(folder: Path) -> dict[int, float | None]:
+    """Step → validation loss, None if it was not taken or is not finite, of each finished checkpoint in `folder`, oldest first."""
+    found: dict[int, float | None] = {}
+    for path in sorted(folder.glob("step-*/manifest.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            state = json.loads((path.parent / "state.json").read_text(encoding="utf-8"))
+            loss = state.get("validation")
+            found[int(state["step"])] = loss if isinstance(loss, float) and math.isfinite(loss) else None
+    return found
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The last records of `metrics.jsonl`, whose last line may still be in the writing."""
+    found = []
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - TAIL_BYTES))
+        for line in file.read().decode("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    found.append(record)
+    return found

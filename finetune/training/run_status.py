@@ -1,0 +1,170 @@
+"""What a run is doing, for whoever looks from outside: `status/N.json` of each process N, and a lock that dies with the first.
+
+A file is rewritten when a phase begins and by the watchdog's beat. The kernel releases the lock of a process that is gone,
+however it went: what says "running" without a lock was killed. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from finetune.errors import UserError
+
+FOLDER, LOCK = "status", "lock"
+SECONDS_BETWEEN_COUNTS = 0.05
+
+
+@final
+@dataclass(frozen=True)
+class Status:
+    """One process of a run. Times are seconds since 1970; `step` counts finished steps."""
+
+    state: Literal["running", "stopped", "finished", "failed"]
+    phase: str  # encoding, training, validating, saving, sampling, writing; "" before and after
+    step: int
+    steps: int
+    rank: int
+    host: str
+    pid: int
+    started: float
+    since: float  # the phase has lasted
+    beat: float  # this was written
+    quiet: float = 0.0  # seconds since the loop last got on with something
+    at: str = ""  # the line of this package that its main thread is at
+    waits: bool = False  # that line waits for the other processes
+    reason: str = ""  # why it stopped or failed
+    done: int = 0  # of the phase's `total` pictures or captions, where it counts them
+    total: int = 0
+
+
+@final
+class Reporter:
+    """Writes the status of this process.
+
+    Args:
+        folder: of the run.
+        rank: of this process among the run's.
+        steps: that the run will take.
+    """
+
+    def __init__(self, folder: Path, rank: int, steps: int) -> None:
+        now = time.time()
+        self._folder = folder / FOLDER
+        self._lock: int | None = None
+        self.now = Status("running", "", 0, steps, rank, socket.gethostname(), os.getpid(), now, now, now)
+
+    def lock(self) -> None:
+        """Take the run's folder for this process until the run or the process ends.
+
+        Raises:
+            UserError: another process trains in it.
+            OSError: the folder cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for old in self._folder.glob("*.json"):  # of the processes that went before
+                old.unlink(missing_ok=True)
+            return
+        os.close(self._lock)
+        raise UserError(
+            "another process trains in this run's folder",
+            where=str(self._folder.parent),
+            remedy="wait for it or end it: `ft runs`",
+        )
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within, the run is in phase `name`. What ends the outermost phase by an exception ends the run, and is its reason."""
+        before = self.now
+        self._write(phase=name, since=time.time(), done=0, total=0)
+        try:
+            yield
+        except BaseException as error:
+            if not before.phase:
+                stopped = isinstance(error, KeyboardInterrupt)
+                words = error.problem if isinstance(error, UserError) else str(error) or ("Ctrl-C" if stopped else "")
+                reason = (
+                    words
+                    if stopped or isinstance(error, UserError)
+                    else f"{type(error).__name__}: {words}".removesuffix(": ")
+                )
+                self._end("stopped" if stopped else "failed", reason.strip().partition("\n")[0])
+            raise
+        finally:
+            if before.phase:
+                self._write(phase=before.phase, since=before.since)
+        if not before.phase:
+            self._write(phase="")
+
+    def step(self, done: int) -> None:
+        """So many steps are finished; told with the next beat."""
+        self.now = dataclasses.replace(self.now, step=done)
+
+    def progress(self, done: int, total: int) -> None:
+        """So much of the phase is done; told some times a second."""
+        self.now = dataclasses.replace(self.now, done=done, total=total)
+        if time.time() - self.now.beat > SECONDS_BETWEEN_COUNTS:
+            self._write()
+
+    def beat(self, quiet: float, at: str, waits: bool) -> None:
+        """This process is alive; see `Status` for the arguments."""
+        self._write(quiet=quiet, at=at, waits=waits)
+
+    def finished(self) -> None:
+        """The run has come to its end; its folder is free again."""
+        self._end("finished")
+
+    def _end(self, state: str, reason: str = "") -> None:
+        self._write(state=state, reason=reason)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def others(self) -> list[Status]:
+        """The last status of every process of this run, by rank."""
+        return read(self._folder.parent)
+
+    def _write(self, **changes: Any) -> None:
+        self.now = dataclasses.replace(self.now, beat=time.time(), **changes)
+        path = self._folder / f"{self.now.rank}.json"
+        aside = path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk or a folder taken away: the status must not cost the training
+            self._folder.mkdir(exist_ok=True)
+            aside.write_text(json.dumps(dataclasses.asdict(self.now)), encoding="utf-8")
+            os.replace(aside, path)
+
+
+def read(folder: Path) -> list[Status]:
+    """The processes of the run in `folder`, by rank; what cannot be read is left out."""
+    found = []
+    for path in folder.joinpath(FOLDER).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found.append(Status(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(found, key=lambda status: status.rank)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether some process trains in `folder` now."""
+    try:
+        descriptor = os.open(folder / FOLDER / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

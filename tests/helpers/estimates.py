@@ -1,0 +1,25 @@
+"""`ft estimate` and what stands behind it, as tests ask for it."""
+
+from __future__ import annotations
+
+from finetune.config.loader import load_recipe
+from finetune.estimate.forecast import Forecast, forecast
+from finetune.estimate.hardware.gpus import Gpu, find
+from finetune.estimate.tracing.traced_run import Phase, Subject
+from tests.helpers import commands
+
+
+def ft(*arguments: str) -> int:
+    """`ft estimate …` in this process; returns the exit code."""
+    return commands.ft("estimate", *arguments)
+
+
+def traced(name: str, *overrides: str) -> dict[str, Phase]:
+    """The training step of a bundled recipe on fake tensors."""
+    recipe = load_recipe(name, overrides)
+    return Subject(recipe, "bfloat16", (recipe.data.resolution,) * 2).phases(only_training=True)
+
+
+def of(name: str, *overrides: str, gpu: Gpu | None = None, images: int = 3000) -> Forecast:
+    """A bundled recipe on an RTX 3090, or on `gpu`."""
+    return forecast(load_recipe(name, overrides), name, gpu or find("rtx3090"), images)

@@ -1,0 +1,63 @@
+"""Draw with plain diffusers, and PEFT, what runs left behind; imports nothing of this project. A test starts it in a fresh process.
+
+    python redraw.py JOBS.json
+
+Each job: `artefact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
+trainer's last picture), `out` (the picture to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def redraw(job: dict[str, Any]) -> Any:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+    from peft import PeftModel
+
+    if job["prompt"] is None:  # an autoencoder: the picture above is given, the reconstruction below is made again
+        import numpy
+        from PIL import Image
+
+        vae = AutoencoderKL.from_pretrained(job["artefact"])
+        pair = torch.from_numpy(numpy.array(Image.open(job["sample"]))).permute(2, 0, 1)[None] / 127.5 - 1
+        above = pair[:, :, : pair.shape[2] // 2]
+        with torch.no_grad():
+            below = vae.decode(vae.encode(above).latent_dist.mode()).sample.clamp(-1, 1)
+        return Image.fromarray(
+            torch.cat([above, below], 2)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
+        )
+    pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artefact"])
+    if job["base"]:
+        adapters = sorted(Path(job["artefact"]).glob("*/adapter_config.json"))
+        for config in adapters:  # of a kind that diffusers has no file for: PEFT changes the net in place
+            PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)
+        if not adapters:
+            pipeline.load_lora_weights(job["artefact"])
+        if (Path(job["artefact"]) / "scheduler").is_dir():
+            pipeline.scheduler = DDIMScheduler.from_pretrained(job["artefact"], subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=job["prompt"],
+        **job["arguments"],
+        num_inference_steps=job["steps"],
+        generator=torch.Generator().manual_seed(job["seed"]),
+        height=32,
+        width=32,
+    ).images[0]
+
+
+def main() -> None:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        jobs = json.load(file)
+    for job in jobs:
+        redraw(job).save(job["out"])
+    assert not any(name.partition(".")[0] == "finetune" for name in sys.modules)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Scenes of bad input: what a person gives, spoiled in one way, and what must be said of it. Each test file has a kind of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import tiny
+
+
+@dataclass
+class Scene:
+    """A recipe that trains a LoRA on a tiny model, its pictures, and the ways in which a case spoils them."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    def set(self, *assignments: str) -> None:
+        self.overrides += assignments
+
+    def append(self, text: str) -> None:
+        self.recipe.write_text(self.recipe.read_text() + text)
+
+    def arguments(self) -> list[str]:
+        return [str(self.recipe), *(part for assignment in self.overrides for part in ("--set", assignment))]
+
+    def no_space(self, when: Callable[[Path], bool]) -> None:
+        """From now on the disk is full for files that `when` picks: whatever is synced to them fails."""
+        sync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            if when(Path(os.readlink(f"/proc/self/fd/{descriptor}"))):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(descriptor)
+
+        self.patch.setattr(os, "fsync", fsync)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    return fail
+
+
+Spoil = Callable[[Scene], Any]
+Case = tuple[Spoil, str, str]
+
+
+class Cases(dict[str, Case]):
+    """By name what spoils a scene, with what must be said (in the problem or its place) and in the remedy."""
+
+    def case(self, said: str, remedy: str) -> Callable[[Spoil], Spoil]:
+        def register(spoil: Spoil) -> Spoil:
+            self[spoil.__name__] = (spoil, said, remedy)
+            return spoil
+
+        return register
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    made = Scene(tmp_path, monkeypatch)
+    shutil.copytree(tiny.pictures(), made.data)
+    made.recipe.write_text(tiny.text("sd15", "lora", made.run))
+    made.set(f"data.path={made.data}", "sample.prompts=[]")
+    return made
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[int, bytes | None]]:
+    paths = [
+        path
+        for folder in folders
+        for path in [folder, *folder.rglob("*")]
+        if path.exists() and not path.is_char_device()
+    ]
+    return {path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
+
+
+def refused(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spoil the scene, run the entry script in this process, and see that it refuses as it should."""
+    from accelerate.state import AcceleratorState
+
+    from finetune import lora
+
+    spoil, said, remedy = case
+    spoil(scene)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    mine = snapshot(scene.data, tiny.pipeline("sd15"))
+    files = {path: path.read_bytes() for path in scene.folder.rglob("*") if path.is_file()}
+    scene.patch.setattr(sys, "argv", ["lora.py", *scene.arguments()])
+    with pytest.raises(SystemExit) as ended:
+        lora.main()
+    captured = capsys.readouterr()
+    check(captured.out, captured.err, said, remedy)
+    assert ended.value.code == 2
+    assert snapshot(scene.data, tiny.pipeline("sd15")) == mine
+    assert {path: path.read_bytes() for path in files} == files
+    assert not list(scene.folder.rglob("*.part"))
+
+
+def check(output: str, errors: str, said: str, remedy: str) -> None:
+    """One message: a line that says what is wrong, the place if there is one, the remedy; and no traceback anywhere."""
+    assert "Traceback" not in output + errors
+    assert len(re.findall("^error: ", output + errors, flags=re.MULTILINE)) == 1
+    message = re.sub(r"\A.*^(?=error: )", "", errors, flags=re.MULTILINE | re.DOTALL).rstrip().split("\n")
+    assert [line.split()[0] for line in message] in (["error:", "mend:"], ["error:", "where:", "mend:"])
+    assert re.search(said, " ".join(message[:-1])), message
+    assert re.search(remedy, message[-1]), message

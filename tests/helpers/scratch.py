@@ -1,0 +1,165 @@
+"""Every recipe of a family in pixel space, made small: what the tests that take all of them through start from.
+
+from tests import scratch
+scratch.recipe("vae", tmp_path / "run", "train.steps=4")    # a recipe of `recipes/scratch/`, on a dozen 8×8 digits
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config.loader import load_recipe
+from finetune.config.schema import Recipe
+from finetune.paths import ASSETS
+from tests.helpers import tiny
+
+DIGITS = ("data.resolution=8", "data.grey=true", "data.levels=17", "data.classes=folders")
+COMMON = (
+    "train.batch_size=4",
+    "train.epochs=null",
+    "sample.prompts=['0', '1']",
+    "sample.watch_every=null",
+    "train.ema=null",
+    "optimizer.warmup_steps=0",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe of `family`. `small` makes the recipe's net tiny; `steps` is how long it takes for its loss to fall.
+
+    Attributes:
+        unequal: why two processes do not equal one with twice the batch, "" if they do.
+        unchanged: endings of parameters that three steps need not move, such as a codebook that averages move instead.
+        first: of two stages, the key that names the first's run, and its recipe; without one it is an autoencoder of diffusers.
+    """
+
+    family: str
+    small: tuple[str, ...]
+    steps: int = 6
+    unequal: str = ""
+    unchanged: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+
+
+UNET = ("net.width=8", "net.multiples=[1,2]", "net.attention=1", "sample.steps=3")
+CASES = {
+    "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
+    "pixelcnn++": Case(
+        "pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2", "net.dropout=0")
+    ),
+    "realnvp": Case("realnvp", ("net.scales=2", "net.steps=2", "net.width=8", "net.blocks=0")),
+    "glow": Case(
+        "glow",
+        (
+            "net.scales=2",
+            "net.steps=1",
+            "net.width=8",
+            "net.coupling=mixture",
+            "net.mixtures=2",
+            "net.dequantisation=variational",
+        ),
+    ),
+    "imagegpt": Case("imagegpt", ("net.width=8", "net.layers=1", "net.heads=2", "net.palette=5", "net.dropout=0")),
+    "vqvae": Case(
+        "vqvae",
+        ("net.width=8", "net.halvings=1", "net.codes=6", "net.code=3", "net.revive_after=2", "data.classes=null"),
+    ),
+    "vqgan": Case(
+        "vqvae",
+        ("net.width=8", "net.halvings=1", "net.codes=6", "net.revive_after=1"),
+        unequal="each process weighs the critic by its own pictures",
+        unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt pictures pull it equally
+    ),
+    "vq-pixelcnn": Case(
+        "vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first=("vae", "vqvae")
+    ),
+    "vq-transformer": Case(
+        "vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first=("vae", "vqgan")
+    ),
+    "dcgan": Case(
+        "dcgan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40", "net.generator_norm=batch"),
+        steps=40,
+        unequal="batch norm and the deviation within groups are of each process's own pictures",
+    ),
+    "wgan-gp": Case(
+        "dcgan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.critic_steps=2"),
+        steps=20,
+        unequal="the generator's batch norm is of each process's own pictures",
+        unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
+    ),
+    "r3gan": Case(
+        "r3gan",
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40"),
+        steps=20,
+        unchanged=("critic.logit.bias",),  # as WGAN-GP's
+    ),
+    "stylegan2": Case(
+        "stylegan2",
+        (
+            "net.width=4",
+            "net.halvings=1",
+            "net.latent=4",
+            "net.style=6",
+            "net.mapping=2",
+            "net.lazy=2",
+            "net.augment=0",
+        ),
+        steps=50,
+        unequal="the deviation within groups is of each process's own pictures",
+    ),
+    "beta-vae": Case(
+        "betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20
+    ),
+    "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
+    "flow-matching": Case("rectifiedflow", UNET),
+    "edm": Case("edm", UNET),
+    "latent-diffusion": Case(
+        "latentdiffusion", (*UNET, "net.multiples=[1]", "net.timesteps=50", "data.grey=false"), first=("vae",)
+    ),
+    "cascade-low": Case("ddpm", (*UNET, "data.resolution=4", "net.multiples=[1]", "net.timesteps=50")),
+    "cascade": Case("cascade", (*UNET, "net.timesteps=50"), first=("low", "cascade-low")),
+}
+
+
+@functools.cache
+def digits() -> Path:
+    """Twelve digits of two classes, a folder a class."""
+    folder = tiny.root() / "digits"
+    for name in ("0", "1"):
+        (folder / name).mkdir(parents=True)
+        for file in sorted((ASSETS / "digits" / "train" / name).glob("*.png"))[:6]:
+            shutil.copy(file, folder / name)
+    return folder
+
+
+def recipe(name: str, folder: Path, *overrides: str) -> Recipe:
+    """The recipe of that name in `recipes/scratch/`, small, its run in `folder`."""
+    case = CASES[name]
+    first = (
+        (f"model.{case.first[0]}={first_stage(case.first[1]) if case.first[1:] else tiny.vae()}",) if case.first else ()
+    )
+    given = (
+        f"data.path={digits()}",
+        f"output.folder={folder}",
+        f"train.steps={case.steps}",
+        *DIGITS,
+        *COMMON,
+        *case.small,
+        *first,
+        *overrides,
+    )
+    return load_recipe(f"scratch/{name}", given)
+
+
+@functools.cache
+def first_stage(name: str) -> Path:
+    """A finished run of that recipe."""
+    folder = tiny.root() / "first" / name
+    tiny.train(recipe(name, folder, "train.steps=12", "optimizer.lr=1e-2", "optimizer.schedule=constant"))
+    return folder

@@ -1,0 +1,70 @@
+"""Launched by `accelerate launch` with two processes: takes each recipe of its arguments to its end, in one import of everything.
+
+A folder that is there already is gone on with. Recipes whose names begin with `fsdp` train with their weights shared out. In the run named
+`breaks`, rank 1 does, and all must end with its error shown.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def let_cpus_share() -> None:
+    """Accelerate shares weights out among GPUs only, by one condition in `AcceleratorState.__init__`; what is behind it runs on CPUs as well."""
+    from accelerate import Accelerator, DistributedType, PartialState
+
+    from finetune import job
+
+    class Sharing(Accelerator):  # type: ignore[misc]
+        def __init__(self, *, fsdp_plugin: Any, **given: Any) -> None:
+            known = PartialState._shared_state
+            if known:  # of the recipe before
+                known["distributed_type"] = DistributedType.MULTI_CPU
+            super().__init__(fsdp_plugin=fsdp_plugin, **given)
+            if fsdp_plugin is not None:
+                known["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+                self.state.fsdp_plugin = fsdp_plugin
+
+    job.Accelerator = Sharing  # type: ignore[attr-defined]
+
+
+def nobody(*given: object) -> NoReturn:
+    raise AssertionError("one process looks at the pictures for all")
+
+
+def main() -> None:
+    from finetune.cli.process import launched, quiet_libraries
+    from finetune.config.loader import load_recipe
+
+    with launched():
+        quiet_libraries()
+        from finetune import job
+
+        if os.environ["RANK"] != "0":
+            job.scan = nobody  # type: ignore[assignment,attr-defined]
+        let_cpus_share()
+        for file in sys.argv[1:]:
+            recipe = load_recipe(file)
+            os.environ["ACCELERATE_USE_FSDP"] = str(Path(file).stem.startswith("fsdp")).lower()
+            ready = job.prepare(recipe, resume=os.path.isdir(recipe.output.folder or ""))
+            accelerator = ready.accelerator
+            assert accelerator.num_processes == 2
+            if accelerator.is_main_process:
+                machines = os.environ["GROUP_WORLD_SIZE"]  # torchrun's word for launchers that found each other
+                print(
+                    f"{Path(file).stem}: {accelerator.num_processes} × {accelerator.distributed_type.value}, machines: {machines}",
+                    flush=True,
+                )
+            if Path(file).stem == "breaks" and accelerator.process_index == 1:
+                raise ValueError("rank 1 has had enough")
+            ready.trainer.train()
+            if accelerator.is_fsdp2:
+                accelerator.end_training = lambda: None  # which would end the processes' exchange
+                job.finish(ready)
+
+
+if __name__ == "__main__":
+    main()

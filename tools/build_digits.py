@@ -1,0 +1,44 @@
+"""Build the embedded digits from scikit-learn, which carries them.
+
+    pip download --no-deps scikit-learn==1.9.1
+    python tools/build_digits.py scikit_learn-1.9.1-*.whl
+
+1,797 pictures of handwritten digits, 8×8 pixels of 17 greys, appear under `finetune/assets/digits/`: `train/` holds the
+first 1,000, `validation/` the next 350 and `test/` the last 447, the split of published likelihoods
+(github.com/jmtomczak/intro_dgm). Each lies in the folder of its class, as grey PNG in which level n of 16 is n · 255 / 16,
+rounded: `data.levels: 17` gives the level back exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import zipfile
+from pathlib import Path
+
+import numpy
+from PIL import Image
+
+SPLIT = {"train": (0, 1000), "validation": (1000, 1350), "test": (1350, 1797)}
+SIDE, HIGHEST = 8, 16
+ASSETS = Path(__file__).resolve().parent.parent / "finetune" / "assets" / "digits"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("wheel", type=Path, help="scikit-learn's")
+    with zipfile.ZipFile(parser.parse_args().wheel) as wheel:
+        text = gzip.decompress(wheel.read("sklearn/datasets/data/digits.csv.gz")).decode()
+    rows = numpy.array([[float(value) for value in line.split(",")] for line in text.splitlines()])
+    for name, (first, end) in SPLIT.items():
+        for number in range(first, end):
+            levels = rows[number, :-1].reshape(SIDE, SIDE)
+            folder = ASSETS / name / str(int(rows[number, -1]))
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((levels * 255 / HIGHEST).round().astype(numpy.uint8)).save(
+                folder / f"{number:04d}.png", optimize=True
+            )
+
+
+if __name__ == "__main__":
+    main()
