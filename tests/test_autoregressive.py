@@ -19,11 +19,12 @@ REQUEST = SampleRequest((), (), 1, 1.0)
 
 
 def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
-    import importlib
+    from finetune.config.nets import section
+from finetune.models.registry import load_module
 
     torch.manual_seed(seed)
-    model = importlib.import_module(f"finetune.models.{family}").create(
-        space, importlib.import_module(f"finetune.nets.{family}").Net(**keys)
+    model = load_module(family).create(
+        space, section(family)(**keys)
     )
     with torch.no_grad():  # what starts at zero would hide mistakes
         for parameter in model.net.parameters():

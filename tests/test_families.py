@@ -327,7 +327,7 @@ def redrawn() -> Path:
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("redraw.py")
+    script = Path(__file__).parent / "helpers" / "redraw.py"
     done = subprocess.run(
         [sys.executable, "-I", str(script), str(folder / "jobs.json")],
         cwd=folder,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import json
 import re
@@ -30,6 +29,7 @@ from finetune.estimate.tracing.traced_run import Subject, skeletons
 from finetune.inference.sample import sample
 from finetune.job import Job
 from finetune.models.base import SampleRequest
+from finetune.models.registry import load_module
 from finetune.models.scratch.base import PixelModel, Space, open_model
 from finetune.rng import Draw
 from tests.helpers import scratch, tiny
@@ -185,7 +185,7 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
     job = trained(name).job
     real = job.data.batch(0, [0], Draw(0, 0, [0]))
     with fake_tensors(), skeletons(), cuda() as mode:
-        model = importlib.import_module(f"finetune.models.{CASES[name].family}").build(job.plan, job.model.audit)  # type: ignore[attr-defined]
+        model = load_module(CASES[name].family).build(job.plan, job.model.audit)  # type: ignore[attr-defined]
         batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
         for train_step, dtype in itertools.product(model.train_steps(), (None, torch.bfloat16)):
             with mode.autocast(dtype):

@@ -47,6 +47,11 @@ def load_module(family: str) -> ModuleType:
     return importlib.import_module(MODULES[family])
 
 
+def family_in(module: str) -> str:
+    """The family that a module implements: the inverse of `MODULES`."""
+    return next(family for family, name in MODULES.items() if name == module)
+
+
 def pipelines() -> dict[str, str]:
     """Family → class of its pipeline in diffusers ("" if it has none)."""
     return named("pipeline")

@@ -33,7 +33,7 @@ from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.errors import UserError, did_you_mean
 from finetune.models.base import Model, SampleRequest
-from finetune.models.registry import load_module
+from finetune.models.registry import family_in, load_module
 from finetune.planning import Plan
 from finetune.rng import Draw
 
@@ -173,7 +173,7 @@ class PixelModel(Model):
     @property
     def family(self) -> str:
         """As `model.family` names it: the module of the class."""
-        return type(self).__module__.rpartition(".")[2]
+        return family_in(type(self).__module__)
 
     @property
     def device(self) -> torch.device:
