@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune.config.nets import section
 from finetune.models.base import SampleRequest
+from finetune.models.registry import load_module
 from finetune.models.scratch.base import LikelihoodModel, Space
 from finetune.models.scratch.distributions import Categorical, Logistics
 from finetune.rng import Draw
@@ -19,13 +21,8 @@ REQUEST = SampleRequest((), (), 1, 1.0)
 
 
 def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
-    from finetune.config.nets import section
-from finetune.models.registry import load_module
-
     torch.manual_seed(seed)
-    model = load_module(family).create(
-        space, section(family)(**keys)
-    )
+    model = load_module(family).create(space, section(family)(**keys))
     with torch.no_grad():  # what starts at zero would hide mistakes
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
