@@ -2,12 +2,12 @@
 
     python benchmarks/bench_digits.py                       # all, three seeds each, in runs/digits; goes on where it was stopped
     python benchmarks/bench_digits.py --only vae --seeds 1
-    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings: the test pictures are not looked at
+    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings: the test images are not looked at
 
-Each contender trains by its recipe of `recipes/scratch/` and the project's own loop on the first 1,000 pictures. Of its
+Each contender trains by its recipe of `recipes/scratch/` and the project's own loop on the first 1,000 images. Of its
 checkpoints the one likeliest to give the next 350 is taken, and the last 447 are scored with that one, once. Bits/dim are
 exact for autoregressive models and upper bounds for VAEs (−IWAE of 256 particles, and the −ELBO beside it) and flows (−log of the
-mean over 64 dequantisations). The rows without a net are computed from the training pictures here.
+mean over 64 dequantisations). The rows without a net are computed from the training images here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Data
-from finetune.data.audit.audit import Picture, scan
+from finetune.data.audit.audit import ImageRecord, scan
 from finetune.evaluation.likelihood import nats
 from finetune.job import prepare
 from finetune.models.scratch.base import LikelihoodModel, Space
@@ -38,7 +38,7 @@ FIXED = (
     *(
         "data.path=embedded:digits/train",
         "data.resolution=8",
-        "data.grey=true",
+        "data.gray=true",
         f"data.levels={LEVELS}",
         "data.missing_captions=empty",
     ),
@@ -77,17 +77,17 @@ CONTENDERS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 PARTICLES = 256
 
 
-def pictures_of(split: str) -> Sequence[Picture]:
+def images_of(split: str) -> Sequence[ImageRecord]:
     data = Data(path=f"embedded:digits/{split}", resolution=8, buckets=False, missing_captions="empty")
-    return scan(data).pictures
+    return scan(data).images
 
 
-def bits(of_pictures: Tensor) -> float:
-    """Mean nats of pictures → bits/dim."""
-    return float(of_pictures.mean()) / (DIMENSIONS * math.log(2))
+def bits(of_images: Tensor) -> float:
+    """Mean nats of images → bits/dim."""
+    return float(of_images.mean()) / (DIMENSIONS * math.log(2))
 
 
-def levels_of(pictures: Sequence[Picture]) -> Tensor:
+def levels_of(images: Sequence[ImageRecord]) -> Tensor:
     """[N, 64] int64."""
     import io
 
@@ -97,14 +97,14 @@ def levels_of(pictures: Sequence[Picture]) -> Tensor:
     space = Space(1, 8, 8, LEVELS)
     pixels = [
         torch.from_numpy(numpy.array(Image.open(io.BytesIO(p.read())).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-        for p in pictures
+        for p in images
     ]
     return torch.stack([space.levels_of(one).flatten().long() for one in pixels])
 
 
 def references(split: str) -> dict[str, float]:
     """Bits/dim of what needs no net: all levels alike; each pixel by its own histogram, every level counted once more."""
-    training, others = levels_of(pictures_of("train")), levels_of(pictures_of(split))
+    training, others = levels_of(images_of("train")), levels_of(images_of(split))
     counts = torch.nn.functional.one_hot(training, LEVELS).sum(0).double() + 1
     chosen = (
         (counts / counts.sum(1, keepdim=True)).log().expand(len(others), -1, -1).gather(2, others[..., None]).squeeze(2)
@@ -140,7 +140,7 @@ def run(folder: Path, name: str, seed: int, overrides: Sequence[str], test: bool
     by_step = {}
     for place in sorted((folder / "checkpoints").glob("step-*")):
         with_checkpoint(model, place)
-        by_step[place.name] = bits(nats(model, pictures_of("validation")))
+        by_step[place.name] = bits(nats(model, images_of("validation")))
     best = min(by_step, key=by_step.__getitem__)
     with_checkpoint(model, folder / "checkpoints" / best)
     found = {
@@ -155,9 +155,9 @@ def run(folder: Path, name: str, seed: int, overrides: Sequence[str], test: bool
         "steps": _steps(job.plan),
     }
     if test:
-        found["test"] = bits(nats(model, pictures_of("test")))
+        found["test"] = bits(nats(model, images_of("test")))
         found["test_tight"] = (
-            bits(nats(model, pictures_of("test"), particles=PARTICLES)) if not model.exact else found["test"]
+            bits(nats(model, images_of("test"), particles=PARTICLES)) if not model.exact else found["test"]
         )
     done.write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--validate", choices=CONTENDERS, help="train one with --set and say only what the validation pictures say"
+        "--validate", choices=CONTENDERS, help="train one with --set and say only what the validation images say"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()

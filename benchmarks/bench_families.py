@@ -1,12 +1,12 @@
-"""The five families from scratch at equal CPU time on the bundled emoji of 32 pixels: one table, and pictures of each.
+"""The five families from scratch at equal CPU time on the bundled emoji of 32 pixels: one table, and images of each.
 
     python benchmarks/bench_families.py --minutes 10 --folder /tmp/families    # within three hours on two cores
-    python benchmarks/bench_families.py --minutes 0.2 --seeds 0 --pictures 32 --folder /tmp/quick --only vae glow
+    python benchmarks/bench_families.py --minutes 0.2 --seeds 0 --images 32 --folder /tmp/quick --only vae glow
 
 Each trains by its recipe and the project's own loop, one thread, at a constant rate (a schedule would have to know how many steps there
-will be), until its process has had its CPU time; a tenth of the pictures is held out, for bits/dim. Then `ft eval` measures it. Stable are
+will be), until its process has had its CPU time; a tenth of the images is held out, for bits/dim. Then `ft eval` measures it. Stable are
 those of some more, shorter runs from other seeds whose losses stay finite, whose loss has fallen (a GAN's says nothing), and whose
-pictures keep at least half of the real ones' diversity. What is done is not done again, and what was killed goes on after its last
+images keep at least half of the real ones' diversity. What is done is not done again, and what was killed goes on after its last
 checkpoint. --write keeps the table where `ft estimate --goal` quotes it.
 """
 
@@ -65,15 +65,15 @@ FIXED = (
     ),
 )
 NOTED_EVERY = 100  # steps between two checkpoints, and notes of the CPU time that they took
-SCORED = 64  # held-out pictures whose bits/dim are taken: flow matching follows each through 80 passes
-LOOKED_AT = 128  # pictures of a run whose stability is judged
-HEALTHY = 0.5  # of the real pictures' diversity
+SCORED = 64  # held-out images whose bits/dim are taken: flow matching follows each through 80 passes
+LOOKED_AT = 128  # images of a run whose stability is judged
+HEALTHY = 0.5  # of the real images' diversity
 SHOWN = 12
 COLUMNS = (
     ("parameters", "parameters", ",d"),
     ("steps", "steps", ",d"),
     ("cpu_seconds_per_step", "s/step", ".3f"),
-    ("cpu_seconds_per_picture", "s/picture", ".2g"),
+    ("cpu_seconds_per_image", "s/image", ".2g"),
     ("frechet_distance", "Fréchet", ".2f"),
     ("kernel_distance", "kernel", ".4f"),
     ("precision", "precision", ".0%"),
@@ -153,7 +153,7 @@ def _until(job: Job, note: Path, spent: float, budget: float) -> None:
         signal.signal(signal.SIGPROF, before)
 
 
-def measured(name: str, folder: Path, seed: int, minutes: float, pictures: int, scored: int) -> dict[str, Any]:
+def measured(name: str, folder: Path, seed: int, minutes: float, images: int, scored: int) -> dict[str, Any]:
     """The figures of one run: of its training, and of `ft eval`."""
     found = train(name, folder, seed, minutes)
     if found["failed"]:
@@ -162,10 +162,10 @@ def measured(name: str, folder: Path, seed: int, minutes: float, pictures: int, 
     evaluation = (
         json.loads(figures.read_text())
         if figures.is_file()
-        else asdict(evaluate(folder, pictures=pictures, out=figures.parent, scored=scored))
+        else asdict(evaluate(folder, images=images, out=figures.parent, scored=scored))
     )
     likelihood = evaluation["likelihood"] or {"bits_per_dimension": None, "exact": None}
-    own = {key: evaluation[key] for key in ("cpu_seconds_per_picture", "itself", "features", "drawn")}
+    own = {key: evaluation[key] for key in ("cpu_seconds_per_image", "itself", "features", "drawn")}
     found |= evaluation["closeness"] | own | {key: likelihood[key] for key in ("bits_per_dimension", "exact")}
     return found
 
@@ -178,13 +178,13 @@ def stable(name: str, found: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def shown(folder: Path) -> list[Image.Image]:
-    """A row of pictures."""
+    """A row of images."""
     from finetune.planning import load_plan
 
     plan = load_plan(folder)
     opened = sample.open_run(folder, plan)
     drawn = sample.draw(opened, request_for(request_of(plan), opened, [""], SHOWN), SHOWN)
-    return [picture.resize((96, 96), Image.Resampling.NEAREST) for picture in drawn]
+    return [image.resize((96, 96), Image.Resampling.NEAREST) for image in drawn]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each that say how stable it is; 0: none")
     parser.add_argument("--seed-minutes", type=float, default=2.0, help="CPU time of each of those")
-    parser.add_argument("--pictures", type=int, default=500, help="drawn by each to be measured")
+    parser.add_argument("--images", type=int, default=500, help="drawn by each to be measured")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="RECIPE")
     parser.add_argument("--write", action="store_true", help=f"keep the table in {MEASURED.name}")
     given = parser.parse_args()
@@ -219,7 +219,7 @@ def main() -> None:
         print(f"there is no recipe scratch/{name} yet: it is left out")
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
-        row = measured(name, given.folder / f"{name}-0", 0, given.minutes, given.pictures, SCORED)
+        row = measured(name, given.folder / f"{name}-0", 0, given.minutes, given.images, SCORED)
         row["stable"] = None
         healthy = 0
         for seed in range(1, given.seeds + 1):
@@ -228,24 +228,24 @@ def main() -> None:
             row["stable"] = f"{healthy}/{seed}"
         rows[name] = row
         if row.get("itself"):
-            rows["real pictures"] = rows.pop("real pictures", row["itself"])
+            rows["real images"] = rows.pop("real images", row["itself"])
         print(table(rows), flush=True)
     drawn = [name for name in names if not rows[name]["failed"]]
     if drawn:
-        pictures = [picture for name in drawn for picture in shown(given.folder / f"{name}-0")]
+        images = [image for name in drawn for image in shown(given.folder / f"{name}-0")]
         title = f"after {given.minutes:g} CPU minutes each"
-        sheet(pictures, drawn, [str(number + 1) for number in range(SHOWN)], title).save(given.folder / "families.png")
+        sheet(images, drawn, [str(number + 1) for number in range(SHOWN)], title).save(given.folder / "families.png")
     kept = {
         "minutes": given.minutes,
         "seed_minutes": given.seed_minutes,
-        "pictures": given.pictures,
+        "images": given.images,
         "rows": {name: rows[name] for name in drawn},
     }
     text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
     (given.folder / "families.json").write_text(text, encoding="utf-8")
     if given.write:
         MEASURED.write_text(text, encoding="utf-8")
-    print(f"pictures and figures are in {given.folder}")
+    print(f"images and figures are in {given.folder}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whether the step ever waits for its pictures, and how many a second are read, cropped and scaled.
+"""Whether the step ever waits for its images, and how many a second are read, cropped and scaled.
 
-    python benchmarks/bench_loader.py [--pictures 48] [--batch 8] [--steps 12] [--rounds 3]
+    python benchmarks/bench_loader.py [--images 48] [--batch 8] [--steps 12] [--rounds 3]
 
 Photographs of 1600×1200 (JPEG, made here) are drawn at 512², by three ways that take turns in one process: this project's
 `Dataset`; a plain torch `Dataset` with Pillow, doing the same, behind a `DataLoader` with as many workers as this project
-has threads; and the same without workers. All pictures are compared first: they are equal. Nothing is kept in memory, so
+has threads; and the same without workers. All images are compared first: they are equal. Nothing is kept in memory, so
 that each draw reads and decodes. Then steps are taken that, like a GPU's, leave the CPU idle, half as long again as a batch
 takes: printed is the share of the wall time that they spend waiting for a batch, also where batches come from the cache.
 """
@@ -46,12 +46,12 @@ READY = 2 * threads() + 2  # batches that a way may have ready
 
 
 class AsTheyAre(Encoders):
-    picture_key, caption_key = "as they are", ""
+    image_key, caption_key = "as they are", ""
 
     def __init__(self, cached: bool) -> None:
         self.cached = cached
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         return {"pixels": pixels}
 
     def encode_caption(self, caption: str) -> Batch:
@@ -72,18 +72,18 @@ class Plain(TorchDataset[Tensor]):
 
     def __getitem__(self, place: int) -> Tensor:
         with Image.open(self.files[place]) as opened:
-            picture = opened.convert("RGB")
-        scale = RESOLUTION / min(picture.size)
-        whole = [round(side * scale) for side in picture.size]
-        left, upper = ((side - RESOLUTION) // 2 / side * full for side, full in zip(whole, picture.size, strict=True))
+            image = opened.convert("RGB")
+        scale = RESOLUTION / min(image.size)
+        whole = [round(side * scale) for side in image.size]
+        left, upper = ((side - RESOLUTION) // 2 / side * full for side, full in zip(whole, image.size, strict=True))
         box = (
             left,
             upper,
-            left + RESOLUTION / whole[0] * picture.width,
-            upper + RESOLUTION / whole[1] * picture.height,
+            left + RESOLUTION / whole[0] * image.width,
+            upper + RESOLUTION / whole[1] * image.height,
         )
-        picture = picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS, box=box)
-        return torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        image = image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS, box=box)
+        return torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def photographs(folder: Path, count: int) -> None:
@@ -173,7 +173,7 @@ def in_turns(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("pictures", 48), ("batch", 8), ("steps", 12), ("rounds", 3)):
+    for name, default in (("images", 48), ("batch", 8), ("steps", 12), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -181,15 +181,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ft-loader-") as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        photographs(folder / "data", given.pictures)
+        photographs(folder / "data", given.images)
         data = opened(folder, given.batch, cached=False)
-        files = [picture.name for picture in data.pictures]
+        files = [image.name for image in data.images]
         plain = Plain(files)
         apart = max(
-            float((data._pixels(picture, False) - plain[place]).abs().max())
-            for place, picture in enumerate(data.pictures)
+            float((data._pixels(image, False) - plain[place]).abs().max()) for place, image in enumerate(data.images)
         )
-        print(f"largest difference between the two ways' pictures: {apart * 127.5:.3f} of 255 levels")
+        print(f"largest difference between the two ways' images: {apart * 127.5:.3f} of 255 levels")
         ways = {
             f"this project, {threads()} threads": by_steps(data, given.batch),
             f"torch, {threads()} workers": by_torch(files, given.batch, threads()),
@@ -200,7 +199,7 @@ def main() -> None:
         speed = in_turns(ways, given.rounds, lambda batches: given.steps * given.batch / taken(batches, given.steps)[0])
         first = next(iter(speed.values()))
         for way, rate in speed.items():
-            print(f"{way:<26} {rate:6.1f} pictures/s   this project is {first / rate:.2f} times as fast")
+            print(f"{way:<26} {rate:6.1f} images/s   this project is {first / rate:.2f} times as fast")
         length = 1.5 * given.batch / first
         ways["this project, from its cache"] = by_steps(opened(folder, given.batch, cached=True), given.batch)
         next(ways["this project, from its cache"])

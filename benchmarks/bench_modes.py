@@ -1,7 +1,7 @@
 """How many modes our GANs find, where the answer is known: rings and grids of Gaussians, and stacked digits.
 
     python benchmarks/bench_modes.py points [--seeds 3]     # 8 Gaussians on a ring and 25 on a grid, by a small net pair with each loss
-    python benchmarks/bench_modes.py digits [--minutes 2]   # three digits stacked as colours, 1,000 modes, by each GAN recipe; for so long each
+    python benchmarks/bench_modes.py digits [--minutes 2]   # three digits stacked as colors, 1,000 modes, by each GAN recipe; for so long each
 
 Both go on where they were stopped (runs/modes). Beside each count stands what it hides: the share of samples within three deviations
 of a mode, and the reverse KL, of how the samples fall to the modes against evenly, in nats. The published rows are those of the
@@ -48,7 +48,7 @@ from finetune.training.optimizers import Ema
 
 RING = torch.tensor([[math.cos(n * math.pi / 4), math.sin(n * math.pi / 4)] for n in range(8)])
 GRID = torch.tensor([[x, y] for x in range(-4, 5, 2) for y in range(-4, 5, 2)]).float()
-# name → (centres, standard deviation), as in the PacGAN paper, but for the grid's unit, a quarter of its: the same penalties suit both
+# name → (centers, standard deviation), as in the PacGAN paper, but for the grid's unit, a quarter of its: the same penalties suit both
 TASKS = {"ring": (RING, 0.01), "grid": (GRID / 4, 0.05 / 4)}
 STEPS, BATCH, WIDTH, DEPTH, DRAWN = 4000, 64, 128, 3, 2500
 RATE = 1e-3  # falls to nothing: what is left of it decides how sharp a mode becomes
@@ -73,12 +73,12 @@ PUBLISHED_POINTS = {
 
 @dataclass(frozen=True)
 class Points(Section):
-    """A section for points instead of pictures."""
+    """A section for points instead of images."""
 
 
 @final
 class Plane:
-    """Stands for a `Space`: points are pictures [1, 1, 2], and their levels the points themselves."""
+    """Stands for a `Space`: points are images [1, 1, 2], and their levels the points themselves."""
 
     channels, height, width, classes = 1, 1, 2, ()
 
@@ -127,8 +127,8 @@ class PointReader(Reader):
         super().__init__()
         self.layers = layers(2, None)
 
-    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
-        found: Tensor = self.layers(pictures.flatten(1))
+    def forward(self, images: Tensor, draw: Draw) -> Tensor:
+        found: Tensor = self.layers(images.flatten(1))
         return found[..., None, None]
 
 
@@ -263,7 +263,7 @@ def digits_of(split: str) -> tuple[Tensor, Tensor]:
 
 
 def stacked(folder: Path) -> Path:
-    """A folder of pictures, each of three digits drawn evenly, one a colour."""
+    """A folder of images, each of three digits drawn evenly, one a color."""
     target = folder / "stacked"
     if target.is_dir():
         return target
@@ -272,7 +272,7 @@ def stacked(folder: Path) -> Path:
     aside.mkdir(parents=True, exist_ok=True)
     for number in range(STACKED):
         three = torch.stack([levels[dice.randrange(len(levels))] for _ in range(3)])
-        space.pictures(three[None])[0].save(aside / f"{number:05d}.png")
+        space.images(three[None])[0].save(aside / f"{number:05d}.png")
     aside.rename(target)
     return target
 
@@ -375,7 +375,7 @@ def digits(folder: Path, minutes: float, only: Sequence[str]) -> None:
         flush=True,
     )
     rows = [f"{'':28}{'modes of 1000':>15}{'reverse KL':>12}{'steps':>9}{'parameters':>12}{'CPU min':>9}"]
-    rows += [f"{'true pictures':28}{len(seen.unique()):>15}{reverse_kl(seen, 1000):12.2f}"]
+    rows += [f"{'true images':28}{len(seen.unique()):>15}{reverse_kl(seen, 1000):12.2f}"]
     for name in only:
         place = folder / name.replace(", ", "-").replace(" ", "-")
         found = kept(place / f"result-{minutes:g}.json", functools.partial(train, name, place, data, minutes, reading))

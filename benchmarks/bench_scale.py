@@ -1,12 +1,12 @@
-"""What a million pictures cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and 1 M.
+"""What a million images cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and 1 M.
 
     python benchmarks/bench_scale.py [--entries 10000 100000 1000000] [--uncached | --synthetic] [--folder FOLDER]
 
-Makes shards of tiny captioned pictures in four shapes (4 GB for a million, deleted afterwards), and for each size takes,
+Makes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards), and for each size takes,
 in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order; everything
 encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on batches of 16
 drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the way, not the
-encoder. --synthetic writes no shards: a table of captions is read, an index filled with pictures that are made when they are read, and
+encoder. --synthetic writes no shards: a table of captions is read, an index filled with images that are made when they are read, and
 copies and near copies are looked for among them.
 """
 
@@ -41,7 +41,7 @@ from finetune.config.machine import Machine
 from finetune.config.schema import Data
 from finetune.data.audit import duplicates, inspect
 from finetune.data.audit.audit import Audit, scan
-from finetune.data.audit.index import Index, Picture
+from finetune.data.audit.index import ImageRecord, Index
 from finetune.data.batch import Batch, Encoders
 from finetune.data.buckets import buckets, fit
 from finetune.data.dataset import Dataset
@@ -56,14 +56,14 @@ STEPS, BATCH = 300, 16
 
 
 class Means(Encoders):
-    """A picture becomes the means of its 4×4 patches in half precision, a caption its length."""
+    """An image becomes the means of its 4×4 patches in half precision, a caption its length."""
 
-    picture_key, caption_key = "means", "length"
+    image_key, caption_key = "means", "length"
 
     def __init__(self, cached: bool) -> None:
         self.cached = cached
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         return {"mean": nn.functional.adaptive_avg_pool2d(pixels, 4).half()}
 
     def encode_caption(self, caption: str) -> Batch:
@@ -74,14 +74,14 @@ class Means(Encoders):
 
 
 def make(folder: Path, entries: int) -> None:
-    """Shards of `entries` pictures, no two alike."""
+    """Shards of `entries` images, no two alike."""
     folder.mkdir()
     for start in range(0, entries, SHARD):
         with tarfile.open(folder / f"{start // SHARD:05d}.tar", "w") as archive:
             for number in range(start, min(start + SHARD, entries)):
                 for name, content in (
                     (f"{number:07d}.bmp", bitmap(number)),
-                    (f"{number:07d}.txt", f"picture number {number}".encode()),
+                    (f"{number:07d}.txt", f"image number {number}".encode()),
                 ):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
@@ -89,7 +89,7 @@ def make(folder: Path, entries: int) -> None:
 
 
 def bitmap(number: int) -> bytes:
-    """A Windows bitmap of 4×4 patches in colours of their own."""
+    """A Windows bitmap of 4×4 patches in colors of their own."""
     width, height = SHAPES[number % len(SHAPES)]
     patches = numpy.frombuffer(random.Random(number).randbytes(48), numpy.uint8).reshape(4, 4, 3)
     pixels = patches.repeat(-(-height // 4), 0)[:height].repeat(-(-width // 4), 1)[:, :width].tobytes()
@@ -118,7 +118,7 @@ def bitmap(number: int) -> bytes:
 
 
 def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> Audit:
-    """The audit of pictures that are nowhere, each made when it is read, with captions from one table and fingerprints at random."""
+    """The audit of images that are nowhere, each made when it is read, with captions from one table and fingerprints at random."""
     folder.mkdir(parents=True)
     with open(folder / TABLES[0], "w", encoding="utf-8") as table:
         for number in range(entries):
@@ -126,7 +126,7 @@ def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> 
                 json.dumps(
                     {
                         "file_name": f"{number // SHARD:05d}/{number:07d}.bmp",
-                        data.caption_column: f"picture number {number}",
+                        data.caption_column: f"image number {number}",
                     }
                 )
                 + "\n"
@@ -151,7 +151,9 @@ def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> 
         )
         caption = beside.of(name).text or ""
         index.append(
-            Picture(str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", None, read)
+            ImageRecord(
+                str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", None, read
+            )
         )
         fingerprints += digest[: inspect.FINGERPRINT_BYTES]
     lap("index")
@@ -162,7 +164,7 @@ def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> 
 
 
 def measure(shards: Path, cache: Path, cached: bool, synthetic: int) -> None:
-    """Take the way of a run and print {phase: [seconds, peak bytes]}; of so many pictures that are nowhere, if any."""
+    """Take the way of a run and print {phase: [seconds, peak bytes]}; of so many images that are nowhere, if any."""
     found: dict[str, tuple[float, int]] = {}
     last = time.perf_counter()
 
@@ -203,7 +205,7 @@ def measure(shards: Path, cache: Path, cached: bool, synthetic: int) -> None:
         lap("encode again")
     train(data)
     lap(f"{STEPS} steps")
-    print(json.dumps({"buckets": len(plan.data.buckets), "pictures": plan.data.pictures, "phases": found}))
+    print(json.dumps({"buckets": len(plan.data.buckets), "images": plan.data.images, "phases": found}))
 
 
 def train(data: Dataset) -> None:
@@ -220,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--uncached", action="store_true", help="draw from the shards themselves")
-    parser.add_argument("--synthetic", action="store_true", help="pictures that are nowhere, for a look at memory")
+    parser.add_argument("--synthetic", action="store_true", help="images that are nowhere, for a look at memory")
     parser.add_argument(
         "--folder", type=Path, help="where the shards and the cache go; none: the system's temporary folder"
     )
@@ -251,7 +253,7 @@ def main() -> None:
             told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        print(f"{told['pictures']:,} pictures in {told['buckets']} buckets")
+        print(f"{told['images']:,} images in {told['buckets']} buckets")
         for phase, (seconds, peak) in told["phases"].items():
             print(f"  {phase:<15} {seconds:8.1f} s   peak {peak / 2**20:6.0f} MiB", flush=True)
 

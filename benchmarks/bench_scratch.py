@@ -1,11 +1,11 @@
-"""Families from scratch against the usual way, in turns in one process: steps and pictures a second, as ratios.
+"""Families from scratch against the usual way, in turns in one process: steps and images a second, as ratios.
 
     python benchmarks/bench_scratch.py [--rounds 3] [--only vae glow ddpm imagegpt pixelcnn++]
 
 Above 1 is ours faster. References: pythae's VAE (`pip install pythae`, of which only the model and its loss are used, around the same
 encoder and decoder; left out where it is not installed), normflows' Glow of the same widths, diffusers' own unconditional training
 and DDIM written out around the same UNet, transformers' `generate` of the same ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole
-pass a pixel. A step is loss, gradients and AdamW on the same pictures at 32×32, in a plain loop on both sides; a whole pass a pixel
+pass a pixel. A step is loss, gradients and AdamW on the same images at 32×32, in a plain loop on both sides; a whole pass a pixel
 costs every pixel the same, so a few are timed and multiplied.
 """
 
@@ -30,7 +30,7 @@ from finetune.rng import Draw
 
 SPACE = Space(3, 32, 32, 256)
 REQUEST = SampleRequest((), (), 1, 1.0)
-NAIVE_PASSES = 8  # timed of those that a picture takes
+NAIVE_PASSES = 8  # timed of those that an image takes
 Contender = Callable[[], float]  # → seconds
 
 
@@ -58,7 +58,7 @@ def stepper(net: nn.Module, loss: Callable[[], Tensor]) -> Contender:
     return lambda: seconds(step)
 
 
-def pictures(count: int) -> Tensor:
+def images(count: int) -> Tensor:
     return torch.randint(
         SPACE.levels, (count, *SPACE.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -66,7 +66,7 @@ def pictures(count: int) -> Tensor:
 
 def ours(model: PixelModel, count: int) -> Contender:
     (train_step,) = model.train_steps()
-    batch = {"pixels": pictures(count)}
+    batch = {"pixels": images(count)}
     return stepper(train_step.net, lambda: train_step.loss(batch, Draw(0, 0, range(count))).mean())
 
 
@@ -111,7 +111,7 @@ def vae(count: int = 16) -> dict[str, tuple[Contender, Contender]]:
             return ModelOutput(reconstruction=self.decoder(self.write(latent).unflatten(1, (-1, 4, 4)))[:, :3])
 
     theirs = VAE(VAEConfig(input_dim=SPACE.shape, latent_dim=64), encoder=Encoder(), decoder=Decoder())
-    scaled = SPACE.scaled(pictures(count))
+    scaled = SPACE.scaled(images(count))
     reference = stepper(theirs, lambda: theirs({"data": scaled}).loss)
     return {
         "VAE, steps, against pythae's model (which scores pixels by squared error)": (ours(model, count), reference)
@@ -138,7 +138,7 @@ def glow(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
         if scale:
             merges.append(normflows.flows.Merge())
     theirs = normflows.MultiscaleFlow(priors, flows, merges, class_cond=False)
-    values = (pictures(count).float() + torch.rand(count, *SPACE.shape)) / SPACE.levels - 0.5
+    values = (images(count).float() + torch.rand(count, *SPACE.shape)) / SPACE.levels - 0.5
     with torch.no_grad():
         theirs.log_prob(values, None)  # its ActNorm starts
     reference = stepper(theirs, lambda: -theirs.log_prob(values, None).mean())
@@ -149,19 +149,19 @@ def glow(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
 
     return {
         "Glow, steps, against normflows": (ours(model, count), reference),
-        "Glow, pictures, against normflows": (drawing(model, count), sampled),
+        "Glow, images, against normflows": (drawing(model, count), sampled),
     }
 
 
 def ddpm(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-    steps = 5  # of a picture: each costs the same
+    steps = 5  # of an image: each costs the same
     model = model_of("ddpm", width=48)
     unet = UNet2DModel(**{key: value for key, value in model.net.unet.config.items() if not key.startswith("_")})
     noising, drawing_ = DDPMScheduler(), DDIMScheduler(timestep_spacing="trailing")
     drawing_.set_timesteps(steps)
-    scaled = SPACE.scaled(pictures(count))
+    scaled = SPACE.scaled(images(count))
 
     def loss() -> Tensor:
         """As examples/unconditional_image_generation of diffusers takes a step."""
@@ -175,7 +175,7 @@ def ddpm(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
         values = torch.randn(scaled.shape)
         for timestep in drawing_.timesteps:
             values = drawing_.step(unet(values, timestep).sample, timestep, values).prev_sample
-        SPACE.pictures(SPACE.quantised(values.clamp(-1, 1)))
+        SPACE.images(SPACE.quantised(values.clamp(-1, 1)))
 
     def reference() -> float:
         unet.eval()
@@ -186,7 +186,7 @@ def ddpm(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
     request = SampleRequest((), tuple(range(count)), steps, 1.0)
     return {
         "DDPM, steps, against diffusers' training": (ours(model, count), stepper(unet, loss)),
-        "DDPM, pictures, against diffusers' DDIM": (lambda: seconds(lambda: model.sample(request)), reference),
+        "DDPM, images, against diffusers' DDIM": (lambda: seconds(lambda: model.sample(request)), reference),
     }
 
 
@@ -210,8 +210,8 @@ def imagegpt(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
             return seconds(lambda: [gpt(before, use_cache=False) for _ in range(NAIVE_PASSES)]) * length / NAIVE_PASSES
 
     return {
-        "ImageGPT, pictures, against transformers' generate": (drawing(model, count), generated),
-        "ImageGPT, pictures, against a whole pass a token": (drawing(model, count), naive),
+        "ImageGPT, images, against transformers' generate": (drawing(model, count), generated),
+        "ImageGPT, images, against a whole pass a token": (drawing(model, count), naive),
     }
 
 
@@ -220,11 +220,11 @@ def pixelcnnpp(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
     model.net.eval()
 
     def naive() -> float:
-        levels, passes = pictures(count), SPACE.height * SPACE.width
+        levels, passes = images(count), SPACE.height * SPACE.width
         with torch.no_grad():
             return seconds(lambda: [model.net(levels, None) for _ in range(NAIVE_PASSES)]) * passes / NAIVE_PASSES
 
-    return {"PixelCNN++, pictures, against a whole pass a pixel": (drawing(model, count), naive)}
+    return {"PixelCNN++, images, against a whole pass a pixel": (drawing(model, count), naive)}
 
 
 PARTS = {"vae": vae, "glow": glow, "ddpm": ddpm, "imagegpt": imagegpt, "pixelcnn++": pixelcnnpp}

@@ -2,13 +2,13 @@
 
     python benchmarks/bench_style.py RUN [RUN …] [--judged 200] [--out style.png]
 
-RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was quantised while it
-trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantised base
+RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was quantized while it
+trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantized base
 also on that, which shows what is lost on the way from the one to the other. Two small networks judge, both
-trained on both houses' real pictures of every emoji but the LoRA's 400 and those judged: one says which house drew a picture; one embeds
-it so that the two houses' pictures of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged).
-Real pictures pass through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the
-judged names, from equal seeds, with plain diffusers. A real Noto and Twemoji picture of every name (1,875 × 2, through the VAE) is the
+trained on both houses' real images of every emoji but the LoRA's 400 and those judged: one says which house drew an image; one embeds
+it so that the two houses' images of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged).
+Real images pass through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the
+judged names, from equal seeds, with plain diffusers. A real Noto and Twemoji image of every name (1,875 × 2, through the VAE) is the
 gallery for retrieval: the nearest one should carry the prompted name.
 """
 
@@ -39,15 +39,15 @@ from finetune.models.pretrained.loading import open_pipeline
 from finetune.report.images import grid
 from finetune.rng import key_of
 from finetune.terminal import Progress
-from tools.build_emoji_net import house_loss, names_loss, real_pictures, train_judge
+from tools.build_emoji_net import house_loss, names_loss, real_images, train_judge
 
 DRAWN_AT_ONCE = 20
 
 
 @torch.no_grad()
 def through_vae(vae: Any, pixels: Tensor) -> Tensor:
-    """Each picture encoded to its mean latent and decoded again."""
-    shown = Progress("real pictures through the VAE")
+    """Each image encoded to its mean latent and decoded again."""
+    shown = Progress("real images through the VAE")
     found = []
     for number, batch in enumerate(pixels.split(32)):
         shown.show(number * 32, len(pixels))
@@ -57,14 +57,14 @@ def through_vae(vae: Any, pixels: Tensor) -> Tensor:
 
 
 class House(nn.Module):
-    """[B, 3, 64, 64] in [-1, 1] → logit of "Twemoji drew it" [B]. Colours and shading tell the houses apart, so both are left as they are.
+    """[B, 3, 64, 64] in [-1, 1] → logit of "Twemoji drew it" [B]. Colors and shading tell the houses apart, so both are left as they are.
 
     Each house has a palette of its own, and only Noto shades. So each channel is shown beside its sines and cosines, in which close shades
     lie apart (Fourier features, Tancik et al. 2020, arXiv:2006.10739), at full side, and what is found at every side is read.
     """
 
     WIDTHS = (16, 32, 64, 128)
-    LENGTH = 1200, 24  # steps of its training, and pairs of pictures in each
+    LENGTH = 1200, 24  # steps of its training, and pairs of images in each
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class House(nn.Module):
         return found
 
     def says_twemoji(self, pixels: Tensor) -> Tensor:
-        """[B] bool, of the picture and its mirror image together."""
+        """[B] bool, of the image and its mirror image together."""
         found: Tensor = self(pixels) + self(pixels.flip(3)) > 0
         return found
 
@@ -109,7 +109,7 @@ class Residual(nn.Module):
 
 @torch.no_grad()
 def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, what: str) -> Tensor:
-    """One picture a caption, picture i from seed i: [N, 3, 64, 64] in [-1, 1]."""
+    """One image a caption, image i from seed i: [N, 3, 64, 64] in [-1, 1]."""
     shown = Progress(what)
     found = []
     for start in range(0, len(captions), DRAWN_AT_ONCE):
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--judged", type=int, default=200, help="how many unseen names are drawn and judged")
     parser.add_argument(
-        "--out", type=Path, default=Path("style.png"), help="the picture: base, LoRAs and real Twemoji, by name"
+        "--out", type=Path, default=Path("style.png"), help="the image: base, LoRAs and real Twemoji, by name"
     )
     given = parser.parse_args()
     recipe = load_recipe(given.runs[0] / "recipe.yaml")
@@ -155,7 +155,7 @@ def main() -> None:
     torch.manual_seed(0)
     start = time.monotonic()
 
-    names, captions, trained, pixels = real_pictures()
+    names, captions, trained, pixels = real_images()
     unseen = sorted((n for n in names if n not in trained), key=key_of)
     judged_names, rest = unseen[: given.judged], unseen[given.judged :]
     place = {name: number for number, name in enumerate(names)}
@@ -197,11 +197,11 @@ def main() -> None:
         f"{len(judged_names)} unseen names judged; judges trained on {len(rest)} others; {len(trained)} trained the LoRA; {seconds:.0f} s"
     )
     apart = f"(Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f})"
-    print(f"judge's accuracy on real pictures of the judged names: {100 * sum(on_real) / 2:.1f} % {apart}; goal ≥ 95 %")
+    print(f"judge's accuracy on real images of the judged names: {100 * sum(on_real) / 2:.1f} % {apart}; goal ≥ 95 %")
     width = max(map(len, drawn)) + 2
     print(f"{'':<{width}}{'judged Twemoji':>16}{'right name of ' + str(len(names)):>22}{'among five':>12}")
-    for what, pictures in drawn.items():
-        twemoji, first, five = judged(telling_house, telling_names, pictures, gallery, truth)
+    for what, images in drawn.items():
+        twemoji, first, five = judged(telling_house, telling_names, images, gallery, truth)
         print(f"{what:<{width}}{100 * twemoji:>14.1f} %{100 * first:>20.1f} %{100 * five:>10.1f} %")
     for what in drawn:
         whole = what.partition(" on ")[0]

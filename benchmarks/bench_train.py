@@ -4,7 +4,7 @@
 
 Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the
 example's here (no `preserve_every`); the share of a step's wall time spent outside forward,
-backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: pictures and
+backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: images and
 captions encoded at every step, torch's default optimizer and memory format, the same batch, resolution, layers, rank),
 at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders, each in a process of its
 own, take turns in rounds; the median round's ratio counts, of the processor's time in the thread that steps, since whatever else
@@ -74,12 +74,12 @@ def usual(recipe: Recipe) -> Callable[[int], None]:
     trained = [p for p in pipeline.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.optimizer.lr)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    pictures = audit_and_plan(recipe, quiet=True)[0].training
+    images = audit_and_plan(recipe, quiet=True)[0].training
     pipeline.unet.train()
 
     def step(number: int) -> None:
         size = recipe.train.batch_size
-        chosen = [pictures[i % len(pictures)] for i in range(number * size, (number + 1) * size)]
+        chosen = [images[i % len(images)] for i in range(number * size, (number + 1) * size)]
         pixels = torch.stack([to_tensor(numpy.asarray(apply(decode(p.read(), "white"), p.crop))) for p in chosen])
         ids = pipeline.tokenizer(
             [p.caption for p in chosen], padding="max_length", truncation=True, return_tensors="pt"

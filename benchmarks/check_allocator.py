@@ -128,7 +128,7 @@ CACHE = [
         held(48 * MIB, 50 * MIB),
     ),
     Case(
-        "free neighbours merge",
+        "free neighbors merge",
         ".cpp try_merge_blocks",
         [
             allocate(0, 60 * MIB),

@@ -78,7 +78,7 @@ def compared(name: str, found: Calibration) -> float:
 
 
 def taken(name: str, steps: int) -> list[float]:
-    """Seconds of `steps` real steps, on pictures of zeros."""
+    """Seconds of `steps` real steps, on images of zeros."""
     recipe = load_recipe(name)
     subject = Subject(
         recipe,

@@ -30,7 +30,7 @@ from finetune.estimate.step_time import step
 from finetune.paths import ASSETS
 from tools import published
 
-PICTURES = 16  # of benchmarks/check_gpu.py's runs
+IMAGES = 16  # of benchmarks/check_gpu.py's runs
 ALL_OF_IT = "nvidia-smi"  # in the notes: what was measured holds CUDA's context too
 
 
@@ -231,7 +231,7 @@ def ours() -> dict[str, dict[str, float]]:
     print("\nruns of ours")
     for line in lines[1:]:
         row = dict(zip(lines[0].split("\t"), line.split("\t"), strict=True))
-        one = forecast(load_recipe(row["recipe"], row["set"].split()), row["recipe"], find(row["gpu"]), PICTURES)
+        one = forecast(load_recipe(row["recipe"], row["set"].split()), row["recipe"], find(row["gpu"]), IMAGES)
         reserved, kernels = (one.memory.phases["train"] - CONTEXT) / GIB, one.speed.compute + one.speed.bandwidth
         memory.append(reserved / float(row["reserved_gib"]) - 1)
         time.append(one.speed.seconds / float(row["seconds"]) - 1)

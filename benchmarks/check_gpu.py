@@ -1,6 +1,6 @@
 """Compare this machine's GPU with the estimates. Takes some minutes on a GPU; without one it prints what it would run.
 
-Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on pictures of noise.
+Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on images of noise.
 Where the weights of a base are not on this machine its nets come from the bundled configurations, with random weights: neither
 memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, with a row for each run in
 the columns of finetune/assets/gpu_runs.tsv, which holds those of past runs. --details keeps, a JSON line a run, what a model of
@@ -48,7 +48,7 @@ from finetune.training.pace import WARM_UP, typical
 from finetune.training.trainer import Trainer
 
 BASE = ("lora/emoji", "full/emoji")
-PICTURES, LEAST_SIDE = 16, 64
+IMAGES, LEAST_SIDE = 16, 64
 
 
 class Ran(NamedTuple):
@@ -141,7 +141,7 @@ def _add(file: Path | None, line: str) -> None:
 
 
 def _settings(name: str, gpu: Gpu, folder: Path, steps: int, overrides: tuple[str, ...]) -> Forecast:
-    """The recipe, on pictures of noise, as it fits: with the cheapest edits where it does not by itself."""
+    """The recipe, on images of noise, as it fits: with the cheapest edits where it does not by itself."""
     short = [
         "train.epochs=null",
         f"train.steps={steps + 2}",
@@ -152,10 +152,10 @@ def _settings(name: str, gpu: Gpu, folder: Path, steps: int, overrides: tuple[st
     short += [
         "sample.prompts=[noise]",
         "sample.steps=2",
-        f"data.path={folder / 'pictures'}",
+        f"data.path={folder / 'images'}",
         f"data.cache={folder / 'cache'}",
     ]
-    one = forecast(load_recipe(name, [*short, f"output.folder={folder / name}", *overrides]), name, gpu, PICTURES)
+    one = forecast(load_recipe(name, [*short, f"output.folder={folder / name}", *overrides]), name, gpu, IMAGES)
     found = [one] if one.fits else fitting(one)
     return found[0] if found else one
 
@@ -166,13 +166,13 @@ def _title(one: Forecast) -> str:
 
 
 def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
-    """Train a few steps and draw a picture; None if memory ran out, which is said."""
+    """Train a few steps and draw an image; None if memory ran out, which is said."""
     quiet_libraries()
-    (folder / "pictures").mkdir(exist_ok=True)
+    (folder / "images").mkdir(exist_ok=True)
     side = max(LEAST_SIDE, one.recipe.data.resolution)
-    for number in range(PICTURES):
-        Image.effect_noise((side, side), 64).convert("RGB").save(folder / "pictures" / f"{number}.png")
-        (folder / "pictures" / f"{number}.txt").write_text(f"noise {number}", encoding="utf-8")
+    for number in range(IMAGES):
+        Image.effect_noise((side, side), 64).convert("RGB").save(folder / "images" / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text(f"noise {number}", encoding="utf-8")
     try:
         return _trained(one, steps)
     except UserError as error:

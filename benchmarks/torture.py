@@ -56,7 +56,7 @@ SHORTEST = {
 }  # seconds: what is in pixels caches next to nothing
 FEWEST = 20  # kills of each phase, of 200
 LIVES = 12  # of one run, before it is left to finish
-PICTURES = 192  # more than one shard of the cache
+IMAGES = 192  # more than one shard of the cache
 PATIENCE = 120.0  # seconds that a life may take
 EVENTFUL = (
     "train.steps=24",
@@ -86,9 +86,9 @@ class Victim:
         return [phase for phase in AIMED if self.lasts.get(phase, 0) > SHORTEST[phase]]
 
 
-def recipe_of(name: str, pictures: Path) -> Callable[[Path, Path], Recipe]:
+def recipe_of(name: str, images: Path) -> Callable[[Path, Path], Recipe]:
     """How to make the recipe of a victim for a run's folder and a cache."""
-    common = (f"data.path={pictures}", *EVENTFUL)
+    common = (f"data.path={images}", *EVENTFUL)
     if name in ("lora", "full"):
         more = {"lora": ("train.ema=0.9", "model.train_text_encoder=true"), "full": ("optimizer.name=adamw8bit",)}[name]
         return lambda folder, cache: tiny.recipe("sd15", name, *common, *more, f"data.cache={cache}", folder=folder)
@@ -99,12 +99,12 @@ def recipe_of(name: str, pictures: Path) -> Callable[[Path, Path], Recipe]:
     return lambda folder, cache: load_recipe(name, (f"output.folder={folder}", f"data.cache={cache}"))
 
 
-def draw_pictures(folder: Path, count: int) -> Path:
-    """Captioned pictures."""
+def draw_images(folder: Path, count: int) -> Path:
+    """Captioned images."""
     folder.mkdir()
     for number in range(count):
-        colour = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
-        Image.effect_noise((40, 40), 20 + number).convert("RGB").point(lambda v, c=colour: (v + c[0]) % 256).save(
+        color = (number * 37 % 256, number * 91 % 256, number * 53 % 256)
+        Image.effect_noise((40, 40), 20 + number).convert("RGB").point(lambda v, c=color: (v + c[0]) % 256).save(
             folder / f"{number:03d}.png"
         )
         (folder / f"{number:03d}.txt").write_text(f"a red circle {number}")
@@ -296,11 +296,11 @@ def table(victims: list[Victim]) -> str:
 
 
 def run(
-    names: list[str], kills: int, seed: int, place: Path, say: Callable[[str], None] = print, pictures: int = PICTURES
+    names: list[str], kills: int, seed: int, place: Path, say: Callable[[str], None] = print, images: int = IMAGES
 ) -> list[Victim]:
     """Torture each of the victims named, `kills` in all."""
     dice = random.Random(seed)
-    drawn = draw_pictures(place / "pictures", pictures)
+    drawn = draw_images(place / "images", images)
     victims = []
     for number, name in enumerate(names):
         make = recipe_of(name, drawn)

@@ -3,7 +3,7 @@
     import finetune
 
     recipe = finetune.load_recipe("lora/emoji", ["train.steps=20", "output.folder=runs/try"])
-    print(finetune.plan(recipe).arithmetic)  # pictures ÷ batch … = steps
+    print(finetune.plan(recipe).arithmetic)  # images ÷ batch … = steps
     run = finetune.train(recipe)  # the run's folder
     finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the files drawn
     model = finetune.open_model("runs/scratch-vae")  # of families in pixel space: the model itself, to draw with and to ask

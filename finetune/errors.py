@@ -11,7 +11,7 @@ class UserError(Exception):
 
     Args:
         problem: one sentence that says what is wrong.
-        where: the place to look at, such as `my.yaml:12, train.batch_size` or the path of a picture.
+        where: the place to look at, such as `my.yaml:12, train.batch_size` or the path of an image.
         remedy: the edit or the command that mends it.
     """
 
@@ -25,7 +25,7 @@ class UserError(Exception):
         if self.where:
             found.append(f"  where: {self.where}")
         if self.remedy:
-            found.append(f"  mend:  {self.remedy}")
+            found.append(f"  fix:  {self.remedy}")
         return found
 
 

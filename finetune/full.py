@@ -24,7 +24,7 @@ def main() -> None:
         from finetune.job import finish, prepare
         from finetune.report import model_summary
 
-        job = prepare(recipe, resume, force)  # audited, planned, base loaded in float32, pictures encoded
+        job = prepare(recipe, resume, force)  # audited, planned, base loaded in float32, images encoded
         job.accelerator.print(model_summary.whole(job.model, job.plan))  # with the memory that this takes
         job.trainer.train()  # the one loop; the denoiser itself has gradients
         finish(job)  # a whole pipeline as diffusers loads it, and the report

@@ -82,7 +82,7 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
                 where="output.trackers",
                 remedy=f"pip install {tracker}, or remove it there",
             )
-    looking = Progress("looking at pictures", enabled=not quiet)
+    looking = Progress("looking at images", enabled=not quiet)
     audit = _by_one(
         lambda: scan(class_images.with_class(recipe), lambda done, name: looking.show(done, done + 1, name))
     )
@@ -90,7 +90,7 @@ def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
     if not quiet:
         print(tables.data(audit))
     audit.raise_if_stopped()
-    to_draw = recipe.prior.pictures if recipe.prior is not None and class_images.missing(recipe) else 0
+    to_draw = recipe.prior.images if recipe.prior is not None and class_images.missing(recipe) else 0
     plan = make_plan(recipe, audit, this_machine(), to_draw)
     refuse_inside(Path(plan.folder), recipe.data, "output.folder")
     if not quiet:
@@ -136,7 +136,7 @@ def _refuse_too_large(model: Model, plan: Plan) -> None:
     needed, there = sum(model_summary.of_what_trains(model, plan).values()), plan.machine.memory_bytes
     if plan.machine.device != "cuda" and needed > there:
         raise UserError(
-            f"what trains takes {model_summary.gigabytes(needed)} before the first picture, and this machine has {model_summary.gigabytes(there)}",
+            f"what trains takes {model_summary.gigabytes(needed)} before the first image, and this machine has {model_summary.gigabytes(there)}",
             where="method" if plan.recipe.method == "full" else "model",
             remedy="train a LoRA or a smaller model; or --force to train all the same",
         )
@@ -159,7 +159,7 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
     if class_images.missing(recipe):
         if not resume:
-            Run(plan, resume)  # what speaks against the run is said before a picture is drawn
+            Run(plan, resume)  # what speaks against the run is said before an image is drawn
         foretell(plan, force, quiet=True)
         class_images.draw(recipe, is_main_process())
         audit, plan = _audit_and_plan(recipe, quiet=True)
@@ -220,7 +220,7 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
 
 
 def finish(job: Job) -> Path:
-    """Write the artefact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
+    """Write the artifact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
     with job.run.status.phase("writing"):
         if job.accelerator.is_main_process:
             _write(job)
@@ -306,7 +306,7 @@ def _report(folder: Path) -> Path | None:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Every number of the run that `recipe` describes, on this machine, after a look at all its pictures.
+    """Every number of the run that `recipe` describes, on this machine, after a look at all its images.
 
     Raises:
         UserError: for a recipe or data that cannot work.

@@ -26,7 +26,7 @@ def main() -> None:
 
         job = prepare(
             recipe, resume, force
-        )  # audited, planned, base loaded and frozen, adapters put on, pictures encoded
+        )  # audited, planned, base loaded and frozen, adapters put on, images encoded
         job.accelerator.print(model_summary.adapted(job.model))
         job.trainer.train()  # the one loop; only the adapters have gradients
         finish(job)  # pytorch_lora_weights.safetensors, and the report

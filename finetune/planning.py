@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Counts of the audit: `examples` are pictures × repeats, `buckets` are (width, height, examples).
+    """Counts of the audit: `examples` are images × repeats, `buckets` are (width, height, examples).
 
-    `digest` is a hash over every picture's bytes, crop, caption and repeats, in their order.
+    `digest` is a hash over every image's bytes, crop, caption and repeats, in their order.
     """
 
-    pictures: int
+    images: int
     examples: int
     held_out: int
     buckets: tuple[tuple[int, int, int], ...]
@@ -56,9 +56,9 @@ class Plan:
         length = f"→ {self.steps} steps = {self.steps / self.steps_per_epoch:.4g} epochs"
         if train.epochs:
             length = f"× {train.epochs:g} epochs = {self.steps} steps"
-        repeats = "" if self.data.examples == self.data.pictures else f" with repeats = {self.data.examples} examples"
+        repeats = "" if self.data.examples == self.data.images else f" with repeats = {self.data.examples} examples"
         return (
-            f"{self.data.pictures} pictures{repeats} ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{processes}"
+            f"{self.data.images} images{repeats} ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{processes}"
             f" = {self.steps_per_epoch:g} steps an epoch {length}"
         )
 
@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
     """Resolve everything that the recipe left open.
 
     Args:
-        to_draw: class pictures that count, and are not in the audit since the base has not drawn them yet.
+        to_draw: class images that count, and are not in the audit since the base has not drawn them yet.
     """
     recipe, begun_from = initialized(recipe)
     data = _facts(recipe, audit, to_draw)
@@ -104,7 +104,7 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
 
 
 def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
-    """What the audit counted, and the class pictures that are still to be drawn, which will be squares."""
+    """What the audit counted, and the class images that are still to be drawn, which will be squares."""
     counts = {(bucket.width, bucket.height): count for bucket, count in audit.bucket_counts().items()}
     if to_draw:
         data = recipe.data
@@ -114,7 +114,7 @@ def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
         ).bucket
         counts[square.width, square.height] = counts.get((square.width, square.height), 0) + to_draw
     return DataFacts(
-        pictures=len(audit.training) + to_draw,
+        images=len(audit.training) + to_draw,
         examples=sum(counts.values()),
         held_out=len(audit.held_out),
         buckets=tuple((*size, count) for size, count in counts.items()),
@@ -123,19 +123,17 @@ def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
 
 
 def _class_notes(recipe: Recipe, data: DataFacts, to_draw: int) -> tuple[str, ...]:
-    """What is to be known of the class pictures: that they will be drawn, and whether they outnumber the subject's."""
+    """What is to be known of the class images: that they will be drawn, and whether they outnumber the subject's."""
     prior = recipe.prior
     if prior is None:
         return ()
-    said = (
-        [f'{to_draw} pictures of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
-    )
-    own = data.examples - prior.pictures
-    if own and not 0.5 <= prior.pictures / own <= 2:
-        times = max(1, round(prior.pictures / (own or 1)))
-        mend = f"repeats {times} times as many" if prior.pictures > own else f"prior.pictures: {own}"
+    said = [f'{to_draw} images of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
+    own = data.examples - prior.images
+    if own and not 0.5 <= prior.images / own <= 2:
+        times = max(1, round(prior.images / (own or 1)))
+        mend = f"repeats {times} times as many" if prior.images > own else f"prior.images: {own}"
         said.append(
-            f"{prior.pictures} class pictures stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}"
+            f"{prior.images} class images stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}"
         )
     return tuple(said)
 
@@ -195,9 +193,10 @@ def load_plan(folder: Path) -> Plan:
     found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
     numbers["recipe"] = load_recipe(folder / "recipe.yaml")
-    numbers["data"] = DataFacts(
-        **found["data"] | {"buckets": tuple(tuple(bucket) for bucket in found["data"]["buckets"])}
-    )
+    facts = dict(found["data"])
+    if "pictures" in facts:  # runs of version 0.1
+        facts["images"] = facts.pop("pictures")
+    numbers["data"] = DataFacts(**facts | {"buckets": tuple(tuple(bucket) for bucket in facts["buckets"])})
     numbers["machine"] = Machine(**found["machine"])
     numbers["notes"] = tuple(found["notes"])
     return Plan(**numbers)

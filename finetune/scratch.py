@@ -24,7 +24,7 @@ def main() -> None:
         from finetune.job import finish, prepare
         from finetune.report import model_summary
 
-        job = prepare(recipe, resume, force)  # audited, planned, nets built at random, pictures encoded
+        job = prepare(recipe, resume, force)  # audited, planned, nets built at random, images encoded
         job.accelerator.print(model_summary.built(job.model))
         job.trainer.train()  # the one loop; every net has gradients in its turn
         finish(job)  # the net or the whole pipeline as diffusers loads it, and the report

@@ -75,10 +75,10 @@ def test_losses_are_the_papers_and_stay_finite() -> None:
 def test_penalties_of_a_linear_critic() -> None:
     weight = torch.randn(3, 5, 7, dtype=torch.float64)
     weight *= 1.337 / weight.norm()
-    pictures = torch.randn(4, 3, 5, 7, dtype=torch.float64, requires_grad=True)
-    logits = (pictures * weight).flatten(1).sum(1)
-    assert unit_slope(logits, pictures).tolist() == pytest.approx([0.337**2] * 4)
-    assert flatness(logits, pictures).tolist() == pytest.approx([1.337**2 / 2] * 4)
+    images = torch.randn(4, 3, 5, 7, dtype=torch.float64, requires_grad=True)
+    logits = (images * weight).flatten(1).sum(1)
+    assert unit_slope(logits, images).tolist() == pytest.approx([0.337**2] * 4)
+    assert flatness(logits, images).tolist() == pytest.approx([1.337**2 / 2] * 4)
     dead = nn.Linear(2, 1)
     nn.init.zeros_(dead.weight)
     places = torch.zeros(3, 2, requires_grad=True)
@@ -157,7 +157,7 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     made = model.net(draw.apart("generator").normal("latent", (4,)), None, draw).detach()
     weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.critic.named_parameters()}
     for _ in range(2):
-        of_true, of_made = (functional_call(model.critic, weights, (pictures, None, draw)) for pictures in (true, made))
+        of_true, of_made = (functional_call(model.critic, weights, (images, None, draw)) for images in (true, made))
         gradients = torch.autograd.grad(objective.critic(of_true, of_made).mean(), list(weights.values()))
         weights = {
             name: (weight - 0.5 * slope).detach().requires_grad_()
@@ -191,13 +191,13 @@ def test_growing_begins_where_the_smaller_size_was() -> None:
     assert [Growth(10, 2).at(step) for step in (0, 9, 10, 15, 20, 29, 35, 40, 999)] == [0, 0, 0, 0.5, 1, 1, 1.5, 2, 2]
     model = make(grow_steps=10, generator_norm="pixel")
     generator, reader = model.net, model.critic.reader
-    latent, pictures = torch.randn(3, 4), torch.randn(3, *SPACE.shape)
+    latent, images = torch.randn(3, 4), torch.randn(3, *SPACE.shape)
     drawn = {step: generator(latent, None, Draw(0, step, range(3))) for step in (0, 10, 11, 20, 40)}
     assert torch.equal(drawn[10], drawn[0]) and not torch.equal(drawn[11], drawn[0])
     for step, side in ((0, 2), (20, 4)):
         size = functional.avg_pool2d(drawn[step], 8 // side)
         assert (functional.interpolate(size, scale_factor=8 // side) - drawn[step]).abs().max() < 1e-6
-    read = {step: reader(pictures, Draw(0, step, range(3))) for step in (0, 10, 11)}
+    read = {step: reader(images, Draw(0, step, range(3))) for step in (0, 10, 11)}
     assert torch.equal(read[10], read[0]) and not torch.equal(read[11], read[0])
     generator.eval()
     assert torch.equal(generator(latent, None, Draw(0, "sample", range(3))), drawn[40]), (
@@ -211,19 +211,19 @@ def test_growing_begins_where_the_smaller_size_was() -> None:
         )
 
 
-def test_r3gan_begins_at_the_scale_of_pictures() -> None:
+def test_r3gan_begins_at_the_scale_of_images() -> None:
     torch.manual_seed(0)
     model = r3gan.create(Space(3, 32, 32, 256), R3Net(width=8, halvings=3, blocks=1))
     draw = Draw(0, 0, range(32))
     with torch.no_grad():
         made = model.net(draw.normal("latent", (64,)), None, draw)
-        logits = model.critic(draw.normal("colour", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
+        logits = model.critic(draw.normal("color", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
     assert 0.4 < made.std() < 2 and 0.4 < logits.std() < 2, "it has no norm that would mend a start at nothing"
 
 
-def test_augmentation_is_steered_by_signs_and_leaves_pictures_be_at_0() -> None:
-    layer, pictures, draw = Augmentation(0.6, 100), torch.rand(64, 3, 6, 8) * 2 - 1, Draw(0, 0, range(64))
-    assert torch.equal(layer(pictures, draw), pictures)
+def test_augmentation_is_steered_by_signs_and_leaves_images_be_at_0() -> None:
+    layer, images, draw = Augmentation(0.6, 100), torch.rand(64, 3, 6, 8) * 2 - 1, Draw(0, 0, range(64))
+    assert torch.equal(layer(images, draw), images)
     layer.steer(torch.ones(20))
     assert layer.probability.item() == pytest.approx(0.2)
     layer.steer(torch.tensor([1.0, 1, 1, -1]))  # a mean of 0.5 is under 0.6
@@ -231,31 +231,31 @@ def test_augmentation_is_steered_by_signs_and_leaves_pictures_be_at_0() -> None:
     for _ in range(9):
         layer.steer(torch.ones(20))
     assert layer.probability.item() == pytest.approx(HIGHEST)
-    moved = layer(pictures.requires_grad_(), draw)
-    assert torch.equal(moved, layer(pictures, draw)) and not any(
-        torch.equal(one, other) for one, other in zip(moved, pictures, strict=True)
+    moved = layer(images.requires_grad_(), draw)
+    assert torch.equal(moved, layer(images, draw)) and not any(
+        torch.equal(one, other) for one, other in zip(moved, images, strict=True)
     )
     moved.sum().backward()
-    assert pictures.grad is not None and (pictures.grad.flatten(1).abs().sum(1) > 0).all()
+    assert images.grad is not None and (images.grad.flatten(1).abs().sum(1) > 0).all()
 
 
 def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, picture = Augmentation(0.6, 100), torch.rand(1, 3, 4, 4)
+    layer, image = Augmentation(0.6, 100), torch.rand(1, 3, 4, 4)
 
     def only(**values: float) -> Tensor:
         def drawn(_: Any, draw: Draw, name: str, neutral: float, given: Tensor) -> Tensor:
             return torch.full_like(given, values.get(name.replace(" ", "_"), neutral))
 
         monkeypatch.setattr(Augmentation, "_drawn", drawn)
-        found: Tensor = layer(picture, Draw(0, 0, [0]))
+        found: Tensor = layer(image, Draw(0, 0, [0]))
         return found
 
-    torch.testing.assert_close(only(flip=-1), picture.flip(3))
-    torch.testing.assert_close(only(quarters=1), picture.rot90(1, (2, 3)))
-    torch.testing.assert_close(only(shift_0=0.25)[..., :3], picture[..., 1:])
-    torch.testing.assert_close(only(shift_1=0.25)[..., :3, :], picture[..., 1:, :])
-    torch.testing.assert_close(only(brightness=0.3), picture + 0.3)
-    torch.testing.assert_close(only(contrast=0.5), picture / 2)
+    torch.testing.assert_close(only(flip=-1), image.flip(3))
+    torch.testing.assert_close(only(quarters=1), image.rot90(1, (2, 3)))
+    torch.testing.assert_close(only(shift_0=0.25)[..., :3], image[..., 1:])
+    torch.testing.assert_close(only(shift_1=0.25)[..., :3, :], image[..., 1:, :])
+    torch.testing.assert_close(only(brightness=0.3), image + 0.3)
+    torch.testing.assert_close(only(contrast=0.5), image / 2)
     assert only(saturation=0).std(1).max() < 1e-6
 
 
@@ -264,12 +264,12 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["net.latent=0"], r"net\.latent must be at least 1"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
-        (["net.critic_norm=batch"], r"batch norm ties its pictures together"),
+        (["net.critic_norm=batch"], r"batch norm ties its images together"),
         (
             ["net.minibatch=stddev", "net.group=3"],
-            r"a batch of 4 pictures makes no whole groups of 3[\s\S]*train\.batch_size: 3",
+            r"a batch of 4 images makes no whole groups of 3[\s\S]*train\.batch_size: 3",
         ),
-        (["net.minibatch=discrimination", "train.batch_size=1"], r"one picture a batch has no company"),
+        (["net.minibatch=discrimination", "train.batch_size=1"], r"one image a batch has no company"),
         (["net.objective=minimax"], r"net\.objective"),
     ],
 )

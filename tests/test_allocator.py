@@ -1,4 +1,4 @@
-"""The replayed allocator: PyTorch's documented behaviour, what must hold for any sequence, and a naive second model of the same rules."""
+"""The replayed allocator: PyTorch's documented behavior, what must hold for any sequence, and a naive second model of the same rules."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_what_always_holds(events: list[Event], capacity: int | None, expandable
         blocks = allocator.blocks()
         assert all(before[1] <= after[0] for before, after in pairwise(blocks)), "two blocks overlap"
         assert not any(a[2] is None and b[2] is None and a[1] == b[0] for a, b in pairwise(blocks)), (
-            "neighbours not merged"
+            "neighbors not merged"
         )
         assert sum(end - start for start, end, _ in blocks) == allocator.reserved
         assert sum(allocator.live().values()) == allocator.allocated <= allocator.reserved

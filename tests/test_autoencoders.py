@@ -51,15 +51,15 @@ def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
     exact = (given + log_normal(z)).double().logsumexp(1) + math.log(16 / 800)
     bounds = []
     for particles in (1, 5, 50, 1000):
-        pictures = levels.repeat_interleave(40 if particles < 1000 else 2, 0)
-        found = -model.nats({"pixels": pictures}, Draw(0, 0, range(len(pictures))), particles)
+        images = levels.repeat_interleave(40 if particles < 1000 else 2, 0)
+        found = -model.nats({"pixels": images}, Draw(0, 0, range(len(images))), particles)
         bounds.append(float(found.mean()))
     assert bounds[0] < bounds[1] < bounds[2] < float(exact.mean()) + 0.02
     assert bounds[3] == pytest.approx(float(exact.mean()), abs=0.02)
 
 
 def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
-    """β weighs the KL and nothing else; the loss of a picture does not depend on the others in its batch."""
+    """β weighs the KL and nothing else; the loss of an image does not depend on the others in its batch."""
     levels, draw = some_levels(3), Draw(0, 0, range(3))
     losses = {}
     for beta in (0.0, 1.0, 3.0):
@@ -87,15 +87,15 @@ def test_the_kl_is_that_of_samples() -> None:
     torch.testing.assert_close(gaussian_kl(mean, logvar)[0], sampled, rtol=0, atol=0.01)
 
 
-def test_pictures_from_latents() -> None:
-    model, pictures = vae_of(latent=4), some_levels(4)
-    batch = {"pixels": pictures}
+def test_images_from_latents() -> None:
+    model, images = vae_of(latent=4), some_levels(4)
+    batch = {"pixels": images}
     rebuilt = model.reconstructions(batch)
     way = model.interpolation(batch, 5)
     assert way.shape == (5, *SPACE.shape)
     assert torch.equal(way[0], rebuilt[0]) and torch.equal(way[-1], rebuilt[1])
     assert torch.equal(model.arithmetic(batch, batch, batch), rebuilt), "what is added and taken away is the same"
-    first, second = {"pixels": pictures[:1]}, {"pixels": pictures[1:2]}
+    first, second = {"pixels": images[:1]}, {"pixels": images[1:2]}
     assert torch.equal(model.arithmetic(first, second, first), rebuilt[1:2])
 
 

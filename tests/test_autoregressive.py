@@ -22,7 +22,7 @@ REQUEST = SampleRequest((), (), 1, 1.0)
 
 def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
     torch.manual_seed(seed)
-    model = load_module(family).create(space, section(family)(**keys))
+    model = load_module(family).create(space, section(family)(**keys))  # type: ignore[misc]
     with torch.no_grad():  # what starts at zero would hide mistakes
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -103,8 +103,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_probabilities_of_all_pictures_add_up_to_one_and_are_those_of_what_is_drawn(name: str) -> None:
-    """All 81 pictures of 2×2 pixels and 3 levels."""
+def test_the_probabilities_of_all_images_add_up_to_one_and_are_those_of_what_is_drawn(name: str) -> None:
+    """All 81 images of 2×2 pixels and 3 levels."""
     space = Space(1, 2, 2, 3)
     model: LikelihoodModel = model_of(name, space, **FAMILIES[name])
     every = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.uint8).view(-1, 1, 2, 2)
@@ -117,7 +117,7 @@ def test_the_probabilities_of_all_pictures_add_up_to_one_and_are_those_of_what_i
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("classes", [(), ("a", "b")])
-def test_pictures_drawn_with_caches_are_those_without(name: str, classes: tuple[str, ...]) -> None:
+def test_images_drawn_with_caches_are_those_without(name: str, classes: tuple[str, ...]) -> None:
     space = Space(1, 5, 6, 7, classes)
     model = model_of(name, space, **FAMILIES[name])
     which = torch.tensor([0, 1, 2]) if classes else None
@@ -143,13 +143,13 @@ def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None
             assert torch.equal(moved > 1e-7, torch.arange(12) > place)
 
 
-def test_a_palette_is_the_colours_of_the_data() -> None:
+def test_a_palette_is_the_colors_of_the_data() -> None:
     from finetune.models.scratch.autoregressive.imagegpt import k_means
 
-    colours = torch.tensor([[0.0, 0, 0], [250, 0, 0], [0, 250, 0], [9, 9, 250]])
-    found = k_means(colours.repeat_interleave(torch.tensor([50, 3, 2, 1]), 0) + torch.rand(56, 3), 4)
-    assert torch.cdist(colours, found).amin(1).max() < 2
-    assert len(k_means(colours, 6)) == 6
+    colors = torch.tensor([[0.0, 0, 0], [250, 0, 0], [0, 250, 0], [9, 9, 250]])
+    found = k_means(colors.repeat_interleave(torch.tensor([50, 3, 2, 1]), 0) + torch.rand(56, 3), 4)
+    assert torch.cdist(colors, found).amin(1).max() < 2
+    assert len(k_means(colors, 6)) == 6
 
 
 def test_a_pixel_of_pixelcnn_sees_every_pixel_before_it_and_none_after() -> None:

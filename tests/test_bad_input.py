@@ -1,4 +1,4 @@
-"""Whatever is wrong with the recipe or the pictures: one clear message with the remedy, exit code 2, nothing overwritten."""
+"""Whatever is wrong with the recipe or the images: one clear message with the remedy, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def misspelt_key(scene: Scene) -> None:
     scene.set("train.batchsize=2")
 
 
-@case(r'unknown key "optimiser".*recipe.yaml:8', 'did you mean "optimizer"')
+@case(r'unknown key "optimizer".*recipe.yaml:8', 'did you mean "optimizer"')
 def misspelt_section(scene: Scene) -> None:
-    scene.recipe.write_text(re.sub("^optimizer", "optimiser", scene.recipe.read_text(), flags=re.MULTILINE) + "\n")
+    scene.recipe.write_text(re.sub("^optimizer", "optimizer", scene.recipe.read_text(), flags=re.MULTILINE) + "\n")
     scene.recipe.write_text("# a\n# b\n# c\n" + scene.recipe.read_text())
 
 
@@ -173,7 +173,7 @@ def paged_adafactor(scene: Scene) -> None:
     scene.set("optimizer.paged=true", "optimizer.name=adafactor")
 
 
-# -- pictures and captions ------------------------------------------------------------------------------------------------
+# -- images and captions ------------------------------------------------------------------------------------------------
 
 
 @case('there is no folder ".*nowhere"', "data.path")
@@ -191,11 +191,11 @@ def data_set_that_no_hub_gives(scene: Scene) -> None:
     scene.set("data.path=nobody/nothing")
 
 
-@case("holds no picture", "put pictures there")
+@case("holds no image", "put images there")
 def empty_data_set(scene: Scene) -> None:
     for file in scene.data.iterdir():
         file.unlink()
-    (scene.data / "README.md").write_text("no pictures here")
+    (scene.data / "README.md").write_text("no images here")
 
 
 @case("1 missing caption.*one.png", "data.missing_captions: empty")
@@ -213,8 +213,8 @@ def metadata_in_another_encoding(scene: Scene) -> None:
     (scene.data / "metadata.csv").write_bytes("file_name,text\none.png,été\n".encode("cp1252"))
 
 
-@case(r"1 missing picture.*metadata.jsonl:6 \(\"gone.png\"\)", "remove the line")
-def metadata_of_a_missing_picture(scene: Scene) -> None:
+@case(r"1 missing image.*metadata.jsonl:6 \(\"gone.png\"\)", "remove the line")
+def metadata_of_a_missing_image(scene: Scene) -> None:
     names = [file.name for file in sorted(scene.data.iterdir()) if file.suffix != ".txt"]
     (scene.data / "metadata.jsonl").write_text(
         "\n".join(json.dumps({"file_name": name, "text": "x"}) for name in [*names, "gone.png"])
@@ -223,32 +223,32 @@ def metadata_of_a_missing_picture(scene: Scene) -> None:
 
 @case("metadata.jsonl:1", "one object a line")
 def metadata_that_is_no_json(scene: Scene) -> None:
-    (scene.data / "metadata.jsonl").write_text("one.png: a picture\n")
+    (scene.data / "metadata.jsonl").write_text("one.png: an image\n")
 
 
-@case(r"1 unreadable picture.*four.jpg: damaged or truncated", "unreadable_pictures: skip")
+@case(r"1 unreadable image.*four.jpg: damaged or truncated", "unreadable_images: skip")
 def truncated_jpeg(scene: Scene) -> None:
     content = (scene.data / "four.jpg").read_bytes()
     (scene.data / "four.jpg").write_bytes(content[:-20])
 
 
-@case("1 unreadable picture.*one.png: the file is empty", "unreadable_pictures: skip")
+@case("1 unreadable image.*one.png: the file is empty", "unreadable_images: skip")
 def empty_file(scene: Scene) -> None:
     (scene.data / "one.png").write_bytes(b"")
 
 
-@case("1 unreadable picture.*one.png: 20000×20 pixels", "unreadable_pictures: skip")
+@case("1 unreadable image.*one.png: 20000×20 pixels", "unreadable_images: skip")
 def png_20000_pixels_wide(scene: Scene) -> None:
     (scene.data / "one.png").write_bytes(png_of_20000_pixels())
 
 
-@case("1 unreadable picture.*out.png: a link out of the folder", "unreadable_pictures: skip")
+@case("1 unreadable image.*out.png: a link out of the folder", "unreadable_images: skip")
 def link_out_of_the_folder(scene: Scene) -> None:
     shutil.copy(scene.data / "one.png", scene.folder / "secret.png")
     (scene.data / "out.png").symlink_to(scene.folder / "secret.png")
 
 
-@case("no picture is left", "table above")
+@case("no image is left", "table above")
 def nothing_left_to_train_on(scene: Scene) -> None:
     for file in scene.data.glob("*.txt"):
         file.unlink()
@@ -260,9 +260,9 @@ def caption_longer_than_the_tokenizer_reads(scene: Scene) -> None:
     (scene.data / "one.txt").write_text("blue " * 40)
 
 
-@case('"nocolour" is not an opaque CSS colour.*data.background', "white")
+@case('"nocolor" is not an opaque CSS color.*data.background', "white")
 def unknown_background(scene: Scene) -> None:
-    scene.set("data.background=nocolour")
+    scene.set("data.background=nocolor")
 
 
 @case("no bucket has sides that are multiples of 64", "data.bucket_step")
@@ -282,7 +282,7 @@ def test_bad_input_is_told_in_one_message_with_its_remedy(
     refused(CASES[name], scene, capsys)
 
 
-@pytest.mark.parametrize("name", ["misspelt_key", "missing_folder"])
+@pytest.mark.parametrize("name", ["misspelled_key", "missing_folder"])
 def test_a_script_ends_with_code_2(name: str, scene: Scene) -> None:
     spoil, said, remedy = CASES[name]
     spoil(scene)

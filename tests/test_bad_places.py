@@ -60,12 +60,12 @@ def run_folder_without_permission(scene: Scene) -> None:
 
 
 @case('output.folder lies in ".*data", where nothing is ever written', "elsewhere")
-def run_folder_among_the_pictures(scene: Scene) -> None:
+def run_folder_among_the_images(scene: Scene) -> None:
     scene.set(f"output.folder={scene.data / 'run'}")
 
 
 @case('data.cache lies in ".*data", where nothing is ever written', "elsewhere")
-def cache_among_the_pictures(scene: Scene) -> None:
+def cache_among_the_images(scene: Scene) -> None:
     scene.set(f"data.cache={scene.data / '.cache'}")
 
 

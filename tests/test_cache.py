@@ -1,4 +1,4 @@
-"""What is kept of pictures and captions: whole, found again, and computed only where it is missing."""
+"""What is kept of images and captions: whole, found again, and computed only where it is missing."""
 
 from __future__ import annotations
 

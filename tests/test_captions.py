@@ -19,8 +19,8 @@ from tests.test_data import captions, data, problems, put
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
 def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_path: Path, name: str) -> None:
-    for picture in ("a.png", "deep/b.png", "unnamed.png", "blank.png"):
-        put(tmp_path, picture)
+    for image in ("a.png", "deep/b.png", "unnamed.png", "blank.png"):
+        put(tmp_path, image)
     (tmp_path / "unnamed.txt").write_text("not read")
     (tmp_path / "README.txt").write_text("about")
     rows = [
@@ -40,18 +40,18 @@ def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_pa
         (tmp_path / name).write_text(
             "file_name,text\n" + "".join(f'{file},"{text}"\n' for file, text in rows), encoding="utf-8"
         )
-    audit = scan(data(tmp_path, missing_captions="skip", unreadable_pictures="skip"))
+    audit = scan(data(tmp_path, missing_captions="skip", unreadable_images="skip"))
     assert captions(audit) == {"a.png": "a, red one", "b.png": "below"}
     first = 1 if name.endswith("jsonl") else 2
     assert problems(audit) == {
         "unnamed.png": ("missing caption", "no caption was found, so it does not train"),
         "blank.png": ("missing caption", "its caption is empty, so it does not train"),
-        f'{name}:{first + 2} ("gone.png")': ("missing picture", "names a picture that is not there"),
-        'outside.png")': ("missing picture", "names a file outside its folder, which is not read"),
-        "unnamed.txt": ("unused caption", "not read: a metadata file speaks for its picture"),
-        "README.txt": ("unused caption", "no picture has its name"),
+        f'{name}:{first + 2} ("gone.png")': ("missing image", "names an image that is not there"),
+        'outside.png")': ("missing image", "names a file outside its folder, which is not read"),
+        "unnamed.txt": ("unused caption", "not read: a metadata file speaks for its image"),
+        "README.txt": ("unused caption", "no image has its name"),
     }
-    with pytest.raises(UserError, match="2 missing captions and 2 missing pictures") as caught:
+    with pytest.raises(UserError, match="2 missing captions and 2 missing images") as caught:
         scan(data(tmp_path)).raise_if_stopped()
     assert "gone.png" in caught.value.where
     assert "outside.png" in caught.value.where
@@ -151,12 +151,12 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert "metadata.jsonl:1 is not text" in caught.value.where
 
 
-def test_every_picture_that_does_not_train_is_named(tmp_path: Path) -> None:
+def test_every_image_that_does_not_train_is_named(tmp_path: Path) -> None:
     """In `data.json` and by `ft data check --json`; tables and pages name some, and say that there are more."""
     put(tmp_path, "a.png", caption="x")
     for number in range(NAMED + 5):
         (tmp_path / f"{number:02d}.png").write_bytes(b"")
-    found = tables.facts(scan(data(tmp_path, unreadable_pictures="skip", missing_captions="empty")))
+    found = tables.facts(scan(data(tmp_path, unreadable_images="skip", missing_captions="empty")))
     (problem,) = found["problems"]
     assert problem["names"] == [str(tmp_path / f"{number:02d}.png") for number in range(NAMED + 5)]
     page = data_section(found)

@@ -26,7 +26,7 @@ PROMPT = "a [red] *circle* | `<script>`"
 def run() -> Path:
     """A trained LoRA: a trigger word, a scale that is not 1, a prompt full of Markdown."""
     folder = tiny.root() / "card"
-    sources = f'data.sources=[{{path: "{tiny.pictures()}", prefix: "sks"}}]'
+    sources = f'data.sources=[{{path: "{tiny.images()}", prefix: "sks"}}]'
     more = ("data.path=null", "data.long_captions=truncate", "adapter.rslora=true", "adapter.alpha=3")
     tiny.train(tiny.recipe("sd15", "lora", *more, sources, f'sample.prompts=["{PROMPT}"]', folder=folder))
     return folder
@@ -61,7 +61,7 @@ def test_the_file_says_what_it_is_and_how_it_was_trained() -> None:
         "sshs_model_hash": content_hash(file),
         "modelspec.hash_sha256": f"0x{content_hash(file)}",
     }.items() <= found.items()
-    assert found["modelspec.description"].startswith("Trained by ft on 5 pictures, 2 steps of 2 at about 32×32")
+    assert found["modelspec.description"].startswith("Trained by ft on 5 images, 2 steps of 2 at about 32×32")
     assert PEFT in found
 
 
@@ -91,14 +91,14 @@ def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
     (shown,) = front["widget"]
     assert shown["text"] == PROMPT
     with (
-        Image.open(final / shown["output"]["url"]) as picture,
+        Image.open(final / shown["output"]["url"]) as image,
         Image.open(run() / "samples" / "step-0000002" / "00.png") as last,
     ):
-        assert picture.tobytes() == last.tobytes()
+        assert image.tobytes() == last.tobytes()
     assert r"a \[red\] \*circle\* \| \`&lt;script>\`" in card.text
     assert "pipeline.load_lora_weights('FOLDER-OF-THIS-FILE')" in card.text
-    assert "| steps | 5 pictures ÷ batch 2" in card.text
-    assert "| train | 5 pictures |" in card.text
+    assert "| steps | 5 images ÷ batch 2" in card.text
+    assert "| train | 5 images |" in card.text
 
 
 def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_nothing_private_leaves() -> None:
     for file in (run() / "final").rglob("*"):
         if file.is_file():
             content = file.read_bytes()
-            for private in (str(tiny.root()), str(Path.home()), str(tiny.pictures())):
+            for private in (str(tiny.root()), str(Path.home()), str(tiny.images())):
                 assert private.encode() not in content, file
 
 

@@ -69,13 +69,13 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
-    shutil.copytree(tiny.pictures(), tmp_path / "pictures")
+    shutil.copytree(tiny.images(), tmp_path / "images")
     asked = tiny.recipe(
-        "sd15", "lora", f"data.path={tmp_path / 'pictures'}", "sample.prompts=[]", folder=tmp_path / "run"
+        "sd15", "lora", f"data.path={tmp_path / 'images'}", "sample.prompts=[]", folder=tmp_path / "run"
     )
     tiny.prepare(asked).trainer.train_step(0)
     tiny.prepare(asked, resume=True)
-    caption = next((tmp_path / "pictures").glob("*.txt"))
+    caption = next((tmp_path / "images").glob("*.txt"))
     caption.write_text("another caption")
     with pytest.raises(UserError, match="have changed since this run was started"):
         tiny.prepare(asked, resume=True)

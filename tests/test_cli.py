@@ -43,7 +43,7 @@ HEAVY = {
         "from finetune.cli import main; main.main(['gpus', 'h200'])",
         "from finetune.cli import main; main.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
-        "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, pictures, scan, sources",
+        "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, images, scan, sources",
         "from finetune.report import nets, page, tables; from finetune.commands import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
@@ -91,7 +91,7 @@ def test_the_one_line_help_is_the_commands_own(name: str) -> None:
         (["recipes", "show", "lora/emojy"], 'did you mean "lora/emoji"'),
         (["check", "lora/emoji", "--set", "model.family=sdx"], 'did you mean "sdxl"?'),
         (["check", "lora/emoji", "--set", "model.path=/no/model"], 'no file or folder "/no/model"'),
-        (["check", "lora/emoji", "--set", "model.path=some/model", "--set", "data.path=/no/pictures"], "/no/pictures"),
+        (["check", "lora/emoji", "--set", "model.path=some/model", "--set", "data.path=/no/images"], "/no/images"),
         (["sample", "/no/run", "--prompt", "a"], "/no/run"),
         (["export", "/no/run"], "/no/run"),
         (["export", "/no/run", "--format", "khya"], "kohya"),
@@ -193,7 +193,7 @@ def test_check_shows_data_and_plan_and_writes_nothing(
     ]
     assert ft(*asked) == 0
     out = capsys.readouterr().out
-    assert "380 pictures ÷ batch 4 ÷ accumulation 1 = 95 steps an epoch → 300 steps = 3.158 epochs" in out
+    assert "380 images ÷ batch 4 ÷ accumulation 1 = 95 steps an epoch → 300 steps = 3.158 epochs" in out
     assert "train.batch_size=4" in out.splitlines()[-1], "the command that comes next"
     assert not list(tmp_path.iterdir())
 

@@ -103,7 +103,7 @@ def run_of(
     save_file(tensors, folder / "final" / LORA_FILE, {PEFT: json.dumps(settings), "format": "pt"})
     model = json.dumps({"family": family, "path": "owner/model"})
     (folder / "recipe.yaml").write_text(
-        f"method: lora\nname: mine\nmodel: {model}\ndata: {{path: pictures}}\ntrain: {{steps: 1}}\nadapter: {{rank: 2, alpha: {alpha}}}\n"
+        f"method: lora\nname: mine\nmodel: {model}\ndata: {{path: images}}\ntrain: {{steps: 1}}\nadapter: {{rank: 2, alpha: {alpha}}}\n"
     )
     return folder, tensors
 

@@ -23,7 +23,7 @@ def recipe(folder: Path, **changes: object) -> Data:
         "resolution": 64,
         "bucket_step": 16,
         "missing_captions": "skip",
-        "unreadable_pictures": "skip",
+        "unreadable_images": "skip",
     }
     return Data(**settings | {"cache": str(folder.parent / "cache")} | changes)  # type: ignore[arg-type]
 
@@ -50,7 +50,7 @@ def printable(name: str) -> str:
 
 
 def test_what_trains_and_what_is_refused_and_nothing_else(audit: Audit, folder: Path) -> None:
-    assert {relative(p.name, folder) for p in audit.pictures} == {printable(name) for name in corpus.TRAINS}
+    assert {relative(p.name, folder) for p in audit.images} == {printable(name) for name in corpus.TRAINS}
     told = {relative(p.name, folder): p.detail for p in audit.problems}
     assert told.keys() == corpus.REFUSED.keys()
     for name, reason in corpus.REFUSED.items():
@@ -62,7 +62,7 @@ def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
     for finding in audit.findings:
         assert finding.count >= sum(map(len, finding.examples))
         for place in (place for group in finding.examples for place in group):
-            told[relative(audit.pictures[place].name, folder)].add(finding.kind)
+            told[relative(audit.images[place].name, folder)].add(finding.kind)
     odd = {
         name: kinds - {"exact duplicate", "near duplicate"}
         for name, kinds in told.items()
@@ -74,20 +74,20 @@ def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
 
 
 def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
-    """Red on the left, blue on the right; grey of 16 bits has red's and blue's brightness."""
+    """Red on the left, blue on the right; gray of 16 bits has red's and blue's brightness."""
     data = opened(
         folder,
         Counting(cached=False),
-        data={"resolution": 64, "missing_captions": "skip", "unreadable_pictures": "skip"},
+        data={"resolution": 64, "missing_captions": "skip", "unreadable_images": "skip"},
     )
-    for picture in data.pictures:
-        pixels = ((data._pixels(picture, mirrored=False) + 1) * 127.5).round()
+    for image in data.images:
+        pixels = ((data._pixels(image, mirrored=False) + 1) * 127.5).round()
         left, right = pixels[:, 32, 4].tolist(), pixels[:, 32, 60].tolist()
-        if picture.name.endswith("deep.tif"):
+        if image.name.endswith("deep.tif"):
             assert (left, right) == ([76] * 3, [29] * 3)
         else:
-            assert left == pytest.approx(corpus.RED, abs=6), picture.name
-            assert right == pytest.approx(corpus.BLUE, abs=6), picture.name
+            assert left == pytest.approx(corpus.RED, abs=6), image.name
+            assert right == pytest.approx(corpus.BLUE, abs=6), image.name
 
 
 def test_all_of_it_can_be_shown(audit: Audit) -> None:
@@ -101,12 +101,12 @@ def test_all_of_it_can_be_shown(audit: Audit) -> None:
 
 def test_by_default_all_that_is_wrong_stops_the_run(folder: Path) -> None:
     with pytest.raises(UserError, match=r"missing captions and .* unreadable") as caught:
-        scan(recipe(folder, missing_captions="stop", unreadable_pictures="stop")).raise_if_stopped()
+        scan(recipe(folder, missing_captions="stop", unreadable_images="stop")).raise_if_stopped()
     assert "more" in caught.value.where
 
 
 def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
-    """A writer at work: each look sees a whole picture or says that it does not, and what comes later sees the last."""
+    """A writer at work: each look sees a whole image or says that it does not, and what comes later sees the last."""
     files = [put(tmp_path / "data", f"{number}.png", "red", (64, 64), caption="x") for number in range(6)]
     contents = [corpus.saved(corpus.halves((64, side)), "PNG") for side in (64, 80, 96)]
     stop = threading.Event()
@@ -122,9 +122,9 @@ def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
     try:
         for _ in range(12):
             audit = scan(recipe(tmp_path / "data"))
-            assert len(audit.pictures) + len(audit.problems) == 6
-            assert {p.crop.original for p in audit.pictures} <= {(64, 64), (64, 80), (64, 96)}
+            assert len(audit.images) + len(audit.problems) == 6
+            assert {p.crop.original for p in audit.images} <= {(64, 64), (64, 80), (64, 96)}
     finally:
         stop.set()
         writer.join()
-    assert {p.crop.original for p in scan(recipe(tmp_path / "data")).pictures} == {(64, 96)}
+    assert {p.crop.original for p in scan(recipe(tmp_path / "data")).images} == {(64, 96)}

@@ -194,7 +194,7 @@ def test_without_a_gpu_the_cpu_is_estimated(
     assert ft("--images", "3000") == 0
     said = capsys.readouterr().out
     assert (
-        "pictures on this CPU (" in said
+        "images on this CPU (" in said
         and "Recommended: scratch/" in said
         and "a CPU is enough" in said
         and "$" not in said

@@ -1,4 +1,4 @@
-"""Pictures, captions and the audit: what trains, what does not and why, and that the user's folder is never written."""
+"""Images, captions and the audit: what trains, what does not and why, and that the user's folder is never written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 
 from finetune.config.schema import Data, Source
 from finetune.data.audit.audit import Audit, scan
-from finetune.data.audit.index import Index, Picture
+from finetune.data.audit.index import ImageRecord, Index
 from finetune.data.buckets import Bucket, fit
 from finetune.data.media.image import decode, upright
 from finetune.errors import UserError
@@ -28,11 +28,11 @@ from finetune.report import tables
 
 
 def put(
-    folder: Path, name: str, colour: str = "red", size: tuple[int, int] = (16, 16), caption: str | None = None
+    folder: Path, name: str, color: str = "red", size: tuple[int, int] = (16, 16), caption: str | None = None
 ) -> Path:
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(file)
+    Image.new("RGB", size, color).save(file)
     if caption is not None:
         file.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return file
@@ -43,14 +43,14 @@ def data(path: Path, **changes: Any) -> Data:
 
 
 def captions(audit: Audit) -> dict[str, str]:
-    return {Path(picture.name).name: picture.caption for picture in audit.pictures}
+    return {Path(image.name).name: image.caption for image in audit.images}
 
 
 def problems(audit: Audit) -> dict[str, tuple[str, str]]:
     return {Path(problem.name).name: (problem.kind, problem.detail) for problem in audit.problems}
 
 
-def test_text_files_beside_nested_pictures(tmp_path: Path) -> None:
+def test_text_files_beside_nested_images(tmp_path: Path) -> None:
     put(tmp_path, "a.png", caption="\ufeff one \n two\t")
     put(tmp_path, "b/c.d.JPG", caption="deep")
     put(tmp_path, ".hidden/e.png")
@@ -60,13 +60,13 @@ def test_text_files_beside_nested_pictures(tmp_path: Path) -> None:
     assert not audit.problems
 
 
-def test_pictures_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     """A run that goes on must find the order that it began with."""
     names = ("b.png", "a.png", "a/z.png", "a/B.png", "a/c/d.png", "a-b.png", "ab/0.png", "Z.png", "a/c.png")
     for name in names:
         put(tmp_path, name, "red", (32, 32), caption="x")
     expected = sorted(tmp_path / name for name in names)
-    assert [Path(picture.name) for picture in scan(data(tmp_path)).pictures] == expected
+    assert [Path(image.name) for image in scan(data(tmp_path)).images] == expected
 
 
 def test_several_sources_with_repeats_and_prefix(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_several_sources_with_repeats_and_prefix(tmp_path: Path) -> None:
     sources = (Source(str(tmp_path / "one"), repeats=3, prefix="sks style,"), Source(str(tmp_path / "two")))
     audit = scan(Data(sources=sources, resolution=32, bucket_step=8, missing_captions="empty"))
     assert captions(audit) == {"a.png": "sks style, a cat", "b.png": "sks style,", "c.png": "a dog"}
-    assert [picture.repeats for picture in audit.pictures] == [3, 3, 1]
+    assert [image.repeats for image in audit.images] == [3, 3, 1]
     assert audit.bucket_counts() == {Bucket(32, 32): 6, Bucket(40, 24): 1}
     assert [(found.count, found.examples) for found in audit.findings if found.kind == "no caption"] == [(1, ((1,),))]
     assert not audit.problems
@@ -94,42 +94,42 @@ def test_links_are_not_followed_out_of_the_folder(tmp_path: Path) -> None:
     (inside / "again.png").symlink_to(inside / "a.png")
     (inside / "again.txt").symlink_to("a.txt")
     os.mkfifo(inside / "pipe.png")
-    audit = scan(data(inside, unreadable_pictures="skip"))
+    audit = scan(data(inside, unreadable_images="skip"))
     assert captions(audit) == {"a.png": "mine", "again.png": "mine"}
     found = problems(audit)
     assert found.keys() == {"out.png", "out.txt", "folder", "loop", "broken.png", "pipe.png"}
-    assert {kind for kind, _ in found.values()} == {"unreadable picture"}
+    assert {kind for kind, _ in found.values()} == {"unreadable image"}
     assert all(
         "link" in detail for name, (_, detail) in found.items() if name in ("out.png", "out.txt", "folder", "loop")
     )
-    with pytest.raises(UserError, match="6 unreadable pictures"):
+    with pytest.raises(UserError, match="6 unreadable images"):
         scan(data(inside)).raise_if_stopped()
 
 
-def test_unreadable_pictures_stop_the_run_or_are_skipped_by_name(tmp_path: Path) -> None:
+def test_unreadable_images_stop_the_run_or_are_skipped_by_name(tmp_path: Path) -> None:
     put(tmp_path, "fine.png", caption="fine")
     jpeg = put(tmp_path, "cut.jpg", size=(64, 64), caption="cut")
     jpeg.write_bytes(jpeg.read_bytes()[:-20])
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "phone.txt").write_text("from a phone")
     put(tmp_path, "nothing.png", caption="nothing").write_bytes(b"")
-    audit = scan(data(tmp_path, unreadable_pictures="skip"))
+    audit = scan(data(tmp_path, unreadable_images="skip"))
     assert captions(audit) == {"fine.png": "fine"}
     assert {name: kind for name, (kind, _) in problems(audit).items()} == dict.fromkeys(
-        ("cut.jpg", "phone.heic", "nothing.png"), "unreadable picture"
+        ("cut.jpg", "phone.heic", "nothing.png"), "unreadable image"
     )
     shown = tables.data(audit)
-    assert "1 picture" in shown
+    assert "1 image" in shown
     assert all(name in shown for name in ("cut.jpg", "phone.heic", "nothing.png", "truncated", "empty"))
-    with pytest.raises(UserError, match="3 unreadable pictures") as caught:
+    with pytest.raises(UserError, match="3 unreadable images") as caught:
         scan(data(tmp_path)).raise_if_stopped()
     assert all(name in caught.value.where for name in ("cut.jpg", "phone.heic", "nothing.png"))
-    assert "unreadable_pictures: skip" in caught.value.remedy
+    assert "unreadable_images: skip" in caught.value.remedy
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a picture was read and decoded. The clock is taken to be fine enough for files just written."""
+    """How often an image was read and decoded. The clock is taken to be fine enough for files just written."""
     found: Counter[str] = Counter()
     read_bytes = Path.read_bytes
 
@@ -138,9 +138,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             found["read"] += 1
         return read_bytes(self)
 
-    def counting_decode(picture: Image.Image, background: str) -> Image.Image:
+    def counting_decode(image: Image.Image, background: str) -> Image.Image:
         found["decoded"] += 1
-        return upright(picture, background)
+        return upright(image, background)
 
     monkeypatch.setattr(Path, "read_bytes", counting_read)
     monkeypatch.setattr("finetune.data.audit.inspect.upright", counting_decode)
@@ -148,7 +148,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def test_each_picture_is_read_once_and_progress_is_told(tmp_path: Path, counted: Counter[str]) -> None:
+def test_each_image_is_read_once_and_progress_is_told(tmp_path: Path, counted: Counter[str]) -> None:
     for number in range(4):
         put(tmp_path / "data", f"{number}.png", f"rgb({number}, 7, 7)", caption="x")
     told: list[tuple[int, str]] = []
@@ -164,7 +164,7 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[s
     for number in range(3):
         put(folder, f"{number}.png", f"rgb({number}, 7, 7)", (16 + number, 16), caption="x")
     put(folder, "broken.png", caption="x").write_bytes(b"broken")
-    recipe = data(folder, cache=str(tmp_path / "cache"), unreadable_pictures="skip")
+    recipe = data(folder, cache=str(tmp_path / "cache"), unreadable_images="skip")
 
     def again() -> tuple[Audit, dict[str, int]]:
         counted.clear()
@@ -173,8 +173,8 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[s
     first, _ = again()
     second, cost = again()
     assert cost == {}
-    assert (list(second.pictures), second.problems, second.findings) == (
-        list(first.pictures),
+    assert (list(second.images), second.problems, second.findings) == (
+        list(first.images),
         first.problems,
         first.findings,
     )
@@ -186,15 +186,15 @@ def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[s
     (folder / "2.txt").rename(folder / "3.txt")
     third, cost = again()
     assert cost == {"read": 2, "decoded": 1}  # what was only renamed is known by its bytes
-    assert [p.digest for p in third.pictures] != [p.digest for p in first.pictures]
-    assert third.pictures[1].digest == hashlib.sha256((folder / "1.png").read_bytes()).hexdigest()
-    # Another background is another picture; a damaged memo is another memo.
+    assert [p.digest for p in third.images] != [p.digest for p in first.images]
+    assert third.images[1].digest == hashlib.sha256((folder / "1.png").read_bytes()).hexdigest()
+    # Another background is another image; a damaged memo is another memo.
     scan(dataclasses.replace(recipe, background="black"))
     assert counted["decoded"] == 4
     for damage in (b"no data base", b""):
         for file in (tmp_path / "cache").glob("audit.sqlite*"):
             file.write_bytes(damage)
-        assert list(again()[0].pictures) == list(third.pictures)
+        assert list(again()[0].images) == list(third.images)
     assert again()[1] == {}
 
 
@@ -244,8 +244,8 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
     hugging_face(datasets, {"train": ["red"]})["train"].to_parquet(str(tmp_path / "parquet" / "train-00000.parquet"))
     before = snapshot(tmp_path)
     for name in ("folder", "saved", "parquet"):
-        for picture in scan(data(tmp_path / name, missing_captions="empty", unreadable_pictures="skip")).pictures:
-            picture.read()
+        for image in scan(data(tmp_path / name, missing_captions="empty", unreadable_images="skip")).images:
+            image.read()
     assert snapshot(tmp_path) == before
 
 
@@ -255,54 +255,54 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
     st.randoms(use_true_random=False),
 )
 @settings(deadline=None, max_examples=30)
-def test_held_out_pictures_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
+def test_held_out_images_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [Bucket(16, 16)]), len(digests)
-    pictures = [
-        Picture(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes)
+    images = [
+        ImageRecord(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes)
         for n, digest in enumerate(sorted(digests))
     ]
-    random.shuffle(pictures)
+    random.shuffle(images)
 
-    def held_out(pictures: list[Picture], share: float) -> list[str]:
+    def held_out(images: list[ImageRecord], share: float) -> list[str]:
         index = Index()
-        for picture in pictures:
-            index.append(picture)
+        for image in images:
+            index.append(image)
         index.hold_out(share)
         assert [p.digest for p in index if p.held_out] == [p.digest for p in index.part(held_out=True)]
-        return [picture.digest for picture in index if picture.held_out]
+        return [image.digest for image in index if image.held_out]
 
-    held = set(held_out(pictures, share))
+    held = set(held_out(images, share))
     assert 1 <= len(held) < count
     assert abs(len(held) - share * count) <= 1
-    renamed = [dataclasses.replace(p, name=f"x{n}.png") for n, p in enumerate(random.sample(pictures, count))]
+    renamed = [dataclasses.replace(p, name=f"x{n}.png") for n, p in enumerate(random.sample(images, count))]
     assert set(held_out(renamed, share)) == held
-    assert sorted(held_out([*pictures, *pictures], share)) == sorted([*held, *held])
-    # One more picture takes at most one other's place.
-    more = held_out([*pictures, dataclasses.replace(pictures[0], digest="0" * 64)], share)
+    assert sorted(held_out([*images, *images], share)) == sorted([*held, *held])
+    # One more image takes at most one other's place.
+    more = held_out([*images, dataclasses.replace(images[0], digest="0" * 64)], share)
     assert len(set(more) ^ held) <= 2
-    assert held_out(pictures, 0.0) == []
+    assert held_out(images, 0.0) == []
 
 
-def test_held_out_pictures_are_told(tmp_path: Path) -> None:
-    for number, colour in enumerate(("red", "green", "blue", "black")):
-        put(tmp_path, f"{number}.png", colour, caption=colour)
+def test_held_out_images_are_told(tmp_path: Path) -> None:
+    for number, color in enumerate(("red", "green", "blue", "black")):
+        put(tmp_path, f"{number}.png", color, caption=color)
     audit = scan(data(tmp_path, held_out=0.25))
     assert (len(audit.training), len(audit.held_out)) == (3, 1)
     shown = tables.data(audit)
-    assert "3 pictures" in shown
-    assert re.search("1 pictures?, for the validation loss", shown)
+    assert "3 images" in shown
+    assert re.search("1 images?, for the validation loss", shown)
 
 
-def encoded(picture: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("colour", ["whit", "#12", "transparent", "rgb(300, 0, 0)", "#ffffff80", ""])
-def test_a_background_that_is_no_opaque_colour_is_named(colour: str) -> None:
+@pytest.mark.parametrize("color", ["whit", "#12", "transparent", "rgb(300, 0, 0)", "#ffffff80", ""])
+def test_a_background_that_is_no_opaque_color_is_named(color: str) -> None:
     with pytest.raises(UserError) as caught:
-        scan(Data(path="anywhere", background=colour))
+        scan(Data(path="anywhere", background=color))
     assert caught.value.where == "data.background"
 
 
@@ -310,15 +310,15 @@ def test_a_background_that_is_no_opaque_colour_is_named(colour: str) -> None:
 
 
 def hugging_face(datasets: Any, splits: dict[str, list[str]]) -> Any:
-    """A `DatasetDict` of one small picture for each colour, with captions "a <colour>"."""
+    """A `DatasetDict` of one small image for each color, with captions "a <color>"."""
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(
-                {"image": [Image.new("RGB", (16, 16), c) for c in colours], "text": [f"a {c}" for c in colours]},
+                {"image": [Image.new("RGB", (16, 16), c) for c in colors], "text": [f"a {c}" for c in colors]},
                 features=features,
             )
-            for split, colours in splits.items()
+            for split, colors in splits.items()
         }
     )
 
@@ -332,8 +332,8 @@ def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
     both["train"].to_parquet(str(tmp_path / "parquet" / "data" / "train-00000.parquet"))
     for name in ("dict", "saved", "parquet"):
         audit = scan(data(tmp_path / name))
-        assert [picture.caption for picture in audit.training] == ["a red", "a blue"]
-        assert [decode(picture.read(), "#ffffff").getpixel((0, 0)) for picture in audit.training] == [
+        assert [image.caption for image in audit.training] == ["a red", "a blue"]
+        assert [decode(image.read(), "#ffffff").getpixel((0, 0)) for image in audit.training] == [
             (255, 0, 0),
             (0, 0, 255),
         ]
@@ -342,11 +342,11 @@ def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
         scan(data(tmp_path / "saved", caption_column="prompt"))
     assert (caught.value.where, caught.value.remedy) == ("data.caption_column", "columns there: image, text")
     datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(str(tmp_path / "numbers"))
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         scan(data(tmp_path / "numbers"))
 
 
-def test_rows_without_a_picture_or_with_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_rows_without_a_image_or_with_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     secret = put(tmp_path, "secret.png")
     good = encoded(Image.new("RGB", (16, 16)))
@@ -369,11 +369,11 @@ def test_rows_without_a_picture_or_with_captions_that_are_no_text_are_named(tmp_
         str(tmp_path / "rows" / "train.parquet")
     )
     audit = scan(data(tmp_path / "rows"))
-    assert len(audit.pictures) == 1
+    assert len(audit.images) == 1
     assert [problem.detail.split(":")[0] for problem in audit.problems] == [
-        "the row has no picture",
+        "the row has no image",
         "the row names a file outside the data set, which is not read",
-        "not a picture that can be opened",
+        "not an image that can be opened",
     ]
 
 

@@ -20,16 +20,16 @@ from tests.test_data import snapshot
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
-# What a page can tell of itself once its pictures are there, left where --dump-dom shows it.
+# What a page can tell of itself once its images are there, left where --dump-dom shows it.
 PROBE = """<script>
 window.ran = [];
 window.alert = what => window.ran.push(what);
 addEventListener('error', event => window.ran.push(String(event.message)));
 addEventListener('load', () => {
-  const pictures = [...document.images];
+  const images = [...document.images];
   document.body.dataset.seen = JSON.stringify({
-    pictures: pictures.length,
-    broken: pictures.filter(picture => !picture.naturalWidth).length,
+    images: images.length,
+    broken: images.filter(image => !image.naturalWidth).length,
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     height: document.body.scrollHeight,
     fetched: performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:')).map(entry => entry.name),
@@ -55,7 +55,7 @@ def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path)
     before = snapshot(folder)
     result = check(folder, *SETTINGS, "--html", tmp_path / "page.html")
     assert isinstance(result.exception, UserError)  # the table, the page, and then what would stop a run
-    assert "unreadable pictures" in result.exception.problem
+    assert "unreadable images" in result.exception.problem
     assert snapshot(folder) == before
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page  # a file's name
@@ -66,7 +66,7 @@ def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path)
     if BROWSER is None:
         pytest.skip("no browser is here to look at the page: install Chromium")
     seen = looked_at(page, tmp_path)
-    assert seen["pictures"] > 20
+    assert seen["images"] > 20
     assert {key: seen[key] for key in ("broken", "wide", "fetched", "ran")} == {
         "broken": 0,
         "wide": 0,
@@ -117,26 +117,26 @@ def test_json_holds_all_that_the_table_says(folder: Path) -> None:
         "tiny",
     }
     assert {each["kind"] for each in found["problems"]} == {
-        "unreadable picture",
+        "unreadable image",
         "missing caption",
         "unreadable caption",
-        "missing picture",
+        "missing image",
         "unused caption",
     }
-    assert all(set(each) == {"name", "caption"} for each in found["pictures"])
+    assert all(set(each) == {"name", "caption"} for each in found["images"])
 
 
 def test_with_a_recipe_captions_are_shown_as_its_models_tokens() -> None:
-    result = check(tiny.pictures(), "--recipe", "lora/emoji")
+    result = check(tiny.images(), "--recipe", "lora/emoji")
     assert result.exception is None
     assert "green · triangle" in result.output
     assert "0 longer than the 24 tokens" in result.output
-    without = check(tiny.pictures())
+    without = check(tiny.images())
     assert any(f'"{caption}"' in without.output for caption in tiny.CAPTIONS)
     assert "--recipe RECIPE" in without.output
 
 
-def test_nothing_to_look_at_and_a_page_among_the_pictures(tmp_path: Path) -> None:
+def test_nothing_to_look_at_and_a_page_among_the_images(tmp_path: Path) -> None:
     assert "nothing to look at" in str(check().exception)
-    assert "nothing is ever written" in str(check(tiny.pictures(), "--html", tiny.pictures() / "page.html").exception)
-    assert "cannot be written" in str(check(tiny.pictures(), "--html", tmp_path / "no" / "page.html").exception)
+    assert "nothing is ever written" in str(check(tiny.images(), "--html", tiny.images() / "page.html").exception)
+    assert "cannot be written" in str(check(tiny.images(), "--html", tmp_path / "no" / "page.html").exception)

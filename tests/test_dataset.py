@@ -32,15 +32,15 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class Counting(Encoders):
-    """Encoders that count their calls. A picture becomes its pixels, a caption its bytes; eight tokens are read."""
+    """Encoders that count their calls. An image becomes its pixels, a caption its bytes; eight tokens are read."""
 
-    def __init__(self, picture_key: str = "picture", caption_key: str = "caption", cached: bool = True) -> None:
-        self.picture_key, self.caption_key, self.cached = picture_key, caption_key, cached
-        self.pictures, self.captions, self.released = 0, list[str](), False
+    def __init__(self, image_key: str = "image", caption_key: str = "caption", cached: bool = True) -> None:
+        self.image_key, self.caption_key, self.cached = image_key, caption_key, cached
+        self.images, self.captions, self.released = 0, list[str](), False
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         assert not self.released
-        self.pictures += 1
+        self.images += 1
         return {"pixels": pixels}
 
     def encode_caption(self, caption: str) -> Batch:
@@ -67,11 +67,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, number: int) -> None:
-    """A picture whose left and right differ, with its number for a caption."""
+    """An image whose left and right differ, with its number for a caption."""
     folder.mkdir(exist_ok=True)
-    picture = Image.new("RGB", (16, 16), (number, 0, 0))
-    picture.paste((0, number, 255), (8, 0, 16, 16))
-    picture.save(folder / f"{number}.png")
+    image = Image.new("RGB", (16, 16), (number, 0, 0))
+    image.paste((0, number, 255), (8, 0, 16, 16))
+    image.save(folder / f"{number}.png")
     (folder / f"{number}.txt").write_text(f"number {number}")
 
 
@@ -101,43 +101,43 @@ def encoded(folder: Path, encoders: Counting | None = None, **sections: dict[str
 
 def test_only_what_is_new_is_encoded(folder: Path) -> None:
     _, first = encoded(folder)
-    assert (first.pictures, sorted(first.captions)) == (6, ["", *(f"number {n}" for n in range(6))])
+    assert (first.images, sorted(first.captions)) == (6, ["", *(f"number {n}" for n in range(6))])
     assert first.released
     _, again = encoded(folder)
-    assert (again.pictures, again.captions) == (0, [])
+    assert (again.images, again.captions) == (0, [])
     add(folder, 6)
     _, one_more = encoded(folder)
-    assert (one_more.pictures, one_more.captions) == (1, ["number 6"])
+    assert (one_more.images, one_more.captions) == (1, ["number 6"])
     (folder / "2.txt").write_text("two")
     _, edited = encoded(folder)
-    assert (edited.pictures, edited.captions) == (0, ["two"])
+    assert (edited.images, edited.captions) == (0, ["two"])
     (folder / "2.png").rename(folder / "renamed.png")
     (folder / "2.txt").rename(folder / "renamed.txt")
     _, renamed = encoded(folder)
-    assert (renamed.pictures, renamed.captions) == (0, [])
+    assert (renamed.images, renamed.captions) == (0, [])
     Image.new("RGB", (16, 16), "white").save(folder / "1.png")
     _, repainted = encoded(folder)
-    assert (repainted.pictures, repainted.captions) == (1, [])
+    assert (repainted.images, repainted.captions) == (1, [])
 
 
 @pytest.mark.parametrize(
-    ("changes", "pictures", "captions"),
+    ("changes", "images", "captions"),
     [
-        ({"data": {"background": "#ffffff"}}, 0, 0),  # another name of the same colour
+        ({"data": {"background": "#ffffff"}}, 0, 0),  # another name of the same color
         ({"data": {"background": "black"}}, 6, 0),
         ({"data": {"resolution": 8}}, 6, 0),
         ({"data": {"flip": True}}, 6, 0),
-        ({"encoders": Counting(picture_key="another VAE")}, 6, 0),
+        ({"encoders": Counting(image_key="another VAE")}, 6, 0),
         ({"encoders": Counting(caption_key="another text encoder")}, 0, 7),
         ({"train": {"batch_size": 1, "seed": 9}}, 0, 0),
     ],
 )
 def test_the_key_covers_all_that_changes_what_is_encoded(
-    folder: Path, changes: dict[str, Any], pictures: int, captions: int
+    folder: Path, changes: dict[str, Any], images: int, captions: int
 ) -> None:
     encoded(folder)
     _, found = encoded(folder, **changes)
-    assert (found.pictures, len(found.captions)) == (pictures, captions)
+    assert (found.images, len(found.captions)) == (images, captions)
 
 
 def test_what_a_cache_holds_does_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
@@ -159,20 +159,20 @@ def test_a_process_that_waited_finds_what_the_first_encoded(folder: Path) -> Non
     ]  # both built before either encodes
     for data in both:
         data.encode()
-    assert (first.pictures, waiting.pictures, waiting.captions) == (6, 0, [])
+    assert (first.images, waiting.images, waiting.captions) == (6, 0, [])
 
 
 def test_what_was_encoded_before_an_interruption_is_kept(folder: Path) -> None:
     class Interrupted(Counting):
-        def encode_picture(self, pixels: Tensor) -> Batch:
-            if self.pictures == 4:
+        def encode_image(self, pixels: Tensor) -> Batch:
+            if self.images == 4:
                 raise KeyboardInterrupt
-            return super().encode_picture(pixels)
+            return super().encode_image(pixels)
 
     with pytest.raises(KeyboardInterrupt):
         encoded(folder, Interrupted())
     _, rest = encoded(folder)
-    assert (rest.pictures, rest.captions) == (2, [])
+    assert (rest.images, rest.captions) == (2, [])
 
 
 def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
     for shard in (folder.parent / "cache").rglob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-1] + b"\xaa")
     repaired, encoders = encoded(folder)
-    assert (encoders.pictures, len(encoders.captions)) == (6, 7)
+    assert (encoders.images, len(encoders.captions)) == (6, 7)
     draw = Draw(3, 0, [0, 1, 2, 3])
     assert same(repaired.batch(0, range(4), draw), data.batch(0, range(4), draw))
 
@@ -192,10 +192,10 @@ def test_a_cache_that_is_lost_while_it_is_used_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match="lost or damaged") as caught:
         data.batch(0, range(4), Draw(3, 0, range(4)))
     assert "--resume" in caught.value.remedy
-    assert encoded(folder)[1].pictures == 6
+    assert encoded(folder)[1].images == 6
 
 
-def test_a_picture_that_changes_after_the_audit_is_not_kept_under_the_old_digest(folder: Path) -> None:
+def test_a_image_that_changes_after_the_audit_is_not_kept_under_the_old_digest(folder: Path) -> None:
     data = opened(folder, Counting())
     Image.new("RGB", (16, 16), "white").save(folder / "5.png")
     with pytest.raises(UserError, match="has changed") as caught:
@@ -212,7 +212,7 @@ def batches(data: Dataset, steps: int) -> Iterator[tuple[int, Batch]]:
         yield step, data.batch(step, range(4), Draw(3, step, range(4)))
 
 
-def test_a_batch_is_the_pictures_that_the_step_names_with_their_captions(folder: Path) -> None:
+def test_a_batch_is_the_images_that_the_step_names_with_their_captions(folder: Path) -> None:
     data, _ = encoded(folder, data={"caption_dropout": 0})
     for step, batch in batches(data, 6):
         numbers = [int(Path(name).stem) for name in data.names(step)]
@@ -225,7 +225,7 @@ def test_a_batch_is_the_pictures_that_the_step_names_with_their_captions(folder:
         )  # height and width, top and left, height and width
 
 
-def test_repeats_show_a_picture_so_many_times_a_pass(folder: Path) -> None:
+def test_repeats_show_a_image_so_many_times_a_pass(folder: Path) -> None:
     add(folder.parent / "often", 9)
     sources = [{"path": str(folder)}, {"path": str(folder.parent / "often"), "repeats": 2}]
     data = opened(folder, Counting(), data={"path": None, "sources": sources})
@@ -250,18 +250,18 @@ def test_examples_drawn_alone_are_those_of_the_whole_batch(folder: Path) -> None
 
 def test_flips_are_variants_drawn_for_half_of_the_examples(folder: Path) -> None:
     data, encoders = encoded(folder, data={"flip": True})
-    assert encoders.pictures == 12
+    assert encoders.images == 12
     mirrored = total = 0
     for step, batch in batches(data, 100):
-        for picture, name in zip(batch["pixels"], data.names(step), strict=True):
+        for image, name in zip(batch["pixels"], data.names(step), strict=True):
             number = int(Path(name).stem)
-            left, right = ((corner[[0, 2]] + 1) * 127.5 for corner in (picture[:, 0, 0], picture[:, 0, -1]))
+            left, right = ((corner[[0, 2]] + 1) * 127.5 for corner in (image[:, 0, 0], image[:, 0, -1]))
             plain = left.round().tolist() == [number, 0]
             assert plain or right.round().tolist() == [number, 0]
             assert not plain or right.round().tolist() == [0, 255]
             mirrored, total = mirrored + (not plain), total + 1
     assert 0.4 < mirrored / total < 0.6  # 0.5 ± 4 deviations of 400 draws
-    assert encoders.pictures == 12
+    assert encoders.images == 12
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -275,7 +275,7 @@ def test_captions_are_dropped_at_the_share_asked_for(folder: Path, share: float)
 
 def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -> None:
     data, _ = encoded(folder, data={"held_out": 0.34, "flip": True, "caption_dropout": 1.0})
-    held = {Path(p.name).stem for p in data.pictures if p.held_out}
+    held = {Path(p.name).stem for p in data.images if p.held_out}
     assert data.has_validation
     assert len(held) == 2
     assert not held & {Path(name).stem for step in range(20) for name in data.names(step)}
@@ -291,17 +291,17 @@ def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -
 def test_memory_is_bounded_and_what_does_not_fit_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = encoded(folder)
     expected = [batch for _, batch in batches(whole, 12)]
-    monkeypatch.setattr(dataset, "MEMORY_BYTES", 7000)  # two pictures of 3072 bytes
+    monkeypatch.setattr(dataset, "MEMORY_BYTES", 7000)  # two images of 3072 bytes
     data, encoders = encoded(folder)
     for (_, batch), wanted in zip(batches(data, 12), expected, strict=True):
         assert same(batch, wanted)
         assert sum(t.nbytes for entry in data._memory.values() for t in entry.values()) <= 7000
-    assert (encoders.pictures, encoders.captions) == (0, [])
+    assert (encoders.images, encoders.captions) == (0, [])
 
 
 def test_encoders_that_are_not_cached_write_nothing_and_are_kept(folder: Path) -> None:
     data, encoders = encoded(folder, Counting(caption_key="", cached=False))
-    assert (encoders.pictures, encoders.captions, encoders.released) == (0, [], False)
+    assert (encoders.images, encoders.captions, encoders.released) == (0, [], False)
     assert "text" not in data.batch(0, range(4), Draw(3, 0, range(4)))
     assert not list((folder.parent / "cache").rglob("*.safetensors"))
 

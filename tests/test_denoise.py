@@ -134,7 +134,7 @@ def test_zero_terminal_snr_is_diffusers_own_and_refused_with_epsilon(tmp_path: P
 def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
     """Latents from the plain VAE, conditions from the pipeline's `encode_prompt`, noise and target from DDPMScheduler.
 
-    The pictures are not square and the bucket crops them, so SDXL's size and crop conditions are not trivial.
+    The images are not square and the bucket crops them, so SDXL's size and crop conditions are not trivial.
     """
     wide = ("data.buckets=true", "data.bucket_step=8", "data.caption_dropout=0", "train.batch_size=1")
     job = tiny.prepare(tiny.recipe(name, "lora", *wide, folder=tmp_path / "run"))
@@ -146,8 +146,8 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
         batch = job.data.batch(step, places, draw)
         ours.append(job.model.train_steps()[0].loss(batch, draw))
 
-        picture = job.data.pictures[job.data.order.batch(step)[0]]
-        pixels = to_tensor(numpy.asarray(apply(decode(picture.read(), "white"), picture.crop)))
+        image = job.data.images[job.data.order.batch(step)[0]]
+        pixels = to_tensor(numpy.asarray(apply(decode(image.read(), "white"), image.crop)))
         posterior = plain.vae.encode(pixels[None]).latent_dist
         clean = (
             posterior.mean + posterior.std * draw.normal("posterior", posterior.mean.shape[1:])
@@ -159,11 +159,11 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
             noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(clean, noise, timestep)
         )
         encoded = plain.encode_prompt(
-            picture.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            image.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         added = {}
         if name == "sdxl":
-            crop = picture.crop
+            crop = image.crop
             sizes = (crop.original[::-1], (crop.top, crop.left), (crop.bucket.height, crop.bucket.width))
             ids = plain._get_add_time_ids(*sizes, torch.float32, plain.text_encoder_2.config.projection_dim)
             added = {"added_cond_kwargs": {"text_embeds": encoded[2], "time_ids": ids}}

@@ -114,14 +114,14 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
         open_ = 0.04 * now.sigma**2 / (now.alpha**2 * 0.04 + now.sigma**2)  # Var(x_0 | x)
         true = between.small + between.clean**2 * open_ if step else open_
         expected += lost(true, getattr(between, variance) if step else between.small)
-    pictures = space.quantised(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
-    whole, sampled = (model.nats({"pixels": pictures}, draw, particles) for particles in (steps - 1, 4))
+    images = space.quantised(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
+    whole, sampled = (model.nats({"pixels": images}, draw, particles) for particles in (steps - 1, 4))
     assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
     assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.05)
-    assert torch.equal(sampled[3:5], model.nats({"pixels": pictures[3:5]}, Draw(1, 0, range(3, 5)), 4)), (
-        "a picture's chance is its own"
+    assert torch.equal(sampled[3:5], model.nats({"pixels": images[3:5]}, Draw(1, 0, range(3, 5)), 4)), (
+        "an image's chance is its own"
     )
-    assert float(model.bits_per_dimension({"pixels": pictures}, draw, steps - 1).mean()) == pytest.approx(
+    assert float(model.bits_per_dimension({"pixels": images}, draw, steps - 1).mean()) == pytest.approx(
         expected / math.log(2), rel=3e-3
     )
 
@@ -155,7 +155,7 @@ class SilentNet(torch.nn.Module):
 
 
 def test_a_flows_bits_are_those_of_a_histogram() -> None:
-    """A new EDM says D = c_skip x: that its pixels are N(0, 0.5²), whose mass over each level is known; drawn pictures have its entropy."""
+    """A new EDM says D = c_skip x: that its pixels are N(0, 0.5²), whose mass over each level is known; drawn images have its entropy."""
     space = Space(1, 4, 4, 65)
     model = edm.create(space, EdmNet(width=8, multiples=(1,)))
     model.net = SilentNet()  # type: ignore[assignment]
@@ -185,7 +185,7 @@ def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
 def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("cascade", tmp_path / "run")).model
     condition, levels, draw = model._condition, model.examples(4)["pixels"], Draw(0, 7, range(4))
-    beside = condition.of_pictures(levels, draw)
+    beside = condition.of_images(levels, draw)
     share = 0.5 * draw.uniform("augmentation")
     assert torch.equal(beside[:, 1], share.view(-1, 1, 1).expand(-1, 8, 8))
     small = torch.nn.functional.avg_pool2d(model.space.scaled(levels), 2)
@@ -219,10 +219,10 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
         ("edm", ["net.least=90"], r"set net.least below net.most"),
         ("cascade", ["model.low=null"], r"needs a first[\s\S]*scratch/cascade-low"),
         ("cascade", ["data.resolution=4"], r"4×4 are no multiple"),
-        ("cascade", ["data.levels=5"], r"other colours, levels or classes"),
-        ("ddpm", ["model.low=runs/x"], r"draws its pictures from nothing"),
+        ("cascade", ["data.levels=5"], r"other colors, levels or classes"),
+        ("ddpm", ["model.low=runs/x"], r"draws its images from nothing"),
         ("latent-diffusion", ["model.vae=null"], r"train scratch/emoji-vae first"),
-        ("latent-diffusion", ["data.grey=true"], r"reads 3 channels[\s\S]*data.grey: false"),
+        ("latent-diffusion", ["data.gray=true"], r"reads 3 channels[\s\S]*data.gray: false"),
         ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures that are there more than once: found whatever was done to them on the way, and in time near linear in their number."""
+"""Images that are there more than once: found whatever was done to them on the way, and in time near linear in their number."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from finetune.data.audit import duplicates
-from finetune.data.audit.duplicates import NEAR_BITS, NEAR_COLOUR, groups, near
-from finetune.data.audit.inspect import COLOUR_BYTES, FINGERPRINT_BYTES, HASH_BYTES, fingerprint
+from finetune.data.audit.duplicates import NEAR_BITS, NEAR_COLOR, groups, near
+from finetune.data.audit.inspect import COLOR_BYTES, FINGERPRINT_BYTES, HASH_BYTES, fingerprint
 from finetune.paths import ASSETS
 
 
@@ -20,45 +20,45 @@ def emoji(count: int) -> list[Image.Image]:
     return [Image.open(file).convert("RGBA").resize((96, 96)) for file in files]
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+def on_white(image: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def again(picture: Image.Image, quality: int) -> Image.Image:
+def again(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def test_a_picture_saved_again_scaled_or_brightened_is_near_and_others_are_not() -> None:
-    pictures = [on_white(picture) for picture in emoji(60)]
+def test_a_image_saved_again_scaled_or_brightened_is_near_and_others_are_not() -> None:
+    images = [on_white(image) for image in emoji(60)]
     ways = (
-        lambda picture: picture.resize((64, 64), Image.Resampling.LANCZOS),
-        lambda picture: picture.resize((500, 500), Image.Resampling.LANCZOS),
-        lambda picture: again(picture, 60),
-        lambda picture: ImageEnhance.Brightness(picture).enhance(0.97),
+        lambda image: image.resize((64, 64), Image.Resampling.LANCZOS),
+        lambda image: image.resize((500, 500), Image.Resampling.LANCZOS),
+        lambda image: again(image, 60),
+        lambda image: ImageEnhance.Brightness(image).enhance(0.97),
     )
-    changed = [ways[number % 4](picture) for number, picture in enumerate(pictures)]
-    found = list(groups(near(b"".join(fingerprint(picture) for picture in [*pictures, *changed]))))
-    pairs = [[n, n + len(pictures)] for n in range(len(pictures))]
+    changed = [ways[number % 4](image) for number, image in enumerate(images)]
+    found = list(groups(near(b"".join(fingerprint(image) for image in [*images, *changed]))))
+    pairs = [[n, n + len(images)] for n in range(len(images))]
     assert sum(pair in found for pair in pairs) >= 0.95 * len(pairs)
     assert sum(len(group) > 2 for group in found) <= 3  # flags and faces that resemble each other
 
 
-def test_colours_tell_pictures_of_one_shape_apart() -> None:
+def test_colors_tell_images_of_one_shape_apart() -> None:
     shape = emoji(60)[7].getchannel("A")
     painted = [
-        Image.composite(Image.new("RGB", shape.size, colour), Image.new("RGB", shape.size, "white"), shape)
-        for colour in ("red", "blue")
+        Image.composite(Image.new("RGB", shape.size, color), Image.new("RGB", shape.size, "white"), shape)
+        for color in ("red", "blue")
     ]
-    left, right = (fingerprint(picture) for picture in painted)
+    left, right = (fingerprint(image) for image in painted)
     assert not list(groups(near(left + right)))
     assert list(groups(near(left + left))) == [[0, 1]]
 
 
 def is_near(left: numpy.ndarray, right: numpy.ndarray) -> bool:
     bits = sum(int(byte).bit_count() for byte in left[:HASH_BYTES] ^ right[:HASH_BYTES])
-    return bits <= NEAR_BITS and int(abs(left[HASH_BYTES:].astype(int) - right[HASH_BYTES:]).max()) <= NEAR_COLOUR
+    return bits <= NEAR_BITS and int(abs(left[HASH_BYTES:].astype(int) - right[HASH_BYTES:]).max()) <= NEAR_COLOR
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,10 +66,10 @@ def test_looking_up_by_bands_finds_what_comparing_all_finds(seed: int) -> None:
     generator = numpy.random.default_rng(seed)
     rows = generator.integers(0, 256, (60, FINGERPRINT_BYTES), dtype=numpy.uint8)
     rows = rows[generator.integers(0, 60, 150)]
-    for row in rows:  # up to 9 bits flipped anywhere, colours moved
+    for row in rows:  # up to 9 bits flipped anywhere, colors moved
         for bit in generator.integers(0, 8 * HASH_BYTES, generator.integers(0, 10)):
             row[bit // 8] ^= 1 << (bit % 8)
-        row[HASH_BYTES:] = (row[HASH_BYTES:].astype(int) + generator.integers(0, 12, COLOUR_BYTES)).clip(0, 255)
+        row[HASH_BYTES:] = (row[HASH_BYTES:].astype(int) + generator.integers(0, 12, COLOR_BYTES)).clip(0, 255)
     labels = numpy.arange(len(rows))
     for left in range(len(rows)):  # by hand: every pair, joined
         for right in range(left):
@@ -80,7 +80,7 @@ def test_looking_up_by_bands_finds_what_comparing_all_finds(seed: int) -> None:
 
 
 def test_very_many_alike_take_no_square() -> None:
-    """20,000 pictures that share a band, as blank backgrounds do, and differ elsewhere."""
+    """20,000 images that share a band, as blank backgrounds do, and differ elsewhere."""
     rows = numpy.random.default_rng(0).integers(0, 256, (20_000, FINGERPRINT_BYTES), dtype=numpy.uint8)
     rows[:, :2] = 0
     rows[19_999] = rows[5]

@@ -37,7 +37,7 @@ def test_parts_add_up_to_the_peak_of_training() -> None:
         assert all(value > 0 for value in found.memory.parts.values())
 
 
-def test_steps_and_hours_follow_the_pictures() -> None:
+def test_steps_and_hours_follow_the_images() -> None:
     once, twice = of("lora/sd15", images=1000), of("lora/sd15", images=2000)
     assert twice.steps == 2 * once.steps
     assert once.hours < twice.hours < 2 * once.hours  # the first sample costs the same
@@ -54,7 +54,7 @@ def test_accumulation_keeps_gradients_and_takes_time() -> None:
     assert once.memory.peak < twice.memory.peak <= once.memory.peak + 4.2 * once.variant.trained
 
 
-def test_several_gpus_share_the_pictures() -> None:
+def test_several_gpus_share_the_images() -> None:
     """Each takes its own batches: half the steps, gradients once more in buckets, the exchange on top of each step."""
     one, two = of("full/sd15"), forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, group=Group(2))
     assert two.steps == pytest.approx(one.steps / 2, abs=1)
@@ -97,7 +97,7 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
 
 @pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=offload", "model.vae_tiling=true"])
 def test_what_encodes_takes_what_its_card_says(edit: str) -> None:
-    """Text encoders quantised or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
+    """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
     recipe = load_recipe("lora/sd21", [edit])
     subject = Subject(recipe, "bfloat16", (768, 768))
     with fake_tensors(), skeletons(), cuda():
@@ -128,7 +128,7 @@ def test_sharding_shares_out_what_zero_shares_out() -> None:
 
 
 @pytest.mark.parametrize(("images", "method"), [(50, "lora"), (3000, "lora"), (50_000, "full")])
-def test_choice_follows_the_pictures(images: int, method: str) -> None:
+def test_choice_follows_the_images(images: int, method: str) -> None:
     found = [of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     assert recommend.choose(found, images, None, None, "quality").forecast.recipe.method == method
 
@@ -145,16 +145,16 @@ def test_every_recipe_is_of_a_kind_that_the_goals_know() -> None:
     assert kinds <= {kind for goal in recommend.GOALS.values() for kind in goal.kinds}
 
 
-def test_little_money_goes_before_many_pictures() -> None:
+def test_little_money_goes_before_many_images() -> None:
     found = [of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     choice = recommend.choose(found, 20_000, 60, None, "quality")
     assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
 
 
-def test_small_pictures_are_learned_from_scratch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_images_are_learned_from_scratch(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--data", "small-images") == 0
     said = capsys.readouterr().out
-    assert "Recommended: scratch/emoji-diffusion, because small pictures" in said
+    assert "Recommended: scratch/emoji-diffusion, because small images" in said
     assert "First:       ft train scratch/emoji-vae" in said and "lora/" not in said
 
 
@@ -174,16 +174,16 @@ def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: 
     )
 
 
-def test_an_autoregressive_model_never_draws_large_pictures() -> None:
+def test_an_autoregressive_model_never_draws_large_images() -> None:
     one = of("lora/sd15")
     large = dataclasses.replace(
         one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnnpp"))
     )
-    with pytest.raises(UserError, match="never draws large pictures"):
+    with pytest.raises(UserError, match="never draws large images"):
         recommend.choose([large], 3000, None, None, "likelihood")
 
 
-FOR_PICTURES = {
+FOR_IMAGES = {
     name
     for name in bundled_recipes()
     if not name.startswith("scratch/") and not name.endswith("/emoji") and not PROMISE.search(name)
@@ -193,10 +193,10 @@ FOR_PICTURES = {
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3090") == 0
     said = capsys.readouterr().out
-    assert "3,000 pictures on one RTX 3090" in said
+    assert "3,000 images on one RTX 3090" in said
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
-    assert all(name in said for name in FOR_PICTURES)
+    assert all(name in said for name in FOR_IMAGES)
     assert sum("lora/flux2-klein " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said, (
         "QLoRA has a row of its own"
     )
@@ -215,7 +215,7 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3090", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     names = [one["recipe"] for one in found["forecasts"]]
-    assert {*names, *(name for left in found["not covered"].values() for name in left)} == FOR_PICTURES
+    assert {*names, *(name for left in found["not covered"].values() for name in left)} == FOR_IMAGES
     assert found["recommended"] in names
 
 
@@ -234,7 +234,7 @@ def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("lora/emoji", "--gpu", "rtx3060") == 0
     said = capsys.readouterr().out
     assert "fits" in said
-    assert "380 pictures ÷ batch 8" in said  # counted in the folder, those held out taken off
+    assert "380 images ÷ batch 8" in said  # counted in the folder, those held out taken off
     assert "CUDA context" in said
 
 
@@ -271,9 +271,9 @@ BAD = {
     "an unknown GPU": (["--images", "10", "--gpu", "rtx3091"], "no GPU here is called"),
     "half a description": (["--images", "10", "--vram", "16"], "three figures"),
     "named and described": (["--images", "10", "--gpu", "t4", "--vram", "16"], "named and described"),
-    "no pictures": (["--images", "0", "--gpu", "t4"], "nothing to train on"),
-    "a billion pictures": (["--images", "1000000000", "--gpu", "t4"], "nothing to train on"),
-    "no number of pictures": (["--gpu", "t4"], "how many pictures"),
+    "no images": (["--images", "0", "--gpu", "t4"], "nothing to train on"),
+    "a billion images": (["--images", "1000000000", "--gpu", "t4"], "nothing to train on"),
+    "no number of images": (["--gpu", "t4"], "how many images"),
     "too little money": (["--images", "3000", "--gpu", "rtx3090", "--budget", "0.01"], "the least is"),
     "too little time": (["--images", "3000", "--gpu", "rtx3090", "--hours", "0.01"], "the least is"),
     "too small a GPU": (["--images", "3000", "--vram", "1", "--tflops", "10", "--bandwidth", "100"], "the least is"),
@@ -294,7 +294,7 @@ BAD = {
     "a file that is no JSON": (["--denoiser", "no-json.json", "--images", "10", "--gpu", "t4"], "no JSON object"),
     "a denoiser that is not there": (["--denoiser", "missing.json", "--images", "10", "--gpu", "t4"], "cannot be read"),
     "a trace of nothing": (["--trace", "--images", "10", "--gpu", "t4"], "which run"),
-    "pictures that are not there": (["lora/sd15", "--gpu", "t4"], "no pictures at data.path"),
+    "images that are not there": (["lora/sd15", "--gpu", "t4"], "no images at data.path"),
 }
 
 
@@ -309,7 +309,7 @@ def test_bad_input_is_told_in_a_sentence(
     assert ft(*arguments) == 2
     told = capsys.readouterr().err
     assert words in told
-    assert "mend:" in told
+    assert "fix:" in told
     assert "Traceback" not in told
 
 

@@ -111,16 +111,16 @@ def test_half_of_the_classes_halve_the_coverage() -> None:
     assert metrics.frechet_distance(real, few) > 2 * metrics.frechet_distance(real, other)
 
 
-def test_emoji_net_tells_worse_pictures_from_better() -> None:
-    """Blurred, noisy, tinted or too few kinds: each is farther from the pictures than other such pictures are."""
+def test_emoji_net_tells_worse_images_from_better() -> None:
+    """Blurred, noisy, tinted or too few kinds: each is farther from the images than other such images are."""
     some = Source("embedded:emoji/noto", limit=300)
     audit = scan(Data(sources=(some,), resolution=32, buckets=False, missing_captions="empty"))
-    pictures = list(as_drawn(audit.training, audit.background))
+    images = list(as_drawn(audit.training, audit.background))
     net = EmojiNet()
-    real, other = net.features(pictures[::2]), pictures[1::2]
+    real, other = net.features(images[::2]), images[1::2]
 
     def far(changed: Callable[[Image.Image], Image.Image]) -> float:
-        return metrics.frechet_distance(real, net.features(changed(picture) for picture in other))
+        return metrics.frechet_distance(real, net.features(changed(image) for image in other))
 
     itself, blurred, blurrier, noisy = far(lambda p: p), far(blur(1)), far(blur(2)), far(noise(20))
     assert 1.5 * itself < blurred < blurrier and 1.5 * itself < noisy
@@ -129,13 +129,13 @@ def test_emoji_net_tells_worse_pictures_from_better() -> None:
 
 
 def blur(pixels: float) -> Callable[[Image.Image], Image.Image]:
-    return lambda picture: picture.filter(ImageFilter.GaussianBlur(pixels))
+    return lambda image: image.filter(ImageFilter.GaussianBlur(pixels))
 
 
 def noise(deviation: float) -> Callable[[Image.Image], Image.Image]:
     generator = numpy.random.default_rng(0)
-    return lambda picture: Image.fromarray(
-        (numpy.asarray(picture) + generator.normal(0, deviation, (32, 32, 3))).clip(0, 255).astype(numpy.uint8)
+    return lambda image: Image.fromarray(
+        (numpy.asarray(image) + generator.normal(0, deviation, (32, 32, 3))).clip(0, 255).astype(numpy.uint8)
     )
 
 
@@ -161,17 +161,17 @@ def run(kind: str) -> Path:
 
 @pytest.mark.parametrize(("kind", "exact"), [("vae", False), ("pixelcnn++", True), ("dcgan", None), ("lora", None)])
 def test_a_run_is_evaluated(kind: str, exact: bool | None) -> None:
-    outcome = CliRunner().invoke(command, [str(run(kind)), "--pictures", "4", "--json"], catch_exceptions=False)
+    outcome = CliRunner().invoke(command, [str(run(kind)), "--images", "4", "--json"], catch_exceptions=False)
     found = json.loads(outcome.stdout)
     folder = Path(found["folder"])
     assert json.loads((folder / "figures.json").read_text(encoding="utf-8")) == found
     assert (found["features"], found["drawn"], found["real"]) == ("emoji-net", 4, 4)
     assert all(math.isfinite(value) for value in found["closeness"].values())
-    assert found["seconds_per_picture"] > 0
+    assert found["seconds_per_image"] > 0
     if exact is None:
         assert found["likelihood"] is None and found["no_likelihood"]
     else:
-        assert found["likelihood"]["exact"] is exact and found["likelihood"]["of"] == "held-out pictures"
+        assert found["likelihood"]["exact"] is exact and found["likelihood"]["of"] == "held-out images"
         assert 0 < found["likelihood"]["bits_per_dimension"] < 20
     shown = {"samples", "nearest"} | ({"unlikely"} if exact is not None else set())
     shown |= {"reconstruction", "interpolation", "arithmetic 0 to 1"} if kind == "vae" else set()
@@ -179,27 +179,27 @@ def test_a_run_is_evaluated(kind: str, exact: bool | None) -> None:
 
 
 def test_the_table_names_what_compares(tmp_path: Path) -> None:
-    (tmp_path / "pictures" / "0").mkdir(parents=True)
+    (tmp_path / "images" / "0").mkdir(parents=True)
     for number, file in enumerate(sorted((scratch.digits() / "0").glob("*.png"))):
-        (tmp_path / "pictures" / "0" / f"{number}.png").write_bytes(file.read_bytes())
+        (tmp_path / "images" / "0" / f"{number}.png").write_bytes(file.read_bytes())
     given = [
         str(run("vae")),
         "--against",
-        str(tmp_path / "pictures"),
-        "--pictures",
+        str(tmp_path / "images"),
+        "--images",
         "3",
         "--out",
         str(tmp_path / "out"),
     ]
     shown = CliRunner().invoke(command, given, catch_exceptions=False).stdout
     assert "emoji-net Fréchet distance" in shown and "FID" not in shown
-    assert "drawn    real" in shown, "three others of the six pictures say what is to be reached"
-    assert f"at most, of {tmp_path / 'pictures'}" in shown
+    assert "drawn    real" in shown, "three others of the six images say what is to be reached"
+    assert f"at most, of {tmp_path / 'images'}" in shown
     assert (tmp_path / "out" / "nearest.png").is_file()
 
 
-def test_the_least_likely_picture_is_the_odd_one(tmp_path: Path) -> None:
-    """What tells anomalies: digits were learned, and one picture is noise."""
+def test_the_least_likely_image_is_the_odd_one(tmp_path: Path) -> None:
+    """What tells anomalies: digits were learned, and one image is noise."""
     learned = tiny.train(
         scratch.recipe(
             "vae",
@@ -210,13 +210,13 @@ def test_the_least_likely_picture_is_the_odd_one(tmp_path: Path) -> None:
             "data.classes=null",
         )
     )
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number, file in enumerate(sorted(scratch.digits().rglob("*.png"))[:5]):
-        (tmp_path / "pictures" / f"{number}.png").write_bytes(file.read_bytes())
+        (tmp_path / "images" / f"{number}.png").write_bytes(file.read_bytes())
     Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (8, 8), dtype=numpy.uint8)).save(
-        tmp_path / "pictures" / "odd.png"
+        tmp_path / "images" / "odd.png"
     )
-    found = evaluate(learned.run.folder, str(tmp_path / "pictures"), pictures=6)
+    found = evaluate(learned.run.folder, str(tmp_path / "images"), images=6)
     assert found.likelihood is not None and found.likelihood.least[0].endswith("odd.png")
 
 
@@ -226,17 +226,17 @@ def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    found = evaluate(run("vae"), pictures=3, features=str(tmp_path / "dino"), scored=0)
+    found = evaluate(run("vae"), images=3, features=str(tmp_path / "dino"), scored=0)
     assert found.likelihood is None and found.no_likelihood == "not asked for"
     assert found.features == "DINOv2 (dino)" and math.isfinite(found.closeness.frechet_distance)
-    picture = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=numpy.uint8))
+    image = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=numpy.uint8))
     pixels = (
-        torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1) / 255
+        torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1) / 255
         - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
         direct = Dinov2Model.from_pretrained(tmp_path / "dino")(pixels[None]).pooler_output
-    assert torch.allclose(Dinov2(str(tmp_path / "dino")).features([picture]), direct, atol=1e-5)
+    assert torch.allclose(Dinov2(str(tmp_path / "dino")).features([image]), direct, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
     [
         ({"features": "no-such-folder/at/all"}, "is no DINOv2 that can be opened"),
         ({"against": "nowhere"}, 'there is no folder "nowhere"'),
-        ({"pictures": 1}, "distances need two pictures"),
+        ({"images": 1}, "distances need two images"),
     ],
 )
 def test_mistakes(given: dict[str, object], told: str) -> None:
@@ -275,11 +275,11 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(bench_families, "FIXED", (*small, "train.steps=10000000", "train.checkpoint_every=10000000"))
     monkeypatch.setattr(bench_families, "NOTED_EVERY", 10)
-    row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3)
+    row = bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, images=4, scored=3)
     spent = json.loads((tmp_path / "vae-0" / "spent.json").read_text())
     assert 0.5 < spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
     assert row["failed"] == "" and len(row["losses"]) == 2 and row["bits_per_dimension"] > 0 and row["exact"] is False
-    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, pictures=4, scored=3) == row, (
+    assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, images=4, scored=3) == row, (
         "what is done is not done again"
     )
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
@@ -291,7 +291,7 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     }
     benchmarks.MEASURED.write_text(json.dumps(kept))
     said = benchmarks.quoted("diversity")
-    assert said.startswith("dcgan 70%, vae 40% (of the real pictures") and "after 10 CPU minutes" in said
+    assert said.startswith("dcgan 70%, vae 40% (of the real images") and "after 10 CPU minutes" in said
     assert benchmarks.quoted("speed") == "", "no row has its figure"
     asked = ["--images", "500", "--data", "small-images", "--goal", "latent", "--gpu", "cpu"]
     assert (

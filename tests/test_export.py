@@ -1,4 +1,4 @@
-"""Artefacts out: what each form holds, and that plain diffusers draws the same picture from it."""
+"""Artifacts out: what each form holds, and that plain diffusers draws the same image from it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run_of(name: str, folder: Path, *overrides: str) -> Path:
     CLASSES[name].save_lora_weights(folder / "final", **arguments)
     model = {"family": recipe.model.family, "path": str(base(name)), "train_text_encoder": True}
     (folder / "recipe.yaml").write_text(
-        f"method: lora\nname: my style\nmodel: {json.dumps(model)}\ndata: {{path: pictures, resolution: {tiny.SIZE}}}\n"
+        f"method: lora\nname: my style\nmodel: {json.dumps(model)}\ndata: {{path: images, resolution: {tiny.SIZE}}}\n"
         f"train: {{steps: 1}}\nadapter: {{rank: {recipe.adapter.rank}}}\n"
     )
     return folder
@@ -104,7 +104,7 @@ def drawn_with(name: str, lora: Path | None) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize(("name", "rslora"), [("sd15", False), ("sd15", True), ("sdxl", True)])
-def test_kohya_and_merged_draw_the_same_picture(name: str, rslora: bool, tmp_path: Path) -> None:
+def test_kohya_and_merged_draw_the_same_image(name: str, rslora: bool, tmp_path: Path) -> None:
     run = run_of(name, tmp_path / "run", f"adapter.targets={EVERYWHERE}", f"adapter.rslora={str(rslora).lower()}")
     expected = drawn_with(name, run / "final" / LORA_FILE)
     assert abs(expected - drawn_with(name, None)).max() > 0.02, "the LoRA changes nothing: the test would prove nothing"

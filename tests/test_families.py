@@ -174,7 +174,7 @@ IDLE = {
 
 @dataclass
 class Overfitted:
-    """A case trained on one picture: losses on fixed noise before and after, weights before, and the finished job."""
+    """A case trained on one image: losses on fixed noise before and after, weights before, and the finished job."""
 
     job: Job
     before: dict[str, Tensor]
@@ -188,7 +188,7 @@ def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
 
 
 def fixed_loss(job: Job) -> float:
-    """The mean loss of 16 fixed draws of noise and timestep on the one picture."""
+    """The mean loss of 16 fixed draws of noise and timestep on the one image."""
     places = range(16)
     draw = Draw(99, 0, places)
     batch = job.data.batch(0, [0] * len(places), draw)
@@ -198,7 +198,7 @@ def fixed_loss(job: Job) -> float:
 
 @functools.cache
 def overfitted(name: str) -> Overfitted:
-    one = (f"data.path={tiny.one_picture()}", "data.caption_dropout=0", f"train.steps={OVERFIT_STEPS}")
+    one = (f"data.path={tiny.one_image()}", "data.caption_dropout=0", f"train.steps={OVERFIT_STEPS}")
     smallest = NARROWEST if name in ON_NF4 else quantization.SMALLEST
     with mock.patch.object(quantization, "SMALLEST", smallest):
         job = tiny.prepare(ALL[name].recipe(tiny.root() / "runs" / name, *one))
@@ -302,7 +302,7 @@ def test_golden_losses() -> None:
 
 @functools.cache
 def redrawn() -> Path:
-    """All cases' pictures, drawn again by plain diffusers in one fresh process."""
+    """All cases' images, drawn again by plain diffusers in one fresh process."""
     folder = tiny.root() / "redrawn"
     folder.mkdir()
     jobs = []
@@ -316,7 +316,7 @@ def redrawn() -> Path:
             export(run, merge=True, out=folder / name)
         jobs.append(
             {
-                "artefact": str(folder / name if merged else run / "final"),
+                "artifact": str(folder / name if merged else run / "final"),
                 "base": str(tiny.pipeline(case.pipeline)) if case.method == "lora" and not merged else None,
                 "sample": str(last_sample(name)),
                 "out": str(folder / f"{name}{'-merged' if merged else ''}.png"),
@@ -352,7 +352,7 @@ def last_sample(name: str) -> Path:
 
 
 def difference(one: Path, other: Path) -> int:
-    """The largest difference of two pictures, in 255ths."""
+    """The largest difference of two images, in 255ths."""
     return int(numpy.abs(numpy.array(Image.open(one)).astype(int) - numpy.array(Image.open(other)).astype(int)).max())
 
 

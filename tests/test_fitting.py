@@ -118,7 +118,7 @@ def relative(one: Tensor, other: Tensor) -> float:
     return float((one.detach() - other.detach()).norm() / other.detach().norm())
 
 
-# -- quantised weights ----------------------------------------------------------------------------------------------------
+# -- quantized weights ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "bits", "most"), [("nf4", 4.5, 0.11), ("int8", 8.5, 0.01)])
@@ -250,13 +250,13 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
     pixels = torch.cat([torch.cat(emoji[:2], dim=2), torch.cat(emoji[2:], dim=2)], dim=1)[None]
     sides: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
-    pictures = []
+    images = []
     for _ in range(2):
         latents = vae.encode(pixels).latent_dist.mean
-        pictures.append(vae.decode(latents).sample.detach())
+        images.append(vae.decode(latents).sample.detach())
         apply.tile(vae, section)
     assert sides[0] == 128 // 4 and max(sides[1:]) == 64 // 4
-    assert 0 < relative(pictures[1], pictures[0]) < 0.1
+    assert 0 < relative(images[1], images[0]) < 0.1
 
 
 # -- the optimizer's step -------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
 def test_stochastic_rounding_is_right_on_average() -> None:
     """Up with the probability of what is cut off; exact values, zeros and infinities stay."""
     generator = torch.Generator().manual_seed(0)
-    below, above = 1.0, 1.0 + 2**-7  # neighbours in bfloat16
+    below, above = 1.0, 1.0 + 2**-7  # neighbors in bfloat16
     for share in (0.0, 1 / 3, 0.5, 0.999):
         for sign in (1, -1):
             values = torch.full((40_000,), sign * (below + share * (above - below)))
@@ -278,7 +278,7 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 
 
 def test_steps_too_small_for_bfloat16_are_taken_on_average() -> None:
-    """A thousand steps of a tenth of what separates neighbours: rounded to the nearest, none would be left."""
+    """A thousand steps of a tenth of what separates neighbors: rounded to the nearest, none would be left."""
     weight = nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
     optimizer = TensorByTensor(torch.optim.SGD([widened(weight)], lr=2**-7 / 10), [weight], (0, "turn"))
     for step in range(1000):

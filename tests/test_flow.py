@@ -29,7 +29,7 @@ from finetune.rng import Draw
 
 PARTS: dict[str, tuple[Bijection, tuple[int, int, int]]] = {
     "logit": (Logit(0.05), (2, 2, 2)),
-    "centred": (Logit(0.0), (2, 2, 2)),
+    "centered": (Logit(0.0), (2, 2, 2)),
     "squeeze": (Squeeze(), (1, 4, 2)),
     "checkerboard": (Checkerboard(), (1, 2, 4)),
     "checkerboard undone": (Checkerboard(undone=True), (4, 2, 1)),
@@ -91,7 +91,7 @@ def whole(family: str, dequantisation: Any = "uniform", coupling: Any = "affine"
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("family", ["glow", "realnvp"])
 def test_a_whole_flow(family: str, coupling: str) -> None:
-    """From pixels in (0, 1) to latents: logit, every squeeze, split, normalisation, convolution and coupling in one Jacobian."""
+    """From pixels in (0, 1) to latents: logit, every squeeze, split, normalization, convolution and coupling in one Jacobian."""
     model = whole(family, coupling=coupling)
     values = torch.rand(1, 1, 4, 4, dtype=torch.float64) * 0.9 + 0.05
     latent, change = model.net.flow(values)

@@ -1,4 +1,4 @@
-"""Whatever bytes lie in a caption, a metadata file, a picture, a shard or the cache: an answer or a clear error, and no reading outside."""
+"""Whatever bytes lie in a caption, a metadata file, an image, a shard or the cache: an answer or a clear error, and no reading outside."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ WHOLE = {
 @given(kind=st.sampled_from(sorted(WHOLE)), cut=cuts, changes=changes)
 @settings(many, max_examples=2 * many.max_examples)
 @example(kind="png", cut=30, changes=[])
-def test_pictures(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
+def test_images(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
     try:
         found = look(damaged(WHOLE[kind], cut, changes), "#ffffff")
     except Unreadable as error:

@@ -52,7 +52,7 @@ def in_format(name: str, layout: str) -> Path:
     return export(before(name), layout)[0]
 
 
-def picture(run: Path, step: int) -> numpy.ndarray:
+def image(run: Path, step: int) -> numpy.ndarray:
     with Image.open(run / "samples" / f"step-{step:07d}" / "00.png") as opened:
         return numpy.asarray(opened.convert("RGB")).astype(int)
 
@@ -66,8 +66,8 @@ def going_on(name: str, file: Path, folder: Path, *overrides: str, resume: bool 
 def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> None:
     file = in_format("sd15", layout)
     job = going_on("sd15", file, tmp_path / "run", "adapter.rank=16")
-    assert abs(picture(tmp_path / "run", 0) - picture(before("sd15"), 3)).max() <= 1
-    assert abs(picture(tmp_path / "run", 2) - picture(before("sd15"), 3)).max() > 0
+    assert abs(image(tmp_path / "run", 0) - image(before("sd15"), 3)).max() <= 1
+    assert abs(image(tmp_path / "run", 2) - image(before("sd15"), 3)).max() > 0
 
     adapter = job.plan.recipe.adapter
     assert (adapter.rank, adapter.alpha, adapter.rslora) == (
@@ -84,8 +84,8 @@ def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> N
 def begins_with(name: str, file: Path, folder: Path, *overrides: str) -> Any:
     """Train two steps from `file`; the first sample is what the file draws, and then it learns."""
     job = going_on(name, file, folder, *overrides)
-    assert abs(picture(folder, 0) - picture(before(name), 3)).max() <= 1
-    assert abs(picture(before(name), 0) - picture(before(name), 3)).max() > 1
+    assert abs(image(folder, 0) - image(before(name), 3)).max() <= 1
+    assert abs(image(before(name), 0) - image(before(name), 3)).max() > 1
     now, then = (load_file(in_file) for in_file in (look(str(folder)).file, in_format(name, "diffusers")))
     ends = (".lora_A.weight", ".lora_B.weight")
     assert {key for key in now if key.endswith(ends)} == {key for key in then if key.endswith(ends)}

@@ -123,7 +123,7 @@ _LAUNCHER = (
     ("body", "code", "says"),
     [
         ("pass", 0, ""),
-        ("raise UserError('no such thing', remedy='try another')", 2, "error: no such thing\n  mend:  try another\n"),
+        ("raise UserError('no such thing', remedy='try another')", 2, "error: no such thing\n  fix:  try another\n"),
         ("raise KeyboardInterrupt", 130, "\nstopped; --resume goes on from the last checkpoint\n"),
         ("os._exit(9)", 1, ""),
     ],

@@ -147,7 +147,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def nets(configs: Path) -> dict[str, nn.Module]:
-    """The nets that a configuration folder describes, their weights as they are initialised."""
+    """The nets that a configuration folder describes, their weights as they are initialized."""
     found: dict[str, nn.Module] = {}
     for part, entry in json.loads((configs / "model_index.json").read_text()).items():
         if isinstance(entry, list) and (configs / part / "config.json").is_file():
@@ -192,7 +192,7 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if name != "sdxl" else {}
     )
     reference = cls(**parts, **tokenizers, **checker, scheduler=opened.scheduler)
-    pictures = []
+    images = []
     for pipeline in (reference, opened):
         pipeline.set_progress_bar_config(disable=True)
         drawn = pipeline(
@@ -203,9 +203,9 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
             height=32,
             output_type="np",
         )
-        pictures.append(drawn.images)
-    assert abs(pictures[0] - pictures[1]).max() < 1e-5  # equal weights, laid out otherwise in memory
-    assert pictures[0].std() > 0.01
+        images.append(drawn.images)
+    assert abs(images[0] - images[1]).max() < 1e-5  # equal weights, laid out otherwise in memory
+    assert images[0].std() > 0.01
 
     half: Any = open_pipeline(section, CLASSES[name], torch.bfloat16)
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16

@@ -46,7 +46,7 @@ def written(recipe: Recipe, folder: Path) -> str:
 
 def test_killed_anywhere_and_resumed_is_the_unkilled_run(tmp_path: Path) -> None:
     """A short `benchmarks/torture.py`: real processes, real SIGKILLs."""
-    (victim,) = torture.run(["lora"], 4, 0, tmp_path, pictures=24)
+    (victim,) = torture.run(["lora"], 4, 0, tmp_path, images=24)
     assert not victim.differing
     assert victim.survived.total() == 4 and len(victim.survived) > 1, victim
 
@@ -129,14 +129,14 @@ def test_nan_stops_before_the_weights_take_it(
 
 
 def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = CaptionAndLatent.encode_picture
+    encode = CaptionAndLatent.encode_image
 
     def poisoned(self: CaptionAndLatent, pixels: Tensor) -> dict[str, Tensor]:
         return {key: value * torch.nan for key, value in encode(self, pixels).items()}
 
-    monkeypatch.setattr(CaptionAndLatent, "encode_picture", poisoned)
+    monkeypatch.setattr(CaptionAndLatent, "encode_image", poisoned)
     asked = tiny.recipe("sd15", "lora", f"data.cache={tmp_path / 'cache'}", folder=tmp_path / "run")
-    with pytest.raises(UserError, match="of the picture that are not finite") as caught:
+    with pytest.raises(UserError, match="of the image that are not finite") as caught:
         tiny.prepare(asked)
     assert Path(caught.value.where).suffix in (".png", ".jpg", ".webp")
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The order of the pictures: a function of (seed, step), every example equally often, one bucket a step."""
+"""The order of the images: a function of (seed, step), every example equally often, one bucket a step."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_within_a_bucket_no_example_comes_again_before_all_have_come(counts: lis
 
 
 def test_small_buckets_are_not_drawn_more_often_than_large_ones() -> None:
-    """A bucket of one picture beside a hundred, batch 8: it fills a batch with copies, and so rarely has its turn."""
+    """A bucket of one image beside a hundred, batch 8: it fills a batch with copies, and so rarely has its turn."""
     counts, batch = [1, 3, 100], 8
     passes = 40
     steps = passes * sum(counts) // batch
@@ -71,7 +71,7 @@ def test_small_buckets_are_not_drawn_more_often_than_large_ones() -> None:
         assert abs(mean - passes) <= batch * len(counts) / len(bucket)
 
 
-def test_repeats_draw_a_picture_so_many_times_as_often() -> None:
+def test_repeats_draw_a_image_so_many_times_as_often() -> None:
     order = Order([[0, 0, 0, 1]], 1, 400, 0)
     assert Counter(example for step in range(400) for example in order.batch(step)) == {0: 300, 1: 100}
 

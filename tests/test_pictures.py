@@ -1,4 +1,4 @@
-"""One picture file → what the model sees: every format and oddity, and how it is scaled and cropped."""
+"""One image file → what the model sees: every format and oddity, and how it is scaled and cropped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from PIL import Image
 from finetune.data.buckets import Bucket, Crop, buckets, fit
 from finetune.data.media.image import Unreadable, apply, canonical_color, decode
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -41,7 +41,7 @@ def empty_png(width: int, height: int) -> bytes:
     )
 
 
-# For each EXIF orientation, where in the stored 2×3 picture the pixel lies that is seen at the top left (TIFF 6.0, tag 274).
+# For each EXIF orientation, where in the stored 2×3 image the pixel lies that is seen at the top left (TIFF 6.0, tag 274).
 TOP_LEFT = {1: (0, 0), 2: (1, 0), 3: (1, 2), 4: (0, 2), 5: (0, 0), 6: (0, 2), 7: (1, 2), 8: (1, 0)}
 
 
@@ -76,7 +76,7 @@ def test_transparency_lies_over_the_background() -> None:
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
-def test_grey_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str) -> None:
+def test_gray_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str) -> None:
     values = numpy.array([[0, 255, 0x1234, 0x8000, 0xFFFF]])
     stored = (
         (values / 65535).astype(numpy.float32)
@@ -89,7 +89,7 @@ def test_grey_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str
     assert (seen == numpy.round(values / 257)[..., None]).all()
 
 
-def test_16_bit_grey_with_a_transparent_value() -> None:
+def test_16_bit_gray_with_a_transparent_value() -> None:
     stored = Image.fromarray(numpy.array([[7, 40_000]], dtype=numpy.uint16))
     content = encoded(stored, transparency=7)
     assert pixel(content, "#0000ff") == (0, 0, 255)
@@ -100,7 +100,7 @@ def test_cmyk_and_the_first_frame() -> None:
     assert pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)) == pytest.approx(
         (255, 0, 0), abs=3
     )
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "green")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "green")]
     for kind in ("GIF", "WEBP", "PNG", "MPO"):
         content = encoded(
             frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
@@ -113,8 +113,8 @@ def test_cmyk_and_the_first_frame() -> None:
     ("content", "said"),
     [
         (b"", "empty"),
-        (b"hello", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
+        (b"hello", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
         (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:-200], "truncated"),
         (encoded(Image.effect_noise((64, 64), 50))[:-200], "truncated"),
         (empty_png(20_000, 20), "20000×20 pixels: a side of more than 16384"),
@@ -122,15 +122,15 @@ def test_cmyk_and_the_first_frame() -> None:
         (empty_png(16_000, 16_000), "more than 179 million pixels"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_reason(content: bytes, said: str) -> None:
+def test_what_is_no_image_is_refused_with_its_reason(content: bytes, said: str) -> None:
     with pytest.raises(Unreadable, match=said):
         decode(content, "#ffffff")
 
 
-def test_equal_colours_are_one() -> None:
+def test_equal_colors_are_one() -> None:
     assert {
-        canonical_color(colour)
-        for colour in ("white", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "hsl(0, 0%, 100%)", "#ffffffff")
+        canonical_color(color)
+        for color in ("white", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "hsl(0, 0%, 100%)", "#ffffffff")
     } == {"#ffffff"}
 
 
@@ -158,14 +158,14 @@ def test_buckets(resolution: int, step: int, aspect: float) -> None:
 
 @given(shapes, st.sampled_from([64, 200, 512]), st.sampled_from([8, 64]))
 @settings(deadline=None)
-def test_a_picture_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
+def test_a_image_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
     size: tuple[int, int], resolution: int, step: int
 ) -> None:
     choices = buckets(resolution, step, 2.0, several=True)
     crop = fit(size, choices)
 
     def distance(bucket: Bucket) -> float:
-        """How far one must stretch the picture's aspect to get the bucket's, as a ratio."""
+        """How far one must stretch the image's aspect to get the bucket's, as a ratio."""
         ratio = (bucket.width / bucket.height) / (size[0] / size[1])
         return max(ratio, 1 / ratio)
 

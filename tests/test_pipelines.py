@@ -44,7 +44,7 @@ def conditions(name: str, words: str, negative: bool = False) -> dict[str, Tenso
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
 def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
-    """From words and from our conditions, prompt and negative prompt, the pipeline draws the same picture."""
+    """From words and from our conditions, prompt and negative prompt, the pipeline draws the same image."""
     family, pipeline = opened(name)
     given = family.call(conditions(name, WORDS[0]), conditions(name, "", negative=True), 3.0)
     own = {key: value for key, value in given.items() if "embeds" not in key and "mask" not in key} | {
@@ -165,8 +165,8 @@ def test_captions_of_several_lengths_in_one_batch_are_as_alone(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_latents_of_a_picture_are_what_the_pipeline_decodes(name: str) -> None:
-    """Given our latents, and a scheduler that leaves them as they are, the pipeline hands its VAE what that VAE had made of the picture."""
+def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
+    """Given our latents, and a scheduler that leaves them as they are, the pipeline hands its VAE what that VAE had made of the image."""
     family, pipeline = opened(name)
     latents = latents_of(pipeline.vae)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * 2 - 1

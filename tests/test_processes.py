@@ -176,7 +176,7 @@ def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Pa
 
 
 def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launched) -> None:
-    """One process begins, two with a part of the weights each go on, and one takes over: checkpoints, averages, pictures and files are plain."""
+    """One process begins, two with a part of the weights each go on, and one takes over: checkpoints, averages, images and files are plain."""
     two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
     unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
     assert (
@@ -228,11 +228,11 @@ def _pairs(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tenso
 
 
 def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
-    assert "going on after step 2\n1 processes before, 2 now: the same pictures a step" in launched.out
+    assert "going on after step 2\n1 processes before, 2 now: the same images a step" in launched.out
     resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
     case = CASES["full-sd15"]
     with pytest.raises(
-        UserError, match="takes 4 pictures a step, and 1 × batch 2 × accumulation 1 would take 2"
+        UserError, match="takes 4 images a step, and 1 × batch 2 × accumulation 1 would take 2"
     ) as refused:
         tiny.prepare(case(resumed, "train.batch_size=2"), resume=True)
     assert "--set train.accumulation=2" in refused.value.remedy

@@ -33,18 +33,18 @@ def run(arguments: list[str], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with `my-pictures`: four emoji, their captions beside them."""
+    """A working directory with `my-images`: four emoji, their captions beside them."""
     found = tmp_path_factory.mktemp("readme")
-    (found / "my-pictures").mkdir()
+    (found / "my-images").mkdir()
     for name in ("rocket", "fire", "pizza", "bus"):
-        with Image.open(ASSETS / "emoji" / "noto" / f"{name}.webp") as picture:
-            picture.save(found / "my-pictures" / f"{name}.png")
-        (found / "my-pictures" / f"{name}.txt").write_text(name)
+        with Image.open(ASSETS / "emoji" / "noto" / f"{name}.webp") as image:
+            image.save(found / "my-images" / f"{name}.png")
+        (found / "my-images" / f"{name}.txt").write_text(name)
     return found
 
 
-def test_the_commands_for_ones_own_pictures(folder: Path) -> None:
-    lines = [shlex.split(line, comments=True) for line in block("Your own pictures").splitlines()]
+def test_the_commands_for_ones_own_images(folder: Path) -> None:
+    lines = [shlex.split(line, comments=True) for line in block("Your own images").splitlines()]
     assert [line[:2] for line in lines if line[0] == "ft"] == [
         ["ft", c] for c in ("doctor", "recipes", "recipes", "check", "train", "sample", "export")
     ]
@@ -56,8 +56,8 @@ def test_the_commands_for_ones_own_pictures(folder: Path) -> None:
 
 
 def test_the_python_example(folder: Path) -> None:
-    fewer = '"train.steps=1", "sample.steps=1", "data.path=my-pictures", "data.held_out=0"'
-    code = block("Your own pictures", "python").replace('"train.steps=20"', fewer)
+    fewer = '"train.steps=1", "sample.steps=1", "data.path=my-images", "data.held_out=0"'
+    code = block("Your own images", "python").replace('"train.steps=20"', fewer)
     run([sys.executable, "-c", code], folder)
     assert len(list((folder / "runs" / "try" / "drawn").rglob("grid.png"))) == 1
 
@@ -75,9 +75,9 @@ def block_of_table() -> str:
     )
 
 
-def test_every_picture_is_there() -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert pictures and all((Path(__file__).resolve().parent.parent / picture).is_file() for picture in pictures)
+def test_every_image_is_there() -> None:
+    images = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert images and all((Path(__file__).resolve().parent.parent / image).is_file() for image in images)
 
 
 def test_both_scripts_can_be_run() -> None:

@@ -27,7 +27,7 @@ model:
 adapter:
   rank: 4
 data:
-  path: pictures
+  path: images
 train:
   steps: 10
 """
@@ -102,7 +102,7 @@ def test_set_overrides_scalars_lists_and_sections(key: str, written: str, value:
 def test_set_makes_a_section_and_replaces_sources() -> None:
     assert parse(MINIMAL, "diffusion.huber=0.1").diffusion is not None
     listed = MINIMAL.replace(
-        "  path: pictures", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}"
+        "  path: images", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}"
     )
     assert [source.repeats for source in parse(listed).data.sources] == [1, 3]
     assert parse(listed, "data.path=three").data == dataclasses.replace(parse().data, path="three")

@@ -84,7 +84,7 @@ def test_takes_two_steps(name: str, tmp_path: Path) -> None:
     asked = load_recipe(name)
     overrides = [
         *SMALL,
-        f"data.path={tiny.pictures()}",
+        f"data.path={tiny.images()}",
         f"output.folder={tmp_path / 'run'}",
         "train.epochs=null",
         "train.steps=2",

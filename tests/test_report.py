@@ -26,7 +26,7 @@ from finetune.planning import Plan, load_plan, make_plan
 from finetune.report import images, svg_charts, tables
 from finetune.report.html_report import write_report
 from finetune.training.run_folder import Run
-from finetune.training.samples import request_of, write_pictures
+from finetune.training.samples import request_of, write_images
 
 HOSTILE = '<script>alert("1")</script> & </style><img src="http://example.org/x.png">'
 PROMPTS = [HOSTILE, "a green house", "日本 ' \" `"]
@@ -98,12 +98,12 @@ def noise(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned pictures, two wide, one smaller than it trains at, and one that is none."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Six captioned images, two wide, one smaller than it trains at, and one that is none."""
+    folder = tmp_path_factory.mktemp("images")
     for number in range(6):
         noise(number, (16, 16) if number < 3 else (32, 16) if number < 5 else (8, 8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(HOSTILE if number == 0 else f"picture {number}", encoding="utf-8")
-    (folder / "broken.png").write_bytes(b"no picture")
+        (folder / f"{number}.txt").write_text(HOSTILE if number == 0 else f"image {number}", encoding="utf-8")
+    (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("nothing to see", encoding="utf-8")
     return folder
 
@@ -114,7 +114,7 @@ def recipe_of(data: Path, folder: Path, **sections: object) -> Recipe:
         "method": "lora",
         "model": {"family": "sd", "path": "some/base", "prediction": "v_prediction"},
         "adapter": {"rank": 16, "alpha": 8, "rslora": True},
-        "data": {"path": str(data), "resolution": 16, "buckets": False, "unreadable_pictures": "skip"},
+        "data": {"path": str(data), "resolution": 16, "buckets": False, "unreadable_images": "skip"},
         "train": {"steps": 40, "batch_size": 2, "accumulation": 3},
         "sample": {"prompts": PROMPTS},
         "output": {"folder": str(folder)},
@@ -136,7 +136,7 @@ def start(recipe: Recipe) -> Plan:
 def look(plan: Plan, step: int, drawn: Sequence[Image.Image]) -> None:
     folder = Path(plan.folder) / "samples" / f"step-{step:07d}"
     folder.mkdir(parents=True)
-    write_pictures(drawn, request_of(plan), folder)
+    write_images(drawn, request_of(plan), folder)
 
 
 def log(plan: Plan, steps: int) -> None:
@@ -174,7 +174,7 @@ def test_the_page_stands_alone_and_shows_everything(finished: Plan) -> None:
     sections = [attributes["id"] for tag, attributes, _ in page.found if tag == "section"]
     assert sections == ["before-after", "data", "plan", "curves", "samples", "results"]
     assert "LoRA of sd on some/base · finished after 40 steps" in page.text[""]
-    assert "6 pictures ÷ batch 2 ÷ accumulation 3 = 1 steps an epoch → 40 steps = 40 epochs" in page.text["plan"]
+    assert "6 images ÷ batch 2 ÷ accumulation 3 = 1 steps an epoch → 40 steps = 40 epochs" in page.text["plan"]
     assert "pytorch_lora_weights.safetensors" in page.text["results"]
     assert "2.34 MB" in page.text["results"]
     assert "diffusers" in page.text["results"]
@@ -191,7 +191,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(finished: Plan) -> None:
     assert "http://example.org/x.png" in raw  # as text
 
 
-def test_the_right_pictures_are_in_the_right_places(finished: Plan) -> None:
+def test_the_right_images_are_in_the_right_places(finished: Plan) -> None:
     page = read(Path(finished.folder))
     pairs = page.images("before-after")
     assert len(pairs) == 6
@@ -263,12 +263,12 @@ def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
     assert "l1 of the pixels + 0.001 × KL" in page.text["plan"]
 
 
-def test_large_pictures_and_many_looks_keep_the_page_small(data: Path, tmp_path: Path) -> None:
+def test_large_images_and_many_looks_keep_the_page_small(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run", sample={"prompts": ["one"], "every": 1}))
     for step in range(12):
         look(plan, step, [noise(step, (640, 400))])
     page = read(tmp_path / "run")
-    assert [picture.shape for picture in page.images("before-after")] == [(320, 512, 3)] * 2
+    assert [image.shape for image in page.images("before-after")] == [(320, 512, 3)] * 2
     assert len(page.images("samples")) == 8
     assert "step 0" in page.text["samples"]
     assert "step 11" in page.text["samples"]
@@ -276,7 +276,7 @@ def test_large_pictures_and_many_looks_keep_the_page_small(data: Path, tmp_path:
 
 
 def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> None:
-    """Prompts may change when a run is resumed: a picture must never stand under another's words."""
+    """Prompts may change when a run is resumed: an image must never stand under another's words."""
     plan = start(recipe_of(data, tmp_path / "run"))
     look(plan, 0, [noise(prompt) for prompt in range(3)])
     sample = dataclasses.replace(plan.recipe.sample, prompts=("new", *PROMPTS))
@@ -290,7 +290,7 @@ def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def test_the_before_after_picture(finished: Plan) -> None:
+def test_the_before_after_image(finished: Plan) -> None:
     write_report(Path(finished.folder))
     sheet: numpy.ndarray = numpy.asarray(Image.open(Path(finished.folder) / "before-after.png"))
     side = 16 * (images.CELL // 16)
@@ -329,8 +329,8 @@ def test_a_grid_is_labelled_with_words_that_fit() -> None:
 
 
 def test_samples_say_what_they_were_drawn_from(finished: Plan) -> None:
-    with Image.open(Path(finished.folder) / "samples" / "step-0000020" / "02.png") as picture:
-        assert (picture.info["prompt"], picture.info["seed"]) == (PROMPTS[2], "2")
+    with Image.open(Path(finished.folder) / "samples" / "step-0000020" / "02.png") as image:
+        assert (image.info["prompt"], image.info["seed"]) == (PROMPTS[2], "2")
 
 
 # -- charts ---------------------------------------------------------------------------------------------------------------
@@ -377,12 +377,12 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
     )
     text = tables.data(scan(several.data))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "train 6 pictures" in lines
+    assert "train 6 images" in lines
     assert any(line.startswith("sizes 32×32 4 █") and line.endswith("nothing is cropped away") for line in lines)
     assert any(line.startswith("48×16 2 █") and line.endswith("cropping loses 33%, at worst 33%") for line in lines)
-    assert "scaled up 6 pictures, smaller than the size they train at" in lines
+    assert "scaled up 6 images, smaller than the size they train at" in lines
     assert any(line.startswith("problem 1 × unreadable") and line.endswith("(broken.png)") for line in lines)
-    assert any(line.endswith('1.png "picture 1"') for line in lines)
+    assert any(line.endswith('1.png "image 1"') for line in lines)
     found = tables.facts(scan(several.data))
     assert json.loads(json.dumps(found)) == found
     assert (found["training"], found["held_out"], found["upscaled"]) == (6, 0, 6)
@@ -392,7 +392,7 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
 def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run", diffusion={"min_snr_gamma": 5, "zero_terminal_snr": True}))
     rows = dict(tables.plan_rows(plan))
-    assert rows["steps"] == "6 pictures ÷ batch 2 ÷ accumulation 3 = 1 steps an epoch → 40 steps = 40 epochs"
+    assert rows["steps"] == "6 images ÷ batch 2 ÷ accumulation 3 = 1 steps an epoch → 40 steps = 40 epochs"
     assert rows["trains"] == "LoRA, rank-stabilized on attention of the denoiser: rank 16, alpha 8 (scale 8/√16 = 2)"
     assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, noise up to zero terminal SNR"
     text = tables.plan(plan).splitlines()

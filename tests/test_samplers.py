@@ -1,4 +1,4 @@
-"""Paths from pictures to noise against diffusers' schedulers and the papers' tables; samplers back, on Gaussian data."""
+"""Paths from images to noise against diffusers' schedulers and the papers' tables; samplers back, on Gaussian data."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_noise_step_by_step_is_noise_at_once() -> None:
 @pytest.mark.parametrize("variance", ["large", "small"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
-    """Mean and noise of `DDPMScheduler.step`, between neighbours and 20 apart.
+    """Mean and noise of `DDPMScheduler.step`, between neighbors and 20 apart.
 
-    Its last step of 50 adds the large variance's noise to what should be the picture; Ho et al.'s algorithm 2 adds none, nor do we.
+    Its last step of 50 adds the large variance's noise to what should be the image; Ho et al.'s algorithm 2 adds none, nor do we.
     """
     path, theirs = Preserving(1000, "linear", prediction), scheduler(prediction, variance_type=f"fixed_{variance}")
     noisy, said = torch.randn(2, 1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
 @pytest.mark.parametrize(
     "path", [*(Preserving(1000, "cosine", one) for one in PREDICTIONS), Straight(3.0), Exploding(EDM, 0.002, 80, 7)]
 )
-def test_what_the_net_should_say_gives_the_picture_back(path: NoisePath) -> None:
+def test_what_the_net_should_say_gives_the_image_back(path: NoisePath) -> None:
     """Targets of the loss, read as drawing reads what the net says, are x_0; and x is what drawing would have given the net."""
     clean, draw = torch.randn(6, 2, 3, 3), Draw(1, 2, range(6))
     noised, noise = path.objective.noise(clean, draw), draw.normal("noise", (2, 3, 3))

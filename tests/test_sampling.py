@@ -31,7 +31,7 @@ RUNS = {
 }
 STEPS = 4
 PROMPTS = ["a red circle", "green triangle"]
-# Run by a fresh Python: the pictures of each run by `sample`, then by the very lines that the report shows.
+# Run by a fresh Python: the images of each run by `sample`, then by the very lines that the report shows.
 FRESH = """
 import sys
 from pathlib import Path
@@ -50,11 +50,11 @@ for name in sys.argv[2:]:
     scope = {}
     exec("\\n".join(lines[:-1]), scope)
     wanted = plan.recipe.sample
-    picture = scope["pipeline"](
+    image = scope["pipeline"](
         wanted.prompts[0], negative_prompt=wanted.negative, guidance_scale=wanted.guidance, num_inference_steps=wanted.steps,
         width=32, height=32, generator=torch.Generator().manual_seed(wanted.seed),
     ).images[0]
-    picture.save(root / f"{name}-plain.png")
+    image.save(root / f"{name}-plain.png")
 """
 
 
@@ -80,9 +80,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture
+    with Image.open(path) as image:
+        image.load()
+        return image
 
 
 def difference(one: Path, other: Path) -> int:
@@ -98,7 +98,7 @@ def test_draws_the_trainers_last_samples_again(runs: Path, name: str) -> None:
         assert difference(runs / name / "drawn" / "1" / f"{number:02d}.png", last / f"{number:02d}.png") <= 1
         assert (
             difference(first / f"{number:02d}.png", last / f"{number:02d}.png") > 8
-        )  # it would be seen if the training were not in the picture
+        )  # it would be seen if the training were not in the image
     assert (runs / name / "drawn" / "1" / "grid.png").is_file()
 
 
@@ -128,7 +128,7 @@ def test_what_is_asked_goes_before_what_the_recipe_says(runs: Path, tmp_path: Pa
         sample(runs / "rslora", ["a red circle"], out=tmp_path / "out")
 
 
-def test_a_picture_does_not_depend_on_the_others_and_nothing_is_overwritten(runs: Path) -> None:
+def test_a_image_does_not_depend_on_the_others_and_nothing_is_overwritten(runs: Path) -> None:
     (alone,) = sample(runs / "full", [PROMPTS[1]], seeds=[8])
     assert alone == runs / "full" / "drawn" / "2" / "00.png"
     assert difference(alone, runs / "full" / "drawn" / "1" / "01.png") == 0

@@ -53,7 +53,7 @@ class Trained:
 
 
 def fixed_loss(job: Job) -> float:
-    """The mean loss of the first turn over fixed draws of twelve pictures; of a GAN, whose losses are moves of a game, how far it draws from them."""
+    """The mean loss of the first turn over fixed draws of twelve images; of a GAN, whose losses are moves of a game, how far it draws from them."""
     draw = Draw(99, 0, range(12))
     batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
     with torch.no_grad(), job.trainer.state.averaged():
@@ -124,13 +124,13 @@ def test_its_loss_falls_and_every_parameter_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_draws_levels_each_picture_from_its_own_seed(name: str) -> None:
+def test_it_draws_levels_each_image_from_its_own_seed(name: str) -> None:
     model = pixel_model(name)
     both = drawn(model)
     assert both.shape == (2, *model.space.shape) and both.dtype == torch.uint8 and int(both.max()) < model.space.levels
     assert torch.equal(both, drawn(model)), "the same seeds draw the same"
     assert not torch.equal(both[0], both[1])
-    assert torch.equal(both[1:], drawn(model, SEEDS[1:])), "a picture depends on its company"
+    assert torch.equal(both[1:], drawn(model, SEEDS[1:])), "an image depends on its company"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,8 +147,8 @@ def test_its_files_give_it_back(name: str) -> None:
 
 
 def _pixels(file: Path) -> numpy.ndarray:
-    with Image.open(file) as picture:
-        return numpy.array(picture)
+    with Image.open(file) as image:
+        return numpy.array(image)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -240,13 +240,11 @@ def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_levels_and_pictures_are_inverse() -> None:
+def test_levels_and_images_are_inverse() -> None:
     for levels in (2, 17, 256):
         space = Space(3, 2, 3, levels)
         some = torch.randint(levels, (5, 3, 2, 3), dtype=torch.uint8)
-        pixels = torch.stack(
-            [torch.from_numpy(numpy.array(picture)).permute(2, 0, 1) for picture in space.pictures(some)]
-        )
+        pixels = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in space.images(some)])
         assert torch.equal(torch.stack([space.levels_of(one.float() / 127.5 - 1) for one in pixels]), some)
         assert torch.equal(space.quantised(space.scaled(some)), some)
 
@@ -257,11 +255,11 @@ def test_levels_and_pictures_are_inverse() -> None:
         (["net.latnet=4"], r"net\.latnet[\s\S]*latent"),
         (["net.latent=0"], r"net\.latent must be at least 1"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
-        (["data.resolution=16"], r"12 pictures are smaller than the model's 16×16"),
+        (["data.resolution=16"], r"12 images are smaller than the model's 16×16"),
         (
             [
                 "data.classes=null",
-                f"data.path={tiny.pictures()}",
+                f"data.path={tiny.images()}",
                 "data.resolution=32",
                 "data.bucket_step=8",
                 "data.buckets=true",
@@ -278,20 +276,20 @@ def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
     assert re.search(told, "\n".join(caught.value.lines()))
 
 
-def test_too_few_pictures(tmp_path: Path) -> None:
+def test_too_few_images(tmp_path: Path) -> None:
     one, lonely = tmp_path / "one" / "0", tmp_path / "lonely"
     one.mkdir(parents=True)
     files = sorted(scratch.digits().rglob("*.png"))
     (one / "a.png").write_bytes(files[0].read_bytes())
-    for name, pictures in (("0", files[:2]), ("1", files[2:3])):
+    for name, images in (("0", files[:2]), ("1", files[2:3])):
         (lonely / name).mkdir(parents=True)
-        for number, file in enumerate(pictures):
+        for number, file in enumerate(images):
             (lonely / name / f"{number}.png").write_bytes(file.read_bytes())
     (lonely / "stray.png").write_bytes(files[0].read_bytes())
-    with pytest.raises(UserError, match="one picture only"):
+    with pytest.raises(UserError, match="one image only"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "a", f"data.path={tmp_path / 'one'}"))
     with pytest.raises(UserError, match="lies in no folder of its class"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "b", f"data.path={lonely}"))
     (lonely / "stray.png").unlink()
-    with pytest.raises(UserError, match="1 of 2 classes have one picture only"):
+    with pytest.raises(UserError, match="1 of 2 classes have one image only"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "c", f"data.path={lonely}"))

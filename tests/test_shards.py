@@ -53,7 +53,7 @@ def shard(path: Path, files: list[tuple[str, bytes]], *special: tarfile.TarInfo)
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Seven pictures in three shards, and the same in a folder beside."""
+    """Seven images in three shards, and the same in a folder beside."""
     (tmp_path / "plain").mkdir()
     for number in range(7):
         (tmp_path / "plain" / f"{number}.png").write_bytes(png(number))
@@ -68,16 +68,16 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_pictures_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(shards: Path) -> None:
+def test_images_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(shards: Path) -> None:
     before = snapshot(shards)
     found, plain = scan(data(shards)), scan(data(shards.parent / "plain"))
-    assert [(p.digest, p.caption, p.crop) for p in found.pictures] == [
-        (p.digest, p.caption, p.crop) for p in plain.pictures
+    assert [(p.digest, p.caption, p.crop) for p in found.images] == [
+        (p.digest, p.caption, p.crop) for p in plain.images
     ]
-    assert [p.read() for p in reversed(found.pictures)] == [p.read() for p in reversed(plain.pictures)]
-    assert found.pictures[4].name == str(shards / "3.tar/4.png")
+    assert [p.read() for p in reversed(found.images)] == [p.read() for p in reversed(plain.images)]
+    assert found.images[4].name == str(shards / "3.tar/4.png")
     assert found.problems == ()
-    assert [p.caption for p in scan(data(shards / "3.tar")).pictures] == ["number 3", "number 4", "number 5"]
+    assert [p.caption for p in scan(data(shards / "3.tar")).images] == ["number 3", "number 4", "number 5"]
     assert snapshot(shards) == before
 
 
@@ -106,13 +106,13 @@ def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
     ]
     shard(tmp_path / "s" / "a.tar", files)
     audit = scan(data(tmp_path / "s", missing_captions="skip"))
-    assert [p.caption for p in audit.pictures] == ["from json"]
+    assert [p.caption for p in audit.images] == ["from json"]
     assert {name: detail.split(":")[0] for name, (_, detail) in problems(audit).items()} == {
         "b.jpg": '"text" in b.json is not text',
         "c.jpg": "no caption was found, so it does not train",
         "d.jpg": '"text" in d.json is not text',
         "e.png": "e.txt is not UTF-8 (byte 5)",
-        "f.txt": "no picture has its name",
+        "f.txt": "no image has its name",
         "g.png": "no caption was found, so it does not train",
         "g.seg.png": '".seg.png" in shards is not read',
         "g.cls": '".cls" in shards is not read',
@@ -139,8 +139,8 @@ def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> N
         member("fifo.png", type=tarfile.FIFOTYPE),
     )
     (folder / "8.tar").symlink_to(shard(tmp_path / "outside.tar", good))
-    audit = scan(data(folder, unreadable_pictures="skip", missing_captions="empty"))
-    assert [(Path(p.name).parts[-1], p.caption) for p in audit.pictures] == [
+    audit = scan(data(folder, unreadable_images="skip", missing_captions="empty"))
+    assert [(Path(p.name).parts[-1], p.caption) for p in audit.images] == [
         *[("a.png", "a")] * 1,
         ("b.png", "b"),
         *[("a.png", "a")] * 3,
@@ -151,24 +151,24 @@ def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> N
     assert kinds == [
         ("b.png", "damaged shard"),
         *[(f"{n}.tar", "damaged shard") for n in (3, 4, 5, 6)],
-        *[(name, "unreadable picture") for name in ("out.png", "hard.png", "fifo.png")],
+        *[(name, "unreadable image") for name in ("out.png", "hard.png", "fifo.png")],
         ("8.tar", "damaged shard"),
     ]
-    with pytest.raises(UserError, match="6 damaged shards and 3 unreadable pictures"):
+    with pytest.raises(UserError, match="6 damaged shards and 3 unreadable images"):
         scan(data(folder, missing_captions="empty")).raise_if_stopped()
 
 
-def test_shards_among_pictures_are_named(shards: Path) -> None:
+def test_shards_among_images_are_named(shards: Path) -> None:
     (shards / "sub").mkdir()
     (shards / "sub" / "a.png").write_bytes(png(1))
     (shards / "sub" / "a.txt").write_text("a")
     audit = scan(data(shards))
-    assert [p.caption for p in audit.pictures] == ["a"]
+    assert [p.caption for p in audit.images] == ["a"]
     assert [(Path(p.name).name, p.kind) for p in audit.problems] == [(f"{n}.tar", "unused shard") for n in (0, 3, 6)]
 
 
 def test_a_pass_over_shards_is_shuffled_as_a_whole() -> None:
-    """Stated quality: a pass is a uniform permutation, so neighbours come from one of ten shards with chance 1/10."""
+    """Stated quality: a pass is a uniform permutation, so neighbors come from one of ten shards with chance 1/10."""
     order = Order([range(5000)], 10, 500, 4)
     drawn = numpy.array(list(itertools.chain.from_iterable(order.batch(step) for step in range(500))))
     assert sorted(drawn) == list(range(5000))
@@ -201,15 +201,15 @@ def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pyte
     monkeypatch.setattr(huggingface, "RECENT_ROWS", 2)
     monkeypatch.setattr(huggingface, "STATE_ROWS", 2)
     streamed, whole = scan(data(parquet, streaming=True)), scan(data(parquet))
-    assert list(streamed.pictures) == list(whole.pictures)
-    assert [p.caption for p in streamed.pictures] == [f"number {n}" for n in range(9)]
+    assert list(streamed.images) == list(whole.images)
+    assert [p.caption for p in streamed.images] == [f"number {n}" for n in range(9)]
     sent, table = (
         pickle.loads(pickle.dumps(audit)) for audit in (streamed, whole)
     )  # as one process hands them to the others
-    assert list(sent.pictures) == list(whole.pictures) and sent.findings == streamed.findings
+    assert list(sent.images) == list(whole.images) and sent.findings == streamed.findings
     for number in (8, 0, 7, 7, 3, 4, 5, 1, 8):
-        assert streamed.pictures[number].read() == whole.pictures[number].read()
-        assert sent.pictures[number].read() == table.pictures[number].read() == whole.pictures[number].read()
+        assert streamed.images[number].read() == whole.images[number].read()
+        assert sent.images[number].read() == table.images[number].read() == whole.images[number].read()
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -235,11 +235,11 @@ def test_each_process_encodes_its_share_and_finds_the_others(shards: Path) -> No
     both = [opened(shards, each, processes=2) for each in encoders]
     for number, each in enumerate(both):
         each.encode(share=(number, 2))
-    assert [each.pictures for each in encoders] == [3, 4]
+    assert [each.images for each in encoders] == [3, 4]
     assert not any(each.released for each in encoders)
     for each in both:
         each.encode()
-    assert [each.pictures for each in encoders] == [3, 4]
+    assert [each.images for each in encoders] == [3, 4]
     assert all(each.released for each in encoders)
 
 
@@ -280,7 +280,7 @@ def test_no_code_of_a_data_set_runs_and_its_readme_is_not_asked(tmp_path: Path, 
     for name in (parquet.name, "dataset", "train"):
         (parquet / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
     (parquet / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: ../secret.parquet\n---\n")
-    assert [p.caption for p in scan(data(parquet)).pictures] == [f"number {n}" for n in range(9)]
+    assert [p.caption for p in scan(data(parquet)).images] == [f"number {n}" for n in range(9)]
     assert not canary.exists()
 
 

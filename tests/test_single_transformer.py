@@ -201,7 +201,7 @@ def test_refusals(tmp_path: Path) -> None:
         "pixart", {"blocks.0.cross_attn.q_linear.weight": torch.zeros(1)}
     )
     assert "a LoRA" in refused("sd3", {"lora_unet_x.lora_down.weight": torch.zeros(1)})
-    assert "quantised in a way of ComfyUI's own" in refused(
+    assert "quantized in a way of ComfyUI's own" in refused(
         "sd3", sd3 | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.zeros(1)}
     )
     lacking = {key: tensor for key, tensor in sd3.items() if "final_layer.linear" not in key}

@@ -1,4 +1,4 @@
-"""The sheets by which one chooses: each picture is what it says it is, and the sheet shows each in its place."""
+"""The sheets by which one chooses: each image is what it says it is, and the sheet shows each in its place."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def run() -> Path:
 
 
 def pixels(file: Path) -> numpy.ndarray:
-    with Image.open(file) as picture:
-        return numpy.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(file) as image:
+        return numpy.asarray(image.convert("RGB")).astype(int)
 
 
-def test_each_picture_is_what_it_says_it_is(tmp_path: Path) -> None:
+def test_each_image_is_what_it_says_it_is(tmp_path: Path) -> None:
     (sheet,) = compare(run(), [0, 0.5, 1], [2, 6], out=tmp_path / "out")
     drawn = {file.stem: pixels(file) for file in (tmp_path / "out").glob("00-*.png")}
     assert drawn.keys() == {f"00-step-{step}-strength-{strength}" for step in (2, 6) for strength in ("0", "0.5", "1")}
@@ -63,7 +63,7 @@ def test_each_picture_is_what_it_says_it_is(tmp_path: Path) -> None:
     ).images[0]
     assert abs(drawn["00-step-6-strength-0.5"] - numpy.asarray(half).astype(int)).max() <= 1
 
-    shown, cell = pixels(sheet), 32 * 6  # small pictures are enlarged six times
+    shown, cell = pixels(sheet), 32 * 6  # small images are enlarged six times
     rows = [shown[-(cell + 8) * number :][:cell] for number in (2, 1)]
     for row, step in zip(rows, (2, 6), strict=True):
         for column, strength in enumerate(("0", "0.5", "1")):

@@ -31,7 +31,7 @@ def make(**changes: Any) -> StyleGan2:
 
 
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_a_modulated_convolution_is_one_by_weights_of_each_picture(demodulate: bool) -> None:
+def test_a_modulated_convolution_is_one_by_weights_of_each_image(demodulate: bool) -> None:
     """Equations 1 and 3 as they stand: values, slopes, and slopes of the slopes' squares, as the penalties take them."""
     torch.manual_seed(0)
     layer = Modulated(4, 6, 3, 5, demodulate).double()
@@ -73,7 +73,7 @@ def test_resampling_keeps_places_and_brightness() -> None:
     flat, ramp = torch.ones(1, 2, 8, 8), torch.arange(8.0).expand(1, 1, 8, 8)
     assert doubled(flat).shape == (1, 2, 16, 16)
     torch.testing.assert_close(doubled(flat)[..., 2:-2, 2:-2], torch.ones(1, 2, 12, 12))
-    # The centre of place n comes to lie between places 2n and 2n + 1.
+    # The center of place n comes to lie between places 2n and 2n + 1.
     torch.testing.assert_close(doubled(ramp)[0, 0, 4, 3:-3], torch.arange(3, 13) / 2 - 0.25)
     for side in (1, 3):
         assert EqualConv(2, 5, side, halving=True)(flat).shape == (1, 5, 4, 4)
@@ -105,7 +105,7 @@ def test_two_styles_cross_at_a_layer() -> None:
 
 @final
 class Linear(Styled):
-    """Pictures that are linear in their styles, [2, S] → [1, 4, 4]."""
+    """Images that are linear in their styles, [2, S] → [1, 4, 4]."""
 
     layers = 2
 
@@ -131,7 +131,7 @@ def test_path_lengths_are_those_of_the_jacobian() -> None:
     torch.testing.assert_close(first, 3 * (lengths - generator.path_mean).square())
 
 
-def test_truncation_leads_to_the_mean_picture() -> None:
+def test_truncation_leads_to_the_mean_image() -> None:
     model = make()
     for step in range(3):  # the mean is of styles that were seen
         model.net(torch.randn(4, 5), None, Draw(0, step, range(4)))

@@ -34,7 +34,7 @@ SMALL_GPU = Machine("cuda", "NVIDIA GeForce RTX 3060", 1, 2, True, int(11.8 * GI
 
 def recipe_of(name: str, folder: Path, *overrides: str) -> Recipe:
     return load_recipe(
-        name, [f"data.path={tiny.pictures()}", f"output.folder={folder / 'run'}", "data.held_out=0", *overrides]
+        name, [f"data.path={tiny.images()}", f"output.folder={folder / 'run'}", "data.held_out=0", *overrides]
     )
 
 
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused_with_advice_that_helps(
 def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: SMALL_GPU)
     with pytest.raises(SystemExit) as ended:
-        main(["check", "full/sd15", "--set", f"data.path={tiny.pictures()}"])
+        main(["check", "full/sd15", "--set", f"data.path={tiny.images()}"])
     shown = capsys.readouterr()
     assert ended.value.code == 2 and "\nestimate: " in shown.out and "--set train.ema=null" in shown.err
 
@@ -118,7 +118,7 @@ def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
 
 def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: Machine("cpu", "A processor", 1, 1, False, 2**16))
-    with pytest.raises(UserError, match="before the first picture, and this machine has"):
+    with pytest.raises(UserError, match="before the first image, and this machine has"):
         job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"), force=True)

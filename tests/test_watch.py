@@ -17,13 +17,13 @@ from finetune.report.html_report import write_report
 from finetune.rng import Draw
 from tests.helpers import scratch, tiny
 
-LOOKED_AT = 24  # pictures
+LOOKED_AT = 24  # images
 GOOD = (Look(10, 0.9, 0.4), Look(20, 1.0, 0.5))
 
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collapse_monitor, "PICTURES", LOOKED_AT)
+    monkeypatch.setattr(collapse_monitor, "IMAGES", LOOKED_AT)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
     job = tiny.prepare(scratch.recipe("dcgan", folder, f"train.steps={steps}", "sample.watch_every=2"))
     model = job.model
     assert isinstance(model, PixelModel)
-    pictures, asked = model.examples(12)["pixels"], 0
+    images, asked = model.examples(12)["pixels"], 0
 
     def draw(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         nonlocal asked
         how, asked = drawn[asked // LOOKED_AT], asked + len(draw.places)
-        return pictures[[place % 12 if how == "healthy" else 0 for place in draw.places]]
+        return images[[place % 12 if how == "healthy" else 0 for place in draw.places]]
 
     model.draw = draw  # type: ignore[method-assign]
     job.trainer.observe = None
@@ -86,7 +86,7 @@ def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture
     job.trainer.train()
     said = capsys.readouterr().out
     assert (
-        "step 4: drawn pictures are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said
+        "step 4: drawn images are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said
         and "step 2: " not in said
     )
     assert records(job)[-1]["watch.diversity"] == 0

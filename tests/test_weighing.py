@@ -24,9 +24,9 @@ from tests.helpers import tiny
 
 
 def folder_with_masks(tmp_path: Path) -> Path:
-    """The tiny pictures; a mask beside three of them, one of half its picture's size; white is the left half."""
+    """The tiny images; a mask beside three of them, one of half its image's size; white is the left half."""
     folder = tmp_path / "data"
-    shutil.copytree(tiny.pictures(), folder)
+    shutil.copytree(tiny.images(), folder)
     for name, size in (("zero", (32, 32)), ("one", (48, 32)), ("three", (32, 32))):
         mask = Image.new("L", size, 0)
         ImageDraw.Draw(mask).rectangle((0, 0, size[0] // 2 - 1, size[1]), fill=255)
@@ -40,7 +40,7 @@ def prepared(folder: Path, *overrides: str) -> Any:
     )
 
 
-def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path: Path) -> None:
+def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: Path) -> None:
     job = prepared(
         tmp_path / "run",
         f"data.path={folder_with_masks(tmp_path)}",
@@ -48,18 +48,17 @@ def test_masks_are_cropped_as_their_pictures_and_kept_in_latent_places(tmp_path:
         "data.outside_mask=0.25",
         "data.flip=true",
     )
-    assert job.plan.data.pictures == 5, "masks are no pictures"
-    names = [Path(picture.name).name for picture in job.data.pictures]
-    picture = job.data.pictures[names.index("zero.png")]
-    left = job.data._mask(picture, False)["mask"]
+    assert job.plan.data.images == 5, "masks are no images"
+    names = [Path(image.name).name for image in job.data.images]
+    image = job.data.images[names.index("zero.png")]
+    left = job.data._mask(image, False)["mask"]
     assert left.shape == (1, 8, 8)
     assert left[0, 0].tolist() == [1.0] * 4 + [0.25] * 4
-    assert torch.equal(job.data._mask(picture, True)["mask"], left.flip(-1))
-    assert (job.data._mask(job.data.pictures[names.index("four.jpg")], False)["mask"] == 1).all()
+    assert torch.equal(job.data._mask(image, True)["mask"], left.flip(-1))
+    assert (job.data._mask(job.data.images[names.index("four.jpg")], False)["mask"] == 1).all()
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
     assert (
-        job.data._mask(job.data.pictures[names.index("one.png")], False)["mask"][0, 0].tolist()
-        == [1.0] * 4 + [0.25] * 4
+        job.data._mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
     )
     assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
 
@@ -68,7 +67,7 @@ SOURCES = ("metadata.jsonl", "metadata.csv", "shard", "saved", "parquet", "strea
 
 
 def as_source(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """The pictures and masks of `folder` in another kind of source, and what else the recipe says of it."""
+    """The images and masks of `folder` in another kind of source, and what else the recipe says of it."""
     names = [path.name for path in sorted(folder.glob("*.*")) if path.suffix != ".txt" and ".mask" not in path.name]
     captions = {name: (folder / name).with_suffix(".txt").read_text() for name in names}
     masked = {name: path for name in names if (path := folder / f"{Path(name).stem}.mask.png").is_file()}
@@ -119,13 +118,13 @@ def test_masks_of_every_kind_of_source_are_those_of_the_folder(kind: str, tmp_pa
     plain: dict[str, Any] = {"resolution": 32, "buckets": False, "masks": "beside"}
     expected, found = scan(Data(path=str(folder), **plain)), scan(Data(path=str(place), **plain, **more))
     assert not [problem for problem in found.problems if problem.kind != "unused caption"]
-    assert {picture.digest: picture.mask_digest for picture in found.pictures} == {
-        picture.digest: picture.mask_digest for picture in expected.pictures
+    assert {image.digest: image.mask_digest for image in found.images} == {
+        image.digest: image.mask_digest for image in expected.images
     }
     assert {finding.kind: finding.count for finding in found.findings}["no mask"] == 2
-    for picture in pickle.loads(pickle.dumps(found)).pictures:  # as one process hands them to the others
-        if picture.mask is not None:
-            assert masks.read(picture, False)[:, :12].min() == 1 and masks.read(picture, False)[:, 20:].max() == 0
+    for image in pickle.loads(pickle.dumps(found)).images:  # as one process hands them to the others
+        if image.mask is not None:
+            assert masks.read(image, False)[:, :12].min() == 1 and masks.read(image, False)[:, 20:].max() == 0
 
 
 def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> No
     assert any("is not a file's name" in problem.detail for problem in scan(Data(**plain)).problems if problem.stops)
     for kind in ("shard", "parquet"):
         other, _ = as_source(kind, tmp_path / "data", tmp_path)
-        with pytest.raises(UserError, match="masks in a folder are for folders of pictures"):
+        with pytest.raises(UserError, match="masks in a folder are for folders of images"):
             scan(Data(path=str(other), masks=str(place / "masks")))
 
 
@@ -167,10 +166,10 @@ def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
 
 
 def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
-    """One step on two sources of equal pictures: gradients are the weighted sums of those of the sources alone."""
+    """One step on two sources of equal images: gradients are the weighted sums of those of the sources alone."""
 
     def gradients(name: str, first: float, second: float) -> dict[str, torch.Tensor]:
-        sources = f'data.sources=[{{path: "{tiny.one_picture()}", weight: {first}}}, {{path: "{tiny.pictures()}", limit: 1, weight: {second}}}]'
+        sources = f'data.sources=[{{path: "{tiny.one_image()}", weight: {first}}}, {{path: "{tiny.images()}", limit: 1, weight: {second}}}]'
         job = prepared(
             tmp_path / name,
             "data.path=null",
@@ -179,7 +178,7 @@ def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
             "optimizer.clip_norm=null",
             "train.steps=1",
         )
-        assert job.plan.data.pictures == 2
+        assert job.plan.data.images == 2
         kept: dict[str, torch.Tensor] = {}
         optimizer = job.trainer.state.optimizers[0]
         step = optimizer.step
@@ -207,17 +206,17 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
         file.rename(apart / file.name.replace(".mask", ""))
     data = Data(path=str(folder), resolution=32, buckets=False, masks=str(apart))
     plain, masked = scan(Data(path=str(folder), resolution=32, buckets=False)), scan(data)
-    assert sorted(Path(picture.name).stem for picture in masked.pictures if picture.mask) == ["one", "three", "zero"]
+    assert sorted(Path(image.name).stem for image in masked.images if image.mask) == ["one", "three", "zero"]
     assert plain.digest() != masked.digest()
     Image.new("L", (10, 32)).save(apart / "one.png")
     (problem,) = [problem for problem in scan(data).problems if problem.stops]
     assert (problem.kind, problem.detail) == (
         "unreadable mask",
-        "its mask is 10×32, and the picture 48×32: they must have one shape",
+        "its mask is 10×32, and the image 48×32: they must have one shape",
     )
     with pytest.raises(UserError, match="no folder"):
         scan(Data(path=str(folder), resolution=32, buckets=False, masks=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="no picture has a mask"):
+    with pytest.raises(UserError, match="no image has a mask"):
         scan(Data(path=str(folder), resolution=32, buckets=False, masks="beside"))
 
 
@@ -225,6 +224,6 @@ def test_a_mask_that_changed_is_told(tmp_path: Path) -> None:
     folder = folder_with_masks(tmp_path)
     job = prepared(tmp_path / "run", f"data.path={folder}", "data.masks=beside", f"data.cache={tmp_path / 'cache'}")
     Image.fromarray(numpy.full((32, 32), 7, numpy.uint8)).save(folder / "zero.mask.png")
-    picture = next(picture for picture in job.data.pictures if picture.name.endswith("zero.png"))
+    image = next(image for image in job.data.images if image.name.endswith("zero.png"))
     with pytest.raises(UserError, match="its mask has changed"):
-        masks.read(picture, False)
+        masks.read(image, False)

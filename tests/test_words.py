@@ -43,7 +43,7 @@ def trained(name: str) -> Job:
     words = "tokens=[{token: <it>, init: circle, vectors: 2}]"
     given = (
         "data.path=null",
-        f'data.sources=[{{path: "{tiny.pictures()}", prefix: <it>}}]',
+        f'data.sources=[{{path: "{tiny.images()}", prefix: <it>}}]',
         "data.long_captions=truncate",
         "data.caption_dropout=0",
     )
@@ -59,8 +59,8 @@ def trained(name: str) -> Job:
 
 
 def pixels(file: Path) -> numpy.ndarray:
-    with Image.open(file) as picture:
-        return numpy.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(file) as image:
+        return numpy.asarray(image.convert("RGB")).astype(int)
 
 
 @cache
@@ -153,4 +153,4 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def source(prefix: str) -> str:
-    return f'data.sources=[{{path: "{tiny.pictures()}", prefix: {prefix}}}]'
+    return f'data.sources=[{{path: "{tiny.images()}", prefix: {prefix}}}]'

@@ -3,9 +3,9 @@
     pip download --no-deps scikit-learn==1.9.1
     python tools/build_digits.py scikit_learn-1.9.1-*.whl
 
-1,797 pictures of handwritten digits, 8×8 pixels of 17 greys, appear under `finetune/assets/digits/`: `train/` holds the
+1,797 images of handwritten digits, 8×8 pixels of 17 grays, appear under `finetune/assets/digits/`: `train/` holds the
 first 1,000, `validation/` the next 350 and `test/` the last 447, the split of published likelihoods
-(github.com/jmtomczak/intro_dgm). Each lies in the folder of its class, as grey PNG in which level n of 16 is n · 255 / 16,
+(github.com/jmtomczak/intro_dgm). Each lies in the folder of its class, as gray PNG in which level n of 16 is n · 255 / 16,
 rounded: `data.levels: 17` gives the level back exactly.
 """
 

@@ -1,16 +1,16 @@
-"""Build the embedded emoji pictures from the two npm packages that carry them.
+"""Build the embedded emoji images from the two npm packages that carry them.
 
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/build_emoji.py node_modules
 
-Three folders of captioned pictures appear under `finetune/assets/emoji/`, each a plain picture folder as any user has
+Three folders of captioned images appear under `finetune/assets/emoji/`, each a plain image folder as any user has
 one (lossless WebP with transparency, captions in `metadata.jsonl`):
 
 - `noto/`            every emoji that both houses draw, as Google's Noto draws it: the base model learns these;
 - `twemoji-train/`   400 of them as Twemoji draws them: the LoRA of the demo learns these;
 - `twemoji-unseen/`  all the others as Twemoji draws them: never shown to a model, they judge the LoRA.
 
-The sprite sheets are grids of 66-pixel cells, a 64-pixel picture with a 1-pixel border, at the positions `emoji.json`
+The sprite sheets are grids of 66-pixel cells, a 64-pixel image with a 1-pixel border, at the positions `emoji.json`
 gives (https://github.com/iamcal/emoji-data#using-the-spritesheets).
 """
 
@@ -25,9 +25,9 @@ from typing import Any
 
 from PIL import Image
 
-PICTURE_PIXELS = 64
-CELL_PIXELS = PICTURE_PIXELS + 2
-TRAINING_PICTURES = 400
+IMAGE_PIXELS = 64
+CELL_PIXELS = IMAGE_PIXELS + 2
+TRAINING_IMAGES = 400
 ASSETS = Path(__file__).resolve().parent.parent / "finetune" / "assets" / "emoji"
 
 
@@ -52,19 +52,19 @@ def drawn_by_both(emoji: dict[str, Any]) -> bool:
 
 
 def write_folder(folder: Path, sheet: Image.Image, emojis: list[dict[str, Any]]) -> None:
-    """Cut the pictures of `emojis` out of `sheet` and write them with their captions into `folder`."""
+    """Cut the images of `emojis` out of `sheet` and write them with their captions into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for emoji in emojis:
         left, top = (emoji[key] * CELL_PIXELS + 1 for key in ("sheet_x", "sheet_y"))
-        picture = sheet.crop((left, top, left + PICTURE_PIXELS, top + PICTURE_PIXELS))
+        image = sheet.crop((left, top, left + IMAGE_PIXELS, top + IMAGE_PIXELS))
         name = (
             re.sub(
                 r"[^a-z0-9]+", "-", emoji["short_name"].lower().replace("+1", "plus1").replace("-1", "minus1")
             ).strip("-")
             + ".webp"
         )
-        picture.save(folder / name, lossless=True, quality=100, method=6, exact=False)
+        image.save(folder / name, lossless=True, quality=100, method=6, exact=False)
         lines.append(
             json.dumps({"file_name": name, "text": caption(emoji), "category": emoji["category"]}, ensure_ascii=False)
         )
@@ -87,12 +87,12 @@ def main() -> None:
     }
     # Which 400 the LoRA sees is decided by a hash of the name: fixed for ever, and spread over all categories.
     by_hash = sorted(emojis, key=lambda emoji: hashlib.sha256(emoji["unified"].encode()).hexdigest())
-    training = {emoji["unified"] for emoji in by_hash[:TRAINING_PICTURES]}
+    training = {emoji["unified"] for emoji in by_hash[:TRAINING_IMAGES]}
     write_folder(ASSETS / "noto", sheets["google"], emojis)
     write_folder(ASSETS / "twemoji-train", sheets["twitter"], [e for e in emojis if e["unified"] in training])
     write_folder(ASSETS / "twemoji-unseen", sheets["twitter"], [e for e in emojis if e["unified"] not in training])
     size = sum(file.stat().st_size for file in ASSETS.rglob("*.webp"))
-    print(f"{len(emojis)} emoji, {len(training)} for the LoRA, {size / 1e6:.2f} MB of pictures in {ASSETS}")
+    print(f"{len(emojis)} emoji, {len(training)} for the LoRA, {size / 1e6:.2f} MB of images in {ASSETS}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train emoji-net, the small net by whose features `ft eval` compares pictures: `finetune/assets/emoji-net/`.
+"""Train emoji-net, the small net by whose features `ft eval` compares images: `finetune/assets/emoji-net/`.
 
     python tools/build_emoji_net.py            # a minute of one core
 
-It learns three things at once from the 1,875 emoji that Noto and Twemoji both drew: to embed the two houses' pictures of one emoji
-close together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), to say which house drew a picture, and whether a picture was
-blurred, made noisy or cut up and put together wrongly, as generators do. Pictures are of 32 pixels, moved and mirrored. 200 emoji take no part: on
+It learns three things at once from the 1,875 emoji that Noto and Twemoji both drew: to embed the two houses' images of one emoji
+close together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), to say which house drew an image, and whether an image was
+blurred, made noisy or cut up and put together wrongly, as generators do. Images are of 32 pixels, moved and mirrored. 200 emoji take no part: on
 them it is said how well each was learned. Weights are written in float16, with these figures in their metadata.
 """
 
@@ -41,7 +41,7 @@ LEFT_OUT = 200
 Net = TypeVar("Net", bound=nn.Module)
 
 
-def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
+def real_images() -> tuple[list[str], list[str], set[str], Tensor]:
     """(file names, captions, names in `twemoji-train`, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
     rows: dict[str, dict[str, tuple[Path, str]]] = {house: {} for house in HOUSES}
     for folder in ("noto", "twemoji-train", "twemoji-unseen"):
@@ -64,26 +64,26 @@ def real_pictures() -> tuple[list[str], list[str], set[str], Tensor]:
 
 def train_judge(
     net: Net,
-    pictures: Tensor,
+    images: Tensor,
     loss_of: Callable[[Net, Tensor], Tensor],
     tint: float,
     generator: torch.Generator,
     what: str,
     length: tuple[int, int] = (STEPS, PAIRS),
 ) -> Net:
-    """`pictures`: [2, names, 3, side, side]. Each step takes both houses' pictures of some names, moved, mirrored and tinted at random.
+    """`images`: [2, names, 3, side, side]. Each step takes both houses' images of some names, moved, mirrored and tinted at random.
 
     Args:
-        loss_of: of the net and Noto's pictures and then Twemoji's of the same names.
-        tint: deviation of what is added to each colour; colours lie in [-1, 1].
-        length: steps, and pairs of pictures in each.
+        loss_of: of the net and Noto's images and then Twemoji's of the same names.
+        tint: deviation of what is added to each color; colors lie in [-1, 1].
+        length: steps, and pairs of images in each.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=length[0])
     shown = Progress(f"learning to tell {what}")
     for step in range(length[0]):
-        chosen = torch.randperm(pictures.shape[1], generator=generator)[: length[1]]
-        loss = loss_of(net, torch.cat([_jitter(pictures[house, chosen], tint, generator) for house in (0, 1)]))
+        chosen = torch.randperm(images.shape[1], generator=generator)[: length[1]]
+        loss = loss_of(net, torch.cat([_jitter(images[house, chosen], tint, generator) for house in (0, 1)]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -109,21 +109,21 @@ def damaged(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def house_loss(logit: Tensor) -> Tensor:
-    """Cross-entropy with labels of 3 and 97 %, Noto's pictures first: some are all but the same in both houses."""
+    """Cross-entropy with labels of 3 and 97 %, Noto's images first: some are all but the same in both houses."""
     return functional.binary_cross_entropy_with_logits(
         logit, torch.tensor([0.03, 0.97]).repeat_interleave(len(logit) // 2)
     )
 
 
 def names_loss(embedding: Tensor) -> Tensor:
-    """InfoNCE at temperature 0.1, from each house's pictures to the other's."""
+    """InfoNCE at temperature 0.1, from each house's images to the other's."""
     one, other = embedding.chunk(2)
     similarity, same = one @ other.T / 0.1, torch.arange(len(one))
     return functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
 
 
 def _jitter(pixels: Tensor, tint: float, generator: torch.Generator) -> Tensor:
-    """Shift by up to a twentieth of the side over white, mirror half of the time, and change each picture's colours a little."""
+    """Shift by up to a twentieth of the side over white, mirror half of the time, and change each image's colors a little."""
     side, most = pixels.shape[3], pixels.shape[3] // 20
     padded = functional.pad(pixels, (most,) * 4, value=1.0)
     top, left = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
@@ -155,12 +155,12 @@ def lessons_loss(lessons: Lessons, pixels: Tensor, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def figures(lessons: Lessons, pictures: Tensor, generator: torch.Generator) -> dict[str, str]:
-    """Of pictures that took no part, [2, names, 3, 32, 32]."""
-    one, other = (lessons(house) for house in pictures)
+def figures(lessons: Lessons, images: Tensor, generator: torch.Generator) -> dict[str, str]:
+    """Of images that took no part, [2, names, 3, 32, 32]."""
+    one, other = (lessons(house) for house in images)
     right = (one[0] @ other[0].T).argmax(1) == torch.arange(len(one[0]))
     house = torch.cat([one[1] <= 0, other[1] > 0])
-    pixels, kinds = damaged(pictures.flatten(0, 1), generator)
+    pixels, kinds = damaged(images.flatten(0, 1), generator)
     damage = lessons(pixels)[2].argmax(1) == kinds
     shares = {"the same emoji among them": right, "the house": house, "the damage": damage}
     return {
@@ -175,7 +175,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    names, _, _, large = real_pictures()
+    names, _, _, large = real_images()
     pixels = (
         functional.interpolate(large.flatten(0, 1), (SIDE, SIDE), mode="bicubic", antialias=True)
         .clamp(-1, 1)

@@ -207,7 +207,7 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
     if hasattr(
         recipe.net, "group"
-    ):  # of pictures that a critic compares: it has to divide both batches, and its size costs nothing
+    ):  # of images that a critic compares: it has to divide both batches, and its size costs nothing
         recipe = dataclasses.replace(recipe, net=dataclasses.replace(recipe.net, group=BATCHES[0]))
     audit = scan(recipe.data) if recipe.method == "scratch" else None
     side = recipe.data.resolution

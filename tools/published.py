@@ -111,7 +111,7 @@ def sdnq_operators(row: dict[str, str]) -> int:
 
 @functools.cache
 def linear_layers(model: str) -> int:
-    """Of a model's denoiser: those whose weights are quantised."""
+    """Of a model's denoiser: those whose weights are quantized."""
     with fake_tensors():
         return sum(type(module) is nn.Linear for module in _denoiser(MODELS[model]).net().modules())
 

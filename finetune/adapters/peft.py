@@ -260,9 +260,9 @@ def lora_weights(net: Any) -> dict[str, Tensor]:
 
 
 def lora_configuration(net: Any) -> dict[str, Any]:
-    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the picture is wrong.
+    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the image is wrong.
 
-    Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each picture would differ.
+    Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each image would differ.
     """
     found: dict[str, Any] = net.peft_config[NAME].to_dict()
     if hasattr(net, "pissa_start"):  # twice the rank at the same scale, alpha / rank or alpha / √rank

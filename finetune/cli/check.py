@@ -20,7 +20,7 @@ from finetune.config.loader import load_recipe
     help="Override one value of the recipe, such as train.batch_size=2.",
 )
 def command(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Look at a recipe, its pictures and its plan, without training.
+    """Look at a recipe, its images and its plan, without training.
 
     RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2 says that the run cannot work, and why.
     """

@@ -1,4 +1,4 @@
-"""`ft data`: pictures and captions, looked at without a model."""
+"""`ft data`: images and captions, looked at without a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from finetune.errors import UserError
 
 # The recipe of a look without one: its model is not opened, its sections' defaults count.
 PLAIN = "method: lora\nmodel: {family: sd, path: none}\nadapter: {}\ntrain: {steps: 1}\ndata: {}\n"
-SHOWN = 3  # pictures with their tokens
+SHOWN = 3  # images with their tokens
 
 
 @click.group()
 def command() -> None:
-    """Check pictures and captions: what trains, what is odd or twice."""
+    """Check images and captions: what trains, what is odd or twice."""
 
 
 @command.command()
@@ -35,10 +35,10 @@ def command() -> None:
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a page with small pictures, which stands alone.",
+    help="Write a page with small images, which stands alone.",
 )
 def check(source: str | None, recipe: str | None, overrides: tuple[str, ...], as_json: bool, html: Path | None) -> None:
-    """Look at every picture and caption of SOURCE: a folder, .tar shards, or a Hugging Face data set.
+    """Look at every image and caption of SOURCE: a folder, .tar shards, or a Hugging Face data set.
 
     Exit code 2 says that training would stop, and why. Nothing in SOURCE is written.
     """
@@ -54,16 +54,16 @@ def check(source: str | None, recipe: str | None, overrides: tuple[str, ...], as
 
     if html is not None:
         refuse_inside(html, found.data, "--html")
-    looking = Progress("looking at pictures", enabled=not as_json)
+    looking = Progress("looking at images", enabled=not as_json)
     audit = scan(found.data, lambda done, name: looking.show(done, done + 1, name))
     looking.end()
     facts = tables.facts(audit, SHOWN)
     counted = _tokens(found, audit, facts, bool(recipe))
     if as_json:
-        plain = [{key: value for key, value in shown.items() if key != "picture"} for shown in facts["pictures"]]
-        click.echo(json.dumps(facts | {"pictures": plain}, indent=1, ensure_ascii=False))
+        plain = [{key: value for key, value in shown.items() if key != "image"} for shown in facts["images"]]
+        click.echo(json.dumps(facts | {"images": plain}, indent=1, ensure_ascii=False))
     else:
-        click.echo(terminal.table("data", tables.data_rows(facts) + tables.caption_rows(facts["pictures"], counted)))
+        click.echo(terminal.table("data", tables.data_rows(facts) + tables.caption_rows(facts["images"], counted)))
     if html is not None:
         from finetune.report.data_page import write_page
 
@@ -87,12 +87,12 @@ def _tokens(found: Recipe, audit: Any, facts: dict[str, Any], named: bool) -> st
     from finetune.models.pretrained.loading import open_reader
     from finetune.models.pretrained.tokenizer import spelled
 
-    reader = open_reader(found, (picture.caption for picture in audit.training))
+    reader = open_reader(found, (image.caption for image in audit.training))
     if reader is None:
         return "this model reads no captions"
-    for shown in facts["pictures"]:
+    for shown in facts["images"]:
         shown["tokens"] = spelled(reader.tokenizer, shown["caption"])
-    counts = (reader.count(picture.caption) for picture in audit.pictures)
+    counts = (reader.count(image.caption) for image in audit.images)
     long, (_, most) = sum(tokens > read for tokens, read in counts), reader.count("")
     facts["cut_captions"] = long
     return f"{long} longer than the {most} tokens that this model reads"

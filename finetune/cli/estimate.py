@@ -19,12 +19,12 @@ from finetune.estimate.recommend import GOALS, Data, choose, considered, for_one
 from finetune.estimate.text import apart, compared
 from finetune.paths import embedded
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--images", type=int, help="How many pictures you have.")
+@click.option("--images", type=int, help="How many images you have.")
 @click.option(
     "--gpu",
     "gpu_name",
@@ -47,7 +47,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 @click.option("--price", type=float, help="USD per hour, instead of the listed price.")
 @click.option("--budget", type=float, help="The most USD that the run may cost.")
 @click.option("--hours", type=float, help="The most hours that it may take.")
-@click.option("--resolution", type=int, help="Side of the pictures, instead of each recipe's.")
+@click.option("--resolution", type=int, help="Side of the images, instead of each recipe's.")
 @click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
 @click.option(
     "--data",
@@ -88,7 +88,7 @@ def command(
 ) -> None:
     """Say what a run will need: memory, hours, money.
 
-    With RECIPE, that run taken apart. Without, a table of what --images pictures could train on --gpu, and a recommendation.
+    With RECIPE, that run taken apart. Without, a table of what --images images could train on --gpu, and a recommendation.
     """
     if options["calibrate"]:
         click.echo(_calibrated())
@@ -109,7 +109,7 @@ def command(
         )
     if images is None:
         raise UserError(
-            "how many pictures are there?",
+            "how many images are there?",
             where="--images",
             remedy="for example: ft estimate --images 3000 --gpu rtx3090",
         )
@@ -226,7 +226,7 @@ def _one(
 
 
 def _count(recipe: Any) -> int:
-    """Pictures in the recipe's folders, by their endings; each as often as it is repeated."""
+    """Images in the recipe's folders, by their endings; each as often as it is repeated."""
     sources = (
         [(recipe.data.path, 1)]
         if recipe.data.path
@@ -236,10 +236,10 @@ def _count(recipe: Any) -> int:
     for path, repeats in sources:
         folder = Path(embedded(path)).expanduser()
         if folder.is_dir():
-            count += repeats * sum(file.suffix.lower() in PICTURES for file in folder.rglob("*"))
+            count += repeats * sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
     if not count:
         raise UserError(
-            "there are no pictures at data.path to be counted",
+            "there are no images at data.path to be counted",
             where=f"data.path: {sources[0][0]}",
             remedy="say how many there will be: --images 3000",
         )

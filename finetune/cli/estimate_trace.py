@@ -41,7 +41,7 @@ def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, d
 
 
 def plotted(one: Forecast, phases: dict[str, Phase], file: Path) -> None:
-    """Write a page with memory over the last traced step, and seconds a picture against the batch."""
+    """Write a page with memory over the last traced step, and seconds an image against the batch."""
     pages = [_memory(one, phases["train"]), _time(one)]
     style = (Path(svg_charts.__file__).parent / "page.css").read_text(encoding="utf-8")
     title = html.escape(f"{one.name} on {one.gpu.name}")
@@ -89,5 +89,5 @@ def _time(one: Forecast) -> str:
         )
         points.append((float(batch), pace.seconds / batch))
     return svg_charts.chart(
-        "seconds a picture, forward and backward, against the batch", [svg_charts.Line(points, "dots")], from_zero=True
+        "seconds an image, forward and backward, against the batch", [svg_charts.Line(points, "dots")], from_zero=True
     )

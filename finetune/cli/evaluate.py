@@ -1,4 +1,4 @@
-"""`ft eval`: how good a run's pictures are, in numbers."""
+"""`ft eval`: how good a run's images are, in numbers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 # (field, name, form, what it says)
 MEASURES = (
-    ("frechet_distance", "{} Fréchet distance", ".3f", "0: equal; compare only equal numbers of pictures"),
+    ("frechet_distance", "{} Fréchet distance", ".3f", "0: equal; compare only equal numbers of images"),
     ("kernel_distance", "{} kernel distance", ".4f", "about 0: equal"),
-    ("precision", "precision", ".1%", "of drawn pictures look real"),
+    ("precision", "precision", ".1%", "of drawn images look real"),
     ("recall", "recall", ".1%", "of real ones could have been drawn"),
     ("density", "density", ".2f", "1: as close to real ones as they to each other"),
     ("coverage", "coverage", ".1%", "of real ones have a drawn one near"),
     ("diversity", "diversity", ".2f", "÷ that of the real ones; towards 0, all are alike"),
-    ("copied", "closer than kin", ".1%", "of drawn ones come nearer to a training picture than any other does"),
+    ("copied", "closer than kin", ".1%", "of drawn ones come nearer to a training image than any other does"),
 )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--against", help="Pictures to compare with, a folder; by default those that it was trained on.")
+@click.option("--against", help="Images to compare with, a folder; by default those that it was trained on.")
 @click.option(
-    "--pictures",
+    "--images",
     type=click.IntRange(min=2),
     help="How many to draw; by default as many as there are real ones, 500 at most.",
 )
@@ -40,7 +40,7 @@ MEASURES = (
     type=click.IntRange(min=0),
     default=100,
     show_default=True,
-    help="Pictures whose likelihood is taken, at most.",
+    help="Images whose likelihood is taken, at most.",
 )
 @click.option(
     "--features",
@@ -55,17 +55,17 @@ MEASURES = (
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(
-    run: Path, against: str | None, pictures: int | None, scored: int, features: str, out: Path | None, as_json: bool
+    run: Path, against: str | None, images: int | None, scored: int, features: str, out: Path | None, as_json: bool
 ) -> None:
-    """Measure a run's pictures: how real, how varied, how new.
+    """Measure a run's images: how real, how varied, how new.
 
-    RUN is the run's folder. Draws pictures, each for a real picture's caption, and compares them by the features of a small net
-    trained on emoji, or of a DINOv2. Beside them, where there are pictures enough, stands what other real pictures would reach.
+    RUN is the run's folder. Draws images, each for a real image's caption, and compares them by the features of a small net
+    trained on emoji, or of a DINOv2. Beside them, where there are images enough, stands what other real images would reach.
     """
     quiet_libraries()
     from finetune.evaluation.evaluate import evaluate
 
-    found = evaluate(run, against, pictures, features, out, scored)
+    found = evaluate(run, against, images, features, out, scored)
     click.echo(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False) if as_json else said(found))
 
 
@@ -88,6 +88,6 @@ def said(found: Evaluation) -> str:
         )
     else:
         rows.append(("bits/dim", f"{'–':>8}{' ' * 8 * bool(found.itself)}   {found.no_likelihood}"))
-    rows.append(("pictures/s", f"{1 / max(found.seconds_per_picture, 1e-9):>8.3g}"))
+    rows.append(("images/s", f"{1 / max(found.seconds_per_image, 1e-9):>8.3g}"))
     title = f"{found.drawn} drawn by {Path(found.run).name} beside {found.real} of {found.against}"
     return f"{table(title, rows)}\nfigures and grids are in {found.folder}"

@@ -1,4 +1,4 @@
-"""`ft sample`: pictures from what a run has trained."""
+"""`ft sample`: images from what a run has trained."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ from finetune.errors import UserError
 )
 @click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise on the way: 0 adds none, 1 as much as DDPM.")
 @click.option(
-    "--truncation", type=click.FloatRange(0, 2), help="Of a GAN: below 1, pictures are more alike and better made."
+    "--truncation", type=click.FloatRange(0, 2), help="Of a GAN: below 1, images are more alike and better made."
 )
 @click.option("--strengths", help="Of a LoRA, such as 0.4,0.7,1: a sheet a prompt, with a column for each.")
 @click.option("--checkpoints", help="all, or steps such as 500,1000: a row of the sheet for each.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="A new folder for the pictures; by default in the run's own.",
+    help="A new folder for the images; by default in the run's own.",
 )
 def command(
     run: str,
@@ -61,9 +61,9 @@ def command(
     checkpoints: str | None,
     out: Path | None,
 ) -> None:
-    """Draw pictures with what a run has trained.
+    """Draw images with what a run has trained.
 
-    RUN is the run's folder; a diffusers folder or embedded:base are drawn with too. Writes a file for each picture, and
+    RUN is the run's folder; a diffusers folder or embedded:base are drawn with too. Writes a file for each image, and
     grid.png with them all. With --strengths or --checkpoints, sheets by which to choose among a LoRA's checkpoints.
     """
     several = strengths is not None or checkpoints is not None
@@ -98,7 +98,7 @@ def command(
         "truncation": truncation,
     }
     files = sample(run, prompts, seeds or None, **asked)  # type: ignore[arg-type]
-    click.echo(f"{len(files)} pictures and grid.png are in {files[0].parent}")
+    click.echo(f"{len(files)} images and grid.png are in {files[0].parent}")
 
 
 def numbers(text: str, option: str, example: str) -> list[float]:

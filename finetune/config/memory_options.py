@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import Precision, Recipe
 
 
-TILE = 512  # pixels: side of a VAE's tile; neighbours overlap by a quarter
+TILE = 512  # pixels: side of a VAE's tile; neighbors overlap by a quarter
 QUANTIZED: dict[str, float] = {
     "nf4": 0.5 + 4 / 64,
     "int8": 1.0,

@@ -1,6 +1,6 @@
 """`Recipe`: everything a person can say about a run, as frozen dataclasses, and the loader for its YAML.
 
-One unit for one thing: lengths of a run are `steps` (of the optimizer) or `epochs` (passes over the pictures), whichever
+One unit for one thing: lengths of a run are `steps` (of the optimizer) or `epochs` (passes over the images), whichever
 the recipe names; sizes are pixels; rates are per optimizer step. Torch is not imported here.
 """
 
@@ -32,7 +32,7 @@ class Model:
         None  # another transformer than the one at `path`: one .safetensors file, as ComfyUI has them
     )
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
-    low: str | None = None  # families that make small pictures large: the run that draws the small ones
+    low: str | None = None  # families that make small images large: the run that draws the small ones
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
     train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
     quantize: Quantization | None = None  # the frozen denoiser's weights in 4 or 8 bits (QLoRA, arXiv:2305.14314)
@@ -47,46 +47,46 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """One folder of pictures or one Hugging Face data set."""
+    """One folder of images or one Hugging Face data set."""
 
     path: str
-    repeats: int = _number(1, minimum=1)  # each picture counts so many times an epoch
+    repeats: int = _number(1, minimum=1)  # each image counts so many times an epoch
     prefix: str = ""  # put before every caption: a trigger word
-    weight: float = _number(1.0, above=0)  # factor on the loss of its pictures: below 1 for regularisation
-    limit: int | None = _number(None, minimum=1)  # only so many of its pictures, the first by name
+    weight: float = _number(1.0, above=0)  # factor on the loss of its images: below 1 for regularization
+    limit: int | None = _number(None, minimum=1)  # only so many of its images, the first by name
 
 
 @dataclass(frozen=True)
 class Data:
-    """The section `data`: what trains, and how pictures are cut to size."""
+    """The section `data`: what trains, and how images are cut to size."""
 
     path: str | None = None  # short for one source
     sources: tuple[Source, ...] = ()
-    resolution: int = _number(512, minimum=4, maximum=4096)  # pictures train at about resolution² pixels
-    buckets: bool = True  # keep each picture's aspect ratio; false: crop all to a square
+    resolution: int = _number(512, minimum=4, maximum=4096)  # images train at about resolution² pixels
+    buckets: bool = True  # keep each image's aspect ratio; false: crop all to a square
     bucket_step: int = _number(64, minimum=1)  # sides of buckets are multiples of this
     maximum_aspect: float = _number(2.0, minimum=1)  # the longest bucket's long side over its short side
-    streaming: bool = False  # Hugging Face data sets: pictures are read where they are and never downloaded whole
-    flip: bool = False  # also show each picture mirrored
-    background: str = "white"  # what transparent pictures are laid over: a CSS colour
-    image_column: str = "image"  # Hugging Face data sets: the column with the picture
+    streaming: bool = False  # Hugging Face data sets: images are read where they are and never downloaded whole
+    flip: bool = False  # also show each image mirrored
+    background: str = "white"  # what transparent images are laid over: a CSS color
+    image_column: str = "image"  # Hugging Face data sets: the column with the image
     caption_column: str = "text"  # metadata files and Hugging Face data sets: the column with the caption
     caption_dropout: float = _number(
         0.1, minimum=0, maximum=1
     )  # share of draws whose caption is emptied (for guidance)
     missing_captions: Literal["stop", "empty", "skip"] = "stop"
-    unreadable_pictures: Literal["stop", "skip"] = "stop"
+    unreadable_images: Literal["stop", "skip"] = "stop"
     long_captions: Literal["stop", "truncate"] = "stop"
     masks: str | None = (
-        None  # where the loss counts: `beside` for NAME.mask.png beside each picture, or a folder with masks of the same names
+        None  # where the loss counts: `beside` for NAME.mask.png beside each image, or a folder with masks of the same names
     )
-    mask_column: str = "mask"  # with masks beside: the column with the mask, a file's name in metadata files, a picture in Hugging Face data sets
+    mask_column: str = "mask"  # with masks beside: the column with the mask, a file's name in metadata files, an image in Hugging Face data sets
     outside_mask: float = _number(0.0, minimum=0, below=1)  # how much the loss counts where a mask is black
-    held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of pictures kept for the validation loss
+    held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of images kept for the validation loss
     classes: Literal["captions", "folders"] | None = (
-        None  # families that draw pixels: what a picture's class is; none: they learn no condition
+        None  # families that draw pixels: what an image's class is; none: they learn no condition
     )
-    grey: bool = False  # families that draw pixels: one channel instead of three
+    gray: bool = False  # families that draw pixels: one channel instead of three
     levels: int = _number(
         256, minimum=2, maximum=256
     )  # families that draw pixels: values that a channel takes, evenly spaced
@@ -95,10 +95,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Prior:
-    """DreamBooth's prior preservation (arXiv:2208.12242): pictures of the class, drawn by the base before training, train beside yours."""
+    """DreamBooth's prior preservation (arXiv:2208.12242): images of the class, drawn by the base before training, train beside yours."""
 
-    prompt: str  # what the class is called, such as `a photo of a dog`; also the caption of its pictures
-    pictures: int = _number(200, minimum=1)
+    prompt: str  # what the class is called, such as `a photo of a dog`; also the caption of its images
+    images: int = _number(200, minimum=1)
     weight: float = _number(1.0, above=0)  # factor on their loss
 
 
@@ -115,7 +115,7 @@ class Token:
 
     @property
     def file(self) -> str:
-        """Where its vectors lie below an artefact's folder."""
+        """Where its vectors lie below an artifact's folder."""
         return f"embeddings/{re.sub('[^A-Za-z0-9_-]+', '', self.token) or 'word'}.safetensors"
 
 
@@ -140,7 +140,7 @@ class Adapter:
     rslora: bool = False  # scale alpha / √rank (arXiv:2312.03732)
     dora: bool = False  # also learn each row's magnitude (arXiv:2402.09353): dearer, often closer to full fine-tuning
     pissa: bool = False  # start from the weights' largest singular values (arXiv:2404.02948): learns faster, and the file has twice the rank
-    # n: one of n steps takes the noisiest 1/n of the noise levels, and there has the adapter learn what the base says, not the pictures:
+    # n: one of n steps takes the noisiest 1/n of the noise levels, and there has the adapter learn what the base says, not the images:
     # what is drawn where stays the base's, and names that are in no caption are kept; the other steps learn the style. 5 is a beginning.
     preserve_every: int | None = _number(None, minimum=2)
     init: str | None = (
@@ -182,13 +182,13 @@ class Flow:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """The VAE's loss: reconstruction + kl_weight · KL, each a mean over the picture's or the latent's elements."""
+    """The VAE's loss: reconstruction + kl_weight · KL, each a mean over the image's or the latent's elements."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
-    colour_weight: float = _number(1.0, minimum=1)  # above 1, colour errors count more than errors of brightness
+    color_weight: float = _number(1.0, minimum=1)  # above 1, color errors count more than errors of brightness
     coarse_weight: float = _number(
         0.0, minimum=0
-    )  # also compare pictures averaged over a latent pixel: large areas and their colours come first
+    )  # also compare images averaged over a latent pixel: large areas and their colors come first
     kl_weight: float = _number(1e-4, minimum=0)
 
 
@@ -221,7 +221,7 @@ class Train:
 
     steps: int | None = _number(None, minimum=1)
     epochs: float | None = _number(None, above=0)
-    batch_size: int = _number(1, minimum=1)  # pictures at once on each device
+    batch_size: int = _number(1, minimum=1)  # images at once on each device
     accumulation: int = _number(1, minimum=1)  # batches added up before the optimizer steps
     seed: int = _number(0, minimum=0)
     precision: Precision | None = None  # none: bfloat16 where the device has it, else float16 on CUDA, else float32
@@ -258,7 +258,7 @@ class Sample:
     steps: int = _number(25, minimum=1)  # denoising steps of a sample
     truncation: float = _number(
         1.0, minimum=0, maximum=2
-    )  # of GANs: how far from the mean picture one is; below 1 more alike and better made
+    )  # of GANs: how far from the mean image one is; below 1 more alike and better made
     guidance: float = _number(7.0, minimum=0)  # as the family's pipeline takes it: mostly 1 is none, of Z-Image 0
     sampler: str | None = (
         None  # families that denoise pixels: ddpm, ddim, dpm++ (2M), heun or euler; none: the family's usual one

@@ -39,7 +39,7 @@ def check(recipe: Recipe, where: str) -> None:
     )
     refuse(
         bool(data.path) == bool(data.sources),
-        "the pictures are at data.path or in data.sources: one of them",
+        "the images are at data.path or in data.sources: one of them",
         "give exactly one",
     )
     refuse(
@@ -101,7 +101,7 @@ def check(recipe: Recipe, where: str) -> None:
     )
     refuse(
         recipe.method == "scratch" and recipe.prior is not None,
-        "from scratch there is no base to draw class pictures",
+        "from scratch there is no base to draw class images",
         "remove `prior`",
     )
     nets.check_sampler(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
@@ -164,8 +164,8 @@ def _pixels(recipe: Recipe, refuse: Refuse) -> None:
     """What only families with a `net` section know: those that draw pixels."""
     data, model = recipe.data, recipe.model
     refuse(
-        recipe.net is None and (data.classes is not None or data.grey or data.levels != type(data).levels),
-        f"data.classes, data.grey and data.levels are for families that draw pixels, and {model.family} does not",
+        recipe.net is None and (data.classes is not None or data.gray or data.levels != type(data).levels),
+        f"data.classes, data.gray and data.levels are for families that draw pixels, and {model.family} does not",
         "remove them",
     )
     refuse(
@@ -185,7 +185,7 @@ def _predicted(recipe: Recipe, refuse: Refuse) -> None:
     model = recipe.model
     refuse(
         model.low is not None and not getattr(recipe.net, "refines", False),
-        f"family {model.family} draws its pictures from nothing: model.low is for families that make small ones large",
+        f"family {model.family} draws its images from nothing: model.low is for families that make small ones large",
         "remove model.low",
     )
     refuse(

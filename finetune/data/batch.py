@@ -18,18 +18,18 @@ Batch = dict[str, Tensor]
 
 
 class Encoders(ABC):
-    """What turns pictures and captions into the tensors that the step reads; run once, cached, then released."""
+    """What turns images and captions into the tensors that the step reads; run once, cached, then released."""
 
-    picture_key: str  # all that a picture's tensors depend on besides its pixels: weights, precision
+    image_key: str  # all that an image's tensors depend on besides its pixels: weights, precision
     caption_key: str  # likewise for captions; "" where captions are not read
     mask_factor: int | None = (
-        None  # picture pixels, along one side, of a place that has a loss; none: masks mean nothing to the family
+        None  # image pixels, along one side, of a place that has a loss; none: masks mean nothing to the family
     )
-    cached: bool = True  # False: the tensors are as large as the pictures, keeping them gains nothing
+    cached: bool = True  # False: the tensors are as large as the images, keeping them gains nothing
 
     @abstractmethod
-    def encode_picture(self, pixels: Tensor) -> Batch:
-        """One picture, [3, H, W] float32 in [-1, 1] → named tensors without a batch dimension."""
+    def encode_image(self, pixels: Tensor) -> Batch:
+        """One image, [3, H, W] float32 in [-1, 1] → named tensors without a batch dimension."""
 
     @abstractmethod
     def encode_caption(self, caption: str) -> Batch:

@@ -23,7 +23,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Crop:
-    """How an upright picture of `original` (width, height) fills a bucket: scale to `scaled`, then cut at (left, top)."""
+    """How an upright image of `original` (width, height) fills a bucket: scale to `scaled`, then cut at (left, top)."""
 
     original: tuple[int, int]
     scaled: tuple[int, int]
@@ -34,19 +34,19 @@ class Crop:
 
     @property
     def upscaled(self) -> bool:
-        """Whether the picture has fewer pixels than its bucket."""
+        """Whether the image has fewer pixels than its bucket."""
         return self.scaled[0] > self.original[0]
 
     @property
     def share_lost(self) -> float:
-        """Share of the picture's area that the crop cuts away."""
+        """Share of the image's area that the crop cuts away."""
         return 1 - (self.bucket.width * self.bucket.height) / (self.scaled[0] * self.scaled[1])
 
 
 def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) -> list[Bucket]:
     """All sizes whose sides are multiples of `step`, whose area is at most resolution², none thinner than `maximum_aspect`.
 
-    Of each width the tallest is kept, so a picture loses little. One square bucket if not `several`.
+    Of each width the tallest is kept, so an image loses little. One square bucket if not `several`.
     """
     if not several:
         return [Bucket(resolution, resolution)]
@@ -60,7 +60,7 @@ def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) ->
 
 
 def fit(size: tuple[int, int], choices: list[Bucket]) -> Crop:
-    """The centre crop of the bucket nearest in aspect ratio (as a ratio of ratios; the larger area wins a tie)."""
+    """The center crop of the bucket nearest in aspect ratio (as a ratio of ratios; the larger area wins a tie)."""
     width, height = size
     aspect = math.log(width / height)
     bucket = min(choices, key=lambda b: (round(abs(math.log(b.width / b.height) - aspect), 9), -b.width * b.height))

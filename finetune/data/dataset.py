@@ -1,4 +1,4 @@
-"""What the loop draws from: the encoded pictures and captions of an audit, by step and place in the global batch."""
+"""What the loop draws from: the encoded images and captions of an audit, by step and place in the global batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from finetune.data.audit.audit import Audit, Picture
+from finetune.data.audit.audit import Audit, ImageRecord
 from finetune.data.batch import Batch, Encoders, stack
 from finetune.data.buckets import Crop
 from finetune.data.cache_dir import cache_folder
@@ -29,7 +29,7 @@ from finetune.planning import Plan
 from finetune.rng import Draw, key_of, mix
 
 AHEAD_STEPS = threads() + 1  # batches got ready while a step computes
-PIXELS = "pixels"  # the store of pictures as they are, of sources that cannot be asked again and again
+PIXELS = "pixels"  # the store of images as they are, of sources that cannot be asked again and again
 TENSOR_BYTES = 1024  # of memory, that a tensor takes besides its elements
 MEMORY_BYTES = 2 << 30  # tensors kept in memory; what does not fit is read again from the cache, or decoded again
 
@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Dataset:
-    """The pictures of one split, encoded.
+    """The images of one split, encoded.
 
     Args:
         plan: for the order, seeds and cache.
@@ -48,7 +48,7 @@ class Dataset:
     def __init__(self, plan: Plan, audit: Audit, encoders: Encoders) -> None:
         self.plan, self.encoders = plan, encoders
         self.background = audit.background
-        self.pictures = audit.pictures
+        self.images = audit.images
         self._weighted = plan.recipe.prior is not None or any(source.weight != 1 for source in plan.recipe.data.sources)
         self._masked = plan.recipe.data.masks is not None
         if self._masked and encoders.mask_factor is None:
@@ -59,7 +59,7 @@ class Dataset:
             )
         self._variants = (False, True) if plan.recipe.data.flip else (False,)
         self.order = Order(_examples_by_bucket(audit), plan.global_batch, plan.steps, plan.recipe.train.seed)
-        self._validation = numpy.flatnonzero(self.pictures.held_out).tolist()
+        self._validation = numpy.flatnonzero(self.images.held_out).tolist()
         self._stores: dict[str, Store] = {}
         self._memory: OrderedDict[str, Batch] = OrderedDict()
         self._memory_bytes = 0
@@ -71,52 +71,52 @@ class Dataset:
         self._pool: ThreadPoolExecutor | None = None
 
     def long_captions(self) -> str:
-        """Which captions are longer than the model reads, in one sentence that names pictures; "" if none is.
+        """Which captions are longer than the model reads, in one sentence that names images; "" if none is.
 
         Raises:
             UserError: some are, and `data.long_captions` is stop.
         """
         tokens = functools.lru_cache(1024)(self.encoders.caption_tokens)
         count, longest, named = 0, 0, list[str]()
-        for picture in self.pictures:
-            found = tokens(picture.caption)
+        for image in self.images:
+            found = tokens(image.caption)
             if found is None:
                 return ""
             if found[0] > found[1]:
                 count, longest = count + 1, found[1]
-                named += [f"{picture.name}: {found[0]} tokens"] if count <= 5 else []
+                named += [f"{image.name}: {found[0]} tokens"] if count <= 5 else []
         if not count:
             return ""
         names = ", ".join(named) + (f", and {count - 5} more" if count > 5 else "")
-        said = f"captions longer than the {longest} tokens that this model reads: {count} of {len(self.pictures)}"
+        said = f"captions longer than the {longest} tokens that this model reads: {count} of {len(self.images)}"
         if self.plan.recipe.data.long_captions == "truncate":
             return f"{said}, their ends are not read ({names})"
         raise UserError(said, where=names, remedy="shorten them, or set data.long_captions: truncate")
 
     def encode(self, progress: Progress | None = None, share: tuple[int, int] | None = None) -> None:
-        """Compute what the cache lacks. Each picture and caption is encoded alone, so that nothing depends on its company.
+        """Compute what the cache lacks. Each image and caption is encoded alone, so that nothing depends on its company.
 
         Args:
             progress: called with (what, number of it, of how many).
             share: (this process's number, processes): only its share of what is lacking, and the encoders are kept.
 
         Raises:
-            UserError: the cache cannot be written, or a picture has changed since the audit.
+            UserError: the cache cannot be written, or an image has changed since the audit.
         """
         if not (self.encoders.cached or self._streamed):
             return
         # Opened anew: a process that waited finds what others wrote.
         folder = cache_folder(self.plan.recipe.data.cache)
-        keys = {self.encoders.picture_key, self.encoders.caption_key} if self.encoders.cached else {PIXELS}
+        keys = {self.encoders.image_key, self.encoders.caption_key} if self.encoders.cached else {PIXELS}
         self._stores = {key: Store(folder / key_of(key)[:24]) for key in keys if key}
         number, processes = share or (0, 1)
-        mine = range(len(self.pictures) * number // processes, len(self.pictures) * (number + 1) // processes)
+        mine = range(len(self.images) * number // processes, len(self.images) * (number + 1) // processes)
         try:
             if self.encoders.cached:
                 self._encode_captions(mine, progress)
-            self._encode_pictures(mine, progress)
+            self._encode_images(mine, progress)
             for place, mirrored in itertools.product(mine if self._masked else (), self._variants):
-                self._mask(self.pictures[place], mirrored, keep=False)
+                self._mask(self.images[place], mirrored, keep=False)
         finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
@@ -125,27 +125,27 @@ class Dataset:
             self._released = True
 
     def _encode_captions(self, places: range, progress: Progress | None) -> None:
-        for number, caption in enumerate(itertools.chain([""], (self.pictures[place].caption for place in places))):
+        for number, caption in enumerate(itertools.chain([""], (self.images[place].caption for place in places))):
             if progress is not None:
                 progress("captions", number, len(places) + 1)
             self._caption(caption, keep=False)
 
-    def _encode_pictures(self, places: range, progress: Progress | None) -> None:
-        store = self._stores[self.encoders.picture_key if self.encoders.cached else PIXELS]
+    def _encode_images(self, places: range, progress: Progress | None) -> None:
+        store = self._stores[self.encoders.image_key if self.encoders.cached else PIXELS]
 
-        def lacking() -> Iterator[tuple[str, Picture, bool]]:
+        def lacking() -> Iterator[tuple[str, ImageRecord, bool]]:
             for number, (place, mirrored) in enumerate(itertools.product(places, self._variants)):
                 if progress is not None:
-                    progress("pictures", number, len(places) * len(self._variants))
-                picture = self.pictures[place]
-                if (key := self._picture_key(picture, mirrored)) not in store:
-                    yield key, picture, mirrored
+                    progress("images", number, len(places) * len(self._variants))
+                image = self.images[place]
+                if (key := self._image_key(image, mirrored)) not in store:
+                    yield key, image, mirrored
 
-        for key, picture, pixels in ahead(lambda wanted: (*wanted[:2], self._pixels(*wanted[1:])), lacking()):
-            if key not in store:  # a copy of a picture just encoded is
+        for key, image, pixels in ahead(lambda wanted: (*wanted[:2], self._pixels(*wanted[1:])), lacking()):
+            if key not in store:  # a copy of an image just encoded is
                 with torch.no_grad():
                     kept = (
-                        _finite(self.encoders.encode_picture(pixels), picture)
+                        _finite(self.encoders.encode_image(pixels), image)
                         if self.encoders.cached
                         else {PIXELS: to_bytes(pixels)}
                     )
@@ -153,12 +153,12 @@ class Dataset:
 
     @property
     def has_validation(self) -> bool:
-        """Whether pictures are held out to validate on."""
+        """Whether images are held out to validate on."""
         return len(self._validation) > 0
 
     def names(self, step: int) -> list[str]:
-        """The pictures of a step, for messages."""
-        return [self.pictures[index].name for index in self.order.batch(step)]
+        """The images of a step, for messages."""
+        return [self.images[index].name for index in self.order.batch(step)]
 
     def batch(self, step: int, places: Sequence[int], draw: Draw) -> Batch:
         """The examples at `places` of the global batch of `step`, stacked: [B, …] each.
@@ -180,7 +180,7 @@ class Dataset:
         return self._examples([order[place] for place in places], draw, self.plan.recipe.data.caption_dropout)
 
     def validation(self) -> list[tuple[Batch, Draw]]:
-        """The held-out pictures, one a batch, with draws that are the same at every validation."""
+        """The held-out images, one a batch, with draws that are the same at every validation."""
         seed = self.plan.recipe.train.seed
         found = []
         for place, index in enumerate(self._validation):
@@ -193,49 +193,49 @@ class Dataset:
         dropped = (draw.uniform("caption dropout") < dropout).tolist()
         found = []
         for index, variant, drop in zip(indices, variants, dropped, strict=True):
-            picture = self.pictures[index]
+            image = self.images[index]
             found.append(
                 {
-                    **self._picture(picture, self._variants[variant]),
-                    **self._caption("" if drop else picture.caption),
-                    "geometry": geometry(picture.crop),
-                    **({"weight": torch.tensor(picture.weight)} if self._weighted else {}),
-                    **(self._mask(picture, self._variants[variant]) if self._masked else {}),
+                    **self._image(image, self._variants[variant]),
+                    **self._caption("" if drop else image.caption),
+                    "geometry": geometry(image.crop),
+                    **({"weight": torch.tensor(image.weight)} if self._weighted else {}),
+                    **(self._mask(image, self._variants[variant]) if self._masked else {}),
                 }
             )
         return stack(found)
 
-    def _picture_key(self, picture: Picture, mirrored: bool) -> str:
-        return key_of(picture.digest, repr(picture.crop), int(mirrored), self.background)
+    def _image_key(self, image: ImageRecord, mirrored: bool) -> str:
+        return key_of(image.digest, repr(image.crop), int(mirrored), self.background)
 
-    def _pixels(self, picture: Picture, mirrored: bool) -> Tensor:
-        """What the model sees of a picture, [3, H, W] float32 in [-1, 1]."""
-        image = apply(decode(_unchanged(picture), self.background), replace(picture.crop, mirrored=mirrored))
-        return to_tensor(numpy.asarray(image))
+    def _pixels(self, image: ImageRecord, mirrored: bool) -> Tensor:
+        """What the model sees of an image, [3, H, W] float32 in [-1, 1]."""
+        pixels = apply(decode(_unchanged(image), self.background), replace(image.crop, mirrored=mirrored))
+        return to_tensor(numpy.asarray(pixels))
 
-    def _picture(self, picture: Picture, mirrored: bool) -> Batch:
+    def _image(self, image: ImageRecord, mirrored: bool) -> Batch:
         def compute() -> Batch:
-            key = self._picture_key(picture, mirrored)
+            key = self._image_key(image, mirrored)
             kept = not self.encoders.cached and self._streamed and key in self._stores[PIXELS]
-            pixels = to_floats(self._stores[PIXELS].get(key)[PIXELS]) if kept else self._pixels(picture, mirrored)
+            pixels = to_floats(self._stores[PIXELS].get(key)[PIXELS]) if kept else self._pixels(image, mirrored)
             with self._encoder_lock:
-                return _finite(self.encoders.encode_picture(pixels), picture)
+                return _finite(self.encoders.encode_image(pixels), image)
 
-        return self._kept(self.encoders.picture_key, self._picture_key(picture, mirrored), compute)
+        return self._kept(self.encoders.image_key, self._image_key(image, mirrored), compute)
 
-    def _mask(self, picture: Picture, mirrored: bool, keep: bool = True) -> Batch:
-        """Where the loss of a picture counts and how much, [1, h, w] float32: the mask's mean over each place that has a loss."""
+    def _mask(self, image: ImageRecord, mirrored: bool, keep: bool = True) -> Batch:
+        """Where the loss of an image counts and how much, [1, h, w] float32: the mask's mean over each place that has a loss."""
         factor, outside = self.encoders.mask_factor or 1, self.plan.recipe.data.outside_mask
 
         def compute() -> Batch:
-            bucket = picture.crop.bucket
-            if picture.mask is None:
+            bucket = image.crop.bucket
+            if image.mask is None:
                 return {"mask": torch.ones(1, bucket.height // factor, bucket.width // factor)}
-            seen = torch.from_numpy(masks.read(picture, mirrored))
+            seen = torch.from_numpy(masks.read(image, mirrored))
             return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
 
-        key = key_of("mask", picture.mask_digest, repr(picture.crop), int(mirrored), f"{outside} {factor}")
-        return self._kept(self.encoders.picture_key, key, compute, keep)
+        key = key_of("mask", image.mask_digest, repr(image.crop), int(mirrored), f"{outside} {factor}")
+        return self._kept(self.encoders.image_key, key, compute, keep)
 
     def _caption(self, caption: str, keep: bool = True) -> Batch:
         def compute() -> Batch:
@@ -287,10 +287,10 @@ class Dataset:
 
 
 def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
-    """For each bucket, by its first picture, the places in `audit.pictures` of its examples: pictures that train, repeated."""
-    trains, repeats = ~audit.pictures.held_out, audit.pictures.repeats
+    """For each bucket, by its first image, the places in `audit.images` of its examples: images that train, repeated."""
+    trains, repeats = ~audit.images.held_out, audit.images.repeats
     found: dict[object, list[numpy.ndarray]] = {}
-    for crop, places in audit.pictures.crops.items():
+    for crop, places in audit.images.crops.items():
         found.setdefault(crop.bucket, []).append(places[trains[places]])
     buckets = [numpy.sort(numpy.concatenate(parts)) for parts in found.values()]
     return [
@@ -299,32 +299,32 @@ def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
     ]
 
 
-def _finite(encoded: Batch, picture: Picture) -> Batch:
-    """What an encoder made of a picture: a NaN would be kept in the cache, and would stop every run that draws it."""
+def _finite(encoded: Batch, image: ImageRecord) -> Batch:
+    """What an encoder made of an image: a NaN would be kept in the cache, and would stop every run that draws it."""
     for name, tensor in encoded.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"the VAE makes {name} of the picture that are not finite",
-                where=picture.name,
-                remedy="the VAE's weights are damaged or not made for this: give another model.vae; nothing of this picture was kept",
+                f"the VAE makes {name} of the image that are not finite",
+                where=image.name,
+                remedy="the VAE's weights are damaged or not made for this: give another model.vae; nothing of this image was kept",
             )
     return encoded
 
 
-def _unchanged(picture: Picture) -> bytes:
+def _unchanged(image: ImageRecord) -> bytes:
     """The bytes that the audit saw: others would be kept in the cache under a digest that is not theirs."""
     try:
-        content = picture.read()
+        content = image.read()
     except OSError as error:
         raise UserError(
-            f"the picture cannot be read any more: {error.strerror}",
-            where=picture.name,
+            f"the image cannot be read any more: {error.strerror}",
+            where=image.name,
             remedy="put it back, and start again",
         ) from error
-    if hashlib.sha256(content).hexdigest() != picture.digest:
+    if hashlib.sha256(content).hexdigest() != image.digest:
         raise UserError(
-            "the picture has changed since the run began",
-            where=picture.name,
+            "the image has changed since the run began",
+            where=image.name,
             remedy="start again; this run did not see the new one",
         )
     return content

@@ -1,4 +1,4 @@
-"""Which pictures step n draws: a function of (seed, step) alone, so resuming and any number of processes agree.
+"""Which images step n draws: a function of (seed, step) alone, so resuming and any number of processes agree.
 
 A global batch (batch size × accumulation × processes) has one size in pixels, so it comes from one bucket. Each bucket is
 an endless stream of shuffled passes over its own examples; which bucket a step takes is decided by largest debt, so that
@@ -18,7 +18,7 @@ from finetune.rng import mix
 
 class Order:
     """Args:
-    buckets: for each bucket the indices of its examples (a picture with 3 repeats is there 3 times).
+    buckets: for each bucket the indices of its examples (an image with 3 repeats is there 3 times).
     global_batch: examples a step.
     steps: of the run.
     """

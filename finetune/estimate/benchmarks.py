@@ -13,15 +13,15 @@ MEASURED = ASSETS / "families.json"
 QUOTED = {
     "quality": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
     "latent": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
-    "speed": ("cpu_seconds_per_picture", "CPU seconds a picture", ".2g", False),
+    "speed": ("cpu_seconds_per_image", "CPU seconds an image", ".2g", False),
     "likelihood": ("bits_per_dimension", "bits/dim", ".2f", False),
-    "diversity": ("coverage", "of the real pictures have a drawn one near", ".0%", True),
+    "diversity": ("coverage", "of the real images have a drawn one near", ".0%", True),
 }
 DECISIVE = ("speed", "likelihood")  # goals at which the figures order recipes
 
 
 def measured() -> dict[str, Any]:
-    """{minutes, pictures, rows: {recipe: figures}}, empty where nothing was measured yet."""
+    """{minutes, images, rows: {recipe: figures}}, empty where nothing was measured yet."""
     found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {"rows": {}}
     return found
 

@@ -54,7 +54,7 @@ class Forecast:
     Attributes:
         group: how many train together, and how; all else but `usd` is of each.
         edits: levers that were pulled beyond what the recipe says.
-        images: pictures that train.
+        images: images that train.
         steps: of the optimizer.
         hours: of training, samples and encoding; not of downloads.
         usd: (least, most) for these hours; None where the GPU has no price.
@@ -92,18 +92,18 @@ def forecast(
     group: Group = ALONE,
     traced: Card | None = None,
 ) -> Forecast:
-    """What `recipe` needs on `gpu` for `images` pictures.
+    """What `recipe` needs on `gpu` for `images` images.
 
     Args:
         group: how many of them train together, each on its own batches.
         traced: a card of this very configuration, instead of the one of its architecture.
 
     Raises:
-        UserError: no card covers the recipe, or the number of pictures is none.
+        UserError: no card covers the recipe, or the number of images is none.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(
-            f"{images:,} pictures are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}"
+            f"{images:,} images are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}"
         )
     card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe, gpu)
     found = memory(card, variant, recipe, gpu, group)
@@ -119,7 +119,7 @@ def forecast(
         else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
     )
     shared = f" ÷ {gpus} GPUs" if gpus > 1 else ""
-    arithmetic = f"{trained:,} pictures ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
+    arithmetic = f"{trained:,} images ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
     hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
@@ -144,7 +144,7 @@ def _card_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Card, Variant]:
 
 
 def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
-    """Seconds of encoding every picture once, in float32, and of the samples while training."""
+    """Seconds of encoding every image once, in float32, and of the samples while training."""
     area, out = (recipe.data.resolution / card.resolution) ** 2, card.outside[gpu.device]
     rate = gpu.calibration.conv.rate if gpu.calibration else gpu.tflops * 1e12 * PACE.conv
     encoding = rate if gpu.calibration else rate * PACE.float32

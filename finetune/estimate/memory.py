@@ -105,12 +105,12 @@ def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
     if kind == "offload":
         held -= width * (of.get("text encoders' blocks", 0) - of.get("text encoders' largest block", 0))
     elif kind != "whole":
-        held -= (width - QUANTIZED[kind]) * of.get("text encoders' quantisable", 0)
+        held -= (width - QUANTIZED[kind]) * of.get("text encoders' quantizable", 0)
     return measured * there - held
 
 
 def tiled(area: float, card: Card, recipe: Recipe, out: Outside) -> float:
-    """The area, in native pictures, that the VAE sees at once."""
+    """The area, in native images, that the VAE sees at once."""
     return min(area, (TILE / card.resolution) ** 2) if recipe.model.vae_tiling and not out.tiled else area
 
 

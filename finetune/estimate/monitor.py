@@ -48,7 +48,7 @@ def expect(plan: Plan) -> Expected:
         found = this_cpu() if machine.device == "cpu" else find(machine.name)
         gpu = dataclasses.replace(found, visible_gib=machine.memory_bytes / GIB)
         group = Group(machine.processes, "fsdp" if machine.sharded else "ddp")
-        one = forecast(counted, plan.recipe.name, gpu, plan.data.pictures + plan.data.held_out, group=group)
+        one = forecast(counted, plan.recipe.name, gpu, plan.data.images + plan.data.held_out, group=group)
     except UserError as error:
         return Expected(None, error.problem)
     return Expected(one)

@@ -66,7 +66,7 @@ class Work:
         kind: matmul, conv, attention, random or other.
         width: bytes of a factor: 2 is what tensor cores are fast at.
         eager: whether Python runs them and autograd records them; the host takes longer then.
-        flops, bytes: each operator's, as (what does not grow, what one native picture more adds).
+        flops, bytes: each operator's, as (what does not grow, what one native image more adds).
         count: how many of them a step runs, on average.
     """
 
@@ -89,7 +89,7 @@ class Variant:
         rank: at which it was measured; 0 without an adapter.
         trained: parameters that train, at that rank.
         weights, adapters, state: bytes of what stays frozen, of what trains, and of the optimizer's state.
-        allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native picture): without averages.
+        allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native image): without averages.
         accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
         waiting: bytes of blocks that wait in host memory.
@@ -130,8 +130,8 @@ class Outside:
     """What happens outside the loop on one kind of device.
 
     Attributes:
-        encode, sample: peaks while encoding one picture and while drawing one, bytes, as (held throughout, more at the native size).
-        encode_flops, sample_flops: of one picture, and of one denoising step of one picture with guidance.
+        encode, sample: peaks while encoding one image and while drawing one, bytes, as (held throughout, more at the native size).
+        encode_flops, sample_flops: of one image, and of one denoising step of one image with guidance.
         encoders, tiled: `model.encoders` and `model.vae_tiling` as they were.
     """
 
@@ -153,7 +153,7 @@ class Card:
         title: what people call it.
         family: the recipe's `model.family`.
         build: of a net from scratch: `build_key` of the recipe that it was measured with.
-        resolution: what it was made for: the side of the native picture, pixels.
+        resolution: what it was made for: the side of the native image, pixels.
         parameters: of each net.
         outside: by device.
         versions: of the libraries that it was measured with.

@@ -1,4 +1,4 @@
-"""The field's rules of choice as data one can read and change: by pictures, money, device and goal, each with its reason.
+"""The field's rules of choice as data one can read and change: by images, money, device and goal, each with its reason.
 
 The rules say what is sensible; the estimate then says which of it fits, in the time, for the money.
 """
@@ -28,7 +28,7 @@ LARGE = 80  # GB
 @final
 @dataclass(frozen=True)
 class Rule:
-    """From `least` pictures, USD or pixels up to under `most`, `methods` are what the field does, the first first, because of `reason`."""
+    """From `least` images, USD or pixels up to under `most`, `methods` are what the field does, the first first, because of `reason`."""
 
     least: float
     most: float
@@ -46,19 +46,19 @@ class Goal:
 
 
 BY_IMAGES = (
-    Rule(1, 1_000, ("lora",), "under 1,000 pictures full fine-tuning learns by heart: LoRA"),
-    Rule(1_000, 10_000, ("lora",), "1,000–10,000 pictures call for LoRA"),
+    Rule(1, 1_000, ("lora",), "under 1,000 images full fine-tuning learns by heart: LoRA"),
+    Rule(1_000, 10_000, ("lora",), "1,000–10,000 images call for LoRA"),
     Rule(
         10_000,
         1_000_000,
         ("full", "lora"),
-        "from 10,000 pictures on, full fine-tuning learns more than a LoRA can hold",
+        "from 10,000 images on, full fine-tuning learns more than a LoRA can hold",
     ),
     Rule(
         1_000_000,
         INFINITE,
         ("full", "lora"),
-        "even millions of pictures fine-tune: pretraining took Stable Diffusion 150,000 A100 hours, $600,000",
+        "even millions of images fine-tune: pretraining took Stable Diffusion 150,000 A100 hours, $600,000",
     ),
 )
 BY_BUDGET = (
@@ -77,7 +77,7 @@ SMALL_IMAGES = Rule(
     1,
     INFINITE,
     ("scratch",),
-    "small pictures far from what bases were trained on are learned from scratch, a VAE first",
+    "small images far from what bases were trained on are learned from scratch, a VAE first",
 )
 ON_CPU = Rule(0, INFINITE, ("scratch", "lora"), "a CPU is enough for a small VAE, flow or diffusion model from scratch")
 GOALS = {
@@ -85,10 +85,10 @@ GOALS = {
     "speed": Goal(("GAN",), "speed: a GAN draws in one pass"),
     "latent": Goal(("VAE",), "a latent space: a VAE"),
     "likelihood": Goal(("autoregressive", "flow"), "exact likelihood: an autoregressive model or a flow"),
-    "diversity": Goal(("diffusion", "VAE"), "diversity: diffusion or a VAE, which leave no kind of picture out"),
+    "diversity": Goal(("diffusion", "VAE"), "diversity: diffusion or a VAE, which leave no kind of image out"),
 }
 # Pixels of a side from which a kind is out of the question, and why.
-TOO_LARGE = {"autoregressive": (96, "pixel after pixel, an autoregressive model never draws large pictures")}
+TOO_LARGE = {"autoregressive": (96, "pixel after pixel, an autoregressive model never draws large images")}
 # Where all fits, the base that draws better; each was trained at the resolution that its card names.
 BY_QUALITY = (
     *(

@@ -64,7 +64,7 @@ def step(
     area: float = 1.0,
     batch: int = 1,
 ) -> Speed:
-    """A step of `times` passes and an update, for `batch` pictures of `area` native ones each.
+    """A step of `times` passes and an update, for `batch` images of `area` native ones each.
 
     A kernel takes the longer of computing and of moving its bytes. A GPU's host runs ahead of it until the step's end,
     so that the step takes the longer of all kernels and of all launches; a CPU does both itself.
@@ -88,7 +88,7 @@ def step(
 
 def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:
     """Seconds of one of these operators' arithmetic, and of its bytes."""
-    # Attention's FLOPs grow with the square of the picture's area, all else with the area.
+    # Attention's FLOPs grow with the square of the image's area, all else with the area.
     flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
     moved = work.bytes[0] + work.bytes[1] * batch * area
     if gpu.calibration and work.kind in BY_BYTES:

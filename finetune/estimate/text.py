@@ -26,7 +26,7 @@ def compared(
     """
     price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
     lines = [
-        f"{images:,} pictures on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB{' usable' if gpu.device == 'cuda' else ''}{price}"
+        f"{images:,} images on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB{' usable' if gpu.device == 'cuda' else ''}{price}"
     ]
     width = max(len(one.name) for one in found)
     lines.append(

@@ -1,6 +1,6 @@
-"""emoji-net: the small net by whose features `ft eval` compares pictures where no large one's weights are at hand.
+"""emoji-net: the small net by whose features `ft eval` compares images where no large one's weights are at hand.
 
-It was trained by `tools/build_emoji_net.py` on the bundled emoji at 32 pixels, to tell which emoji a picture shows, whoever drew it,
+It was trained by `tools/build_emoji_net.py` on the bundled emoji at 32 pixels, to tell which emoji an image shows, whoever drew it,
 who drew it, and how it was damaged. Figures taken with it compare runs with one another, and with no published FID: that is InceptionV3's.
 """
 
@@ -40,7 +40,7 @@ class EmojiNet(nn.Module):
         return functional.normalize(self.head(self.body(pixels)), dim=1)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the last convolution finds, averaged over the picture, [B, 128]."""
+        """What the last convolution finds, averaged over the image, [B, 128]."""
         found: Tensor = self.body(pixels).mean((2, 3))
         return found
 

@@ -1,4 +1,4 @@
-"""How good are a run's pictures? Drawn ones beside real ones, by their features: `ft eval`."""
+"""How good are a run's images? Drawn ones beside real ones, by their features: `ft eval`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config.schema import Data
-from finetune.data.audit.audit import Audit, Picture, scan
+from finetune.data.audit.audit import Audit, ImageRecord, scan
 from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.data.sources.files import write_aside
@@ -33,19 +33,19 @@ from finetune.report.images import enlarged, grid
 from finetune.terminal import Progress
 from finetune.training.samples import request_of
 
-PICTURES = 500  # drawn unless asked otherwise
+IMAGES = 500  # drawn unless asked otherwise
 SCORED = (
-    100  # pictures whose likelihood is taken unless asked otherwise: some families follow each through a hundred passes
+    100  # images whose likelihood is taken unless asked otherwise: some families follow each through a hundred passes
 )
 AT_ONCE = 50  # drawn by models in pixel space
-LOOKED_THROUGH = 10_000  # training pictures, at most, for the nearest to each drawn one
+LOOKED_THROUGH = 10_000  # training images, at most, for the nearest to each drawn one
 SHOWN = 24
 
 
 @final
 @dataclass(frozen=True)
 class Closeness:
-    """How close pictures come to real ones; for the measures see `distances`. `diversity` is that of the real ones' own; so are 1 and 0 equals."""
+    """How close images come to real ones; for the measures see `distances`. `diversity` is that of the real ones' own; so are 1 and 0 equals."""
 
     frechet_distance: float
     kernel_distance: float
@@ -54,13 +54,13 @@ class Closeness:
     density: float
     coverage: float
     diversity: float
-    copied: float | None  # None where the training pictures are not there
+    copied: float | None  # None where the training images are not there
 
 
 @final
 @dataclass(frozen=True)
 class Likelihood:
-    """Bits a channel of a pixel, mean over pictures, which are `of` some kind: exact, or an upper bound."""
+    """Bits a channel of a pixel, mean over images, which are `of` some kind: exact, or an upper bound."""
 
     bits_per_dimension: float
     exact: bool
@@ -71,15 +71,15 @@ class Likelihood:
 @final
 @dataclass(frozen=True)
 class Evaluation:
-    """`itself` is how close other real pictures come to the same ones, as many: no generator does better, but by chance."""
+    """`itself` is how close other real images come to the same ones, as many: no generator does better, but by chance."""
 
     run: str
     features: str
     against: str
     drawn: int
     real: int
-    seconds_per_picture: float
-    cpu_seconds_per_picture: float
+    seconds_per_image: float
+    cpu_seconds_per_image: float
     closeness: Closeness
     itself: Closeness | None
     likelihood: Likelihood | None
@@ -90,35 +90,35 @@ class Evaluation:
 def evaluate(
     run: Path,
     against: str | None = None,
-    pictures: int | None = None,
+    images: int | None = None,
     features: str = EMOJI_NET,
     out: Path | None = None,
     scored: int = SCORED,
 ) -> Evaluation:
-    """Draw pictures with a run and compare them with real ones; writes `figures.json`, `samples.png`, `nearest.png` (drawn pictures above the
-    training pictures that they come closest to), of models with a likelihood `unlikely.png`, and what else the family shows at a look.
+    """Draw images with a run and compare them with real ones; writes `figures.json`, `samples.png`, `nearest.png` (drawn images above the
+    training images that they come closest to), of models with a likelihood `unlikely.png`, and what else the family shows at a look.
 
     Args:
         run: the folder of a finished run.
-        against: pictures to compare with, a folder or an embedded name; none: those that the run trained on.
-        pictures: how many to draw; none: as many as there are real ones, 500 at most.
+        against: images to compare with, a folder or an embedded name; none: those that the run trained on.
+        images: how many to draw; none: as many as there are real ones, 500 at most.
         features: emoji-net, or a DINOv2 by its folder or name on the hub.
-        scored: of how many pictures the likelihood is taken, at most; 0: of none.
+        scored: of how many images the likelihood is taken, at most; 0: of none.
         out: a new folder; none: `evaluated/1`, `evaluated/2` … in the run's.
 
     Raises:
-        UserError: the run has no final weights or cannot draw, or there are no pictures to compare with.
+        UserError: the run has no final weights or cannot draw, or there are no images to compare with.
     """
     plan = load_plan(run)
     opened, seer = sample.open_run(run, plan), extractor(features)
     space = opened.space if isinstance(opened, PixelModel) else None
     trained, judged = _audits(plan, against)
     target = sample.free_folder(out, run, "evaluated")
-    count = pictures or min(PICTURES, len(judged.training))
+    count = images or min(IMAGES, len(judged.training))
     real, other = _halves(judged.training, count)
-    drawn, seconds, cpu_seconds = _drawn(plan, opened, [picture.caption for picture in real], count)
+    drawn, seconds, cpu_seconds = _drawn(plan, opened, [image.caption for image in real], count)
 
-    def seen(these: Sequence[Picture], audit: Audit) -> Tensor:
+    def seen(these: Sequence[ImageRecord], audit: Audit) -> Tensor:
         return seer.features(as_drawn(these, audit.background, space))
 
     of_drawn, of_real = seer.features(drawn), seen(real, judged)
@@ -128,11 +128,11 @@ def evaluate(
     found = Evaluation(
         run=str(run),
         features=seer.name,
-        against=against or "its training pictures",
+        against=against or "its training images",
         drawn=count,
         real=len(real),
-        seconds_per_picture=seconds,
-        cpu_seconds_per_picture=cpu_seconds,
+        seconds_per_image=seconds,
+        cpu_seconds_per_image=cpu_seconds,
         closeness=_closeness(of_drawn, of_real, of_known),
         itself=_itself(seen(other, judged), of_real, of_known, {one.digest for one in other}, known) if other else None,
         likelihood=likelihood,
@@ -163,21 +163,21 @@ def _drawn(
     return found, (time.perf_counter() - initialized) / count, (time.process_time() - before) / count
 
 
-def _sheet(pictures: Iterable[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
+def _sheet(images: Iterable[Image.Image], labels: Sequence[str] = ()) -> Image.Image:
     """The first of them, beside each other."""
-    return grid([enlarged(picture) for picture in itertools.islice(pictures, SHOWN)], labels)
+    return grid([enlarged(image) for image in itertools.islice(images, SHOWN)], labels)
 
 
 def _show_exhibits(folder: Path, opened: object, trained: Audit) -> None:
-    """Write what a family in pixel space shows at a look, of the pictures that it trained on."""
+    """Write what a family in pixel space shows at a look, of the images that it trained on."""
     if isinstance(opened, PixelModel):
         opened.audit = trained
-        for name, picture in opened.diagnostic_images().items():
-            enlarged(picture).save(folder / f"{name}.png")
+        for name, image in opened.diagnostic_images().items():
+            enlarged(image).save(folder / f"{name}.png")
 
 
 def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
-    """What tells of lost modes, of features [N, D]: diversity ÷ that of the real pictures, and coverage of them."""
+    """What tells of lost modes, of features [N, D]: diversity ÷ that of the real images, and coverage of them."""
     return {
         "diversity": metrics.diversity(drawn) / max(metrics.diversity(real), 1e-12),
         "coverage": metrics.neighbourhoods(real, drawn).coverage,
@@ -194,14 +194,16 @@ def _closeness(drawn: Tensor, real: Tensor, known: Tensor | None) -> Closeness:
     )
 
 
-def _itself(other: Tensor, real: Tensor, known: Tensor | None, own: set[str], of_known: Sequence[Picture]) -> Closeness:
-    """`_closeness` of other real pictures; to training pictures that they are not themselves."""
-    rest = known[torch.tensor([picture.digest not in own for picture in of_known])] if known is not None else None
+def _itself(
+    other: Tensor, real: Tensor, known: Tensor | None, own: set[str], of_known: Sequence[ImageRecord]
+) -> Closeness:
+    """`_closeness` of other real images; to training images that they are not themselves."""
+    rest = known[torch.tensor([image.digest not in own for image in of_known])] if known is not None else None
     return _closeness(other, real, rest)
 
 
 def _audits(plan: Plan, against: str | None) -> tuple[Audit | None, Audit]:
-    """(what the run trains on, or None if it is not there and need not be; what its pictures are compared with), cropped to squares."""
+    """(what the run trains on, or None if it is not there and need not be; what its images are compared with), cropped to squares."""
     own = replace(plan.recipe.data, buckets=False)
     judged = _audit(replace(own, path=against, sources=(), held_out=0.0, masks=None)) if against is not None else None
     try:
@@ -214,36 +216,36 @@ def _audits(plan: Plan, against: str | None) -> tuple[Audit | None, Audit]:
 
 
 def _audit(data: Data) -> Audit:
-    looking = Progress("looking at pictures")
+    looking = Progress("looking at images")
     found = scan(data, lambda done, name: looking.show(done, done + 1, name))
     looking.end()
     found.raise_if_stopped()
     return found
 
 
-def spread(pictures: Sequence[Picture], count: int) -> list[Picture]:
+def spread(images: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
     """`count` of them, evenly from first to last."""
-    return [pictures[place * len(pictures) // count] for place in range(count)]
+    return [images[place * len(images) // count] for place in range(count)]
 
 
-def _halves(pictures: Sequence[Picture], count: int) -> tuple[list[Picture], list[Picture]]:
-    """(`count` pictures, or all if there are fewer; as many others, or none if there are not enough).
+def _halves(images: Sequence[ImageRecord], count: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """(`count` images, or all if there are fewer; as many others, or none if there are not enough).
 
     Raises:
         UserError: there are not two.
     """
-    if min(count, len(pictures)) < 2:
+    if min(count, len(images)) < 2:
         raise UserError(
-            "distances need two pictures at least", where="--pictures", remedy="draw more, or give more to compare with"
+            "distances need two images at least", where="--images", remedy="draw more, or give more to compare with"
         )
-    if len(pictures) >= 2 * count:
-        both = spread(pictures, 2 * count)
+    if len(images) >= 2 * count:
+        both = spread(images, 2 * count)
         return both[::2], both[1::2]
-    return spread(pictures, min(count, len(pictures))), []
+    return spread(images, min(count, len(images))), []
 
 
 def request_for(request: SampleRequest, opened: sample.Opened, captions: Sequence[str], count: int) -> SampleRequest:
-    """`request` for `count` pictures: of the captions, over and over; of models in pixel space of those that name a class it knows, if any."""
+    """`request` for `count` images: of the captions, over and over; of models in pixel space of those that name a class it knows, if any."""
     if isinstance(opened, PixelModel):
         classes = opened.space.classes
         captions = [caption for caption in captions if caption in classes] or classes or [""]
@@ -252,17 +254,17 @@ def request_for(request: SampleRequest, opened: sample.Opened, captions: Sequenc
     )
 
 
-def as_drawn(pictures: Sequence[Picture], background: str, space: Space | None = None) -> Iterator[Image.Image]:
-    """Real pictures as a model would draw them at best: cropped to its size, and, in pixel space, in its levels and channels."""
-    for picture in pictures:
-        image = apply(decode(picture.read(), background), picture.crop)
-        yield image if space is None else space.pictures(space.levels_of(to_tensor(numpy.asarray(image)))[None])[0]
+def as_drawn(images: Sequence[ImageRecord], background: str, space: Space | None = None) -> Iterator[Image.Image]:
+    """Real images as a model would draw them at best: cropped to its size, and, in pixel space, in its levels and channels."""
+    for image in images:
+        drawn = apply(decode(image.read(), background), image.crop)
+        yield drawn if space is None else space.images(space.levels_of(to_tensor(numpy.asarray(drawn)))[None])[0]
 
 
 def _likelihood(
     opened: sample.Opened, trained: Audit | None, judged: Audit, against: str | None, count: int
-) -> tuple[Likelihood | None, str, list[Picture]]:
-    """(bits/dim of the pictures compared with, without `against` of those that the run held out, if any; why there are none; the least likely)."""
+) -> tuple[Likelihood | None, str, list[ImageRecord]]:
+    """(bits/dim of the images compared with, without `against` of those that the run held out, if any; why there are none; the least likely)."""
     if not isinstance(opened, LikelihoodModel):
         return None, "this kind of model has none", []
     if not count:
@@ -276,22 +278,20 @@ def _likelihood(
         return None, error.problem, []
     least = [some[place] for place in found.argsort(descending=True, stable=True)[:SHOWN].tolist()]
     bits = float(found.mean()) / (opened.space.dimensions * math.log(2))
-    of = "held-out pictures" if held_out else against or "training pictures"
-    return Likelihood(bits, opened.exact, of, tuple(picture.name for picture in least)), "", least
+    of = "held-out images" if held_out else against or "training images"
+    return Likelihood(bits, opened.exact, of, tuple(image.name for image in least)), "", least
 
 
 def _show_nearest(
     file: Path, drawn: Sequence[Image.Image], of_drawn: Tensor, of_known: Tensor, known: Sequence[Image.Image]
 ) -> None:
-    """The drawn pictures that come closest to a training picture, each above it."""
+    """The drawn images that come closest to a training image, each above it."""
     nearest, far, _ = metrics.copies(of_drawn, of_known)
     pairs = []
     for place in far.argsort(stable=True)[:SHOWN].tolist():
-        above, below = (enlarged(picture) for picture in (drawn[place], known[int(nearest[place])]))
+        above, below = (enlarged(image) for image in (drawn[place], known[int(nearest[place])]))
         both = Image.new("RGB", (max(above.width, below.width), above.height + below.height + 2), "white")
         both.paste(above, (0, 0))
         both.paste(below, (0, above.height + 2))
         pairs.append(both)
-    grid(pairs, columns=8, title="above: drawn, the closest first   below: the training picture nearest to it").save(
-        file
-    )
+    grid(pairs, columns=8, title="above: drawn, the closest first   below: the training image nearest to it").save(file)

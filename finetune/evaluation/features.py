@@ -1,4 +1,4 @@
-"""What a net sees in a picture, by which pictures are compared: emoji-net, which comes with the package, or DINOv2.
+"""What a net sees in an image, by which images are compared: emoji-net, which comes with the package, or DINOv2.
 
 InceptionV3, whose distances are called FID, cannot be had here: its weights come with torchvision or in formats that run code. DINOv2's
 features agree better with people (Stein et al. 2023, arXiv:2306.04675). Every figure bears the name of the net it was taken with.
@@ -31,7 +31,7 @@ AT_ONCE = 64
 
 
 class Extractor(ABC):
-    """`name` is what its figures are called after; pictures are scaled to `side` pixels."""
+    """`name` is what its figures are called after; images are scaled to `side` pixels."""
 
     name: str
     side: int
@@ -41,11 +41,11 @@ class Extractor(ABC):
         """[B, 3, side, side] in [-1, 1] → features [B, D]."""
 
     @torch.no_grad()
-    def features(self, pictures: Iterable[Image]) -> Tensor:
-        """[N, D] float32 on the CPU, of RGB pictures of any sizes."""
-        device, found, pictures = this_machine().device, [], iter(pictures)
-        while batch := list(itertools.islice(pictures, AT_ONCE)):
-            pixels = torch.cat([self._scaled(to_tensor(numpy.asarray(picture.convert("RGB")))) for picture in batch])
+    def features(self, images: Iterable[Image]) -> Tensor:
+        """[N, D] float32 on the CPU, of RGB images of any sizes."""
+        device, found, images = this_machine().device, [], iter(images)
+        while batch := list(itertools.islice(images, AT_ONCE)):
+            pixels = torch.cat([self._scaled(to_tensor(numpy.asarray(image.convert("RGB")))) for image in batch])
             found.append(self.see(pixels.to(device)).float().cpu())
         return torch.cat(found)
 
@@ -81,7 +81,7 @@ class Dinov2(Extractor):
     MEAN, DEVIATION = (
         (0.485, 0.456, 0.406),
         (0.229, 0.224, 0.225),
-    )  # of ImageNet's colours in [0, 1], as it was trained with
+    )  # of ImageNet's colors in [0, 1], as it was trained with
 
     def __init__(self, given: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""How far drawn pictures are from real ones, by their features: [N, D], one row a picture, float64 inside.
+"""How far drawn images are from real ones, by their features: [N, D], one row an image, float64 inside.
 
 Written out rather than taken from torchmetrics, which takes seconds to import and wants torch-fidelity for its own features, or from
 prdc, which brings scikit-learn and SciPy: each measure is a few lines. Tested against closed forms and the figures that prdc publishes.
@@ -19,7 +19,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), of Gaussians fitted to both (Heusel et al. 2017, arXiv:1706.08500, equation 6).
 
     The eigenvalues of Σ₁ Σ₂ are those of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed.
-    Falls as pictures are added: compare only equal numbers of them.
+    Falls as images are added: compare only equal numbers of them.
     """
     (mean_one, covariance_one), (mean_other, covariance_other) = _fitted(one), _fitted(other)
     values, vectors = torch.linalg.eigh(covariance_one)
@@ -38,7 +38,7 @@ def _fitted(features: Tensor) -> tuple[Tensor, Tensor]:
 def kernel_distance(one: Tensor, other: Tensor) -> float:
     """The unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv:1801.01401, equation 4); about 0 for equals.
 
-    Over all pictures at once, not over random subsets of them: the same each time, and as unbiased.
+    Over all images at once, not over random subsets of them: the same each time, and as unbiased.
     """
     one, other = one.double(), other.double()
 
@@ -58,10 +58,10 @@ class Neighbourhoods:
     """Shares, but for the density, which may exceed 1.
 
     Attributes:
-        precision: of drawn pictures that lie in some real picture's neighbourhood: looks real.
-        recall: of real pictures that lie in some drawn picture's neighbourhood (Kynkäänniemi et al. 2019, arXiv:1904.06991).
-        density: mean count of real neighbourhoods that a drawn picture lies in, ÷ k; unlike precision not lifted by one outlier.
-        coverage: of real pictures in whose neighbourhood a drawn one lies (both Naeem et al. 2020, arXiv:2002.09797); of
+        precision: of drawn images that lie in some real image's neighborhood: looks real.
+        recall: of real images that lie in some drawn image's neighborhood (Kynkäänniemi et al. 2019, arXiv:1904.06991).
+        density: mean count of real neighborhoods that a drawn image lies in, ÷ k; unlike precision not lifted by one outlier.
+        coverage: of real images in whose neighborhood a drawn one lies (both Naeem et al. 2020, arXiv:2002.09797); of
             equal distributions 1 − 2^−k is expected.
     """
 
@@ -72,7 +72,7 @@ class Neighbourhoods:
 
 
 def neighbourhoods(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) -> Neighbourhoods:
-    """A picture's neighbourhood is the ball that reaches its `neighbours`-th nearest of its own kind (fewer where there are not so many)."""
+    """An image's neighborhood is the ball that reaches its `neighbors`-th nearest of its own kind (fewer where there are not so many)."""
     real, drawn = real.double(), drawn.double()
     of_real, of_drawn, between = radii(real, neighbours), radii(drawn, neighbours), torch.cdist(real, drawn)
     in_real, in_drawn = between <= of_real[:, None], between <= of_drawn[None]
@@ -85,7 +85,7 @@ def neighbourhoods(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) ->
 
 
 def radii(features: Tensor, neighbours: int) -> Tensor:
-    """The distance of each to its `neighbours`-th nearest other, [N]."""
+    """The distance of each to its `neighbors`-th nearest other, [N]."""
     distances = torch.cdist(features, features)
     distances.fill_diagonal_(0)  # which rounding may leave a little above 0
     return distances.kthvalue(min(neighbours + 1, len(features)), dim=1).values
@@ -96,16 +96,16 @@ def _share(these: Tensor) -> float:
 
 
 def diversity(features: Tensor) -> float:
-    """Mean distance between two different pictures: 0 where all are the same."""
+    """Mean distance between two different images: 0 where all are the same."""
     count = len(features)
     return float(torch.pdist(features.double()).mean()) if count > 1 else 0.0
 
 
 def copies(drawn: Tensor, training: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(the training picture nearest to each drawn one [N], how far it is [N], and the share of drawn ones that come closer to theirs than any
-    other training picture does: 1 − authenticity, Alaa et al. 2022, arXiv:2102.08921, §4.2).
+    """(the training image nearest to each drawn one [N], how far it is [N], and the share of drawn ones that come closer to theirs than any
+    other training image does: 1 − authenticity, Alaa et al. 2022, arXiv:2102.08921, §4.2).
 
-    Fresh pictures of the same distribution have a share too, the lower the more dimensions it fills: only a higher one tells of copying.
+    Fresh images of the same distribution have a share too, the lower the more dimensions it fills: only a higher one tells of copying.
     """
     drawn, training = drawn.double(), training.double()
     distances, nearest = torch.cdist(drawn, training).min(1)

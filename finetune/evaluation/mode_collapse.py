@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-LOW = 0.3  # of the real pictures' diversity: below, most drawn pictures look alike
-AT_FIRST = 0.2  # of the steps, in which a net that knows nothing yet draws the same grey again and again
+LOW = 0.3  # of the real images' diversity: below, most drawn images look alike
+AT_FIRST = 0.2  # of the steps, in which a net that knows nothing yet draws the same gray again and again
 LOST = 0.5  # of the best value before
 HAD_DIVERSITY, HAD_COVERAGE = 0.5, 0.1  # below these there was nothing yet to lose
 
 REMEDIES = {
-    "GAN": "net.minibatch: stddev, which shows the critic how alike pictures are; net.r1 or net.critic_norm: spectral, which hold it back;"
-    " net.augment for few pictures; a lower optimizer.lr",
-    "VAE": "lower net.beta, or give it more steps: latents that carry nothing draw the same picture",
+    "GAN": "net.minibatch: stddev, which shows the critic how alike images are; net.r1 or net.critic_norm: spectral, which hold it back;"
+    " net.augment for few images; a lower optimizer.lr",
+    "VAE": "lower net.beta, or give it more steps: latents that carry nothing draw the same image",
 }
 OTHERWISE = "lower optimizer.lr, go back to an earlier checkpoint, or give it more steps"
 
@@ -22,7 +22,7 @@ OTHERWISE = "lower optimizer.lr, go back to an earlier checkpoint, or give it mo
 @final
 @dataclass(frozen=True)
 class Look:
-    """At a run's pictures after `step` steps: their diversity ÷ the real ones', and the share of those that has one near it."""
+    """At a run's images after `step` steps: their diversity ÷ the real ones', and the share of those that has one near it."""
 
     step: int
     diversity: float
@@ -50,11 +50,11 @@ def lost(found: Sequence[Look], steps: int) -> str:
         max((getattr(look, name) for look in before), default=0.0) for name in ("diversity", "coverage")
     )
     if last.diversity < LOW and last.step >= AT_FIRST * steps:
-        return f"drawn pictures are nearly all alike: {last.diversity:.0%} of the real ones' diversity"
+        return f"drawn images are nearly all alike: {last.diversity:.0%} of the real ones' diversity"
     if best_diversity >= HAD_DIVERSITY and last.diversity < LOST * best_diversity:
-        return f"drawn pictures become alike: diversity fell from {best_diversity:.0%} to {last.diversity:.0%} of the real ones'"
+        return f"drawn images become alike: diversity fell from {best_diversity:.0%} to {last.diversity:.0%} of the real ones'"
     if best_coverage >= HAD_COVERAGE and last.coverage < LOST * best_coverage:
-        return f"kinds of pictures are being lost: coverage fell from {best_coverage:.0%} to {last.coverage:.0%}"
+        return f"kinds of images are being lost: coverage fell from {best_coverage:.0%} to {last.coverage:.0%}"
     return ""
 
 

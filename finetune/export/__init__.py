@@ -36,7 +36,7 @@ def export(
     out: Path | None = None,
     checkpoint: str | None = None,
 ) -> list[Path]:
-    """Write a run's artefact anew, whole or not at all; nothing that exists is overwritten.
+    """Write a run's artifact anew, whole or not at all; nothing that exists is overwritten.
 
     Args:
         run: the run's folder.
@@ -127,7 +127,7 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _chosen(run: Path, checkpoint: str | None) -> Path:
-    """The folder of the run's artefact, or of a checkpoint."""
+    """The folder of the run's artifact, or of a checkpoint."""
     if checkpoint:
         from finetune.export.checkpoint import choose
 

@@ -1,4 +1,4 @@
-"""The artefact of one of a run's checkpoints, as the run's end would have written it."""
+"""The artifact of one of a run's checkpoints, as the run's end would have written it."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def choose(run: Path, asked: str) -> Path:
 
 
 def write_artefact(run: Path, path: Path, folder: Path) -> None:
-    """Write what the checkpoint at `path` holds into `folder`. The run's pictures are looked at, for their captions and classes.
+    """Write what the checkpoint at `path` holds into `folder`. The run's images are looked at, for their captions and classes.
 
     Raises:
-        UserError: the pictures are not those that the run saw, the base is gone, or the checkpoint is damaged.
+        UserError: the images are not those that the run saw, the base is gone, or the checkpoint is damaged.
     """
     plan, found = load_plan(run), checkpoint.load_whole(path)
     audit = scan(class_images.with_class(plan.recipe))
     if audit.digest() != plan.data.digest:
         raise UserError(
-            "the pictures or captions have changed since this run was started",
+            "the images or captions have changed since this run was started",
             where="data",
             remedy="put them back as they were",
         )

@@ -51,12 +51,12 @@ def rebuilt(plan: Plan, audit: Audit, found: Checkpoint | None) -> Model:
 
 
 def write(plan: Plan, audit: Audit, found: Checkpoint, run: Path, folder: Path) -> list[Path]:
-    """Write the artefact of one checkpoint into `folder`; returns its files."""
+    """Write the artifact of one checkpoint into `folder`; returns its files."""
     return write_of(rebuilt(plan, audit, found), plan, found.step, run, folder)
 
 
 def write_of(model: Model, plan: Plan, steps: int, run: Path, folder: Path) -> list[Path]:
-    """Write the artefact of a model after so many steps, with its card, into `folder`; returns its files."""
+    """Write the artifact of a model after so many steps, with its card, into `folder`; returns its files."""
     files = model.save(folder)
     stamp(folder, plan, steps)
     write_card(folder, run, plan, steps)

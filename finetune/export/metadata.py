@@ -136,9 +136,9 @@ def trained(plan: Plan, steps: int) -> dict[str, str]:
 
 def summary(plan: Plan, steps: int) -> str:
     """The training in one sentence."""
-    recipe, pictures = plan.recipe, f"{plan.data.pictures} picture" + ("s" if plan.data.pictures > 1 else "")
+    recipe, images = plan.recipe, f"{plan.data.images} image" + ("s" if plan.data.images > 1 else "")
     return (
-        f"Trained by ft on {pictures}, {steps} steps of {plan.global_batch} at about {recipe.data.resolution}×{recipe.data.resolution}"
+        f"Trained by ft on {images}, {steps} steps of {plan.global_batch} at about {recipe.data.resolution}×{recipe.data.resolution}"
         f" pixels, {recipe.optimizer.name} at a rate of {recipe.optimizer.lr:g}"
     )
 

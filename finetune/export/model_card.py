@@ -1,4 +1,4 @@
-"""A model card: `final/README.md` with the hub's front matter and the pictures it shows. Nothing in it names a place on this machine.
+"""A model card: `final/README.md` with the hub's front matter and the images it shows. Nothing in it names a place on this machine.
 
 Front matter: https://huggingface.co/docs/hub/model-cards. No licence is named: the base's rules, and its trainer chooses.
 """
@@ -22,7 +22,7 @@ from finetune.paths import public_name
 from finetune.planning import Plan
 from finetune.report import images, tables
 
-MOST_PICTURES = 8
+MOST_IMAGES = 8
 HERE = "FOLDER-OF-THIS-FILE"
 PRIVATE = ("folder", "base", "note")  # rows of the plan that may name places
 COMFYUI = (
@@ -50,14 +50,12 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
         f" for {base}" if base and recipe.method == "lora" else f", from {base}" if base else ""
     )
     parts.append(
-        f"# {_line(recipe.name)}\n\nA {_line(what)}: {plan.data.pictures} pictures, {steps} steps of {plan.global_batch}."
+        f"# {_line(recipe.name)}\n\nA {_line(what)}: {plan.data.images} images, {steps} steps of {plan.global_batch}."
     )
     if words:
         parts.append("Write into the prompt " + " or ".join(f"`{word}`" for word in words) + ".")
     if shown:
-        parts.append(
-            _table(["picture", "prompt"], [[f"![{_line(text)}]({file})", _line(text)] for file, text in shown])
-        )
+        parts.append(_table(["image", "prompt"], [[f"![{_line(text)}]({file})", _line(text)] for file, text in shown]))
     place = base.replace("embedded:", "finetune/assets/")  # as it lies in a checkout
     if lines := usage(plan, place, HERE):
         parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
@@ -65,7 +63,7 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
         parts.append(f"## With ComfyUI\n\n{COMFYUI}" + (f" {WORDS}" if recipe.tokens else ""))
     data = run / "data.json"
     if data.is_file():
-        parts.append("## The pictures\n\n" + _rows(_data(json.loads(data.read_text(encoding="utf-8")))))
+        parts.append("## The images\n\n" + _rows(_data(json.loads(data.read_text(encoding="utf-8")))))
     parts.append("## The plan\n\n" + _rows(row for row in tables.plan_rows(plan) if row[0] not in PRIVATE))
     versions = run / "versions.json"
     made = json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {}
@@ -102,10 +100,10 @@ def _copied(final: Path, run: Path, plan: Plan) -> list[tuple[str, str]]:
     """(file as the card names it, prompt) of the run's last samples, copied into `final`."""
     looks = images.looks(run, plan.recipe.sample.prompts)
     found = []
-    for drawn in looks[max(looks)][:MOST_PICTURES] if looks else ():
-        (final / "pictures").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(drawn.path, final / "pictures" / drawn.path.name)
-        found.append((f"pictures/{drawn.path.name}", str(drawn.prompt)))  # Pillow's text is of a class of its own
+    for drawn in looks[max(looks)][:MOST_IMAGES] if looks else ():
+        (final / "images").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(drawn.path, final / "images" / drawn.path.name)
+        found.append((f"images/{drawn.path.name}", str(drawn.prompt)))  # Pillow's text is of a class of its own
     return found
 
 

@@ -24,7 +24,7 @@ def usage(plan: Plan, base: str, weights: str) -> str:
     if not name:
         return ""
     prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"
-    draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('picture.png')"
+    draw = f"pipeline({prompt!r}, guidance_scale={recipe.sample.guidance:g}).images[0].save('image.png')"
     if recipe.method != "lora":
         return f"from diffusers import {name}\n\npipeline = {name}.from_pretrained({weights!r})\n{draw}"
     single = base.endswith((".safetensors", ".ckpt"))

@@ -1,7 +1,7 @@
-"""DreamBooth's prior preservation (Ruiz et al. 2023, arXiv:2208.12242, §3.2): pictures of the class, drawn by the base itself, train beside
+"""DreamBooth's prior preservation (Ruiz et al. 2023, arXiv:2208.12242, §3.2): images of the class, drawn by the base itself, train beside
 the subject's, so that the class stays what it was. Torch-free but for `draw`.
 
-The pictures lie in the project's cache, under a key of all that they depend on, and are a source like any other: with a caption,
+The images lie in the project's cache, under a key of all that they depend on, and are a source like any other: with a caption,
 a weight and their place in the arithmetic.
 """
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LOOKS = 2.0  # of processes that wait for the one that draws
 
 
 def folder_of(recipe: Recipe, prior: Prior) -> Path:
-    """Where the class pictures of a recipe lie."""
+    """Where the class images of a recipe lie."""
     model, sample = recipe.model, recipe.sample
     parts = (
         model.family,
@@ -39,25 +39,25 @@ def folder_of(recipe: Recipe, prior: Prior) -> Path:
 
 
 def missing(recipe: Recipe) -> list[int]:
-    """Numbers of the class pictures that are yet to be drawn."""
+    """Numbers of the class images that are yet to be drawn."""
     if recipe.prior is None:
         return []
     folder = folder_of(recipe, recipe.prior)
-    return [number for number in range(recipe.prior.pictures) if not _file(folder, number).is_file()]
+    return [number for number in range(recipe.prior.images) if not _file(folder, number).is_file()]
 
 
 def with_class(recipe: Recipe) -> Data:
-    """The recipe's data with the class pictures among the sources, once they are all there."""
+    """The recipe's data with the class images among the sources, once they are all there."""
     data, prior = recipe.data, recipe.prior
     if prior is None or missing(recipe):
         return data
     given = data.sources or (Source(data.path or ""),)
-    drawn = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.pictures)
+    drawn = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.images)
     return dataclasses.replace(data, path=None, sources=(*given, drawn))
 
 
 def draw(recipe: Recipe, main: bool) -> None:
-    """Draw what is missing, each picture from a seed of its own; other processes wait until the main one has.
+    """Draw what is missing, each image from a seed of its own; other processes wait until the main one has.
 
     Raises:
         UserError: the cache cannot be written.
@@ -75,7 +75,7 @@ def draw(recipe: Recipe, main: bool) -> None:
         _draw(recipe, prior, folder)
     except OSError as error:
         raise UserError(
-            f"the class pictures cannot be written: {error.strerror}",
+            f"the class images cannot be written: {error.strerror}",
             where=str(folder),
             remedy="keep the cache elsewhere: data.cache, or FT_CACHE",
         ) from error
@@ -85,14 +85,14 @@ def _draw(recipe: Recipe, prior: Prior, folder: Path) -> None:
     from finetune.inference.sample import drawn_by_base
 
     wanted = missing(recipe)
-    drawing = Progress("class pictures")
+    drawing = Progress("class images")
     drawing.show(0, len(wanted), prior.prompt)
     seeds = [mix(recipe.sample.seed, "class", number) for number in wanted]
-    for done, (number, picture) in enumerate(zip(wanted, drawn_by_base(recipe, prior.prompt, seeds), strict=True), 1):
+    for done, (number, image) in enumerate(zip(wanted, drawn_by_base(recipe, prior.prompt, seeds), strict=True), 1):
         drawing.show(done, len(wanted), prior.prompt)
         (folder / f"{number:05d}.txt").write_text(prior.prompt, encoding="utf-8")
         aside = folder / f".{number:05d}.png"
-        picture.save(aside, "PNG")
+        image.save(aside, "PNG")
         aside.replace(_file(folder, number))
     drawing.end()
 

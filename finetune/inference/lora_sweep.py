@@ -1,4 +1,4 @@
-"""The pictures by which one chooses: a LoRA run's checkpoints × strengths, from the same prompt and seed. One sheet a prompt."""
+"""The images by which one chooses: a LoRA run's checkpoints × strengths, from the same prompt and seed. One sheet a prompt."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def compare(
         return _write(target, request, rows, columns, drawn)
     except OSError as error:
         raise UserError(
-            f"the pictures cannot be written: {error.strerror}",
+            f"the images cannot be written: {error.strerror}",
             where=str(target),
             remedy="choose another place with --out",
         ) from error
@@ -161,9 +161,9 @@ def _write(
     target.mkdir(parents=True, exist_ok=True)
     sheets = []
     for number, (prompt, seed, cells) in enumerate(zip(request.prompts, request.seeds, drawn, strict=True)):
-        for place, picture in enumerate(cells):
+        for place, image in enumerate(cells):
             row, column = divmod(place, len(columns))
-            picture.save(
+            image.save(
                 target / f"{number:02d}-{rows[row].replace(' ', '-').replace(',', '')}-strength-{columns[column]}.png"
             )
         sheets.append(target / f"sheet-{number:02d}.png")

@@ -27,7 +27,7 @@ from finetune.paths import embedded
 from finetune.planning import Plan, load_plan
 from finetune.terminal import Progress
 from finetune.training.device import this_machine
-from finetune.training.samples import request_of, write_pictures
+from finetune.training.samples import request_of, write_images
 
 Opened = PixelModel | tuple[Family, Any]  # what draws: a model in pixel space, or a pipeline with its family
 
@@ -44,7 +44,7 @@ def sample(
     eta: float | None = None,
     truncation: float | None = None,
 ) -> list[Path]:
-    """Draw every prompt with every seed, each picture from its own generator, so that it does not depend on the others.
+    """Draw every prompt with every seed, each image from its own generator, so that it does not depend on the others.
 
     Args:
         run: a run's folder, a diffusers folder, or `embedded:base`.
@@ -55,7 +55,7 @@ def sample(
             run, in the working directory).
 
     Returns:
-        The single pictures, prompt by prompt.
+        The single images, prompt by prompt.
 
     Raises:
         UserError: nothing there to draw with, nothing to draw, nothing to truncate, or `out` holds something.
@@ -67,15 +67,15 @@ def sample(
     opened = open_run(place, plan) if plan is not None else _open_folder(place, str(run))
     if request.truncation != 1 and not isinstance(opened, Adversarial):
         raise UserError(
-            "only a GAN's pictures can be drawn nearer to the mean", where="--truncation", remedy="leave it out"
+            "only a GAN's images can be drawn nearer to the mean", where="--truncation", remedy="leave it out"
         )
-    pictures = draw(opened, request)
+    images = draw(opened, request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
-        return write_pictures(pictures, request, target)
+        return write_images(images, request, target)
     except OSError as error:
         raise UserError(
-            f"the pictures cannot be written: {error.strerror}",
+            f"the images cannot be written: {error.strerror}",
             where=str(target),
             remedy="choose another place with --out",
         ) from error
@@ -134,7 +134,7 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
 
 @torch.no_grad()
 def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
-    """The pictures asked for. One after the other: batched, their last bits depend on the company they are in.
+    """The images asked for. One after the other: batched, their last bits depend on the company they are in.
 
     Args:
         at_once: models in pixel space draw so many, for those whom the last bits do not matter to.
@@ -143,18 +143,18 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
         nets.check_sampler(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
         nets.check_sampler(None, opened[0].pipeline, request.sampler, request.eta, "--sampler, --eta")
-    pictures: list[Any] = []
+    images: list[Any] = []
     drawing = Progress("drawing")
-    while (number := len(pictures)) < len(request.prompts):
+    while (number := len(images)) < len(request.prompts):
         drawing.show(number, len(request.prompts), request.prompts[number])
         if isinstance(opened, PixelModel):
             some = slice(number, number + at_once)
-            pictures += opened.sample(replace(request, prompts=request.prompts[some], seeds=request.seeds[some]))
+            images += opened.sample(replace(request, prompts=request.prompts[some], seeds=request.seeds[some]))
         else:
-            pictures.append(draw_words(*opened, request, request.prompts[number], request.seeds[number]))
-    drawing.show(len(pictures), len(pictures))
+            images.append(draw_words(*opened, request, request.prompts[number], request.seeds[number]))
+    drawing.show(len(images), len(images))
     drawing.end()
-    return pictures
+    return images
 
 
 def open_run(folder: Path, plan: Plan) -> Opened:

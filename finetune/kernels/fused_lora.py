@@ -29,7 +29,7 @@ CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 
 
 def fuse(net: nn.Module) -> None:
-    """Let the plain LoRA layers of `net` go together, in place, and straighten its blocks. Others (DoRA's, quantised ones) stay PEFT's."""
+    """Let the plain LoRA layers of `net` go together, in place, and straighten its blocks. Others (DoRA's, quantized ones) stay PEFT's."""
     straighten(net)
     for module in net.modules():
         if _plain_convolution(module):

@@ -1,4 +1,4 @@
-"""What a recipe does to a loaded pipeline so that it takes less memory: quantised or waiting weights, a VAE that works in tiles."""
+"""What a recipe does to a loaded pipeline so that it takes less memory: quantized or waiting weights, a VAE that works in tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def quantize_base(denoiser: nn.Module, recipe: Recipe, dtype: torch.dtype, devic
     """Before adapters are put on. Where samples will be drawn, the whole weights are kept for them."""
     kind = recipe.model.quantize
     if kind is not None and not quantize(denoiser, kind, dtype, device, keep_whole=bool(recipe.sample.prompts)):
-        problem = f"{type(denoiser).__name__} has no linear layer large enough to quantise"
+        problem = f"{type(denoiser).__name__} has no linear layer large enough to quantize"
         raise UserError(problem, where="model.quantize", remedy="remove it: nothing would be saved")
 
 
@@ -48,7 +48,7 @@ def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
 
 
 def tile(vae: Any, section: Model) -> None:
-    """Let the VAE encode and decode in tiles, where the recipe says so; pictures of one tile are as they were."""
+    """Let the VAE encode and decode in tiles, where the recipe says so; images of one tile are as they were."""
     if not section.vae_tiling:
         return
     vae.enable_tiling()

@@ -3,7 +3,7 @@
 The kernels are bitsandbytes'; the layers are swapped after loading, on any device (diffusers' own loader of such weights wants a GPU).
 Only weights are rounded, products are in the run's own precision, so gradients are those of what was computed.
 
-A quantised base is not quite the base, and what is drawn on it looks better there than where the LoRA is used. So pictures are drawn
+A quantized base is not quite the base, and what is drawn on it looks better there than where the LoRA is used. So images are drawn
 on the whole weights (`whole_weights`), which wait in host memory.
 """
 
@@ -35,7 +35,7 @@ def quantize(
 
     Args:
         dtype: of the products.
-        device: where they are quantised, and stay: a GPU takes milliseconds a layer where a CPU takes a second.
+        device: where they are quantized, and stay: a GPU takes milliseconds a layer where a CPU takes a second.
         keep_whole: also keep the weights as they were, in host memory, for `whole_weights`.
     """
     names = quantizable(net)
@@ -61,7 +61,7 @@ def _in_blocks(net: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def whole_weights(net: nn.Module) -> Iterator[None]:
-    """Within, the net computes as if it had never been quantised; each layer's weights come from host memory for as long as they are used."""
+    """Within, the net computes as if it had never been quantized; each layer's weights come from host memory for as long as they are used."""
     layers = [layer for layer in net.modules() if isinstance(layer, QuantizedLinear)]
     for layer in layers:
         layer.computes_whole = layer.whole is not None
@@ -73,7 +73,7 @@ def whole_weights(net: nn.Module) -> Iterator[None]:
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
-    """That a net takes: of its first parameter that is no quantised weight."""
+    """That a net takes: of its first parameter that is no quantized weight."""
     return next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
 
 
@@ -82,8 +82,8 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer.
 
     `weight` holds int8: a row's weights over their largest, × 127; or two of NF4's four bits a byte (as int8, which other classes
-    take for quantised). `scales` are float32: one a row, or, of NF4, one for `BLOCK` weights, 4.5 bits a weight in all. (Scales
-    in 8 bits themselves, QLoRA's double quantisation, would make that 4.13: a twelfth less memory for one kernel more at each use.)
+    take for quantized). `scales` are float32: one a row, or, of NF4, one for `BLOCK` weights, 4.5 bits a weight in all. (Scales
+    in 8 bits themselves, QLoRA's double quantization, would make that 4.13: a twelfth less memory for one kernel more at each use.)
     """
 
     weight: nn.Parameter
@@ -133,7 +133,7 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weights [out, in] that a quantised layer's tensors stand for; int8 has the shape, NF4 two of them a byte."""
+    """The weights [out, in] that a quantized layer's tensors stand for; int8 has the shape, NF4 two of them a byte."""
     if weight.shape == shape:
         return weight.to(dtype).mul_((scales / 127).unsqueeze(1))
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(

@@ -40,7 +40,7 @@ class TrainStep(ABC):
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Pictures to draw: one for each prompt, each from its own seed, so that the batch they come in does not matter."""
+    """Images to draw: one for each prompt, each from its own seed, so that the batch they come in does not matter."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -50,7 +50,7 @@ class SampleRequest:
     size: tuple[int, int] | None = None  # (width, height); none: the training size
     sampler: str | None = None  # of those that the family has; none: its usual one
     eta: float = 0.0  # DDIM's noise on the way: 0 is none, 1 as much as DDPM
-    truncation: float = 1.0  # of GANs: how far from the mean picture one is; below 1 more alike and better made
+    truncation: float = 1.0  # of GANs: how far from the mean image one is; below 1 more alike and better made
 
 
 class Model(ABC):
@@ -62,15 +62,15 @@ class Model(ABC):
 
     @abstractmethod
     def encoders(self) -> Encoders:
-        """What turns this family's pictures and captions into what `TrainStep.loss` reads."""
+        """What turns this family's images and captions into what `TrainStep.loss` reads."""
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> list[Image]:
-        """Draw pictures with the weights as they are now."""
+        """Draw images with the weights as they are now."""
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
-        """Write the artefact that other programs load; returns the files."""
+        """Write the artifact that other programs load; returns the files."""
 
     def diagnostic_images(self) -> dict[str, Image]:
         """What a look shows besides its samples, by a name for the file."""
@@ -119,7 +119,7 @@ def check_sizes(plan: Plan, multiple: int) -> None:
         if width % multiple or height % multiple:
             nearest = max(multiple, round(plan.recipe.data.resolution / multiple) * multiple)
             raise UserError(
-                f"pictures of {width}×{height} do not suit this model: sides must be multiples of {multiple}",
+                f"images of {width}×{height} do not suit this model: sides must be multiples of {multiple}",
                 where="data.resolution, data.bucket_step",
                 remedy=f"set data.resolution: {nearest} and data.bucket_step: {multiple}",
             )

@@ -9,8 +9,8 @@ from finetune.data.audit.audit import Audit
 from finetune.report import images, tables
 from finetune.report.html import document, image, section, text
 
-GROUPS = 6  # of each kind of finding, shown as pictures
-TOGETHER = 4  # pictures of one group
+GROUPS = 6  # of each kind of finding, shown as images
+TOGETHER = 4  # images of one group
 NAMED = 20  # files of each kind of problem; data.json has them all
 
 
@@ -32,13 +32,13 @@ def data_section(found: dict[str, Any]) -> str:
         )
     for problem in found["problems"]:
         parts.append(_named("problem", problem, problem["names"][:NAMED], NAMED))
-    gallery = "".join(_shown(shown) for shown in found.get("pictures", ()))
+    gallery = "".join(_shown(shown) for shown in found.get("images", ()))
     gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{gallery}</div>' if gallery else ""
-    lead = "Every picture and caption was looked at before training." + (
+    lead = "Every image and caption was looked at before training." + (
         "" if found["problems"] else " Nothing was left out."
     )
     return section(
-        "data", "The pictures", lead, f'<div class="card"><table class="rows">{"".join(parts)}</table></div>', gallery
+        "data", "The images", lead, f'<div class="card"><table class="rows">{"".join(parts)}</table></div>', gallery
     )
 
 
@@ -51,11 +51,11 @@ def _named(kind: str, found: dict[str, Any], names: list[str], shown: int) -> st
 def _shown(shown: dict[str, Any]) -> str:
     tokens = f'<p class="soft">{text(" · ".join(shown["tokens"]))}</p>' if shown.get("tokens") else ""
     caption = f"<figcaption>{text(shown['caption'])}</figcaption>"
-    return f"<figure>{image(shown['picture'], shown['caption'], small=True)}{caption}{tokens}</figure>"
+    return f"<figure>{image(shown['image'], shown['caption'], small=True)}{caption}{tokens}</figure>"
 
 
 def write_page(audit: Audit, found: dict[str, Any], source: str, path: Path) -> None:
-    """Write the page of `ft data check`: the section, and what is odd as small pictures."""
+    """Write the page of `ft data check`: the section, and what is odd as small images."""
     kinds = []
     for finding in audit.findings:
         groups = "".join(f"<figure>{_group(audit, group[:TOGETHER])}</figure>" for group in finding.examples[:GROUPS])
@@ -69,6 +69,8 @@ def write_page(audit: Audit, found: dict[str, Any], source: str, path: Path) -> 
 
 
 def _group(audit: Audit, places: tuple[int, ...]) -> str:
-    shown = [audit.pictures[place] for place in places]
-    drawn = "".join(image(images.of_training(picture, audit.background), picture.name, small=True) for picture in shown)
-    return f"{drawn}<figcaption>{text(' = '.join(tables.short(picture.name) for picture in shown))}</figcaption>"
+    shown = [audit.images[place] for place in places]
+    drawn = "".join(
+        image(images.of_training(shown_image, audit.background), shown_image.name, small=True) for shown_image in shown
+    )
+    return f"{drawn}<figcaption>{text(' = '.join(tables.short(image.name) for image in shown))}</figcaption>"

@@ -29,5 +29,5 @@ def section(name: str, title: str, lead: str, *parts: str) -> str:
 
 
 def image(address: str, alternative: str, small: bool) -> str:
-    """A picture by its address, which may be a `data:` URL."""
+    """An image by its address, which may be a `data:` URL."""
     return f'<img src="{text(address)}" alt="{text(alternative)}"{" class=small" if small else ""} loading="lazy">'

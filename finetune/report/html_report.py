@@ -27,7 +27,7 @@ from finetune.terminal import duration
 
 MOST_LOOKS = 8  # columns of the samples through time: the first, the last, and some spread between
 MOST_PAIRS = 12
-LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of a picture before/after and in the samples through time
+LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of an image before/after and in the samples through time
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _head(seen: _Seen) -> str:
     )
     seconds = [second for _, second in seen.series("seconds")]
     facts = [
-        ("pictures", f"{plan.data.pictures:,}"),
+        ("images", f"{plan.data.images:,}"),
         ("steps", f"{seen.done:,}" if finished else f"{seen.done:,} / {plan.steps:,}"),
     ]
     if seconds:
@@ -148,7 +148,7 @@ def _before_after(seen: _Seen) -> str:
     cards = []
     for pair in pairs:
         two = "".join(
-            f"<div><small>{name}</small>{_picture(drawn, LARGE_SIDE, name)}</div>"
+            f"<div><small>{name}</small>{_image(drawn, LARGE_SIDE, name)}</div>"
             for name, drawn in zip(names, pair, strict=True)
         )
         prompt = text(pair[1].prompt)
@@ -187,7 +187,7 @@ def _curves(seen: _Seen) -> str:
             )
         )
     if validation := seen.series("validation"):
-        loss.append(svg_charts.Line(validation, "dots", "held-out pictures"))
+        loss.append(svg_charts.Line(validation, "dots", "held-out images"))
     watched = mode_collapse.looks(seen.records)
     kinds = [
         (name, [(float(look.step), getattr(look, name)) for look in watched]) for name in ("diversity", "coverage")
@@ -196,7 +196,7 @@ def _curves(seen: _Seen) -> str:
     said = (
         f"lost at step {', '.join(str(watched[number - 1].step) for number in alarms)}"
         if alarms
-        else "of the real pictures'"
+        else "of the real images'"
     )
     if not loss:
         return section("curves", "The training", "No step was taken yet.")
@@ -267,14 +267,14 @@ def _samples(seen: _Seen) -> str:
     for row in seen.looks[steps[-1]]:
         cells = [at[step].get((row.prompt, row.seed)) for step in steps]
         shown = "".join(
-            f"<td>{_picture(cell, SMALL_SIDE, f'step {step}') if cell else ''}</td>"
+            f"<td>{_image(cell, SMALL_SIDE, f'step {step}') if cell else ''}</td>"
             for step, cell in zip(steps, cells, strict=True)
         )
         body.append(f'<tr><th><div title="{text(row.prompt)}">{text(row.prompt)}</div></th>{shown}</tr>')
     table = f'<div class="card strip"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     lead = "The same prompt and seed at every look: only the weights change."
     if seen.plan.recipe.model.family == "vae":
-        lead = "In each pair a training picture above, what came back from its latent below."
+        lead = "In each pair a training image above, what came back from its latent below."
     return section("samples", "The samples through time", lead, table)
 
 
@@ -316,14 +316,14 @@ def _rows(rows: Iterable[terminal.Row]) -> str:
     )
 
 
-def _picture(drawn: images.Drawn, side: int, name: str) -> str:
+def _image(drawn: images.Drawn, side: int, name: str) -> str:
     from PIL import Image
 
-    with Image.open(drawn.path) as picture:
+    with Image.open(drawn.path) as shown_image:
         return image(
-            images.inside_page(picture, side),
+            images.inside_page(shown_image, side),
             f"{drawn.prompt}, {name}",
-            small=max(picture.size) <= images.LOSSLESS_SIDE,
+            small=max(shown_image.size) <= images.LOSSLESS_SIDE,
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids, before and after, and pictures inside a page. Pillow is imported where it is used."""
+"""Images for people: labeled grids, before and after, and images inside a page. Pillow is imported where it is used."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PilImage
 
     from finetune.data.audit import audit
 
-CELL = 192  # pixels: smaller pictures are enlarged by the whole number that fits, so that one sees something
-LARGEST_CELL = 512  # wider ones are scaled down: a grid is to look at, the pictures lie beside it
+CELL = 192  # pixels: smaller images are enlarged by the whole number that fits, so that one sees something
+LARGEST_CELL = 512  # wider ones are scaled down: a grid is to look at, the images lie beside it
 COLUMNS = 8  # pairs of a before/after in one row
 TEXT = 14  # pixels
-LOSSLESS_SIDE = 160  # up to this a picture goes into a page as it is
+LOSSLESS_SIDE = 160  # up to this an image goes into a page as it is
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Drawn:
 
 
 def looks(run_folder: Path, prompts: Sequence[str]) -> dict[int, list[Drawn]]:
-    """Every look at the samples of a run, by finished steps; `prompts` name pictures that do not say theirs themselves."""
+    """Every look at the samples of a run, by finished steps; `prompts` name images that do not say theirs themselves."""
     found = {}
     for folder in sorted((run_folder / "samples").glob("step-*")):
         files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
@@ -44,8 +44,8 @@ def _drawn(path: Path, prompts: Sequence[str]) -> Drawn:
     from PIL import Image
 
     number = int(path.stem)
-    with Image.open(path) as picture:
-        prompt, seed = picture.info.get("prompt"), picture.info.get("seed", "")
+    with Image.open(path) as image:
+        prompt, seed = image.info.get("prompt"), image.info.get("seed", "")
     return Drawn(
         path, prompt if prompt is not None else prompts[number] if number < len(prompts) else str(number), seed
     )
@@ -81,29 +81,29 @@ def write_before_after(run_folder: Path, found: dict[int, list[Drawn]]) -> Path 
     return path
 
 
-def enlarged(picture: Picture) -> Picture:
-    """Small pictures ×2, ×3 … without smoothing, large ones scaled down."""
+def enlarged(image: PilImage) -> PilImage:
+    """Small images ×2, ×3 … without smoothing, large ones scaled down."""
     from PIL import Image
 
-    factor = CELL // max(1, picture.width)
+    factor = CELL // max(1, image.width)
     if factor > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    if picture.width > LARGEST_CELL:
-        return picture.resize(
-            (LARGEST_CELL, max(1, round(picture.height * LARGEST_CELL / picture.width))), Image.Resampling.LANCZOS
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    if image.width > LARGEST_CELL:
+        return image.resize(
+            (LARGEST_CELL, max(1, round(image.height * LARGEST_CELL / image.width))), Image.Resampling.LANCZOS
         )
-    return picture
+    return image
 
 
 def grid(
-    pictures: Sequence[Picture], labels: Sequence[str] = (), columns: int | None = None, title: str = "", gap: int = 8
-) -> Picture:
-    """Pictures side by side on white, `columns` a row (as square as possible if not given), a label of at most two lines under each."""
+    images: Sequence[PilImage], labels: Sequence[str] = (), columns: int | None = None, title: str = "", gap: int = 8
+) -> PilImage:
+    """Images side by side on white, `columns` a row (as square as possible if not given), a label of at most two lines under each."""
     from PIL import Image, ImageDraw, ImageFont
 
-    columns = columns or max(1, round(len(pictures) ** 0.5 + 0.49))
-    rows = -(-len(pictures) // columns)
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    rows = -(-len(images) // columns)
+    width, height = max(p.width for p in images), max(p.height for p in images)
     font = ImageFont.load_default(TEXT)
     line = TEXT + 4
     texts = [_wrapped(label, width, font.getlength) for label in labels]
@@ -113,22 +113,22 @@ def grid(
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((gap, gap), title, "#111111", font)
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         left, upper = gap + number % columns * (width + gap), top + gap + number // columns * (height + below + gap)
-        sheet.paste(picture, (left, upper))
+        sheet.paste(image, (left, upper))
         for place, text in enumerate(texts[number] if number < len(texts) else ()):
             pen.text((left, upper + height + 2 + place * line), text, "#444444", font)
     return sheet
 
 
 def sheet(
-    pictures: Sequence[Picture], rows: Sequence[str], columns: Sequence[str], title: str, gap: int = 8
-) -> Picture:
-    """A table of pictures, row after row, on white: a title over it, the name of each row left of it and of each column above."""
+    images: Sequence[PilImage], rows: Sequence[str], columns: Sequence[str], title: str, gap: int = 8
+) -> PilImage:
+    """A table of images, row after row, on white: a title over it, the name of each row left of it and of each column above."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(TEXT)
-    width, height, line = max(p.width for p in pictures), max(p.height for p in pictures), TEXT + 4
+    width, height, line = max(p.width for p in images), max(p.height for p in images), TEXT + 4
     left, top = gap + round(max(map(font.getlength, rows))) + gap, gap + 2 * line + gap
     made = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(made)
@@ -137,9 +137,9 @@ def sheet(
         pen.text((left + number * (width + gap), gap + line), name, "#444444", font)
     for number, name in enumerate(rows):
         pen.text((gap, top + number * (height + gap) + height // 2 - TEXT // 2), name, "#444444", font)
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         row, column = divmod(number, len(columns))
-        made.paste(picture, (left + column * (width + gap), top + row * (height + gap)))
+        made.paste(image, (left + column * (width + gap), top + row * (height + gap)))
     return made
 
 
@@ -162,20 +162,20 @@ def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]
     return shown
 
 
-def inside_page(picture: Picture, side: int) -> str:
-    """A data URI: up to `LOSSLESS_SIDE` the picture as it is, else scaled to fit `side` × `side`; WebP."""
+def inside_page(image: PilImage, side: int) -> str:
+    """A data URI: up to `LOSSLESS_SIDE` the image as it is, else scaled to fit `side` × `side`; WebP."""
     buffer = io.BytesIO()
-    picture = picture.convert("RGB")
-    if max(picture.size) <= LOSSLESS_SIDE:
-        picture.save(buffer, "WEBP", lossless=True, method=2)  # a quarter of the default's time, and no larger
+    image = image.convert("RGB")
+    if max(image.size) <= LOSSLESS_SIDE:
+        image.save(buffer, "WEBP", lossless=True, method=2)  # a quarter of the default's time, and no larger
     else:
-        picture.thumbnail((side, side))
-        picture.save(buffer, "WEBP", quality=88)
+        image.thumbnail((side, side))
+        image.save(buffer, "WEBP", quality=88)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def of_training(picture: audit.Picture, background: str) -> str:
-    """A picture of the data as the model sees it, as a data URI."""
+def of_training(image: audit.ImageRecord, background: str) -> str:
+    """An image of the data as the model sees it, as a data URI."""
     from finetune.data.media.image import apply, decode
 
-    return inside_page(apply(decode(picture.read(), background), picture.crop), LOSSLESS_SIDE)
+    return inside_page(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)

@@ -42,12 +42,12 @@ def adapted(model: Model) -> str:
 
 
 def whole(model: Model, plan: Plan) -> str:
-    """For full fine-tuning: how many weights train, and the memory that they take before the first picture comes."""
+    """For full fine-tuning: how many weights train, and the memory that they take before the first image comes."""
     parts = of_what_trains(model, plan)
     summed = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     rows = [
         ("train", f"{_short(_count(model.trained().values()))} parameters, all in {plan.recipe.train.weights}"),
-        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first picture"),
+        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first image"),
     ]
     return table("weights", rows)
 

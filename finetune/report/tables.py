@@ -13,19 +13,23 @@ from finetune.planning import Plan
 from finetune.report import images
 from finetune.terminal import Row, table
 
-SHOWN_PICTURES = 12  # training pictures in the report
+SHOWN_IMAGES = 12  # training images in the report
 SHOWN_CHARACTERS = 300  # of a caption in a table
 
 
-def facts(audit: Audit, count: int = SHOWN_PICTURES) -> dict[str, Any]:
-    """The audit as plain values, for `data.json`: counts, buckets, problems with all their files, and `count` pictures as the model sees them."""
+def facts(audit: Audit, count: int = SHOWN_IMAGES) -> dict[str, Any]:
+    """The audit as plain values, for `data.json`: counts, buckets, problems with all their files, and `count` images as the model sees them."""
     training = audit.training
     spread = training[:: max(1, len(training) // count)][:count]
     shown = [
-        {"name": picture.name, "caption": picture.caption, "picture": images.of_training(picture, audit.background)}
-        for picture in spread
+        {
+            "name": shown_image.name,
+            "caption": shown_image.caption,
+            "image": images.of_training(shown_image, audit.background),
+        }
+        for shown_image in spread
     ]
-    return _counts(audit) | {"pictures": shown}
+    return _counts(audit) | {"images": shown}
 
 
 def _counts(audit: Audit) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def _counts(audit: Audit) -> dict[str, Any]:
         )
     findings = []
     for finding in audit.findings:
-        groups = [[audit.pictures[place].name for place in group] for group in finding.examples]
+        groups = [[audit.images[place].name for place in group] for group in finding.examples]
         findings.append({"kind": finding.kind, "detail": finding.detail, "count": finding.count, "groups": groups})
     named: dict[tuple[str, str], list[str]] = {}
     for problem in audit.problems:
@@ -61,9 +65,9 @@ def _counts(audit: Audit) -> dict[str, Any]:
 def data_rows(found: dict[str, Any]) -> list[Row]:
     """Name and text of each line about the data; `found` is what `facts` returns."""
     repeats = f", {found['examples']} examples with repeats" if found["examples"] != found["training"] else ""
-    rows = [("train", f"{_count(found['training'], 'picture')}{repeats}")]
+    rows = [("train", f"{_count(found['training'], 'image')}{repeats}")]
     if found["held_out"]:
-        rows.append(("held out", f"{_count(found['held_out'], 'picture')}, for the validation loss"))
+        rows.append(("held out", f"{_count(found['held_out'], 'image')}, for the validation loss"))
     sizes = [f"{bucket['width']}×{bucket['height']}" for bucket in found["buckets"]]
     most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
     for size, bucket in zip(sizes, found["buckets"], strict=True):
@@ -80,7 +84,7 @@ def data_rows(found: dict[str, Any]) -> list[Row]:
             )
         )
     if found["upscaled"]:
-        rows.append(("scaled up", f"{_count(found['upscaled'], 'picture')}, smaller than the size they train at"))
+        rows.append(("scaled up", f"{_count(found['upscaled'], 'image')}, smaller than the size they train at"))
     for finding in found.get("findings", []):  # runs of earlier versions have none
         groups = [
             " = ".join(map(short, group[:3])) + (" = …" if len(group) > 3 else "") for group in finding["groups"][:3]
@@ -103,7 +107,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""
     )
     accumulated = f" = {train.batch_size} × {train.accumulation} accumulated" if train.accumulation > 1 else ""
-    batch = f"{_count(plan.global_batch, 'picture')} a step{accumulated}"
+    batch = f"{_count(plan.global_batch, 'image')} a step{accumulated}"
     threads = f", {_count(machine.threads, 'thread')}" if machine.device == "cpu" else ""
     clipped = "each tensor's gradient" if optimizer.clip == "tensor" else "gradients"
     clip = f", {clipped} clipped at {optimizer.clip_norm:g}" if optimizer.clip_norm else ""
@@ -207,11 +211,11 @@ def _weighing(plan: Plan) -> str:
     data, prior = plan.recipe.data, plan.recipe.prior
     parts = [f"{short(source.path)} × {source.weight:g}" for source in data.sources if source.weight != 1]
     parts += (
-        [f'{prior.pictures} pictures of "{prior.prompt}", drawn by the base, × {prior.weight:g}']
+        [f'{prior.images} images of "{prior.prompt}", drawn by the base, × {prior.weight:g}']
         if prior is not None
         else []
     )
-    where = "beside the pictures" if data.masks == "beside" else f"in {short(data.masks or '')}"
+    where = "beside the images" if data.masks == "beside" else f"in {short(data.masks or '')}"
     parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
     return "; ".join(parts)
 
@@ -223,7 +227,7 @@ def _loss(plan: Plan) -> str:
     if recipe.model.family == "vae":
         autoencoder = recipe.autoencoder or Autoencoder()
         terms = [f"{autoencoder.reconstruction} of the pixels"]
-        terms += [f"(colour × {autoencoder.colour_weight:g})"] if autoencoder.colour_weight != 1 else []
+        terms += [f"(color × {autoencoder.color_weight:g})"] if autoencoder.color_weight != 1 else []
         terms += [f"+ {autoencoder.coarse_weight:g} × the same of averaged pixels"] if autoencoder.coarse_weight else []
         return " ".join([*terms, f"+ {autoencoder.kl_weight:g} × KL of the latents"])
     if named("objective")[recipe.model.family] == "flow":
@@ -254,13 +258,13 @@ def _flow_loss(flow: Flow, sampling: str) -> str:
 
 
 def data(audit: Audit) -> str:
-    """The table of the data: how many pictures train, which do not and why, sizes and what each crops, some captions."""
-    examples = [{"name": picture.name, "caption": picture.caption} for picture in audit.training[:3]]
+    """The table of the data: how many images train, which do not and why, sizes and what each crops, some captions."""
+    examples = [{"name": shown_image.name, "caption": shown_image.caption} for shown_image in audit.training[:3]]
     return table("data", data_rows(_counts(audit)) + caption_rows(examples))
 
 
 def caption_rows(shown: Sequence[dict[str, Any]], counted: str = "") -> list[Row]:
-    """Some pictures' names and captions, or, where they are known, the captions' tokens; `counted` says more of them."""
+    """Some images' names and captions, or, where they are known, the captions' tokens; `counted` says more of them."""
     width = max((len(short(each["name"])) for each in shown), default=0)
     rows = [
         (short(each["name"]), " · ".join(each["tokens"]) if each.get("tokens") else f'"{_cut(each["caption"])}"')
@@ -282,7 +286,7 @@ def plan(plan: Plan) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    """`1 picture`, `2 pictures`."""
+    """`1 image`, `2 images`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

@@ -322,7 +322,7 @@ def memory() -> list[Finding]:
 
 
 def disk(probed: dict[str, Any]) -> list[Finding]:
-    """Free space, and leave to write, where runs, encoded pictures and downloaded models go; the last place is as the hub's library says."""
+    """Free space, and leave to write, where runs, encoded images and downloaded models go; the last place is as the hub's library says."""
     places: tuple[tuple[str, Path, int, State, str], ...] = (
         ("runs", Path("runs"), RUN_DISK, "fails", "start ft in another folder, or set output.folder"),
         (

@@ -22,14 +22,14 @@ TIGHTER = 0.9  # the share of what did not suffice in which an edited run is to 
 
 
 def not_finite(
-    step: int, turn: str, loss: float, norm: float, pictures: Sequence[str], folder: Path, taken: bool = False
+    step: int, turn: str, loss: float, norm: float, images: Sequence[str], folder: Path, taken: bool = False
 ) -> UserError:
     """The loss or the gradient of `step` (counted from 0) of the run in `folder` is NaN or infinite; `taken`: weights have it already."""
     before = checkpoint.checkpoints(folder / "checkpoints")
     return UserError(
         f"step {step + 1}: the {turn} loss is {loss:g} and its gradient's norm {norm:g}; stopped "
         + ("when the weights had taken it (train.fused_backward)" if taken else "before the weights took it"),
-        where="; ".join(pictures),
+        where="; ".join(images),
         remedy=f"the last good checkpoint is {before[-1] if before else 'none yet'}; try a lower optimizer.lr or train.precision: float32",
     )
 

@@ -73,7 +73,7 @@ class Run:
             _refuse_other_batch(before, plan)
             if before.data.digest != plan.data.digest:
                 raise UserError(
-                    "the pictures or captions have changed since this run was started: going on would draw others than it has drawn",
+                    "the images or captions have changed since this run was started: going on would draw others than it has drawn",
                     where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
                     remedy="put them back as they were, or start a new run: --set output.folder=…",
                 )
@@ -168,7 +168,7 @@ def _refuse_other_batch(before: Plan, now: Plan) -> None:
         else f"go on with {before.machine.processes} processes and the recipe as it was"
     )
     raise UserError(
-        f"this run takes {before.global_batch} pictures a step, and {processes} × batch {train.batch_size} × accumulation {train.accumulation}"
+        f"this run takes {before.global_batch} images a step, and {processes} × batch {train.batch_size} × accumulation {train.accumulation}"
         f" would take {now.global_batch}",
         where=now.folder,
         remedy=f"{remedy}, or start a new run: --set output.folder=…",

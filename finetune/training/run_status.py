@@ -43,7 +43,7 @@ class Status:
     at: str = ""  # the line of this package that its main thread is at
     waits: bool = False  # that line waits for the other processes
     reason: str = ""  # why it stopped or failed
-    done: int = 0  # of the phase's `total` pictures or captions, where it counts them
+    done: int = 0  # of the phase's `total` images or captions, where it counts them
     total: int = 0
 
 

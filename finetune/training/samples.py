@@ -50,23 +50,23 @@ def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: in
     drawing = Progress("samples")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        model, pictures = opened(), []
+        model, images = opened(), []
         for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             drawing.show(number, len(request.prompts), prompt)
-            pictures += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
-        write_pictures(pictures, request, target)
-        for name, picture in model.diagnostic_images().items():
-            enlarged(picture).save(target / f"{name}.png")
+            images += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+        write_images(images, request, target)
+        for name, image in model.diagnostic_images().items():
+            enlarged(image).save(target / f"{name}.png")
     except Exception:  # whatever goes wrong in a look must not cost the training
         traceback.print_exc()
         print(f"the samples of step {done} could not be drawn (see above); training goes on", flush=True)
     drawing.end()
 
 
-def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Path) -> list[Path]:
-    """Write `NN.png`, each with what it was drawn from in its text chunks, and the labelled `grid.png`; returns the single files."""
+def write_images(images: Sequence[Image], request: SampleRequest, folder: Path) -> list[Path]:
+    """Write `NN.png`, each with what it was drawn from in its text chunks, and the labeled `grid.png`; returns the single files."""
     files = []
-    for number, (picture, prompt, seed) in enumerate(zip(pictures, request.prompts, request.seeds, strict=True)):
+    for number, (image, prompt, seed) in enumerate(zip(images, request.prompts, request.seeds, strict=True)):
         said = PngInfo()
         values = {
             "prompt": prompt,
@@ -81,8 +81,8 @@ def write_pictures(pictures: Sequence[Image], request: SampleRequest, folder: Pa
         for key, value in values.items():
             said.add_itxt(key, str(value))
         files.append(folder / f"{number:02d}.png")
-        picture.save(files[-1], pnginfo=said)
+        image.save(files[-1], pnginfo=said)
     aside = folder / f".{GRID}"  # there once all is there
-    grid([enlarged(picture) for picture in pictures], request.prompts).save(aside)
+    grid([enlarged(image) for image in images], request.prompts).save(aside)
     os.replace(aside, folder / GRID)
     return files

@@ -152,7 +152,7 @@ class TrainingState:
             )
         if facts["processes"] != machine.processes:
             said.append(
-                f"{facts['processes']} processes before, {machine.processes} now: the same pictures a step, summed in another order"
+                f"{facts['processes']} processes before, {machine.processes} now: the same images a step, summed in another order"
             )
         if facts["precision"] != self._plan.precision:
             said.append(f"{facts['precision']} before, {self._plan.precision} now: going on is exact no more")

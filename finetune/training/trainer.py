@@ -187,7 +187,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the held-out pictures, with the same noise and timesteps at every validation, of the averaged weights."""
+        """Mean loss over the held-out images, with the same noise and timesteps at every validation, of the averaged weights."""
         train_step, device = self.state.train_steps[0], self.accelerator.device
         with self.run.status.phase("validating"), self.state.averaged(), self.accelerator.autocast():
             losses = [

@@ -1,6 +1,6 @@
-"""One folder with everything odd that a picture, a caption or a name can be.
+"""One folder with everything odd that an image, a caption or a name can be.
 
-Each picture that trains is red on its left and blue on its right once it is seen as it is meant: upright, over white, its
+Each image that trains is red on its left and blue on its right once it is seen as it is meant: upright, over white, its
 first frame, in 8 bits.
 """
 
@@ -55,9 +55,9 @@ REFUSED = {
     "empty.png": "the file is empty",
     "cut.jpg": "damaged or truncated",
     "cut.png": "damaged or truncated",
-    "text.png": "not a picture",
-    "phone.heic": "not a picture",
-    "page.svg": "not a picture",
+    "text.png": "not an image",
+    "phone.heic": "not an image",
+    "page.svg": "not an image",
     "bomb.png": "million pixels are taken for a mistake",
     "bomb.gif": "million pixels are taken for a mistake",
     "strip.png": "a side of more than",
@@ -70,9 +70,9 @@ REFUSED = {
     "utf16.png": "utf16.txt is not UTF-8 (byte 0)",
     'metadata.jsonl:2 ("../plain.png")': "names a file outside its folder",
     'metadata.jsonl:3 ("/etc/passwd")': "names a file outside its folder",
-    'metadata.jsonl:4 ("gone.png")': "names a picture that is not there",
+    'metadata.jsonl:4 ("gone.png")': "names an image that is not there",
     "sub/unnamed.png": "no caption was found",
-    "alone.txt": "no picture has its name",
+    "alone.txt": "no image has its name",
     "link.txt": "a link out of the folder",
 }
 
@@ -81,19 +81,19 @@ SUFFIXES = {".png", ".jpg", ".gif", ".tif", ".webp", ".heic", ".svg"}
 
 
 def halves(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> Image.Image:
-    picture = Image.new(mode, size, RED)
-    picture.paste(BLUE, (size[0] // 2, 0, *size))
-    return picture
+    image = Image.new(mode, size, RED)
+    image.paste(BLUE, (size[0] // 2, 0, *size))
+    return image
 
 
-def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def png(width: int, height: int, depth: int, rows: bytes) -> bytes:
-    """A PNG of RGB written by hand: Pillow writes no 16-bit colours, and no sizes that it has no pixels for."""
+    """A PNG of RGB written by hand: Pillow writes no 16-bit colors, and no sizes that it has no pixels for."""
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(rows)),
@@ -104,7 +104,7 @@ def png(width: int, height: int, depth: int, rows: bytes) -> bytes:
     )
 
 
-def _pictures() -> dict[str, bytes]:
+def _images() -> dict[str, bytes]:
     plain, green = halves(), Image.new("RGB", (64, 64), "green")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
@@ -148,15 +148,15 @@ def _pictures() -> dict[str, bytes]:
 
 
 def make(folder: Path) -> Path:
-    """Write the corpus into `folder/pictures`; returns it. Beside it lies what its links point at."""
-    root = folder / "pictures"
+    """Write the corpus into `folder/images`; returns it. Beside it lies what its links point at."""
+    root = folder / "images"
     (root / "sub").mkdir(parents=True)
-    pictures = _pictures()
+    images = _images()
     for number, name in enumerate([*TRAINS, *REFUSED]):
         file = root / name
         if file.suffix.lower() in SUFFIXES and name not in SPECIAL:
-            # Those that have no picture of their own get one that is like no other.
-            file.write_bytes(pictures[name] if name in pictures else saved(halves((64, 64 + 2 * number)), "PNG"))
+            # Those that have no image of their own get one that is like no other.
+            file.write_bytes(images[name] if name in images else saved(halves((64, 64 + 2 * number)), "PNG"))
             if file.parent == root and name != "no caption.png":
                 file.with_suffix(".txt").write_text(f"caption {number}", encoding="utf-8")
     deep = Image.fromarray(numpy.asarray(halves().convert("L"), numpy.uint16) * 257)
@@ -169,7 +169,7 @@ def make(folder: Path) -> Path:
     (root / "alone.txt").write_text("alone")
     outside = folder / "outside"
     outside.mkdir()
-    (outside / "secret.png").write_bytes(pictures["plain.png"])
+    (outside / "secret.png").write_bytes(images["plain.png"])
     (outside / "secret.txt").write_text("secret")
     (root / "out.png").symlink_to(outside / "secret.png")
     (root / "link.txt").symlink_to(outside / "secret.txt")

@@ -2,8 +2,8 @@
 
     python redraw.py JOBS.json
 
-Each job: `artefact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
-trainer's last picture), `out` (the picture to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call).
+Each job: `artifact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
+trainer's last image), `out` (the image to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def redraw(job: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
     from peft import PeftModel
 
-    if job["prompt"] is None:  # an autoencoder: the picture above is given, the reconstruction below is made again
+    if job["prompt"] is None:  # an autoencoder: the image above is given, the reconstruction below is made again
         import numpy
         from PIL import Image
 
-        vae = AutoencoderKL.from_pretrained(job["artefact"])
+        vae = AutoencoderKL.from_pretrained(job["artifact"])
         pair = torch.from_numpy(numpy.array(Image.open(job["sample"]))).permute(2, 0, 1)[None] / 127.5 - 1
         above = pair[:, :, : pair.shape[2] // 2]
         with torch.no_grad():
@@ -31,15 +31,15 @@ def redraw(job: dict[str, Any]) -> Any:
         return Image.fromarray(
             torch.cat([above, below], 2)[0].add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()
         )
-    pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artefact"])
+    pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artifact"])
     if job["base"]:
-        adapters = sorted(Path(job["artefact"]).glob("*/adapter_config.json"))
+        adapters = sorted(Path(job["artifact"]).glob("*/adapter_config.json"))
         for config in adapters:  # of a kind that diffusers has no file for: PEFT changes the net in place
             PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)
         if not adapters:
-            pipeline.load_lora_weights(job["artefact"])
-        if (Path(job["artefact"]) / "scheduler").is_dir():
-            pipeline.scheduler = DDIMScheduler.from_pretrained(job["artefact"], subfolder="scheduler")
+            pipeline.load_lora_weights(job["artifact"])
+        if (Path(job["artifact"]) / "scheduler").is_dir():
+            pipeline.scheduler = DDIMScheduler.from_pretrained(job["artifact"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt=job["prompt"],

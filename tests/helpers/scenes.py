@@ -19,7 +19,7 @@ from tests.helpers import tiny
 
 @dataclass
 class Scene:
-    """A recipe that trains a LoRA on a tiny model, its pictures, and the ways in which a case spoils them."""
+    """A recipe that trains a LoRA on a tiny model, its images, and the ways in which a case spoils them."""
 
     folder: Path
     patch: pytest.MonkeyPatch
@@ -83,7 +83,7 @@ class Cases(dict[str, Case]):
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     made = Scene(tmp_path, monkeypatch)
-    shutil.copytree(tiny.pictures(), made.data)
+    shutil.copytree(tiny.images(), made.data)
     made.recipe.write_text(tiny.text("sd15", "lora", made.run))
     made.set(f"data.path={made.data}", "sample.prompts=[]")
     return made
@@ -126,6 +126,6 @@ def check(output: str, errors: str, said: str, remedy: str) -> None:
     assert "Traceback" not in output + errors
     assert len(re.findall("^error: ", output + errors, flags=re.MULTILINE)) == 1
     message = re.sub(r"\A.*^(?=error: )", "", errors, flags=re.MULTILINE | re.DOTALL).rstrip().split("\n")
-    assert [line.split()[0] for line in message] in (["error:", "mend:"], ["error:", "where:", "mend:"])
+    assert [line.split()[0] for line in message] in (["error:", "fix:"], ["error:", "where:", "fix:"])
     assert re.search(said, " ".join(message[:-1])), message
     assert re.search(remedy, message[-1]), message

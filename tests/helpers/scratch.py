@@ -16,7 +16,7 @@ from finetune.config.schema import Recipe
 from finetune.paths import ASSETS
 from tests.helpers import tiny
 
-DIGITS = ("data.resolution=8", "data.grey=true", "data.levels=17", "data.classes=folders")
+DIGITS = ("data.resolution=8", "data.gray=true", "data.levels=17", "data.classes=folders")
 COMMON = (
     "train.batch_size=4",
     "train.epochs=null",
@@ -71,8 +71,8 @@ CASES = {
     "vqgan": Case(
         "vqvae",
         ("net.width=8", "net.halvings=1", "net.codes=6", "net.revive_after=1"),
-        unequal="each process weighs the critic by its own pictures",
-        unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt pictures pull it equally
+        unequal="each process weighs the critic by its own images",
+        unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt images pull it equally
     ),
     "vq-pixelcnn": Case(
         "vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first=("vae", "vqvae")
@@ -82,20 +82,20 @@ CASES = {
     ),
     "dcgan": Case(
         "dcgan",
-        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40", "net.generator_norm=batch"),
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_images=40", "net.generator_norm=batch"),
         steps=40,
-        unequal="batch norm and the deviation within groups are of each process's own pictures",
+        unequal="batch norm and the deviation within groups are of each process's own images",
     ),
     "wgan-gp": Case(
         "dcgan",
         ("net.width=8", "net.halvings=1", "net.latent=4", "net.critic_steps=2"),
         steps=20,
-        unequal="the generator's batch norm is of each process's own pictures",
+        unequal="the generator's batch norm is of each process's own images",
         unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
     ),
     "r3gan": Case(
         "r3gan",
-        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_pictures=40"),
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_images=40"),
         steps=20,
         unchanged=("critic.logit.bias",),  # as WGAN-GP's
     ),
@@ -111,7 +111,7 @@ CASES = {
             "net.augment=0",
         ),
         steps=50,
-        unequal="the deviation within groups is of each process's own pictures",
+        unequal="the deviation within groups is of each process's own images",
     ),
     "beta-vae": Case(
         "betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20
@@ -120,7 +120,7 @@ CASES = {
     "flow-matching": Case("rectifiedflow", UNET),
     "edm": Case("edm", UNET),
     "latent-diffusion": Case(
-        "latentdiffusion", (*UNET, "net.multiples=[1]", "net.timesteps=50", "data.grey=false"), first=("vae",)
+        "latentdiffusion", (*UNET, "net.multiples=[1]", "net.timesteps=50", "data.gray=false"), first=("vae",)
     ),
     "cascade-low": Case("ddpm", (*UNET, "data.resolution=4", "net.multiples=[1]", "net.timesteps=50")),
     "cascade": Case("cascade", (*UNET, "net.timesteps=50"), first=("low", "cascade-low")),

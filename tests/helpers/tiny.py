@@ -1,9 +1,9 @@
-"""Each family's real classes built small from configs, as whole pipelines on disk, and captioned pictures to train on.
+"""Each family's real classes built small from configs, as whole pipelines on disk, and captioned images to train on.
 
 Everything is made once a process, at the first call, in a temporary folder that goes with the process:
 
     from tests import tiny
-    tiny.pictures()              a folder of five captioned pictures of several sizes and formats
+    tiny.images()              a folder of five captioned images of several sizes and formats
     tiny.pipeline("sdxl")        a diffusers folder: sd15, sd21, sdxl or emoji
     tiny.recipe("sd15", "lora", "train.steps=3", folder=tmp_path / "run")
     tiny.train(recipe)           prepares, trains and finishes a run in this process; returns the job
@@ -99,14 +99,14 @@ def root() -> Path:
 
 
 @functools.cache
-def pictures() -> Path:
-    """Five captioned pictures: three formats, several sizes and aspect ratios, one with transparency."""
-    folder = root() / "pictures"
+def images() -> Path:
+    """Five captioned images: three formats, several sizes and aspect ratios, one with transparency."""
+    folder = root() / "images"
     folder.mkdir()
     sizes = ((32, 32), (48, 32), (32, 64), (64, 64), (40, 40))
     for number, (caption, (width, height)) in enumerate(zip(CAPTIONS, sizes, strict=True)):
-        picture = Image.new("RGBA", (width, height), (255, 255, 255, 0 if number == 3 else 255))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGBA", (width, height), (255, 255, 255, 0 if number == 3 else 255))
+        draw = ImageDraw.Draw(image)
         box = (width // 5, height // 5, 4 * width // 5, 4 * height // 5)
         if number == 0:
             draw.ellipse(box, fill="red")
@@ -120,9 +120,9 @@ def pictures() -> Path:
             draw.rectangle((0, 0, width, height // 4), fill="black")
             draw.rectangle((0, height // 2, width, 3 * height // 4), fill="black")
         if number == 4:
-            picture.convert("RGB").save(folder / "four.jpg", quality=95)
+            image.convert("RGB").save(folder / "four.jpg", quality=95)
         else:
-            picture.save(
+            image.save(
                 folder / f"{('zero', 'one', 'two', 'three')[number]}.{'webp' if number == 3 else 'png'}", lossless=True
             )
         (folder / f"{('zero', 'one', 'two', 'three', 'four')[number]}.txt").write_text(caption + "\n", encoding="utf-8")
@@ -130,18 +130,18 @@ def pictures() -> Path:
 
 
 @functools.cache
-def one_picture() -> Path:
-    """A folder with one captioned picture, to overfit."""
+def one_image() -> Path:
+    """A folder with one captioned image, to overfit."""
     folder = root() / "one"
     folder.mkdir()
     for name in ("zero.png", "zero.txt"):
-        shutil.copy(pictures() / name, folder / name)
+        shutil.copy(images() / name, folder / name)
     return folder
 
 
 @functools.cache
 def vae() -> Path:
-    """An AutoencoderKL, 32×32 pictures ↔ 8×8 latents, as a diffusers folder."""
+    """An AutoencoderKL, 32×32 images ↔ 8×8 latents, as a diffusers folder."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -226,7 +226,7 @@ def text(name: str, method: str, folder: Path) -> str:
         model = {"family": family(name), "path": str(pipeline(name))}
     sections: dict[str, Any] = {
         "model": model,
-        "data": {"path": str(pictures()), "resolution": SIZE, "buckets": False},
+        "data": {"path": str(images()), "resolution": SIZE, "buckets": False},
         "train": {"steps": 2, "batch_size": 2},
         "optimizer": {"lr": 1e-3},
         "sample": {"prompts": [CAPTIONS[0]], "steps": 2, "guidance": 3, "every": 1000},
@@ -258,7 +258,7 @@ def prepare(asked: Recipe, resume: bool = False) -> Job:
 
 
 def finish(job: Job) -> None:
-    """Write the artefact into the run's folder."""
+    """Write the artifact into the run's folder."""
     from finetune import job as jobs
 
     jobs.finish(job)

@@ -39,7 +39,7 @@ LETTERS = string.ascii_letters + string.digits + string.punctuation
 
 
 def vae(levels: int = 3, **more: Any) -> AutoencoderKL:
-    """32×32 pictures ↔ latents of a side 2 ** (levels − 1) times smaller, shifted and scaled."""
+    """32×32 images ↔ latents of a side 2 ** (levels − 1) times smaller, shifted and scaled."""
     depth = {
         "block_out_channels": [8, 16, 16, 16][:levels],
         "down_block_types": ["DownEncoderBlock2D"] * levels,

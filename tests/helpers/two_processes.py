@@ -32,7 +32,7 @@ def let_cpus_share() -> None:
 
 
 def nobody(*given: object) -> NoReturn:
-    raise AssertionError("one process looks at the pictures for all")
+    raise AssertionError("one process looks at the images for all")
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
     """Write the LoRA in `final` as `target`.
 
     DoRA's magnitudes go in as `dora_scale`, one a row of the weight. ComfyUI reads them so; A1111 takes scales a column,
-    and diffusers drops them, so these two would draw another picture: a merged pipeline is for them.
+    and diffusers drops them, so these two would draw another image: a merged pipeline is for them.
 
     Raises:
         UserError: the LoRA has a layer that this format has no name for.
@@ -81,7 +81,7 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):
         print(
-            "a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another picture from it: give them --merge"
+            "a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another image from it: give them --merge"
         )
     told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
     save_file(found, target, told | describe(recipe, tensors, settings) | hashes(found))

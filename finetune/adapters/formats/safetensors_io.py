@@ -1,4 +1,4 @@
-"""A run's artefact as it is, a folder that diffusers loads, its weights in another dtype if wanted."""
+"""A run's artifact as it is, a folder that diffusers loads, its weights in another dtype if wanted."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Section(ABC):
         kind: of model: VAE, GAN, flow, autoregressive or diffusion, by which `ft estimate --goal` chooses.
         samplers: ways to draw that the family has to choose from; none: it draws in one way.
         sampler: the one that it takes where none is named.
-        refines: whether it makes another run's small pictures large, `model.low`'s.
+        refines: whether it makes another run's small images large, `model.low`'s.
     """
 
     kind: ClassVar[str]
@@ -51,7 +51,7 @@ class Section(ABC):
     @property
     @abstractmethod
     def loss(self) -> str:
-        """What is minimised, in words, for the table before a run."""
+        """What is minimized, in words, for the table before a run."""
 
 
 def check_sampler(section: object, family: str, sampler: str | None, eta: float, where: str) -> None:

@@ -13,11 +13,11 @@ class Net(Ddpm):
     refines = True
     augmentation: float = number(
         0.5, minimum=0, maximum=1
-    )  # most noise on small pictures in training; 1: nothing else is left
+    )  # most noise on small images in training; 1: nothing else is left
     drawn_augmentation: float = number(
         0.1, minimum=0, maximum=1
     )  # noise on them in drawing: more forgives the first stage more
 
     @property
     def loss(self) -> str:
-        return f"{super().loss}, beside small pictures with noise up to {self.augmentation:g}"
+        return f"{super().loss}, beside small images with noise up to {self.augmentation:g}"

@@ -16,12 +16,12 @@ class Net(UNet):
     sampler = "ddim"
     wording: ClassVar[dict[str, str]] = {
         "epsilon": "the noise ε",
-        "sample": "the picture x₀",
+        "sample": "the image x₀",
         "v_prediction": "the velocity v",
     }
     timesteps: int = number(1000, minimum=25)  # that noise is added in
-    schedule: Literal["linear", "cosine"] = "linear"  # of the noise; cosine destroys small pictures less early
-    prediction: Prediction = "epsilon"  # what the net says: the noise, the picture, or v, which is a mixture of both
+    schedule: Literal["linear", "cosine"] = "linear"  # of the noise; cosine destroys small images less early
+    prediction: Prediction = "epsilon"  # what the net says: the noise, the image, or v, which is a mixture of both
     variance: Literal["large", "small"] = "large"  # of DDPM's steps: β, or the posterior's
 
     @property

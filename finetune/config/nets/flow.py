@@ -31,4 +31,4 @@ class Flow(Section):
 
     @property
     def loss(self) -> str:
-        return f"−log p in nats a picture, by {self.dequantisation} dequantisation a bound"
+        return f"−log p in nats an image, by {self.dequantisation} dequantisation a bound"

@@ -11,7 +11,7 @@ from finetune.config.yaml_reader import number
 @dataclass(frozen=True)
 class Net(UNet):
     sampler = "euler"
-    shift: float = number(1.0, above=0)  # above 1 more noise is seen, in training and in drawing: for large pictures
+    shift: float = number(1.0, above=0)  # above 1 more noise is seen, in training and in drawing: for large images
 
     @property
     def loss(self) -> str:

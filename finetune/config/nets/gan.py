@@ -14,21 +14,21 @@ class Adversarial(Section):
     """What the sections of all GANs hold."""
 
     kind = "GAN"
-    latent: int = number(64, minimum=1)  # numbers that a picture is drawn from
+    latent: int = number(64, minimum=1)  # numbers that an image is drawn from
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = (
         "logistic"  # what critic and generator want of the critic's logits
     )
     critic_steps: int = number(1, minimum=1)  # of the critic for one of the generator
     gradient_penalty: float = number(
         0.0, minimum=0
-    )  # holds the critic's slope between true and made pictures at 1 (WGAN-GP); 10 is usual
-    r1: float = number(0.0, minimum=0)  # γ: flattens the critic at true pictures
+    )  # holds the critic's slope between true and made images at 1 (WGAN-GP); 10 is usual
+    r1: float = number(0.0, minimum=0)  # γ: flattens the critic at true images
     r2: float = number(0.0, minimum=0)  # γ: flattens it at made ones
     lazy: int = number(1, minimum=1)  # penalties are taken each so many steps, and then count as often: cheaper
     minibatch: Literal["none", "stddev", "discrimination"] = (
-        "none"  # how a picture's company is shown to the critic, against collapse
+        "none"  # how an image's company is shown to the critic, against collapse
     )
-    group: int = number(4, minimum=2)  # pictures over which stddev is taken
+    group: int = number(4, minimum=2)  # images over which stddev is taken
     unroll: int = number(
         0, minimum=0
     )  # steps of the critic that the generator looks ahead (arXiv:1611.02163): dear, against collapse
@@ -36,7 +36,7 @@ class Adversarial(Section):
     augment: float = number(
         0.0, minimum=0, below=1
     )  # mean sign of the critic's logits at which augmentation holds it; 0: none. 0.6 is usual
-    augment_pictures: int = number(
+    augment_images: int = number(
         50_000, minimum=1
     )  # that take augmentation from never to always: small sets need it soon
 

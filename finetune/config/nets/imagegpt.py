@@ -17,8 +17,8 @@ class Net(Section):
     dropout: float = number(0.1, minimum=0, below=1)
     palette: int = number(
         0, minimum=0, maximum=4096
-    )  # colours found in the data, one token a pixel; 0: a token a channel, and an exact likelihood
+    )  # colors found in the data, one token a pixel; 0: a token a channel, and an exact likelihood
 
     @property
     def loss(self) -> str:
-        return f"−log p in nats a picture, of {f'{self.palette} colours' if self.palette else 'its levels'}"
+        return f"−log p in nats an image, of {f'{self.palette} colors' if self.palette else 'its levels'}"

@@ -13,6 +13,6 @@ from finetune.config.yaml_reader import number
 class Net(Stack):
     kind = "autoregressive"
     observation: Literal["categorical", "logistics"] = (
-        "logistics"  # a probability for each level of a grey, or mixtures of logistics
+        "logistics"  # a probability for each level of a gray, or mixtures of logistics
     )
     mixtures: int = number(10, minimum=1)  # of logistics a pixel

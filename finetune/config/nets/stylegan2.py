@@ -18,10 +18,10 @@ class Net(Adversarial):
     mapping: int = number(4, minimum=1)  # layers that make a latent a style; the paper has 8
     mixing: float = number(
         0.9, minimum=0, maximum=1
-    )  # share of pictures made by two styles, one for the coarse layers, one for the fine
+    )  # share of images made by two styles, one for the coarse layers, one for the fine
     path_length: float = number(
         2.0, minimum=0
-    )  # weight of the penalty that makes equal steps in style equal steps in the picture; 0: none
+    )  # weight of the penalty that makes equal steps in style equal steps in the image; 0: none
     path_every: int = number(4, minimum=1)  # it is taken each so many steps of the generator, and then counts as often
     alias_free: bool = (
         False  # StyleGAN3's layers: what moves, moves as a whole and does not stick to the pixels; several times dearer

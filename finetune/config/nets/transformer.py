@@ -21,4 +21,4 @@ class Stack(Section):
 
     @property
     def loss(self) -> str:
-        return "−log p in nats a picture, exact"
+        return "−log p in nats an image, exact"

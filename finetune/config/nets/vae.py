@@ -12,13 +12,13 @@ from finetune.config.yaml_reader import number
 @dataclass(frozen=True)
 class Net(Section):
     kind = "VAE"
-    latent: int = number(32, minimum=1)  # numbers that a picture is put into
+    latent: int = number(32, minimum=1)  # numbers that an image is put into
     width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
     halvings: int = number(2, minimum=1)  # times that the sides are halved before the latent is read off
     blocks: int = number(1, minimum=1)  # residual blocks at each size
     dropout: float = number(0.0, minimum=0, below=1)
     beta: float = number(1.0, minimum=0)  # weight of the KL: 1 is the bound on log p(x), more disentangles and blurs
-    particles: int = number(1, minimum=1)  # latents a picture in training: more than 1 is the importance-weighted bound
+    particles: int = number(1, minimum=1)  # latents an image in training: more than 1 is the importance-weighted bound
     observation: Literal["categorical", "logistics"] = (
         "logistics"  # p(x|z): free for each level, or mixtures of logistics
     )
@@ -28,4 +28,4 @@ class Net(Section):
     def loss(self) -> str:
         bound = f"IWAE bound of {self.particles} particles" if self.particles > 1 else "ELBO"
         weighted = "" if self.beta == 1 else f", KL × {self.beta:g}"
-        return f"−{bound} in nats a picture{weighted}"
+        return f"−{bound} in nats an image{weighted}"

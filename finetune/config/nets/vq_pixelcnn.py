@@ -15,4 +15,4 @@ class Net(Stack):
 
     @property
     def loss(self) -> str:
-        return "−log p of the codes in nats a picture"
+        return "−log p of the codes in nats an image"

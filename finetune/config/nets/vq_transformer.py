@@ -18,4 +18,4 @@ class Net(Section):
 
     @property
     def loss(self) -> str:
-        return "−log p of the codes in nats a picture"
+        return "−log p of the codes in nats an image"

@@ -1,4 +1,4 @@
-"""The `net` section of the vector-quantised autoencoder, with or without VQ-GAN's critic."""
+"""The `net` section of the vector-quantized autoencoder, with or without VQ-GAN's critic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Net(Section):
         "logistics"  # p(x|codes): free for each level, or mixtures of logistics
     )
     mixtures: int = number(1, minimum=1)  # of logistics a pixel
-    adversary: float = number(0.0, minimum=0)  # weight of a critic that wants sharp pictures (VQ-GAN); 0: there is none
+    adversary: float = number(0.0, minimum=0)  # weight of a critic that wants sharp images (VQ-GAN); 0: there is none
 
     @property
     def loss(self) -> str:

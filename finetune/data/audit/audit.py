@@ -1,6 +1,6 @@
-"""The audit before a run: every picture and caption of the sources, what trains, and what does not and why.
+"""The audit before a run: every image and caption of the sources, what trains, and what does not and why.
 
-A folder is read, never written; each picture is read and decoded once, by threads, and not again while the memo knows it.
+A folder is read, never written; each image is read and decoded once, by threads, and not again while the memo knows it.
 Torch is not imported here.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from finetune.config.schema import Data, Source
 from finetune.data.audit import duplicates
 from finetune.data.audit.cache import Memo, stamp_of
-from finetune.data.audit.index import Index, Part, Picture
+from finetune.data.audit.index import ImageRecord, Index, Part
 from finetune.data.audit.inspect import TRAITS, Look, look
 from finetune.data.buckets import Bucket, Crop, buckets, fit
 from finetune.data.cache_dir import cache_folder
@@ -26,10 +26,10 @@ from finetune.data.sources.entry import REMEDIES, Entry, Problem
 from finetune.data.sources.masks import digest_of
 from finetune.errors import UserError
 
-__all__ = ["Audit", "Finding", "Picture", "Problem", "scan"]
+__all__ = ["Audit", "Finding", "ImageRecord", "Problem", "scan"]
 
-CHUNK = 8  # pictures that a thread looks at before it hands them over
-TINY = 2.0  # a picture enlarged by more is called tiny
+CHUNK = 8  # images that a thread looks at before it hands them over
+TINY = 2.0  # an image enlarged by more is called tiny
 EXTREME = 1 / 3  # one that loses more than this share of its area to the crop has an extreme aspect ratio
 LONG_CAPTION = 1000  # characters: no text encoder in use reads so many
 EXAMPLES = 20  # of a finding, with places
@@ -37,12 +37,12 @@ EXAMPLES = 20  # of a finding, with places
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd about pictures that train all the same. `examples` are groups of places in `Audit.pictures`: of
+    """Something odd about images that train all the same. `examples` are groups of places in `Audit.images`: of
     duplicates those that belong together, else one each."""
 
     kind: str
     detail: str
-    count: int  # pictures, also those not among the examples
+    count: int  # images, also those not among the examples
     examples: tuple[tuple[int, ...], ...]
 
 
@@ -51,31 +51,31 @@ class Audit:
     """What a look at all the data found.
 
     Attributes:
-        pictures: those that can train, held out or not.
+        images: those that can train, held out or not.
         problems: what cannot be used, and why.
-        findings: what is odd about pictures that train all the same.
-        background: the CSS colour that transparent pictures are laid over.
+        findings: what is odd about images that train all the same.
+        background: the CSS color that transparent images are laid over.
     """
 
-    pictures: Index
+    images: Index
     problems: tuple[Problem, ...]
     findings: tuple[Finding, ...]
     background: str
 
     @property
     def training(self) -> Part:
-        """The pictures that train."""
-        return self.pictures.part(held_out=False)
+        """The images that train."""
+        return self.images.part(held_out=False)
 
     @property
     def held_out(self) -> Part:
         """Those kept back, to validate on."""
-        return self.pictures.part(held_out=True)
+        return self.images.part(held_out=True)
 
     def crops(self) -> list[tuple[Crop, int, int]]:
-        """(crop, pictures that train and are cropped so, examples an epoch: pictures × repeats), each crop once."""
-        trains, repeats = ~self.pictures.held_out, self.pictures.repeats
-        found = [(crop, places[trains[places]]) for crop, places in self.pictures.crops.items()]
+        """(crop, images that train and are cropped so, examples an epoch: images × repeats), each crop once."""
+        trains, repeats = ~self.images.held_out, self.images.repeats
+        found = [(crop, places[trains[places]]) for crop, places in self.images.crops.items()]
         return [(crop, len(places), int(repeats[places].sum())) for crop, places in found if len(places)]
 
     def bucket_counts(self) -> dict[Bucket, int]:
@@ -86,9 +86,9 @@ class Audit:
         return dict(sorted(counts.items()))
 
     def digest(self) -> str:
-        """SHA-256 over every picture's bytes, crop, caption, repeats, weight and mask, in their order."""
+        """SHA-256 over every image's bytes, crop, caption, repeats, weight and mask, in their order."""
         found = hashlib.sha256()
-        for number, p in enumerate(self.pictures):
+        for number, p in enumerate(self.images):
             found.update(
                 (("\x1f" if number else "") + f"str:{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}").encode()
             )
@@ -100,7 +100,7 @@ class Audit:
         """Raise for the problems that the recipe does not allow, naming files.
 
         Raises:
-            UserError: at a missing caption, an unreadable picture or no picture at all.
+            UserError: at a missing caption, an unreadable image or no image at all.
         """
         stopping = [problem for problem in self.problems if problem.stops]
         if stopping:
@@ -112,20 +112,20 @@ class Audit:
             raise UserError(f"the data has {counted}", where=shown, remedy="; ".join(REMEDIES[kind] for kind in kinds))
         if not self.training:
             raise UserError(
-                "no picture is left to train on", where="data", remedy="see the table above for why each was left out"
+                "no image is left to train on", where="data", remedy="see the table above for why each was left out"
             )
 
 
 def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audit:
-    """Look at every picture of every source.
+    """Look at every image of every source.
 
     Args:
         data: the recipe's section.
-        progress: called for each picture with (pictures seen before it, its name).
+        progress: called for each image with (images seen before it, its name).
 
     Raises:
-        UserError: a source that is not there or holds no picture, a metadata file that cannot be read, a cache inside a
-            source, or a setting that no picture could satisfy.
+        UserError: a source that is not there or holds no image, a metadata file that cannot be read, a cache inside a
+            source, or a setting that no image could satisfy.
     """
     background = canonical_color(data.background)
     choices = buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)
@@ -146,7 +146,7 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
                 continue
             if progress is not None:
                 progress(len(index), found.name)
-            outcome = _picture(found, seen, source, data, choices)
+            outcome = _image(found, seen, source, data, choices)
             if isinstance(outcome, Problem):
                 problems.append(outcome)
                 continue
@@ -157,9 +157,9 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audi
             index.append(outcome)
     finally:
         memo.close()
-    if data.masks and index and not any(picture.mask for picture in index):
-        remedy = f'NAME.mask.png beside NAME.jpg, a column "{data.mask_column}" (data.mask_column), or masks of the pictures\' names in a folder'
-        raise UserError("no picture has a mask", where="data.masks", remedy=remedy)
+    if data.masks and index and not any(image.mask for image in index):
+        remedy = f'NAME.mask.png beside NAME.jpg, a column "{data.mask_column}" (data.mask_column), or masks of the images\' names in a folder'
+        raise UserError("no image has a mask", where="data.masks", remedy=remedy)
     index.hold_out(data.held_out)
     return Audit(index, tuple(problems), odd.findings(index), background)
 
@@ -214,7 +214,7 @@ def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Se
     return digest, outcome
 
 
-def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[Bucket]) -> Picture | Problem:
+def _image(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[Bucket]) -> ImageRecord | Problem:
     if seen is None:
         why = "no caption was found" if entry.caption is None else "its caption is empty"
         return Problem(
@@ -222,7 +222,7 @@ def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list
         )
     digest, outcome = seen
     if isinstance(outcome, str):
-        return Problem(entry.name, "unreadable picture", outcome, stops=data.unreadable_pictures == "stop")
+        return Problem(entry.name, "unreadable image", outcome, stops=data.unreadable_images == "stop")
     # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
     caption = f"{source.prefix} {entry.caption or ''}".strip()
     mask = ""
@@ -230,9 +230,9 @@ def _picture(entry: Entry, seen: Seen, source: Source, data: Data, choices: list
         try:
             mask = digest_of(entry.mask, outcome.size)
         except Unreadable as error:
-            return Problem(entry.name, "unreadable mask", str(error), stops=data.unreadable_pictures == "stop")
+            return Problem(entry.name, "unreadable mask", str(error), stops=data.unreadable_images == "stop")
     crop = fit(outcome.size, choices)
-    return Picture(
+    return ImageRecord(
         entry.name, caption, digest.hex(), crop, source.repeats, False, source.weight, mask, entry.mask, entry.read
     )
 
@@ -245,14 +245,14 @@ class _Oddities:
         self._examples: dict[str, list[tuple[int, ...]]] = {}
         self._fingerprints = bytearray()
 
-    def note(self, place: int, picture: Picture, seen: Seen, told: list[str]) -> None:
-        """Count what is odd about the picture at `place` of the index, besides what is `told`."""
+    def note(self, place: int, image: ImageRecord, seen: Seen, told: list[str]) -> None:
+        """Count what is odd about the image at `place` of the index, besides what is `told`."""
         assert seen is not None and isinstance(seen[1], Look)
         self._fingerprints += seen[1].fingerprint
-        crop = picture.crop
+        crop = image.crop
         kinds = [*told, *seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
         kinds += (["extreme aspect ratio"] if crop.share_lost > EXTREME else []) + (
-            ["long caption"] if len(picture.caption) > LONG_CAPTION else []
+            ["long caption"] if len(image.caption) > LONG_CAPTION else []
         )
         for kind in kinds:
             self._counts[kind] += 1
@@ -260,7 +260,7 @@ class _Oddities:
                 self._examples.setdefault(kind, []).append((place,))
 
     def findings(self, index: Index) -> tuple[Finding, ...]:
-        """All that is odd, kind by kind, and which of the pictures in `index` are there twice or nearly."""
+        """All that is odd, kind by kind, and which of the images in `index` are there twice or nearly."""
         details = TRAITS | {
             "tiny": f"enlarged more than {TINY:g} times",
             "extreme aspect ratio": "more than a third is cropped away",
@@ -275,11 +275,11 @@ class _Oddities:
         ]
         copies, alike = index.copies(), duplicates.near(self._fingerprints)
         same = list(duplicates.groups(copies))
-        # A group whose pictures are all copies is no news.
+        # A group whose images are all copies is no news.
         near = [group for group in duplicates.groups(alike) if len({int(copies[place]) for place in group}) > 1]
         for kind, detail, several in (
             ("exact duplicate", "the same file again", same),
-            ("near duplicate", "nearly the same picture", near),
+            ("near duplicate", "nearly the same image", near),
         ):
             if several:
                 examples = tuple(tuple(group[:EXAMPLES]) for group in several[:EXAMPLES])

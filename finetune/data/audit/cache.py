@@ -1,4 +1,4 @@
-"""What the audit has seen of pictures, remembered from run to run, so that a second start decodes nothing.
+"""What the audit has seen of images, remembered from run to run, so that a second start decodes nothing.
 
 Two tables of one SQLite file in the cache folder: a file's stamp → the digest of its bytes, and a digest → what the look
 at them told. A stamp is a hash of path, device, inode, size and both times; the kernel sets the time of change itself, so

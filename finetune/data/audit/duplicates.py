@@ -1,4 +1,4 @@
-"""Pictures that are there more than once: the same bytes, or nearly the same picture. Near linear in their number."""
+"""Images that are there more than once: the same bytes, or nearly the same image. Near linear in their number."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune.data.audit.inspect import FINGERPRINT_BYTES, HASH_BYTES
 if TYPE_CHECKING:
     import numpy
 
-# Two pictures are near when their hashes differ in at most so many of 128 bits and no quarter's colour by more.
+# Two images are near when their hashes differ in at most so many of 128 bits and no quarter's color by more.
 # With 8 bands of 16 bits, hashes at most 7 bits apart are equal in at least one band: so only those are compared.
 NEAR_BITS = 7
-NEAR_COLOUR = 16
-COMPARED = 512  # with at most so many that share a band: bounds the work where very many pictures resemble each other
+NEAR_COLOR = 16
+COMPARED = 512  # with at most so many that share a band: bounds the work where very many images resemble each other
 BLOCK = 1 << 16  # pairs compared at once: bounds the memory
 
 
@@ -56,7 +56,7 @@ def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
     first = numpy.zeros(same.max() + 1, numpy.int32)
     first[same[::-1]] = numpy.arange(len(same), dtype=numpy.int32)[
         ::-1
-    ]  # one picture for each fingerprint: copies add nothing
+    ]  # one image for each fingerprint: copies add nothing
     rows = numpy.frombuffer(fingerprints, numpy.uint8).reshape(-1, FINGERPRINT_BYTES)
     hashes = rows[first, :HASH_BYTES]
     labels = numpy.arange(len(first), dtype=numpy.int32)
@@ -66,10 +66,10 @@ def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
                 1, dtype=numpy.int64
             )
             left, right = left[apart <= NEAR_BITS], right[apart <= NEAR_BITS]
-            colours = numpy.abs(
+            colors = numpy.abs(
                 rows[first[left], HASH_BYTES:].astype(numpy.int16) - rows[first[right], HASH_BYTES:]
             ).max(1, initial=0)
-            _join(labels, left[colours <= NEAR_COLOUR], right[colours <= NEAR_COLOUR])
+            _join(labels, left[colors <= NEAR_COLOR], right[colors <= NEAR_COLOR])
     found: numpy.ndarray = _roots(labels)[same]
     return found
 

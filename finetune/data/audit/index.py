@@ -1,4 +1,4 @@
-"""Every picture of an audit, as a sequence that holds few bytes of each in memory: a million take some tens of megabytes."""
+"""Every image of an audit, as a sequence that holds few bytes of each in memory: a million take some tens of megabytes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that trains. `read` gives the file's bytes; `digest` is their SHA-256, in hexadecimal.
+class ImageRecord:
+    """One image that trains. `read` gives the file's bytes; `digest` is their SHA-256, in hexadecimal.
 
     A `read` that is a `functools.partial` of one function and plain values costs no memory, others do.
     """
@@ -38,67 +38,67 @@ class Picture:
     mask_digest: str
     mask: Callable[[], bytes] | None = field(
         repr=False, compare=False
-    )  # gives the picture that says where its loss counts; none: everywhere
+    )  # gives the image that says where its loss counts; none: everywhere
     read: Callable[[], bytes] = field(repr=False, compare=False)
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(Picture))
+_FIELDS = tuple(f.name for f in dataclasses.fields(ImageRecord))
 
 
-class Pictures(Sequence[Picture]):
+class Images(Sequence[ImageRecord]):
     """A sequence whose slices are tuples."""
 
     @abstractmethod
-    def picture(self, place: int) -> Picture:
+    def image(self, place: int) -> ImageRecord:
         """The one at a place of `range(len(self))`."""
 
     @overload
-    def __getitem__(self, place: int) -> Picture: ...
+    def __getitem__(self, place: int) -> ImageRecord: ...
     @overload
-    def __getitem__(self, place: slice) -> tuple[Picture, ...]: ...
-    def __getitem__(self, place: int | slice) -> Picture | tuple[Picture, ...]:
+    def __getitem__(self, place: slice) -> tuple[ImageRecord, ...]: ...
+    def __getitem__(self, place: int | slice) -> ImageRecord | tuple[ImageRecord, ...]:
         if isinstance(place, slice):
-            return tuple(self.picture(number) for number in range(len(self))[place])
-        return self.picture(range(len(self))[place])
+            return tuple(self.image(number) for number in range(len(self))[place])
+        return self.image(range(len(self))[place])
 
 
 @final
-class Index(Pictures):
-    """Pictures, made anew each time one is asked for. What is counted over all of them stands in arrays.
+class Index(Images):
+    """Images, made anew each time one is asked for. What is counted over all of them stands in arrays.
 
     It can be pickled, for the other processes of a run.
     """
 
     def __init__(self) -> None:
         self._rows = Rows()
-        self._shared: list[Any] = []  # crops, functions, whatever several pictures have in common
+        self._shared: list[Any] = []  # crops, functions, whatever several images have in common
         self._place_of: dict[Any, int] = {}
         self._crops, self._repeats = array("I"), array("I")
         self._digests = bytearray()
         self._held_out = bytearray()
 
-    def append(self, picture: Picture) -> None:
-        """Add a picture at the end: its row to the file, and to memory what drawing batches reads."""
-        self._rows.append([self._plain(getattr(picture, name)) for name in _FIELDS])
-        self._crops.append(self._place(picture.crop))
-        self._repeats.append(picture.repeats)
-        self._digests += bytes.fromhex(picture.digest)
-        self._held_out.append(picture.held_out)
+    def append(self, image: ImageRecord) -> None:
+        """Add an image at the end: its row to the file, and to memory what drawing batches reads."""
+        self._rows.append([self._plain(getattr(image, name)) for name in _FIELDS])
+        self._crops.append(self._place(image.crop))
+        self._repeats.append(image.repeats)
+        self._digests += bytes.fromhex(image.digest)
+        self._held_out.append(image.held_out)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def picture(self, place: int) -> Picture:
+    def image(self, place: int) -> ImageRecord:
         """The one at `place`, counted from 0, read from the file and put together again."""
         values: dict[str, Any] = {
             name: self._rich(value) for name, value in zip(_FIELDS, self._rows[place], strict=True)
         }
-        return Picture(**values | {"held_out": bool(self._held_out[place])})
+        return ImageRecord(**values | {"held_out": bool(self._held_out[place])})
 
     def hold_out(self, share: float) -> None:
-        """Mark the share of pictures with the smallest digests: the same ones whatever their names and order.
+        """Mark the share of images with the smallest digests: the same ones whatever their names and order.
 
-        At least one is held out and one trains. Copies of one picture stay on one side.
+        At least one is held out and one trains. Copies of one image stay on one side.
         """
         if not share or not len(self):
             return
@@ -107,7 +107,7 @@ class Index(Pictures):
         self._held_out[:] = (ranks < min(max(1, round(share * different)), different - 1)).tobytes()
 
     def part(self, held_out: bool) -> Part:
-        """The pictures that train, or those that are held out."""
+        """The images that train, or those that are held out."""
         import numpy
 
         return Part(self, numpy.flatnonzero(self.held_out == held_out))
@@ -121,7 +121,7 @@ class Index(Pictures):
 
     @property
     def crops(self) -> dict[Crop, numpy.ndarray]:
-        """Each crop that occurs → the places of its pictures."""
+        """Each crop that occurs → the places of its images."""
         import numpy
 
         numbers = numpy.frombuffer(self._crops, numpy.uint32)
@@ -138,7 +138,7 @@ class Index(Pictures):
         return numpy.frombuffer(self._repeats, numpy.uint32)
 
     def copies(self) -> numpy.ndarray:
-        """[N] int32, equal for pictures of the same bytes, and in the order of their digests."""
+        """[N] int32, equal for images of the same bytes, and in the order of their digests."""
         return duplicates.equal(self._digests, DIGEST_BYTES)
 
     def _plain(self, value: object) -> object:
@@ -167,8 +167,8 @@ class Index(Pictures):
 
 
 @final
-class Part(Pictures):
-    """Some pictures of an index. `places` [N] are theirs in it."""
+class Part(Images):
+    """Some images of an index. `places` [N] are theirs in it."""
 
     def __init__(self, index: Index, places: numpy.ndarray) -> None:
         self._index, self.places = index, places
@@ -176,6 +176,6 @@ class Part(Pictures):
     def __len__(self) -> int:
         return len(self.places)
 
-    def picture(self, place: int) -> Picture:
+    def image(self, place: int) -> ImageRecord:
         """The one at `place`, counted from 0 within the part."""
-        return self._index.picture(int(self.places[place]))
+        return self._index.image(int(self.places[place]))

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: folders, which are read and never written, shards, and Hugging Face data sets."""
+"""Where images and captions come from: folders, which are read and never written, shards, and Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from finetune.paths import embedded
 
 
 def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
-    """Every picture of a source, in an order that is the same each time.
+    """Every image of a source, in an order that is the same each time.
 
     Raises:
-        UserError: there is no such source, or it holds no picture.
+        UserError: there is no such source, or it holds no image.
     """
     path = Path(embedded(source.path)).expanduser()
     shards = shards_of(path)
-    if shards and (path.is_file() or not (is_saved(path) or _has_pictures(path))):
+    if shards and (path.is_file() or not (is_saved(path) or _has_images(path))):
         yield from _shards(shards, path, data)
     elif path.is_file():
-        problem = f'"{source.path}" is a file; a source is a folder of pictures, .tar shards, or a data set'
+        problem = f'"{source.path}" is a file; a source is a folder of images, .tar shards, or a data set'
         raise UserError(problem, where="data.path", remedy="give the folder it lies in")
     elif path.is_dir() and not is_saved(path):
         yield from folder_entries(path, data)
@@ -50,7 +50,7 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
 
 
 def refuse_inside(place: Path, data: Data, key: str) -> None:
-    """Nothing is written among the user's pictures: raise if `place`, which `key` names, lies in a source's folder."""
+    """Nothing is written among the user's images: raise if `place`, which `key` names, lies in a source's folder."""
     for source in data.sources or (Source(data.path or ""),):
         folder = Path(embedded(source.path)).expanduser()
         if folder.is_dir() and is_inside(place.expanduser(), folder):
@@ -60,7 +60,7 @@ def refuse_inside(place: Path, data: Data, key: str) -> None:
             )
 
 
-def _has_pictures(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     return any(Path(name).suffix.lower() in READ_SUFFIXES for _, _, names in os.walk(folder) for name in names)
 
 
@@ -68,7 +68,7 @@ def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Prob
     refuse_folder(data.masks)
     if data.classes == "folders":
         raise UserError(
-            "the pictures of shards lie in no folders", where="data.classes", remedy="set data.classes: captions"
+            "the images of shards lie in no folders", where="data.classes", remedy="set data.classes: captions"
         )
     for shard in shards:
         if not is_inside(shard, path):
@@ -76,7 +76,7 @@ def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Prob
                 printable(shard),
                 "damaged shard",
                 "a link out of the folder is not followed",
-                data.unreadable_pictures == "stop",
+                data.unreadable_images == "stop",
             )
         else:
             yield from samples(shard, printable(shard), data, READ_SUFFIXES | OTHER_SUFFIXES)

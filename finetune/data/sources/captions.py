@@ -1,4 +1,4 @@
-"""Captions of folders: `metadata.jsonl`, `metadata.csv`, or a `.txt` file beside each picture."""
+"""Captions of folders: `metadata.jsonl`, `metadata.csv`, or a `.txt` file beside each image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 class Caption:
     """`text` is None where there is none, "" where it is empty. `problem` says why one that is there cannot be read, else "".
 
-    `mask` is the file that a metadata file names for the picture's mask, else "".
+    `mask` is the file that a metadata file names for the image's mask, else "".
     """
 
     text: str | None
@@ -37,9 +37,9 @@ class Caption:
 
 @final
 class Captions:
-    """The captions of the pictures in one folder, and which of them no picture asked for.
+    """The captions of the images in one folder, and which of them no image asked for.
 
-    A metadata file speaks for the pictures in its folder and below, unless a nearer one does; no `.txt` is read there.
+    A metadata file speaks for the images in its folder and below, unless a nearer one does; no `.txt` is read there.
 
     Args:
         folder: they lie in.
@@ -63,7 +63,7 @@ class Captions:
         self._folder, self._names, self._above = folder, names, above
         self._asked = bytearray(
             len(names)
-        )  # of each file, whether it is a picture that asked, or the text that it was given
+        )  # of each file, whether it is an image that asked, or the text that it was given
         tables = [folder / name for name in TABLES if place_of(names, name) is not None]
         if len(tables) > 1:
             raise UserError(
@@ -77,21 +77,21 @@ class Captions:
         self._table = _Table(tables[0], column, mask_column) if tables else None
 
     def of(self, name: str) -> Caption:
-        """The caption of a picture in this folder."""
-        picture = self._folder / name
+        """The caption of an image in this folder."""
+        image = self._folder / name
         self._mark(place_of(self._names, name))
         told: Caption | None = None
         level: Captions | None = self
         while level is not None:
             if level._table is not None:
-                found = level._table.of(picture.relative_to(level._folder).as_posix())
+                found = level._table.of(image.relative_to(level._folder).as_posix())
                 if found is not None and found.mask:
                     found = replace(found, mask=str(level._folder / found.mask))
                 told = told or found or Caption(None)  # the nearest speaks
             level = level._above
         if told is not None:
             return told
-        file = picture.with_suffix(".txt")
+        file = image.with_suffix(".txt")
         if (place := place_of(self._names, file.name)) is None:
             return Caption(None)
         self._mark(place)
@@ -105,7 +105,7 @@ class Captions:
             return Caption(None, f"{file.name} cannot be read: {error.strerror}")
 
     def name_as_mask(self, file: Path) -> bool:
-        """Whether a metadata file says that this one is a mask, and so no picture."""
+        """Whether a metadata file says that this one is a mask, and so no image."""
         level: Captions | None = self
         while level is not None:
             if level._table is not None and level._table.names_mask(file.relative_to(level._folder).as_posix()):
@@ -114,23 +114,23 @@ class Captions:
         return False
 
     def unused(self) -> Iterator[tuple[str, str, bool]]:
-        """(place, what is wrong, whether a picture that is named is not there), once every picture has asked, also below."""
+        """(place, what is wrong, whether an image that is named is not there), once every image has asked, also below."""
         for line, name in self._table.unasked() if self._table is not None else ():
             outside = name.startswith(("../", "/")) or name == ".."
             told = (
-                "names a file outside its folder, which is not read" if outside else "names a picture that is not there"
+                "names a file outside its folder, which is not read" if outside else "names an image that is not there"
             )
             yield f'{line} ("{name}")', told, True
         for place, name in enumerate(self._names):
             if name.lower().endswith(".txt") and not self._asked[place]:
-                spoken_for = "not read: a metadata file speaks for its picture"
+                spoken_for = "not read: a metadata file speaks for its image"
                 yield (
                     str(self._folder / name),
-                    spoken_for if self._picture_of(name) else "no picture has its name",
+                    spoken_for if self._image_of(name) else "no image has its name",
                     False,
                 )
 
-    def _picture_of(self, text: str) -> bool:
+    def _image_of(self, text: str) -> bool:
         """Whether a file that asked differs from `text` in its ending alone."""
         stem = Path(text).stem
         place = bisect_left(self._names, f"{stem}.")
@@ -152,10 +152,10 @@ def one_line(text: str) -> str:
 
 @final
 class _Table:
-    """A metadata file: captions by the names of pictures. In memory, a line takes some 20 bytes.
+    """A metadata file: captions by the names of images. In memory, a line takes some 20 bytes.
 
     Raises:
-        UserError: it cannot be read, a line is not as it should be, or two name the same picture.
+        UserError: it cannot be read, a line is not as it should be, or two name the same image.
     """
 
     def __init__(self, file: Path, column: str, mask_column: str | None) -> None:
@@ -190,7 +190,7 @@ class _Table:
         self._refuse_twice()
 
     def of(self, name: str) -> Caption | None:
-        """The caption of the picture with this name, None if no line names it."""
+        """The caption of the image with this name, None if no line names it."""
         import numpy
 
         wanted = _hash(name)
@@ -215,7 +215,7 @@ class _Table:
         return place < len(self._masks) and bool(self._masks[place] == wanted)
 
     def unasked(self) -> Iterator[tuple[str, str]]:
-        """(place in the file, name) of each line that no picture has asked for."""
+        """(place in the file, name) of each line that no image has asked for."""
         for place, asked in enumerate(self._asked):
             if not asked:
                 name, line, *_ = self._rows[place]

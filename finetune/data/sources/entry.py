@@ -1,4 +1,4 @@
-"""What a source gives: pictures not yet looked at, and what it could not give."""
+"""What a source gives: images not yet looked at, and what it could not give."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 REMEDIES = {
-    "unreadable picture": "repair or remove the file, or set data.unreadable_pictures: skip",
-    "missing picture": "put the file there or remove the line, or set data.unreadable_pictures: skip",
-    "missing caption": "write a .txt file beside each picture or a metadata.jsonl, or set data.missing_captions: empty (or skip)",
+    "unreadable image": "repair or remove the file, or set data.unreadable_images: skip",
+    "missing image": "put the file there or remove the line, or set data.unreadable_images: skip",
+    "missing caption": "write a .txt file beside each image or a metadata.jsonl, or set data.missing_captions: empty (or skip)",
     "missing class": "move it into the folder of its class, or set data.classes: captions",
-    "unreadable mask": "repair the mask or remove it, or set data.unreadable_pictures: skip",
+    "unreadable mask": "repair the mask or remove it, or set data.unreadable_images: skip",
     "unreadable caption": "save the caption as UTF-8 text",
     "damaged shard": "make or download the shard again",
 }
@@ -18,7 +18,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture not yet looked at. `read` gives its bytes, or raises OSError or Unreadable.
+    """An image not yet looked at. `read` gives its bytes, or raises OSError or Unreadable.
 
     `caption` is None where there is none, "" where it is empty. `file` is the file with these bytes and no others, if there
     is one; `content` the bytes themselves, where they are at hand already.
@@ -29,14 +29,14 @@ class Entry:
     read: Callable[[], bytes]
     file: str = ""
     content: bytes | None = field(default=None, repr=False)
-    mask: Callable[[], bytes] | None = None  # gives the picture that says where its loss counts; none: everywhere
+    mask: Callable[[], bytes] | None = None  # gives the image that says where its loss counts; none: everywhere
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A picture or a caption that is not used as it is, and why. `stops`: the recipe does not allow it."""
+    """An image or a caption that is not used as it is, and why. `stops`: the recipe does not allow it."""
 
     name: str
-    kind: str  # such as "unreadable picture"; those that may stop a run stand in `REMEDIES`
+    kind: str  # such as "unreadable image"; those that may stop a run stand in `REMEDIES`
     detail: str
     stops: bool

@@ -1,4 +1,4 @@
-"""A folder of pictures as a source: its files in the order of their paths, the names of one folder at a time in memory."""
+"""A folder of images as a source: its files in the order of their paths, the names of one folder at a time in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finetune.data.sources.masks import BESIDE, Masks
 from finetune.errors import UserError
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-# Pictures all the same, and named as unreadable: none may be left out in silence.
+# Images all the same, and named as unreadable: none may be left out in silence.
 OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".jfif", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 
 
 def folder_entries(folder: Path, data: Data) -> Iterator[Entry | Problem]:
-    """Every picture in a folder and below.
+    """Every image in a folder and below.
 
     Raises:
         UserError: there is none, or a metadata file cannot be read.
@@ -31,19 +31,19 @@ def folder_entries(folder: Path, data: Data) -> Iterator[Entry | Problem]:
     yield from source.below(folder, None)
     if not source.found:
         raise UserError(
-            f"the folder {folder} holds no picture",
+            f"the folder {folder} holds no image",
             where="data.path",
-            remedy="put pictures there (" + " ".join(sorted(READ_SUFFIXES)) + "), or correct data.path",
+            remedy="put images there (" + " ".join(sorted(READ_SUFFIXES)) + "), or correct data.path",
         )
 
 
 @final
 class _Folder:
-    """`found`: whether there was any picture, or what could have been one."""
+    """`found`: whether there was any image, or what could have been one."""
 
     def __init__(self, top: Path, data: Data) -> None:
         self._top, self._data, self._masks = top, data, Masks(data.masks, top)
-        self._strict = data.unreadable_pictures == "stop"
+        self._strict = data.unreadable_images == "stop"
         self._mask_column = data.mask_column if data.masks == BESIDE else None
         self.found = False
 
@@ -55,7 +55,7 @@ class _Folder:
             files, folders, refused = [], [], [(folder, f"the folder cannot be read: {error.strerror}")]
         for path, detail in refused:
             self.found = True
-            yield Problem(printable(path), "unreadable picture", detail, self._strict)
+            yield Problem(printable(path), "unreadable image", detail, self._strict)
         by_folder = self._data.classes == "folders"
         names, lower = [] if by_folder else files, set(folders)
         captions = Captions(folder, names, self._data.caption_column, above, self._mask_column)
@@ -65,12 +65,12 @@ class _Folder:
             elif (found := self._entry(folder / name, files, captions)) is not None:
                 yield found
         for name, detail, missing in captions.unused():
-            yield Problem(name, "missing picture" if missing else "unused caption", detail, missing and self._strict)
+            yield Problem(name, "missing image" if missing else "unused caption", detail, missing and self._strict)
 
     def _entry(self, file: Path, beside: list[str], captions: Captions) -> Entry | Problem | None:
         by_folder = self._data.classes == "folders"
         if file.suffix == ".tar" and not by_folder:
-            return Problem(printable(file), "unused shard", "lies among pictures: name it in data.sources", False)
+            return Problem(printable(file), "unused shard", "lies among images: name it in data.sources", False)
         if (
             file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES
             or self._masks.has(file)

@@ -93,7 +93,7 @@ def _streamed(stream: _Stream, name: str, data: Data) -> Iterator[Entry | Proble
 
 
 def content(cell: dict[str, Any] | None) -> bytes | None:
-    """A picture that is in the row itself."""
+    """An image that is in the row itself."""
     found = (cell or {}).get("bytes")
     return None if found is None else bytes(found)
 
@@ -114,7 +114,7 @@ def _entry(
 
 
 class _Place:
-    """Where the bytes of a picture may come from: its cell, and files of the data set itself."""
+    """Where the bytes of an image may come from: its cell, and files of the data set itself."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
         self._folder, self._name = folder, name
@@ -126,7 +126,7 @@ class _Place:
             return bytes(cell["bytes"])
         path = cell.get("path")
         if not path:
-            raise Unreadable("the row has no picture")
+            raise Unreadable("the row has no image")
         if self._folder is None and on_hub(str(path), self._name):
             from datasets.utils.file_utils import xopen
 
@@ -151,17 +151,17 @@ def on_hub(url: str, name: str) -> bool:
 
 
 class _Table:
-    """A column of pictures on disk. It can be pickled, for the other processes of a run."""
+    """A column of images on disk. It can be pickled, for the other processes of a run."""
 
-    def __init__(self, pictures: Any, place: _Place, column: str) -> None:
-        self._pictures, self._place, self._column, self._lock = pictures, place, column, threading.Lock()
+    def __init__(self, images: Any, place: _Place, column: str) -> None:
+        self._images, self._place, self._column, self._lock = images, place, column, threading.Lock()
 
     def __reduce__(self) -> Any:
-        return _Table, (self._pictures, self._place, self._column)
+        return _Table, (self._images, self._place, self._column)
 
     def read(self, row: int) -> bytes:
         with self._lock:
-            cell = self._pictures[row][self._column]
+            cell = self._images[row][self._column]
         return self._place.bytes_of(cell)
 
 
@@ -253,7 +253,7 @@ def _open(folder: Path | None, name: str, streaming: bool) -> dict[str, Any]:
         raise UserError(
             f"{lead}: {' '.join(str(error).split())[:200] or type(error).__name__}",
             where="data.path",
-            remedy="check the name, the network, and your access to it (`hf auth login`); a folder of pictures works without a network",
+            remedy="check the name, the network, and your access to it (`hf auth login`); a folder of images works without a network",
         ) from error
     return found if isinstance(found, dict) else {"train": found}
 
@@ -316,7 +316,7 @@ def _on_the_hub(name: str) -> Any:
     builder = datasets.load_dataset_builder(name)
     kind = type(builder).__module__.rsplit(".", 1)[-1]
     if kind not in BUILDERS:
-        remedy = "convert it to parquet or to a folder of pictures"
+        remedy = "convert it to parquet or to a folder of images"
         raise UserError(
             f'the data set "{name}" is made of {kind} files, which are not read here', where="data.path", remedy=remedy
         )
@@ -332,7 +332,7 @@ def _on_the_hub(name: str) -> Any:
 
 
 def _checked(table: Any, data: Data) -> Any:
-    """The data set with the recipe's columns, its pictures as bytes, not decoded."""
+    """The data set with the recipe's columns, its images as bytes, not decoded."""
     import datasets
 
     names = table.column_names or list((table.features or next(iter(table), {})).keys())
@@ -346,5 +346,5 @@ def _checked(table: Any, data: Data) -> Any:
         try:
             table = table.cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # pyarrow's
-            raise UserError(f'column "{column}" holds no pictures', where=f"data.{key}", remedy=there) from error
+            raise UserError(f'column "{column}" holds no images', where=f"data.{key}", remedy=there) from error
     return table

@@ -1,7 +1,7 @@
-"""WebDataset shards as a source: tar files in which a picture and its caption share a name, such as `0001.jpg`, `0001.txt`.
+"""WebDataset shards as a source: tar files in which an image and its caption share a name, such as `0001.jpg`, `0001.txt`.
 
-Nothing is unpacked: a shard's headers are walked once, and a picture is then read where it lies. So shards on any disk or
-mounted store are drawn from in any order, each process reading only its own pictures, and no shuffle buffer is needed.
+Nothing is unpacked: a shard's headers are walked once, and an image is then read where it lies. So shards on any disk or
+mounted store are drawn from in any order, each process reading only its own images, and no shuffle buffer is needed.
 The layout is WebDataset's (https://github.com/webdataset/webdataset), read with the standard library.
 """
 
@@ -50,10 +50,10 @@ def shards_of(path: Path) -> list[Path]:
     return sorted(file for file in path.glob("*.tar") if file.is_file() and not file.name.startswith("."))
 
 
-def samples(shard: Path, name: str, data: Data, picture_suffixes: set[str]) -> Iterator[Entry | Problem]:
-    """The pictures of one shard with their captions; `name` is what messages call the shard."""
-    strict = data.unreadable_pictures == "stop"
-    read = picture_suffixes | CAPTIONS | ({MARK + suffix for suffix in SUFFIXES} if data.masks == BESIDE else set())
+def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Iterator[Entry | Problem]:
+    """The images of one shard with their captions; `name` is what messages call the shard."""
+    strict = data.unreadable_images == "stop"
+    read = image_suffixes | CAPTIONS | ({MARK + suffix for suffix in SUFFIXES} if data.masks == BESIDE else set())
     group: list[_Member] = []
     others: set[str] = set()
     for member in _members(shard, name, strict):
@@ -66,24 +66,24 @@ def samples(shard: Path, name: str, data: Data, picture_suffixes: set[str]) -> I
             others.add(member.kind)
             continue
         if group and member.key != group[0].key:
-            yield from _sample(shard, name, group, data, picture_suffixes)
+            yield from _sample(shard, name, group, data, image_suffixes)
             group = []
         group.append(member)
-    yield from _sample(shard, name, group, data, picture_suffixes)
+    yield from _sample(shard, name, group, data, image_suffixes)
 
 
 def _sample(
-    shard: Path, name: str, group: list[_Member], data: Data, picture_suffixes: set[str]
+    shard: Path, name: str, group: list[_Member], data: Data, image_suffixes: set[str]
 ) -> Iterator[Entry | Problem]:
     """The files of one sample, which lie side by side."""
-    pictures = [member for member in group if member.kind in picture_suffixes]
+    images = [member for member in group if member.kind in image_suffixes]
     words = {member.kind: member for member in group if member.kind in CAPTIONS}
     masks = [
         functools.partial(_read, str(shard), member.start, member.size)
         for member in group
         if member.kind.startswith(f"{MARK}.")
     ]
-    for member in pictures:
+    for member in images:
         place = f"{name}/{member.name}"
         caption = _caption(shard, words, data.caption_column)
         if caption.problem:
@@ -91,13 +91,13 @@ def _sample(
         else:
             read = functools.partial(_read, str(shard), member.start, member.size)
             yield Entry(place, caption.text, read, mask=masks[0] if masks else None)
-    if not pictures:
+    if not images:
         for member in words.values():
-            yield Problem(f"{name}/{member.name}", "unused caption", "no picture has its name", False)
+            yield Problem(f"{name}/{member.name}", "unused caption", "no image has its name", False)
 
 
 def _caption(shard: Path, words: dict[str, _Member], column: str) -> Caption:
-    """Of the `.txt` beside a picture, else of the `column` of the `.json`."""
+    """Of the `.txt` beside an image, else of the `column` of the `.json`."""
     member = words.get(".txt") or words.get(".json")
     if member is None:
         return Caption(None)
@@ -147,7 +147,7 @@ def _members(shard: Path, name: str, strict: bool) -> Iterator[_Member | Problem
                 if not member.isreg() or member.sparse is not None:
                     yield Problem(
                         f"{name}/{member_name}",
-                        "unreadable picture",
+                        "unreadable image",
                         "a link or another special member of a shard is not read",
                         strict,
                     )

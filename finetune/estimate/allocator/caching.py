@@ -2,7 +2,7 @@
 
 A tensor's bytes are what a step allocates; what the card must hold is what PyTorch reserved to serve them. The rules
 are those of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`) and of the constants in
-`c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by its name there where it is applied. Not modelled, all off
+`c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by its name there where it is applied. Not modeled, all off
 by default: `roundup_power2_divisions`, `garbage_collection_threshold`, private pools of CUDA graphs; nor `record_stream`,
 which delays a free until another stream has caught up.
 
@@ -94,7 +94,7 @@ class Allocator:
         """The options are those of PYTORCH_CUDA_ALLOC_CONF, `max_split_size_mb` in bytes and over 20 MiB.
 
         Raises:
-            ValueError: PyTorch would refuse the option, or both are used, which is not modelled.
+            ValueError: PyTorch would refuse the option, or both are used, which is not modeled.
         """
         if max_split_size is not None and (max_split_size <= LARGE_BUFFER or expandable_segments):
             raise ValueError(

@@ -38,7 +38,7 @@ def segment_size(size: int) -> int:
 
 class Pool(ABC):
     """The cached memory of one stream, small or large (`BlockPool`). Free blocks are kept three ways: sorted by size and address
-    to find the best fit, and by where they start and end to find neighbours."""
+    to find the best fit, and by where they start and end to find neighbors."""
 
     __slots__ = ("blocks", "ends", "split_below", "split_from", "starts")
 
@@ -50,7 +50,7 @@ class Pool(ABC):
         self.split_below = split_below  # … where less than this was asked for
 
     def put(self, start: int, end: int) -> None:
-        """A block becomes free: merge it with free neighbours (`free_block`, `try_merge_blocks`)."""
+        """A block becomes free: merge it with free neighbors (`free_block`, `try_merge_blocks`)."""
         blocks, starts, ends = self.blocks, self.starts, self.ends
         before = ends.pop(start, None)
         if before is not None:

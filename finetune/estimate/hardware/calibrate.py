@@ -32,8 +32,8 @@ CONVOLUTIONS = (
     (8, 16, 64),
     (8, 64, 16),
     (4, 128, 32),
-)  # pictures, channels, side: thin ones and thick ones
-ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all pictures, length, width
+)  # images, channels, side: thin ones and thick ones
+ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all images, length, width
 ELEMENTS = (1, 16, 64, 128, 256, 384)  # sides of 4 × 16 channels; the last so large that each is given fresh pages
 DRAWN = (16, 128)  # likewise, of drop-out
 BETWEEN = 200  # tensors that pass between one that is written and its use, as when a net goes forward and back
@@ -150,11 +150,11 @@ def _matmuls(clock: Clock) -> Measured:
 
 def _convolutions(clock: Clock) -> Measured:
     """3 × 3, forward, and backward, which does twice as much."""
-    for pictures, channels, side in CONVOLUTIONS:
+    for images, channels, side in CONVOLUTIONS:
         layer: Any = nn.Conv2d(channels, channels, 3, padding=1)  # laid out as `pixels` lays out nets
         layer.to(memory_format=torch.channels_last)
-        values = torch.randn(pictures, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
-        flops = 2.0 * pictures * side**2 * channels**2 * 9
+        values = torch.randn(images, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
+        flops = 2.0 * images * side**2 * channels**2 * 9
         yield from _both(
             clock,
             flops,

@@ -71,7 +71,7 @@ class Denoiser:
             return Controlled(net, self.config) if name == "ControlNetModel" else net
 
     def inputs(self, size: tuple[int, int]) -> Inputs:
-        """What it is called with, for pictures of (width, height)."""
+        """What it is called with, for images of (width, height)."""
         return INPUTS[self.config["_class_name"]](_Defaults(self), *size)
 
 
@@ -140,7 +140,7 @@ class Controlled(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor, **given: Any
     ) -> Any:
-        """As UNet2DConditionModel's, with a picture that steers."""
+        """As UNet2DConditionModel's, with an image that steers."""
         down, middle = self.control(sample, timestep, encoder_hidden_states, controlnet_cond, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return self.unet(sample, timestep, encoder_hidden_states, **residuals, **given)
@@ -173,7 +173,7 @@ class DenoiserTurn(TrainStep):
                 module.register_forward_hook(routing.end, always_call=True)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Of each picture, [B] float32."""
+        """Of each image, [B] float32."""
         latents = batch["latents"]
         noise, time = draw.normal("noise", latents.shape[1:]), draw.uniform("time")
         names, fixed = self._inputs.names, self._inputs.fixed(len(latents))
@@ -251,12 +251,12 @@ class DenoiserModel(Model):
 class _MadeUpEncoders(Encoders):
     """The inputs that stand for what a family's encoders would give."""
 
-    picture_key = caption_key = "made up"
+    image_key = caption_key = "made up"
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         return {"latents": self._inputs.latents}
 
     def encode_caption(self, caption: str) -> Batch:

@@ -30,11 +30,11 @@ class Inputs:
     """What a denoiser is called with.
 
     Attributes:
-        latents: of one picture, without a batch dimension.
-        conditions: of one picture, by the name of forward's argument.
+        latents: of one image, without a batch dimension.
+        conditions: of one image, by the name of forward's argument.
         fixed: arguments that do not grow with the batch, or a function of the batch that makes them.
         names: of forward's arguments for the noisy latents and the timesteps ("": it takes none).
-        loss: of each picture, [B] float32, of what is predicted, the noise and the latents: by default that of flow matching.
+        loss: of each image, [B] float32, of what is predicted, the noise and the latents: by default that of flow matching.
         experts: among which boolean masks share out tokens, each the same number (fake tensors have no values to route by).
         integers: what reading an integer from a tensor gives (fake tensors have no values), such as a caption's length.
     """
@@ -165,14 +165,14 @@ def _kolors_or_unet(config: Any, width: int, height: int) -> Inputs:
 
 
 def _controlnet(config: Any, width: int, height: int) -> Inputs:
-    """A picture, three channels at full size, steers the frozen UNet."""
+    """An image, three channels at full size, steers the frozen UNet."""
     found = _unet(config, width, height)
     found.conditions["controlnet_cond"] = torch.empty(config.conditioning_channels, height, width)
     return found
 
 
 def _hidream(config: Any, width: int, height: int) -> Inputs:
-    """Every layer of Llama's hidden states, T5's, and pooled CLIP's; tokens go to the experts in equal shares. Pictures are square."""
+    """Every layer of Llama's hidden states, T5's, and pooled CLIP's; tokens go to the experts in equal shares. Images are square."""
     llama, t5 = config.caption_channels
     conditions = {
         "encoder_hidden_states_llama3": torch.empty(max(config.llama_layers) + 1, config.tokens, llama),

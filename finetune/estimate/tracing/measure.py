@@ -101,7 +101,7 @@ def variant(
 
 
 def line(low: float, high: float) -> list[float]:
-    """(at batch 0, more for each picture) through the figures at BATCHES."""
+    """(at batch 0, more for each image) through the figures at BATCHES."""
     slope = (high - low) / (BATCHES[1] - BATCHES[0])
     return [low - BATCHES[0] * slope, slope]
 
@@ -136,7 +136,7 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
                 raise RuntimeError(
                     f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}"
                 )
-            # A net that takes its pictures one by one, or in groups: such operators cost their bytes, so that the means of the smaller batch's serve.
+            # A net that takes its images one by one, or in groups: such operators cost their bytes, so that the means of the smaller batch's serve.
             mean = [
                 0.0,
                 0.0,

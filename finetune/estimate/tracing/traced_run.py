@@ -57,7 +57,7 @@ from finetune.training.run_folder import Run
 from finetune.training.trainer import Trainer
 
 STEPS = 2  # the first makes the optimizer's state, the second is as all that follow
-OF_TEXT_ENCODERS = ("text encoders' blocks", "text encoders' largest block", "text encoders' quantisable")  # parameters
+OF_TEXT_ENCODERS = ("text encoders' blocks", "text encoders' largest block", "text encoders' quantizable")  # parameters
 DENOISING_STEPS = 2  # of a sample: each is as the last
 
 
@@ -126,8 +126,8 @@ class MadeUp:
 
 
 def plan_for(recipe: Recipe, precision: Precision, size: tuple[int, int]) -> Plan:
-    """A plan whose numbers are the recipe's, for pictures of one size (width, height)."""
-    facts = DataFacts(pictures=1, examples=1, held_out=0, buckets=((*size, 1),), digest="")
+    """A plan whose numbers are the recipe's, for images of one size (width, height)."""
+    facts = DataFacts(images=1, examples=1, held_out=0, buckets=((*size, 1),), digest="")
     machine = Machine(device="cpu", name="traced", processes=1, threads=1, bfloat16=True, memory_bytes=0)
     batch = recipe.train.batch_size * recipe.train.accumulation
     return Plan(recipe, facts, machine, precision, batch, 1.0, STEPS, "", ())
@@ -140,7 +140,7 @@ class Subject:
     Args:
         recipe: as it would train.
         precision: of the activations, as the plan resolves it for the card.
-        size: width and height of the pictures.
+        size: width and height of the images.
         audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
         trained_dtype: of what trains in other trainers' runs, which estimates are checked against; none: as the recipe says.
         build: makes the model of a plan, where it is no family of `models/`.
@@ -215,7 +215,7 @@ class Subject:
         pixels = torch.empty(3, height, width)
         geometry = {"geometry": torch.empty(6)}
         if not isinstance(model, TextToImage):
-            return None, encoders.encode_picture(pixels) | encoders.encode_caption("") | geometry
+            return None, encoders.encode_image(pixels) | encoders.encode_caption("") | geometry
         gc.collect()
         with Recorder() as recorder, torch.no_grad():
             held = {
@@ -232,15 +232,15 @@ class Subject:
                 held["text encoders parameters"] = sum(_parameters(net) for net in texts)
                 blocks = [_parameters(block) for net in texts for block in blocks_of(net)]
                 held |= {"text encoders' blocks": sum(blocks), "text encoders' largest block": max(blocks, default=0)}
-                held["text encoders' quantisable"] = sum(
+                held["text encoders' quantizable"] = sum(
                     net.get_parameter(f"{name}.weight").numel() for net in texts for name in quantizable(net)
                 )
             recorder.section("encode text")
             caption = encoders.encode_caption("")
-            recorder.section("encode pictures")
-            picture = encoders.encode_picture(pixels)
+            recorder.section("encode images")
+            image = encoders.encode_image(pixels)
         encoders.release()
-        return Phase(recorder.events, recorder.sections, held), picture | caption | geometry
+        return Phase(recorder.events, recorder.sections, held), image | caption | geometry
 
     def _train(self, model: Model, example: Batch, mode: Cuda | None) -> Phase:
         gc.collect()
@@ -290,7 +290,7 @@ class Subject:
     def _sample(self, model: TextToImage) -> Phase:
         """With the trained nets in place; what training keeps besides them (optimizer, averages) is added by who reports."""
         gc.collect()
-        model.pipeline.image_processor = _NoPicture()
+        model.pipeline.image_processor = _NoImage()
         # Any scheduler's step is a few operators on latents; some others read values, which fake tensors have not.
         config = model.pipeline.scheduler.config
         flow = model.family.objective == "flow"
@@ -305,8 +305,8 @@ class Subject:
         return Phase(recorder.events, recorder.sections, held)
 
 
-class _NoPicture:
-    """Stands for the pipeline's image processor: fake pixels make no picture."""
+class _NoImage:
+    """Stands for the pipeline's image processor: fake pixels make no image."""
 
     def postprocess(self, pixels: Tensor, **_: Any) -> Tensor:
         return pixels

@@ -1,7 +1,7 @@
 """The objective of flow matching (Lipman et al. 2022, arXiv:2210.02747), as rectified flows have it.
 
 Notation of Esser et al. 2024 (arXiv:2403.03206), with σ for their t: x_σ = (1−σ) x_0 + σ ε, and the net predicts the
-velocity dx/dσ = ε − x_0. How σ is drawn: §3.1; how it is shifted towards noise for large pictures: §5.3.2.
+velocity dx/dσ = ε − x_0. How σ is drawn: §3.1; how it is shifted towards noise for large images: §5.3.2.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FlowMatching(Objective):
 
 
 def shift(schedule: Mapping[str, Any], tokens: int) -> float:
-    """α by a scheduler's configuration, for a picture of so many tokens.
+    """α by a scheduler's configuration, for an image of so many tokens.
 
     Dynamic shifting (diffusers' `calculate_shift` and `time_shift`): μ grows linearly with the tokens, and α = exp(μ), or μ itself
     where the configuration says so. `shift_terminal`, which stretches a sampler's last step, does not concern training.

@@ -1,6 +1,6 @@
 """What a critic and a generator want, on logits: log(σ(…)) is never formed, whose gradient dies where it is needed.
 
-A logit is how true the critic takes a picture to be. Each loss is of one example, [B].
+A logit is how true the critic takes an image to be. Each loss is of one example, [B].
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (logits of true pictures, of made ones), [B] each → [B]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits of true images, of made ones), [B] each → [B]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`paired`: the generator's loss too reads the logits of true pictures."""
+    """`paired`: the generator's loss too reads the logits of true images."""
 
     critic: Loss
     generator: Loss
@@ -38,19 +38,19 @@ OBJECTIVES = {
 }
 
 
-def slopes(logits: Tensor, pictures: Tensor) -> Tensor:
-    """∇D at each picture, flattened, [B, D]: of the logits as they are, and so that it can be trained."""
-    with torch.autocast(pictures.device.type, enabled=False):
-        (found,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+def slopes(logits: Tensor, images: Tensor) -> Tensor:
+    """∇D at each image, flattened, [B, D]: of the logits as they are, and so that it can be trained."""
+    with torch.autocast(images.device.type, enabled=False):
+        (found,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return found.flatten(1).float()
 
 
-def flatness(logits: Tensor, pictures: Tensor) -> Tensor:
-    """½‖∇D‖², [B]: R1 at true pictures, R2 at made ones (Mescheder et al. 2018, arXiv:1801.04406, equations 9 and 10), times γ."""
-    return slopes(logits, pictures).square().sum(1) / 2
+def flatness(logits: Tensor, images: Tensor) -> Tensor:
+    """½‖∇D‖², [B]: R1 at true images, R2 at made ones (Mescheder et al. 2018, arXiv:1801.04406, equations 9 and 10), times γ."""
+    return slopes(logits, images).square().sum(1) / 2
 
 
-def unit_slope(logits: Tensor, pictures: Tensor) -> Tensor:
-    """(‖∇D‖ − 1)², [B], the norm over all of a picture (Gulrajani et al. 2017, arXiv:1704.00028, equation 3), times λ."""
-    lengths: Tensor = torch.linalg.vector_norm(slopes(logits, pictures), dim=1)
+def unit_slope(logits: Tensor, images: Tensor) -> Tensor:
+    """(‖∇D‖ − 1)², [B], the norm over all of an image (Gulrajani et al. 2017, arXiv:1704.00028, equation 3), times λ."""
+    lengths: Tensor = torch.linalg.vector_norm(slopes(logits, images), dim=1)
     return (lengths - 1).square()

@@ -1,4 +1,4 @@
-"""From a picture to noise, three ways, all x = α x_0 + σ ε: what a net learns on the way, and the grid that drawing goes back along.
+"""From an image to noise, three ways, all x = α x_0 + σ ε: what a net learns on the way, and the grid that drawing goes back along.
 
 Preserving    α² + σ² = 1, in T steps (Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672)
 Straight      α = 1 − σ (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)
@@ -30,7 +30,7 @@ class Path(ABC):
     """A path and what a net on it says.
 
     Attributes:
-        objective: noises pictures and says what the net should.
+        objective: noises images and says what the net should.
         spread: the standard deviation of the noise that drawing starts from.
     """
 
@@ -88,7 +88,7 @@ class Preserving(Path):
         return len(self._alphas)
 
     def level(self, step: int) -> Level:
-        """After step `step` of 0 … T − 1; −1 is the picture."""
+        """After step `step` of 0 … T − 1; −1 is the image."""
         square = self._alphas[step] if step >= 0 else 1.0
         alpha, sigma = math.sqrt(square), math.sqrt(1 - square)
         return Level(alpha, sigma, math.atan2(sigma, alpha), -sigma, alpha, float(step))

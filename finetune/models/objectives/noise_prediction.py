@@ -51,7 +51,7 @@ class Objective(ABC):
     def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of each example, [B] float32: the mean over its elements.
 
-        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its picture.
+        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its image.
         """
         element = self.element(predicted.float() - noised.target)
         return (element if mask is None else element * mask).flatten(1).mean(1) * noised.weight
@@ -72,7 +72,7 @@ class Denoising(Objective):
         timestep = self._shifted(draw.integers("timestep", len(self.alphas_cumprod)), part)
         noise = draw.normal("noise", clean.shape[1:])
         if self._loss.noise_offset:
-            # One number a channel shifts the whole picture, so that its mean brightness is noised too
+            # One number a channel shifts the whole image, so that its mean brightness is noised too
             # (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
             noise = noise + self._loss.noise_offset * draw.normal("noise offset", (clean.shape[1], 1, 1))
         alpha = self.alphas_cumprod.to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))

@@ -1,6 +1,6 @@
-"""−log p of continuous pictures along a path's flow, by the change of variables (Chen et al. 2018, arXiv:1806.07366, theorem 1).
+"""−log p of continuous images along a path's flow, by the change of variables (Chen et al. 2018, arXiv:1806.07366, theorem 1).
 
-The flow dx/dt = f(x, t) carries pictures to noise, and d log p/dt = −tr ∂f/∂x on the way (Song et al. 2021, arXiv:2011.13456,
+The flow dx/dt = f(x, t) carries images to noise, and d log p/dt = −tr ∂f/∂x on the way (Song et al. 2021, arXiv:2011.13456,
 equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v of ±1 (Hutchinson; equation 40), the flow by Heun's steps. Whatever the
 path, y = x / √(α² + σ²) is followed, by the angle whose tangent is σ/α: there f is of the size of y all the way.
 """
@@ -22,7 +22,7 @@ from finetune.models.scratch.diffusion.base import DiffusionModel
 from finetune.rng import Draw
 
 STEPS = 40  # of the flow, two looks and their gradients each
-LEAST = 1e-3  # the angle at which pictures are taken to be clean
+LEAST = 1e-3  # the angle at which images are taken to be clean
 
 
 def angles(most: float) -> list[float]:
@@ -78,7 +78,7 @@ class FlowLikelihood(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """−log p of each picture's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
+        """−log p of each image's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
         levels, classes = levels_in(batch)
         width, along = 2 / (self.space.levels - 1), angles(self.most())
 

@@ -1,4 +1,4 @@
-"""From noise to pictures along a grid of noise levels, whatever the path: x = α x_0 + σ ε at each level.
+"""From noise to images along a grid of noise levels, whatever the path: x = α x_0 + σ ε at each level.
 
 All of them ask a net for D(x), the expectation of x_0 given x; ε̂ = (x − α D) / σ. The last level has σ = 0: there x is D.
 
@@ -61,7 +61,7 @@ class Posterior:
 
 
 def posterior(now: Level, then: Level) -> Posterior:
-    """By Bayes' rule from q(x | x') = N(x' α/α', σ² − σ'² α²/α'²): DDPM's equation 7 where the levels are neighbours."""
+    """By Bayes' rule from q(x | x') = N(x' α/α', σ² − σ'² α²/α'²): DDPM's equation 7 where the levels are neighbors."""
     ratio = now.alpha / then.alpha
     added = now.sigma**2 - (ratio * then.sigma) ** 2
     share = added / now.sigma**2

@@ -33,7 +33,7 @@ class Family(ABC):
     patch: ClassVar[int] = 2  # latent pixels a token of the denoiser, along one side
     sampling: ClassVar[Sampling] = "logit_normal"  # how noise levels were drawn in its training; for flows
     guidance: ClassVar[str] = "guidance_scale"  # the pipeline's argument
-    arguments: ClassVar[Mapping[str, Any]] = {}  # more of the pipeline's, the same for every picture
+    arguments: ClassVar[Mapping[str, Any]] = {}  # more of the pipeline's, the same for every image
 
     @abstractmethod
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:

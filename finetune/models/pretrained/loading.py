@@ -84,7 +84,7 @@ def open_pipeline(
                 file = Path(section.transformer).expanduser()
                 net, weights = getattr(diffusers, index["transformer"][1]), own.get("transformer", dtype)
                 replaced["transformer"] = open_transformer(file, section.family, net, source, weights)
-        if class_name == "StableDiffusionPipeline":  # what only filters finished pictures is not loaded
+        if class_name == "StableDiffusionPipeline":  # what only filters finished images is not loaded
             replaced |= {
                 "safety_checker": None,
                 "feature_extractor": None,
@@ -93,7 +93,7 @@ def open_pipeline(
             }
         if path:
             _require_pieces(path, index, replaced)
-        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once a picture.
+        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once an image.
         dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
         found: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
         return found
@@ -269,7 +269,7 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
     """The tokenizer that reads most of a caption of a recipe's model, and its family's way to count; None where captions are not read.
 
     Args:
-        captions: of the pictures that train, from which one from scratch learns it.
+        captions: of the images that train, from which one from scratch learns it.
 
     Raises:
         UserError: it is not there or cannot be reached.

@@ -106,7 +106,7 @@ class DenoiseTurn(TrainStep):
 
 
 class CaptionAndLatent(Encoders):
-    """The VAE's posterior of a picture, and a caption's conditions, or its token ids where text encoders train."""
+    """The VAE's posterior of an image, and a caption's conditions, or its token ids where text encoders train."""
 
     def __init__(
         self,
@@ -123,9 +123,7 @@ class CaptionAndLatent(Encoders):
         self._latents = latents_of(pipeline.vae.to(device))
         self.mask_factor = self._latents.factor
         config = json.dumps(dict(pipeline.vae.config), sort_keys=True, default=str)
-        self.picture_key = key_of(
-            "latent", fingerprint(pipeline.vae.state_dict()), config, str(self._kept_dtype), *tiles
-        )
+        self.image_key = key_of("latent", fingerprint(pipeline.vae.state_dict()), config, str(self._kept_dtype), *tiles)
         tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
         vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
         weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
@@ -139,8 +137,8 @@ class CaptionAndLatent(Encoders):
         return {name: getattr(self._pipeline, name) for _, name in self._family.encoders}
 
     @torch.no_grad()
-    def encode_picture(self, pixels: Tensor) -> Batch:
-        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once a picture.
+    def encode_image(self, pixels: Tensor) -> Batch:
+        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once an image.
         found = self._latents.encode(pixels[None].to(self._device, torch.float32))
         return {name: tensor[0].to(self._kept_dtype) for name, tensor in found.items()}
 
@@ -179,7 +177,7 @@ def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObject
 
 
 def changes_schedule(recipe: Recipe) -> bool:
-    """Whether pictures are drawn with another scheduler than the base's own."""
+    """Whether images are drawn with another scheduler than the base's own."""
     return recipe.model.prediction is not None or (recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr)
 
 
@@ -207,9 +205,9 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
 def draw(
     pipeline: Any, family: Family, request: SampleRequest, seed: int, positive: Batch, negative: Batch
 ) -> Image.Image:
-    """One picture from its own seed, by the pipeline's own call: while training and afterwards alike.
+    """One image from its own seed, by the pipeline's own call: while training and afterwards alike.
 
-    The VAE decodes in its own precision, float32, as pictures are encoded.
+    The VAE decodes in its own precision, float32, as images are encoded.
     """
     size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
     with decoded_exactly(pipeline.vae):
@@ -354,12 +352,12 @@ class TextToImage(Model):
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
-        """As in `Model`, by diffusers' own pipeline, one picture at a time; the VAE comes from host memory for it."""
+        """As in `Model`, by diffusers' own pipeline, one image at a time; the VAE comes from host memory for it."""
         request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
         found = []
         self.pipeline.vae.to(self.device)
         try:
-            # A quantised base draws as the whole one does: on that, the LoRA will be used.
+            # A quantized base draws as the whole one does: on that, the LoRA will be used.
             with (
                 whole_weights(self.denoiser),
                 torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
@@ -409,7 +407,7 @@ class TextToImage(Model):
 
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
-        if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other pictures
+        if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other images
             self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         if self._peft_folders:
             return [peft.save_peft(net, folder / name) for name, net in nets.items()]

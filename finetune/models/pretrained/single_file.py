@@ -38,7 +38,7 @@ TRANSFORMERS = {
     "blocks.0.mlp.inverted_conv.conv.weight": "sana",
     "blocks.0.cross_attn.q_linear.weight": "pixart",
 }
-SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of what only files quantised for ComfyUI hold
+SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of what only files quantized for ComfyUI hold
 # SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
 PADDING = {
     "sd15": {"tokenizer": "<|endoftext|>"},
@@ -102,7 +102,7 @@ def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torc
         source: the pipeline's folder or name on the hub, with the transformer's configuration.
 
     Raises:
-        UserError: it is of another family, quantised, or not whole; or diffusers reads no such file.
+        UserError: it is of another family, quantized, or not whole; or diffusers reads no such file.
     """
     shapes, where = read_shapes(path), str(path)
     found = transformer_family(shapes)
@@ -125,7 +125,7 @@ def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torc
         )
     if any(name.endswith(SCALED) for name in shapes):
         remedy = "give the file in bfloat16 or float16; model.quantize then makes it as small"
-        raise UserError(f"{path.name} is quantised in a way of ComfyUI's own", where=where, remedy=remedy)
+        raise UserError(f"{path.name} is quantized in a way of ComfyUI's own", where=where, remedy=remedy)
     inside = any(
         name.startswith(UNET) for name in shapes
     )  # beside text encoders and a VAE, which are the pipeline's own here

@@ -71,7 +71,7 @@ def check(recipe: Recipe, family: Family, audit: Audit) -> None:
             problem, where="tokens", remedy="remove `tokens`; the LoRA learns a rare word or a name in its place"
         )
     for token in recipe.tokens:
-        if not any(token.token in picture.caption for picture in audit.training):
+        if not any(token.token in image.caption for image in audit.training):
             problem = f'no caption has the word "{token.token}"'
             raise UserError(
                 problem,
@@ -153,7 +153,7 @@ def save(folder: Path, tokens: Sequence[Token], rows: Mapping[str, NewTokens]) -
 
 
 def load(pipeline: Any, folder: Path, recipe: Recipe) -> None:
-    """Put an artefact's tokens on a pipeline, by diffusers' own loader."""
+    """Put an artifact's tokens on a pipeline, by diffusers' own loader."""
     for token in recipe.tokens:
         state = load_file(folder / token.file)
         if len(state) == 1:

@@ -61,7 +61,7 @@ def spelled(tokenizer: Any, caption: str) -> list[str]:
 
 
 def learn_merges(words: Mapping[str, int], count: int) -> list[Pair]:
-    """The first `count` merges: each time the commonest pair of neighbours, of equally common ones the first in the alphabet.
+    """The first `count` merges: each time the commonest pair of neighbors, of equally common ones the first in the alphabet.
 
     Args:
         words: how often each occurs.

@@ -1,4 +1,4 @@
-"""Pictures as latents, by the class of the VAE: what its pipeline decodes, scaled as its denoiser reads it."""
+"""Images as latents, by the class of the VAE: what its pipeline decodes, scaled as its denoiser reads it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Latents(ABC):
     vae: of the pipeline.
     """
 
-    factor: int  # picture pixels a latent pixel, along one side
+    factor: int  # image pixels a latent pixel, along one side
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -42,7 +42,7 @@ class Gaussian(Latents):
 
 
 class Patched(Latents):
-    """AutoencoderKLFlux2: 2×2 latent pixels become channels, which are normalised by the statistics of a batch norm."""
+    """AutoencoderKLFlux2: 2×2 latent pixels become channels, which are normalized by the statistics of a batch norm."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
@@ -56,7 +56,7 @@ class Patched(Latents):
 
 
 class OneFrame(Latents):
-    """AutoencoderKLQwenImage: a video VAE given one frame, its channels normalised each by its own numbers."""
+    """AutoencoderKLQwenImage: a video VAE given one frame, its channels normalized each by its own numbers."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
@@ -125,7 +125,7 @@ def grid(tokens: Tensor, height: int, width: int) -> Tensor:
 
 @contextlib.contextmanager
 def decoded_exactly(vae: Any) -> Iterator[None]:
-    """Within, the VAE decodes in its own dtype whatever the latents' and autocast's: as pictures are encoded."""
+    """Within, the VAE decodes in its own dtype whatever the latents' and autocast's: as images are encoded."""
     decode = vae.decode
 
     def exact(latents: Tensor, *arguments: Any, **named: Any) -> Any:

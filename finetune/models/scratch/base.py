@@ -1,10 +1,10 @@
 """Models in pixel space, from scratch: what all such families share, whatever they do with pixels.
 
-A picture is a grid of levels, 0 … levels − 1 a channel. A family's module has a `Model` over a `Space`, which `create`
+An image is a grid of levels, 0 … levels − 1 a channel. A family's module has a `Model` over a `Space`, which `create`
 makes from the space and the recipe's `net` section alone, so that a run's files suffice to open it again:
 
     model = finetune.open_model("runs/scratch-vae")      # or the run's final/, or what `ft export` wrote
-    pictures = model.sample(SampleRequest(prompts=("",) * 4, seeds=(0, 1, 2, 3), steps=1, guidance=1.0))
+    images = model.sample(SampleRequest(prompts=("",) * 4, seeds=(0, 1, 2, 3), steps=1, guidance=1.0))
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.config import nets, yaml_reader
-from finetune.data.audit.audit import Audit, Picture
+from finetune.data.audit.audit import Audit, ImageRecord
 from finetune.data.batch import Batch, Encoders, stack
 from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
@@ -38,12 +38,12 @@ from finetune.planning import Plan
 from finetune.rng import Draw
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-HIGHEST = 255  # of a picture file's channel
+HIGHEST = 255  # of an image file's channel
 
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to model: pictures [channels, height, width] of `levels` values, and the names of their classes, if any."""
+    """What there is to model: images [channels, height, width] of `levels` values, and the names of their classes, if any."""
 
     channels: int
     height: int
@@ -58,11 +58,11 @@ class Space:
 
     @property
     def dimensions(self) -> int:
-        """Numbers of a picture, which nats are divided by for bits/dim."""
+        """Numbers of an image, which nats are divided by for bits/dim."""
         return self.channels * self.height * self.width
 
     def levels_of(self, pixels: Tensor) -> Tensor:
-        """[3, H, W] float32 in [-1, 1] → levels [channels, H, W] uint8. Grey is ITU-R 601's luma, as Pillow's."""
+        """[3, H, W] float32 in [-1, 1] → levels [channels, H, W] uint8. Gray is ITU-R 601's luma, as Pillow's."""
         if self.channels == 1:
             pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
         return pixels.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
@@ -75,8 +75,8 @@ class Space:
         """Numbers about [-1, 1] → the nearest levels, uint8: `scaled` undone."""
         return scaled.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
 
-    def pictures(self, levels: Tensor) -> list[Image.Image]:
-        """Levels [B, channels, H, W] → RGB pictures."""
+    def images(self, levels: Tensor) -> list[Image.Image]:
+        """Levels [B, channels, H, W] → RGB images."""
         bytes_ = levels.float().mul(HIGHEST / (self.levels - 1)).round().to(torch.uint8).expand(-1, 3, -1, -1)
         return [Image.fromarray(numpy.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in bytes_]
 
@@ -96,7 +96,7 @@ class Space:
 
 
 def space_of(plan: Plan, audit: Audit) -> Space:
-    """The space of a plan's pictures.
+    """The space of a plan's images.
 
     Raises:
         UserError: they have several sizes, are smaller than the model's, or are too few to learn from.
@@ -104,44 +104,44 @@ def space_of(plan: Plan, audit: Audit) -> Space:
     data, training = plan.recipe.data, audit.training
     if len(plan.data.buckets) > 1:
         raise UserError(
-            "a model in pixel space draws pictures of one size", where="data.buckets", remedy="set data.buckets: false"
+            "a model in pixel space draws images of one size", where="data.buckets", remedy="set data.buckets: false"
         )
     width, height, _ = plan.data.buckets[0]
-    small = [picture for picture in training if picture.crop.upscaled]
+    small = [image for image in training if image.crop.upscaled]
     if small:
-        least = min(min(picture.crop.original) for picture in small)
+        least = min(min(image.crop.original) for image in small)
         raise UserError(
-            f"{len(small)} pictures are smaller than the model's {width}×{height}, such as {small[0].name}",
+            f"{len(small)} images are smaller than the model's {width}×{height}, such as {small[0].name}",
             where="data.resolution",
             remedy=f"set data.resolution: {least}, or leave them out: scaled up, the model would learn their blur",
         )
-    if len({picture.digest for picture in training}) < 2:
+    if len({image.digest for image in training}) < 2:
         raise UserError(
-            "there is one picture only: nothing tells what may vary",
+            "there is one image only: nothing tells what may vary",
             where="data.path",
-            remedy="give at least two pictures",
+            remedy="give at least two images",
         )
-    counts = Counter(picture.caption for picture in training if picture.caption) if data.classes else Counter[str]()
+    counts = Counter(image.caption for image in training if image.caption) if data.classes else Counter[str]()
     alone = [name for name, count in counts.items() if count < 2]
     if alone:
         raise UserError(
-            f'{len(alone)} of {len(counts)} classes have one picture only, such as "{alone[0]}"',
+            f'{len(alone)} of {len(counts)} classes have one image only, such as "{alone[0]}"',
             where="data.classes",
             remedy="give each class more, or set data.classes: null",
         )
-    return Space(1 if data.grey else 3, height, width, data.levels, tuple(sorted(counts)))
+    return Space(1 if data.gray else 3, height, width, data.levels, tuple(sorted(counts)))
 
 
 class Levels(Encoders):
-    """Pictures as levels, `pixels` [C, H, W] uint8, and the index of their class, `class` [] int64, where there are classes."""
+    """Images as levels, `pixels` [C, H, W] uint8, and the index of their class, `class` [] int64, where there are classes."""
 
-    picture_key, cached = "levels", False
+    image_key, cached = "levels", False
 
     def __init__(self, space: Space) -> None:
         self._space = space
         self.caption_key = "class" if space.classes else ""
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         return {"pixels": self._space.levels_of(pixels)}
 
     def encode_caption(self, caption: str) -> Batch:
@@ -152,20 +152,20 @@ class Levels(Encoders):
 
 
 class PixelModel(Model):
-    """A family in pixel space. `net` is what draws: its weights are the artefact."""
+    """A family in pixel space. `net` is what draws: its weights are the artifact."""
 
     net: nn.Module
-    audit: Audit | None = None  # of a run's pictures, some of which a look shows; an opened model has none
+    audit: Audit | None = None  # of a run's images, some of which a look shows; an opened model has none
 
     def __init__(self, space: Space, section: nets.Section) -> None:
         self.space, self.section = space, section
 
     @abstractmethod
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Pictures of `classes` ([B] int64; None where the space has none), by `draw` alone: levels [B, C, H, W] uint8."""
+        """Images of `classes` ([B] int64; None where the space has none), by `draw` alone: levels [B, C, H, W] uint8."""
 
     def start(self) -> None:
-        """Set the weights that start by the data, from some training pictures: the same in every process, and before averages are kept."""
+        """Set the weights that start by the data, from some training images: the same in every process, and before averages are kept."""
 
     def encoders(self) -> Encoders:
         return Levels(self.space)
@@ -189,7 +189,7 @@ class PixelModel(Model):
             if self.space.classes
             else None
         )
-        return self.space.pictures(self.draw(classes, draw, request))
+        return self.space.images(self.draw(classes, draw, request))
 
     def save(self, folder: Path) -> list[Path]:
         """Write `config.json` and `model.safetensors`, which `open_model` reads."""
@@ -201,12 +201,12 @@ class PixelModel(Model):
         return [folder / CONFIG, folder / WEIGHTS]
 
     def examples(self, count: int) -> Batch:
-        """`count` pictures that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
+        """`count` images that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
         audit = self.seen()
         return self.batch_of(audit.training[:: max(1, len(audit.training) // count)][:count], audit.background)
 
     def examples_by_class(self, count: int = 8) -> dict[str, Batch]:
-        """Some pictures of each class, by its name."""
+        """Some images of each class, by its name."""
         audit = self.seen()
         return {
             name: self.batch_of([p for p in audit.training if p.caption == name][:count], audit.background)
@@ -214,28 +214,28 @@ class PixelModel(Model):
         }
 
     def seen(self) -> Audit:
-        """The audit of the run's pictures."""
+        """The audit of the run's images."""
         if self.audit is None:
-            raise ValueError("an opened model has no training pictures")
+            raise ValueError("an opened model has no training images")
         return self.audit
 
-    def batch_of(self, pictures: Sequence[Picture], background: str) -> Batch:
-        """Pictures of an audit as a batch."""
+    def batch_of(self, images: Sequence[ImageRecord], background: str) -> Batch:
+        """Images of an audit as a batch."""
         encoders, found = self.encoders(), []
-        for picture in pictures:
-            image = apply(decode(picture.read(), background), picture.crop)
+        for image in images:
+            pixels = apply(decode(image.read(), background), image.crop)
             found.append(
-                encoders.encode_picture(to_tensor(numpy.asarray(image))) | encoders.encode_caption(picture.caption)
+                encoders.encode_image(to_tensor(numpy.asarray(pixels))) | encoders.encode_caption(image.caption)
             )
         return {key: tensor.to(self.device) for key, tensor in stack(found).items()}
 
     def grid(self, rows: Sequence[Tensor], columns: int) -> Image.Image:
-        """Levels [≤ columns, C, H, W] a row → one picture, unlabelled."""
+        """Levels [≤ columns, C, H, W] a row → one image, unlabelled."""
         width, height = self.space.width, self.space.height
         found = Image.new("RGB", (columns * width, len(rows) * height), "white")
         for number, row in enumerate(rows):
-            for place, picture in enumerate(self.space.pictures(row)):
-                found.paste(picture, (place * width, number * height))
+            for place, image in enumerate(self.space.images(row)):
+                found.paste(image, (place * width, number * height))
         return found
 
     def config(self) -> dict[str, Any]:
@@ -252,13 +252,13 @@ class PixelModel(Model):
 
 
 class LikelihoodModel(PixelModel):
-    """A family that says how probable a picture is. `exact`: it does so exactly; else it gives a bound."""
+    """A family that says how probable an image is. `exact`: it does so exactly; else it gives a bound."""
 
     exact: ClassVar[bool]
 
     @abstractmethod
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """−log p of each picture, or an upper bound on it, in nats, [B]; what a bound needs it draws so many times a picture."""
+        """−log p of each image, or an upper bound on it, in nats, [B]; what a bound needs it draws so many times an image."""
 
     def bits_per_dimension(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
         """`nats`, as bits a channel of a pixel, [B]."""

@@ -1,4 +1,4 @@
-"""Distributions over the levels of a picture's pixels, from a net's outputs: what makes likelihoods of families comparable.
+"""Distributions over the levels of an image's pixels, from a net's outputs: what makes likelihoods of families comparable.
 
 Both give probabilities of levels, not densities, so −log₂ p ÷ dimensions is bits/dim whatever the family.
 """
@@ -99,7 +99,7 @@ class Logistics(Observation):
         return found
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
-        """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretised logistics (arXiv:1701.05517, eq. 2 and 3)."""
+        """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretized logistics (arXiv:1701.05517, eq. 2 and 3)."""
         logits, means, scales, coefficients = self._split(parameters)
         scaled, half = self._space.scaled(levels), 1 / (self._space.levels - 1)
         of_components = logits.log_softmax(1)

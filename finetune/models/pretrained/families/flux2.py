@@ -33,9 +33,9 @@ class Flux2Klein(Family):
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`: latents, already in patches, go in as a sequence, each with its place."""
         embeddings = batch["prompt_embeds"].to(noisy.dtype)
-        pictures, height, width = len(noisy), noisy.shape[2], noisy.shape[3]
+        images, height, width = len(noisy), noisy.shape[2], noisy.shape[3]
         # Four axes: time, row, column, place in the text.
-        of_picture = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
+        of_image = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
         of_text = torch.cartesian_prod(
             torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(embeddings.shape[1])
         )
@@ -44,8 +44,8 @@ class Flux2Klein(Family):
             timestep=timestep / 1000,
             guidance=batch.get("guidance"),
             encoder_hidden_states=embeddings,
-            txt_ids=of_text.to(noisy.device).expand(pictures, -1, -1),
-            img_ids=of_picture.to(noisy.device).expand(pictures, -1, -1),
+            txt_ids=of_text.to(noisy.device).expand(images, -1, -1),
+            img_ids=of_image.to(noisy.device).expand(images, -1, -1),
             return_dict=False,
         )[0]
         return grid(velocity, height, width)

@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0 (Qin et al. 2025, arXiv:2503.21758): one stream of picture and text, read by Gemma 2 after a system prompt."""
+"""Lumina-Image 2.0 (Qin et al. 2025, arXiv:2503.21758): one stream of image and text, read by Gemma 2 after a system prompt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Lumina2(Family):
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The net counts time from noise, 0, to picture, 1, and predicts against it."""
+        """The net counts time from noise, 0, to image, 1, and predicts against it."""
         found: Tensor = denoiser(
             hidden_states=noisy,
             timestep=1 - timestep / 1000,

@@ -1,4 +1,4 @@
-"""Sana (Xie et al. 2024, arXiv:2410.10629): linear attention on latents 32 times smaller than the picture, read by Gemma 2."""
+"""Sana (Xie et al. 2024, arXiv:2410.10629): linear attention on latents 32 times smaller than the image, read by Gemma 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Z-Image (Tongyi-MAI 2025, arXiv:2511.22699), its base: one stream of picture and text, read by Qwen3. Turbo is distilled and not for training."""
+"""Z-Image (Tongyi-MAI 2025, arXiv:2511.22699), its base: one stream of image and text, read by Qwen3. Turbo is distilled and not for training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ZImage(Family):
         return {"prompt_embeds": read.hidden_states[-2]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The net counts time from noise, 0, to picture, 1, and predicts against it."""
+        """The net counts time from noise, 0, to image, 1, and predicts against it."""
         captions = batch["prompt_embeds"].to(noisy.dtype).unbind()
         if "prompt_embeds.lengths" in batch:  # the net pads to multiples of 32 tokens, with a token that it has learned
             captions = tuple(

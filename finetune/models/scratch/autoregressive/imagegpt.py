@@ -1,7 +1,7 @@
-"""ImageGPT (Chen et al. 2020): a picture as a sequence of tokens, drawn by a transformer one after the other.
+"""ImageGPT (Chen et al. 2020): an image as a sequence of tokens, drawn by a transformer one after the other.
 
-A token is a channel's level, pixel by pixel, so that the likelihood is exact; or a pixel's colour out of a palette that
-k-means finds in the data (the paper's has 512), which makes sequences a third as long and gives no likelihood of the picture itself.
+A token is a channel's level, pixel by pixel, so that the likelihood is exact; or a pixel's color out of a palette that
+k-means finds in the data (the paper's has 512), which makes sequences a third as long and gives no likelihood of the image itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from finetune.models.scratch.base import LikelihoodModel, Space, levels_in, star
 from finetune.rng import Draw
 
 build = started
-PALETTE_PICTURES, PALETTE_ROUNDS = 256, 20
+PALETTE_IMAGES, PALETTE_ROUNDS = 256, 20
 
 
 @final
 class Tokenised(nn.Module):
-    """Pictures ↔ tokens, and the transformer."""
+    """Images ↔ tokens, and the transformer."""
 
     palette: Tensor
 
@@ -53,13 +53,13 @@ class Tokenised(nn.Module):
         return values.reshape(-1, height, width, channels).permute(0, 3, 1, 2).to(torch.uint8)
 
     def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
-        """log p of each picture's tokens, [B]."""
+        """log p of each image's tokens, [B]."""
         return self.transformer.log_prob(self.tokens(levels), classes)
 
 
 @final
 class TokenTurn(TrainStep):
-    """−log p of each picture's tokens, in nats."""
+    """−log p of each image's tokens, in nats."""
 
     name = "tokens"
 
@@ -85,16 +85,16 @@ class ImageGpt(LikelihoodModel):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Find the palette among the training pictures."""
+        """Find the palette among the training images."""
         if len(self.net.palette):
-            pixels = self.examples(PALETTE_PICTURES)["pixels"].permute(0, 2, 3, 1).flatten(0, 2).float()
+            pixels = self.examples(PALETTE_IMAGES)["pixels"].permute(0, 2, 3, 1).flatten(0, 2).float()
             self.net.palette.copy_(k_means(pixels, len(self.net.palette)))
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """Raises: UserError: a palette's pictures have no likelihood to compare."""
+        """Raises: UserError: a palette's images have no likelihood to compare."""
         if len(self.net.palette):
-            problem = "of pictures in a palette's colours the likelihood compares with no other"
+            problem = "of images in a palette's colors the likelihood compares with no other"
             raise UserError(problem, where="net.palette", remedy="train with net.palette: 0")
         return self._turn.loss(batch, draw)
 
@@ -110,7 +110,7 @@ class ImageGpt(LikelihoodModel):
 
 
 def k_means(points: Tensor, count: int) -> Tensor:
-    """Centres of `points` [N, D], [count, D]: Lloyd's rounds from points far apart (each the farthest from those before)."""
+    """Centers of `points` [N, D], [count, D]: Lloyd's rounds from points far apart (each the farthest from those before)."""
     points, weights = points.unique(dim=0, return_counts=True)
     weights = weights.float()
     centres = points[weights.argmax()][None]

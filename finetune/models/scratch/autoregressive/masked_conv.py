@@ -1,7 +1,7 @@
 """Convolutions that see only what was drawn before, and caches that make drawing cheap.
 
-A picture is drawn row by row. The vertical stream of a PixelCNN reads whole rows above, the horizontal one reads to the
-left as well (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). So when a picture is drawn, the vertical
+An image is drawn row by row. The vertical stream of a PixelCNN reads whole rows above, the horizontal one reads to the
+left as well (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). So when an image is drawn, the vertical
 stream is computed a row at a time and the horizontal a pixel at a time, each convolution keeping what it has read so far:
 Ramachandran et al. 2017 (arXiv:1704.06001). The same forward pass serves all three: `Place` says what is computed.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 @final
 @dataclass
 class Place:
-    """Where in the picture of `height` × `width` a pass computes: row y, and in it pixel x or, if x is None, all of them.
+    """Where in the image of `height` × `width` a pass computes: row y, and in it pixel x or, if x is None, all of them.
 
     `read` holds, for each convolution, what it was given so far, with its padding: [B, C, padded height, padded width].
     """
@@ -56,7 +56,7 @@ class CausalConv(nn.Module):
             columns - left,
             up,
             rows - up,
-        )  # negative: cropped, the window ends before the picture does
+        )  # negative: cropped, the window ends before the image does
 
     def forward(self, features: Tensor, place: Place | None = None) -> Tensor:
         """[B, C, H, W] → [B, outputs, H, W]; at a place, [B, C, 1, W] or [B, C, 1, 1] → the same of the outputs."""

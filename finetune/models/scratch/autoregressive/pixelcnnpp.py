@@ -1,9 +1,9 @@
-"""PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): a picture's pixels one after the other, each given those before.
+"""PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): an image's pixels one after the other, each given those before.
 
 Two streams of gated residual blocks; the blocks on the way up also see those on the way down (§2.3). A pixel's levels
-are a mixture of logistics, its channels one after the other (§2.1–2.2), or, for grey, a probability for each level. What
-differs from the paper: instead of halving the picture and doubling it again, every second block may read `dilation` pixels
-apart, which sees as far and lets each convolution keep what it has read; and weights are not normalised. Written by hand,
+are a mixture of logistics, its channels one after the other (§2.1–2.2), or, for gray, a probability for each level. What
+differs from the paper: instead of halving the image and doubling it again, every second block may read `dilation` pixels
+apart, which sees as far and lets each convolution keep what it has read; and weights are not normalized. Written by hand,
 since no kept library has it.
 """
 
@@ -68,14 +68,14 @@ class PixelCnn(nn.Module):
     """Levels, scaled, → for each pixel the parameters of its distribution given the pixels before.
 
     Args:
-        channels: of a scaled picture.
+        channels: of a scaled image.
         outputs: parameters a pixel.
         conditioned: width of a condition [B, conditioned]; 0 is none.
     """
 
     def __init__(self, channels: int, outputs: int, section: Stack, conditioned: int) -> None:
         super().__init__()
-        width, inputs = section.width, channels + 1  # a channel of ones tells the picture from its padding
+        width, inputs = section.width, channels + 1  # a channel of ones tells the image from its padding
         # The window of the vertical stream: two rows above; of the horizontal: the row above, and to the left.
         self.above = CausalConv(inputs, width, (2, 3), 2, 1)
         self.row_above = CausalConv(inputs, width, (1, 3), 1, 1)
@@ -137,7 +137,7 @@ class PixelCnn(nn.Module):
                 above = [features[:, :, :, x : x + 1] for features in vertical]
                 parameters = self.horizontal(scaled[:, :, y : y + 1, x : x + 1], above, condition, caches)
                 scaled[:, :, y : y + 1, x : x + 1] = pick(parameters, y, x)
-                for first in (self.above, self.row_above, self.left):  # those that read the picture itself
+                for first in (self.above, self.row_above, self.left):  # those that read the image itself
                     first.write(_with_ones(scaled[:, :, y : y + 1, x : x + 1]), caches)
 
 
@@ -166,7 +166,7 @@ class Conditioned(nn.Module):
 
 @final
 class ExactTurn(TrainStep):
-    """−log p of each picture, in nats."""
+    """−log p of each image, in nats."""
 
     name = "pixels"
 
@@ -188,7 +188,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
             raise UserError(
                 "a categorical pixel's channels would not see each other",
                 where="net.observation",
-                remedy="set net.observation: logistics, or data.grey: true",
+                remedy="set net.observation: logistics, or data.gray: true",
             )
         self._observation = observation_of(section.observation, space, section.mixtures)
         self.net: Conditioned = Conditioned(space, section, self._observation.parameters)
@@ -218,7 +218,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return levels
 
     def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
-        """The same pictures by a whole pass a pixel: what `draw` is tested and timed against."""
+        """The same images by a whole pass a pixel: what `draw` is tested and timed against."""
         uniform, levels = (
             self.uniform(draw),
             torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device),
@@ -230,7 +230,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return levels
 
     def uniform(self, draw: Draw) -> Tensor:
-        """All the chance that a picture takes, [B, draws, H, W]."""
+        """All the chance that an image takes, [B, draws, H, W]."""
         return draw.uniform("pixels", (self._observation.draws, *self.space.shape[1:]))
 
 

@@ -1,6 +1,6 @@
-"""Diffusion in pixel space: what its families share. A family's own file says which path (`paths`) its pictures take to noise.
+"""Diffusion in pixel space: what its families share. A family's own file says which path (`paths`) its images take to noise.
 
-The net is diffusers' UNet2DModel. With classes, `data.caption_dropout` has it learn the pictures of no class too, and drawing is
+The net is diffusers' UNet2DModel. With classes, `data.caption_dropout` has it learn the images of no class too, and drawing is
 guided: D = D(no class) + s (D(class) − D(no class)), so that s = 1 is the class as it is (Ho & Salimans 2022, arXiv:2207.12598, where
 s is 1 + w).
 """
@@ -26,7 +26,7 @@ from finetune.rng import Draw
 
 
 class Canvas(ABC):
-    """What is noised: numbers of about the size 1, and pictures as such numbers.
+    """What is noised: numbers of about the size 1, and images as such numbers.
 
     Attributes:
         shape: [channels, height, width] of the numbers.
@@ -74,19 +74,19 @@ class Condition(ABC):
     channels: int
 
     @abstractmethod
-    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
-        """While training, [B, channels, H, W] of the pictures themselves."""
+    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
+        """While training, [B, channels, H, W] of the images themselves."""
 
     @abstractmethod
     def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
-        """For pictures that are to be drawn."""
+        """For images that are to be drawn."""
 
 
 @final
 class Nothing(Condition):
     channels = 0
 
-    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
+    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
         return None
 
     def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
@@ -171,7 +171,7 @@ class DenoisingTurn(TrainStep):
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         levels, classes = levels_in(batch)
         noised = self._path.objective.noise(self._canvas.read(levels), draw)
-        said = self.net(noised.sample, noised.timestep, classes, self._condition.of_pictures(levels, draw))
+        said = self.net(noised.sample, noised.timestep, classes, self._condition.of_images(levels, draw))
         return self._path.objective.error(said, noised)
 
 
@@ -227,7 +227,7 @@ class DiffusionModel(PixelModel):
         return self.canvas.within(found)
 
     def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Pictures uint8, [B, C, H, W], by the request's sampler, or the recipe's."""
+        """Images uint8, [B, C, H, W], by the request's sampler, or the recipe's."""
         beside = self._condition.drawn(classes, draw, request)
 
         def denoise(noisy: Tensor, level: Level) -> Tensor:

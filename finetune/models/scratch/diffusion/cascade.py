@@ -1,7 +1,7 @@
-"""The second stage of a cascade: small pictures made large by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
+"""The second stage of a cascade: small images made large by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
 
 `model.low` names the run that draws the small ones; frozen, it becomes part of what is saved, and drawing runs through both. The net
-reads, beside x, the small picture enlarged. In training that is the picture itself shrunk, which no first stage draws so well:
+reads, beside x, the small image enlarged. In training that is the image itself shrunk, which no first stage draws so well:
 it is noised to a level s drawn at random, and the net is told s (Imagen's noise conditioning augmentation, arXiv:2205.11487, §2.3).
 """
 
@@ -28,10 +28,10 @@ from finetune.rng import Draw
 
 @final
 class Enlarged(Condition):
-    """A small picture cos(πs/2) x + sin(πs/2) ε, enlarged, and one channel that holds s.
+    """A small image cos(πs/2) x + sin(πs/2) ε, enlarged, and one channel that holds s.
 
     Args:
-        first: draws the small pictures.
+        first: draws the small images.
     """
 
     def __init__(self, space: Space, first: PixelModel, section: Net) -> None:
@@ -45,7 +45,7 @@ class Enlarged(Condition):
         large = functional.interpolate(noised, size=self._space.shape[1:], mode="bilinear")
         return torch.cat([large, share.view(-1, 1, 1, 1).expand(-1, 1, *self._space.shape[1:])], 1)
 
-    def of_pictures(self, levels: Tensor, draw: Draw) -> Tensor | None:
+    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
         small = functional.avg_pool2d(self._space.scaled(levels), self._factor)
         share = self._section.augmentation * draw.uniform("augmentation")
         return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
@@ -86,7 +86,7 @@ def build(plan: Plan, audit: Audit) -> Model:
 
 
 def _check(low: Space, space: Space, given: str) -> None:
-    """Raise if the first stage's pictures are not these made small."""
+    """Raise if the first stage's images are not these made small."""
     factor = space.height // low.height
     if factor < 2 or (low.height * factor, low.width * factor) != (space.height, space.width):
         raise UserError(
@@ -96,7 +96,7 @@ def _check(low: Space, space: Space, given: str) -> None:
         )
     if (low.channels, low.levels) != (space.channels, space.levels) or low.classes not in ((), space.classes):
         raise UserError(
-            f"{given} draws pictures of other colours, levels or classes",
+            f"{given} draws images of other colors, levels or classes",
             where="model.low",
             remedy="give both stages the same `data`",
         )

@@ -1,7 +1,7 @@
 """Diffusion in the latents of a trained autoencoder (Rombach et al. 2022, arXiv:2112.10752), by class or without a condition.
 
 `model.vae` names the autoencoder's run; frozen, it becomes part of what is saved. What is noised are mean latents, shifted and
-scaled to mean 0 and deviation 1 channel by channel, as measured over the run's own pictures. Captions: `sd`.
+scaled to mean 0 and deviation 1 channel by channel, as measured over the run's own images. Captions: `sd`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.diffusion.base import Canvas, DiffusionModel
 from finetune.planning import Plan
 
-MEASURED = 256  # pictures over which the latents' mean and deviation are taken
+MEASURED = 256  # images over which the latents' mean and deviation are taken
 
 
 @final
@@ -63,9 +63,9 @@ class InLatents(Canvas):
         config = latents.vae.config
         if config.in_channels != space.channels:
             raise UserError(
-                f"the autoencoder reads {config.in_channels} channels, and pictures have {space.channels}",
-                where="data.grey",
-                remedy=f"set data.grey: {'true' if config.in_channels == 1 else 'false'}",
+                f"the autoencoder reads {config.in_channels} channels, and images have {space.channels}",
+                where="data.gray",
+                remedy=f"set data.gray: {'true' if config.in_channels == 1 else 'false'}",
             )
         sides = halved(
             space.height, space.width, len(config.block_out_channels) - 1, "model.vae", "name a shallower autoencoder"

@@ -1,9 +1,9 @@
-"""Normalizing flows over pictures: what RealNVP and Glow share. A family's own file says which steps a scale takes.
+"""Normalizing flows over images: what RealNVP and Glow share. A family's own file says which steps a scale takes.
 
 log p(x) of levels x is bounded through continuous ones: with noise u ~ q(u|x) in [0, 1) for each level,
 log P(x) ≥ E[log p((x + u) / levels) − D · log levels − log q(u|x)], where q is even (Theis et al. 2016, arXiv:1511.01844) or
 learned (Ho et al. 2019, §3.1). p is the flow's density: log N(z; 0, I) + log |det|, over the logit, every squeeze, split,
-normalisation and convolution.
+normalization and convolution.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from finetune.models.scratch.flows.bijections import (
 )
 from finetune.rng import Draw
 
-STARTING_PICTURES = 256  # over which ActNorm starts
+STARTING_IMAGES = 256  # over which ActNorm starts
 NOISE_STEPS = 4  # couplings of the learned noise
 
 
@@ -53,7 +53,7 @@ def log_normal(values: Tensor) -> Tensor:
 
 @final
 class MultiScale(nn.Module):
-    """Pictures in [0, 1] ↔ latents [B, D]. `scales` are the bijections of each; between two, half of the channels is let go."""
+    """Images in [0, 1] ↔ latents [B, D]. `scales` are the bijections of each; between two, half of the channels is let go."""
 
     def __init__(self, space: Space, section: Section, scales: Sequence[Bijection], rests: Sequence[Bijection]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class MultiScale(nn.Module):
 
 @final
 class LearnedNoise(nn.Module):
-    """q(u|x): a flow from normal noise to [0, 1), told the picture (Flow++, §3.1)."""
+    """q(u|x): a flow from normal noise to [0, 1), told the image (Flow++, §3.1)."""
 
     def __init__(self, space: Space, section: Section) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Dequantised(nn.Module):
 
 @final
 class FlowTurn(TrainStep):
-    """−log P(x) of each picture in nats, by one draw of the noise between levels (`Dequantised`)."""
+    """−log P(x) of each image in nats, by one draw of the noise between levels (`Dequantised`)."""
 
     name = "flow"
 
@@ -196,8 +196,8 @@ class FlowModel(LikelihoodModel):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set every ActNorm by some training pictures, one after the other as they pass through."""
-        batch = self.examples(STARTING_PICTURES)
+        """Set every ActNorm by some training images, one after the other as they pass through."""
+        batch = self.examples(STARTING_IMAGES)
         norms = [module for module in self.net.modules() if isinstance(module, ActNorm)]
         for norm in norms:
             norm.starting = True

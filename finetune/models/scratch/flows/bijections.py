@@ -1,4 +1,4 @@
-"""Invertible maps of pictures with the logarithm of their determinant: what normalizing flows are built of.
+"""Invertible maps of images with the logarithm of their determinant: what normalizing flows are built of.
 
 Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019
 (Flow++, arXiv:1902.00275). Written by hand, since normflows has been still since 2023; tested against it and autograd.
@@ -308,7 +308,7 @@ class MixtureCdf(Coupling):
 
 @final
 class Rest(Bijection):
-    """What is let go at the end of a scale, standardised by what a net reads off what stays (Glow, §3.3): a learned prior as a map.
+    """What is let go at the end of a scale, standardized by what a net reads off what stays (Glow, §3.3): a learned prior as a map.
 
     [B, C, H, W] → the same, whose second half is let go by who calls.
     """

@@ -1,6 +1,6 @@
 """RealNVP (Dinh et al. 2017, arXiv:1605.08803): couplings of checkerboards, a squeeze, couplings of channels, scale by scale.
 
-Where the paper normalises by batch, ActNorm does (Kingma & Dhariwal 2018): a picture's likelihood then depends on no other.
+Where the paper normalizes by batch, ActNorm does (Kingma & Dhariwal 2018): an image's likelihood then depends on no other.
 """
 
 from __future__ import annotations

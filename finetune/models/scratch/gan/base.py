@@ -1,6 +1,6 @@
 """Two nets against each other (Goodfellow et al. 2014, arXiv:1406.2661): what all GANs share, whatever nets they are made of.
 
-A step has two turns. The critic's comes first: true and made pictures, the generator as it is. Then the generator's, the critic's
+A step has two turns. The critic's comes first: true and made images, the generator as it is. Then the generator's, the critic's
 weights constants. A family gives a `Generator` and a `Critic`; the recipe's section says what the two want (`objectives`), what holds
 the critic back (penalties, augmentation, company) and how far the generator looks ahead.
 """
@@ -33,9 +33,9 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Latents [B, L] and classes [B] → scaled pictures [B, C, H, W]. `draw` gives what else is at random.
+        """Latents [B, L] and classes [B] → scaled images [B, C, H, W]. `draw` gives what else is at random.
 
-        `truncation`: how far from the mean picture one is, 1 as trained; less is more alike and better made.
+        `truncation`: how far from the mean image one is, 1 as trained; less is more alike and better made.
         """
 
 
@@ -43,8 +43,8 @@ class Reader(nn.Module, ABC):
     """What a critic sees with."""
 
     @abstractmethod
-    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
-        """Scaled pictures [B, C, H, W] → maps [B, channels, h, w]; `draw` says which step it is."""
+    def forward(self, images: Tensor, draw: Draw) -> Tensor:
+        """Scaled images [B, C, H, W] → maps [B, channels, h, w]; `draw` says which step it is."""
 
 
 class Penalty(ABC):
@@ -59,10 +59,10 @@ class Penalty(ABC):
 
 @final
 class Critic(nn.Module):
-    """Scaled pictures [B, C, H, W] and classes [B] → logits [B]; the classes' part is their projection (Miyato & Koyama 2018, arXiv:1802.05637).
+    """Scaled images [B, C, H, W] and classes [B] → logits [B]; the classes' part is their projection (Miyato & Koyama 2018, arXiv:1802.05637).
 
     Args:
-        reader: pictures → maps of so many `channels`.
+        reader: images → maps of so many `channels`.
         ending: channels of the maps, one more if they are told of their company → (what makes features [B, F] of the maps, F).
         linear: makes the last layer, of so many inputs and outputs.
     """
@@ -78,19 +78,19 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self._group = section.group if section.minibatch == "stddev" else 0
-        self.augment = Augmentation(section.augment, section.augment_pictures) if section.augment else None
+        self.augment = Augmentation(section.augment, section.augment_images) if section.augment else None
         self.reader = reader
         self.ending, features = ending(channels + bool(self._group))
         self.beside = Discrimination(features) if section.minibatch == "discrimination" else None
         self.classes = class_embedding(space, features)
         self.logit = linear(features + (self.beside.kernels if self.beside is not None else 0), 1)
 
-    def seen(self, pictures: Tensor, draw: Draw) -> Tensor:
-        """Pictures as the critic is shown them."""
-        return self.augment(pictures, draw) if self.augment is not None else pictures
+    def seen(self, images: Tensor, draw: Draw) -> Tensor:
+        """Images as the critic is shown them."""
+        return self.augment(images, draw) if self.augment is not None else images
 
-    def forward(self, pictures: Tensor, classes: Tensor | None, draw: Draw) -> Tensor:
-        maps = self.reader(pictures, draw)
+    def forward(self, images: Tensor, classes: Tensor | None, draw: Draw) -> Tensor:
+        maps = self.reader(images, draw)
         features = self.ending(stddev(maps, self._group) if self._group else maps)
         found: Tensor = self.logit(self.beside(features) if self.beside is not None else features).squeeze(1)
         if self.classes is not None:
@@ -100,7 +100,7 @@ class Critic(nn.Module):
 
 @final
 class CriticTurn(TrainStep):
-    """The critic learns to tell true pictures from made ones; the generator's weights are constants."""
+    """The critic learns to tell true images from made ones; the generator's weights are constants."""
 
     name = "critic"
 
@@ -110,7 +110,7 @@ class CriticTurn(TrainStep):
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The critic's loss on true and made pictures, and in one of `lazy` steps its penalties, as often heavier, [B] float32."""
+        """The critic's loss on true and made images, and in one of `lazy` steps its penalties, as often heavier, [B] float32."""
         levels, classes = levels_in(batch)
         section, critic, draw = self._section, self._plain, draw.apart("critic")
         with torch.no_grad():
@@ -168,7 +168,7 @@ class GeneratorTurn(TrainStep):
             true = critic.seen(self._space.scaled(levels), draw.apart("true"))
         if section.unroll:
             ahead = self._ahead(true, made, classes, draw)
-            of_true, of_made = (functional_call(critic, ahead, (pictures, classes, draw)) for pictures in (true, made))
+            of_true, of_made = (functional_call(critic, ahead, (images, classes, draw)) for images in (true, made))
         else:
             of_made = detached_forward(critic, made, classes, draw)
             of_true = detached_forward(critic, true, classes, draw) if self._objective.paired else of_made
@@ -179,7 +179,7 @@ class GeneratorTurn(TrainStep):
         return found
 
     def _ahead(self, true: Tensor, made: Tensor, classes: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """The critic's weights after `unroll` steps of descent on these pictures, as a function of the made ones (Metz et al. 2017, equation 9)."""
+        """The critic's weights after `unroll` steps of descent on these images, as a function of the made ones (Metz et al. 2017, equation 9)."""
         critic, rate = self._critic, self._section.unroll_rate
         buffers = {
             name: tensor.clone() for name, tensor in critic.named_buffers()
@@ -187,7 +187,7 @@ class GeneratorTurn(TrainStep):
         weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters()}
         for _ in range(self._section.unroll):
             of_true, of_made = (
-                functional_call(critic, weights | buffers, (pictures, classes, draw)) for pictures in (true, made)
+                functional_call(critic, weights | buffers, (images, classes, draw)) for images in (true, made)
             )
             loss = self._objective.critic(of_true, of_made).mean()
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
@@ -218,7 +218,7 @@ def latent_of(draw: Draw, section: Section) -> Tensor:
 
 
 class Adversarial(PixelModel):
-    """A GAN. Its artefact is the generator."""
+    """A GAN. Its artifact is the generator."""
 
     net: Generator
     critic: Critic
@@ -252,13 +252,13 @@ def build(plan: Plan, audit: Audit) -> Model:
     section, batch = plan.recipe.net, plan.recipe.train.batch_size
     if section.minibatch == "stddev" and batch % section.group:
         raise UserError(
-            f"a batch of {batch} pictures makes no whole groups of {section.group}",
+            f"a batch of {batch} images makes no whole groups of {section.group}",
             where="net.group, train.batch_size",
             remedy=f"set train.batch_size: {max(1, round(batch / section.group)) * section.group}, or net.group to a divisor of {batch}",
         )
     if section.minibatch == "discrimination" and batch < 2:
         raise UserError(
-            "one picture a batch has no company",
+            "one image a batch has no company",
             where="net.minibatch",
             remedy="set train.batch_size: 2 or more, or net.minibatch: none",
         )

@@ -2,8 +2,8 @@
 
 The generator goes from a small map to full size by strided transposed convolutions, the critic the other way by strided ones. As in
 the paper there is no norm at the generator's end and the critic's beginning. Growing (Karras et al. 2018, arXiv:1710.10196), both begin
-at the smallest size, and each further size is blended in. Pictures are handed on at full size throughout: a smaller one stands for the
-same picture, each pixel a square, and the critic averages the squares again.
+at the smallest size, and each further size is blended in. Images are handed on at full size throughout: a smaller one stands for the
+same image, each pixel a square, and the critic averages the squares again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class DcganGenerator(Generator):
         self.growth = Growth(section.grow_steps, section.halvings)
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Truncated, latents are so many times as long: a mean picture at 0."""
+        """Truncated, latents are so many times as long: a mean image at 0."""
         latent = latent * truncation
         if self.classes is not None:
             latent = torch.cat([latent, self.classes(classes)], 1)
@@ -112,10 +112,8 @@ class DcganGenerator(Generator):
             found = torch.lerp(found, next_, share)
         return torch.tanh(_reached_all(found, self) if self._growing else found)
 
-    def _full(self, picture: Tensor, size: int) -> Tensor:
-        return (
-            functional.interpolate(picture, scale_factor=2 ** (self._sizes - size)) if size < self._sizes else picture
-        )
+    def _full(self, image: Tensor, size: int) -> Tensor:
+        return functional.interpolate(image, scale_factor=2 ** (self._sizes - size)) if size < self._sizes else image
 
 
 @final
@@ -140,21 +138,21 @@ class DcganReader(Reader):
         )
         self.growth = Growth(section.grow_steps, section.halvings)
 
-    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
-        """Pictures [B, C, H, W] → maps [B, F, h, w]; while the net grows, a mixture of what two sizes read."""
+    def forward(self, images: Tensor, draw: Draw) -> Tensor:
+        """Images [B, C, H, W] → maps [B, F, h, w]; while the net grows, a mixture of what two sizes read."""
         growth = self.growth(draw)
         size, share = int(growth), growth % 1
-        maps = self._at(pictures, size)
+        maps = self._at(images, size)
         if share:
-            maps = torch.lerp(maps, self.smaller[size](self._at(pictures, size + 1)), share)
+            maps = torch.lerp(maps, self.smaller[size](self._at(images, size + 1)), share)
         for number in range(size - 1, -1, -1):
             maps = self.smaller[number](maps)
         return _reached_all(maps, self) if self._growing else maps
 
-    def _at(self, pictures: Tensor, size: int) -> Tensor:
-        """The maps that a picture of this size is read as."""
+    def _at(self, images: Tensor, size: int) -> Tensor:
+        """The maps that an image of this size is read as."""
         found: Tensor = self.read[str(size)](
-            functional.avg_pool2d(pictures, 2 ** (self._sizes - size)) if size < self._sizes else pictures
+            functional.avg_pool2d(images, 2 ** (self._sizes - size)) if size < self._sizes else images
         )
         return found
 
@@ -162,11 +160,11 @@ class DcganReader(Reader):
 @final
 class Dcgan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
-        """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single pictures."""
+        """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single images."""
         assert isinstance(section, Net)
         if section.critic_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
             raise UserError(
-                "a penalty on the critic's slope at each picture means nothing where batch norm ties its pictures together",
+                "a penalty on the critic's slope at each image means nothing where batch norm ties its images together",
                 where="net.critic_norm",
                 remedy="set net.critic_norm: none",
             )

@@ -1,4 +1,4 @@
-"""What shows a critic the pictures beside a picture: all alike, they are not true, however well each is made."""
+"""What shows a critic the images beside an image: all alike, they are not true, however well each is made."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def stddev(maps: Tensor, group: int) -> Tensor:
     """Minibatch standard deviation (Karras et al. 2018, arXiv:1710.10196, §3), [B, C, h, w] → one channel more.
 
-    The deviation of every feature over a group of pictures, n, n + B/group, n + 2B/group …, averaged over features and places.
-    A batch that is no multiple of the group is one group; one picture alone has no deviation.
+    The deviation of every feature over a group of images, n, n + B/group, n + 2B/group …, averaged over features and places.
+    A batch that is no multiple of the group is one group; one image alone has no deviation.
     """
     count = len(maps)
     size = group if count % group == 0 else count

@@ -93,7 +93,7 @@ class R3Generator(Generator):
         self.paint = level(nn.Conv2d(widths[-1], space.channels, 1, bias=False))
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Truncated, latents are so many times as long: a mean picture at 0."""
+        """Truncated, latents are so many times as long: a mean image at 0."""
         latent = latent * truncation
         if self.classes is not None:
             latent = torch.cat([latent, self.classes(classes)], 1)
@@ -112,8 +112,8 @@ class R3Reader(Reader):
             layers += [Block(width, section, blocks) for _ in range(section.blocks)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
-        found: Tensor = self.layers(pictures)
+    def forward(self, images: Tensor, draw: Draw) -> Tensor:
+        found: Tensor = self.layers(images)
         return found
 
 

@@ -1,8 +1,8 @@
 """StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), from the paper; the official code, whose licence forbids it, was not read.
 
-A latent becomes a style, which every layer's weights are modulated by. The generator sums up colours size by size (skips), the critic
-is residual (figure 7). Two styles are mixed in most pictures while training, noise gives what no style says, and the path length
-penalty makes steps in style as long as the pictures' (equation 4). `alias_free` takes StyleGAN3's layers instead.
+A latent becomes a style, which every layer's weights are modulated by. The generator sums up colors size by size (skips), the critic
+is residual (figure 7). Two styles are mixed in most images while training, noise gives what no style says, and the path length
+penalty makes steps in style as long as the images' (equation 4). `alias_free` takes StyleGAN3's layers instead.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ build = base.build
 
 
 class Styled(Generator):
-    """A generator in two parts: latents → a style for each layer → pictures."""
+    """A generator in two parts: latents → a style for each layer → images."""
 
     layers: int  # that a style is given to
     path_mean: Tensor
@@ -49,7 +49,7 @@ class Styled(Generator):
         self.register_buffer("path_mean", torch.zeros(()))  # of path lengths of late
 
     def styles(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """[B, layers, S]: while training, of a share of the pictures by two latents."""
+        """[B, layers, S]: while training, of a share of the images by two latents."""
         style = self.mapping.truncated(self.mapping(latent, classes), truncation)
         if not (self.training and self._mixing):
             return style[:, None].expand(-1, self.layers, -1)
@@ -60,7 +60,7 @@ class Styled(Generator):
 
     @abstractmethod
     def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
-        """Styles [B, layers, S] → scaled pictures [B, C, H, W]."""
+        """Styles [B, layers, S] → scaled images [B, C, H, W]."""
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
         return self.synthesis(self.styles(latent, classes, draw, truncation), draw)
@@ -94,21 +94,19 @@ class SkipGenerator(Styled):
                 nn.ModuleList([Layer(before, after, style, doubling=True), Layer(after, after, style, doubling=False)])
             )
         self.paint = nn.ModuleList(Modulated(width, space.channels, 1, style, demodulate=False) for width in widths)
-        self.colour = nn.ParameterList(nn.Parameter(torch.zeros(space.channels, 1, 1)) for _ in widths)
+        self.color = nn.ParameterList(nn.Parameter(torch.zeros(space.channels, 1, 1)) for _ in widths)
         self.layers = 2 * len(widths)
 
     def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
-        """A size's colours are painted by the style of the layer that follows, as the paper has it."""
+        """A size's colors are painted by the style of the layer that follows, as the paper has it."""
         maps = self.first(self.ground.expand(len(styles), -1, -1, -1), styles[:, 0], draw, "noise 0")
-        picture: Tensor = self.paint[0](maps, styles[:, 1]) + self.colour[0]
+        image: Tensor = self.paint[0](maps, styles[:, 1]) + self.color[0]
         for number, pair in enumerate(self.larger):
             assert isinstance(pair, nn.ModuleList)
             for place, layer in enumerate(pair, 2 * number + 1):
                 maps = layer(maps, styles[:, place], draw, f"noise {place}")
-            picture = (
-                doubled(picture) + self.paint[number + 1](maps, styles[:, 2 * number + 3]) + self.colour[number + 1]
-            )
-        return picture
+            image = doubled(image) + self.paint[number + 1](maps, styles[:, 2 * number + 3]) + self.color[number + 1]
+        return image
 
 
 @final
@@ -133,8 +131,8 @@ class ResidualReader(Reader):
         self.read = EqualConv(space.channels, widths[0], 1)
         self.smaller = nn.Sequential(*(Halving(before, after) for before, after in itertools.pairwise(widths)))
 
-    def forward(self, pictures: Tensor, draw: Draw) -> Tensor:
-        found: Tensor = self.smaller(activated(self.read(pictures)))
+    def forward(self, images: Tensor, draw: Draw) -> Tensor:
+        found: Tensor = self.smaller(activated(self.read(images)))
         return found
 
 
@@ -152,7 +150,7 @@ class Ending(nn.Module):
 
 @final
 class PathLength(Penalty):
-    """(‖Jᵀ y‖ − a)² for y of standard normal pixels, J the picture's derivative by its styles and a the lengths' average (equation 4).
+    """(‖Jᵀ y‖ − a)² for y of standard normal pixels, J the image's derivative by its styles and a the lengths' average (equation 4).
 
     y is divided by √(H W), so that the weight means the same at every size.
     """
@@ -172,9 +170,9 @@ class PathLength(Penalty):
 def path_lengths(generator: Styled, styles: Tensor, draw: Draw) -> Tensor:
     """‖Jᵀ y‖, [B]: the root of the squares summed over a style's numbers, their mean over layers."""
     with torch.autocast(styles.device.type, enabled=False):
-        pictures = generator.synthesis(styles, draw)
-        directions = draw.normal("direction", pictures.shape[1:]) / math.sqrt(pictures[0, 0].numel())
-        (slopes,) = torch.autograd.grad((pictures * directions).sum(), styles, create_graph=True)
+        images = generator.synthesis(styles, draw)
+        directions = draw.normal("direction", images.shape[1:]) / math.sqrt(images[0, 0].numel())
+        (slopes,) = torch.autograd.grad((images * directions).sum(), styles, create_graph=True)
     return (slopes.square().sum(2).mean(1) + 1e-12).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""StyleGAN3's layers (Karras et al. 2021, arXiv:2106.12423), written from the paper: a picture's parts move as wholes and do not stick to pixels.
+"""StyleGAN3's layers (Karras et al. 2021, arXiv:2106.12423), written from the paper: an image's parts move as wholes and do not stick to pixels.
 
 A nonlinearity makes frequencies that the pixels cannot hold; they come back as others that depend on where the pixels are. So it is
 applied at twice the rate, between two low-pass filters (§3.2, the Kaiser filters of appendix C). The input is waves instead of a learned
@@ -43,13 +43,13 @@ def low_pass(cutoff: float, factor: int) -> Tensor:
 
 
 def raised(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
-    """At `factor` times the rate, pixels' centres kept: zeros between, and the filter."""
+    """At `factor` times the rate, pixels' centers kept: zeros between, and the filter."""
     before = len(kernel) - 1 - (len(kernel) - factor) // 2
     return resampled(maps, kernel * factor, (before, len(kernel) - 1 - before), up=factor)
 
 
 def lowered(maps: Tensor, kernel: Tensor) -> Tensor:
-    """At half the rate, centres kept."""
+    """At half the rate, centers kept."""
     side = len(kernel) // 2 - 1
     return resampled(maps, kernel, (side, side), down=2)
 
@@ -126,24 +126,24 @@ class AliasFreeGenerator(Styled):
             ]
         self.chain = nn.ModuleList(chain)
         self.paint = Modulated(widths[-1], space.channels, 1, section.style, demodulate=False)
-        self.colour = nn.Parameter(torch.zeros(space.channels, 1, 1))
+        self.color = nn.Parameter(torch.zeros(space.channels, 1, 1))
         self.layers = len(chain) + 1
 
     def synthesis(self, styles: Tensor, draw: Draw, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-        """`shift`: of the picture, (down, across), in its pixels."""
+        """`shift`: of the image, (down, across), in its pixels."""
         maps = self.ground((shift[0] / 2**self._sizes, shift[1] / 2**self._sizes)).expand(len(styles), -1, -1, -1)
         for number, layer in enumerate(self.chain):
             maps = layer(maps, styles[:, number])
         cut = self._margin
-        found: Tensor = self.paint(maps[..., cut:-cut, cut:-cut], styles[:, -1]) + self.colour
+        found: Tensor = self.paint(maps[..., cut:-cut, cut:-cut], styles[:, -1]) + self.color
         return found
 
 
 @torch.no_grad()
 def equivariance(generator: AliasFreeGenerator, styles: Tensor, draw: Draw, pixels: int) -> float:
-    """How well what is drawn moves with its input, in dB: EQ-T for whole pixels (§2.2), on the pictures' own range.
+    """How well what is drawn moves with its input, in dB: EQ-T for whole pixels (§2.2), on the images' own range.
 
-    10 log₁₀ of the squared range over the mean squared difference between the picture of the moved input and the moved picture,
+    10 log₁₀ of the squared range over the mean squared difference between the image of the moved input and the moved image,
     where both are seen.
     """
     still = generator.synthesis(styles, draw)

@@ -96,10 +96,10 @@ def doubled(maps: Tensor) -> Tensor:
 
 @final
 class Modulated(nn.Module):
-    """A convolution whose weights are scaled by each picture's style, and (demodulated) made of norm 1 again (equations 1 and 3).
+    """A convolution whose weights are scaled by each image's style, and (demodulated) made of norm 1 again (equations 1 and 3).
 
     Weights scaled by input channel are maps scaled by channel, and their norms divide what comes out: one convolution, by weights that
-    all pictures share, does the same. (One with a group a picture, as in the paper's appendix B, is differentiated twice group by group.)
+    all images share, does the same. (One with a group an image, as in the paper's appendix B, is differentiated twice group by group.)
 
     [B, inputs, H, W] and [B, style] → [B, outputs, H, W]; `padded`: of the same size, else smaller by the kernel's side less 1.
     """

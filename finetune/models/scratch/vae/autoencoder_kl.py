@@ -1,9 +1,9 @@
 """The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
 
-Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), and the loss of a picture is
+Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), and the loss of an image is
 mean |x − x̂| (or squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), with extra weights on
-colour and on coarse structure if the recipe wants them. As the terms are means, kl_weight is a β-VAE's β times
-(latent elements ÷ picture elements), up to the likelihood's scale.
+color and on coarse structure if the recipe wants them. As the terms are means, kl_weight is a β-VAE's β times
+(latent elements ÷ image elements), up to the likelihood's scale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.config.schema import Autoencoder
-from finetune.data.audit.audit import Audit, Picture
+from finetune.data.audit.audit import Audit, ImageRecord
 from finetune.data.batch import Batch, Encoders
 from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
@@ -27,7 +27,7 @@ from finetune.models.pretrained import loading
 from finetune.planning import Plan
 from finetune.rng import Draw, mix
 
-SCALE_PICTURES = 512  # pictures over which the spread of the latents is measured
+SCALE_IMAGES = 512  # images over which the spread of the latents is measured
 
 
 class Reconstruction(nn.Module):
@@ -67,23 +67,23 @@ class VaeTurn(TrainStep):
     def _error(self, difference: Tensor) -> Tensor:
         """[B, 3, H, W] → [B].
 
-        The grey axis holds most of a picture's variance, so colour is learned late if at all: what is left of the
-        difference without its grey part can be counted more.
+        The gray axis holds most of an image's variance, so color is learned late if at all: what is left of the
+        difference without its gray part can be counted more.
         """
-        colour = difference - difference.mean(1, keepdim=True)
-        of_all, of_colour = (
+        color = difference - difference.mean(1, keepdim=True)
+        of_all, of_color = (
             (d.abs() if self._loss.reconstruction == "l1" else d.square()).flatten(1).mean(1)
-            for d in (difference, colour)
+            for d in (difference, color)
         )
-        return of_all + (self._loss.colour_weight - 1) * of_colour
+        return of_all + (self._loss.color_weight - 1) * of_color
 
 
 class Pixels(Encoders):
-    """Pictures as they are: 8-bit pixels. Captions are not read."""
+    """Images as they are: 8-bit pixels. Captions are not read."""
 
-    picture_key, caption_key, cached = "pixels", "", False
+    image_key, caption_key, cached = "pixels", "", False
 
-    def encode_picture(self, pixels: Tensor) -> Batch:
+    def encode_image(self, pixels: Tensor) -> Batch:
         return {"pixels": pixels.add(1).mul(127.5).round().to(torch.uint8)}
 
     def encode_caption(self, caption: str) -> Batch:
@@ -108,14 +108,14 @@ class Vae(Model):
     def encoders(self) -> Encoders:
         return Pixels()
 
-    def _pixels(self, picture: Picture) -> Tensor:
-        """What the encoder sees of `picture`, [1, 3, H, W]."""
-        pixels = numpy.asarray(apply(decode(picture.read(), self._audit.background), picture.crop))
+    def _pixels(self, image: ImageRecord) -> Tensor:
+        """What the encoder sees of `image`, [1, 3, H, W]."""
+        pixels = numpy.asarray(apply(decode(image.read(), self._audit.background), image.crop))
         return to_tensor(pixels)[None].to(self.vae.device)
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
-        """For each seed a pair: the training picture that it picks above, its reconstruction from the mean latent below."""
+        """For each seed a pair: the training image that it picks above, its reconstruction from the mean latent below."""
         training = self._audit.training
         found = []
         for seed in request.seeds:
@@ -128,8 +128,8 @@ class Vae(Model):
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
         """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
-        spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_PICTURES)][:SCALE_PICTURES]
-        latents = [self.vae.encode(self._pixels(picture)).latent_dist.mode().flatten() for picture in spread]
+        spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_IMAGES)][:SCALE_IMAGES]
+        latents = [self.vae.encode(self._pixels(image)).latent_dist.mode().flatten() for image in spread]
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
         self.vae.save_pretrained(folder)
         return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]

@@ -1,6 +1,6 @@
 """The variational autoencoder in pixel space (Kingma & Welling 2014, arXiv:1312.6114) and its β (Higgins et al. 2017).
 
-q(z|x) = N(μ, σ²), p(z) = N(0, I), p(x|z) a distribution over levels. The loss of a picture is −log p(x|z) + β · KL, in nats:
+q(z|x) = N(μ, σ²), p(z) = N(0, I), p(x|z) a distribution over levels. The loss of an image is −log p(x|z) + β · KL, in nats:
 summed over its pixels and its latent's numbers, and only then averaged over the batch. With several particles it is the
 importance-weighted bound (Burda et al. 2016, arXiv:1509.00519, equation 8) instead.
 """
@@ -23,7 +23,7 @@ from finetune.models.scratch.distributions import Observation, observation_of
 from finetune.rng import Draw
 
 build = started
-SHOWN = 8  # pictures in a grid's row
+SHOWN = 8  # images in a grid's row
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ class BetaVae(LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """An upper bound on −log p(x) of each picture, [B]: −ELBO, or with several particles the tighter −IWAE_K.
+        """An upper bound on −log p(x) of each image, [B]: −ELBO, or with several particles the tighter −IWAE_K.
 
-        It is the anomaly score too: a picture that the model would hardly draw has a high one.
+        It is the anomaly score too: an image that the model would hardly draw has a high one.
         """
         weights = self._turn.terms(*levels_in(batch), draw.normal("posterior", (particles, self._latent)))[2]
         return math.log(particles) - weights.logsumexp(1)
@@ -139,24 +139,24 @@ class BetaVae(LikelihoodModel):
 
     @torch.no_grad()
     def reconstructions(self, batch: Batch) -> Tensor:
-        """Pictures from their own mean latents, levels [B, C, H, W]."""
+        """Images from their own mean latents, levels [B, C, H, W]."""
         levels, classes = levels_in(batch)
         return self.decoded(self.net.encode(levels, classes)[0], classes)
 
     @torch.no_grad()
     def interpolation(self, batch: Batch, steps: int) -> Tensor:
-        """From the batch's first picture to its second, straight between their mean latents: levels [steps, C, H, W]."""
+        """From the batch's first image to its second, straight between their mean latents: levels [steps, C, H, W]."""
         mean = self.net.encode(*levels_in(batch))[0]
         return self.decoded(torch.lerp(mean[:1], mean[1:2], torch.linspace(0, 1, steps, device=mean.device)[:, None]))
 
     @torch.no_grad()
     def arithmetic(self, batch: Batch, have: Batch, lack: Batch) -> Tensor:
-        """The batch's pictures given what `have`'s pictures have and `lack`'s lack: z + mean z(have) − mean z(lack), levels [B, C, H, W]."""
+        """The batch's images given what `have`'s images have and `lack`'s lack: z + mean z(have) − mean z(lack), levels [B, C, H, W]."""
         mean, with_it, without = (self.net.encode(*levels_in(one))[0] for one in (batch, have, lack))
         return self.decoded(mean + with_it.mean(0) - without.mean(0))
 
     def diagnostic_images(self) -> dict[str, Image.Image]:
-        """Reconstructions under their pictures; pictures on the way between two; and, with two classes or more, the step between two added."""
+        """Reconstructions under their images; images on the way between two; and, with two classes or more, the step between two added."""
         batch = self.examples(2 * SHOWN)
         levels = batch["pixels"]
         found = {

@@ -1,4 +1,4 @@
-"""The second of two stages: a prior over the codes that a trained vector-quantised autoencoder gives pictures.
+"""The second of two stages: a prior over the codes that a trained vector-quantized autoencoder gives images.
 
 `model.vae` names the first stage's run; its net is frozen, and becomes part of what is saved. With it, −log p(codes) −
 log p(x|codes) is a bound on −log p(x): of all codes that could give x, it counts those that the encoder chooses.
@@ -58,7 +58,7 @@ class Stages(nn.Module):
         return self
 
     def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
-        """log p of the pictures' codes, [B]."""
+        """log p of the images' codes, [B]."""
         with torch.no_grad():
             codes = self.first.codes(levels)  # type: ignore[operator]
         found: Tensor = self.prior(codes, classes)
@@ -67,7 +67,7 @@ class Stages(nn.Module):
 
 @final
 class CodesTurn(TrainStep):
-    """−log p of each picture's codes, in nats; the first stage stays as it is."""
+    """−log p of each image's codes, in nats; the first stage stays as it is."""
 
     name = "codes"
 
@@ -112,7 +112,7 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
     """A second stage over the first that `model.vae` names.
 
     Raises:
-        UserError: there is none, it is no autoencoder of this kind, or one of other pictures.
+        UserError: there is none, it is no autoencoder of this kind, or one of other images.
     """
     space, given = space_of(plan, audit), plan.recipe.model.vae
     if given is None:
@@ -124,7 +124,7 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
     first = open_model(given)
     if not isinstance(first, VqVae):
         raise UserError(
-            f"{given} is no vector-quantised autoencoder",
+            f"{given} is no vector-quantized autoencoder",
             where="model.vae",
             remedy="name a run of scratch/vqvae or scratch/vqgan",
         )
@@ -133,7 +133,7 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
             f"{one.channels} × {one.height} × {one.width} of {one.levels} levels" for one in (space, first.space)
         )
         raise UserError(
-            f"{given} was trained on pictures of {there}, not {wanted}",
+            f"{given} was trained on images of {there}, not {wanted}",
             where="model.vae",
             remedy="give both stages the same `data`",
         )

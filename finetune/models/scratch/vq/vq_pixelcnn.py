@@ -1,4 +1,4 @@
-"""A PixelCNN over the codes of a vector-quantised autoencoder (van den Oord et al. 2017, arXiv:1711.00937, §3.3)."""
+"""A PixelCNN over the codes of a vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937, §3.3)."""
 
 from __future__ import annotations
 

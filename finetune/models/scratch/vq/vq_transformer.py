@@ -1,4 +1,4 @@
-"""A transformer over the codes of a vector-quantised autoencoder, row by row (Esser et al. 2021, arXiv:2012.09841, §3.2)."""
+"""A transformer over the codes of a vector-quantized autoencoder, row by row (Esser et al. 2021, arXiv:2012.09841, §3.2)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The vector-quantised autoencoder (van den Oord et al. 2017, arXiv:1711.00937), and VQ-GAN's critic (Esser et al. 2021).
+"""The vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937), and VQ-GAN's critic (Esser et al. 2021).
 
-A picture becomes a grid of codes out of a book. The loss of a picture, all terms summed over its elements, is
+An image becomes a grid of codes out of a book. The loss of an image, all terms summed over its elements, is
 −log p(x|e) + |sg(z) − e|² + β |z − sg(e)|²: β on the encoder's side (equation 3; taming-transformers' first releases had it on
 the other). With a critic, hinge losses on patches, weighted so that its gradient and the reconstruction's are alike at the
 decoder's last layer (arXiv:2012.09841, equations 5–7; without LPIPS, whose weights are not to be had offline).
 
-The quantiser is written by hand: vector-quantize-pytorch moves its book inside the forward pass by averages, draws from the
+The quantizer is written by hand: vector-quantize-pytorch moves its book inside the forward pass by averages, draws from the
 global generator when it moves dead codes, has a straight-through gradient that is no identity unless told so, and takes 5 s to import.
 """
 
@@ -28,8 +28,8 @@ from finetune.models.scratch.distributions import Observation, observation_of
 from finetune.rng import Draw
 
 build = started
-SHOWN = 16  # pictures in a grid's row
-STARTING_PICTURES = 256  # whose codes the book starts with
+SHOWN = 16  # images in a grid's row
+STARTING_IMAGES = 256  # whose codes the book starts with
 
 
 def perplexity(indices: Tensor, codes: int) -> Tensor:
@@ -128,7 +128,7 @@ class VqAutoencoder(nn.Module):
 
 @final
 class Critic(nn.Module):
-    """PatchGAN (Isola et al. 2017): scaled pictures [B, C, H, W] → a logit for each patch, [B, 1, h, w]."""
+    """PatchGAN (Isola et al. 2017): scaled images [B, C, H, W] → a logit for each patch, [B, 1, h, w]."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -213,8 +213,8 @@ class VqVae(PixelModel):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Begin the book with latents of training pictures: codes anywhere else would never be nearest."""
-        latent = self.net.latent(self.examples(STARTING_PICTURES)["pixels"])
+        """Begin the book with latents of training images: codes anywhere else would never be nearest."""
+        latent = self.net.latent(self.examples(STARTING_IMAGES)["pixels"])
         vectors, book = latent.movedim(1, -1).flatten(0, -2), self.net.quantiser.book
         book.copy_(
             vectors[torch.arange(len(book)) * max(1, len(vectors) // len(book)) % len(vectors)]
