@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 
+from finetune.adapters.formats.metadata import PEFT
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.export import export
-from finetune.export.metadata import PEFT
 from finetune.export.model_card import write_card
 from finetune.paths import public_name
 from finetune.planning import load_plan

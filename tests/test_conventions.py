@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.adapters.formats.key_maps import CONVENTIONS
+from finetune.adapters.formats.metadata import PEFT
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.errors import UserError
 from finetune.export import FORMATS, export
-from finetune.export.metadata import PEFT
 
 Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
 CLASSES = {

@@ -10,6 +10,7 @@ from typing import Any
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.schema import Model
 from finetune.errors import UserError
+from finetune.models.registry import BY_WIDTH
 from finetune.paths import ASSETS, embedded, run_of
 
 CONFIGS = ASSETS / "configs"
@@ -34,7 +35,6 @@ REPOSITORIES = {
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
 }
-BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text conditions in cross-attention
 HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
 
 

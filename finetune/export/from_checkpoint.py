@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from finetune.adapters.formats.metadata import stamp
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
-from finetune.export.metadata import stamp
 from finetune.export.model_card import write_card
 from finetune.models.base import Model
 from finetune.models.registry import load_module

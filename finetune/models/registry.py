@@ -40,6 +40,8 @@ MODULES: dict[str, str] = {
     "vqvae": f"{_SCRATCH}.vq.vqvae",
     "z_image": f"{_PRETRAINED}.z_image",
 }
+# Stable Diffusion: the width of the text features in cross-attention → the base model, which names its configuration folder.
+BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 
 
 def load_module(family: str) -> ModuleType:

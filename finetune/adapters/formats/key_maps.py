@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune.adapters.formats.metadata import PEFT, describe, folded_alpha, settings_of
 from finetune.adapters.formats.safetensors_io import cast, hashes, read
 from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
 
 NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's
 Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and how wide each is beside the others

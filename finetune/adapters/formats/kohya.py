@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune.adapters.formats.metadata import PEFT, describe, folded_alpha, settings_of
 from finetune.adapters.formats.safetensors_io import cast, hashes, read
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.export.metadata import PEFT, describe, folded_alpha, settings_of
 
 SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up
 # diffusers writes three spellings of the same, by the layer's kind.

@@ -18,15 +18,10 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from finetune.errors import UserError
-from finetune.models.registry import pipelines
+from finetune.models.registry import BY_WIDTH, pipelines
 from finetune.paths import ASSETS
 
 CONFIGS = ASSETS / "configs"
-BY_WIDTH = {
-    768: "sd15",
-    1024: "sd21",
-    2048: "sdxl",
-}  # width of the text conditions in cross-attention → folder of CONFIGS
 # How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart), the first that is there → its family.
 TRANSFORMERS = {
     "single_stream_modulation.lin.weight": "flux2",

@@ -8,9 +8,9 @@ from typing import final
 from finetune.config.nets.edm import Net
 from finetune.errors import UserError
 from finetune.models.objectives.noise_paths import Exploding, Preconditioned
-from finetune.models.objectives.ode_likelihood import FlowLikelihood
 from finetune.models.objectives.samplers import Level
 from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.diffusion.flow_likelihood import FlowLikelihood
 
 build = started
 

@@ -11,9 +11,9 @@ from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
 from finetune.models.base import Model
 from finetune.models.objectives.noise_paths import Straight
-from finetune.models.objectives.ode_likelihood import FlowLikelihood
 from finetune.models.objectives.samplers import Level
 from finetune.models.scratch.base import Space, begin, space_of
+from finetune.models.scratch.diffusion.flow_likelihood import FlowLikelihood
 from finetune.planning import Plan
 
 

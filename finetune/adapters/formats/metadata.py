@@ -24,7 +24,7 @@ from finetune.adapters.formats.safetensors_io import hashes, read
 from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Recipe, trigger_words
-from finetune.models.pretrained.single_file import BY_WIDTH
+from finetune.models.registry import BY_WIDTH
 from finetune.paths import public_name
 from finetune.planning import Plan
 
