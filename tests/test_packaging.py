@@ -63,7 +63,7 @@ def _scripts(tmp_path: Path, version: str) -> tuple[Path, dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [("3.10.9", "ft needs Python 3.11 or later, and Python 3.10.9"), ("3.12.1", "Python 3.12.1 lacks its venv module")],
+    [("3.10.9", "ft needs Python 3.11 or later, but found Python 3.10.9"), ("3.12.1", "Python 3.12.1 has no venv module")],
 )
 def test_an_unfit_python_is_named_in_one_sentence(version: str, says: str, tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, version)
@@ -93,6 +93,7 @@ def test_the_constraints_pin_every_dependency() -> None:
     wanted = [
         *project["dependencies"],
         *project["optional-dependencies"]["test"],
+        *project["optional-dependencies"]["docs"],
         *project["optional-dependencies"]["dev"],
     ]
     names = {re.split(r"[>=\[;]", line)[0].strip().lower().replace("_", "-") for line in wanted} - {"ft-image"}
