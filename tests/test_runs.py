@@ -161,7 +161,7 @@ def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
         )
 
     assert watchdog.stall([one(0, True), one(1, False)], 400) == (
-        "warning: nothing has moved for 6 m 40 s in step 12: rank 1 on host stands at file.py:1; the other waits for it"
+        "warning: nothing has moved for 6 min 40 s in step 12: rank 1 on host stands at file.py:1; the other waits for it"
     )
     assert "rank 0 on host stands at file.py:0; rank 1 on host" in watchdog.stall([one(0, True), one(1, True)], 400)
 
@@ -256,7 +256,7 @@ def test_runs_are_listed_with_their_state(
         ],
         "alive": [
             "rank 0  training on",
-            "nothing has moved for 6 m 40 s, it stands at data/dataset.py:1 in batch",
+            "nothing has moved for 6 min 40 s, it stands at data/dataset.py:1 in batch",
             "denoiser 0.5, 2 s/step",
         ],
     }.items():
