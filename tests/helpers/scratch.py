@@ -1,6 +1,6 @@
 """Every recipe of a family in pixel space, made small: what the tests that take all of them through start from.
 
-from tests import scratch
+from tests.helpers import scratch
 scratch.recipe("vae", tmp_path / "run", "train.steps=4")    # a recipe of `recipes/scratch/`, on a dozen 8×8 digits
 """
 

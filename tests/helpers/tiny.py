@@ -2,7 +2,7 @@
 
 Everything is made once a process, at the first call, in a temporary folder that goes with the process:
 
-    from tests import tiny
+    from tests.helpers import tiny
     tiny.images()              a folder of five captioned images of several sizes and formats
     tiny.pipeline("sdxl")        a diffusers folder: sd15, sd21, sdxl or emoji
     tiny.recipe("sd15", "lora", "train.steps=3", folder=tmp_path / "run")

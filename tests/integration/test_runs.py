@@ -23,7 +23,7 @@ from finetune.job import Job
 from finetune.training import checkpoint, run_list, run_status, watchdog
 from tests.helpers import tiny
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def prepared(folder: Path, *overrides: str, resume: bool = False) -> Job:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finetune.estimate.tracing.recorder import Recorder
 from finetune.kernels import rope
-from tests.test_fused import Built, flux1, flux2
+from tests.unit.test_fused_lora import Built, flux1, flux2
 
 
 def tables(places: int, width: int) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secr
     assert not [(event, what) for event, what in events if event != "open"]
     # FT_CACHE is the user's cache, where this machine's calibration is kept.
     checkout, temporary = (
-        Path(__file__).resolve().parent.parent,
+        Path(__file__).resolve().parents[2],
         [Path(os.environ[name]) for name in ("HF_HOME", "FT_CACHE")],
     )
     temporary += [Path("/proc"), Path("/sys"), Path("/dev")]

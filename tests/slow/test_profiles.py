@@ -19,11 +19,11 @@ from finetune.estimate.tracing.measure import BATCHES, variant
 from tests.helpers.estimates import of, traced
 
 
-def _load_measure_cards() -> Any:
+def _load_measure_profiles() -> Any:
     import importlib.util
 
     spec = importlib.util.spec_from_file_location(
-        "measure_cards", Path(__file__).parent.parent / "scripts" / "measure_cards.py"
+        "measure_profiles", Path(__file__).parents[2] / "tools" / "measure_profiles.py"
     )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,7 +33,7 @@ def _load_measure_cards() -> Any:
 
 def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
     """A recipe, a lever or a key that came later makes cards stale: tools/measure_profiles.py."""
-    measure, lacking = _load_measure_cards(), set()
+    measure, lacking = _load_measure_profiles(), set()
     for card_name, recipes in measure.cards().items():
         card = profiles.load(card_name) if card_name in profiles.known() else None
         for name in recipes:
@@ -48,7 +48,7 @@ def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
 @pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
 def test_cards_are_not_stale(name: str, device: profiles.Device) -> None:
     """Measured again, a variant is what its card holds. If not: tools/measure_profiles.py."""
-    measure = _load_measure_cards()
+    measure = _load_measure_profiles()
     recipe = measure.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
     low, high = ([measure.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)

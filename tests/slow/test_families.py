@@ -31,7 +31,7 @@ from finetune.rng import Draw
 from tests.helpers import tiny
 
 OVERFIT_STEPS = 6
-GOLDEN = Path(__file__).parent / "golden.json"
+GOLDEN = Path(__file__).parents[1] / "helpers" / "golden.json"
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ def redrawn() -> Path:
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).parent / "helpers" / "redraw.py"
+    script = Path(__file__).parents[1] / "helpers" / "redraw.py"
     done = subprocess.run(
         [sys.executable, "-I", str(script), str(folder / "jobs.json")],
         cwd=folder,

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from finetune.cli.main import ft
 from finetune.errors import UserError
 from tests.helpers import corpus, tiny
-from tests.test_data import snapshot
+from tests.unit.test_data import snapshot
 
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

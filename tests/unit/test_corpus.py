@@ -13,8 +13,8 @@ from finetune.data.audit.audit import Audit, scan
 from finetune.errors import UserError
 from finetune.report import tables
 from tests.helpers import corpus
-from tests.test_data import put, snapshot
-from tests.test_dataset import Counting, opened
+from tests.unit.test_data import put, snapshot
+from tests.unit.test_dataset import Counting, opened
 
 
 def recipe(folder: Path, **changes: object) -> Data:

@@ -24,8 +24,8 @@ from finetune.data.sampler import Order
 from finetune.data.sources import huggingface
 from finetune.errors import UserError
 from finetune.rng import Draw
-from tests.test_data import data, problems, snapshot
-from tests.test_dataset import Counting, opened
+from tests.unit.test_data import data, problems, snapshot
+from tests.unit.test_dataset import Counting, opened
 
 
 def png(number: int, size: tuple[int, int] = (16, 16)) -> bytes:

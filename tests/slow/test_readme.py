@@ -15,7 +15,7 @@ from PIL import Image
 from finetune.config.loader import bundled_recipes
 from finetune.paths import ASSETS
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 FEWER = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "sample.steps=2", "--set", "data.held_out=0"]
 
 
@@ -77,9 +77,9 @@ def block_of_table() -> str:
 
 def test_every_image_is_there() -> None:
     images = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert images and all((Path(__file__).resolve().parent.parent / image).is_file() for image in images)
+    assert images and all((Path(__file__).resolve().parents[2] / image).is_file() for image in images)
 
 
 def test_both_scripts_can_be_run() -> None:
-    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
     assert all(shutil.which(str(scripts / name)) for name in ("demo", "test"))

@@ -63,7 +63,10 @@ def _scripts(tmp_path: Path, version: str) -> tuple[Path, dict[str, str]]:
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [("3.10.9", "ft needs Python 3.11 or later, but found Python 3.10.9"), ("3.12.1", "Python 3.12.1 has no venv module")],
+    [
+        ("3.10.9", "ft needs Python 3.11 or later, but found Python 3.10.9"),
+        ("3.12.1", "Python 3.12.1 has no venv module"),
+    ],
 )
 def test_an_unfit_python_is_named_in_one_sentence(version: str, says: str, tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, version)

@@ -411,6 +411,6 @@ def test_the_report_needs_no_torch() -> None:
     """`ft` stands on this side: it starts in a fraction of a second."""
     code = "import sys, finetune.report.page; print({'torch', 'numpy', 'PIL', 'diffusers'} & sys.modules.keys())"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
     )
     assert done.stdout.strip() == "set()"

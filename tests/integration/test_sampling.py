@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         tiny.train(tiny.recipe(pipeline, method, *sampled, *overrides, folder=root / name))
     command = [sys.executable, "-c", FRESH, str(root), *RUNS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(root / name / "drawn" / "1" / f"{number:02d}.png") for name in RUNS for number in range(2)

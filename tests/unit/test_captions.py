@@ -14,7 +14,7 @@ from finetune.data.sources.captions import Caption, Captions
 from finetune.errors import UserError
 from finetune.report import tables
 from finetune.report.data_page import NAMED, data_section
-from tests.test_data import captions, data, problems, put
+from tests.unit.test_data import captions, data, problems, put
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

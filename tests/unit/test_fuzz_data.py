@@ -22,8 +22,8 @@ from finetune.data.sources.entry import Entry, Problem
 from finetune.data.sources.webdataset import samples
 from finetune.errors import UserError
 from tests.helpers import corpus
-from tests.test_cache import tensors
-from tests.test_shards import shard
+from tests.unit.test_cache import tensors
+from tests.unit.test_shards import shard
 
 # FT_FUZZ=20 takes twenty times as many.
 many = settings(deadline=None, max_examples=250 * int(os.environ.get("FT_FUZZ", "1")))

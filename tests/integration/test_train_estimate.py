@@ -217,7 +217,7 @@ def check_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the script may set it
     monkeypatch.setattr(sys, "path", [*sys.path])
     spec = util.spec_from_file_location(
-        "check_gpu", Path(__file__).resolve().parent.parent / "scripts" / "check_gpu.py"
+        "check_gpu", Path(__file__).resolve().parents[2] / "benchmarks" / "check_gpu.py"
     )
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)

@@ -29,7 +29,7 @@ from finetune.paths import RECIPES
 from finetune.training import checkpoint
 from tests.helpers import scratch, tiny
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "two_processes.py"
 STEPS = 3
 # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
 COMPARABLE = (
