@@ -38,7 +38,7 @@ FIXED = (
     *(
         "data.path=embedded:digits/train",
         "data.resolution=8",
-        "data.gray=true",
+        "data.grayscale=true",
         f"data.levels={LEVELS}",
         "data.missing_captions=empty",
     ),
@@ -50,11 +50,11 @@ FIXED = (
     ),
 )
 VAE = (
-    *("net.halvings=2", "net.width=32", "net.latent=16", "net.observation=categorical", "net.dropout=0.1"),
+    *("net.halvings=2", "net.width=32", "net.latent=16", "net.distribution=categorical", "net.dropout=0.1"),
     *("train.steps=800", "train.batch_size=64"),
 )
 AUTOREGRESSIVE = (
-    *("net.dilation=1", "net.width=48", "net.blocks=4", "net.observation=categorical", "net.dropout=0.5"),
+    *("net.dilation=1", "net.width=48", "net.blocks=4", "net.distribution=categorical", "net.dropout=0.5"),
     *("train.steps=600", "train.batch_size=32"),
 )
 FLOW = (
@@ -64,7 +64,7 @@ FLOW = (
         "net.width=48",
         "net.coupling=mixture",
         "net.mixtures=4",
-        "net.dequantisation=variational",
+        "net.dequantization=variational",
     ),
     *("net.dropout=0.2", "net.margin=0.0", "train.steps=1000", "train.batch_size=64", "optimizer.lr=1e-3"),
 )

@@ -61,7 +61,7 @@ FIXED = (
         "train.steps=10000000",
         "train.checkpoint_every=10000000",
         "train.validate_every=10000000",
-        "sample.watch_every=null",
+        "sample.collapse_check_every=null",
     ),
 )
 NOTED_EVERY = 100  # steps between two checkpoints, and notes of the CPU time that they took

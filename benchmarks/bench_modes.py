@@ -57,10 +57,10 @@ SLOPE = 1e-3  # γ of R1 and R2: a mode is a hundredth wide, so that a critic th
 LOSSES: dict[str, dict[str, Any]] = {
     "logistic": {},
     "logistic, minibatch discrimination": {"minibatch": "discrimination"},
-    "logistic, unrolled 5": {"unroll": 5, "unroll_rate": SLOPE},  # of plain descent on a critic so steep
+    "logistic, unrolled 5": {"unroll": 5, "unroll_lr": SLOPE},  # of plain descent on a critic so steep
     "logistic, R1": {"r1": SLOPE},
     "hinge, R1": {"objective": "hinge", "r1": SLOPE},
-    "wasserstein, gradient penalty": {"objective": "wasserstein", "gradient_penalty": 0.1, "critic_steps": 5},
+    "wasserstein, gradient penalty": {"objective": "wasserstein", "gradient_penalty": 0.1, "discriminator_steps": 5},
     "relativistic, R1 + R2": {"objective": "relativistic", "r1": SLOPE, "r2": SLOPE},
 }
 PUBLISHED_POINTS = {
@@ -221,12 +221,17 @@ def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 LEVELS, STACKED, SCORED = 17, 10_000, 26_000  # 26,000 samples are scored, as by the PacGAN paper's code
 FIXED = (
     *("data.resolution=8", f"data.levels={LEVELS}", "net.halvings=2", "sample.prompts=[]", "train.batch_size=64"),
-    *("train.checkpoint_every=200", "net.augment=0", "optimizer.schedule=constant", "sample.watch_every=null"),
+    *(
+        "train.checkpoint_every=200",
+        "net.ada_target=0",
+        "optimizer.schedule=constant",
+        "sample.collapse_check_every=null",
+    ),
     "net.width=32",  # as wide where the nets begin as the recipes are at 32², which halve once more
 )
 # Radford et al. 2015, arXiv:1511.06434, §4: batch norm in both nets, nothing else holds the critic; its rate and momentum.
 PLAIN = (
-    *("net.generator_norm=batch", "net.critic_norm=batch", "net.minibatch=none", "net.r1=0"),
+    *("net.generator_norm=batch", "net.discriminator_norm=batch", "net.minibatch=none", "net.r1=0"),
     *("optimizer.lr=2.0e-4", "optimizer.betas=[0.5,0.999]"),
 )
 # name → (recipe, what of it is set): γ twenty times the recipes', by which they find more here

@@ -3,7 +3,7 @@
     python benchmarks/bench_train.py [--rounds 5] [--steps 4]
 
 Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the
-example's here (no `preserve_every`); the share of a step's wall time spent outside forward,
+example's here (no `distill_every`); the share of a step's wall time spent outside forward,
 backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: images and
 captions encoded at every step, torch's default optimizer and memory format, the same batch, resolution, layers, rank),
 at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders, each in a process of its
@@ -172,7 +172,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for batch in (None, 1):
         recipe = load_recipe(
-            "lora/emoji", ["adapter.preserve_every=null", *([f"train.batch_size={batch}"] if batch else [])]
+            "lora/emoji", ["adapter.distill_every=null", *([f"train.batch_size={batch}"] if batch else [])]
         )
         contenders = {name: Contender(recipe, without) for name, without in CONTENDERS.items()}
         taken: dict[str, list[Taken]] = {name: [] for name in contenders}

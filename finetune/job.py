@@ -214,7 +214,9 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     pace = Pace(expected, lambda: memory_left(accelerator.device))
     drawing = (lambda: _from_newest(plan, audit, run)) if plan.machine.sharded else lambda: model
     observe = (lambda done: draw_samples(plan, drawing, run.folder, done)) if recipe.sample.prompts else None
-    watch = Watch(plan, model, run.folder) if recipe.sample.watch_every and isinstance(model, PixelModel) else None
+    watch = (
+        Watch(plan, model, run.folder) if recipe.sample.collapse_check_every and isinstance(model, PixelModel) else None
+    )
     trainer = Trainer(plan, model, data, run, accelerator, observe, pace, watch)
     return Job(plan, audit, model, data, run, accelerator, trainer)
 

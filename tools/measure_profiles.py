@@ -50,7 +50,7 @@ OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     ),
     "scratch": (),
 }
-PRESERVING = ({"adapter.preserve_every": "null"}, {"adapter.preserve_every": "5"})  # of LoRA
+PRESERVING = ({"adapter.distill_every": "null"}, {"adapter.distill_every": "5"})  # of LoRA
 WHOLE = (
     "base",
     "sd15",
@@ -166,7 +166,7 @@ def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
     (Averages are added to what a card says, and what text encoders spare is taken off.)
     """
     sets = [f"{key}={json.dumps(value) if key == 'adapter.targets' else value}" for key, value in chosen.items()]
-    sets += ["model.encoders=whole"] if recipe.model.encoders != "whole" else []
+    sets += ["model.text_encoder_placement=device"] if recipe.model.text_encoder_placement != "device" else []
     return load_recipe(
         f"{recipe.method}/{recipe.name}",
         [*sets, "train.ema=null", *([f"adapter.rank={RANK}"] if recipe.adapter else [])],

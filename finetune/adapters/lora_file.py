@@ -29,7 +29,7 @@ DOWN = (
     ".lora_linear_layer.down.weight",
 )
 OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".dora_scale": "DoRA in kohya's format"}
-KEY, LARGEST_HEADER = "adapter.init", 100 << 20  # bytes; safetensors itself allows no larger one
+KEY, LARGEST_HEADER = "adapter.init_lora", 100 << 20  # bytes; safetensors itself allows no larger one
 SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
 
 
@@ -152,9 +152,9 @@ def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         UserError: as of `look`.
     """
     adapter = recipe.adapter
-    if adapter is None or adapter.init is None:
+    if adapter is None or adapter.init_lora is None:
         return recipe, ()
-    found = look(adapter.init)
+    found = look(adapter.init_lora)
     of_file: dict[str, Any] = {"rank": found.rank, "alpha": found.alpha, "rslora": bool(found.setting("use_rslora"))}
     of_file |= {"dora": bool(found.setting("use_dora"))}
     of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}

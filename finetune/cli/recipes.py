@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
+import yaml
 
-from finetune.config.loader import bundled_recipes
+from finetune.config import renamed
+from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError, did_you_mean
 from finetune.paths import RECIPES
 
@@ -62,3 +65,28 @@ def _text(name: str) -> str:
     if name not in names:
         raise UserError(f'no recipe that comes with ft is called "{name}"', remedy=did_you_mean(name, names))
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@command.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+def migrate(files: tuple[Path, ...]) -> None:
+    """Replace old names of keys and values in recipe FILES, in place; comments and layout stay."""
+    for file in files:
+        try:
+            text = file.read_bytes().decode()
+            new, lines = renamed.migrate(text)
+            if lines:
+                beside = file.with_name(f".{file.name}.new")
+                beside.write_bytes(new.encode())
+                shutil.copymode(file, beside)
+                beside.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be rewritten: {error.strerror}", remedy="check its name and permissions"
+            ) from None
+        except (UnicodeDecodeError, yaml.YAMLError):
+            load_recipe(file)  # says what is wrong, and in which line
+            raise
+        click.echo(f"{file}: " + ("nothing to rename" if not lines else f"{len(lines)} renamed"))
+        for line in lines:
+            click.echo(f"  {line}")

@@ -37,7 +37,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent
     help="Override one value of the recipe, such as train.batch_size=2.",
 )
 @click.option(
-    "--init", help="A LoRA's file to go on from, in diffusers' or kohya's format; short for --set adapter.init=…"
+    "--init", help="A LoRA's file to go on from, in diffusers' or kohya's format; short for --set adapter.init_lora=…"
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in the recipe's folder.")
 @click.option("--force", is_flag=True, help="Train even what the estimate says does not fit into memory.")
@@ -79,7 +79,7 @@ def command(
     file of your own. deepspeed-zero2 and -zero3 come too, and are refused: fsdp2 shares out the same.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
-    overrides += (f"adapter.init={json.dumps(init)}",) if init else ()
+    overrides += (f"adapter.init_lora={json.dumps(init)}",) if init else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
     flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
     arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.config import nets, validation, yaml_reader
+from finetune.config import nets, renamed, validation, yaml_reader
 from finetune.config.schema import Recipe
 from finetune.errors import UserError, did_you_mean
 from finetune.paths import RECIPES
@@ -53,13 +53,11 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
 
 def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = ()) -> Recipe:
     """`load_recipe` for text already read; `source` is what errors call it."""
-    root = yaml_reader.read(text, source)
+    root = renamed.current(yaml_reader.read(text, source))
     for assignment in overrides:
-        if assignment.startswith(
-            "data.path="
-        ):  # the one folder given on the command line stands for all of the recipe's
+        if assignment.startswith("data.path="):  # the one folder on the command line replaces all of the recipe's
             root = yaml_reader.override(root, "data.sources=[]")
-        root = yaml_reader.override(root, assignment)
+        root = renamed.current(yaml_reader.override(root, assignment, renamed.current_key))
     rest, net = _split(root)
     recipe: Recipe = yaml_reader.build(Recipe, rest)
     recipe = dataclasses.replace(

@@ -34,9 +34,10 @@ def check(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:
         "set method: lora, which trains an adapter on them; or remove model.quantize and set train.weights: bfloat16",
     )
     refuse(
-        model.encoders != "whole" and (model.train_text_encoder or recipe.method == "scratch" or bool(recipe.tokens)),
-        f"model.encoders: {model.encoders} is for text encoders that only encode, and here they train",
-        "set model.encoders: whole, or model.train_text_encoder: false",
+        model.text_encoder_placement != "device"
+        and (model.train_text_encoder or recipe.method == "scratch" or bool(recipe.tokens)),
+        f"model.text_encoder_placement: {model.text_encoder_placement} is for text encoders that only encode, and here they train",
+        "set model.text_encoder_placement: device, or model.train_text_encoder: false",
     )
     refuse(
         model.vae_tiling and recipe.method == "scratch" and model.vae is None,
@@ -148,8 +149,8 @@ def notes(recipe: Recipe, machine: Machine) -> tuple[str, ...]:
             found.append("optimizer.paged: only CUDA pages; here the 8-bit state stays where it is")
         if recipe.train.offload_blocks:
             found.append("train.offload_blocks: a CPU has one memory; nothing is saved here")
-        if recipe.model.encoders == "offload":
-            found.append("model.encoders: offload: a CPU has one memory; nothing is saved here")
+        if recipe.model.text_encoder_placement == "offload":
+            found.append("model.text_encoder_placement: offload: a CPU has one memory; nothing is saved here")
     return tuple(found)
 
 
@@ -159,10 +160,14 @@ def rows(recipe: Recipe) -> list[tuple[str, str]]:
     said = []
     if model.quantize:
         said.append(f"the frozen base in {model.quantize} (samples are drawn on the whole one)")
-    if model.encoders != "whole":
+    if model.text_encoder_placement != "device":
         said.append(
             "text encoders encode "
-            + ("layer by layer from host memory" if model.encoders == "offload" else f"in {model.encoders}")
+            + (
+                "layer by layer from host memory"
+                if model.text_encoder_placement == "offload"
+                else f"in {model.text_encoder_placement}"
+            )
         )
     if model.vae_tiling:
         said.append("the VAE in tiles")

@@ -32,12 +32,12 @@ class Model:
         None  # another transformer than the one at `path`: one .safetensors file, as ComfyUI has them
     )
     vae: str | None = None  # another VAE than the one at `path`: a hub name, a folder, or the run that trained it
-    low: str | None = None  # families that make small images large: the run that draws the small ones
+    base_run: str | None = None  # families that make small images large: the run that draws the small ones
     prediction: Literal["epsilon", "v_prediction"] | None = None  # none: as the checkpoint's scheduler says
     train_text_encoder: bool = False  # also trains the text encoder(s): LoRA on them, or all their weights
     quantize: Quantization | None = None  # the frozen denoiser's weights in 4 or 8 bits (QLoRA, arXiv:2305.14314)
-    encoders: Literal["whole", "offload", "nf4", "int8"] = (
-        "whole"  # text encoders as they encode; offload: layer by layer from host memory
+    text_encoder_placement: Literal["device", "offload", "nf4", "int8"] = (
+        "device"  # text encoders as they encode; offload: layer by layer from host memory
     )
     vae_tiling: bool = False  # the VAE works tile by tile: less memory at large sizes, and seams that are hardly seen
     build: dict[str, Any] = field(
@@ -81,12 +81,12 @@ class Data:
         None  # where the loss counts: `beside` for NAME.mask.png beside each image, or a folder with masks of the same names
     )
     mask_column: str = "mask"  # with masks beside: the column with the mask, a file's name in metadata files, an image in Hugging Face data sets
-    outside_mask: float = _number(0.0, minimum=0, below=1)  # how much the loss counts where a mask is black
+    unmasked_weight: float = _number(0.0, minimum=0, below=1)  # how much the loss counts where a mask is black
     held_out: float = _number(0.0, minimum=0, maximum=0.5)  # share of images kept for the validation loss
     classes: Literal["captions", "folders"] | None = (
         None  # families that draw pixels: what an image's class is; none: they learn no condition
     )
-    gray: bool = False  # families that draw pixels: one channel instead of three
+    grayscale: bool = False  # families that draw pixels: one channel instead of three
     levels: int = _number(
         256, minimum=2, maximum=256
     )  # families that draw pixels: values that a channel takes, evenly spaced
@@ -107,11 +107,11 @@ class Token:
     """A new word for CLIP's text encoders, learned together with the LoRA: pivotal tuning by textual inversion (arXiv:2208.01618)."""
 
     token: str  # as captions and prompts write it, such as `<my-dog>`
-    init: str = ""  # a word whose meaning it begins with, such as `dog`; "": at random
+    init_word: str = ""  # a word whose meaning it begins with, such as `dog`; "": at random
     vectors: int = _number(
         1, minimum=1, maximum=16
     )  # more hold more, and take as many of the tokens that a caption may have
-    rate: float = _number(10.0, above=0)  # how many times faster than all else it learns
+    lr_multiplier: float = _number(10.0, above=0)  # how many times faster than all else it learns
 
     @property
     def file(self) -> str:
@@ -142,8 +142,8 @@ class Adapter:
     pissa: bool = False  # start from the weights' largest singular values (arXiv:2404.02948): learns faster, and the file has twice the rank
     # n: one of n steps takes the noisiest 1/n of the noise levels, and there has the adapter learn what the base says, not the images:
     # what is drawn where stays the base's, and names that are in no caption are kept; the other steps learn the style. 5 is a beginning.
-    preserve_every: int | None = _number(None, minimum=2)
-    init: str | None = (
+    distill_every: int | None = _number(None, minimum=2)
+    init_lora: str | None = (
         None  # a LoRA to go on from, in diffusers' or kohya's format: rank, alpha and targets are its own
     )
 
@@ -167,7 +167,7 @@ class Flow:
 
     sampling: Literal["logit_normal", "mode", "uniform"] | None = None  # how noise levels are drawn, before the shift
     mean: float = _number(0.0)  # logit-normal: above 0 more noise is seen, below 0 less
-    deviation: float = _number(1.0, above=0)  # logit-normal: smaller sees the middle more, and the ends less
+    std: float = _number(1.0, above=0)  # logit-normal: smaller sees the middle more, and the ends less
     mode_scale: float = _number(1.29, minimum=-1, maximum=1.75)  # mode: above 0 the middle is seen more
     shift: float | None = _number(
         None, above=0
@@ -252,7 +252,7 @@ class Sample:
     prompts: tuple[str, ...] = ()
     negative: str = ""
     every: int = _number(500, minimum=1)  # training steps between sample grids
-    watch_every: int | None = _number(
+    collapse_check_every: int | None = _number(
         None, minimum=1
     )  # families that draw pixels: steps between looks for lost modes; none: no such looks
     steps: int = _number(25, minimum=1)  # denoising steps of a sample

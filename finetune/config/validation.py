@@ -164,8 +164,8 @@ def _pixels(recipe: Recipe, refuse: Refuse) -> None:
     """What only families with a `net` section know: those that draw pixels."""
     data, model = recipe.data, recipe.model
     refuse(
-        recipe.net is None and (data.classes is not None or data.gray or data.levels != type(data).levels),
-        f"data.classes, data.gray and data.levels are for families that draw pixels, and {model.family} does not",
+        recipe.net is None and (data.classes is not None or data.grayscale or data.levels != type(data).levels),
+        f"data.classes, data.grayscale and data.levels are for families that draw pixels, and {model.family} does not",
         "remove them",
     )
     refuse(
@@ -174,9 +174,9 @@ def _pixels(recipe: Recipe, refuse: Refuse) -> None:
         "remove sample.truncation",
     )
     refuse(
-        recipe.net is None and recipe.sample.watch_every is not None,
+        recipe.net is None and recipe.sample.collapse_check_every is not None,
         f"lost modes are watched in families that draw pixels, and {model.family} does not",
-        "remove sample.watch_every; `ft eval` measures a finished run",
+        "remove sample.collapse_check_every; `ft eval` measures a finished run",
     )
 
 
@@ -184,9 +184,9 @@ def _predicted(recipe: Recipe, refuse: Refuse) -> None:
     """What the net starts from, and what it predicts."""
     model = recipe.model
     refuse(
-        model.low is not None and not getattr(recipe.net, "refines", False),
-        f"family {model.family} draws its images from nothing: model.low is for families that make small ones large",
-        "remove model.low",
+        model.base_run is not None and not getattr(recipe.net, "refines", False),
+        f"family {model.family} draws its images from nothing: model.base_run is for families that make small ones large",
+        "remove model.base_run",
     )
     refuse(
         recipe.net is not None and model.prediction is not None,
@@ -215,9 +215,9 @@ def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:
         "set one of adapter.dora and adapter.pissa to false",
     )
     refuse(
-        adapter.pissa and adapter.preserve_every is not None,
+        adapter.pissa and adapter.distill_every is not None,
         "PiSSA changes the weights that it starts from: there is no base beside it to preserve",
-        "set adapter.pissa: false, or remove adapter.preserve_every",
+        "set adapter.pissa: false, or remove adapter.distill_every",
     )
     for name in ("rslora", "dora", "pissa", "dropout"):
         given = adapter.kind != "lora" and getattr(adapter, name)
@@ -244,10 +244,10 @@ def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:
         "remove model.quantize, or train a plain LoRA",
     )
     refuse(
-        adapter.init is not None
+        adapter.init_lora is not None
         and (adapter.kind != "lora" or adapter.pissa or bool(adapter.rank_pattern or adapter.alpha_pattern)),
-        "adapter.init goes on from a LoRA, whose ranks and alphas are its own",
-        "remove adapter.kind, adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init",
+        "adapter.init_lora goes on from a LoRA, whose ranks and alphas are its own",
+        "remove adapter.kind, adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init_lora",
     )
     numbers = (*adapter.rank_pattern.values(), *adapter.alpha_pattern.values())
     refuse(

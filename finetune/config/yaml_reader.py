@@ -15,6 +15,7 @@ import json
 import operator
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +132,12 @@ def _node(node: yaml.Node, name: str) -> Node:
     return Node(node.value, where, quoted=getattr(node, "style", None) in ("'", '"', "|", ">"))
 
 
-def override(root: Node, assignment: str) -> Node:
-    """Apply one `--set section.key=value`; the value is read as YAML, so lists and sections can be given too."""
+def override(root: Node, assignment: str, rename: Callable[[list[str]], list[str]] = list) -> Node:
+    """Apply one `--set section.key=value`; the value is read as YAML, so lists and sections can be given too.
+
+    Args:
+        rename: gives the key's current name, from its parts and to its parts.
+    """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or len(keys) > MAXIMUM_DEPTH:
@@ -140,7 +145,7 @@ def override(root: Node, assignment: str) -> Node:
     where = f"--set {path.strip()}"
     composed = _compose(text, where)
     value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where), where=where)
-    return _with(root, keys, value, where)
+    return _with(root, rename(keys), value, where)
 
 
 def _with(node: Node, keys: list[str], value: Node, where: str) -> Node:

@@ -225,7 +225,7 @@ class Dataset:
 
     def _mask(self, image: ImageRecord, mirrored: bool, keep: bool = True) -> Batch:
         """Where the loss of an image counts and how much, [1, h, w] float32: the mask's mean over each place that has a loss."""
-        factor, outside = self.encoders.mask_factor or 1, self.plan.recipe.data.outside_mask
+        factor, outside = self.encoders.mask_factor or 1, self.plan.recipe.data.unmasked_weight
 
         def compute() -> Batch:
             bucket = image.crop.bucket

@@ -202,8 +202,8 @@ def _of_weights(recipe: Recipe) -> list[Lever]:
                 "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
             )
             found.append(Lever("train.fused_backward", True, cost, (*clip, *single)))
-    if recipe.method != "scratch" and not model.train_text_encoder and model.encoders == "whole":
-        found.append(Lever("model.encoders", "offload", "the same result, captions encoded more slowly"))
+    if recipe.method != "scratch" and not model.train_text_encoder and model.text_encoder_placement == "device":
+        found.append(Lever("model.text_encoder_placement", "offload", "the same result, captions encoded more slowly"))
     if not model.vae_tiling and recipe.data.resolution > TILE:
         found.append(Lever("model.vae_tiling", True, "seams between tiles that are hardly seen"))
     return found

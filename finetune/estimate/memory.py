@@ -94,17 +94,17 @@ def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
 
     In full fine-tuning CLIP text encoders have the width of what trains, trained or not (`models.text_to_image`).
     """
-    kind, of = recipe.model.encoders, card.parameters
+    kind, of = recipe.model.text_encoder_placement, card.parameters
     there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
     width = (
         4 if on_cpu or (recipe.method == "full" and card.family in UNETS and recipe.train.weights == "float32") else 2
     )
     held = width * there
     if card.outside["cpu" if on_cpu else "cuda"].encoders == kind:
-        return measured * there - held if kind == "whole" else 0.0
+        return measured * there - held if kind == "device" else 0.0
     if kind == "offload":
         held -= width * (of.get("text encoders' blocks", 0) - of.get("text encoders' largest block", 0))
-    elif kind != "whole":
+    elif kind != "device":
         held -= (width - QUANTIZED[kind]) * of.get("text encoders' quantizable", 0)
     return measured * there - held
 

@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "adapter.targets": ("", 'targets "{}"'),
     "adapter.rank_pattern": (None, "higher ranks by pattern"),
     "adapter.dora": (False, "DoRA"),
-    "adapter.preserve_every": (None, "adapter.preserve_every: {}"),
+    "adapter.distill_every": (None, "adapter.distill_every: {}"),
     "model.train_text_encoder": (False, "a trained text encoder"),
     "tokens": (None, "words that are learned"),
     "model.quantize": (None, "a base in {}"),
@@ -132,14 +132,14 @@ class Outside:
     Attributes:
         encode, sample: peaks while encoding one image and while drawing one, bytes, as (held throughout, more at the native size).
         encode_flops, sample_flops: of one image, and of one denoising step of one image with guidance.
-        encoders, tiled: `model.encoders` and `model.vae_tiling` as they were.
+        encoders, tiled: `model.text_encoder_placement` and `model.vae_tiling` as they were.
     """
 
     encode: tuple[float, float]
     sample: tuple[float, float]
     encode_flops: float
     sample_flops: float
-    encoders: str = "whole"
+    encoders: str = "device"
     tiled: bool = False
 
 

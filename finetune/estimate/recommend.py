@@ -254,5 +254,5 @@ def _too_large(one: Forecast) -> bool:
 
 
 def _first(recipe: Recipe) -> str:
-    """The bundled recipe whose run `model.vae` or `model.low` names."""
-    return next((name for name in bundled_recipes() if run_of(name) in (recipe.model.vae, recipe.model.low)), "")
+    """The bundled recipe whose run `model.vae` or `model.base_run` names."""
+    return next((name for name in bundled_recipes() if run_of(name) in (recipe.model.vae, recipe.model.base_run)), "")

@@ -12,8 +12,8 @@ LOST = 0.5  # of the best value before
 HAD_DIVERSITY, HAD_COVERAGE = 0.5, 0.1  # below these there was nothing yet to lose
 
 REMEDIES = {
-    "GAN": "net.minibatch: stddev, which shows the critic how alike images are; net.r1 or net.critic_norm: spectral, which hold it back;"
-    " net.augment for few images; a lower optimizer.lr",
+    "GAN": "net.minibatch: stddev, which shows the critic how alike images are; net.r1 or net.discriminator_norm: spectral, which hold it back;"
+    " net.ada_target for few images; a lower optimizer.lr",
     "VAE": "lower net.beta, or give it more steps: latents that carry nothing draw the same image",
 }
 OTHERWISE = "lower optimizer.lr, go back to an earlier checkpoint, or give it more steps"

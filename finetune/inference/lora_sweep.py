@@ -108,7 +108,7 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     new = textual_inversion.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
     nets = {name: getattr(pipeline, name) for name in (family.denoiser, *encoders)}
-    adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init else {}
+    adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
     for name, net in nets.items():
         if name in adapted:
             fuse(net)

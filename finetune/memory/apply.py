@@ -31,16 +31,20 @@ def offload_base(denoiser: nn.Module, recipe: Recipe, device: torch.device) -> N
 def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.device) -> None:
     """Text encoders as they encode."""
     for encoder in encoders.values():
-        if section.encoders == "offload":
+        if section.text_encoder_placement == "offload":
             offload_blocks(encoder, device)
-        elif section.encoders != "whole":
-            quantize(encoder, section.encoders, next(p.dtype for p in encoder.parameters()), device)
+        elif section.text_encoder_placement != "device":
+            quantize(encoder, section.text_encoder_placement, next(p.dtype for p in encoder.parameters()), device)
 
 
 def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
     """A pipeline that only draws: what was too large for the device in training is so again, and its blocks wait in host memory."""
     tile(pipeline.vae, recipe.model)
-    large = recipe.model.quantize is not None or recipe.train.offload_blocks or recipe.model.encoders != "whole"
+    large = (
+        recipe.model.quantize is not None
+        or recipe.train.offload_blocks
+        or recipe.model.text_encoder_placement != "device"
+    )
     if large and device.type == "cuda":  # a CPU has one memory
         nets = [net for name, net in pipeline.components.items() if isinstance(net, nn.Module) and name != "vae"]
         for net in nets:

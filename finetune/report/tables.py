@@ -126,7 +126,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         else ", no samples"
     )
     looks += f", validation every {train.validate_every}" if plan.data.held_out else ""
-    looks += f", lost modes watched every {sample.watch_every}" if sample.watch_every else ""
+    looks += f", lost modes watched every {sample.collapse_check_every}" if sample.collapse_check_every else ""
     rows = [
         ("steps", plan.arithmetic),
         ("base", _base(plan)),
@@ -134,12 +134,12 @@ def plan_rows(plan: Plan) -> list[Row]:
         *(
             (
                 "word",
-                f'"{new.token}": {_count(new.vectors, "vector")} from {new.init or "nothing"}, {new.rate:g} times as fast',
+                f'"{new.token}": {_count(new.vectors, "vector")} from {new.init_word or "nothing"}, {new.lr_multiplier:g} times as fast',
             )
             for new in recipe.tokens
         ),
         ("loss", _loss(plan)),
-        *([("preserves", _preserved(every))] if recipe.adapter and (every := recipe.adapter.preserve_every) else []),
+        *([("preserves", _preserved(every))] if recipe.adapter and (every := recipe.adapter.distill_every) else []),
         *([("counts", weighing)] if (weighing := _weighing(plan)) else []),
         ("optimizer", f"{optimizer.name}{adam}, weight decay {optimizer.weight_decay:g}{clip}"),
         ("rate", rate),
@@ -164,7 +164,9 @@ def plan_rows(plan: Plan) -> list[Row]:
 def _base(plan: Plan) -> str:
     model = plan.recipe.model
     origin = f"{model.family}, {model.path}" if model.path else f"{model.family}, from scratch"
-    return origin + (f", with the VAE of {model.vae}" if model.vae else f", after {model.low}" if model.low else "")
+    return origin + (
+        f", with the VAE of {model.vae}" if model.vae else f", after {model.base_run}" if model.base_run else ""
+    )
 
 
 def _trains(plan: Plan) -> str:
@@ -216,7 +218,7 @@ def _weighing(plan: Plan) -> str:
         else []
     )
     where = "beside the images" if data.masks == "beside" else f"in {short(data.masks or '')}"
-    parts += [f"by masks {where}, × {data.outside_mask:g} where they are black"] if data.masks else []
+    parts += [f"by masks {where}, × {data.unmasked_weight:g} where they are black"] if data.masks else []
     return "; ".join(parts)
 
 
@@ -249,7 +251,7 @@ def _loss(plan: Plan) -> str:
 def _flow_loss(flow: Flow, sampling: str) -> str:
     chosen = flow.sampling or sampling
     numbers = {
-        "logit_normal": f" (mean {flow.mean:g}, deviation {flow.deviation:g})",
+        "logit_normal": f" (mean {flow.mean:g}, deviation {flow.std:g})",
         "mode": f" (scale {flow.mode_scale:g})",
     }.get(chosen, "")
     shift = f"shifted by {flow.shift:g}" if flow.shift else "shifted as the base's scheduler says"

@@ -234,7 +234,7 @@ class Trainer:
 
     def _watched(self, done: int, signals: Signals) -> dict[str, float]:
         """What `watch` sees when it is time, on the main process; an alarm is said."""
-        watch, every = self.watch, self.plan.recipe.sample.watch_every
+        watch, every = self.watch, self.plan.recipe.sample.collapse_check_every
         found: dict[str, float] = {}
         if (
             watch is None

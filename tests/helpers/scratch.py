@@ -16,12 +16,12 @@ from finetune.config.schema import Recipe
 from finetune.paths import ASSETS
 from tests.helpers import tiny
 
-DIGITS = ("data.resolution=8", "data.gray=true", "data.levels=17", "data.classes=folders")
+DIGITS = ("data.resolution=8", "data.grayscale=true", "data.levels=17", "data.classes=folders")
 COMMON = (
     "train.batch_size=4",
     "train.epochs=null",
     "sample.prompts=['0', '1']",
-    "sample.watch_every=null",
+    "sample.collapse_check_every=null",
     "train.ema=null",
     "optimizer.warmup_steps=0",
 )
@@ -45,7 +45,7 @@ class Case:
     first: tuple[str, ...] = ()
 
 
-UNET = ("net.width=8", "net.multiples=[1,2]", "net.attention=1", "sample.steps=3")
+UNET = ("net.width=8", "net.channel_multipliers=[1,2]", "net.attention_levels=1", "sample.steps=3")
 CASES = {
     "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
     "pixelcnn++": Case(
@@ -60,42 +60,49 @@ CASES = {
             "net.width=8",
             "net.coupling=mixture",
             "net.mixtures=2",
-            "net.dequantisation=variational",
+            "net.dequantization=variational",
         ),
     ),
     "imagegpt": Case("imagegpt", ("net.width=8", "net.layers=1", "net.heads=2", "net.palette=5", "net.dropout=0")),
     "vqvae": Case(
         "vqvae",
-        ("net.width=8", "net.halvings=1", "net.codes=6", "net.code=3", "net.revive_after=2", "data.classes=null"),
+        (
+            "net.width=8",
+            "net.halvings=1",
+            "net.codebook_size=6",
+            "net.code_dim=3",
+            "net.revive_after=2",
+            "data.classes=null",
+        ),
     ),
     "vqgan": Case(
         "vqvae",
-        ("net.width=8", "net.halvings=1", "net.codes=6", "net.revive_after=1"),
+        ("net.width=8", "net.halvings=1", "net.codebook_size=6", "net.revive_after=1"),
         unequal="each process weighs the critic by its own images",
         unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt images pull it equally
     ),
     "vq-pixelcnn": Case(
-        "vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding=3", "net.dropout=0"), first=("vae", "vqvae")
+        "vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding_dim=3", "net.dropout=0"), first=("vae", "vqvae")
     ),
     "vq-transformer": Case(
         "vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first=("vae", "vqgan")
     ),
     "dcgan": Case(
         "dcgan",
-        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_images=40", "net.generator_norm=batch"),
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.ada_images=40", "net.generator_norm=batch"),
         steps=40,
         unequal="batch norm and the deviation within groups are of each process's own images",
     ),
     "wgan-gp": Case(
         "dcgan",
-        ("net.width=8", "net.halvings=1", "net.latent=4", "net.critic_steps=2"),
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.discriminator_steps=2"),
         steps=20,
         unequal="the generator's batch norm is of each process's own images",
         unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
     ),
     "r3gan": Case(
         "r3gan",
-        ("net.width=8", "net.halvings=1", "net.latent=4", "net.augment_images=40"),
+        ("net.width=8", "net.halvings=1", "net.latent=4", "net.ada_images=40"),
         steps=20,
         unchanged=("critic.logit.bias",),  # as WGAN-GP's
     ),
@@ -105,25 +112,27 @@ CASES = {
             "net.width=4",
             "net.halvings=1",
             "net.latent=4",
-            "net.style=6",
-            "net.mapping=2",
-            "net.lazy=2",
-            "net.augment=0",
+            "net.style_dim=6",
+            "net.mapping_layers=2",
+            "net.penalty_every=2",
+            "net.ada_target=0",
         ),
         steps=50,
         unequal="the deviation within groups is of each process's own images",
     ),
     "beta-vae": Case(
-        "betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.observation=categorical"), steps=20
+        "betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.distribution=categorical"), steps=20
     ),
     "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
     "flow-matching": Case("rectifiedflow", UNET),
     "edm": Case("edm", UNET),
     "latent-diffusion": Case(
-        "latentdiffusion", (*UNET, "net.multiples=[1]", "net.timesteps=50", "data.gray=false"), first=("vae",)
+        "latentdiffusion",
+        (*UNET, "net.channel_multipliers=[1]", "net.timesteps=50", "data.grayscale=false"),
+        first=("vae",),
     ),
-    "cascade-low": Case("ddpm", (*UNET, "data.resolution=4", "net.multiples=[1]", "net.timesteps=50")),
-    "cascade": Case("cascade", (*UNET, "net.timesteps=50"), first=("low", "cascade-low")),
+    "cascade-low": Case("ddpm", (*UNET, "data.resolution=4", "net.channel_multipliers=[1]", "net.timesteps=50")),
+    "cascade": Case("cascade", (*UNET, "net.timesteps=50"), first=("base_run", "cascade-low")),
 }
 
 

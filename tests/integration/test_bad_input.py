@@ -130,7 +130,7 @@ def prediction_of_a_flow(scene: Scene) -> None:
 
 @case("only encode, and here they train", "model.train_text_encoder: false")
 def quantised_encoders_that_train(scene: Scene) -> None:
-    scene.set("model.encoders=nf4", "model.train_text_encoder=true")
+    scene.set("model.text_encoder_placement=nf4", "model.train_text_encoder=true")
 
 
 def full(scene: Scene, *assignments: str) -> None:

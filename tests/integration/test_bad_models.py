@@ -124,12 +124,14 @@ def model_that_the_hub_does_not_show(scene: Scene) -> None:
 
 @case("there is no LoRA at", "the folder or run that holds it")
 def lora_to_go_on_from_that_is_not_there(scene: Scene) -> None:
-    scene.set(f"adapter.init={scene.folder / 'gone.safetensors'}")
+    scene.set(f"adapter.init_lora={scene.folder / 'gone.safetensors'}")
 
 
-@case("lora does not fit this StableDiffusion; it is a LoRA of another base", "a LoRA of this base in adapter.init")
+@case(
+    "lora does not fit this StableDiffusion; it is a LoRA of another base", "a LoRA of this base in adapter.init_lora"
+)
 def lora_of_another_base(scene: Scene) -> None:
-    scene.set(f"adapter.init={lora(scene, 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q')}")
+    scene.set(f"adapter.init_lora={lora(scene, 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q')}")
 
 
 def lora(scene: Scene, layer: str) -> Path:

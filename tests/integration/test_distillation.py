@@ -1,4 +1,4 @@
-"""`adapter.preserve_every`: of n steps one has the adapter learn what the base says at the noisiest 1/n of the noise levels."""
+"""`adapter.distill_every`: of n steps one has the adapter learn what the base says at the noisiest 1/n of the noise levels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> N
     """Its loss is the mean square of what the adapter changes, written out with PEFT's own switch; the others' is the recipe's."""
     job = prepare(
         tiny.recipe(
-            name, "lora", "adapter.preserve_every=4", "train.batch_size=2", *CASES[name], folder=tmp_path / "run"
+            name, "lora", "adapter.distill_every=4", "train.batch_size=2", *CASES[name], folder=tmp_path / "run"
         )
     )
     model = cast(TextToImage, job.model)

@@ -95,7 +95,9 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
             )
 
 
-@pytest.mark.parametrize("edit", ["model.encoders=nf4", "model.encoders=offload", "model.vae_tiling=true"])
+@pytest.mark.parametrize(
+    "edit", ["model.text_encoder_placement=nf4", "model.text_encoder_placement=offload", "model.vae_tiling=true"]
+)
 def test_what_encodes_takes_what_its_card_says(edit: str) -> None:
     """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
     recipe = load_recipe("lora/sd21", [edit])

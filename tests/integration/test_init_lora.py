@@ -58,7 +58,7 @@ def image(run: Path, step: int) -> numpy.ndarray:
 
 
 def going_on(name: str, file: Path, folder: Path, *overrides: str, resume: bool = False) -> Any:
-    given = (f"adapter.init={json.dumps(str(file))}", *text(name), "train.checkpoint_every=1", *overrides)
+    given = (f"adapter.init_lora={json.dumps(str(file))}", *text(name), "train.checkpoint_every=1", *overrides)
     return tiny.train(tiny.recipe(name, "lora", *given, folder=folder), resume)
 
 
@@ -136,7 +136,7 @@ def test_a_frozen_base_in_half_precision_does_not_round_the_file(name: str, tmp_
     file = in_format(name, "diffusers")
     job = tiny.prepare(
         tiny.recipe(
-            name, "lora", f"adapter.init={file}", *text(name), "train.precision=bfloat16", folder=tmp_path / "run"
+            name, "lora", f"adapter.init_lora={file}", *text(name), "train.precision=bfloat16", folder=tmp_path / "run"
         )
     )
     in_file = {
@@ -153,7 +153,7 @@ def test_a_frozen_base_in_half_precision_does_not_round_the_file(name: str, tmp_
 
 def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15") -> str:
     with pytest.raises(UserError) as caught:
-        tiny.prepare(tiny.recipe(name, "lora", f"adapter.init={given}", *overrides, folder=folder))
+        tiny.prepare(tiny.recipe(name, "lora", f"adapter.init_lora={given}", *overrides, folder=folder))
     assert not folder.exists()
     return str(caught.value)
 

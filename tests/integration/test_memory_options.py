@@ -7,7 +7,7 @@ import functools
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import numpy
 import pytest
@@ -176,15 +176,17 @@ def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
     )
     section, ids = load_recipe("lora/sd15").model, torch.arange(20)[None]
     found = {}
-    for encoders in ("whole", "offload", "nf4", "int8"):
+    for encoders in get_args(get_type_hints(type(section))["text_encoder_placement"]):
         torch.manual_seed(0)
         net = T5EncoderModel(config).eval().requires_grad_(False)
-        apply.fit_encoders({"text_encoder": net}, dataclasses.replace(section, encoders=encoders), torch.device("cpu"))
+        apply.fit_encoders(
+            {"text_encoder": net}, dataclasses.replace(section, text_encoder_placement=encoders), torch.device("cpu")
+        )
         found[encoders] = net(ids)[0]
         assert (there(list(net.encoder.block)) == 0) == (encoders == "offload")
-    assert torch.equal(found["offload"], found["whole"])
+    assert torch.equal(found["offload"], found["device"])
     for encoders, most in (("nf4", 0.2), ("int8", 0.02)):
-        assert 0 < relative(found[encoders], found["whole"]) < most
+        assert 0 < relative(found[encoders], found["device"]) < most
 
 
 # -- blocks in host memory ------------------------------------------------------------------------------------------------

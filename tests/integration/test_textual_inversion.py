@@ -40,7 +40,7 @@ assert not any(name.partition(".")[0] == "finetune" for name in sys.modules)
 
 @cache
 def trained(name: str) -> Job:
-    words = "tokens=[{token: <it>, init: circle, vectors: 2}]"
+    words = "tokens=[{token: <it>, init_word: circle, vectors: 2}]"
     given = (
         "data.path=null",
         f'data.sources=[{{path: "{tiny.images()}", prefix: <it>}}]',

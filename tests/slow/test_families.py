@@ -109,10 +109,10 @@ CASES = {
         "sd15", "lora", ("adapter.kind=oft", "adapter.rank=8", "adapter.targets=attention+mlp", "optimizer.lr=5e-2")
     ),
     "sd21-preserve": Case(
-        "sd21", "lora", (TEXT, "adapter.preserve_every=4", "adapter.targets='to_q, to_k, conv1, q_proj'")
+        "sd21", "lora", (TEXT, "adapter.distill_every=4", "adapter.targets='to_q, to_k, conv1, q_proj'")
     ),
     "flux2-preserve": Case(
-        "flux2", "lora", ("adapter.preserve_every=4", "adapter.dora=true", "train.gradient_checkpointing=true")
+        "flux2", "lora", ("adapter.distill_every=4", "adapter.dora=true", "train.gradient_checkpointing=true")
     ),
     "sd15-full": Case("sd15", "full", ("train.ema=0.8", "diffusion={noise_offset: 0.1}")),
     "sd21-full-text": Case("sd21", "full", (TEXT,)),

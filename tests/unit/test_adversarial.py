@@ -29,7 +29,7 @@ from finetune.rng import Draw
 from tests.helpers import scratch, tiny
 
 SPACE = Space(3, 8, 8, 256)
-SMALL = Net(width=8, halvings=2, latent=4, critic_norm="none", generator_norm="none")
+SMALL = Net(width=8, halvings=2, latent=4, discriminator_norm="none", generator_norm="none")
 
 
 def make(**changes: Any) -> Dcgan:
@@ -103,7 +103,7 @@ def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: floa
 
 
 def test_each_turn_trains_its_own_net() -> None:
-    model = make(objective="relativistic", r1=1.0, r2=1.0, augment=0.6)
+    model = make(objective="relativistic", r1=1.0, r2=1.0, ada_target=0.6)
     critic, generator = train_steps(model)
     for train_step, still in ((critic, model.net), (generator, model.critic)):
         before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
@@ -137,7 +137,7 @@ def test_discrimination_against_a_loop() -> None:
 
 
 def test_spectral_norm_stretches_nothing_more_than_once() -> None:
-    model = make(critic_norm="spectral")
+    model = make(discriminator_norm="spectral")
     train_step = train_steps(model)[0]
     for step in range(30):
         train_step.loss(some_batch(), Draw(0, step, range(4)))
@@ -148,7 +148,7 @@ def test_spectral_norm_stretches_nothing_more_than_once() -> None:
 
 
 def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
-    model, batch, draw = make(unroll=2, unroll_rate=0.5), some_batch(), Draw(0, 0, range(4))
+    model, batch, draw = make(unroll=2, unroll_lr=0.5), some_batch(), Draw(0, 0, range(4))
     train_step = train_steps(model)[1]
     with torch.no_grad():
         for parameter in model.critic.parameters():
@@ -264,9 +264,9 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["net.latent=0"], r"net\.latent must be at least 1"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
-        (["net.critic_norm=batch"], r"batch norm ties its images together"),
+        (["net.discriminator_norm=batch"], r"batch norm ties its images together"),
         (
-            ["net.minibatch=stddev", "net.group=3"],
+            ["net.minibatch=stddev", "net.stddev_group=3"],
             r"a batch of 4 images makes no whole groups of 3[\s\S]*train\.batch_size: 3",
         ),
         (["net.minibatch=discrimination", "train.batch_size=1"], r"one image a batch has no company"),

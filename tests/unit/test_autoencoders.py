@@ -40,7 +40,7 @@ def some_levels(count: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("observation", ["categorical", "logistics"])
 def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
     """One latent number: log p(x) = log ∫ N(z; 0, 1) p(x|z) dz by the trapezoid rule on 801 points."""
-    model = vae_of(observation=observation)
+    model = vae_of(distribution=observation)
     levels = some_levels(6)
     z = torch.linspace(-8, 8, 801)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_beta_is_on_the_encoders_side() -> None:
     with torch.no_grad():
         torch.testing.assert_close(found[1.0][0], 2 * (latent - quantiser.vectors(quantiser.indices(latent))))
     # The net's loss takes them so.
-    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2, beta=0.25))
+    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2, beta=0.25))
     levels = some_levels(2)
     model.net.eval()
     parameters, to_book, to_latent = model.net(levels)
@@ -160,15 +160,15 @@ def test_dead_codes_come_back_where_one_is_missed() -> None:
 
 def test_each_turn_trains_its_own_net() -> None:
     torch.manual_seed(0)
-    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2, adversary=0.5))
+    model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2, discriminator_weight=0.5))
     batch, draw = {"pixels": some_levels(2)}, Draw(0, 0, range(2))
     autoencoder, critic = model.train_steps()
-    plain = vqvae.create(SPACE, VqNet(width=4, halvings=1, codes=5, code=2))
+    plain = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2))
     plain.net.load_state_dict(model.net.state_dict())
     autoencoder.loss(batch, draw).mean().backward()
     assert all(parameter.grad is None for parameter in critic.net.parameters())
     model.net.zero_grad(set_to_none=True)
-    # The critic's share of the gradient at the last layer is `adversary` times the reconstruction's.
+    # The critic's share of the gradient at the last layer is `discriminator_weight` times the reconstruction's.
     last = list(model.net.decoder.parameters())[-2]
     (whole,) = torch.autograd.grad(autoencoder.loss(batch, draw).mean(), last)
     other = list(plain.net.decoder.parameters())[-2]

@@ -50,7 +50,7 @@ def test_an_alarm_says_what_helps() -> None:
 
 def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
     """A run, not yet trained, that is watched every second step; at its n-th look it draws as the n-th of `drawn` says."""
-    job = tiny.prepare(scratch.recipe("dcgan", folder, f"train.steps={steps}", "sample.watch_every=2"))
+    job = tiny.prepare(scratch.recipe("dcgan", folder, f"train.steps={steps}", "sample.collapse_check_every=2"))
     model = job.model
     assert isinstance(model, PixelModel)
     images, asked = model.examples(12)["pixels"], 0

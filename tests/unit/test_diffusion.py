@@ -34,7 +34,7 @@ from tests.helpers.gaussian import DEVIATION, MEAN, angle, oracle
 
 def test_guidance_of_one_is_the_class_itself() -> None:
     torch.manual_seed(0)
-    model = create(Space(1, 4, 4, 17, ("a", "b")), Net(width=8, multiples=(1,), prediction="v_prediction"))
+    model = create(Space(1, 4, 4, 17, ("a", "b")), Net(width=8, channel_multipliers=(1,), prediction="v_prediction"))
     torch.nn.init.normal_(model.net.unet.conv_out.weight, std=0.02)
     model.net.eval()
     noisy, classes, level = torch.randn(3, 1, 4, 4) * 0.1, torch.tensor([0, 1, 2]), model.path.level(400)  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
     """
     space, steps, draw = Space(1, 32, 32, 256), 30, Draw(1, 0, range(64))
     torch.manual_seed(0)
-    model = create(space, Net(width=8, multiples=(1,), timesteps=steps, variance=variance))
+    model = create(space, Net(width=8, channel_multipliers=(1,), timesteps=steps, variance=variance))
     path: Any = model.path
     model.net = OracleNet(path)  # type: ignore[assignment]
 
@@ -140,7 +140,7 @@ def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPat
     assert errors[-1] < 2e-3
     assert [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)] == pytest.approx([2, 2], abs=0.1)
     for family, keys in ((edm, EdmNet), (flow_matching, FlowNet)):
-        model = family.create(Space(1, 4, 4, 17), keys(width=8, multiples=(1,)))
+        model = family.create(Space(1, 4, 4, 17), keys(width=8, channel_multipliers=(1,)))
         for at in (0.001, 0.4, model.most()):
             level = model.at_angle(at)
             assert math.atan2(level.sigma, level.alpha) == pytest.approx(at)
@@ -157,7 +157,7 @@ class SilentNet(torch.nn.Module):
 def test_a_flows_bits_are_those_of_a_histogram() -> None:
     """A new EDM says D = c_skip x: that its pixels are N(0, 0.5²), whose mass over each level is known; drawn images have its entropy."""
     space = Space(1, 4, 4, 65)
-    model = edm.create(space, EdmNet(width=8, multiples=(1,)))
+    model = edm.create(space, EdmNet(width=8, channel_multipliers=(1,)))
     model.net = SilentNet()  # type: ignore[assignment]
     levels = torch.arange(65, dtype=torch.uint8).repeat(16)[:1024].view(64, 1, 4, 4)
     zero, deviation = torch.zeros((), dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
@@ -209,20 +209,20 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
         ("ddpm", ["sample.sampler=ddmi"], r'no sampler is called "ddmi"[\s\S]*did you mean "dd'),
         ("vae", ["sample.sampler=ddim"], r"family betavae has no samplers to choose from"),
         ("edm", ["sample.eta=0.5"], r"eta is DDIM's"),
-        ("ddpm", ["net.multiples=[1,2,2,2,2]"], r"8×8 pixels cannot be halved 4 times[\s\S]*fewer numbers"),
-        ("ddpm", ["net.multiples=[]"], r"at least one size"),
+        ("ddpm", ["net.channel_multipliers=[1,2,2,2,2]"], r"8×8 pixels cannot be halved 4 times[\s\S]*fewer numbers"),
+        ("ddpm", ["net.channel_multipliers=[]"], r"at least one size"),
         ("ddpm", ["net.width=10"], r"a multiple of 4"),
         ("ddpm", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
         ("ddpm", ["model.prediction=epsilon"], r"remove model.prediction"),
         ("flow-matching", ["flow.shift=3"], r"set net.shift"),
         ("flow-matching", ["diffusion={huber: 0.1}"], r"is for families with a noise schedule"),
-        ("edm", ["net.least=90"], r"set net.least below net.most"),
-        ("cascade", ["model.low=null"], r"needs a first[\s\S]*scratch/cascade-low"),
+        ("edm", ["net.sigma_min=90"], r"set net.sigma_min below net.sigma_max"),
+        ("cascade", ["model.base_run=null"], r"needs a first[\s\S]*scratch/cascade-low"),
         ("cascade", ["data.resolution=4"], r"4×4 are no multiple"),
         ("cascade", ["data.levels=5"], r"other colors, levels or classes"),
-        ("ddpm", ["model.low=runs/x"], r"draws its images from nothing"),
+        ("ddpm", ["model.base_run=runs/x"], r"draws its images from nothing"),
         ("latent-diffusion", ["model.vae=null"], r"train scratch/emoji-vae first"),
-        ("latent-diffusion", ["data.gray=true"], r"reads 3 channels[\s\S]*data.gray: false"),
+        ("latent-diffusion", ["data.grayscale=true"], r"reads 3 channels[\s\S]*data.grayscale: false"),
         ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
     ],
 )

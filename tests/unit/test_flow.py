@@ -1,4 +1,4 @@
-"""Flows: each map's inverse and determinant, by autograd and by another library, and the bound that dequantisation gives."""
+"""Flows: each map's inverse and determinant, by autograd and by another library, and the bound that dequantization gives."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_each_map_has_its_inverse_and_its_determinant(name: str) -> None:
     torch.testing.assert_close(change[0], determinant(part, values), rtol=0, atol=1e-9)
 
 
-def whole(family: str, dequantisation: Any = "uniform", coupling: Any = "affine", much: float = 0.2) -> Any:
+def whole(family: str, dequantization: Any = "uniform", coupling: Any = "affine", much: float = 0.2) -> Any:
     keys: dict[str, Any] = {
         "scales": 2,
         "steps": 2,
@@ -80,7 +80,7 @@ def whole(family: str, dequantisation: Any = "uniform", coupling: Any = "affine"
         "blocks": 1,
         "mixtures": 2,
         "coupling": coupling,
-        "dequantisation": dequantisation,
+        "dequantization": dequantization,
     }
     space = Space(1, 4, 4, 5)
     model = glow.create(space, GlowNet(**keys)) if family == "glow" else realnvp.create(space, RealNvpNet(**keys))
@@ -114,14 +114,14 @@ def test_learned_noise_has_the_density_that_it_says() -> None:
     torch.testing.assert_close(log_q[0], density, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("dequantisation", ["uniform", "variational"])
-def test_dequantisation_bounds_the_probability_of_levels(dequantisation: str) -> None:
+@pytest.mark.parametrize("dequantization", ["uniform", "variational"])
+def test_dequantization_bounds_the_probability_of_levels(dequantization: str) -> None:
     """One pixel of three levels over a density known in closed form: its mass between edges is what the bound tends to.
 
     The published mistakes fall here: noise of half width, normal noise, a wrong number of levels, a determinant forgotten.
     """
     space = Space(1, 2, 2, 3)
-    model = glow.create(space, GlowNet(scales=1, steps=1, width=4, blocks=0, margin=0.0, dequantisation=dequantisation))  # type: ignore[arg-type]
+    model = glow.create(space, GlowNet(scales=1, steps=1, width=4, blocks=0, margin=0.0, dequantization=dequantization))  # type: ignore[arg-type]
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.net.flow.named_parameters():
@@ -139,7 +139,7 @@ def test_dequantisation_bounds_the_probability_of_levels(dequantisation: str) ->
     exact = -mass[every.long()].flatten(1).sum(1)
     one, many = (model.nats({"pixels": every}, Draw(0, 0, range(81)), particles) for particles in (1, 80))
     assert float(one.mean()) > float(exact.mean())
-    if dequantisation == "uniform":
+    if dequantization == "uniform":
         torch.testing.assert_close(many, exact, rtol=0, atol=0.3)
         assert float((many - exact).mean()) == pytest.approx(0, abs=0.03)
     else:  # noise that is not learned yet rarely falls where it weighs most: many draws still come near, from above

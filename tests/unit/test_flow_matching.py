@@ -80,7 +80,7 @@ def test_levels_are_distributed_as_the_paper_says() -> None:
     normal = torch.distributions.Normal(0.5, 0.8)
     at = numpy.array([0.3, 0.5, 0.7])
     expected = normal.cdf(torch.logit(torch.tensor(at))).numpy()
-    below = [(levels(mean=0.5, deviation=0.8, shift=1.0) < level).mean() for level in at]
+    below = [(levels(mean=0.5, std=0.8, shift=1.0) < level).mean() for level in at]
     numpy.testing.assert_allclose(below, expected, atol=0.025)
     uniform = numpy.array([0.2, 0.5, 0.8])
     # f(u) = 1 − u − s (cos²(πu/2) − 1 + u) falls with u: a share u of the levels lies above f(u).

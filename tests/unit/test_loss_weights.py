@@ -45,7 +45,7 @@ def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: P
         tmp_path / "run",
         f"data.path={folder_with_masks(tmp_path)}",
         "data.masks=beside",
-        "data.outside_mask=0.25",
+        "data.unmasked_weight=0.25",
         "data.flip=true",
     )
     assert job.plan.data.images == 5, "masks are no images"

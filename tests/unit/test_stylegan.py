@@ -22,7 +22,7 @@ from finetune.models.scratch.gan.stylegan_layers import EqualConv, Modulated, do
 from finetune.rng import Draw
 
 SPACE = Space(3, 16, 16, 256)
-SMALL = Net(width=4, halvings=2, latent=5, style=6, mapping=2)
+SMALL = Net(width=4, halvings=2, latent=5, style_dim=6, mapping_layers=2)
 
 
 def make(**changes: Any) -> StyleGan2:
@@ -95,7 +95,7 @@ def test_two_styles_cross_at_a_layer() -> None:
         [0, 0, 0, 1],
         [0, 0, 0, 0],
     ]
-    generator, latent, draw = make(mixing=1.0).net, torch.randn(8, 5), Draw(0, 0, range(8))
+    generator, latent, draw = make(style_mixing=1.0).net, torch.randn(8, 5), Draw(0, 0, range(8))
     assert isinstance(generator, Styled)
     styles = generator.styles(latent, None, draw)
     assert styles.shape == (8, generator.layers, 6) and all(len(one.unique(dim=0)) == 2 for one in styles)
@@ -157,7 +157,7 @@ def test_truncation_leads_to_the_mean_image() -> None:
 
 def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """By whole pixels, an eighth of a place of the smallest map each: in dB, with the filters and without."""
-    generator = make(alias_free=True, mixing=0.0, width=8).net.eval()
+    generator = make(alias_free=True, style_mixing=0.0, width=8).net.eval()
     assert isinstance(generator, AliasFreeGenerator)
     styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
     with_filters = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
+from finetune.config import renamed, yaml_reader
 from finetune.errors import UserError, did_you_mean
 
 _MODULES = {  # family → its module in this package
@@ -40,7 +41,7 @@ class Section(ABC):
         kind: of model: VAE, GAN, flow, autoregressive or diffusion, by which `ft estimate --goal` chooses.
         samplers: ways to draw that the family has to choose from; none: it draws in one way.
         sampler: the one that it takes where none is named.
-        refines: whether it makes another run's small images large, `model.low`'s.
+        refines: whether it makes another run's small images large, `model.base_run`'s.
     """
 
     kind: ClassVar[str]
@@ -94,3 +95,13 @@ def section(family: str) -> type[Section] | None:
         return None
     found: type[Section] = importlib.import_module(f"finetune.config.nets.{_MODULES[family]}").Net
     return found
+
+
+S = TypeVar("S", bound=Section)
+
+
+def from_config(declared: type[S], values: dict[str, Any], name: str) -> S:
+    """Read a section from the `config.json` of a saved model, whose keys may have old names; `name` is the file in errors."""
+    node = renamed.current_section("net", yaml_reader.of_plain(values, name), quiet=True)
+    section: S = yaml_reader.build(declared, node, "net")
+    return section

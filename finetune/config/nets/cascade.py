@@ -14,7 +14,7 @@ class Net(Ddpm):
     augmentation: float = number(
         0.5, minimum=0, maximum=1
     )  # most noise on small images in training; 1: nothing else is left
-    drawn_augmentation: float = number(
+    sampling_augmentation: float = number(
         0.1, minimum=0, maximum=1
     )  # noise on them in drawing: more forgives the first stage more
 

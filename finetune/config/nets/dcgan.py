@@ -14,7 +14,7 @@ class Net(Adversarial):
     width: int = number(32, minimum=4)  # channels at full size; twice as many after each halving, eight times at most
     halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
     generator_norm: Literal["batch", "pixel", "none"] = "batch"  # pixel: by each pixel's own length (arXiv:1710.10196)
-    critic_norm: Literal["batch", "spectral", "none"] = (
+    discriminator_norm: Literal["batch", "spectral", "none"] = (
         "batch"  # spectral: no layer stretches more than once (arXiv:1802.05957)
     )
     grow_steps: int = number(

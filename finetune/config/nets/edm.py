@@ -11,11 +11,11 @@ from finetune.config.yaml_reader import number
 @dataclass(frozen=True)
 class Net(UNet):
     sampler = "heun"
-    mean: float = number(-1.2)  # of ln σ in training
-    deviation: float = number(1.2, above=0)  # of ln σ in training
-    spread: float = number(0.5, above=0)  # standard deviation of the pixels, which lie in [-1, 1]
-    least: float = number(0.002, above=0)  # σ of the last step but one in drawing
-    most: float = number(80.0, above=0)  # σ that drawing starts from
+    log_sigma_mean: float = number(-1.2)  # of ln σ in training
+    log_sigma_std: float = number(1.2, above=0)  # of ln σ in training
+    sigma_data: float = number(0.5, above=0)  # standard deviation of the pixels, which lie in [-1, 1]
+    sigma_min: float = number(0.002, above=0)  # σ of the last step but one in drawing
+    sigma_max: float = number(80.0, above=0)  # σ that drawing starts from
     rho: float = number(7.0, above=0)  # larger steps more finely at low noise
 
     @property

@@ -22,7 +22,7 @@ class Flow(Section):
         "affine"  # what a coupling does to a number: scale and shift, or bend it by a mixture's cumulative
     )
     mixtures: int = number(8, minimum=1)  # of logistics a number, where couplings bend
-    dequantisation: Literal["uniform", "variational"] = (
+    dequantization: Literal["uniform", "variational"] = (
         "uniform"  # noise that fills a level: even, or learned, which is dearer and tighter
     )
     margin: float = number(
@@ -31,4 +31,4 @@ class Flow(Section):
 
     @property
     def loss(self) -> str:
-        return f"−log p in nats an image, by {self.dequantisation} dequantisation a bound"
+        return f"−log p in nats an image, by {self.dequantization} dequantization a bound"

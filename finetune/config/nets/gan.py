@@ -18,27 +18,27 @@ class Adversarial(Section):
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = (
         "logistic"  # what critic and generator want of the critic's logits
     )
-    critic_steps: int = number(1, minimum=1)  # of the critic for one of the generator
+    discriminator_steps: int = number(1, minimum=1)  # of the critic for one of the generator
     gradient_penalty: float = number(
         0.0, minimum=0
     )  # holds the critic's slope between true and made images at 1 (WGAN-GP); 10 is usual
     r1: float = number(0.0, minimum=0)  # γ: flattens the critic at true images
     r2: float = number(0.0, minimum=0)  # γ: flattens it at made ones
-    lazy: int = number(1, minimum=1)  # penalties are taken each so many steps, and then count as often: cheaper
+    penalty_every: int = number(
+        1, minimum=1
+    )  # penalties are taken each so many steps, and then count as often: cheaper
     minibatch: Literal["none", "stddev", "discrimination"] = (
         "none"  # how an image's company is shown to the critic, against collapse
     )
-    group: int = number(4, minimum=2)  # images over which stddev is taken
+    stddev_group: int = number(4, minimum=2)  # images over which stddev is taken
     unroll: int = number(
         0, minimum=0
     )  # steps of the critic that the generator looks ahead (arXiv:1611.02163): dear, against collapse
-    unroll_rate: float = number(0.01, above=0)  # of those steps, which are plain descent
-    augment: float = number(
+    unroll_lr: float = number(0.01, above=0)  # of those steps, which are plain descent
+    ada_target: float = number(
         0.0, minimum=0, below=1
     )  # mean sign of the critic's logits at which augmentation holds it; 0: none. 0.6 is usual
-    augment_images: int = number(
-        50_000, minimum=1
-    )  # that take augmentation from never to always: small sets need it soon
+    ada_images: int = number(50_000, minimum=1)  # that take augmentation from never to always: small sets need it soon
 
     @property
     def loss(self) -> str:
@@ -49,5 +49,5 @@ class Adversarial(Section):
             "½‖∇D(made)‖²": self.r2,
         }
         held = "".join(f" + {weight:g} × {name}" for name, weight in penalties.items() if weight)
-        every = f" each {self.lazy} steps" if held and self.lazy > 1 else ""
+        every = f" each {self.penalty_every} steps" if held and self.penalty_every > 1 else ""
         return f"{self.objective}, critic{held}{every}"

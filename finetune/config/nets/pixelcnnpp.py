@@ -12,7 +12,7 @@ from finetune.config.yaml_reader import number
 @dataclass(frozen=True)
 class Net(Stack):
     kind = "autoregressive"
-    observation: Literal["categorical", "logistics"] = (
+    distribution: Literal["categorical", "logistics"] = (
         "logistics"  # a probability for each level of a gray, or mixtures of logistics
     )
     mixtures: int = number(10, minimum=1)  # of logistics a pixel

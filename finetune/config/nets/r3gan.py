@@ -16,4 +16,4 @@ class Net(Adversarial):
     halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
     blocks: int = number(2, minimum=1)  # residual blocks at each size
     expansion: int = number(2, minimum=1)  # channels inside a block, in multiples of those outside
-    grouped: int = number(16, minimum=1)  # channels that the middle convolution of a block takes together, at most
+    group_width: int = number(16, minimum=1)  # channels that the middle convolution of a block takes together, at most

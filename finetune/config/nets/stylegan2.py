@@ -14,9 +14,9 @@ class Net(Adversarial):
     minibatch: Literal["none", "stddev", "discrimination"] = "stddev"
     width: int = number(32, minimum=4)  # channels at full size; twice as many after each halving, eight times at most
     halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
-    style: int = number(64, minimum=1)  # numbers of a style, which every layer is modulated by
-    mapping: int = number(4, minimum=1)  # layers that make a latent a style; the paper has 8
-    mixing: float = number(
+    style_dim: int = number(64, minimum=1)  # numbers of a style, which every layer is modulated by
+    mapping_layers: int = number(4, minimum=1)  # layers that make a latent a style; the paper has 8
+    style_mixing: float = number(
         0.9, minimum=0, maximum=1
     )  # share of images made by two styles, one for the coarse layers, one for the fine
     path_length: float = number(

@@ -15,11 +15,13 @@ class UNet(Section):
     kind = "diffusion"
     samplers = ("ddpm", "ddim", "dpm++", "heun", "euler")
     width: int = number(64, minimum=8)  # channels at the full size; a multiple of 4
-    multiples: tuple[int, ...] = (
+    channel_multipliers: tuple[int, ...] = (
         1,
         2,
         2,
     )  # channels at each size, in widths; from one size to the next the sides are halved
     blocks: int = number(1, minimum=1)  # residual blocks at each size
-    attention: int = number(1, minimum=0)  # at so many sizes, the smallest first, every place also looks at all others
+    attention_levels: int = number(
+        1, minimum=0
+    )  # at so many sizes, the smallest first, every place also looks at all others
     dropout: float = number(0.0, minimum=0, below=1)

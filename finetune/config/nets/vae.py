@@ -19,7 +19,7 @@ class Net(Section):
     dropout: float = number(0.0, minimum=0, below=1)
     beta: float = number(1.0, minimum=0)  # weight of the KL: 1 is the bound on log p(x), more disentangles and blurs
     particles: int = number(1, minimum=1)  # latents an image in training: more than 1 is the importance-weighted bound
-    observation: Literal["categorical", "logistics"] = (
+    distribution: Literal["categorical", "logistics"] = (
         "logistics"  # p(x|z): free for each level, or mixtures of logistics
     )
     mixtures: int = number(5, minimum=1)  # of logistics a pixel

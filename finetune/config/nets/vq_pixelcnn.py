@@ -11,7 +11,7 @@ from finetune.config.yaml_reader import number
 @dataclass(frozen=True)
 class Net(Stack):
     kind = "autoregressive"
-    embedding: int = number(16, minimum=1)  # numbers that a code is read as
+    embedding_dim: int = number(16, minimum=1)  # numbers that a code is read as
 
     @property
     def loss(self) -> str:

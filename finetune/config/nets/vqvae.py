@@ -16,17 +16,23 @@ class Net(Section):
     halvings: int = number(2, minimum=1)  # a code stands for a square of 2^halvings pixels
     blocks: int = number(1, minimum=1)  # residual blocks at each size
     dropout: float = number(0.0, minimum=0, below=1)
-    codes: int = number(256, minimum=2)  # in the book
-    code: int = number(32, minimum=1)  # numbers of a code
+    codebook_size: int = number(256, minimum=2)  # in the book
+    code_dim: int = number(32, minimum=1)  # numbers of a code
     beta: float = number(0.25, minimum=0)  # how strongly the encoder is held to its codes
     revive_after: int = number(100, minimum=1)  # steps unused after which a code is moved to where one is missed
-    observation: Literal["categorical", "logistics"] = (
+    distribution: Literal["categorical", "logistics"] = (
         "logistics"  # p(x|codes): free for each level, or mixtures of logistics
     )
     mixtures: int = number(1, minimum=1)  # of logistics a pixel
-    adversary: float = number(0.0, minimum=0)  # weight of a critic that wants sharp images (VQ-GAN); 0: there is none
+    discriminator_weight: float = number(
+        0.0, minimum=0
+    )  # weight of a critic that wants sharp images (VQ-GAN); 0: there is none
 
     @property
     def loss(self) -> str:
-        critic = f" + {self.adversary:g} × a critic's, scaled to equal gradients" if self.adversary else ""
+        critic = (
+            f" + {self.discriminator_weight:g} × a critic's, scaled to equal gradients"
+            if self.discriminator_weight
+            else ""
+        )
         return f"−log p(x|codes) in nats + |sg z − e|² + {self.beta:g} |z − sg e|²{critic}"

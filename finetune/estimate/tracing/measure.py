@@ -46,7 +46,10 @@ def point(
         "build": build_key(recipe),
         "resolution": side,
         "parameters": parameters(phases),
-        "outside": {device: outside(phases) | {"encoders": recipe.model.encoders, "tiled": recipe.model.vae_tiling}},
+        "outside": {
+            device: outside(phases)
+            | {"encoders": recipe.model.text_encoder_placement, "tiled": recipe.model.vae_tiling}
+        },
         "versions": {},
         "variants": [variant(recipe, device, [phases], [phases], None)],
     }

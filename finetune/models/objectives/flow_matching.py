@@ -51,7 +51,7 @@ class FlowMatching(Objective):
             normal = draw.normal("timestep", ())
             if part != WHOLE:
                 normal = torch.special.ndtri(among(torch.special.ndtr(normal), part))
-            return torch.sigmoid(self._loss.mean + self._loss.deviation * normal)
+            return torch.sigmoid(self._loss.mean + self._loss.std * normal)
         place = draw.uniform("timestep")
         if self._sampling == "uniform":
             return among(1 - place, part)  # (0, 1]: without noise there is nothing to learn

@@ -33,8 +33,8 @@ def check(recipe: Recipe) -> None:
     _check_objective(recipe, named("objective").get(family, ""))
     if recipe.model.path is not None:
         _check_pipeline(recipe.model, families)
-    if recipe.adapter is not None and recipe.adapter.init is not None:
-        look(recipe.adapter.init)
+    if recipe.adapter is not None and recipe.adapter.init_lora is not None:
+        look(recipe.adapter.init_lora)
     if recipe.model.transformer is not None:
         _check_transformer(recipe.model.transformer)
     if recipe.model.vae is not None:

@@ -31,7 +31,7 @@ END = ".lora_A.weight"
 
 
 def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
-    """Put the LoRA of `adapter.init` on the pipeline's nets, in place; only it trains, in float32. Returns the adapted layers by net.
+    """Put the LoRA of `adapter.init_lora` on the pipeline's nets, in place; only it trains, in float32. Returns the adapted layers by net.
 
     Args:
         pipeline: the base.
@@ -41,8 +41,8 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
     Raises:
         UserError: it is a LoRA of another base, or of a net that does not train.
     """
-    assert adapter.init is not None
-    found = look(adapter.init)
+    assert adapter.init_lora is not None
+    found = look(adapter.init_lora)
     name = public_name(str(found.file))
     try:
         with _silence():
@@ -166,5 +166,5 @@ def _another_base(name: str, detail: str, pipeline: Any) -> UserError:
     return UserError(
         f"{name} does not fit this {type(pipeline).__name__.removesuffix('Pipeline')}; it is a LoRA of another base: {detail}",
         where=KEY,
-        remedy="give a LoRA of this base in adapter.init, or its base in model.path and model.family",
+        remedy="give a LoRA of this base in adapter.init_lora, or its base in model.path and model.family",
     )

@@ -79,14 +79,14 @@ class Denoiser(nn.Module):
 
 class DenoiseTurn(TrainStep):
     """Args:
-    preserve_every: n, where of n steps one is to preserve what the base says at the noisiest 1/n of the levels; the others take the rest.
+    distill_every: n, where of n steps one is to preserve what the base says at the noisiest 1/n of the levels; the others take the rest.
     """
 
     name = "denoiser"
 
-    def __init__(self, net: Denoiser, objective: LatentObjective, preserve_every: int | None = None) -> None:
+    def __init__(self, net: Denoiser, objective: LatentObjective, distill_every: int | None = None) -> None:
         self.net: nn.Module = net  # until several processes wrap it
-        self.objective, self._denoiser, self.cycle = objective, net, preserve_every or 1
+        self.objective, self._denoiser, self.cycle = objective, net, distill_every or 1
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """[B] float32: of the recipe, or in a step that preserves the base the mean square of what the adapter changes."""
@@ -127,7 +127,7 @@ class CaptionAndLatent(Encoders):
         tokenizers = [getattr(pipeline, name) for name, _ in family.encoders]
         vocabulary = [key_of(t.backend_tokenizer.to_str(), t.model_max_length) for t in tokenizers]
         weights = [] if tokens_only else [fingerprint(encoder.state_dict()) for encoder in self.text_encoders.values()]
-        rounded = [section.encoders] if section.encoders in ("nf4", "int8") else []
+        rounded = [section.text_encoder_placement] if section.text_encoder_placement in ("nf4", "int8") else []
         self.caption_key = key_of("conditions", type(family).__name__, str(dtype), *vocabulary, *weights, *rounded)
         if not tokens_only:
             apply.fit_encoders(self.text_encoders, section, device)
@@ -264,8 +264,8 @@ class TextToImage(Model):
         )
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
-        preserve_every = recipe.adapter.preserve_every if recipe.adapter else None
-        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe), preserve_every),)
+        distill_every = recipe.adapter.distill_every if recipe.adapter else None
+        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe), distill_every),)
         apply.tile(self.pipeline.vae, recipe.model)
         self._encoders = CaptionAndLatent(
             family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text
@@ -304,7 +304,7 @@ class TextToImage(Model):
             not self._words or self.plan.recipe.model.train_text_encoder
         )  # else of the encoders the new words alone train
         trained = {self.family.denoiser: self.denoiser, **(encoders if whole else {})}
-        adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init else {}
+        adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
         apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         net: Any
         for name, net in trained.items():

@@ -105,7 +105,7 @@ def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torc
         raise UserError(
             f"{path.name} is a LoRA, and no transformer",
             where=where,
-            remedy="a LoRA to go on from is given by adapter.init",
+            remedy="a LoRA to go on from is given by adapter.init_lora",
         )
     if found not in (None, wanted):
         problem = f"{path.name} holds a transformer of family {found}, and this recipe's is {wanted}"

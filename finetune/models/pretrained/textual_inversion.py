@@ -112,7 +112,7 @@ def add(pipeline: Any, pairs: Sequence[tuple[str, str]], tokens: Sequence[Token]
         # Ids follow on the tokenizer's; rows between (a padded table) would shift them.
         ids = len(tokenizer)
         tokenizer.add_tokens(entries)
-        rates = torch.tensor([token.rate for token in tokens for _ in range(token.vectors)])
+        rates = torch.tensor([token.lr_multiplier for token in tokens for _ in range(token.vectors)])
         found[encoder_name] = NewTokens(
             _cut(embedding, ids), start.to(embedding.weight.device), rates.to(embedding.weight.device)
         )
@@ -127,11 +127,11 @@ def _cut(embedding: nn.Embedding, rows: int) -> nn.Embedding:
 def _start(token: Token, tokenizer: Any, embedding: nn.Embedding, seed: int) -> Tensor:
     """[vectors, D]: the mean of the embeddings of `init`'s tokens; without it, at random as wide as the table's own."""
     table = embedding.weight.detach().float().cpu()
-    if not token.init:
+    if not token.init_word:
         return table.mean(0) + table.std(0) * Draw(seed, 0, range(token.vectors)).normal(
             f"token {token.token}", (table.shape[1],)
         )
-    ids = tokenizer(token.init, add_special_tokens=False).input_ids
+    ids = tokenizer(token.init_word, add_special_tokens=False).input_ids
     return table[ids].mean(0).expand(token.vectors, -1).clone()
 
 

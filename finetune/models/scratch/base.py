@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from finetune.config import nets, yaml_reader
+from finetune.config import nets
 from finetune.data.audit.audit import Audit, ImageRecord
 from finetune.data.batch import Batch, Encoders, stack
 from finetune.data.dataset import to_tensor
@@ -129,7 +129,7 @@ def space_of(plan: Plan, audit: Audit) -> Space:
             where="data.classes",
             remedy="give each class more, or set data.classes: null",
         )
-    return Space(1 if data.gray else 3, height, width, data.levels, tuple(sorted(counts)))
+    return Space(1 if data.grayscale else 3, height, width, data.levels, tuple(sorted(counts)))
 
 
 class Levels(Encoders):
@@ -311,7 +311,7 @@ def of_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
     if declared is None:
         raise KeyError(config["family"])
     section, module = (
-        yaml_reader.build(declared, yaml_reader.of_plain(config["net"], name), "net"),
+        nets.from_config(declared, config["net"], name),
         _module(config["family"]),
     )
     return _laid_out(

@@ -184,13 +184,13 @@ class PixelCnnPlusPlus(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        if section.observation == "categorical" and space.channels > 1:
+        if section.distribution == "categorical" and space.channels > 1:
             raise UserError(
                 "a categorical pixel's channels would not see each other",
-                where="net.observation",
-                remedy="set net.observation: logistics, or data.gray: true",
+                where="net.distribution",
+                remedy="set net.distribution: logistics, or data.grayscale: true",
             )
-        self._observation = observation_of(section.observation, space, section.mixtures)
+        self._observation = observation_of(section.distribution, space, section.mixtures)
         self.net: Conditioned = Conditioned(space, section, self._observation.parameters)
         self._turn = ExactTurn(self.net, self._observation)
 

@@ -113,20 +113,20 @@ class Denoiser(nn.Module):
         super().__init__()
         channels, height, width = shape
         _check(height, width, section)
-        sizes = len(section.multiples)
-        kinds = ["Attn" if number >= sizes - section.attention else "" for number in range(sizes)]
+        sizes = len(section.channel_multipliers)
+        kinds = ["Attn" if number >= sizes - section.attention_levels else "" for number in range(sizes)]
         self.unet = UNet2DModel(
             sample_size=(height, width),
             in_channels=channels + beside,
             out_channels=channels,
-            block_out_channels=tuple(section.width * multiple for multiple in section.multiples),
+            block_out_channels=tuple(section.width * multiple for multiple in section.channel_multipliers),
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
             up_block_types=tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
             layers_per_block=section.blocks,
             dropout=section.dropout,
             attention_head_dim=section.width,
             norm_num_groups=section.width // 4,
-            add_attention=section.attention > 0,
+            add_attention=section.attention_levels > 0,
             num_class_embeds=classes + 1 if classes else None,
         )
         self.first = None if first is None else first.requires_grad_(False).eval()
@@ -154,11 +154,19 @@ def _check(height: int, width: int, section: Section) -> None:
         raise UserError(
             f"{section.width} channels cannot be shared out to groups of 4", where="net.width", remedy="a multiple of 4"
         )
-    if not section.multiples or min(section.multiples) < 1:
+    if not section.channel_multipliers or min(section.channel_multipliers) < 1:
         raise UserError(
-            "a net has at least one size, and channels at each", where="net.multiples", remedy="such as [1, 2, 2]"
+            "a net has at least one size, and channels at each",
+            where="net.channel_multipliers",
+            remedy="such as [1, 2, 2]",
         )
-    halved(height, width, len(section.multiples) - 1, "net.multiples", "set net.multiples to fewer numbers")
+    halved(
+        height,
+        width,
+        len(section.channel_multipliers) - 1,
+        "net.channel_multipliers",
+        "set net.channel_multipliers to fewer numbers",
+    )
 
 
 @final

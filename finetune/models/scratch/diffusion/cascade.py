@@ -1,6 +1,6 @@
 """The second stage of a cascade: small images made large by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
 
-`model.low` names the run that draws the small ones; frozen, it becomes part of what is saved, and drawing runs through both. The net
+`model.base_run` names the run that draws the small ones; frozen, it becomes part of what is saved, and drawing runs through both. The net
 reads, beside x, the small image enlarged. In training that is the image itself shrunk, which no first stage draws so well:
 it is noised to a level s drawn at random, and the net is told s (Imagen's noise conditioning augmentation, arXiv:2205.11487, §2.3).
 """
@@ -53,7 +53,7 @@ class Enlarged(Condition):
     def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
         first = self._first
         small = first.space.scaled(first.draw(classes if first.space.classes else None, draw.of_step("low"), request))
-        share = torch.full((len(small),), self._section.drawn_augmentation, device=small.device)
+        share = torch.full((len(small),), self._section.sampling_augmentation, device=small.device)
         return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
 
 
@@ -74,14 +74,14 @@ class Cascade(DiffusionModel):
 
 def build(plan: Plan, audit: Audit) -> Model:
     space, recipe = space_of(plan, audit), plan.recipe
-    if recipe.model.low is None:
+    if recipe.model.base_run is None:
         raise UserError(
             "the second stage of a cascade needs a first",
-            where="model.low",
+            where="model.base_run",
             remedy="train scratch/cascade-low first and name its run",
         )
-    first = open_model(recipe.model.low)
-    _check(first.space, space, recipe.model.low)
+    first = open_model(recipe.model.base_run)
+    _check(first.space, space, recipe.model.base_run)
     return begin(plan, audit, lambda: Cascade(space, recipe.net, first, recipe.diffusion))
 
 
@@ -97,7 +97,7 @@ def _check(low: Space, space: Space, given: str) -> None:
     if (low.channels, low.levels) != (space.channels, space.levels) or low.classes not in ((), space.classes):
         raise UserError(
             f"{given} draws images of other colors, levels or classes",
-            where="model.low",
+            where="model.base_run",
             remedy="give both stages the same `data`",
         )
 

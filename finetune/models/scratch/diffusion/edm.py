@@ -18,14 +18,14 @@ build = started
 @final
 class Edm(FlowLikelihood):
     def __init__(self, space: Space, section: Net) -> None:
-        if section.least >= section.most:
+        if section.sigma_min >= section.sigma_max:
             raise UserError(
                 "drawing goes from much noise to little",
-                where="net.least, net.most",
-                remedy="set net.least below net.most",
+                where="net.sigma_min, net.sigma_max",
+                remedy="set net.sigma_min below net.sigma_max",
             )
-        learned = Preconditioned(section.spread, section.mean, section.deviation)
-        self._exploding = Exploding(learned, section.least, section.most, section.rho)
+        learned = Preconditioned(section.sigma_data, section.log_sigma_mean, section.log_sigma_std)
+        self._exploding = Exploding(learned, section.sigma_min, section.sigma_max, section.rho)
         super().__init__(space, section, self._exploding)
 
     def at_angle(self, angle: float) -> Level:

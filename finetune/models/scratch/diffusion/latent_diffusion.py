@@ -64,8 +64,8 @@ class InLatents(Canvas):
         if config.in_channels != space.channels:
             raise UserError(
                 f"the autoencoder reads {config.in_channels} channels, and images have {space.channels}",
-                where="data.gray",
-                remedy=f"set data.gray: {'true' if config.in_channels == 1 else 'false'}",
+                where="data.grayscale",
+                remedy=f"set data.grayscale: {'true' if config.in_channels == 1 else 'false'}",
             )
         sides = halved(
             space.height, space.width, len(config.block_out_channels) - 1, "model.vae", "name a shallower autoencoder"

@@ -127,7 +127,7 @@ class Dequantised(nn.Module):
     def __init__(self, space: Space, section: Section, flow: MultiScale) -> None:
         super().__init__()
         self._space, self.flow = space, flow
-        self.noise = LearnedNoise(space, section) if section.dequantisation == "variational" else None
+        self.noise = LearnedNoise(space, section) if section.dequantization == "variational" else None
         self.means = class_embedding(space, space.dimensions)
         if self.means is not None:
             nn.init.zeros_(self.means.weight)

@@ -77,8 +77,8 @@ class Critic(nn.Module):
         linear: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        self._group = section.group if section.minibatch == "stddev" else 0
-        self.augment = Augmentation(section.augment, section.augment_images) if section.augment else None
+        self._group = section.stddev_group if section.minibatch == "stddev" else 0
+        self.augment = Augmentation(section.ada_target, section.ada_images) if section.ada_target else None
         self.reader = reader
         self.ending, features = ending(channels + bool(self._group))
         self.beside = Discrimination(features) if section.minibatch == "discrimination" else None
@@ -106,7 +106,7 @@ class CriticTurn(TrainStep):
 
     def __init__(self, critic: Critic, generator: Generator, space: Space, section: Section) -> None:
         self.net, self._plain, self._generator, self._space, self._section = critic, critic, generator, space, section
-        self.cycle = section.lazy
+        self.cycle = section.penalty_every
         self._objective = OBJECTIVES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -117,14 +117,14 @@ class CriticTurn(TrainStep):
             made = critic.seen(self._generator(latent_of(draw, section), classes, draw), draw.apart("made"))
             true = critic.seen(self._space.scaled(levels), draw.apart("true"))
         learns = torch.is_grad_enabled()
-        penalised = learns and int(draw.step) % section.lazy == 0
+        penalised = learns and int(draw.step) % section.penalty_every == 0
         made.requires_grad_(penalised and section.r2 > 0)
         true.requires_grad_(penalised and section.r1 > 0)
         # Through the wrapper of several processes but once: what follows it adds to the same gradients.
         of_true, of_made = self.net(true, classes, draw), critic(made, classes, draw)
         found = self._objective.critic(of_true, of_made)
         if penalised:
-            found = found + section.lazy * self._penalties(true, made, of_true, of_made, classes, draw)
+            found = found + section.penalty_every * self._penalties(true, made, of_true, of_made, classes, draw)
         if learns and critic.augment is not None:
             critic.augment.steer(of_true)
         return found
@@ -155,7 +155,7 @@ class GeneratorTurn(TrainStep):
         self, generator: Generator, critic: Critic, space: Space, section: Section, penalty: Penalty | None
     ) -> None:
         self.net, self._critic, self._space, self._section, self._penalty = generator, critic, space, section, penalty
-        self.every = section.critic_steps
+        self.every = section.discriminator_steps
         self.cycle = self.every * (penalty.every if penalty is not None else 1)
         self._objective = OBJECTIVES[section.objective]
 
@@ -180,7 +180,7 @@ class GeneratorTurn(TrainStep):
 
     def _ahead(self, true: Tensor, made: Tensor, classes: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """The critic's weights after `unroll` steps of descent on these images, as a function of the made ones (Metz et al. 2017, equation 9)."""
-        critic, rate = self._critic, self._section.unroll_rate
+        critic, rate = self._critic, self._section.unroll_lr
         buffers = {
             name: tensor.clone() for name, tensor in critic.named_buffers()
         }  # they move in the critic's own turn alone
@@ -250,11 +250,11 @@ def build(plan: Plan, audit: Audit) -> Model:
         UserError: the batch does not suit the section.
     """
     section, batch = plan.recipe.net, plan.recipe.train.batch_size
-    if section.minibatch == "stddev" and batch % section.group:
+    if section.minibatch == "stddev" and batch % section.stddev_group:
         raise UserError(
-            f"a batch of {batch} images makes no whole groups of {section.group}",
-            where="net.group, train.batch_size",
-            remedy=f"set train.batch_size: {max(1, round(batch / section.group)) * section.group}, or net.group to a divisor of {batch}",
+            f"a batch of {batch} images makes no whole groups of {section.stddev_group}",
+            where="net.stddev_group, train.batch_size",
+            remedy=f"set train.batch_size: {max(1, round(batch / section.stddev_group)) * section.stddev_group}, or net.stddev_group to a divisor of {batch}",
         )
     if section.minibatch == "discrimination" and batch < 2:
         raise UserError(

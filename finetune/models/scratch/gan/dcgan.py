@@ -120,7 +120,7 @@ class DcganGenerator(Generator):
 class DcganReader(Reader):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
-        widths, norm = widths_by_size(section), section.critic_norm
+        widths, norm = widths_by_size(section), section.discriminator_norm
         self._sizes, self._growing = section.halvings, section.grow_steps > 0
         sizes = range(section.halvings + 1) if self._growing else (section.halvings,)
         self.read = nn.ModuleDict(
@@ -162,11 +162,11 @@ class Dcgan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
         """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single images."""
         assert isinstance(section, Net)
-        if section.critic_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
+        if section.discriminator_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
             raise UserError(
                 "a penalty on the critic's slope at each image means nothing where batch norm ties its images together",
-                where="net.critic_norm",
-                remedy="set net.critic_norm: none",
+                where="net.discriminator_norm",
+                remedy="set net.discriminator_norm: none",
             )
         grid, channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
         critic = Critic(
@@ -176,7 +176,7 @@ class Dcgan(Adversarial):
             channels,
             lambda channels: (nn.Flatten(), channels * grid[0] * grid[1]),
         )
-        if section.critic_norm == "spectral":
+        if section.discriminator_norm == "spectral":
             for module in critic.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
                     spectral_norm(module)

@@ -39,7 +39,9 @@ class Block(nn.Module):
     def __init__(self, channels: int, section: Net, blocks: int) -> None:
         super().__init__()
         inside = section.expansion * channels
-        groups = next(count for count in range(max(1, inside // section.grouped), inside + 1) if inside % count == 0)
+        groups = next(
+            count for count in range(max(1, inside // section.group_width), inside + 1) if inside % count == 0
+        )
         self.first = nn.Conv2d(channels, inside, 1)
         self.middle = nn.Conv2d(inside, inside, 3, padding=1, groups=groups)
         self.last = nn.Conv2d(inside, channels, 1, bias=False)

@@ -44,8 +44,8 @@ class Styled(Generator):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
-        self._mixing = section.mixing
-        self.mapping = Mapping(space, section.latent, section.style, section.mapping)
+        self._mixing = section.style_mixing
+        self.mapping = Mapping(space, section.latent, section.style_dim, section.mapping_layers)
         self.register_buffer("path_mean", torch.zeros(()))  # of path lengths of late
 
     def styles(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
@@ -85,7 +85,7 @@ class Layer(nn.Module):
 class SkipGenerator(Styled):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        widths, style = widths_by_size(section), section.style
+        widths, style = widths_by_size(section), section.style_dim
         self.ground = nn.Parameter(torch.randn(widths[0], *halved(space.height, space.width, section.halvings)))
         self.first = Layer(widths[0], widths[0], style, doubling=False)
         self.larger = nn.ModuleList()

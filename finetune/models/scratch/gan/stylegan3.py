@@ -95,7 +95,7 @@ class AliasFreeLayer(nn.Module):
     def __init__(self, before: int, after: int, section: Net, doubling: bool, last_size: bool) -> None:
         super().__init__()
         self._doubling, self._margin = doubling, section.margin
-        self.convolution = Modulated(before, after, 3, section.style)
+        self.convolution = Modulated(before, after, 3, section.style_dim)
         self.bias = nn.Parameter(torch.zeros(after, 1, 1))
         self._factor = 4 if doubling else 2
         self.register_buffer(
@@ -125,7 +125,7 @@ class AliasFreeGenerator(Styled):
                 AliasFreeLayer(after, after, section, False, last),
             ]
         self.chain = nn.ModuleList(chain)
-        self.paint = Modulated(widths[-1], space.channels, 1, section.style, demodulate=False)
+        self.paint = Modulated(widths[-1], space.channels, 1, section.style_dim, demodulate=False)
         self.color = nn.Parameter(torch.zeros(space.channels, 1, 1))
         self.layers = len(chain) + 1
 

@@ -105,7 +105,7 @@ class BetaVae(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self._observation = observation_of(section.observation, space, section.mixtures)
+        self._observation = observation_of(section.distribution, space, section.mixtures)
         self.net: Autoencoder = Autoencoder(space, section, self._observation)
         self._latent, self._turn = section.latent, ElboTurn(self.net, section, self._observation)
 

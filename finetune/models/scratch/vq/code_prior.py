@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from finetune.config import nets, yaml_reader
+from finetune.config import nets
 from finetune.config.nets.vqvae import Net as FirstNet
 from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch
@@ -143,6 +143,6 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
 def restored(space: Space, section: nets.Section, config: dict[str, Any], make: type[SecondStage]) -> PixelModel:
     """From what was saved, before its weights are loaded."""
     found = config["first"]
-    net = yaml_reader.build(FirstNet, yaml_reader.of_plain(found["net"], "config.json"), "first.net")
+    net = nets.from_config(FirstNet, found["net"], "config.json")
     first = VqVae(Space(**found["space"] | {"classes": tuple(found["space"]["classes"])}), net)
     return make(space, section, first)

@@ -25,9 +25,9 @@ class GridPrior(Prior):
 
     def __init__(self, codes: int, space: Space, section: Net) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(codes, section.embedding)
+        self.embedding = nn.Embedding(codes, section.embedding_dim)
         self.classes = class_embedding(space, section.width)
-        self.cnn = PixelCnn(section.embedding, codes, section, section.width if space.classes else 0)
+        self.cnn = PixelCnn(section.embedding_dim, codes, section, section.width if space.classes else 0)
 
     def _condition(self, classes: Tensor | None) -> Tensor | None:
         return None if self.classes is None else self.classes(classes)

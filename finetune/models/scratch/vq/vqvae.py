@@ -97,10 +97,11 @@ class VqAutoencoder(nn.Module):
         self._space, self.grid = space, halved(space.height, space.width, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         self.encoder = nn.Sequential(
-            *smaller(space.channels, widths, section.blocks, section.dropout), nn.Conv2d(widths[-1], section.code, 1)
+            *smaller(space.channels, widths, section.blocks, section.dropout),
+            nn.Conv2d(widths[-1], section.code_dim, 1),
         )
-        self.quantiser = Quantiser(section.codes, section.code, section.revive_after)
-        self.read = nn.Conv2d(section.code, widths[-1], 1)
+        self.quantiser = Quantiser(section.codebook_size, section.code_dim, section.revive_after)
+        self.read = nn.Conv2d(section.code_dim, widths[-1], 1)
         self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
 
     def latent(self, levels: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class VqTurn(TrainStep):
         ):  # a validation leaves the critic out: it is another each time
             return found
         fooled = -detached_forward(self._critic, self._observation.expected(parameters)).flatten(1).mean(1)
-        found = found + self._section.adversary * self._balance(reconstruction, fooled) * fooled
+        found = found + self._section.discriminator_weight * self._balance(reconstruction, fooled) * fooled
         return found.float()
 
     def _balance(self, reconstruction: Tensor, fooled: Tensor) -> Tensor:
@@ -201,9 +202,9 @@ class CriticTurn(TrainStep):
 class VqVae(PixelModel):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self._observation = observation_of(section.observation, space, section.mixtures)
+        self._observation = observation_of(section.distribution, space, section.mixtures)
         self.net: VqAutoencoder = VqAutoencoder(space, section, self._observation)
-        critic = Critic(space.channels, section.width) if section.adversary else None
+        critic = Critic(space.channels, section.width) if section.discriminator_weight else None
         self._turns: tuple[TrainStep, ...] = (VqTurn(self.net, critic, section, self._observation),)
         if critic is not None:
             self._turns += (CriticTurn(critic, self.net, space, self._observation),)
