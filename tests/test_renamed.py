@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from finetune.cli.main import main
+from finetune.cli.recipes import command
 from finetune.config import nets, renamed, schema, yaml_reader
 from finetune.config.loader import load_recipe, parse_recipe
 from finetune.config.schema import Recipe
@@ -77,8 +77,8 @@ def test_every_net_key_of_version_0_1_is_accepted(family: str) -> None:
     declared = nets.section(family)
     assert declared is not None
     given = KEYS["net"][family]
-    assert built("net", declared, given) == declared()  # type: ignore[call-arg]
-    assert nets.from_config(declared, given, "config.json") == declared()  # type: ignore[call-arg]
+    assert built("net", declared, given) == declared()
+    assert nets.from_config(declared, given, "config.json") == declared()
 
 
 def test_every_section_of_version_0_1_is_accepted() -> None:
@@ -99,11 +99,11 @@ def test_no_new_name_is_an_old_one_or_unknown() -> None:
 def test_old_names_load_with_one_note_each(caplog: pytest.LogCaptureFixture) -> None:
     renamed._noted.clear()
     with caplog.at_level(logging.WARNING, "finetune"):
-        recipe = parse_recipe(OLD, "old.yaml", "old", ["adapter.preserve_every=7", "model.encoders=offload"])
+        recipe = parse_recipe(OLD, "old.yaml", "old", ["adapter.preserve_every=7"])
         parse_recipe(OLD, "old.yaml", "old")
     assert recipe.adapter is not None
     assert recipe.adapter.distill_every == 7
-    assert recipe.model.text_encoder_placement == "offload"
+    assert recipe.model.text_encoder_placement == "device"
     assert (recipe.data.unmasked_weight, recipe.tokens[0].init_word, recipe.tokens[0].lr_multiplier) == (0.5, "dog", 3)
     assert caplog.messages.count("adapter.preserve_every is now adapter.distill_every") == 1
     assert len(caplog.messages) == len(set(caplog.messages)) == 9
@@ -118,7 +118,7 @@ def test_old_and_new_name_together_are_refused() -> None:
 def test_migrate_keeps_comments_and_layout(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_bytes(OLD.replace("\n", "\r\n").encode())
-    result = CliRunner().invoke(main, ["recipes", "migrate", str(file)])
+    result = CliRunner().invoke(command, ["migrate", str(file)])
     assert result.exit_code == 0, result.output
     assert "adapter.preserve_every → adapter.distill_every" in result.output
     assert file.read_bytes().decode().replace("\r\n", "\n") == (
@@ -131,7 +131,7 @@ def test_migrate_keeps_comments_and_layout(tmp_path: Path) -> None:
         .replace("watch_every", "collapse_check_every")
     )
     assert load_recipe(file) == parse_recipe(OLD, "old.yaml", "mine")
-    assert "nothing to rename" in CliRunner().invoke(main, ["recipes", "migrate", str(file)]).output
+    assert "nothing to rename" in CliRunner().invoke(command, ["migrate", str(file)]).output
 
 
 def test_a_saved_model_of_version_0_1_opens() -> None:

@@ -90,7 +90,9 @@ def test_penalties_of_a_linear_critic() -> None:
 
 @pytest.mark.parametrize(("key", "weight"), [("r1", 3.0), ("r2", 3.0), ("gradient_penalty", 10.0)])
 def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: float) -> None:
-    plain, each, lazy = (train_steps(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "lazy": 4}))
+    plain, each, lazy = (
+        train_steps(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "penalty_every": 4})
+    )
     batch = some_batch()
 
     def loss(train_step: CriticTurn, step: int) -> Tensor:

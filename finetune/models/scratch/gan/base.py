@@ -251,10 +251,11 @@ def build(plan: Plan, audit: Audit) -> Model:
     """
     section, batch = plan.recipe.net, plan.recipe.train.batch_size
     if section.minibatch == "stddev" and batch % section.stddev_group:
+        divisible = max(1, round(batch / section.stddev_group)) * section.stddev_group
         raise UserError(
             f"a batch of {batch} images makes no whole groups of {section.stddev_group}",
             where="net.stddev_group, train.batch_size",
-            remedy=f"set train.batch_size: {max(1, round(batch / section.stddev_group)) * section.stddev_group}, or net.stddev_group to a divisor of {batch}",
+            remedy=f"set train.batch_size: {divisible}, or net.stddev_group to a divisor of {batch}",
         )
     if section.minibatch == "discrimination" and batch < 2:
         raise UserError(
