@@ -32,13 +32,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.cli.process import quiet_libraries
-from finetune.config import nets
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import Stopped, UserError
 from finetune.estimate.benchmarks import MEASURED
 from finetune.evaluation.evaluate import evaluate, request_for
 from finetune.inference import sample
 from finetune.job import Job, finish, prepare
+from finetune.models.registry import spec_of
 from finetune.report.images import sheet
 from finetune.training.samples import request_of
 
@@ -172,7 +172,7 @@ def measured(name: str, folder: Path, seed: int, minutes: float, images: int, sc
 
 def stable(name: str, found: dict[str, Any]) -> bool:
     """Whether a run's losses and diversity stayed healthy."""
-    fell = nets.kind(load_recipe(f"scratch/{name}").model.family) == "GAN" or found["losses"][1] < found["losses"][0]
+    fell = spec_of(load_recipe(f"scratch/{name}").model.family).kind == "GAN" or found["losses"][1] < found["losses"][0]
     return not found["failed"] and all(map(math.isfinite, found["losses"])) and fell and found["diversity"] >= HEALTHY
 
 

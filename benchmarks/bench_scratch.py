@@ -88,7 +88,7 @@ def vae(count: int = 16) -> dict[str, tuple[Contender, Contender]]:
     except ImportError:
         print("pythae is not installed: the VAE is left out")
         return {}
-    model = model_of("betavae", latent=64, width=32, halvings=3, mixtures=1)
+    model = model_of("beta-vae", latent=64, width=32, halvings=3, mixtures=1)
     net = copy.deepcopy(model.net).to(
         memory_format=torch.contiguous_format
     )  # as torch lays weights out, and pythae leaves them
@@ -216,7 +216,7 @@ def imagegpt(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
 
 
 def pixelcnnpp(count: int = 4) -> dict[str, tuple[Contender, Contender]]:
-    model = model_of("pixelcnnpp", width=32, blocks=4, dilation=4, mixtures=5)
+    model = model_of("pixelcnn++", width=32, blocks=4, dilation=4, mixtures=5)
     model.net.eval()
 
     def naive() -> float:

@@ -1,6 +1,6 @@
 """Measure the cards that `ft estimate` answers from, by running each step on fake tensors: tools/measure_profiles.py [NAME …]
 
-No GPU and no weights are needed; a card takes minutes. It writes finetune/assets/cards/NAME.json. What there is to measure is read off the
+No GPU and no weights are needed; a card takes minutes. It writes finetune/assets/profiles/NAME.json. What there is to measure is read off the
 bundled recipes: one card for each architecture that they fine-tune, and for each net that they make from scratch.
 """
 

@@ -13,7 +13,7 @@ from finetune.config.schema import Recipe
 from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.loading import open_pipeline
 from finetune.models.pretrained.model import set_schedule
-from finetune.models.registry import pipelines
+from finetune.models.registry import spec_of
 
 
 def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
@@ -24,7 +24,7 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     Raises:
         UserError: the base is gone; or a weight does not fit in `dtype`.
     """
-    pipeline: Any = open_pipeline(recipe.model, pipelines()[recipe.model.family], torch.float32)
+    pipeline: Any = open_pipeline(recipe.model, spec_of(recipe.model.family).pipeline, torch.float32)
     set_schedule(pipeline, recipe)
     wrapped = peft.load(pipeline, final)
     for name, net in wrapped.items():

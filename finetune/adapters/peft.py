@@ -28,19 +28,12 @@ from finetune.adapters.lora_file import PEFT_CONFIG, PEFT_FILE
 from finetune.config.schema import Adapter
 from finetune.errors import UserError, did_you_mean
 from finetune.kernels.fused_lora import NAME, fuse
+from finetune.models.registry import specs
 
-# Ends of layer names in diffusers' denoisers and transformers' CLIP text encoders, as regular expressions. FLUX.2's single blocks have
-# attention and MLP in two layers that cannot be told apart; they count as attention. Sana's MLP is convolutions.
-ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "to_qkv_mlp_proj", "[qkv]_proj", "out_proj")
-MLP = (
-    *(
-        r"(ff|ff_context|img_mlp|txt_mlp)\.net\.(0\.proj|2)",
-        r"mlp\.fc[12]",
-        "proj_mlp",
-        r"single_transformer_blocks\.\d+\.proj_out",
-    ),
-    *(r"ff(_context)?\.linear_(in|out)", r"feed_forward\.(w|linear_)[123]", r"ff\.conv_(inverted|point)"),
-)
+# Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions. What only
+# one family has is in its record (`FamilySpec.lora_targets`).
+ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "[qkv]_proj", "out_proj")
+MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)", r"mlp\.fc[12]")
 ADAPTED = (nn.Linear, nn.Conv2d)
 PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
 PARAMETERS = {
@@ -64,7 +57,7 @@ def layers(net: nn.Module, targets: str) -> list[str]:
     if targets == "all-linear":
         found = [name for name, module in adaptable.items() if isinstance(module, nn.Linear)]
     else:
-        named = {"attention": ATTENTION, "attention+mlp": ATTENTION + MLP}
+        named = target_patterns(type(net).__name__)
         ends = named.get(targets) or tuple(end.strip() for end in targets.split(","))
         found = [name for name in adaptable if any(_ends(name, end, "adapter.targets") for end in ends)]
     if not found:
@@ -76,6 +69,20 @@ def layers(net: nn.Module, targets: str) -> list[str]:
             ("attention", "attention+mlp", "all-linear"),
         )
     return found
+
+
+def target_patterns(class_name: str) -> dict[str, tuple[str, ...]]:
+    """What `adapter.targets: attention` and `attention+mlp` mean for a network's class.
+
+    Of a class that no family has, the patterns of all families.
+    """
+    known = [spec for spec in specs().values() if spec.denoiser_class]
+    of_class = [spec for spec in known if spec.denoiser_class == class_name] or known
+    attention, mlp = (
+        common + tuple(end for spec in of_class for end in spec.lora_targets.get(key, ()))
+        for key, common in (("attention", ATTENTION), ("mlp", MLP))
+    )
+    return {"attention": attention, "attention+mlp": attention + mlp}
 
 
 def _ends(name: str, end: str, where: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from finetune.config import nets, renamed, validation, yaml_reader
 from finetune.config.schema import Recipe
 from finetune.errors import UserError, did_you_mean
+from finetune.models import registry
 from finetune.paths import RECIPES
+
+log = logging.getLogger(__name__)
 
 
 def find_recipe(path_or_name: str) -> Path:
@@ -59,12 +63,21 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
             root = yaml_reader.override(root, "data.sources=[]")
         root = renamed.current(yaml_reader.override(root, assignment, renamed.current_key))
     rest, net = _split(root)
-    recipe: Recipe = yaml_reader.build(Recipe, rest)
+    recipe: Recipe = _with_slug(yaml_reader.build(Recipe, rest))
     recipe = dataclasses.replace(
         recipe, net=net(recipe.model.family), name=recipe.name or name, places=yaml_reader.places(root)
     )
     validation.check(recipe, source)
     return recipe
+
+
+def _with_slug(recipe: Recipe) -> Recipe:
+    """The recipe with its family's slug in place of an earlier name of the family."""
+    given, slug = recipe.model.family, registry.slug_of(recipe.model.family)
+    if given == slug:
+        return recipe
+    log.info("model.family: %s is now called %s", given, slug)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=slug))
 
 
 def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:

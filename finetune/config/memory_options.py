@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from finetune.errors import UserError
+from finetune.models.registry import has_unet
 
 if TYPE_CHECKING:
     from finetune.config.machine import Machine
@@ -20,7 +21,6 @@ QUANTIZED: dict[str, float] = {
     "nf4": 0.5 + 4 / 64,
     "int8": 1.0,
 }  # bytes a weight: NF4's with the scale of 64; int8's, one a row, weigh nothing
-UNETS = ("sd", "sdxl")  # families whose denoiser is one: its blocks hold blocks
 ONE_BY_ONE = ("adamw", "adamw8bit", "adafactor", "lion", "came")  # optimizers that treat each tensor for itself
 
 
@@ -55,7 +55,7 @@ def check(recipe: Recipe, refuse: Callable[[bool, str, str], None]) -> None:
         "set train.gradient_checkpointing: true (every block)",
     )
     refuse(
-        train.offload_blocks and model.family in UNETS,
+        train.offload_blocks and has_unet(model.family),
         "a UNet's blocks hold blocks, which the backward pass computes again one by one: none of them can be away as a whole",
         "remove train.offload_blocks; it is for transformers, such as FLUX or SD 3",
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config import memory_options, nets
 from finetune.errors import UserError
+from finetune.models.registry import has_unet
 
 if TYPE_CHECKING:
     from finetune.config.schema import Adapter, Model, Precision, Recipe
@@ -79,7 +80,7 @@ def check(recipe: Recipe, where: str) -> None:
         recipe.method == "scratch" and model.path is not None, "from scratch starts from no model", "remove model.path"
     )
     refuse(
-        model.transformer is not None and (model.path is None or model.family in memory_options.UNETS),
+        model.transformer is not None and (model.path is None or has_unet(model.family)),
         "model.transformer takes the place of the transformer of a pretrained pipeline",
         "remove it; a Stable Diffusion 1.5, 2.1 or XL is one file in model.path",
     )

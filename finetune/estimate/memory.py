@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from finetune.config.memory_options import QUANTIZED, TILE, UNETS
+from finetune.config.memory_options import QUANTIZED, TILE
 from finetune.config.schema import Recipe
 from finetune.estimate.constants import CONTEXT, WORKSPACE, WORKSPACE_HOPPER
 from finetune.estimate.hardware.gpus import Gpu
 from finetune.estimate.hardware.parallelism import ALONE, Group
 from finetune.estimate.profiles import Card, Outside, Variant
+from finetune.models.registry import has_unet
 
 HOPPER = ("h100", "h200", "gh200")
 
@@ -97,7 +98,7 @@ def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
     kind, of = recipe.model.text_encoder_placement, card.parameters
     there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
     width = (
-        4 if on_cpu or (recipe.method == "full" and card.family in UNETS and recipe.train.weights == "float32") else 2
+        4 if on_cpu or (recipe.method == "full" and has_unet(card.family) and recipe.train.weights == "float32") else 2
     )
     held = width * there
     if card.outside["cpu" if on_cpu else "cuda"].encoders == kind:

@@ -20,7 +20,7 @@ from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.paths import ASSETS
 
-CARDS = ASSETS / "cards"
+CARDS = ASSETS / "profiles"
 Device = Literal["cuda", "cpu"]
 # Keys of a recipe that tell variants apart, what goes without saying, and how the lack of a variant is told. All else (batch, resolution,
 # rank, averages, …) is arithmetic.

@@ -10,19 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, final
 
-from finetune.config import nets
 from finetune.config.loader import bundled_recipes
 from finetune.config.schema import Method, Recipe
 from finetune.errors import UserError
 from finetune.estimate import benchmarks
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.hardware.gpus import Gpu
+from finetune.models.registry import spec_of, variants
 from finetune.paths import run_of
 
 Data = Literal["images", "small-images"]
 INFINITE = float("inf")
 PROMISE = re.compile(r"-(\d+)gb$")
 LARGE = 80  # GB
+LAST = 10_000  # rank of bases without a preference, such as the bundled one
 
 
 @final
@@ -89,21 +90,6 @@ GOALS = {
 }
 # Pixels of a side from which a kind is out of the question, and why.
 TOO_LARGE = {"autoregressive": (96, "pixel after pixel, an autoregressive model never draws large images")}
-# Where all fits, the base that draws better; each was trained at the resolution that its card names.
-BY_QUALITY = (
-    *(
-        "flux1-dev",
-        "qwen-image",
-        "flux2-klein-4b",
-        "z-image",
-        "sd35-medium",
-        "sd3-medium",
-        "lumina2",
-        "sana-1600m",
-        "pixart-sigma",
-    ),
-    *("sdxl", "sd21", "sd15", "base"),
-)
 
 
 @final
@@ -135,7 +121,7 @@ def for_one_base(names: Iterable[str]) -> list[list[str]]:
 
 def considered(recipe: Recipe, goal: str, data: Data, gpu: Gpu, budget: float | None) -> bool:
     """Whether a recipe is worth a row: its method may be called for, and its kind is one of the goal's."""
-    kind, kinds = nets.kind(recipe.model.family), GOALS[goal].kinds
+    kind, kinds = spec_of(recipe.model.family).kind, GOALS[goal].kinds
     small = data == "small-images" or "diffusion" not in kinds
     cheap = gpu.device == "cpu" or (budget is not None and budget < BY_BUDGET[0].most)
     if recipe.method == "scratch":
@@ -155,13 +141,13 @@ def choose(
         UserError: nothing does; says what the least would be.
     """
     aim = GOALS[goal]
-    serving = [one for one in found if nets.kind(one.recipe.model.family) in aim.kinds and not _too_large(one)]
+    serving = [one for one in found if spec_of(one.recipe.model.family).kind in aim.kinds and not _too_large(one)]
     if not serving:
         large = next(
             (
                 TOO_LARGE[kind][1]
                 for one in found
-                if (kind := nets.kind(one.recipe.model.family)) in TOO_LARGE and _too_large(one)
+                if (kind := spec_of(one.recipe.model.family).kind) in TOO_LARGE and _too_large(one)
             ),
             "",
         )
@@ -242,14 +228,14 @@ def _affordable(found: list[Forecast], budget: float | None, hours: float | None
 
 def _rank(one: Forecast, goal: str) -> tuple[int, float, int, float]:
     """The best base first; of what is from scratch, what was measured to do best at the goal, then what holds most; then what takes least time."""
-    known = BY_QUALITY.index(one.card.name) if one.card.name in BY_QUALITY else len(BY_QUALITY)
+    known = variants()[one.card.name][1].preference if one.card.name in variants() else LAST
     if one.recipe.method != "scratch":
         return known, 0.0, 0, one.hours
     return known, benchmarks.standing(one.name.rpartition("/")[2], goal), -one.variant.trained, one.hours
 
 
 def _too_large(one: Forecast) -> bool:
-    most, _ = TOO_LARGE.get(nets.kind(one.recipe.model.family), (INFINITE, ""))
+    most, _ = TOO_LARGE.get(spec_of(one.recipe.model.family).kind, (INFINITE, ""))
     return one.recipe.data.resolution > most
 
 

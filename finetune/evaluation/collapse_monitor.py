@@ -8,11 +8,11 @@ from typing import final
 
 from torch import Tensor
 
-from finetune.config import nets
 from finetune.evaluation.evaluate import as_drawn, compared, request_for, spread
 from finetune.evaluation.features import extractor
 from finetune.evaluation.mode_collapse import Look, alarm, looks
 from finetune.inference import sample
+from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan
 from finetune.training.samples import request_of
@@ -43,4 +43,4 @@ class Watch:
         look = Look(done, **compared(self._extractor.features(sample.draw(self._model, request, AT_ONCE)), self._real))
         before = self._records.read_text(encoding="utf-8").splitlines() if self._records.is_file() else []
         found = [*looks([json.loads(line) for line in before]), look]
-        return look.record, alarm(found, self._plan.steps, nets.kind(self._plan.recipe.model.family))
+        return look.record, alarm(found, self._plan.steps, spec_of(self._plan.recipe.model.family).kind)

@@ -11,21 +11,9 @@ from typing import Literal, get_args
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Precision, Recipe
 from finetune.errors import UserError, did_you_mean
+from finetune.models.registry import has_unet, spec_of
 
 Format = Literal["diffusers", "kohya", "comfyui"]
-# Family → formats of one LoRA file, besides diffusers', that other programs and diffusers itself read. Of these, diffusers reads Lumina 2's
-# only where every linear layer is adapted, and PixArt's not at all (its pipeline reads no LoRA; PEFT does). ComfyUI has no Sana.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "sd": ("kohya", "comfyui"),
-    "sdxl": ("kohya", "comfyui"),
-    "sd3": ("comfyui",),
-    "flux": ("kohya", "comfyui"),
-    "flux2": ("kohya", "comfyui"),
-    "qwen_image": ("kohya", "comfyui"),
-    "z_image": ("kohya", "comfyui"),
-    "pixart": ("comfyui",),
-    "lumina2": ("comfyui",),
-}
 
 
 def export(
@@ -99,7 +87,7 @@ def export(
 
 
 def _write(final: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
-    if format != "diffusers" and recipe.model.family in ("sd", "sdxl"):  # ComfyUI knows their layers by kohya's names
+    if format != "diffusers" and has_unet(recipe.model.family):  # ComfyUI knows their layers by kohya's names
         from finetune.adapters.formats.kohya import write_kohya
 
         write_kohya(final, recipe, dtype, target)
@@ -155,7 +143,7 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
     if format != "diffusers" and recipe.adapter is not None and recipe.adapter.kind != "lora":
         problem = f"{format}'s format is for LoRAs, and this run trained {recipe.adapter.kind}"
         raise UserError(problem, where="--format", remedy="export it with --merge, or as diffusers")
-    known = FORMATS.get(recipe.model.family, ())
+    known = tuple(spec_of(recipe.model.family).lora_formats)
     if format not in ("diffusers", *known):
         problem = f"{format} has no names for the layers of {recipe.model.family}"
         raise UserError(

@@ -10,8 +10,8 @@ from finetune.adapters.formats.metadata import stamp
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
 from finetune.export.model_card import write_card
+from finetune.models import registry
 from finetune.models.base import Model
-from finetune.models.registry import load_module
 from finetune.planning import Plan
 from finetune.training.checkpoint import Checkpoint
 from finetune.training.optimizers import average
@@ -19,8 +19,7 @@ from finetune.training.optimizers import average
 
 def build(plan: Plan, audit: Audit) -> Model:
     """The model of the plan's family, as it is before the first step, on the host."""
-    found: Model = load_module(plan.recipe.model.family).build(plan, audit)
-    return found
+    return registry.build(plan, audit)
 
 
 @torch.no_grad()

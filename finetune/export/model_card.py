@@ -15,9 +15,8 @@ import yaml
 
 from finetune import terminal
 from finetune.config.schema import trigger_words
-from finetune.export import FORMATS
 from finetune.export.usage import usage
-from finetune.models.registry import pipelines
+from finetune.models.registry import spec_of
 from finetune.paths import public_name
 from finetune.planning import Plan
 from finetune.report import images, tables
@@ -59,7 +58,7 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
     place = base.replace("embedded:", "finetune/assets/")  # as it lies in a checkout
     if lines := usage(plan, place, HERE):
         parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
-    if recipe.method == "lora" and "comfyui" in FORMATS.get(recipe.model.family, ()):
+    if recipe.method == "lora" and "comfyui" in spec_of(recipe.model.family).lora_formats:
         parts.append(f"## With ComfyUI\n\n{COMFYUI}" + (f" {WORDS}" if recipe.tokens else ""))
     data = run / "data.json"
     if data.is_file():
@@ -78,7 +77,7 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
 def _front_matter(plan: Plan, base: str, shown: list[tuple[str, str]]) -> dict[str, Any]:
     """The keys by which the hub files a model. A base that is no name on the hub is left out: it would lead nowhere."""
     recipe = plan.recipe
-    draws = bool(pipelines().get(recipe.model.family))
+    draws = spec_of(recipe.model.family).pretrained
     found: dict[str, Any] = {}
     if "/" in base and not base.startswith("embedded:"):
         found |= {"base_model": base, "base_model_relation": "adapter" if recipe.method == "lora" else "finetune"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from finetune.models.registry import pipelines
+from finetune.models.registry import spec_of
 from finetune.paths import embedded
 from finetune.planning import Plan
 
@@ -18,9 +18,9 @@ def usage(plan: Plan, base: str, weights: str) -> str:
         weights: the folder with what was trained, likewise.
     """
     recipe = plan.recipe
-    if recipe.model.family == "vae":
+    if recipe.model.family == "autoencoder-kl":
         return f"from diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({weights!r})"
-    name = pipelines().get(recipe.model.family)
+    name = spec_of(recipe.model.family).pipeline
     if not name:
         return ""
     prompt = recipe.sample.prompts[0] if recipe.sample.prompts else "…"

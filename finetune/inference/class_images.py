@@ -14,6 +14,7 @@ from pathlib import Path
 from finetune.config.schema import Data, Prior, Recipe, Source
 from finetune.data.cache_dir import cache_folder
 from finetune.errors import UserError
+from finetune.models.registry import spec_of
 from finetune.rng import key_of, mix
 from finetune.terminal import Progress
 
@@ -24,7 +25,9 @@ def folder_of(recipe: Recipe, prior: Prior) -> Path:
     """Where the class images of a recipe lie."""
     model, sample = recipe.model, recipe.sample
     parts = (
-        model.family,
+        next(
+            iter(spec_of(model.family).aliases), model.family
+        ),  # the name under which images were cached before it changed
         model.path or "",
         model.transformer or "",
         model.vae or "",

@@ -103,11 +103,11 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     recipe = plan.recipe
     assert recipe.adapter is not None
     torch.manual_seed(recipe.train.seed)  # as the trainer does: PiSSA's start depends on it
-    pipeline: Any = open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision))
+    pipeline: Any = open_pipeline(recipe.model, family.spec.pipeline, dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
     new = textual_inversion.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
-    nets = {name: getattr(pipeline, name) for name in (family.denoiser, *encoders)}
+    nets = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
     for name, net in nets.items():
         if name in adapted:
@@ -118,7 +118,7 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     for net in nets.values():
         net.eval()
     return placed(pipeline), {
-        "denoiser.denoiser." if name == family.denoiser else f"denoiser.encoders.{name}.": net
+        "denoiser.denoiser." if name == family.spec.denoiser else f"denoiser.encoders.{name}.": net
         for name, net in nets.items()
     }
 

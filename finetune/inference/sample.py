@@ -20,7 +20,7 @@ from finetune.models.pretrained.check import pipeline_class
 from finetune.models.pretrained.family import Family, family_of
 from finetune.models.pretrained.loading import open_pipeline
 from finetune.models.pretrained.model import DTYPES, draw_words, set_schedule
-from finetune.models.registry import pipelines
+from finetune.models.registry import family_of_pipeline, pipelines, spec_of
 from finetune.models.scratch.base import CONFIG, WEIGHTS, PixelModel, open_model
 from finetune.models.scratch.gan.base import Adversarial
 from finetune.paths import embedded
@@ -126,7 +126,7 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
     """Squares that the recipe's base draws before anything is trained, one for each seed."""
     sample, size, family = recipe.sample, recipe.data.resolution, family_of(recipe.model.family)
     request = SampleRequest((prompt,), (0,), sample.steps, sample.guidance, sample.negative, (size, size))
-    pipeline: Any = placed(open_pipeline(recipe.model, family.pipeline, dtype_of(recipe.train.precision)))
+    pipeline: Any = placed(open_pipeline(recipe.model, family.spec.pipeline, dtype_of(recipe.train.precision)))
     set_schedule(pipeline, recipe)
     for seed in seeds:
         yield draw_words(family, pipeline, request, prompt, seed)
@@ -142,7 +142,7 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
     if isinstance(opened, PixelModel):
         nets.check_sampler(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
-        nets.check_sampler(None, opened[0].pipeline, request.sampler, request.eta, "--sampler, --eta")
+        nets.check_sampler(None, opened[0].spec.slug, request.sampler, request.eta, "--sampler, --eta")
     images: list[Any] = []
     drawing = Progress("drawing")
     while (number := len(images)) < len(request.prompts):
@@ -161,7 +161,7 @@ def open_run(folder: Path, plan: Plan) -> Opened:
     """The pipeline that a run trained, with the schedule it was trained with; or its model in pixel space."""
     recipe, final = plan.recipe, folder / "final"
     name = recipe.model.family
-    if not pipelines()[name] and recipe.net is None:
+    if not spec_of(name).pretrained and recipe.net is None:
         raise UserError(
             f"a run of family {name} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}"
         )
@@ -172,8 +172,10 @@ def open_run(folder: Path, plan: Plan) -> Opened:
         return _opened(final)
     family = family_of(name)
     if recipe.method != "lora":
-        return family, placed(open_pipeline(Model(name, str(final)), family.pipeline, dtype_of(plan.precision)), recipe)
-    pipeline: Any = placed(open_pipeline(recipe.model, family.pipeline, dtype_of(plan.precision)), recipe)
+        return family, placed(
+            open_pipeline(Model(name, str(final)), family.spec.pipeline, dtype_of(plan.precision)), recipe
+        )
+    pipeline: Any = placed(open_pipeline(recipe.model, family.spec.pipeline, dtype_of(plan.precision)), recipe)
     set_schedule(pipeline, recipe)
     peft.load(pipeline, final)
     textual_inversion.load(pipeline, final, recipe)
@@ -189,11 +191,11 @@ def _open_folder(folder: Path, given: str) -> Opened:
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return _opened(folder)
     class_name = pipeline_class(folder / "model_index.json", given)
-    name = next((family for family, name in pipelines().items() if name == class_name), None)
-    if name is None:
-        known = ", ".join(filter(None, pipelines().values()))
+    spec = family_of_pipeline(class_name)
+    if spec is None:
+        known = ", ".join(pipelines().values())
         raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
-    return family_of(name), placed(open_pipeline(Model(name, str(folder)), class_name, dtype_of(None)))
+    return family_of(spec.slug), placed(open_pipeline(Model(spec.slug, str(folder)), class_name, dtype_of(None)))
 
 
 def _opened(folder: Path) -> PixelModel:

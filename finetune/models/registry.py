@@ -1,69 +1,120 @@
-"""Every model family and the module that implements it. Torch is not imported until a family is built."""
+"""Every model family: its record, found without importing torch, and its implementation, imported when it is needed.
+
+A record is the name `SPEC` in a module of `models/pretrained/families` (fine-tuned through diffusers) or of `config/nets`
+(trained from scratch). A new module there is a new family; there is no table to extend.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
-import re
-from pathlib import Path
-from types import ModuleType
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-_PRETRAINED = "finetune.models.pretrained.families"
-_SCRATCH = "finetune.models.scratch"
+from finetune.errors import UserError, did_you_mean
+from finetune.models.spec import FamilySpec, Variant
 
-MODULES: dict[str, str] = {
-    "betavae": f"{_SCRATCH}.vae.vae",
-    "cascade": f"{_SCRATCH}.diffusion.cascade",
-    "dcgan": f"{_SCRATCH}.gan.dcgan",
-    "ddpm": f"{_SCRATCH}.diffusion.ddpm",
-    "edm": f"{_SCRATCH}.diffusion.edm",
-    "flux": f"{_PRETRAINED}.flux",
-    "flux2": f"{_PRETRAINED}.flux2",
-    "glow": f"{_SCRATCH}.flows.glow",
-    "imagegpt": f"{_SCRATCH}.autoregressive.imagegpt",
-    "latentdiffusion": f"{_SCRATCH}.diffusion.latent_diffusion",
-    "lumina2": f"{_PRETRAINED}.lumina2",
-    "pixart": f"{_PRETRAINED}.pixart",
-    "pixelcnnpp": f"{_SCRATCH}.autoregressive.pixelcnnpp",
-    "qwen_image": f"{_PRETRAINED}.qwen_image",
-    "r3gan": f"{_SCRATCH}.gan.r3gan",
-    "realnvp": f"{_SCRATCH}.flows.realnvp",
-    "rectifiedflow": f"{_SCRATCH}.diffusion.flow_matching",
-    "sana": f"{_PRETRAINED}.sana",
-    "sd": f"{_PRETRAINED}.sd",
-    "sd3": f"{_PRETRAINED}.sd3",
-    "sdxl": f"{_PRETRAINED}.sdxl",
-    "stylegan2": f"{_SCRATCH}.gan.stylegan2",
-    "vae": f"{_SCRATCH}.vae.autoencoder_kl",
-    "vqpixelcnn": f"{_SCRATCH}.vq.vq_pixelcnn",
-    "vqtransformer": f"{_SCRATCH}.vq.vq_transformer",
-    "vqvae": f"{_SCRATCH}.vq.vqvae",
-    "z_image": f"{_PRETRAINED}.z_image",
-}
-# Stable Diffusion: the width of the text features in cross-attention → the base model, which names its configuration folder.
-BY_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+if TYPE_CHECKING:
+    from finetune.data.audit.audit import Audit
+    from finetune.models.base import Model
+    from finetune.planning import Plan
+
+PACKAGES = ("finetune.models.pretrained.families", "finetune.config.nets")
 
 
-def load_module(family: str) -> ModuleType:
-    """Import the module of `family`. It offers `build(plan, audit) -> Model`."""
-    return importlib.import_module(MODULES[family])
+@functools.cache
+def modules() -> Mapping[str, str]:
+    """Slug → the module that holds the family's `SPEC`."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+            if (spec := getattr(importlib.import_module(module.name), "SPEC", None)) is not None:
+                found[spec.slug] = module.name
+    return MappingProxyType(dict(sorted(found.items())))
 
 
-def family_in(module: str) -> str:
-    """The family that a module implements: the inverse of `MODULES`."""
-    return next(family for family, name in MODULES.items() if name == module)
+@functools.cache
+def specs() -> Mapping[str, FamilySpec]:
+    """Slug → record, of every family."""
+    return MappingProxyType({slug: importlib.import_module(module).SPEC for slug, module in modules().items()})
+
+
+@functools.cache
+def aliases() -> Mapping[str, str]:
+    """Earlier name of a family → its slug."""
+    return MappingProxyType({alias: spec.slug for spec in specs().values() for alias in spec.aliases})
+
+
+def slug_of(name: str) -> str:
+    """The slug of a family that is given by its slug or an earlier name; any other name as it is."""
+    return aliases().get(name, name)
+
+
+def spec_of(name: str) -> FamilySpec:
+    """The record of a family, by its slug or an earlier name.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    found = specs().get(slug_of(name))
+    if found is None:
+        raise UserError(
+            f'there is no model family "{name}"', where="model.family", remedy=did_you_mean(name, list(specs()))
+        )
+    return found
+
+
+@functools.cache
+def variants() -> Mapping[str, tuple[FamilySpec, Variant]]:
+    """Name of a variant → its family's record and its own."""
+    return MappingProxyType(
+        {name: (spec, variant) for spec in specs().values() for name, variant in spec.variants.items()}
+    )
+
+
+def text_widths() -> dict[int, str]:
+    """Width of the text conditions in a UNet's cross-attention → the variant that has it."""
+    return {variant.text_width: name for name, (_, variant) in variants().items() if variant.text_width}
+
+
+def has_unet(name: str) -> bool:
+    """Whether a family's denoiser is a UNet of diffusers."""
+    spec = specs().get(slug_of(name))
+    return spec is not None and spec.denoiser == "unet"
 
 
 def pipelines() -> dict[str, str]:
-    """Family → class of its pipeline in diffusers ("" if it has none)."""
-    return named("pipeline")
+    """Slug → class of the family's diffusers pipeline, of families that have one."""
+    return {slug: spec.pipeline for slug, spec in specs().items() if spec.pretrained}
 
 
-def named(attribute: str) -> dict[str, str]:
-    """Family → the value of a class attribute ("" if it has none), read from the module's text: importing it takes seconds."""
-    found = {}
-    for family, module in MODULES.items():
-        text = (Path(__file__).parents[2] / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
-        said = re.search(rf'^    {attribute} = "(\w+)"', text, re.MULTILINE)
-        found[family] = said[1] if said else ""
+def family_of_pipeline(class_name: str) -> FamilySpec | None:
+    """The record of the family that a class of diffusers pipelines belongs to."""
+    return next((spec for spec in specs().values() if spec.pipeline and spec.pipeline == class_name), None)
+
+
+def family_of_module(name: str) -> str:
+    """The slug of the family that a module implements."""
+    return next(slug for slug, spec in specs().items() if spec.implementation.partition(":")[0] == name)
+
+
+def load(target: str) -> Any:
+    """Import what `module:NAME` or `module` names."""
+    module, _, name = target.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
+
+
+def load_implementation(name: str) -> Any:
+    """Import a family's implementation: the `Family` class of a pretrained one, the module of one from scratch."""
+    return load(spec_of(name).implementation)
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    """Build the model that a plan trains."""
+    name = plan.recipe.model.family
+    module = load("finetune.models.pretrained.model") if spec_of(name).pretrained else load_implementation(name)
+    found: Model = module.build(plan, audit)
     return found

@@ -273,7 +273,7 @@ def _samples(seen: _Seen) -> str:
         body.append(f'<tr><th><div title="{text(row.prompt)}">{text(row.prompt)}</div></th>{shown}</tr>')
     table = f'<div class="card strip"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     lead = "The same prompt and seed at every look: only the weights change."
-    if seen.plan.recipe.model.family == "vae":
+    if seen.plan.recipe.model.family == "autoencoder-kl":
         lead = "In each pair a training image above, what came back from its latent below."
     return section("samples", "The samples through time", lead, table)
 

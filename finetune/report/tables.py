@@ -8,7 +8,7 @@ from typing import Any
 from finetune.config import memory_options
 from finetune.config.schema import Autoencoder, Flow
 from finetune.data.audit.audit import Audit
-from finetune.models.registry import named
+from finetune.models.registry import spec_of
 from finetune.planning import Plan
 from finetune.report import images
 from finetune.terminal import Row, table
@@ -156,7 +156,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("keeps", f"a checkpoint every {train.checkpoint_every} steps (the last {train.keep_checkpoints}){looks}"),
         ("folder", plan.folder),
     ]
-    if recipe.model.family == "vae" or (recipe.net is not None and recipe.data.classes is None):
+    if recipe.model.family == "autoencoder-kl" or (recipe.net is not None and recipe.data.classes is None):
         rows = [row for row in rows if row[0] != "captions"]
     return rows + [("note", note) for note in plan.notes]
 
@@ -175,13 +175,15 @@ def _trains(plan: Plan) -> str:
     adapter = recipe.adapter
     if recipe.net is not None:
         return "all weights"
-    text_encoder = recipe.model.family != "vae" and (recipe.model.train_text_encoder or recipe.method == "scratch")
+    text_encoder = recipe.model.family != "autoencoder-kl" and (
+        recipe.model.train_text_encoder or recipe.method == "scratch"
+    )
     if adapter is None:
         return "all weights" + (
             " of denoiser and text encoder"
             if text_encoder
             else ""
-            if recipe.model.family == "vae"
+            if recipe.model.family == "autoencoder-kl"
             else " of the denoiser"
         )
     nets = " of denoiser and text encoder" if text_encoder else " of the denoiser"
@@ -226,14 +228,15 @@ def _loss(plan: Plan) -> str:
     recipe = plan.recipe
     if recipe.net is not None:
         return str(recipe.net.loss)
-    if recipe.model.family == "vae":
+    if recipe.model.family == "autoencoder-kl":
         autoencoder = recipe.autoencoder or Autoencoder()
         terms = [f"{autoencoder.reconstruction} of the pixels"]
         terms += [f"(color × {autoencoder.color_weight:g})"] if autoencoder.color_weight != 1 else []
         terms += [f"+ {autoencoder.coarse_weight:g} × the same of averaged pixels"] if autoencoder.coarse_weight else []
         return " ".join([*terms, f"+ {autoencoder.kl_weight:g} × KL of the latents"])
-    if named("objective")[recipe.model.family] == "flow":
-        return _flow_loss(recipe.flow or Flow(), named("sampling")[recipe.model.family] or "logit_normal")
+    spec = spec_of(recipe.model.family)
+    if spec.objective == "flow":
+        return _flow_loss(recipe.flow or Flow(), spec.sampling)
     predicted = {"epsilon": "the noise ε", "v_prediction": "the velocity v", None: "what the base predicts"}[
         recipe.model.prediction
     ]

@@ -47,9 +47,9 @@ class Case:
 
 UNET = ("net.width=8", "net.channel_multipliers=[1,2]", "net.attention_levels=1", "sample.steps=3")
 CASES = {
-    "vae": Case("betavae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
+    "vae": Case("beta-vae", ("net.width=8", "net.halvings=2", "net.latent=4", "net.mixtures=2")),
     "pixelcnn++": Case(
-        "pixelcnnpp", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2", "net.dropout=0")
+        "pixelcnn++", ("net.width=8", "net.blocks=2", "net.dilation=2", "net.mixtures=2", "net.dropout=0")
     ),
     "realnvp": Case("realnvp", ("net.scales=2", "net.steps=2", "net.width=8", "net.blocks=0")),
     "glow": Case(
@@ -82,10 +82,10 @@ CASES = {
         unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt images pull it equally
     ),
     "vq-pixelcnn": Case(
-        "vqpixelcnn", ("net.width=8", "net.blocks=1", "net.embedding_dim=3", "net.dropout=0"), first=("vae", "vqvae")
+        "vq-pixelcnn", ("net.width=8", "net.blocks=1", "net.embedding_dim=3", "net.dropout=0"), first=("vae", "vqvae")
     ),
     "vq-transformer": Case(
-        "vqtransformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first=("vae", "vqgan")
+        "vq-transformer", ("net.width=8", "net.layers=1", "net.heads=2", "net.dropout=0"), first=("vae", "vqgan")
     ),
     "dcgan": Case(
         "dcgan",
@@ -121,13 +121,13 @@ CASES = {
         unequal="the deviation within groups is of each process's own images",
     ),
     "beta-vae": Case(
-        "betavae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.distribution=categorical"), steps=20
+        "beta-vae", ("net.width=8", "net.halvings=1", "net.latent=3", "net.distribution=categorical"), steps=20
     ),
     "ddpm": Case("ddpm", (*UNET, "net.timesteps=50", "net.prediction=v_prediction", "sample.sampler=ddpm")),
-    "flow-matching": Case("rectifiedflow", UNET),
+    "flow-matching": Case("flow-matching", UNET),
     "edm": Case("edm", UNET),
     "latent-diffusion": Case(
-        "latentdiffusion",
+        "latent-diffusion",
         (*UNET, "net.channel_multipliers=[1]", "net.timesteps=50", "data.grayscale=false"),
         first=("vae",),
     ),

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
 FLOWS = (
     "sd3",
-    "flux",
+    "flux1",
     "flux2",
-    "qwen_image",
-    "z_image",
+    "qwen-image",
+    "z-image",
     "lumina2",
     "sana",
     "pixart",
@@ -213,7 +213,7 @@ def text(name: str, method: str, folder: Path) -> str:
     """The YAML behind `recipe`, for tests that need it in a file."""
     model: dict[str, Any]
     if method == "scratch" and name == "vae":
-        model = {"family": "vae", "build": _VAE}
+        model = {"family": "autoencoder-kl", "build": _VAE}
     elif method == "scratch":
         build = {
             "tokenizer": {"vocabulary": 540, "length": 16},

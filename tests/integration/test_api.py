@@ -53,9 +53,9 @@ def test_the_tables_of_what_trains() -> None:
         "sd15", "lora", "adapter.targets=attention+mlp", "optimizer.name=adamw", folder=Path("never-made")
     )
     audit, planned = job.audit_and_plan(recipe, quiet=True)
-    from finetune.models.pretrained.families import sd
+    from finetune.models import registry
 
-    model = sd.build(planned, audit)
+    model = registry.build(planned, audit)
     unet = model.train_steps()[0].net.get_submodule("denoiser")
     blocks = [name for name, module in unet.named_modules() if type(module).__name__ == "BasicTransformerBlock"]
     adapters = model_summary.adapted(model)

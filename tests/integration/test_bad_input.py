@@ -120,12 +120,12 @@ def flow_of_a_net_that_predicts_noise(scene: Scene) -> None:
 
 @case("predicts a velocity: the `diffusion` section", "see `flow`")
 def noise_schedule_of_a_flow(scene: Scene) -> None:
-    scene.set("model.family=flux", "diffusion={min_snr_gamma: 5}")
+    scene.set("model.family=flux1", "diffusion={min_snr_gamma: 5}")
 
 
 @case("predicts a velocity: there is no other prediction", "remove it")
 def prediction_of_a_flow(scene: Scene) -> None:
-    scene.set("model.family=flux", "model.prediction=epsilon")
+    scene.set("model.family=flux1", "model.prediction=epsilon")
 
 
 @case("only encode, and here they train", "model.train_text_encoder: false")

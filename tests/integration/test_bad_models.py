@@ -44,15 +44,15 @@ def model_of_another_family(scene: Scene) -> None:
     scene.set("model.family=sdxl")
 
 
-@case("holds a transformer of family flux", "set model.transformer to this file")
+@case("holds a transformer of family flux1", "set model.transformer to this file")
 def one_file_of_another_family(scene: Scene) -> None:
     save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}, scene.folder / "one.safetensors")
     scene.set(f"model.path={scene.folder / 'one.safetensors'}")
 
 
-@case("holds a StableDiffusion3Pipeline, and family flux is a FluxPipeline", "model.family: sd3")
+@case("holds a StableDiffusion3Pipeline, and family flux1 is a FluxPipeline", "model.family: sd3")
 def flow_of_another_family(scene: Scene) -> None:
-    scene.set("model.family=flux", f"model.path={tiny.pipeline('sd3')}")
+    scene.set("model.family=flux1", f"model.path={tiny.pipeline('sd3')}")
 
 
 @case("the text encoders of family sd3 are run once", "set it to false")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import nets
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
@@ -25,6 +24,7 @@ from finetune.estimate.hardware.parallelism import Group
 from finetune.estimate.recommend import PROMISE
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.traced_run import Subject, skeletons
+from finetune.models.registry import spec_of
 from tests.helpers.estimates import ft, of
 
 # -- what is said -----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_rules_leave_no_gap() -> None:
 
 
 def test_every_recipe_is_of_a_kind_that_the_goals_know() -> None:
-    kinds = {nets.kind(load_recipe(name).model.family) for name in bundled_recipes()}
+    kinds = {spec_of(load_recipe(name).model.family).kind for name in bundled_recipes()}
     assert kinds <= {kind for goal in recommend.GOALS.values() for kind in goal.kinds}
 
 
@@ -179,7 +179,7 @@ def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: 
 def test_an_autoregressive_model_never_draws_large_images() -> None:
     one = of("lora/sd15")
     large = dataclasses.replace(
-        one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnnpp"))
+        one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnn++"))
     )
     with pytest.raises(UserError, match="never draws large images"):
         recommend.choose([large], 3000, None, None, "likelihood")

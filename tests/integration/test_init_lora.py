@@ -19,15 +19,16 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.lora_file import LORA_FILE, look
 from finetune.adapters.peft import PEFT_PREFIX
 from finetune.errors import UserError
-from finetune.export import FORMATS, export
+from finetune.export import export
 from finetune.memory import quantization
 from finetune.memory.quantization import QuantizedLinear
+from finetune.models.registry import specs
 from tests.helpers import tiny
 
 LAYERS = "adapter.targets='to_q, to_v, conv1, q_proj, out_proj'"
 # Of a transformer; diffusers' converter of kohya's FLUX.1 knows the single blocks of the real width only.
-OF_TRANSFORMERS = {"flux": "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"}
-FLOW_FORMATS = [(name, layout) for name in tiny.FLOWS for layout in ("diffusers", *FORMATS.get(name, ()))]
+OF_TRANSFORMERS = {"flux1": "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"}
+FLOW_FORMATS = [(name, layout) for name in tiny.FLOWS for layout in ("diffusers", *specs()[name].lora_formats)]
 TEXT = "model.train_text_encoder=true"
 
 
@@ -113,7 +114,10 @@ def test_it_goes_on_from_a_file_on_a_base_in_four_bits(name: str, tmp_path: Path
     """Samples are drawn on the whole base, so they begin as on that."""
     with mock.patch.object(quantization, "SMALLEST", 256):  # weights: tiny transformers are that narrow
         job = begins_with(
-            name, in_format(name, FORMATS.get(name, ("diffusers",))[0]), tmp_path / "run", "model.quantize=nf4"
+            name,
+            in_format(name, next(iter(specs()[name].lora_formats), "diffusers")),
+            tmp_path / "run",
+            "model.quantize=nf4",
         )
     assert any(isinstance(module, QuantizedLinear) for module in job.model.denoiser.modules())
 
@@ -160,13 +164,13 @@ def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15"
 
 # Tiny nets are of one width, and some have layers of the same names: these differ as real ones do.
 OTHERS = {
-    "sd3": "z_image",
-    "flux": "lumina2",
+    "sd3": "z-image",
+    "flux1": "lumina2",
     "flux2": "sana",
-    "qwen_image": "z_image",
-    "z_image": "sd3",
-    "lumina2": "z_image",
-    "sana": "flux",
+    "qwen-image": "z-image",
+    "z-image": "sd3",
+    "lumina2": "z-image",
+    "sana": "flux1",
 }
 
 

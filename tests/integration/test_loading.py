@@ -21,6 +21,7 @@ from finetune.config.schema import Model
 from finetune.errors import UserError
 from finetune.models.pretrained import loading, single_file
 from finetune.models.pretrained.loading import open_pipeline, open_vae
+from finetune.models.registry import variants
 from tests.helpers import tiny
 
 CLASSES = {"sd15": "StableDiffusionPipeline", "sd21": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
@@ -186,7 +187,7 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
         for key, tensor in net.state_dict().items():
             assert torch.equal(loaded[key], tensor), f"{part}.{key}"
         net.eval()
-    tokenizers = {key: single_file.clip_tokenizer(padding) for key, padding in single_file.PADDING[name].items()}
+    tokenizers = {key: single_file.clip_tokenizer(padding) for key, padding in variants()[name][1].padding.items()}
     cls: Any = getattr(diffusers, CLASSES[name])
     checker = (
         {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False} if name != "sdxl" else {}

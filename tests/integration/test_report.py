@@ -248,7 +248,7 @@ def test_a_loss_that_is_no_number_leaves_a_page(data: Path, tmp_path: Path) -> N
 
 
 def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
-    model = {"family": "vae", "build": {"latent_channels": 4}}
+    model = {"family": "autoencoder-kl", "build": {"latent_channels": 4}}
     recipe = recipe_of(
         data, tmp_path / "run", method="scratch", adapter=None, model=model, autoencoder={"kl_weight": 0.001}
     )

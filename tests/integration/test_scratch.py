@@ -28,8 +28,9 @@ from finetune.estimate.tracing.measure import MICRO, operators, works
 from finetune.estimate.tracing.traced_run import Subject, skeletons
 from finetune.inference.sample import sample
 from finetune.job import Job
+from finetune.models import registry
 from finetune.models.base import SampleRequest
-from finetune.models.registry import load_module
+from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel, Space, open_model
 from finetune.rng import Draw
 from tests.helpers import scratch, tiny
@@ -57,7 +58,7 @@ def fixed_loss(job: Job) -> float:
     draw = Draw(99, 0, range(12))
     batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
     with torch.no_grad(), job.trainer.state.averaged():
-        if nets.kind(job.plan.recipe.model.family) != "GAN":
+        if spec_of(job.plan.recipe.model.family).kind != "GAN":
             return float(job.model.train_steps()[0].loss(batch, draw).mean())
         model = job.model
         assert isinstance(model, PixelModel)
@@ -185,7 +186,7 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
     job = trained(name).job
     real = job.data.batch(0, [0], Draw(0, 0, [0]))
     with fake_tensors(), skeletons(), cuda() as mode:
-        model = load_module(CASES[name].family).build(job.plan, job.model.audit)  # type: ignore[attr-defined]
+        model = registry.build(job.plan, job.model.audit)  # type: ignore[attr-defined]
         batch = {key: torch.zeros(4, *tensor.shape[1:], dtype=tensor.dtype) for key, tensor in real.items()}
         for train_step, dtype in itertools.product(model.train_steps(), (None, torch.bfloat16)):
             with mode.autocast(dtype):

@@ -120,14 +120,14 @@ CASES = {
     "emoji-full": Case("emoji", "full", ("train.ema=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=2")),
     "sd3-lora": Case("sd3", "lora", ("adapter.alpha=6",)),
     "sd3-full": Case("sd3", "full", ("train.gradient_checkpointing=true", "flow={sampling: mode, weighting: cosmap}")),
-    "flux-lora": Case("flux", "lora", ("adapter.targets=attention+mlp", "flow={guidance: 3.5}")),
-    "flux-full": Case("flux", "full", ("train.ema=0.8",)),
+    "flux1-lora": Case("flux1", "lora", ("adapter.targets=attention+mlp", "flow={guidance: 3.5}")),
+    "flux1-full": Case("flux1", "full", ("train.ema=0.8",)),
     "flux2-lora": Case("flux2", "lora", ("adapter.targets=attention+mlp", "adapter.dora=true")),
     "flux2-full": Case("flux2", "full", ("train.gradient_checkpointing=true",)),
-    "qwen_image-lora": Case("qwen_image", "lora", ("adapter.targets=attention+mlp", "adapter.alpha=2")),
-    "qwen_image-full": Case("qwen_image", "full"),
-    "z_image-lora": Case("z_image", "lora", ("adapter.targets=attention+mlp", "train.gradient_checkpointing=true")),
-    "z_image-full": Case("z_image", "full"),
+    "qwen-image-lora": Case("qwen-image", "lora", ("adapter.targets=attention+mlp", "adapter.alpha=2")),
+    "qwen-image-full": Case("qwen-image", "full"),
+    "z-image-lora": Case("z-image", "lora", ("adapter.targets=attention+mlp", "train.gradient_checkpointing=true")),
+    "z-image-full": Case("z-image", "full"),
     "lumina2-lora": Case("lumina2", "lora", ("adapter.targets=all-linear", "adapter.rslora=true")),
     "lumina2-full": Case("lumina2", "full", ("flow={sampling: uniform}",)),
     "sana-lora": Case("sana", "lora", ("adapter.targets=attention+mlp",)),
@@ -146,10 +146,10 @@ ON_NF4 = {
     )
     for pipeline, checkpointing in {
         "sd3": "true",
-        "flux": "false",
+        "flux1": "false",
         "flux2": "true",
-        "qwen_image": "true",
-        "z_image": "false",
+        "qwen-image": "true",
+        "z-image": "false",
         "lumina2": "true",
         "sana": "false",
         "pixart": "true",
@@ -163,7 +163,7 @@ NARROWEST = 256  # weights: tiny transformers are that narrow
 IDLE = {
     "sdxl": ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm."),
     "sd3": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q."),
-    "qwen_image": (
+    "qwen-image": (
         "blocks.1.attn.add_q_proj.",
         "blocks.1.attn.norm_added_q.",
         "blocks.1.attn.to_add_out.",
@@ -341,7 +341,7 @@ def redrawn() -> Path:
 
 def arguments(pipeline: str, guidance: float) -> dict[str, object]:
     """Of the pipeline's call, as its own documentation has them."""
-    found: dict[str, object] = {"true_cfg_scale" if pipeline == "qwen_image" else "guidance_scale": guidance}
+    found: dict[str, object] = {"true_cfg_scale" if pipeline == "qwen-image" else "guidance_scale": guidance}
     if pipeline != "flux2":  # FLUX.2's negative prompt is empty, always
         found["negative_prompt"] = ""
     return found | ({"use_resolution_binning": False} if pipeline in ("sana", "pixart") else {})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.config.nets import section
 from finetune.models.base import SampleRequest
-from finetune.models.registry import load_module
+from finetune.models.registry import load_implementation
 from finetune.models.scratch.base import LikelihoodModel, Space
 from finetune.models.scratch.distributions import Categorical, Logistics
 from finetune.rng import Draw
@@ -22,7 +22,7 @@ REQUEST = SampleRequest((), (), 1, 1.0)
 
 def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
     torch.manual_seed(seed)
-    model = load_module(family).create(space, section(family)(**keys))  # type: ignore[misc]
+    model = load_implementation(family).create(space, section(family)(**keys))  # type: ignore[misc]
     with torch.no_grad():  # what starts at zero would hide mistakes
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -97,7 +97,7 @@ def _chi_squared(places: Tensor, expected: Tensor) -> None:
 
 
 FAMILIES = {
-    "pixelcnnpp": {"width": 8, "blocks": 4, "dilation": 2, "mixtures": 2},
+    "pixelcnn++": {"width": 8, "blocks": 4, "dilation": 2, "mixtures": 2},
     "imagegpt": {"width": 8, "layers": 1, "heads": 2},
 }
 
@@ -155,7 +155,7 @@ def test_a_palette_is_the_colors_of_the_data() -> None:
 def test_a_pixel_of_pixelcnn_sees_every_pixel_before_it_and_none_after() -> None:
     """By gradients, for every pair of pixels: no blind spot."""
     space = Space(3, 5, 7, 256)
-    model = model_of("pixelcnnpp", space, width=8, blocks=4, dilation=2, mixtures=1)
+    model = model_of("pixelcnn++", space, width=8, blocks=4, dilation=2, mixtures=1)
     scaled = torch.randn(1, 3, 5, 7, requires_grad=True)
     out = model.net.cnn(scaled, None)
     seen = torch.zeros(35, 35, dtype=torch.bool)

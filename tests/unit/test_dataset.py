@@ -78,7 +78,7 @@ def add(folder: Path, number: int) -> None:
 def opened(folder: Path, encoders: Encoders, processes: int = 1, **sections: dict[str, Any]) -> Dataset:
     """The data set of `folder`, not yet encoded; its cache is beside it."""
     content = {
-        "model": {"family": "vae", "build": {"layers_per_block": 1}},
+        "model": {"family": "autoencoder-kl", "build": {"layers_per_block": 1}},
         "data": {"path": str(folder), "resolution": 16, "buckets": False, "cache": str(folder.parent / "cache")}
         | sections.pop("data", {}),
         "train": {"steps": 400, "batch_size": 4, "seed": 3} | sections.pop("train", {}),

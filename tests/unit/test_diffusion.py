@@ -207,7 +207,7 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
     ("name", "overrides", "told"),
     [
         ("ddpm", ["sample.sampler=ddmi"], r'no sampler is called "ddmi"[\s\S]*did you mean "dd'),
-        ("vae", ["sample.sampler=ddim"], r"family betavae has no samplers to choose from"),
+        ("vae", ["sample.sampler=ddim"], r"family beta-vae has no samplers to choose from"),
         ("edm", ["sample.eta=0.5"], r"eta is DDIM's"),
         ("ddpm", ["net.channel_multipliers=[1,2,2,2,2]"], r"8×8 pixels cannot be halved 4 times[\s\S]*fewer numbers"),
         ("ddpm", ["net.channel_multipliers=[]"], r"at least one size"),

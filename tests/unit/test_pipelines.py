@@ -30,7 +30,7 @@ WORDS = ("a red circle", "two black stripes and a yellow ring")
 def opened(name: str) -> tuple[Family, Any]:
     family = family_of(name)
     pipeline: Any = loading.open_pipeline(
-        tiny.recipe(name, "full", folder=tiny.root() / "unused").model, family.pipeline, torch.float32
+        tiny.recipe(name, "full", folder=tiny.root() / "unused").model, family.spec.pipeline, torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     return family, pipeline
@@ -86,7 +86,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     family, pipeline = opened(name)
-    if family.objective != "flow":
+    if family.spec.objective != "flow":
         pytest.skip("its objective is tested against its scheduler in test_denoise")
     before = pipeline.scheduler
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -99,7 +99,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
     pipeline.scheduler.step = step
     try:
         arguments = family.call(
-            conditions(name, WORDS[0]), conditions(name, "", negative=True), 0.0 if name == "z_image" else 1.0
+            conditions(name, WORDS[0]), conditions(name, "", negative=True), 0.0 if name == "z-image" else 1.0
         )
         with decoded_exactly(pipeline.vae):
             pipeline(
@@ -172,7 +172,7 @@ def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * 2 - 1
     with torch.no_grad():
         mean = latents.encode(pixels)["mean"]
-        frame = pixels[:, :, None] if name == "qwen_image" else pixels
+        frame = pixels[:, :, None] if name == "qwen-image" else pixels
         encoded = pipeline.vae.encode(frame)
         raw = encoded.latent if name == "sana" else encoded.latent_dist.mode()
         seen: list[Tensor] = []
@@ -202,7 +202,7 @@ def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
 
 
 def _as_the_pipeline_packs(name: str, mean: Tensor) -> Tensor:
-    if name in ("flux", "qwen_image"):
+    if name in ("flux1", "qwen-image"):
         _, channels, height, width = mean.shape
         split = mean.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         return split.reshape(1, height * width // 4, 4 * channels)

@@ -29,12 +29,12 @@ JOINED: dict[str, dict[tuple[str, ...], str]] = {
         ("attn2.to_q", "attn2.to_k", "attn2.to_v"): "x_block.attn2.qkv",
     },
     "flux2": {QKV: "img_attn.qkv", ADDED: "txt_attn.qkv"},
-    "z_image": {("attention.to_q", "attention.to_k", "attention.to_v"): "attention.qkv"},
+    "z-image": {("attention.to_q", "attention.to_k", "attention.to_v"): "attention.qkv"},
     "sana": {
         ("attn1.to_q", "attn1.to_k", "attn1.to_v"): "attn.qkv",
         ("attn2.to_k", "attn2.to_v"): "cross_attn.kv_linear",
     },
-    "qwen_image": {},
+    "qwen-image": {},
 }
 # Patterns, one after another, by which names become those of the first code.
 RENAMED: dict[str, list[tuple[str, str]]] = {
@@ -83,7 +83,7 @@ RENAMED: dict[str, list[tuple[str, str]]] = {
         (r"ff_context\.linear_in", "txt_mlp.0"),
         (r"ff_context\.linear_out", "txt_mlp.2"),
     ],
-    "z_image": [
+    "z-image": [
         (r"all_(final_layer|x_embedder)\.2-1\.", r"\1."),
         (r"attention\.to_out\.0", "attention.out"),
         (r"attention\.norm_([qk])", r"attention.\1_norm"),
@@ -103,7 +103,7 @@ RENAMED: dict[str, list[tuple[str, str]]] = {
         (r"attn2\.to_out\.0", "cross_attn.proj"),
         (r"ff\.conv_(inverted|depth|point)", r"mlp.\1_conv.conv"),
     ],
-    "qwen_image": [],
+    "qwen-image": [],
 }
 # What the first code has as (shift, scale) and diffusers as (scale, shift).
 SWAPPED = {"sd3": ("norm_out.linear", "blocks.1.norm1_context.linear"), "flux2": ("norm_out.linear",)}
@@ -142,7 +142,7 @@ def weights(name: str) -> dict[str, Tensor]:
 
 def opened(name: str, file: Path, dtype: torch.dtype = torch.float32) -> Any:
     return open_pipeline(
-        Model(name, path=str(tiny.pipeline(name)), transformer=str(file)), family_of(name).pipeline, dtype
+        Model(name, path=str(tiny.pipeline(name)), transformer=str(file)), family_of(name).spec.pipeline, dtype
     )
 
 
@@ -164,7 +164,7 @@ def test_the_first_codes_file_is_the_same_transformer(name: str, prefix: str, tm
         assert torch.equal(tensor, expected[key]), key
 
 
-@pytest.mark.parametrize("name", ["flux", "lumina2"])
+@pytest.mark.parametrize("name", ["flux1", "lumina2"])
 def test_a_file_by_diffusers_names_is_read_too(name: str, tmp_path: Path) -> None:
     expected = weights(name)
     save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in expected.items()}, tmp_path / "one.safetensors")
@@ -196,7 +196,7 @@ def test_refusals(tmp_path: Path) -> None:
         return str(caught.value)
 
     sd3 = original("sd3", weights("sd3"))
-    assert "holds a transformer of family sd3, and this recipe's is flux" in refused("flux", sd3)
+    assert "holds a transformer of family sd3, and this recipe's is flux1" in refused("flux1", sd3)
     assert "diffusers reads no single file of family pixart" in refused(
         "pixart", {"blocks.0.cross_attn.q_linear.weight": torch.zeros(1)}
     )
@@ -206,12 +206,12 @@ def test_refusals(tmp_path: Path) -> None:
     )
     lacking = {key: tensor for key, tensor in sd3.items() if "final_layer.linear" not in key}
     assert "lacks some weights of sd3's transformer" in refused("sd3", lacking)
-    qwen = {key: tensor for key, tensor in weights("qwen_image").items() if "proj_out" not in key}
-    assert "lacks some weights of qwen_image's transformer" in refused("qwen_image", qwen)
-    wider = weights("qwen_image") | {"proj_out.weight": torch.zeros(3, 3)}
-    assert "model.transformer" in refused("qwen_image", wider)
+    qwen = {key: tensor for key, tensor in weights("qwen-image").items() if "proj_out" not in key}
+    assert "lacks some weights of qwen-image's transformer" in refused("qwen-image", qwen)
+    wider = weights("qwen-image") | {"proj_out.weight": torch.zeros(3, 3)}
+    assert "model.transformer" in refused("qwen-image", wider)
     with pytest.raises(UserError, match=r"set model\.transformer to this file"):
-        open_pipeline(Model("qwen_image", path=str(file)), "QwenImagePipeline", torch.float32)
+        open_pipeline(Model("qwen-image", path=str(file)), "QwenImagePipeline", torch.float32)
     for given, said in (
         ("model.transformer=nowhere.safetensors", "there is no file"),
         (f"model.transformer={tmp_path}", "is no .safetensors file"),

@@ -4,7 +4,8 @@
 `comfyui`: dots, and `lora_A`, `lora_B`. Either goes by the names of the model's first code where the tables below have them, and by
 diffusers' where these are the ones in use. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path for
 SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every model); diffusers,
-loaders/lora_conversion_utils.py, which reads all of these back but for what `FORMATS` says; `by_diffusers_names` reads whatever has dots.
+loaders/lora_conversion_utils.py, which reads all of these back except as the families' records say (`lora_formats`);
+`by_diffusers_names` reads whatever has dots.
 
 Where the first code computes several of diffusers' layers at once (q, k and v), their LoRAs become one: A's stacked, B's along a diagonal,
 B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale that is not 1 is worked into B: programs differ in how they read alpha.
@@ -28,6 +29,8 @@ from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
+from finetune.models import registry
+from finetune.models.spec import FamilySpec
 
 NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's
 Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and how wide each is beside the others
@@ -55,7 +58,7 @@ _QKV = {
     "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
     "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
 }
-_FLUX = Convention(
+FLUX = Convention(
     {
         "transformer_blocks": Block(
             "double_blocks",
@@ -77,7 +80,7 @@ _FLUX = Convention(
     },
     {"x_embedder": "img_in", "context_embedder": "txt_in"},
 )
-_FLUX2 = Convention(
+FLUX2 = Convention(
     {
         "transformer_blocks": Block(
             "double_blocks",
@@ -101,26 +104,18 @@ _LUMINA2_BLOCK = {
     "norm1.linear": "adaLN_modulation.1",
     **{f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)},
 }
-_LUMINA2 = Convention(
+LUMINA2 = Convention(
     {
         name: Block(name, _LUMINA2_BLOCK, {"attention.qkv": (("attn.to_q", 3), ("attn.to_k", 1), ("attn.to_v", 1))})
         for name in ("layers", "noise_refiner", "context_refiner")
     }
 )
-# (family, format) → the first code's names; None: diffusers' own.
-CONVENTIONS: dict[tuple[str, str], Convention | None] = {
-    ("flux", "kohya"): _FLUX,
-    ("flux2", "kohya"): _FLUX2,
-    ("qwen_image", "kohya"): None,
-    ("z_image", "kohya"): None,
-    ("sd3", "comfyui"): None,
-    ("flux", "comfyui"): None,
-    ("flux2", "comfyui"): _FLUX2,
-    ("qwen_image", "comfyui"): None,
-    ("z_image", "comfyui"): None,
-    ("pixart", "comfyui"): None,
-    ("lumina2", "comfyui"): _LUMINA2,
-}
+
+
+def key_map(spec: FamilySpec, layout: str) -> Convention | None:
+    """How a format renames a family's layers; None where it uses diffusers' own names, or does not know the family."""
+    target = spec.lora_formats.get(layout)
+    return registry.load(target) if target else None
 
 
 def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | None, target: Path) -> None:
@@ -136,7 +131,7 @@ def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | Non
     else:  # of a pipeline that reads no LoRA
         file = final / NET / PEFT_FILE
         (tensors, settings), metadata = read_peft(file, NET), read(file)[1]
-    convention = CONVENTIONS[recipe.model.family, layout]
+    convention = key_map(registry.spec_of(recipe.model.family), layout)
     plain, parts = dict[str, tuple[Tensor, Tensor]](), dict[tuple[str, Shares], dict[str, tuple[Tensor, Tensor]]]()
     for path, pair in _pairs(tensors, settings, file).items():
         name, shares = (path, ()) if convention is None else _renamed(path, convention, file)

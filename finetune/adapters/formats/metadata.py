@@ -24,25 +24,12 @@ from finetune.adapters.formats.safetensors_io import hashes, read
 from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Recipe, trigger_words
-from finetune.models.registry import BY_WIDTH
+from finetune.models.registry import spec_of, text_widths
+from finetune.models.spec import ModelSpec
 from finetune.paths import public_name
 from finetune.planning import Plan
 
 PEFT = "lora_adapter_metadata"  # diffusers' entry: PEFT's configuration of each net, in JSON
-SGM = "https://github.com/Stability-AI/generative-models"
-# Kind of base → sd-scripts' name of the base, ModelSpec's of the architecture and of the code it comes from.
-ARCHITECTURES = {
-    "sd15": ("sd_v1", "stable-diffusion-v1", "diffusers"),
-    "sd21": ("sd_v2", "stable-diffusion-v2-512", "diffusers"),
-    "sd21-v": ("sd_v2_v", "stable-diffusion-v2-768-v", "diffusers"),
-    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", SGM),
-    "sd3": ("sd3_m", "stable-diffusion-3-5-medium", "diffusers"),
-    "flux": ("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux"),
-    "flux2": ("flux2", "Flux.2-klein-4b", "https://github.com/black-forest-labs/flux2"),
-    "qwen_image": ("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image"),
-    "z_image": ("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image"),
-    "lumina2": ("lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0"),
-}
 
 
 def stamp(folder: Path, plan: Plan, steps: int) -> None:
@@ -76,7 +63,7 @@ def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[st
         tensors: under PEFT's names, before any conversion.
         settings: PEFT's.
     """
-    name, architecture, implementation = ARCHITECTURES.get(_kind(recipe, tensors), ("", "", ""))
+    base = _modelspec(recipe, tensors)
     ranks, nets = (
         [int(value) for key, value in settings.items() if key.endswith(".r")],
         {key.partition(".")[0] for key in settings},
@@ -86,14 +73,14 @@ def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[st
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if ranks else "",
         "ss_network_alpha": f"{max(folded_alpha(settings, net) for net in nets):g}" if ranks else "",
-        "ss_base_model_version": name,
-        "ss_v2": str(name.startswith("sd_v2")) if name else "",
+        "ss_base_model_version": base.base,
+        "ss_v2": str(base.base.startswith("sd_v2")) if base.base else "",
         "ss_sd_model_name": public_name(recipe.model.transformer or recipe.model.path or ""),
         "ss_resolution": str((size, size)),
         "ss_output_name": recipe.name,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "modelspec.implementation": implementation,
+        "modelspec.architecture": f"{base.architecture}/lora" if base.architecture else "",
+        "modelspec.implementation": base.implementation,
         "modelspec.title": recipe.name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.trigger_phrase": ", ".join(words),
@@ -155,13 +142,17 @@ def folded_alpha(settings: Mapping[str, Any], net: str, path: str = "", rank: in
     return alpha * math.sqrt(rank) if settings.get(f"{net}.use_rslora") else alpha
 
 
-def _kind(recipe: Recipe, tensors: Mapping[str, Tensor]) -> str:
-    """A key of `ARCHITECTURES`. Which Stable Diffusion it is, the width of the text conditions tells, if an adapted layer reads them."""
-    if recipe.model.family != "sd":
-        return recipe.model.family
+def _modelspec(recipe: Recipe, tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """The record's names of the base. The width of the text conditions tells Stable Diffusion 1.5 and 2.1 apart, if an adapted
+    layer reads them.
+    """
+    known = spec_of(recipe.model.family).modelspec
+    if "" in known:
+        return known[""]
     widths = _widths((name, tensor.shape) for name, tensor in tensors.items())
-    kind = BY_WIDTH.get(next(iter(widths), 0), "")
-    return "sd21-v" if kind == "sd21" and recipe.model.prediction != "epsilon" else kind
+    variant = text_widths().get(next(iter(widths), 0), "")
+    velocity = f"{variant}-v" if recipe.model.prediction != "epsilon" else ""
+    return known.get(velocity) or known.get(variant) or ModelSpec("", "", "")
 
 
 def _widths(shapes: Iterable[tuple[str, Iterable[int]]]) -> set[int]:

@@ -13,38 +13,18 @@ from typing import Any, ClassVar, TypeVar
 
 from finetune.config import renamed, yaml_reader
 from finetune.errors import UserError, did_you_mean
-
-_MODULES = {  # family → its module in this package
-    "betavae": "vae",
-    "cascade": "cascade",
-    "dcgan": "dcgan",
-    "ddpm": "ddpm",
-    "edm": "edm",
-    "glow": "glow",
-    "imagegpt": "imagegpt",
-    "latentdiffusion": "latent_diffusion",
-    "pixelcnnpp": "pixelcnnpp",
-    "r3gan": "r3gan",
-    "realnvp": "realnvp",
-    "rectifiedflow": "flow_matching",
-    "stylegan2": "stylegan2",
-    "vqpixelcnn": "vq_pixelcnn",
-    "vqtransformer": "vq_transformer",
-    "vqvae": "vqvae",
-}
+from finetune.models import registry
 
 
 class Section(ABC):
     """What every family's `Net` says of itself besides its keys.
 
     Attributes:
-        kind: of model: VAE, GAN, flow, autoregressive or diffusion, by which `ft estimate --goal` chooses.
         samplers: ways to draw that the family has to choose from; none: it draws in one way.
         sampler: the one that it takes where none is named.
         refines: whether it makes another run's small images large, `model.base_run`'s.
     """
 
-    kind: ClassVar[str]
     samplers: ClassVar[tuple[str, ...]] = ()
     sampler: ClassVar[str] = ""
     refines: ClassVar[bool] = False
@@ -80,20 +60,13 @@ def check_sampler(section: object, family: str, sampler: str | None, eta: float,
 @functools.cache
 def families() -> list[str]:
     """The families that have a section of their own."""
-    return sorted(_MODULES)
-
-
-def kind(family: str) -> str:
-    """What kind of model a family is; those without a section of their own are the VAE of latent diffusion, and denoisers."""
-    found = section(family)
-    return found.kind if found else "VAE" if family == "vae" else "diffusion"
+    return [name for name in registry.specs() if section(name) is not None]
 
 
 def section(family: str) -> type[Section] | None:
     """The `Net` of a family, or None if it has none."""
-    if family not in families():
-        return None
-    found: type[Section] = importlib.import_module(f"finetune.config.nets.{_MODULES[family]}").Net
+    module = registry.modules().get(registry.slug_of(family))
+    found: type[Section] | None = getattr(importlib.import_module(module), "Net", None) if module else None
     return found
 
 

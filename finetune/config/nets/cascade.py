@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 from finetune.config.nets.ddpm import Net as Ddpm
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="cascade",
+    title="Cascaded diffusion",
+    implementation="finetune.models.scratch.diffusion.cascade",
+    tasks=("super-resolution",),
+    paper="2106.15282",
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,16 @@ from typing import Literal
 
 from finetune.config.nets.gan import Adversarial
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="dcgan",
+    title="DCGAN, WGAN-GP",
+    implementation="finetune.models.scratch.gan.dcgan",
+    kind="GAN",
+    tasks=("unconditional", "class-conditional"),
+    paper="1511.06434",
+)
 
 
 @dataclass(frozen=True)

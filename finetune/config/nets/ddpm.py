@@ -7,6 +7,15 @@ from typing import ClassVar, Literal
 
 from finetune.config.nets.unet import UNet
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="ddpm",
+    title="DDPM",
+    implementation="finetune.models.scratch.diffusion.ddpm",
+    tasks=("unconditional", "class-conditional"),
+    paper="2006.11239",
+)
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 

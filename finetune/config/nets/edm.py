@@ -6,6 +6,15 @@ from dataclasses import dataclass
 
 from finetune.config.nets.unet import UNet
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="edm",
+    title="EDM",
+    implementation="finetune.models.scratch.diffusion.edm",
+    tasks=("unconditional", "class-conditional"),
+    paper="2206.00364",
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from finetune.config.nets.unet import UNet
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="flow-matching",
+    title="Flow matching (rectified flow)",
+    implementation="finetune.models.scratch.diffusion.flow_matching",
+    aliases=("rectifiedflow",),
+    tasks=("unconditional", "class-conditional"),
+    paper="2210.02747",
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from finetune.config.yaml_reader import number
 class Adversarial(Section):
     """What the sections of all GANs hold."""
 
-    kind = "GAN"
     latent: int = number(64, minimum=1)  # numbers that an image is drawn from
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = (
         "logistic"  # what critic and generator want of the critic's logits

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 from finetune.config.nets import Section
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="imagegpt",
+    title="ImageGPT",
+    implementation="finetune.models.scratch.autoregressive.imagegpt",
+    kind="autoregressive",
+    tasks=("unconditional", "class-conditional"),
+)
 
 
 @dataclass(frozen=True)
 class Net(Section):
-    kind = "autoregressive"
     width: int = number(96, minimum=4)
     layers: int = number(4, minimum=1)
     heads: int = number(4, minimum=1)  # they share the width evenly

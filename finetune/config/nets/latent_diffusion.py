@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune.config.nets.ddpm import Net as Ddpm
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="latent-diffusion",
+    title="Latent diffusion without text",
+    implementation="finetune.models.scratch.diffusion.latent_diffusion",
+    aliases=("latentdiffusion",),
+    tasks=("unconditional", "class-conditional"),
+    paper="2112.10752",
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,16 @@ from typing import Literal
 
 from finetune.config.nets.gan import Adversarial
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="r3gan",
+    title="R3GAN",
+    implementation="finetune.models.scratch.gan.r3gan",
+    kind="GAN",
+    tasks=("unconditional", "class-conditional"),
+    paper="2501.05441",
+)
 
 
 @dataclass(frozen=True)

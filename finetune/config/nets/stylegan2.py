@@ -7,6 +7,16 @@ from typing import Literal
 
 from finetune.config.nets.gan import Adversarial
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="stylegan2",
+    title="StyleGAN2, alias-free StyleGAN3",
+    implementation="finetune.models.scratch.gan.stylegan2",
+    kind="GAN",
+    tasks=("unconditional", "class-conditional"),
+    paper="1912.04958",
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from finetune.config.yaml_reader import number
 class UNet(Section):
     """What the sections of all diffusion families in pixel space hold."""
 
-    kind = "diffusion"
     samplers = ("ddpm", "ddim", "dpm++", "heun", "euler")
     width: int = number(64, minimum=8)  # channels at the full size; a multiple of 4
     channel_multipliers: tuple[int, ...] = (

@@ -7,11 +7,21 @@ from typing import Literal
 
 from finetune.config.nets import Section
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="beta-vae",
+    title="VAE, β-VAE",
+    implementation="finetune.models.scratch.vae.vae",
+    aliases=("betavae",),
+    kind="VAE",
+    tasks=("unconditional", "class-conditional"),
+    paper="1312.6114",
+)
 
 
 @dataclass(frozen=True)
 class Net(Section):
-    kind = "VAE"
     latent: int = number(32, minimum=1)  # numbers that an image is put into
     width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
     halvings: int = number(2, minimum=1)  # times that the sides are halved before the latent is read off

@@ -6,11 +6,21 @@ from dataclasses import dataclass
 
 from finetune.config.nets.transformer import Stack
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="vq-pixelcnn",
+    title="PixelCNN++ over VQ-VAE codes",
+    implementation="finetune.models.scratch.vq.vq_pixelcnn",
+    aliases=("vqpixelcnn",),
+    kind="autoregressive",
+    tasks=("unconditional", "class-conditional"),
+    paper="1711.00937",
+)
 
 
 @dataclass(frozen=True)
 class Net(Stack):
-    kind = "autoregressive"
     embedding_dim: int = number(16, minimum=1)  # numbers that a code is read as
 
     @property

@@ -7,11 +7,20 @@ from typing import Literal
 
 from finetune.config.nets import Section
 from finetune.config.yaml_reader import number
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="vqvae",
+    title="VQ-VAE, VQGAN",
+    implementation="finetune.models.scratch.vq.vqvae",
+    kind="VAE",
+    tasks=("unconditional", "class-conditional"),
+    paper="1711.00937",
+)
 
 
 @dataclass(frozen=True)
 class Net(Section):
-    kind = "VAE"
     width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
     halvings: int = number(2, minimum=1)  # a code stands for a square of 2^halvings pixels
     blocks: int = number(1, minimum=1)  # residual blocks at each size

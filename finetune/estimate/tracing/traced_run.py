@@ -42,11 +42,11 @@ from finetune.estimate.tracing.fake_inputs import MadeUpSteps, MadeUpTokenizer
 from finetune.estimate.tracing.recorder import Recorder, Section, reading, tensors_of
 from finetune.memory.offload import blocks_of
 from finetune.memory.quantization import quantizable
+from finetune.models import registry
 from finetune.models.base import Model, SampleRequest
 from finetune.models.pretrained import loading
 from finetune.models.pretrained import model as pretrained_model
 from finetune.models.pretrained.model import DTYPES, TextToImage
-from finetune.models.registry import load_module
 from finetune.models.scratch import base
 from finetune.models.scratch.diffusion import cascade
 from finetune.models.scratch.vq import code_prior
@@ -185,7 +185,7 @@ class Subject:
             # Nets that read a caption's length are given that of a full one.
             with (
                 reading(model.family.tokens)
-                if isinstance(model, TextToImage) and model.family.objective == "flow"
+                if isinstance(model, TextToImage) and model.family.spec.objective == "flow"
                 else contextlib.nullcontext()
             ):
                 encode, self.example = (None, example) if example is not None else self.encode(model)
@@ -204,9 +204,7 @@ class Subject:
         return found
 
     def _family(self, plan: Plan) -> Model:
-        module = load_module(plan.recipe.model.family)
-        found: Model = module.build(plan, self._audit)
-        return found
+        return registry.build(plan, self._audit)
 
     def encode(self, model: Model) -> tuple[Phase | None, Batch]:
         """What encoding takes, and an example of its outcome; the text encoders are then released."""
@@ -293,7 +291,7 @@ class Subject:
         model.pipeline.image_processor = _NoImage()
         # Any scheduler's step is a few operators on latents; some others read values, which fake tensors have not.
         config = model.pipeline.scheduler.config
-        flow = model.family.objective == "flow"
+        flow = model.family.spec.objective == "flow"
         model.pipeline.scheduler = MadeUpSteps(config) if flow else diffusers.DDIMScheduler.from_config(config)
         guidance = max(self.plan.recipe.sample.guidance, 1.0)
         with Recorder() as recorder:
@@ -381,11 +379,12 @@ def _pipeline(
 ) -> Any:
     """`loading.open_pipeline` without weights."""
     from finetune.estimate.architecture import configs_of
-    from finetune.models.pretrained.single_file import PADDING, clip_tokenizer
+    from finetune.models.pretrained.single_file import clip_tokenizer
 
     folder, name = configs_of(section)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     parts: dict[str, Any] = {}
+    known = registry.variants()
     for key, entry in index.items():
         if (
             not isinstance(entry, list)
@@ -395,7 +394,7 @@ def _pipeline(
             continue
         if entry[0] == "transformers" and "Tokenizer" in entry[1]:
             local = folder / key
-            padding = PADDING.get(name, {}).get(key)
+            padding = known[name][1].padding.get(key) if name in known else None
             if local.is_dir():
                 parts[key] = transformers.AutoTokenizer.from_pretrained(str(local))
             else:
@@ -445,6 +444,6 @@ def _first_stage(given: str) -> base.PixelModel:
     if not name or Path(given).exists():
         return base.open_model(given)
     recipe = load_recipe(name)
-    module = load_module(recipe.model.family)
-    found: base.PixelModel = module.build(plan_for(recipe, "float32", (recipe.data.resolution,) * 2), scan(recipe.data))
+    found = registry.build(plan_for(recipe, "float32", (recipe.data.resolution,) * 2), scan(recipe.data))
+    assert isinstance(found, base.PixelModel)
     return found

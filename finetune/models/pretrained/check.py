@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finetune.adapters.lora_file import look
 from finetune.config.schema import Model, Recipe
-from finetune.errors import UserError, did_you_mean
-from finetune.models.registry import named, pipelines
+from finetune.errors import UserError
+from finetune.models.registry import family_of_pipeline, spec_of
 from finetune.paths import embedded
 
 _PIPELINE = (
@@ -24,15 +24,9 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: an unknown family; a path that leads nowhere, or to another kind of model.
     """
-    families = pipelines()
-    family = recipe.model.family
-    if family not in families:
-        raise UserError(
-            f'there is no model family "{family}"', where="model.family", remedy=did_you_mean(family, families)
-        )
-    _check_objective(recipe, named("objective").get(family, ""))
+    _check_objective(recipe, spec_of(recipe.model.family).objective)
     if recipe.model.path is not None:
-        _check_pipeline(recipe.model, families)
+        _check_pipeline(recipe.model)
     if recipe.adapter is not None and recipe.adapter.init_lora is not None:
         look(recipe.adapter.init_lora)
     if recipe.model.transformer is not None:
@@ -67,8 +61,8 @@ def _check_objective(recipe: Recipe, objective: str) -> None:
         )
 
 
-def _check_pipeline(section: Model, families: dict[str, str]) -> None:
-    given, wanted = section.path or "", families[section.family]
+def _check_pipeline(section: Model) -> None:
+    given, wanted = section.path or "", spec_of(section.family).pipeline
     if not wanted:  # its module builds a net at random, and would not look at the path
         raise UserError(
             f"family {section.family} is trained from scratch only",
@@ -82,11 +76,11 @@ def _check_pipeline(section: Model, families: dict[str, str]) -> None:
     elif path.is_dir():
         found = pipeline_class(path / "model_index.json", given)
         if found != wanted:
-            right = next((name for name, pipeline in families.items() if pipeline and pipeline == found), None)
+            right = family_of_pipeline(found)
             raise UserError(
                 f"{given} holds a {found}, and family {section.family} is a {wanted}",
                 where="model.path",
-                remedy=f"set model.family: {right}" if right else "give another model.path",
+                remedy=f"set model.family: {right.slug}" if right else "give another model.path",
             )
     else:
         _check_hub_name(given, "model.path", _PIPELINE)

@@ -18,13 +18,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.adapters.formats.key_maps import CODE, CONVENTIONS, NET, by_diffusers_names
+from finetune.adapters.formats.key_maps import CODE, NET, by_diffusers_names, key_map
 from finetune.adapters.lora_file import KEY, PEFT_FILE, Initial, look
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Adapter
 from finetune.errors import UserError
 from finetune.kernels.fused_lora import NAME
-from finetune.models.registry import pipelines
+from finetune.models.registry import family_of_pipeline
 from finetune.paths import public_name
 
 END = ".lora_A.weight"
@@ -97,8 +97,8 @@ def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
     """The weights by diffusers' names of a file that its loader does not read; None of others."""
     if found.file.name == PEFT_FILE:
         return read_peft(found.file, NET)[0]
-    family = next((family for family, name in pipelines().items() if name == type(pipeline).__name__), "")
-    convention = CONVENTIONS.get((family, "comfyui"))
+    spec = family_of_pipeline(type(pipeline).__name__)
+    convention = key_map(spec, "comfyui") if spec is not None else None
     if convention is None and hasattr(pipeline, "load_lora_weights"):
         return None
     tensors: dict[str, Tensor] = load_file(found.file)

@@ -31,7 +31,6 @@ from finetune.config.schema import Recipe
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError, did_you_mean
 from finetune.models.pretrained.single_file import (
-    PADDING,
     architecture,
     clip_tokenizer,
     open_single_file,
@@ -42,7 +41,7 @@ from finetune.models.pretrained.single_file import (
 )
 from finetune.models.pretrained.tokenizer import learn_tokenizer
 from finetune.models.pretrained.vae import latents_of
-from finetune.models.registry import pipelines
+from finetune.models.registry import spec_of, variants
 from finetune.paths import embedded
 from finetune.planning import Plan
 
@@ -275,7 +274,7 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
         UserError: it is not there or cannot be reached.
     """
     section = recipe.model
-    if not pipelines().get(section.family):
+    if not spec_of(section.family).pretrained:
         return None
     if recipe.method == "scratch":
         words = section.build.get("tokenizer", {})
@@ -286,12 +285,13 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
     path = _place(given, "model.path")
     with _explained(given, "model.path"):
         if path is not None and path.is_file():
-            return _plain_reader(clip_tokenizer(PADDING[architecture(read_shapes(path), path)]["tokenizer"]))
+            variant = variants()[architecture(read_shapes(path), path)][1]
+            return _plain_reader(clip_tokenizer(variant.padding["tokenizer"]))
         tokenizer = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
     if isinstance(family, ClipFamily):
         return _plain_reader(tokenizer)
     # Templates and system prompts are the pipeline's: one without nets has them too.
-    cls: Any = getattr(diffusers, family.pipeline)
+    cls: Any = getattr(diffusers, family.spec.pipeline)
     parts = {
         name
         for name, asked in inspect.signature(cls.__init__).parameters.items()
@@ -314,7 +314,7 @@ def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
     (`vocabulary`: entries; `length`: tokens a caption), `scheduler` (of DDIMScheduler). The VAE is `model.vae`.
     """
     section = plan.recipe.model
-    if family.pipeline != "StableDiffusionPipeline":
+    if family.spec.pipeline != "StableDiffusionPipeline":
         raise UserError(
             "from scratch, this project builds family sd", where="model.family", remedy="set model.family: sd"
         )

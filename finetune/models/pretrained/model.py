@@ -35,7 +35,7 @@ from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
 from finetune.models.objectives.flow_matching import FlowMatching
 from finetune.models.objectives.noise_prediction import Denoising, Noised
 from finetune.models.pretrained import loading, textual_inversion
-from finetune.models.pretrained.family import ClipFamily, Family
+from finetune.models.pretrained.family import ClipFamily, Family, family_of
 from finetune.models.pretrained.init_lora import put_on
 from finetune.models.pretrained.tokenizer import spelled
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
@@ -171,8 +171,8 @@ class CaptionAndLatent(Encoders):
 
 def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObjective:
     """The family's kind of objective, with the schedule of the checkpoint's own scheduler."""
-    if family.objective == "flow":
-        return FlowMatching(scheduler.config, recipe.flow or Flow(), family.sampling, family.patch)
+    if family.spec.objective == "flow":
+        return FlowMatching(scheduler.config, recipe.flow or Flow(), family.spec.sampling, family.patch)
     return Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
 
 
@@ -257,7 +257,7 @@ class TextToImage(Model):
         self.pipeline.set_progress_bar_config(disable=True)
         check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
         set_schedule(self.pipeline, recipe)
-        self.denoiser: nn.Module = getattr(self.pipeline, family.denoiser).to(memory_format=torch.channels_last)
+        self.denoiser: nn.Module = getattr(self.pipeline, family.spec.denoiser).to(memory_format=torch.channels_last)
         self._words = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
         trained_encoders = (
             {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
@@ -277,9 +277,9 @@ class TextToImage(Model):
         if recipe.method == "scratch":
             return loading.assemble(self.plan, audit, self.family)
         encoders = tuple(name for _, name in self.family.encoders) if isinstance(self.family, ClipFamily) else ()
-        trained = (self.family.denoiser, *encoders) if recipe.method == "full" else ()
+        trained = (self.family.spec.denoiser, *encoders) if recipe.method == "full" else ()
         return loading.open_pipeline(
-            recipe.model, self.family.pipeline, self.dtype, dict.fromkeys(trained, DTYPES[recipe.train.weights])
+            recipe.model, self.family.spec.pipeline, self.dtype, dict.fromkeys(trained, DTYPES[recipe.train.weights])
         )
 
     def _guidance(self, flow: Flow) -> float | None:
@@ -303,7 +303,7 @@ class TextToImage(Model):
         whole = (
             not self._words or self.plan.recipe.model.train_text_encoder
         )  # else of the encoders the new words alone train
-        trained = {self.family.denoiser: self.denoiser, **(encoders if whole else {})}
+        trained = {self.family.spec.denoiser: self.denoiser, **(encoders if whole else {})}
         adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
         apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         net: Any
@@ -318,7 +318,7 @@ class TextToImage(Model):
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
             if adapter.pissa and self._peft_folders:
-                problem = f"a {self.family.pipeline} reads no LoRA file, and in no other form is a LoRA that began with PiSSA one of the base"
+                problem = f"a {self.family.spec.pipeline} reads no LoRA file, and in no other form is a LoRA that began with PiSSA one of the base"
                 raise UserError(problem, where="adapter.pissa", remedy="set it to false")
             peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
         apply.offload_base(self.denoiser, self.plan.recipe, self.device)
@@ -384,10 +384,10 @@ class TextToImage(Model):
         whole = (
             self.pipeline
             if recipe.method == "scratch"
-            else loading.open_pipeline(recipe.model, self.family.pipeline, torch.float32)
+            else loading.open_pipeline(recipe.model, self.family.spec.pipeline, torch.float32)
         )
         for name in (
-            self.family.denoiser,
+            self.family.spec.denoiser,
             "scheduler",
             *(name for _, name in self.family.encoders if self._trains_text),
         ):
@@ -419,3 +419,8 @@ class TextToImage(Model):
             }
         type(self.pipeline).save_lora_weights(folder, **arguments)
         return [folder / LORA_FILE]
+
+
+def build(plan: Plan, audit: Audit) -> Model:
+    """Build the text-to-image model that a plan trains."""
+    return TextToImage(plan, audit, family_of(plan.recipe.model.family))

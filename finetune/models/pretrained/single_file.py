@@ -18,28 +18,12 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from finetune.errors import UserError
-from finetune.models.registry import BY_WIDTH, pipelines
+from finetune.models.registry import family_of_pipeline, spec_of, specs, text_widths, variants
 from finetune.paths import ASSETS
 
 CONFIGS = ASSETS / "configs"
-# How a tensor's name ends that only this layout has (as diffusers' single_file_utils.py tells them apart), the first that is there → its family.
-TRANSFORMERS = {
-    "single_stream_modulation.lin.weight": "flux2",
-    "double_blocks.0.img_attn.norm.key_norm.scale": "flux",
-    "joint_blocks.0.context_block.adaLN_modulation.1.bias": "sd3",
-    "transformer_blocks.0.img_mlp.net.0.proj.weight": "qwen_image",
-    "layers.0.adaLN_modulation.0.weight": "z_image",
-    "cap_embedder.0.weight": "lumina2",
-    "blocks.0.mlp.inverted_conv.conv.weight": "sana",
-    "blocks.0.cross_attn.q_linear.weight": "pixart",
-}
-SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # ends of what only files quantized for ComfyUI hold
-# SD 1.x pads captions with the end token, as CLIP's own tokenizer; those trained on OpenCLIP pad with token 0, "!".
-PADDING = {
-    "sd15": {"tokenizer": "<|endoftext|>"},
-    "sd21": {"tokenizer": "!"},
-    "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
-}
+BY_WIDTH = text_widths()
+SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # name endings that only files quantized for ComfyUI have
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
 TELLS_V = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -71,7 +55,7 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
         dtype=dtype,
         local_files_only=True,
         vae=vae or open_single_vae(path, class_name),
-        **{key: clip_tokenizer(padding) for key, padding in PADDING[name].items()},
+        **{key: clip_tokenizer(padding) for key, padding in variants()[name][1].padding.items()},
     )
     for key, net in pipeline.components.items():
         # diffusers leaves a text encoder's missing weights on the meta device without a word (and stops at a UNet's).
@@ -146,13 +130,19 @@ def transformer_family(shapes: Iterable[str]) -> str | None:
     """Of which family a transformer in the original layout is; None if that cannot be told."""
     names = list(shapes)
     return next(
-        (family for ending, family in TRANSFORMERS.items() if any(name.endswith(ending) for name in names)), None
+        (
+            slug
+            for slug, spec in specs().items()
+            if spec.single_file_key and any(name.endswith(spec.single_file_key) for name in names)
+        ),
+        None,
     )
 
 
 def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
     """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
-    config = CONFIGS / ("sdxl" if class_name == "StableDiffusionXLPipeline" else "sd15")
+    spec = family_of_pipeline(class_name)
+    config = CONFIGS / (next(iter(spec.variants)) if spec is not None and spec.denoiser == "unet" else "sd15")
     found: AutoencoderKL = AutoencoderKL.from_single_file(
         str(path), config=str(config), subfolder="vae", dtype=torch.float32, local_files_only=True
     )
@@ -183,7 +173,7 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
         raise UserError(
             f"{path.name} holds a transformer of family {family}, and model.path is for what holds all of a pipeline",
             where=str(path),
-            remedy=f"give {whole}" if family == "pixart" else alone,
+            remedy=alone if spec_of(family).single_transformer else f"give {whole}",
         )
     entry = shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))
     widths = {
@@ -252,15 +242,12 @@ def is_lora(names: Iterable[str]) -> bool:
 
 def require_class(found: str, wanted: str, where: Path | str) -> None:
     """Raise if a pipeline is of another class than the recipe's family; the error names the family that fits."""
-    families = {pipeline: family for family, pipeline in pipelines().items()}
     if found != wanted:
-        remedy = (
-            f"set model.family: {families[found]}"
-            if found in families
-            else "give a text-to-image model of the recipe's family"
-        )
+        fitting, ours = family_of_pipeline(found), family_of_pipeline(wanted)
         raise UserError(
-            f"this is a {found}, and family {families.get(wanted, wanted)} needs a {wanted}",
+            f"this is a {found}, and family {ours.slug if ours else wanted} needs a {wanted}",
             where=str(where),
-            remedy=remedy,
+            remedy=f"set model.family: {fitting.slug}"
+            if fitting
+            else "give a text-to-image model of the recipe's family",
         )

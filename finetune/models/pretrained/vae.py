@@ -5,31 +5,41 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from finetune.data.batch import Batch
+from finetune.models.pretrained.packing import patchify
 
 
 class Latents(ABC):
-    """Args:
-    vae: of the pipeline.
+    """Encodes images with one class of VAE, scaled as the denoiser reads them. A subclass registers itself for its class.
+
+    Args:
+        vae: of the pipeline.
     """
 
-    factor: int  # image pixels a latent pixel, along one side
+    vae_class: ClassVar[str]  # in diffusers
+    by_class: ClassVar[dict[str, type[Latents]]] = {}
+    factor: int  # image pixels per latent pixel, along one side
+
+    def __init_subclass__(cls) -> None:
+        Latents.by_class[cls.vae_class] = cls
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Batch:
-        """[1, 3, H, W] in [-1, 1] → the posterior of the scaled latents: `mean` [1, C, h, w], and `deviation` where there is one."""
+        """[1, 3, H, W] in [-1, 1] → posterior of the scaled latents: `mean` [1, C, h, w], and `deviation` if there is one."""
 
 
 class Gaussian(Latents):
     """AutoencoderKL: shifted and scaled by one number each."""
+
+    vae_class = "AutoencoderKL"
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
@@ -44,6 +54,8 @@ class Gaussian(Latents):
 class Patched(Latents):
     """AutoencoderKLFlux2: 2×2 latent pixels become channels, which are normalized by the statistics of a batch norm."""
 
+    vae_class = "AutoencoderKLFlux2"
+
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
         self.factor = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -57,6 +69,8 @@ class Patched(Latents):
 
 class OneFrame(Latents):
     """AutoencoderKLQwenImage: a video VAE given one frame, its channels normalized each by its own numbers."""
+
+    vae_class = "AutoencoderKLQwenImage"
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
@@ -74,6 +88,8 @@ class OneFrame(Latents):
 class Deterministic(Latents):
     """AutoencoderDC: no posterior, scaled by one number."""
 
+    vae_class = "AutoencoderDC"
+
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)
         self.factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
@@ -82,50 +98,18 @@ class Deterministic(Latents):
         return {"mean": self.vae.encode(pixels).latent * self.vae.config.scaling_factor}
 
 
-BY_CLASS: dict[str, type[Latents]] = {
-    "AutoencoderKL": Gaussian,
-    "AutoencoderKLFlux2": Patched,
-    "AutoencoderKLQwenImage": OneFrame,
-    "AutoencoderDC": Deterministic,
-}
-
-
 def latents_of(vae: Any) -> Latents:
-    """The conventions of `vae`'s class.
+    """The `Latents` of a VAE, by its class.
 
     Raises:
-        KeyError: a class that no family here has.
+        KeyError: no family here has a VAE of this class.
     """
-    return BY_CLASS[type(vae).__name__](vae)
-
-
-def patchify(latents: Tensor) -> Tensor:
-    """[B, C, h, w] → [B, 4C, h/2, w/2]: 2×2 pixels become channels, ordered by channel, row, column."""
-    batch, channels, height, width = latents.shape
-    split = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
-    return split.permute(0, 1, 3, 5, 2, 4).reshape(batch, 4 * channels, height // 2, width // 2)
-
-
-def unpatchify(patches: Tensor) -> Tensor:
-    """The inverse of `patchify`."""
-    batch, channels, height, width = patches.shape
-    split = patches.reshape(batch, channels // 4, 2, 2, height, width)
-    return split.permute(0, 1, 4, 2, 5, 3).reshape(batch, channels // 4, 2 * height, 2 * width)
-
-
-def sequence(grid: Tensor) -> Tensor:
-    """[B, C, h, w] → [B, h·w, C], row by row."""
-    return grid.flatten(2).transpose(1, 2)
-
-
-def grid(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `sequence`."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
+    return Latents.by_class[type(vae).__name__](vae)
 
 
 @contextlib.contextmanager
 def decoded_exactly(vae: Any) -> Iterator[None]:
-    """Within, the VAE decodes in its own dtype whatever the latents' and autocast's: as images are encoded."""
+    """Within, the VAE decodes in its own dtype, as it encodes: whatever the dtype of the latents and of autocast."""
     decode = vae.decode
 
     def exact(latents: Tensor, *arguments: Any, **named: Any) -> Any:

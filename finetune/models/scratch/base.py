@@ -33,7 +33,7 @@ from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.errors import UserError, did_you_mean
 from finetune.models.base import Model, SampleRequest
-from finetune.models.registry import family_in, load_module
+from finetune.models.registry import family_of_module, load_implementation
 from finetune.planning import Plan
 from finetune.rng import Draw
 
@@ -172,8 +172,8 @@ class PixelModel(Model):
 
     @property
     def family(self) -> str:
-        """As `model.family` names it: the module of the class."""
-        return family_in(type(self).__module__)
+        """Slug of the family, as `model.family` names it: that of the class's module."""
+        return family_of_module(type(self).__module__)
 
     @property
     def device(self) -> torch.device:
@@ -328,7 +328,7 @@ def _laid_out(model: PixelModel) -> PixelModel:
 
 
 def _module(family: str) -> Any:
-    return load_module(family)
+    return load_implementation(family)
 
 
 def class_embedding(space: Space, width: int) -> nn.Embedding | None:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family, chat
-from finetune.models.pretrained.model import TextToImage
-from finetune.models.pretrained.vae import grid, sequence
-from finetune.planning import Plan
+from finetune.models.pretrained.packing import grid, sequence
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="flux2",
+    title="FLUX.2 [klein]",
+    implementation=f"{__name__}:Flux2Klein",
+    pipeline="Flux2KleinPipeline",
+    objective="flow",
+    denoiser_class="Flux2Transformer2DModel",
+    variants={
+        "flux2-klein-4b": Variant(
+            hub=("black-forest-labs/FLUX.2-klein-base-4B",),
+            resolution=1024,
+            released="2026-01",
+            license="Apache-2.0",
+            preference=30,
+        )
+    },
+    single_file_key="single_stream_modulation.lin.weight",
+    lora_formats=dict.fromkeys(("kohya", "comfyui"), "finetune.adapters.formats.key_maps:FLUX2"),
+    # The single blocks compute attention and MLP in two layers that cannot be told apart; they count as attention.
+    lora_targets={"attention": ("to_qkv_mlp_proj",), "mlp": (r"ff(_context)?\.linear_(in|out)",)},
+    modelspec={"": ModelSpec("flux2", "Flux.2-klein-4b", "https://github.com/black-forest-labs/flux2")},
+)
 
 
 class Flux2Klein(Family):
-    pipeline = "Flux2KleinPipeline"
-    objective = "flow"
+    spec = SPEC
     tokens = 512
     patch = 1  # the latents themselves are patches
 
@@ -32,6 +53,8 @@ class Flux2Klein(Family):
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`: latents, already in patches, go in as a sequence, each with its place."""
+        import torch
+
         embeddings = batch["prompt_embeds"].to(noisy.dtype)
         images, height, width = len(noisy), noisy.shape[2], noisy.shape[3]
         # Four axes: time, row, column, place in the text.
@@ -49,10 +72,3 @@ class Flux2Klein(Family):
             return_dict=False,
         )[0]
         return grid(velocity, height, width)
-
-
-FAMILY = Flux2Klein()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

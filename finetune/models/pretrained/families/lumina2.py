@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="lumina2",
+    title="Lumina-Image 2.0",
+    implementation=f"{__name__}:Lumina2",
+    paper="2503.21758",
+    pipeline="Lumina2Pipeline",
+    objective="flow",
+    denoiser_class="Lumina2Transformer2DModel",
+    variants={
+        "lumina2": Variant(
+            hub=("Alpha-VLLM/Lumina-Image-2.0",),
+            resolution=1024,
+            released="2025-01",
+            license="Apache-2.0",
+            preference=70,
+        )
+    },
+    single_file_key="cap_embedder.0.weight",
+    # diffusers reads a ComfyUI file of this family only where every linear layer is adapted.
+    lora_formats={"comfyui": "finetune.adapters.formats.key_maps:LUMINA2"},
+    lora_targets={"mlp": (r"feed_forward\.(w|linear_)[123]",)},
+    modelspec={"": ModelSpec("lumina2", "lumina-2", "https://github.com/Alpha-VLLM/Lumina-Image-2.0")},
+)
 
 
 class Lumina2(Family):
-    pipeline = "Lumina2Pipeline"
-    objective = "flow"
+    spec = SPEC
     tokens = 256
 
     def written(self, pipeline: Any, caption: str) -> str:
@@ -39,10 +61,3 @@ class Lumina2(Family):
             return_dict=False,
         )[0]
         return -found
-
-
-FAMILY = Lumina2()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

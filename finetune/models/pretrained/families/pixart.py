@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="pixart",
+    title="PixArt-Σ",
+    implementation=f"{__name__}:PixArtSigma",
+    paper="2403.04692",
+    pipeline="PixArtSigmaPipeline",
+    objective="noise",
+    denoiser_class="PixArtTransformer2DModel",
+    variants={
+        "pixart-sigma": Variant(
+            hub=("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",),
+            resolution=1024,
+            released="2024-04",
+            license="CreativeML Open RAIL++-M",
+            preference=90,
+        )
+    },
+    single_file_key="blocks.0.cross_attn.q_linear.weight",
+    single_transformer=False,  # diffusers has no converter for it
+    lora_formats={"comfyui": ""},  # the diffusers pipeline loads no LoRA; PEFT does
+)
 
 
 class PixArtSigma(Family):
-    pipeline = "PixArtSigmaPipeline"
-    objective = "noise"
+    spec = SPEC
     tokens = 300
     arguments: ClassVar[Mapping[str, Any]] = {
         "negative_prompt": None,
@@ -42,10 +62,3 @@ class PixArtSigma(Family):
             return_dict=False,
         )[0]
         return found[:, : noisy.shape[1]]
-
-
-FAMILY = PixArtSigma()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

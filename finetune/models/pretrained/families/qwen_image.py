@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.models.pretrained.vae import grid, patchify, sequence, unpatchify
-from finetune.planning import Plan
+from finetune.models.pretrained.packing import grid, patchify, sequence, unpatchify
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="qwen-image",
+    title="Qwen-Image",
+    implementation=f"{__name__}:QwenImage",
+    aliases=("qwen_image",),
+    paper="2508.02324",
+    pipeline="QwenImagePipeline",
+    objective="flow",
+    denoiser_class="QwenImageTransformer2DModel",
+    variants={
+        "qwen-image": Variant(
+            hub=("Qwen/Qwen-Image",), resolution=1024, released="2025-08", license="Apache-2.0", preference=20
+        )
+    },
+    single_file_key="transformer_blocks.0.img_mlp.net.0.proj.weight",
+    lora_formats={"kohya": "", "comfyui": ""},
+    lora_targets={"mlp": (r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)",)},
+    modelspec={"": ModelSpec("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")},
+)
 
 TEMPLATE_TOKENS = 34  # of the pipeline's template before the caption; their states are left out
 READ = 512  # tokens after them: the pipeline's `max_sequence_length`
 
 
 class QwenImage(Family):
-    pipeline = "QwenImagePipeline"
-    objective = "flow"
+    spec = SPEC
     tokens = TEMPLATE_TOKENS + READ
     guidance = "true_cfg_scale"
 
@@ -34,6 +52,8 @@ class QwenImage(Family):
         As `encode_prompt` does for one prompt; but that picks states by a mask, which no fake tensor can do, and computes what word
         would follow every token.
         """
+        import torch
+
         ids = pipeline.tokenizer(
             self.written(pipeline, caption), max_length=self.tokens, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
@@ -44,6 +64,8 @@ class QwenImage(Family):
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`: latents go in as a sequence of 2×2 patches."""
+        import torch
+
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
         lengths = batch.get("prompt_embeds.lengths")  # only where captions of several lengths meet
@@ -66,6 +88,8 @@ class QwenImage(Family):
 
     def call(self, positive: Batch, negative: Batch, guidance: float) -> dict[str, Any]:
         """With masks of ones: without them the pipeline warns that there might be padding."""
+        import torch
+
         found = super().call(positive, negative, guidance)
         masks = {
             f"{name}_mask": torch.ones(found[name].shape[:2], dtype=torch.int64, device=found[name].device)
@@ -73,10 +97,3 @@ class QwenImage(Family):
             if "embeds" in name
         }
         return found | masks
-
-
-FAMILY = QwenImage()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

@@ -4,26 +4,47 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from diffusers import SanaPipeline
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, Variant
 
-# What the pipeline's call puts before a prompt, and the training did (§2.3, "complex human instruction").
-INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="sana",
+    title="Sana",
+    implementation=f"{__name__}:Sana",
+    paper="2410.10629",
+    pipeline="SanaPipeline",
+    objective="flow",
+    denoiser_class="SanaTransformer2DModel",
+    variants={
+        "sana-1600m": Variant(
+            hub=("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
+            resolution=1024,
+            released="2024-11",
+            license="NVIDIA Open Model License",
+            preference=80,
+        )
+    },
+    single_file_key="blocks.0.mlp.inverted_conv.conv.weight",
+    lora_targets={"mlp": (r"ff\.conv_(inverted|point)",)},  # its MLP is convolutions
+)
+
+
+def instruction_of(pipeline: Any) -> list[str]:
+    """What the pipeline puts before a prompt, as the original training did (§2.3, "complex human instruction")."""
+    found: list[str] = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    return found
 
 
 class Sana(Family):
-    pipeline = "SanaPipeline"
-    objective = "flow"
+    spec = SPEC
     tokens = 300  # the first, the instruction's last one, and the caption's
     patch = 1
     arguments: ClassVar[Mapping[str, Any]] = {
@@ -40,14 +61,14 @@ class Sana(Family):
             caption,
             device=device,
             max_sequence_length=self.tokens,
-            complex_human_instruction=INSTRUCTION,
+            complex_human_instruction=instruction_of(pipeline),
         )
         embeddings, mask = found[2:] if negative else found[:2]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def caption_tokens(self, pipeline: Any, caption: str) -> tuple[int, int]:
         """Of the caption alone."""
-        instruction = "\n".join(INSTRUCTION)
+        instruction = "\n".join(instruction_of(pipeline))
         alone, both = (
             len(pipeline.tokenizer(text, verbose=False).input_ids)
             for text in (instruction, instruction + caption.lower().strip())
@@ -65,10 +86,3 @@ class Sana(Family):
             return_dict=False,
         )[0]
         return found
-
-
-FAMILY = Sana()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

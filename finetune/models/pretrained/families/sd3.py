@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="sd3",
+    title="Stable Diffusion 3, 3.5 medium",
+    implementation=f"{__name__}:StableDiffusion3",
+    paper="2403.03206",
+    pipeline="StableDiffusion3Pipeline",
+    objective="flow",
+    denoiser_class="SD3Transformer2DModel",
+    variants={
+        "sd3-medium": Variant(
+            hub=("stabilityai/stable-diffusion-3-medium-diffusers",),
+            resolution=1024,
+            released="2024-06",
+            license="Stability AI Community",
+            preference=60,
+        ),
+        "sd35-medium": Variant(
+            hub=("stabilityai/stable-diffusion-3.5-medium",),
+            resolution=1024,
+            released="2024-10",
+            license="Stability AI Community",
+            preference=50,
+        ),
+    },
+    single_file_key="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    lora_formats={"comfyui": ""},
+    modelspec={"": ModelSpec("sd3_m", "stable-diffusion-3-5-medium")},
+)
 
 
 class StableDiffusion3(Family):
-    pipeline = "StableDiffusion3Pipeline"
-    objective = "flow"
+    spec = SPEC
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3"))
     reader, tokens = "tokenizer_3", 256  # the CLIPs read 77 of them
 
@@ -42,10 +69,3 @@ class StableDiffusion3(Family):
         """The last block's queries of the text: what they find is not used."""
         attention = denoiser.transformer_blocks[-1].attn
         return [part for part in (attention.add_q_proj, attention.norm_added_q) if part is not None]
-
-
-FAMILY = StableDiffusion3()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

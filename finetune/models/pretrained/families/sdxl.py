@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import ClipFamily
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="sdxl",
+    title="Stable Diffusion XL",
+    implementation=f"{__name__}:StableDiffusionXL",
+    paper="2307.01952",
+    pipeline="StableDiffusionXLPipeline",
+    objective="noise",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    variants={
+        "sdxl": Variant(
+            hub=("stabilityai/stable-diffusion-xl-base-1.0",),
+            resolution=1024,
+            released="2023-07",
+            license="CreativeML Open RAIL++-M",
+            preference=100,
+            text_width=2048,
+            padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},  # CLIP's own and OpenCLIP's
+        )
+    },
+    one_architecture=True,
+    lora_formats={"kohya": "", "comfyui": ""},
+    modelspec={
+        "": ModelSpec(
+            "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"
+        )
+    },
+)
 
 
 class StableDiffusionXL(ClipFamily):
-    pipeline = "StableDiffusionXLPipeline"
-    objective = "noise"
+    spec = SPEC
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
     def embed(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
         """Both encoders' last hidden state but one, side by side, and the second's pooled projection."""
+        import torch
+
         first = encoders["text_encoder"](ids["tokenizer"], output_hidden_states=True)
         second = encoders["text_encoder_2"](ids["tokenizer_2"], output_hidden_states=True)
         both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -43,10 +71,3 @@ class StableDiffusionXL(ClipFamily):
             noisy, timestep, batch["prompt_embeds"].to(noisy.dtype), added_cond_kwargs=added, return_dict=False
         )[0]
         return found
-
-
-FAMILY = StableDiffusionXL()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

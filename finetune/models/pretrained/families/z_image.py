@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family, chat
-from finetune.models.pretrained.model import TextToImage
-from finetune.planning import Plan
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="z-image",
+    title="Z-Image",
+    implementation=f"{__name__}:ZImage",
+    aliases=("z_image",),
+    paper="2511.22699",
+    pipeline="ZImagePipeline",
+    objective="flow",
+    denoiser_class="ZImageTransformer2DModel",
+    variants={
+        "z-image": Variant(
+            hub=("Tongyi-MAI/Z-Image",), resolution=1024, released="2025-11", license="Apache-2.0", preference=40
+        )
+    },
+    single_file_key="layers.0.adaLN_modulation.0.weight",
+    lora_formats={"kohya": "", "comfyui": ""},
+    lora_targets={"mlp": (r"feed_forward\.(w|linear_)[123]",)},
+    modelspec={"": ModelSpec("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")},
+)
 
 
 class ZImage(Family):
-    pipeline = "ZImagePipeline"
-    objective = "flow"
+    spec = SPEC
     tokens = 512
 
     def written(self, pipeline: Any, caption: str) -> str:
@@ -28,6 +46,8 @@ class ZImage(Family):
 
         As `encode_prompt`, which pads, and then picks what is no padding by a mask: no fake tensor can.
         """
+        import torch
+
         ids = pipeline.tokenizer(
             self.written(pipeline, caption), max_length=self.tokens, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
@@ -38,6 +58,8 @@ class ZImage(Family):
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """The net counts time from noise, 0, to image, 1, and predicts against it."""
+        import torch
+
         captions = batch["prompt_embeds"].to(noisy.dtype).unbind()
         if "prompt_embeds.lengths" in batch:  # the net pads to multiples of 32 tokens, with a token that it has learned
             captions = tuple(
@@ -49,10 +71,3 @@ class ZImage(Family):
 
     def argument(self, condition: Tensor) -> Any:
         return list(condition.unbind())
-
-
-FAMILY = ZImage()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

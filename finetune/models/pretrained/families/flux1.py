@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch
-from finetune.models.base import Model
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.model import TextToImage
-from finetune.models.pretrained.vae import grid, patchify, sequence, unpatchify
-from finetune.planning import Plan
+from finetune.models.pretrained.packing import grid, patchify, sequence, unpatchify
+from finetune.models.spec import FamilySpec, ModelSpec, Variant
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from finetune.data.batch import Batch
+
+SPEC = FamilySpec(
+    slug="flux1",
+    title="FLUX.1 [dev]",
+    implementation=f"{__name__}:Flux",
+    aliases=("flux",),
+    paper="2506.15742",
+    pipeline="FluxPipeline",
+    objective="flow",
+    denoiser_class="FluxTransformer2DModel",
+    variants={
+        "flux1-dev": Variant(
+            hub=("black-forest-labs/FLUX.1-dev",),
+            resolution=1024,
+            released="2024-08",
+            license="FLUX.1 [dev] Non-Commercial",
+            preference=10,
+        )
+    },
+    single_file_key="vector_in.in_layer.weight",
+    lora_formats={"kohya": "finetune.adapters.formats.key_maps:FLUX", "comfyui": ""},
+    lora_targets={"mlp": ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")},
+    modelspec={"": ModelSpec("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux")},
+)
 
 
 class Flux(Family):
-    pipeline = "FluxPipeline"
-    objective = "flow"
+    spec = SPEC
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
     reader, tokens = "tokenizer_2", 512  # CLIP, whose pooled state alone is read, sees 77 of them
 
@@ -29,6 +51,8 @@ class Flux(Family):
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`: latents go in as a sequence of 2×2 patches, each with its place."""
+        import torch
+
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
         places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
@@ -43,10 +67,3 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return unpatchify(grid(velocity, height, width))
-
-
-FAMILY = Flux()
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    return TextToImage(plan, audit, FAMILY)

@@ -1,0 +1,15 @@
+"""The VAE of latent diffusion, AutoencoderKL of diffusers: its network is described by `model.build`, not by a `net` section."""
+
+from __future__ import annotations
+
+from finetune.models.spec import FamilySpec
+
+SPEC = FamilySpec(
+    slug="autoencoder-kl",
+    title="AutoencoderKL (the VAE of latent diffusion)",
+    implementation="finetune.models.scratch.vae.autoencoder_kl",
+    aliases=("vae",),
+    kind="VAE",
+    tasks=("autoencoding",),
+    paper="2112.10752",
+)
