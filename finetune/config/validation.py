@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.config import memory_options, nets
 from finetune.errors import UserError
-from finetune.models.registry import has_unet
+from finetune.models.registry import has_unet, spec_of
 
 if TYPE_CHECKING:
     from finetune.config.schema import Adapter, Model, Precision, Recipe
@@ -170,7 +170,7 @@ def _pixels(recipe: Recipe, refuse: Refuse) -> None:
         "remove them",
     )
     refuse(
-        recipe.sample.truncation != 1 and (recipe.net is None or recipe.net.kind != "GAN"),
+        recipe.sample.truncation != 1 and (recipe.net is None or spec_of(model.family).kind != "GAN"),
         f"sample.truncation is for GANs, and {model.family} is none",
         "remove sample.truncation",
     )

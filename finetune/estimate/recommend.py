@@ -40,7 +40,7 @@ class Rule:
 @final
 @dataclass(frozen=True)
 class Goal:
-    """What matters most, and the kinds of model that are best at it (`nets.kind`), because of `reason`."""
+    """What matters most, and the kinds of model that are best at it (`FamilySpec.kind`), because of `reason`."""
 
     kinds: tuple[str, ...]
     reason: str

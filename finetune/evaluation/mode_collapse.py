@@ -59,6 +59,6 @@ def lost(found: Sequence[Look], steps: int) -> str:
 
 
 def alarm(found: Sequence[Look], steps: int, kind: str) -> str:
-    """`lost` as a sentence for the log with what helps a model of `kind` (`nets.kind`), or ""."""
+    """`lost` as a sentence for the log with what helps a model of `kind` (`FamilySpec.kind`), or ""."""
     problem = lost(found, steps)
     return f"step {found[-1].step}: {problem}. What helps: {REMEDIES.get(kind, OTHERWISE)}" if problem else ""
