@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.adapters.formats.metadata import PEFT
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.errors import UserError
 from finetune.export import export
-from finetune.adapters.formats.metadata import PEFT
 from finetune.models.registry import specs
 
 Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
