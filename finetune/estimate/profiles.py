@@ -53,7 +53,7 @@ NOT_BUILT = (
     "name",
     "places",
     "vae",
-    "low",
+    "base_run",
 )  # what says nothing of a net from scratch
 
 
