@@ -40,9 +40,9 @@ from finetune.job import prepare
 from finetune.models.base import SampleRequest
 from finetune.models.scratch.base import PixelModel, Space, open_model
 from finetune.models.scratch.gan.base import Critic, CriticTurn, Generator, GeneratorTurn, Reader
-from finetune.paths import ASSETS
 from finetune.rng import Draw, mix
 from finetune.training.optimizers import Ema
+from tools.archive import bundled
 
 # -- points -----------------------------------------------------------------------------------------------------------
 
@@ -255,15 +255,14 @@ PUBLISHED_DIGITS = {
 
 def digits_of(split: str) -> tuple[Tensor, Tensor]:
     """(levels [N, 8, 8] uint8, digits [N] int64) of the embedded digits."""
-    files = sorted((ASSETS / "digits" / split).rglob("*.png"))
+    files = bundled(f"digits/{split}")
     space = Space(1, 8, 8, LEVELS)
     pixels = [
-        torch.from_numpy(numpy.array(Image.open(io.BytesIO(file.read_bytes())).convert("RGB"))).permute(2, 0, 1) / 127.5
-        - 1
-        for file in files
+        torch.from_numpy(numpy.array(Image.open(io.BytesIO(file.read())).convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+        for file in files.values()
     ]
     return torch.stack([space.levels_of(one)[0] for one in pixels]), torch.tensor(
-        [int(file.parent.name) for file in files]
+        [int(name.partition("/")[0]) for name in files]
     )
 
 

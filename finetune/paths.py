@@ -17,7 +17,7 @@ RECIPES = next(folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "re
 
 
 def embedded(path: str) -> str:
-    """`embedded:emoji/noto` → the folder inside the package; anything else as it is.
+    """`embedded:base` → the folder inside the package, `embedded:emoji/noto` → its archive; anything else as it is.
 
     Raises:
         UserError: it would lead out of the package.
@@ -27,7 +27,8 @@ def embedded(path: str) -> str:
     inside = ASSETS / path.removeprefix("embedded:")
     if not inside.resolve().is_relative_to(ASSETS):
         raise UserError(f"{path} leads out of what comes with ft", remedy="name the folder itself")
-    return str(inside)
+    archive = inside.with_name(f"{inside.name}.tar")
+    return str(archive if archive.is_file() else inside)
 
 
 def public_name(path: str) -> str:

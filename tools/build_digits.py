@@ -3,21 +3,28 @@
     pip download --no-deps scikit-learn==1.9.1
     python tools/build_digits.py scikit_learn-1.9.1-*.whl
 
-1,797 images of handwritten digits, 8×8 pixels of 17 grays, appear under `finetune/assets/digits/`: `train/` holds the
-first 1,000, `validation/` the next 350 and `test/` the last 447, the split of published likelihoods
-(github.com/jmtomczak/intro_dgm). Each lies in the folder of its class, as gray PNG in which level n of 16 is n · 255 / 16,
-rounded: `data.levels: 17` gives the level back exactly.
+1,797 images of handwritten digits, 8×8 pixels of 17 grays, appear under `finetune/assets/digits/`: `train.tar` holds the
+first 1,000, `validation.tar` the next 350 and `test.tar` the last 447, the split of published likelihoods
+(github.com/jmtomczak/intro_dgm). Inside, each lies in the folder of its class, as gray PNG in which level n of 16 is
+n · 255 / 16, rounded: `data.levels: 17` gives the level back exactly.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import io
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy
 from PIL import Image
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.archive import write_tar
 
 SPLIT = {"train": (0, 1000), "validation": (1000, 1350), "test": (1350, 1797)}
 SIDE, HIGHEST = 8, 16
@@ -31,13 +38,13 @@ def main() -> None:
         text = gzip.decompress(wheel.read("sklearn/datasets/data/digits.csv.gz")).decode()
     rows = numpy.array([[float(value) for value in line.split(",")] for line in text.splitlines()])
     for name, (first, end) in SPLIT.items():
+        members = {}
         for number in range(first, end):
             levels = rows[number, :-1].reshape(SIDE, SIDE)
-            folder = ASSETS / name / str(int(rows[number, -1]))
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((levels * 255 / HIGHEST).round().astype(numpy.uint8)).save(
-                folder / f"{number:04d}.png", optimize=True
-            )
+            content = io.BytesIO()
+            Image.fromarray((levels * 255 / HIGHEST).round().astype(numpy.uint8)).save(content, "PNG", optimize=True)
+            members[f"{int(rows[number, -1])}/{number:04d}.png"] = content.getvalue()
+        write_tar(ASSETS / f"{name}.tar", sorted(members.items()))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/build_emoji.py node_modules
 
-Three folders of captioned images appear under `finetune/assets/emoji/`, each a plain image folder as any user has
-one (lossless WebP with transparency, captions in `metadata.jsonl`):
+Three WebDataset shards of captioned images appear under `finetune/assets/emoji/` (`NAME.webp`, lossless with
+transparency, and `NAME.json` with the caption as `text`):
 
-- `noto/`            every emoji that both houses draw, as Google's Noto draws it: the base model learns these;
-- `twemoji-train/`   400 of them as Twemoji draws them: the LoRA of the demo learns these;
-- `twemoji-unseen/`  all the others as Twemoji draws them: never shown to a model, they judge the LoRA.
+- `noto.tar`            every emoji that both houses draw, as Google's Noto draws it: the base model learns these;
+- `twemoji-train.tar`   400 of them as Twemoji draws them: the LoRA of the demo learns these;
+- `twemoji-unseen.tar`  all the others as Twemoji draws them: never shown to a model, they judge the LoRA.
 
 The sprite sheets are grids of 66-pixel cells, a 64-pixel image with a 1-pixel border, at the positions `emoji.json`
 gives (https://github.com/iamcal/emoji-data#using-the-spritesheets).
@@ -18,12 +18,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools.archive import write_tar
 
 IMAGE_PIXELS = 64
 CELL_PIXELS = IMAGE_PIXELS + 2
@@ -51,25 +58,23 @@ def drawn_by_both(emoji: dict[str, Any]) -> bool:
     return emoji["has_img_google"] and emoji["has_img_twitter"] and not emoji.get("obsoleted_by")
 
 
-def write_folder(folder: Path, sheet: Image.Image, emojis: list[dict[str, Any]]) -> None:
-    """Cut the images of `emojis` out of `sheet` and write them with their captions into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
+def write_shard(shard: Path, sheet: Image.Image, emojis: list[dict[str, Any]]) -> None:
+    """Cut the images of `emojis` out of `sheet` and write them with their captions, sorted by name."""
+    found: dict[str, tuple[bytes, bytes]] = {}
     for emoji in emojis:
         left, top = (emoji[key] * CELL_PIXELS + 1 for key in ("sheet_x", "sheet_y"))
         image = sheet.crop((left, top, left + IMAGE_PIXELS, top + IMAGE_PIXELS))
-        name = (
-            re.sub(
-                r"[^a-z0-9]+", "-", emoji["short_name"].lower().replace("+1", "plus1").replace("-1", "minus1")
-            ).strip("-")
-            + ".webp"
-        )
-        image.save(folder / name, lossless=True, quality=100, method=6, exact=False)
-        lines.append(
-            json.dumps({"file_name": name, "text": caption(emoji), "category": emoji["category"]}, ensure_ascii=False)
-        )
-    assert len({json.loads(line)["file_name"] for line in lines}) == len(lines), "two emoji share a file name"
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        short = emoji["short_name"].lower().replace("+1", "plus1").replace("-1", "minus1")
+        name = re.sub(r"[^a-z0-9]+", "-", short).strip("-")
+        assert f"{name}.webp" not in found, "two emoji share a file name"
+        content = io.BytesIO()
+        image.save(content, "WEBP", lossless=True, quality=100, method=6, exact=False)
+        described = json.dumps({"text": caption(emoji), "category": emoji["category"]}, ensure_ascii=False)
+        found[f"{name}.webp"] = content.getvalue(), described.encode()
+    members = []
+    for file_name, (content_bytes, described_bytes) in sorted(found.items()):
+        members += [(file_name, content_bytes), (f"{file_name.removesuffix('.webp')}.json", described_bytes)]
+    write_tar(shard, members)
 
 
 def main() -> None:
@@ -88,10 +93,10 @@ def main() -> None:
     # Which 400 the LoRA sees is decided by a hash of the name: fixed for ever, and spread over all categories.
     by_hash = sorted(emojis, key=lambda emoji: hashlib.sha256(emoji["unified"].encode()).hexdigest())
     training = {emoji["unified"] for emoji in by_hash[:TRAINING_IMAGES]}
-    write_folder(ASSETS / "noto", sheets["google"], emojis)
-    write_folder(ASSETS / "twemoji-train", sheets["twitter"], [e for e in emojis if e["unified"] in training])
-    write_folder(ASSETS / "twemoji-unseen", sheets["twitter"], [e for e in emojis if e["unified"] not in training])
-    size = sum(file.stat().st_size for file in ASSETS.rglob("*.webp"))
+    write_shard(ASSETS / "noto.tar", sheets["google"], emojis)
+    write_shard(ASSETS / "twemoji-train.tar", sheets["twitter"], [e for e in emojis if e["unified"] in training])
+    write_shard(ASSETS / "twemoji-unseen.tar", sheets["twitter"], [e for e in emojis if e["unified"] not in training])
+    size = sum(file.stat().st_size for file in ASSETS.glob("*.tar"))
     print(f"{len(emojis)} emoji, {len(training)} for the LoRA, {size / 1e6:.2f} MB of images in {ASSETS}")
 
 

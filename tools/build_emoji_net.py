@@ -11,7 +11,6 @@ them it is said how well each was learned. Weights are written in float16, with 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +28,9 @@ if __name__ == "__main__":
 from finetune.data.dataset import to_tensor
 from finetune.data.media.image import decode
 from finetune.evaluation.emoji_net import SIDE, WEIGHTS, EmojiNet
-from finetune.paths import ASSETS
 from finetune.rng import key_of
 from finetune.terminal import Progress
+from tools.archive import bundled
 
 HOUSES = ("noto", "twemoji")
 STEPS, PAIRS = 800, 48  # of a judge
@@ -42,24 +41,16 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def real_images() -> tuple[list[str], list[str], set[str], Tensor]:
-    """(file names, captions, names in `twemoji-train`, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
-    rows: dict[str, dict[str, tuple[Path, str]]] = {house: {} for house in HOUSES}
-    for folder in ("noto", "twemoji-train", "twemoji-unseen"):
-        for line in (ASSETS / "emoji" / folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows[folder.split("-")[0]][row["file_name"]] = (ASSETS / "emoji" / folder / row["file_name"], row["text"])
-    names = sorted(rows["noto"])
-    trained = {file.name for file in (ASSETS / "emoji" / "twemoji-train").glob("*.webp")}
+    """(file names, captions, file names in `twemoji-train`, pixels [2 houses, names, 3, 64, 64] in [-1, 1])."""
+    shards = {name: bundled(f"emoji/{name}") for name in ("noto", "twemoji-train", "twemoji-unseen")}
+    houses = (shards["noto"], shards["twemoji-train"] | shards["twemoji-unseen"])
+    names = sorted(shards["noto"])
     pixels = [
-        [to_tensor(numpy.asarray(decode(rows[house][name][0].read_bytes(), "white"))) for name in names]
-        for house in HOUSES
+        torch.stack([to_tensor(numpy.asarray(decode(house[name].read(), "white"))) for name in names])
+        for house in houses
     ]
-    return (
-        names,
-        [rows["noto"][name][1] for name in names],
-        trained,
-        torch.stack([torch.stack(house) for house in pixels]),
-    )
+    captions = [shards["noto"][name].caption or "" for name in names]
+    return names, captions, set(shards["twemoji-train"]), torch.stack(pixels)
 
 
 def train_judge(

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.data.sources.webdataset import images_in, shards_of
 from finetune.errors import UserError
 from finetune.estimate.benchmarks import quoted
 from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast, pulled, told_levers
@@ -235,6 +236,7 @@ def _count(recipe: Any) -> int:
     count = 0
     for path, repeats in sources:
         folder = Path(embedded(path)).expanduser()
+        count += repeats * sum(images_in(shard, IMAGES) for shard in shards_of(folder))
         if folder.is_dir():
             count += repeats * sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
     if not count:

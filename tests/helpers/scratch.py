@@ -7,14 +7,13 @@ scratch.recipe("vae", tmp_path / "run", "train.steps=4")    # a recipe of `recip
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Recipe
-from finetune.paths import ASSETS
 from tests.helpers import tiny
+from tools.archive import bundled
 
 DIGITS = ("data.resolution=8", "data.grayscale=true", "data.levels=17", "data.classes=folders")
 COMMON = (
@@ -142,8 +141,8 @@ def digits() -> Path:
     folder = tiny.root() / "digits"
     for name in ("0", "1"):
         (folder / name).mkdir(parents=True)
-        for file in sorted((ASSETS / "digits" / "train" / name).glob("*.png"))[:6]:
-            shutil.copy(file, folder / name)
+        for file in [file for file in bundled("digits/train") if file.startswith(f"{name}/")][:6]:
+            (folder / file).write_bytes(bundled("digits/train")[file].read())
     return folder
 
 

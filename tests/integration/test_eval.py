@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 from collections.abc import Callable
@@ -28,8 +29,8 @@ from finetune.evaluation import metrics
 from finetune.evaluation.emoji_net import WEIGHTS
 from finetune.evaluation.evaluate import as_drawn, evaluate
 from finetune.evaluation.features import Dinov2, EmojiNet
-from finetune.paths import ASSETS
 from tests.helpers import scratch, tiny
+from tools.archive import bundled
 
 
 def normal(count: int, width: int, seed: int = 0) -> Tensor:
@@ -98,12 +99,15 @@ def test_neighbourhoods_of_equal_distributions() -> None:
 
 def test_half_of_the_classes_halve_the_coverage() -> None:
     """By the pixels themselves of handwritten digits, whose classes they tell apart."""
-    files = sorted((ASSETS / "digits" / "train").rglob("*.png"))
+    files = bundled("digits/train")
     features = torch.stack(
-        [torch.from_numpy(numpy.asarray(Image.open(file), dtype=numpy.float64)).flatten() for file in files]
+        [
+            torch.from_numpy(numpy.asarray(Image.open(io.BytesIO(file.read())), dtype=numpy.float64)).flatten()
+            for file in files.values()
+        ]
     )
     real, other = features[::2], features[1::2]
-    few = other[torch.tensor([int(file.parent.name) < 5 for file in files[1::2]])]
+    few = other[torch.tensor([int(name.partition("/")[0]) < 5 for name in list(files)[1::2]])]
     whole, half = metrics.neighbourhoods(real, other), metrics.neighbourhoods(real, few)
     assert whole.coverage > 0.85
     assert half.coverage / whole.coverage == pytest.approx(0.5, abs=0.1)

@@ -32,6 +32,7 @@ from finetune.paths import ASSETS
 from finetune.training.optimizer_step import TensorByTensor, widened
 from finetune.training.stochastic_rounding import rounded
 from tests.helpers import tiny
+from tools.archive import bundled
 
 
 def transformer() -> nn.Module:
@@ -245,10 +246,7 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
     section = load_recipe("lora/sd15", ["model.vae_tiling=true"]).model
     monkeypatch.setattr(apply, "TILE", 64)
     vae: Any = AutoencoderKL.from_pretrained(ASSETS / "base" / "vae", torch_dtype=torch.float32)
-    emoji = [
-        to_tensor(numpy.asarray(decode(file.read_bytes(), "white")))
-        for file in sorted((ASSETS / "emoji" / "noto").glob("*.webp"))[:4]
-    ]
+    emoji = [to_tensor(numpy.asarray(decode(file.read(), "white"))) for file in [*bundled("emoji/noto").values()][:4]]
     pixels = torch.cat([torch.cat(emoji[:2], dim=2), torch.cat(emoji[2:], dim=2)], dim=1)[None]
     sides: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))

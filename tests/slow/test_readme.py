@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from finetune.config.loader import bundled_recipes
-from finetune.paths import ASSETS
+from tools.archive import bundled
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 FEWER = ["--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "sample.steps=2", "--set", "data.held_out=0"]
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("readme")
     (found / "my-images").mkdir()
     for name in ("rocket", "fire", "pizza", "bus"):
-        with Image.open(ASSETS / "emoji" / "noto" / f"{name}.webp") as image:
+        with Image.open(io.BytesIO(bundled("emoji/noto")[f"{name}.webp"].read())) as image:
             image.save(found / "my-images" / f"{name}.png")
         (found / "my-images" / f"{name}.txt").write_text(name)
     return found

@@ -12,12 +12,12 @@ from PIL import Image, ImageEnhance
 from finetune.data.audit import duplicates
 from finetune.data.audit.duplicates import NEAR_BITS, NEAR_COLOR, groups, near
 from finetune.data.audit.inspect import COLOR_BYTES, FINGERPRINT_BYTES, HASH_BYTES, fingerprint
-from finetune.paths import ASSETS
+from tools.archive import bundled
 
 
 def emoji(count: int) -> list[Image.Image]:
-    files = sorted((ASSETS / "emoji" / "noto").glob("*.webp"))[:: max(1, 1875 // count)][:count]
-    return [Image.open(file).convert("RGBA").resize((96, 96)) for file in files]
+    files = [*bundled("emoji/noto").values()][:: max(1, 1875 // count)][:count]
+    return [Image.open(io.BytesIO(file.read())).convert("RGBA").resize((96, 96)) for file in files]
 
 
 def on_white(image: Image.Image) -> Image.Image:

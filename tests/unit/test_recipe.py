@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from finetune.config.loader import bundled_recipes, load_recipe, located, parse_
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.models.pretrained import check
-from finetune.paths import ASSETS, RECIPES, embedded
+from finetune.paths import RECIPES, embedded
+from tools.archive import bundled
 
 MINIMAL = """\
 method: lora
@@ -275,8 +275,7 @@ def test_the_demo_draws_what_its_lora_never_sees() -> None:
     recipe = load_recipe("lora/emoji")
     captions = {}
     for name in ("twemoji-train", "twemoji-unseen", "noto"):
-        lines = (ASSETS / "emoji" / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        captions[name] = {json.loads(line)["text"] for line in lines}
+        captions[name] = {entry.caption for entry in bundled(f"emoji/{name}").values()}
     drawn = {prompt: [name for name, texts in captions.items() if prompt in texts] for prompt in recipe.sample.prompts}
     assert drawn and all(found == ["twemoji-unseen", "noto"] for found in drawn.values()), drawn
 

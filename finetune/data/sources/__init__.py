@@ -66,10 +66,6 @@ def _has_images(folder: Path) -> bool:
 
 def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Problem]:
     refuse_folder(data.masks)
-    if data.classes == "folders":
-        raise UserError(
-            "the images of shards lie in no folders", where="data.classes", remedy="set data.classes: captions"
-        )
     for shard in shards:
         if not is_inside(shard, path):
             yield Problem(

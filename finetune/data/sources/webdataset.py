@@ -50,10 +50,17 @@ def shards_of(path: Path) -> list[Path]:
     return sorted(file for file in path.glob("*.tar") if file.is_file() and not file.name.startswith("."))
 
 
+def images_in(shard: Path, image_suffixes: set[str]) -> int:
+    """How many images a shard holds, by their names."""
+    return sum(isinstance(member, _Member) and member.kind in image_suffixes for member in _members(shard, "", False))
+
+
 def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Iterator[Entry | Problem]:
     """The images of one shard with their captions; `name` is what messages call the shard."""
     strict = data.unreadable_images == "stop"
-    read = image_suffixes | CAPTIONS | ({MARK + suffix for suffix in SUFFIXES} if data.masks == BESIDE else set())
+    by_folder = data.classes == "folders"
+    captions = set() if by_folder else CAPTIONS
+    read = image_suffixes | captions | ({MARK + suffix for suffix in SUFFIXES} if data.masks == BESIDE else set())
     group: list[_Member] = []
     others: set[str] = set()
     for member in _members(shard, name, strict):
@@ -61,6 +68,8 @@ def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Ite
             yield member
             continue
         if member.kind not in read:
+            if by_folder and member.kind in CAPTIONS:
+                continue
             if member.kind not in others:
                 yield Problem(f"{name}/{member.name}", "unused file", f'"{member.kind}" in shards is not read', False)
             others.add(member.kind)
@@ -85,7 +94,12 @@ def _sample(
     ]
     for member in images:
         place = f"{name}/{member.name}"
-        caption = _caption(shard, words, data.caption_column)
+        folder = member.name.rpartition("/")[0]
+        if data.classes == "folders" and not folder:
+            yield Problem(place, "missing class", "lies in no folder of its class", True)
+            continue
+        by_folder = Caption(folder.rpartition("/")[2]) if data.classes == "folders" else None
+        caption = by_folder or _caption(shard, words, data.caption_column)
         if caption.problem:
             yield Problem(place, "unreadable caption", caption.problem, True)
         else:
