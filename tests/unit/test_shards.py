@@ -26,6 +26,7 @@ from finetune.errors import UserError
 from finetune.rng import Draw
 from tests.unit.test_data import data, problems, snapshot
 from tests.unit.test_dataset import Counting, opened
+from tools.archive import bundled
 
 
 def png(number: int, size: tuple[int, int] = (16, 16)) -> bytes:
@@ -117,6 +118,23 @@ def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
         "g.seg.png": '".seg.png" in shards is not read',
         "g.cls": '".cls" in shards is not read',
     }
+
+
+def test_shard_images_in_folders_have_their_folder_as_class(tmp_path: Path) -> None:
+    files = [("cat/a.png", png(1)), ("x/dog/b.png", png(2)), ("x/dog/b.txt", b"not read"), ("c.png", png(3))]
+    found = scan(data(shard(tmp_path / "a.tar", files), classes="folders"))
+    assert [(p.name.rpartition("/")[2], p.caption) for p in found.images] == [("a.png", "cat"), ("b.png", "dog")]
+    assert [(p.kind, p.stops) for p in found.problems] == [("missing class", True)]
+
+
+def test_bundled_archives_are_read_in_place() -> None:
+    digits = scan(Data(path="embedded:digits/validation", resolution=8, buckets=False, classes="folders"))
+    assert len(digits.images) == 350 and {p.caption for p in digits.images} == set("0123456789")
+    rocket = next(entry for name, entry in bundled("emoji/noto").items() if name == "rocket.webp")
+    assert rocket.caption == "rocket"
+    # Equal to the digest of the same images in a folder, which runs from before the archives hold.
+    noto = scan(Data(path="embedded:emoji/noto", resolution=64))
+    assert noto.digest() == "3823d07cefc9930df597b9cbf4fdeff97a85b1088ad5631ee6607e765daa52ce"
 
 
 def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> None:
