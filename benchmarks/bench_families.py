@@ -165,7 +165,8 @@ def measured(name: str, folder: Path, seed: int, minutes: float, images: int, sc
         else asdict(evaluate(folder, images=images, out=figures.parent, scored=scored))
     )
     likelihood = evaluation["likelihood"] or {"bits_per_dimension": None, "exact": None}
-    own = {key: evaluation[key] for key in ("cpu_seconds_per_image", "itself", "features", "drawn")}
+    own = {key: evaluation[key] for key in ("cpu_seconds_per_image", "features")}
+    own |= {"itself": evaluation["reference"], "drawn": evaluation["generated"]}  # the names in families.json
     found |= evaluation["closeness"] | own | {key: likelihood[key] for key in ("bits_per_dimension", "exact")}
     return found
 

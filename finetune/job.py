@@ -29,7 +29,7 @@ from finetune.errors import UserError
 from finetune.estimate.hardware.calibrate import calibrate
 from finetune.estimate.hardware.cpu import calibration, discard, keep, keep_freed_memory
 from finetune.estimate.monitor import Expected, does_not_fit, expect, rows
-from finetune.evaluation.collapse_monitor import Watch
+from finetune.evaluation.collapse_monitor import CollapseMonitor
 from finetune.export import from_checkpoint
 from finetune.inference import class_images
 from finetune.models.base import Model
@@ -215,7 +215,9 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     drawing = (lambda: _from_newest(plan, audit, run)) if plan.machine.sharded else lambda: model
     observe = (lambda done: draw_samples(plan, drawing, run.folder, done)) if recipe.sample.prompts else None
     watch = (
-        Watch(plan, model, run.folder) if recipe.sample.collapse_check_every and isinstance(model, PixelModel) else None
+        CollapseMonitor(plan, model, run.folder)
+        if recipe.sample.collapse_check_every and isinstance(model, PixelModel)
+        else None
     )
     trainer = Trainer(plan, model, data, run, accelerator, observe, pace, watch)
     return Job(plan, audit, model, data, run, accelerator, trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 from finetune.config.loader import located
@@ -16,6 +15,7 @@ from finetune.estimate.profiles import Card
 from finetune.estimate.step_time import step
 from finetune.estimate.tracing.traced_run import Phase
 from finetune.report import svg_charts
+from finetune.report.html import render
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # that time is drawn for
 
@@ -42,13 +42,8 @@ def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, d
 
 def plotted(one: Forecast, phases: dict[str, Phase], file: Path) -> None:
     """Write a page with memory over the last traced step, and seconds an image against the batch."""
-    pages = [_memory(one, phases["train"]), _time(one)]
-    style = (Path(svg_charts.__file__).parent / "page.css").read_text(encoding="utf-8")
-    title = html.escape(f"{one.name} on {one.gpu.name}")
-    text = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>\n{style}</style></head>\n'
-        f"<body><main><h1>{title}</h1>{''.join(pages)}</main></body></html>\n"
-    )
+    charts = [_memory(one, phases["train"]), _time(one)]
+    text = render("charts.html.j2", title=f"{one.name} on {one.gpu.name}", charts=charts)
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

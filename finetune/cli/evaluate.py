@@ -1,9 +1,10 @@
-"""`ft eval`: how good a run's images are, in numbers."""
+"""`ft eval`: the quality of a run's images."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,82 +13,85 @@ import click
 from finetune.cli.process import quiet_libraries
 
 if TYPE_CHECKING:
-    from finetune.evaluation.evaluate import Evaluation
+    from finetune.evaluation.evaluate import Closeness, Evaluation
 
-# (field, name, form, what it says)
-MEASURES = (
-    ("frechet_distance", "{} Fréchet distance", ".3f", "0: equal; compare only equal numbers of images"),
+# (field, name, format, meaning)
+METRICS = (
+    ("frechet_distance", "{} Fréchet distance", ".3f", "0: equal (compare only equal numbers of images)"),
     ("kernel_distance", "{} kernel distance", ".4f", "about 0: equal"),
-    ("precision", "precision", ".1%", "of drawn images look real"),
-    ("recall", "recall", ".1%", "of real ones could have been drawn"),
-    ("density", "density", ".2f", "1: as close to real ones as they to each other"),
-    ("coverage", "coverage", ".1%", "of real ones have a drawn one near"),
-    ("diversity", "diversity", ".2f", "÷ that of the real ones; towards 0, all are alike"),
-    ("copied", "closer than kin", ".1%", "of drawn ones come nearer to a training image than any other does"),
+    ("precision", "precision", ".1%", "of the generated images look real"),
+    ("recall", "recall", ".1%", "of the real images could have been generated"),
+    ("density", "density", ".2f", "1: as close to real images as they are to each other"),
+    ("coverage", "coverage", ".1%", "of the real images have a generated one nearby"),
+    ("diversity", "diversity", ".2f", "relative to the real images; near 0: all alike"),
+    ("copied", "close copies", ".1%", "are closer to a training image than any other training image is"),
 )
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--against", help="Images to compare with, a folder; by default those that it was trained on.")
+@click.option("--against", help="Folder of images to compare with; default: the run's training images.")
 @click.option(
     "--images",
     type=click.IntRange(min=2),
-    help="How many to draw; by default as many as there are real ones, 500 at most.",
+    help="Number of images to generate; default: as many as there are real ones, at most 500.",
 )
 @click.option(
     "--scored",
     type=click.IntRange(min=0),
     default=100,
     show_default=True,
-    help="Images whose likelihood is taken, at most.",
+    help="Number of images whose likelihood is computed, at most.",
 )
 @click.option(
     "--features",
     default="emoji-net",
     show_default=True,
-    help="What compares: emoji-net, or a DINOv2's folder or name on the hub.",
+    help="Feature network: emoji-net, or a DINOv2 by its folder or name on the hub.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="A new folder for figures and grids; by default in the run's own.",
+    help="New folder for metrics and image grids; default: inside the run's folder.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     run: Path, against: str | None, images: int | None, scored: int, features: str, out: Path | None, as_json: bool
 ) -> None:
-    """Measure a run's images: how real, how varied, how new.
+    """Measure the quality of a run's images: realism, variety, copying.
 
-    RUN is the run's folder. Draws images, each for a real image's caption, and compares them by the features of a small net
-    trained on emoji, or of a DINOv2. Beside them, where there are images enough, stands what other real images would reach.
+    RUN is the run's folder. Generates images from the captions of real images and compares both by the features of a small
+    network trained on emoji, or of a DINOv2. If there are enough images, the same metrics of other real images show what can
+    be reached.
     """
     quiet_libraries()
     from finetune.evaluation.evaluate import evaluate
 
-    found = evaluate(run, against, images, features, out, scored)
-    click.echo(json.dumps(dataclasses.asdict(found), indent=1, ensure_ascii=False) if as_json else said(found))
+    result = evaluate(run, against, images, features, out, scored)
+    click.echo(json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False) if as_json else as_table(result))
 
 
-def said(found: Evaluation) -> str:
-    """The table."""
+def as_table(result: Evaluation) -> str:
+    """The result as a table for the terminal, the verdict first."""
     from finetune.terminal import table
 
-    rows = [("", f"{'drawn':>8}{'real':>8}" if found.itself else f"{'drawn':>8}")]
-    for field, name, form, meaning in MEASURES:
-        values = [getattr(one, field) for one in (found.closeness, found.itself) if one is not None]
-        shown = "".join(f"{'–' if value is None else format(value, form):>8}" for value in values)
-        rows.append((name.format(found.features), f"{shown}   {meaning}"))
-    if found.likelihood is not None:
-        bound = "exact" if found.likelihood.exact else "at most"
-        rows.append(
-            (
-                "bits/dim",
-                f"{found.likelihood.bits_per_dimension:>8.3f}{' ' * 8 * bool(found.itself)}   {bound}, of {found.likelihood.of}",
-            )
-        )
+    columns = [result.closeness] + ([result.reference] if result.reference is not None else [])
+    rows = [(name, f"{values}   {meaning}") for name, values, meaning in _metric_rows(result, columns)]
+    heading = f"{'generated':>11}" + (f"{'real':>11}" if result.reference is not None else "")
+    likelihood, blank = result.likelihood, " " * 11 * (len(columns) - 1)
+    if likelihood is not None:
+        bound = "exact" if likelihood.exact else "upper bound"
+        rows.append(("bits/dim", f"{likelihood.bits_per_dimension:>11.3f}{blank}   {bound}, of {likelihood.of}"))
     else:
-        rows.append(("bits/dim", f"{'–':>8}{' ' * 8 * bool(found.itself)}   {found.no_likelihood}"))
-    rows.append(("images/s", f"{1 / max(found.seconds_per_image, 1e-9):>8.3g}"))
-    title = f"{found.drawn} drawn by {Path(found.run).name} beside {found.real} of {found.against}"
-    return f"{table(title, rows)}\nfigures and grids are in {found.folder}"
+        rows.append(("bits/dim", f"{'–':>11}{blank}   {result.no_likelihood}"))
+    rows.append(("images/s", f"{1 / max(result.seconds_per_image, 1e-9):>11.3g}"))
+    title = f"{result.generated} images by {Path(result.run).name} compared with {result.real} of {result.against}"
+    return f"{result.verdict}\n{table(title, [('', heading), *rows])}\nMetrics and image grids: {result.folder}"
+
+
+def _metric_rows(result: Evaluation, columns: list[Closeness]) -> Iterator[tuple[str, str, str]]:
+    """Name, values and meaning of each metric."""
+    for field, name, form, meaning in METRICS:
+        values = [getattr(column, field) for column in columns]
+        shown = "".join(f"{'–' if value is None else format(value, form):>11}" for value in values)
+        yield name.format(result.features), shown, meaning

@@ -1,1 +1,1 @@
-"""Numbers about what a model has learned."""
+"""Evaluation of generated images: distances to real images, likelihoods, mode collapse."""

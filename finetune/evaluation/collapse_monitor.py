@@ -1,4 +1,4 @@
-"""Lost modes are watched while training: now and then some images are drawn and compared with real ones."""
+"""Monitoring of mode collapse during training: every few steps, sample some images and compare them with real ones."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from typing import final
 
 from torch import Tensor
 
-from finetune.evaluation.evaluate import as_drawn, compared, request_for, spread
+from finetune.evaluation.evaluate import as_generated, evenly_spaced, mode_metrics, request_for
 from finetune.evaluation.features import extractor
-from finetune.evaluation.mode_collapse import Look, alarm, looks
+from finetune.evaluation.mode_collapse import Check, checks, warning
 from finetune.inference import sample
 from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan
 from finetune.training.samples import request_of
 
-IMAGES = 128  # drawn at a look, and real ones: with fewer, coverage says little
-AT_ONCE = 64
+IMAGES = 128  # sampled per check, and as many real ones: with fewer, coverage is too noisy
+BATCH = 64
 
 
 @final
-class Watch:
-    """Called with the count of finished steps: draws with the model as it is then, and says what it saw.
+class CollapseMonitor:
+    """Samples from the model during training and measures diversity and coverage.
 
-    The images are the same at every look but for the weights. What was seen before stands in the run's `metrics.jsonl`.
+    Every check uses the same prompts and seeds, so only the weights differ. Earlier checks are read from the run's
+    `metrics.jsonl`.
+
+    Args:
+        plan: the plan of the run.
+        model: the model that trains.
+        folder: the run's folder.
     """
 
     def __init__(self, plan: Plan, model: PixelModel, folder: Path) -> None:
@@ -34,13 +40,18 @@ class Watch:
         self._real: Tensor | None = None
 
     def __call__(self, done: int) -> tuple[dict[str, float], str]:
-        """(what `metrics.jsonl` is told, an alarm or "")."""
+        """Check the model after `done` steps.
+
+        Returns:
+            The values for `metrics.jsonl`, and a warning or "".
+        """
         audit = self._model.seen()
-        some = spread(audit.training, min(IMAGES, len(audit.training)))
+        records = evenly_spaced(audit.training, min(IMAGES, len(audit.training)))
         if self._real is None:
-            self._real = self._extractor.features(as_drawn(some, audit.background, self._model.space))
-        request = request_for(request_of(self._plan), self._model, [image.caption for image in some], IMAGES)
-        look = Look(done, **compared(self._extractor.features(sample.draw(self._model, request, AT_ONCE)), self._real))
-        before = self._records.read_text(encoding="utf-8").splitlines() if self._records.is_file() else []
-        found = [*looks([json.loads(line) for line in before]), look]
-        return look.record, alarm(found, self._plan.steps, spec_of(self._plan.recipe.model.family).kind)
+            self._real = self._extractor.features(as_generated(records, audit.background, self._model.space))
+        request = request_for(request_of(self._plan), self._model, [image.caption for image in records], IMAGES)
+        features = self._extractor.features(sample.draw(self._model, request, BATCH))
+        check = Check(done, **mode_metrics(features, self._real))
+        lines = self._records.read_text(encoding="utf-8").splitlines() if self._records.is_file() else []
+        history = [*checks([json.loads(line) for line in lines]), check]
+        return check.record, warning(history, self._plan.steps, spec_of(self._plan.recipe.model.family).kind)

@@ -1,7 +1,8 @@
-"""emoji-net: the small net by whose features `ft eval` compares images where no large one's weights are at hand.
+"""emoji-net, the small bundled network whose features `ft eval` compares by default.
 
-It was trained by `tools/build_emoji_net.py` on the bundled emoji at 32 pixels, to tell which emoji an image shows, whoever drew it,
-who drew it, and how it was damaged. Figures taken with it compare runs with one another, and with no published FID: that is InceptionV3's.
+`tools/build_emoji_net.py` trained it on the bundled emoji at 32 pixels to recognize which emoji an image shows in which
+font, and how it was corrupted. Its distances compare runs with one another. They are not comparable with published FID
+values, which use InceptionV3.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WEIGHTS = ASSETS / "emoji-net" / "model.safetensors"
 
 @final
 class EmojiNet(nn.Module):
-    """[B, 3, side, side] in [-1, 1] → unit embedding of what is drawn [B, 128]."""
+    """A convolutional network: pixels [B, 3, side, side] in [-1, 1] → unit-length embedding of the content [B, 128]."""
 
     WIDTHS = (3, 32, 64, 96, 128)
 
@@ -40,13 +41,13 @@ class EmojiNet(nn.Module):
         return functional.normalize(self.head(self.body(pixels)), dim=1)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the last convolution finds, averaged over the image, [B, 128]."""
-        found: Tensor = self.body(pixels).mean((2, 3))
-        return found
+        """The output of the last convolution averaged over the image, [B, 128]."""
+        features: Tensor = self.body(pixels).mean((2, 3))
+        return features
 
 
 def shipped() -> EmojiNet:
-    """The net with the weights that come with the package, in float32."""
+    """Load the bundled weights, in float32."""
     net = EmojiNet()
     net.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return net.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""−log p of images under a model that says it, exactly or by a bound."""
+"""The negative log-likelihood of images under models that have one, exact or an upper bound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 128
 
 
 def batches(model: LikelihoodModel, images: Sequence[ImageRecord], background: str) -> Iterator[Batch]:
-    """The images as `model` sees them, in order."""
+    """Yield the images as batches for `model`, in order."""
     for start in range(0, len(images), BATCH):
         yield model.batch_of(images[start : start + BATCH], background)
 
@@ -25,19 +25,22 @@ def batches(model: LikelihoodModel, images: Sequence[ImageRecord], background: s
 def nats(
     model: LikelihoodModel, images: Sequence[ImageRecord], background: str = "white", particles: int = 1, seed: int = 0
 ) -> Tensor:
-    """−log p (or an upper bound on it) of each image in nats, [N] float64.
+    """Compute −log p of each image, or an upper bound on it, in nats: [N] float64.
 
     Args:
-        particles: draws an image of what a bound draws; more are tighter.
-        seed: of those draws; an image's are its place's.
+        model: a model with a likelihood.
+        images: the images.
+        background: the color that transparent images are laid over.
+        particles: latent samples per image for a bound; more give a tighter bound.
+        seed: of those samples, which also depend on the image's index.
     """
-    found, place = [], 0
+    values, start = [], 0
     for batch in batches(model, images, background):
         size = len(batch["pixels"])
-        found.append(
-            model.nats(batch, Draw(seed, "likelihood", range(place, place + size), model.device), particles)
+        values.append(
+            model.nats(batch, Draw(seed, "likelihood", range(start, start + size), model.device), particles)
             .double()
             .cpu()
         )
-        place += size
-    return torch.cat(found)
+        start += size
+    return torch.cat(values)

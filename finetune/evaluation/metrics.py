@@ -1,7 +1,7 @@
-"""How far drawn images are from real ones, by their features: [N, D], one row an image, float64 inside.
+"""Distances between generated and real images, computed from features [N, D] (one row per image) in float64.
 
-Written out rather than taken from torchmetrics, which takes seconds to import and wants torch-fidelity for its own features, or from
-prdc, which brings scikit-learn and SciPy: each measure is a few lines. Tested against closed forms and the figures that prdc publishes.
+They are implemented here because torchmetrics takes seconds to import and needs torch-fidelity, and prdc needs scikit-learn
+and SciPy, while each metric is a few lines. Tests compare them with closed forms and with values that prdc publishes.
 """
 
 from __future__ import annotations
@@ -12,33 +12,35 @@ from typing import final
 import torch
 from torch import Tensor
 
-NEIGHBOURS = 5  # as Naeem et al. take
+NEIGHBORS = 5  # as in Naeem et al. 2020
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), of Gaussians fitted to both (Heusel et al. 2017, arXiv:1706.08500, equation 6).
+    """The Fréchet distance between Gaussians fitted to both sets of features.
 
-    The eigenvalues of Σ₁ Σ₂ are those of the symmetric Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed.
-    Falls as images are added: compare only equal numbers of them.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The eigenvalues of Σ₁ Σ₂ are
+    those of the symmetric matrix Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed. The distance decreases with the
+    number of images: compare only distances of equally many.
     """
     (mean_one, covariance_one), (mean_other, covariance_other) = _fitted(one), _fitted(other)
     values, vectors = torch.linalg.eigh(covariance_one)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ covariance_other @ root).clamp(min=0).sqrt().sum()
-    found = (mean_one - mean_other).square().sum() + covariance_one.trace() + covariance_other.trace() - 2 * cross
-    return max(0.0, float(found))
+    distance = (mean_one - mean_other).square().sum() + covariance_one.trace() + covariance_other.trace() - 2 * cross
+    return max(0.0, float(distance))
 
 
 def _fitted(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean [D], covariance [D, D])."""
+    """The mean [D] and covariance [D, D]."""
     features = features.double()
     return features.mean(0), torch.atleast_2d(torch.cov(features.T))
 
 
 def kernel_distance(one: Tensor, other: Tensor) -> float:
-    """The unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv:1801.01401, equation 4); about 0 for equals.
+    """The kernel distance (KID): the unbiased squared MMD with the kernel (x·y / D + 1)³.
 
-    Over all images at once, not over random subsets of them: the same each time, and as unbiased.
+    Bińkowski et al. 2018, arXiv:1801.01401, equation 4. It is about 0 for equal distributions. All images enter at once instead
+    of random subsets, which is as unbiased and deterministic.
     """
     one, other = one.double(), other.double()
 
@@ -54,15 +56,17 @@ def kernel_distance(one: Tensor, other: Tensor) -> float:
 
 @final
 @dataclass(frozen=True)
-class Neighbourhoods:
-    """Shares, but for the density, which may exceed 1.
+class Neighborhoods:
+    """Precision, recall, density and coverage. All are in [0, 1] except the density, which can exceed 1.
 
     Attributes:
-        precision: of drawn images that lie in some real image's neighborhood: looks real.
-        recall: of real images that lie in some drawn image's neighborhood (Kynkäänniemi et al. 2019, arXiv:1904.06991).
-        density: mean count of real neighborhoods that a drawn image lies in, ÷ k; unlike precision not lifted by one outlier.
-        coverage: of real images in whose neighborhood a drawn one lies (both Naeem et al. 2020, arXiv:2002.09797); of
-            equal distributions 1 − 2^−k is expected.
+        precision: share of generated images in the neighborhood of a real image (fidelity).
+        recall: share of real images in the neighborhood of a generated image (diversity). Both are from Kynkäänniemi et al.
+            2019, arXiv:1904.06991.
+        density: mean number of real neighborhoods that a generated image lies in, divided by k. Unlike precision, a single
+            outlier does not inflate it.
+        coverage: share of real images with a generated image in their neighborhood. Both are from Naeem et al. 2020,
+            arXiv:2002.09797; for equal distributions 1 − 2^−k is expected.
     """
 
     precision: float
@@ -71,42 +75,49 @@ class Neighbourhoods:
     coverage: float
 
 
-def neighbourhoods(real: Tensor, drawn: Tensor, neighbours: int = NEIGHBOURS) -> Neighbourhoods:
-    """An image's neighborhood is the ball that reaches its `neighbors`-th nearest of its own kind (fewer where there are not so many)."""
-    real, drawn = real.double(), drawn.double()
-    of_real, of_drawn, between = radii(real, neighbours), radii(drawn, neighbours), torch.cdist(real, drawn)
-    in_real, in_drawn = between <= of_real[:, None], between <= of_drawn[None]
-    return Neighbourhoods(
+def neighborhoods(real: Tensor, generated: Tensor, neighbors: int = NEIGHBORS) -> Neighborhoods:
+    """Compute precision, recall, density and coverage.
+
+    The neighborhood of an image is the ball up to its `neighbors`-th nearest neighbor in its own set (fewer in small sets).
+    """
+    real, generated = real.double(), generated.double()
+    distances = torch.cdist(real, generated)
+    in_real = distances <= radii(real, neighbors)[:, None]
+    in_generated = distances <= radii(generated, neighbors)[None]
+    return Neighborhoods(
         precision=_share(in_real.any(0)),
-        recall=_share(in_drawn.any(1)),
-        density=float(in_real.double().sum(0).mean()) / neighbours,
+        recall=_share(in_generated.any(1)),
+        density=float(in_real.double().sum(0).mean()) / neighbors,
         coverage=_share(in_real.any(1)),
     )
 
 
-def radii(features: Tensor, neighbours: int) -> Tensor:
-    """The distance of each to its `neighbors`-th nearest other, [N]."""
+def radii(features: Tensor, neighbors: int) -> Tensor:
+    """The distance of each image to its `neighbors`-th nearest neighbor, [N]."""
     distances = torch.cdist(features, features)
-    distances.fill_diagonal_(0)  # which rounding may leave a little above 0
-    return distances.kthvalue(min(neighbours + 1, len(features)), dim=1).values
+    distances.fill_diagonal_(0)  # rounding may leave it slightly above 0
+    return distances.kthvalue(min(neighbors + 1, len(features)), dim=1).values
 
 
-def _share(these: Tensor) -> float:
-    return float(these.double().mean())
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean())
 
 
 def diversity(features: Tensor) -> float:
-    """Mean distance between two different images: 0 where all are the same."""
+    """The mean distance between pairs of images; 0 if all are equal."""
     count = len(features)
     return float(torch.pdist(features.double()).mean()) if count > 1 else 0.0
 
 
-def copies(drawn: Tensor, training: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(the training image nearest to each drawn one [N], how far it is [N], and the share of drawn ones that come closer to theirs than any
-    other training image does: 1 − authenticity, Alaa et al. 2022, arXiv:2102.08921, §4.2).
+def copies(generated: Tensor, training: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Compare generated images with the training images to detect copying.
 
-    Fresh images of the same distribution have a share too, the lower the more dimensions it fills: only a higher one tells of copying.
+    Returns:
+        The index of the nearest training image of each generated image [N], the distance to it [N], and the share of generated
+        images that are closer to it than any other training image is: 1 − authenticity (Alaa et al. 2022, arXiv:2102.08921,
+        §4.2). New images of the same distribution have such a share too (lower in more dimensions), so only a higher one
+        indicates copying.
     """
-    drawn, training = drawn.double(), training.double()
-    distances, nearest = torch.cdist(drawn, training).min(1)
+    generated, training = generated.double(), training.double()
+    distances, nearest = torch.cdist(generated, training).min(1)
     return nearest, distances, _share(distances < radii(training, 1)[nearest])

@@ -97,7 +97,7 @@ def _front_matter(plan: Plan, base: str, shown: list[tuple[str, str]]) -> dict[s
 
 def _copied(final: Path, run: Path, plan: Plan) -> list[tuple[str, str]]:
     """(file as the card names it, prompt) of the run's last samples, copied into `final`."""
-    looks = images.looks(run, plan.recipe.sample.prompts)
+    looks = images.sample_files(run, plan.recipe.sample.prompts)
     found = []
     for drawn in looks[max(looks)][:MOST_IMAGES] if looks else ():
         (final / "images").mkdir(parents=True, exist_ok=True)

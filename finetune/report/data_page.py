@@ -1,76 +1,164 @@
-"""What an audit found, for a page: the section in a run's report, and the page of `ft data check`."""
+"""The data of a run on a page: a section of `report.html`, and the page that `ft data check --html` writes."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.data.audit.audit import Audit
+from finetune.data.sources.entry import REMEDIES, Problem
 from finetune.report import images, tables
-from finetune.report.html import document, image, section, text
+from finetune.report.html import render
 
-GROUPS = 6  # of each kind of finding, shown as images
-TOGETHER = 4  # images of one group
-NAMED = 20  # files of each kind of problem; data.json has them all
+MAX_IMAGES = 300  # training images on the page of `ft data check`; of more, an evenly spaced sample
+MAX_PROBLEM_IMAGES = 60  # images of one kind of problem
+MAX_GROUPS = 12  # examples of one kind of warning
+MAX_GROUP_IMAGES = 4  # images of one example: of duplicates, those that belong together
+MAX_NAMES = 20  # file names of one kind of problem; `data.json` lists all
+
+# Settings that let training start although there are such problems.
+FLAGS = {
+    "unreadable image": "--set data.unreadable_images=skip",
+    "missing image": "--set data.unreadable_images=skip",
+    "unreadable mask": "--set data.unreadable_images=skip",
+    "missing caption": "--set data.missing_captions=skip",
+    "missing class": "--set data.classes=captions",
+}
 
 
-def data_section(found: dict[str, Any]) -> str:
-    """The section about the data; `found` is what `tables.facts` returns."""
-    rows = [row for row in tables.data_rows(found) if row[0] in ("train", "held out", "scaled up")]
-    parts = [f'<tr><th>{text(name)}</th><td colspan="2">{text(words)}</td></tr>' for name, words in rows]
-    most = max((bucket["examples"] for bucket in found["buckets"]), default=1)
-    for bucket in found["buckets"]:
-        bar = f'<span class="bar" style="width:{55 * bucket["examples"] / most:.1f}%"></span>'
-        crop = (
-            f"cropping loses {bucket['lost']:.0%}, at worst {bucket['worst']:.0%}" if bucket["worst"] >= 0.005 else ""
+def summary(facts: dict[str, Any]) -> dict[str, Any]:
+    """The template's variables for the section on data.
+
+    Args:
+        facts: what `tables.facts` returns, or the `data.json` of a run.
+    """
+    most = max((bucket["examples"] for bucket in facts["buckets"]), default=1)
+    buckets = [
+        {
+            "size": f"{bucket['width']}×{bucket['height']}",
+            "percent": f"{55 * bucket['examples'] / most:.1f}",
+            "examples": f"{bucket['examples']:,}",
+            "crop": tables.crop_loss(bucket) if bucket["worst"] >= 0.005 else "",
+        }
+        for bucket in facts["buckets"]
+    ]
+    notes = []
+    for finding in facts.get("findings", []):  # runs of earlier versions have none
+        groups = [" = ".join(group) for group in finding["groups"]]
+        notes.append(_note("warning", finding, groups, sum(map(len, finding["groups"]))))
+    for problem in facts["problems"]:
+        notes.append(_note("problem", problem, problem["names"][:MAX_NAMES], MAX_NAMES))
+    shown, total = facts.get("images", ()), facts["training"]
+    return {
+        "lead": "Every image and caption was checked"
+        + (". Nothing was left out." if not facts["problems"] else "; some are not used."),
+        "counts": [row for row in tables.data_rows(facts) if row[0] in ("train", "held out", "enlarged")],
+        "buckets": buckets,
+        "notes": notes,
+        "images": [{"caption": each["caption"], "tokens": each.get("tokens")} | _stored(each) for each in shown],
+        "shown": f"All {total:,} training images as the model sees them"
+        if len(shown) == total
+        else f"A sample of the training images as the model sees them: {len(shown):,} of {total:,}, evenly spaced",
+    }
+
+
+def _note(level: str, found: dict[str, Any], names: Sequence[str], shown: int) -> dict[str, str]:
+    return {
+        "level": level,
+        "summary": tables.counted(found),
+        "names": ", ".join(names) + (", …" if found["count"] > shown else ""),
+    }
+
+
+def _stored(shown: dict[str, Any]) -> dict[str, Any]:
+    """A thumbnail of `data.json`."""
+    return {"source": shown["image"], "small": True}
+
+
+def write_page(audit: Audit, facts: dict[str, Any], source: str, path: Path) -> None:
+    """Write the page of `ft data check`.
+
+    From top to bottom: whether training can start and the fixes if not, the images that are not used, the warnings, all
+    counts, and the training images (at most `MAX_IMAGES`, evenly spaced).
+
+    Args:
+        audit: the audit of the data.
+        facts: what `tables.facts` returns for it.
+        source: the data's folder or name, as the user gave it.
+        path: the page's file.
+    """
+    page = render(
+        "data_check.html.j2",
+        title=f"{source} · ft data check",
+        name=tables.short(source.rstrip("/")),
+        source=source,
+        verdict=_verdict(audit, facts),
+        problems=[_problem(kind, problems) for kind, problems in _by_kind(audit).items()],
+        warnings=[_warning(audit, finding) for finding in audit.findings],
+        data=summary(facts),
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
+    """Whether training can start on this data, why not, and what to do."""
+    kinds = Counter({kind: len(group) for kind, group in _by_kind(audit).items()})
+    details = [f"{number} × {kind}" for kind, number in kinds.items()]
+    if facts.get("cut_captions"):
+        details.append(f"{tables.count(facts['cut_captions'], 'caption')} longer than the text encoder reads")
+    stopping = sorted({problem.kind for problem in audit.problems if problem.stops})
+    ready = f"Ready to train on {tables.count(facts['training'], 'image')}."
+    if stopping:
+        level, headline = "bad", "Not ready: training would stop at these problems."
+    elif not facts["training"]:
+        level, headline = "bad", "Not ready: there is no image to train on."
+    elif facts["problems"]:
+        level, headline = "warn", f"{ready} Some files are not used."
+    else:
+        level, headline = "good", ready + (" Some images have warnings." if audit.findings else "")
+    fixes = [{"kind": kind, "advice": f"{REMEDIES[kind]}.", "flags": FLAGS.get(kind, "")} for kind in stopping]
+    return {"level": level, "headline": headline, "details": details, "fixes": fixes}
+
+
+def _by_kind(audit: Audit) -> dict[str, list[Problem]]:
+    found: dict[str, list[Problem]] = {}
+    for problem in audit.problems:
+        found.setdefault(problem.kind, []).append(problem)
+    return found
+
+
+def _problem(kind: str, problems: Sequence[Problem]) -> dict[str, Any]:
+    """One kind of problem: a preview of each image as far as it can be decoded, and the names of other files."""
+    shown, others = [], []
+    for problem in problems[:MAX_PROBLEM_IMAGES]:
+        preview = images.preview(Path(problem.name))
+        if preview is None and kind != "unreadable image":
+            others.append({"name": problem.name, "detail": problem.detail})
+        else:
+            label = {"path": problem.name, "name": tables.short(problem.name), "detail": problem.detail, "source": ""}
+            shown.append(label | (preview or {}))
+    left = len(problems) - MAX_PROBLEM_IMAGES
+    return {
+        "title": f"{len(problems)} × {kind}",
+        "images": shown,
+        "others": others,
+        "more": f"and {left:,} more; `ft data check --json` names all" if left > 0 else "",
+    }
+
+
+def _warning(audit: Audit, finding: Any) -> dict[str, Any]:
+    groups = []
+    for places in finding.examples[:MAX_GROUPS]:
+        records = [audit.images[place] for place in places[:MAX_GROUP_IMAGES]]
+        groups.append(
+            {
+                "images": [
+                    {"source": images.of_training(record, audit.background), "small": True, "name": record.name}
+                    for record in records
+                ],
+                "names": " = ".join(tables.short(record.name) for record in records),
+            }
         )
-        size = f"{bucket['width']}×{bucket['height']}"
-        parts.append(f'<tr><th>{size}</th><td>{bar}{bucket["examples"]:,}</td><td class="amount soft">{crop}</td></tr>')
-    for finding in found.get("findings", []):  # runs of earlier versions have none
-        parts.append(
-            _named("odd", finding, [" = ".join(group) for group in finding["groups"]], sum(map(len, finding["groups"])))
-        )
-    for problem in found["problems"]:
-        parts.append(_named("problem", problem, problem["names"][:NAMED], NAMED))
-    gallery = "".join(_shown(shown) for shown in found.get("images", ()))
-    gallery = f'<h3>Some of them, as the model sees them</h3>\n<div class="gallery">{gallery}</div>' if gallery else ""
-    lead = "Every image and caption was looked at before training." + (
-        "" if found["problems"] else " Nothing was left out."
-    )
-    return section(
-        "data", "The images", lead, f'<div class="card"><table class="rows">{"".join(parts)}</table></div>', gallery
-    )
-
-
-def _named(kind: str, found: dict[str, Any], names: list[str], shown: int) -> str:
-    listed = text(", ".join(names) + (", …" if found["count"] > shown else ""))
-    summary = f"{found['count']} × {text(found['kind'])}: {text(found['detail'])}"
-    return f'<tr><th class="{kind}">{kind}</th><td colspan="2"><details><summary>{summary}</summary><p>{listed}</p></details></td></tr>'
-
-
-def _shown(shown: dict[str, Any]) -> str:
-    tokens = f'<p class="soft">{text(" · ".join(shown["tokens"]))}</p>' if shown.get("tokens") else ""
-    caption = f"<figcaption>{text(shown['caption'])}</figcaption>"
-    return f"<figure>{image(shown['image'], shown['caption'], small=True)}{caption}{tokens}</figure>"
-
-
-def write_page(audit: Audit, found: dict[str, Any], source: str, path: Path) -> None:
-    """Write the page of `ft data check`: the section, and what is odd as small images."""
-    kinds = []
-    for finding in audit.findings:
-        groups = "".join(f"<figure>{_group(audit, group[:TOGETHER])}</figure>" for group in finding.examples[:GROUPS])
-        title = f"{finding.count} × {finding.kind}: {finding.detail}"
-        kinds.append(f'<h3>{text(title)}</h3>\n<div class="gallery">{groups}</div>')
-    odd = section("odd", "What is odd", "All of these train; look whether they should.", *kinds) if kinds else ""
-    head = (
-        f'<header>\n<h1>{text(tables.short(source.rstrip("/")))}</h1>\n<p class="state">{text(source)}</p>\n</header>'
-    )
-    path.write_text(document(source, head, data_section(found), odd), encoding="utf-8")
-
-
-def _group(audit: Audit, places: tuple[int, ...]) -> str:
-    shown = [audit.images[place] for place in places]
-    drawn = "".join(
-        image(images.of_training(shown_image, audit.background), shown_image.name, small=True) for shown_image in shown
-    )
-    return f"{drawn}<figcaption>{text(' = '.join(tables.short(image.name) for image in shown))}</figcaption>"
+    return {"title": f"{finding.count} × {finding.kind}: {finding.detail}", "groups": groups}

@@ -1,33 +1,33 @@
-"""Pieces that pages are made of. Other people's text passes through `text` before it goes into one."""
+"""HTML pages from the Jinja2 templates in `templates/`.
+
+Prompts, captions and file names come from other people, so every template is rendered with autoescaping.
+"""
 
 from __future__ import annotations
 
-import html
-from pathlib import Path
+import functools
 
-text = html.escape
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 
-def document(title: str, *sections: str) -> str:
-    """A page that stands alone."""
-    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n</html>\n"
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("finetune.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 
-def section(name: str, title: str, lead: str, *parts: str) -> str:
-    """A section of the page, `lead` escaped; `parts` are markup already, and empty ones are left out."""
-    return (
-        f'<section id="{name}">\n<h2>{title}</h2>\n<p class="lead">{text(lead)}</p>\n'
-        + "\n".join(filter(None, parts))
-        + "\n</section>"
-    )
+def render(template: str, /, **context: object) -> Markup:
+    """Render a template with autoescaping; `Markup` values in `context` are inserted as they are.
 
-
-def image(address: str, alternative: str, small: bool) -> str:
-    """An image by its address, which may be a `data:` URL."""
-    return f'<img src="{text(address)}" alt="{text(alternative)}"{" class=small" if small else ""} loading="lazy">'
+    Args:
+        template: a file in `finetune/report/templates`, such as `run.html.j2`.
+        context: the template's variables. A variable that the template uses and `context` lacks is an error.
+    """
+    return Markup(_environment().get_template(template).render(context))

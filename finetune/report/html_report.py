@@ -1,7 +1,4 @@
-"""`report.html`: a run on one page that stands alone, to look at and to hand on. Also good for a run that is not finished.
-
-Prompts, captions, names and paths are other people's text: whatever goes into the page passes through `text`.
-"""
+"""`report.html`: one run on one self-contained page, also for a run that has not finished."""
 
 from __future__ import annotations
 
@@ -9,30 +6,31 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import terminal
+from markupsafe import Markup
+
 from finetune.estimate import monitor
 from finetune.evaluation import mode_collapse
 from finetune.export.usage import usage
 from finetune.paths import embedded
 from finetune.planning import Plan, load_plan
-from finetune.report import images, svg_charts, tables
-from finetune.report.data_page import data_section
-from finetune.report.html import document, image, section, text
+from finetune.report import data_page, images, svg_charts, tables
+from finetune.report.html import render
+from finetune.report.svg_charts import Line
 from finetune.terminal import duration
 
-MOST_LOOKS = 8  # columns of the samples through time: the first, the last, and some spread between
-MOST_PAIRS = 12
-LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of an image before/after and in the samples through time
+MAX_SAMPLE_STEPS = 8  # columns of the sample table: the first step, the last one and some in between
+MAX_PAIRS = 12
+LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of an image in before/after and in the sample table
+METHODS = {"lora": "LoRA", "full": "Full fine-tuning", "scratch": "Training from scratch"}
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a run's folder holds, read."""
+class _RunFiles:
+    """The contents of a run's folder."""
 
     folder: Path
     plan: Plan
@@ -40,291 +38,235 @@ class _Seen:
     data: dict[str, Any] | None
     estimate: dict[str, Any] | None
     versions: dict[str, str]
-    looks: dict[int, list[images.Drawn]]
-    files: list[Path]  # of final/
+    samples: dict[int, list[images.SampleFile]]
+    files: list[Path]  # in final/
 
     @property
     def done(self) -> int:
         return int(self.records[-1]["step"]) if self.records else 0
 
+    @property
+    def train_steps(self) -> list[str]:
+        """Names of the train steps that logged a loss, such as `denoiser`."""
+        return sorted(
+            {key.removeprefix("loss.") for record in self.records for key in record if key.startswith("loss.")}
+        )
+
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) wherever `key` was measured and is a number."""
+        """(step, value) wherever `key` was logged and is finite."""
         return [(record["step"], record[key]) for record in self.records if math.isfinite(record.get(key, math.nan))]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` (and `before-after.png`) into a run's folder from what is there now; returns the page's path.
+    """Write `report.html` and `before-after.png` into a run's folder from its current contents.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run.
     """
-    seen = _read(run_folder)
-    sections = (
-        _head(seen),
-        _before_after(seen),
-        _data(seen),
-        _plan(seen),
-        _curves(seen),
-        _estimate(seen),
-        _samples(seen),
-        _results(seen),
+    run = _read(run_folder)
+    page = render(
+        "run.html.j2",
+        title=f"{run.plan.recipe.name} · {run.plan.recipe.method}",
+        head=_head(run),
+        comparison=_comparison(run),
+        data=None if run.data is None else data_page.summary(run.data),
+        plan=_plan(run),
+        training=_training(run),
+        estimate=_estimate(run),
+        samples=_samples(run),
+        result=_result(run),
     )
-    page = document(f"{seen.plan.recipe.name} · {seen.plan.recipe.method}", *sections)
-    images.write_before_after(run_folder, seen.looks)
+    images.write_before_after(run_folder, run.samples)
     path = run_folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _read(folder: Path) -> _Seen:
+def _read(folder: Path) -> _RunFiles:
     plan = load_plan(folder)
     data, estimate, versions = (folder / name for name in ("data.json", "estimate.json", "versions.json"))
     files = sorted(path for path in (folder / "final").rglob("*") if path.is_file())
-    return _Seen(
+    return _RunFiles(
         folder,
         plan,
         _records(folder / "metrics.jsonl"),
         json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
         json.loads(estimate.read_text(encoding="utf-8")) if estimate.is_file() else None,
         json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
-        images.looks(folder, plan.recipe.sample.prompts),
+        images.sample_files(folder, plan.recipe.sample.prompts),
         files,
     )
 
 
 def _records(path: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`; the last may still be in the writing."""
+    """The lines of `metrics.jsonl`, without a last line that is still being written."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-# -- sections -------------------------------------------------------------------------------------------------------------
+# -- sections, each a dictionary for the template -------------------------------------------------------------------------
 
 
-def _head(seen: _Seen) -> str:
-    plan, recipe = seen.plan, seen.plan.recipe
-    method = {"lora": "LoRA", "full": "Full fine-tuning", "scratch": "Training from scratch"}[recipe.method]
-    what = f"{method} of {recipe.model.family}" + (f" on {recipe.model.path}" if recipe.model.path else "")
-    finished = bool(seen.files)
-    state = (
-        f"<b>finished</b> after {seen.done} steps"
-        if finished
-        else f'<b class="open">not finished</b>, step {seen.done} of {plan.steps}'
-    )
-    seconds = [second for _, second in seen.series("seconds")]
+def _head(run: _RunFiles) -> dict[str, Any]:
+    plan, recipe = run.plan, run.plan.recipe
+    finished = bool(run.files)
     facts = [
         ("images", f"{plan.data.images:,}"),
-        ("steps", f"{seen.done:,}" if finished else f"{seen.done:,} / {plan.steps:,}"),
+        ("steps", f"{run.done:,}" if finished else f"{run.done:,} / {plan.steps:,}"),
     ]
-    if seconds:
-        facts += [("training", duration(sum(seconds))), ("a step", f"{statistics.median(seconds):.2g} s")]
-    for train_step in _turns(seen):
-        facts.append(
-            (
-                "loss" if len(_turns(seen)) == 1 else f"{train_step} loss",
-                f"{svg_charts.smoothed(seen.series(f'loss.{train_step}'))[-1][1]:.3g}",
-            )
-        )
-    if seen.files:
-        facts.append(
-            (
-                "file" if len(seen.files) == 1 else f"{len(seen.files)} files",
-                _bytes(sum(path.stat().st_size for path in seen.files)),
-            )
-        )
-    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
-    return f'<header>\n<h1>{text(recipe.name)}</h1>\n<p class="state">{text(what)} · {state}</p>\n<dl class="tiles">{tiles}</dl>\n</header>'
+    if seconds := [second for _, second in run.series("seconds")]:
+        facts += [("training", duration(sum(seconds))), ("per step", f"{statistics.median(seconds):.2g} s")]
+    for train_step in run.train_steps:
+        name = "loss" if len(run.train_steps) == 1 else f"{train_step} loss"
+        facts.append((name, f"{svg_charts.smoothed(run.series(f'loss.{train_step}'))[-1][1]:.3g}"))
+    if run.files:
+        name = "file" if len(run.files) == 1 else f"{len(run.files)} files"
+        facts.append((name, _bytes(sum(path.stat().st_size for path in run.files))))
+    base = f" on {recipe.model.path}" if recipe.model.path else ""
+    return {
+        "name": recipe.name,
+        "method": f"{METHODS[recipe.method]} of {recipe.model.family}{base}",
+        "finished": finished,
+        "state": "finished" if finished else "not finished",
+        "progress": f" after {run.done} steps" if finished else f", step {run.done} of {plan.steps}",
+        "facts": facts,
+    }
 
 
-def _before_after(seen: _Seen) -> str:
-    pairs = images.before_and_after(seen.looks)[:MOST_PAIRS]
+def _comparison(run: _RunFiles) -> dict[str, Any]:
+    pairs = images.before_and_after(run.samples)[:MAX_PAIRS]
     if not pairs:
-        return ""
-    first, last = min(seen.looks), max(seen.looks)
+        return {"pairs": []}
+    first, last = min(run.samples), max(run.samples)
     names = (
         "before" if first == 0 else f"step {first:,}",
-        "after" if seen.files and last == seen.done else f"step {last:,}",
+        "after" if run.files and last == run.done else f"step {last:,}",
     )
-    cards = []
-    for pair in pairs:
-        two = "".join(
-            f"<div><small>{name}</small>{_image(drawn, LARGE_SIDE, name)}</div>"
-            for name, drawn in zip(names, pair, strict=True)
-        )
-        prompt = text(pair[1].prompt)
-        cards.append(
-            f'<figure class="card"><div class="two">{two}</div><figcaption title="{prompt}">{prompt}</figcaption></figure>'
-        )
-    return f'<section id="before-after" aria-label="before and after">\n<div class="pairs">\n{chr(10).join(cards)}\n</div>\n</section>'
+    return {
+        "pairs": [
+            {
+                "prompt": pair[1].prompt,
+                "images": [(name, _picture(sample, LARGE_SIDE)) for name, sample in zip(names, pair, strict=True)],
+            }
+            for pair in pairs
+        ]
+    }
 
 
-def _data(seen: _Seen) -> str:
-    return "" if seen.data is None else data_section(seen.data)
+def _plan(run: _RunFiles) -> dict[str, Any]:
+    rows = tables.plan_rows(run.plan)
+    return {"steps": dict(rows)["steps"], "rows": [row for row in rows if row[0] != "steps"]}
 
 
-def _plan(seen: _Seen) -> str:
-    rows = tables.plan_rows(seen.plan)
-    lead = dict(rows)["steps"]
-    return section(
-        "plan", "The plan", lead, f'<div class="card">{_rows(row for row in rows if row[0] != "steps")}</div>'
-    )
-
-
-def _turns(seen: _Seen) -> list[str]:
-    return sorted({key.removeprefix("loss.") for record in seen.records for key in record if key.startswith("loss.")})
-
-
-def _curves(seen: _Seen) -> str:
-    last = float(seen.plan.steps)
-    loss, train_steps = [], _turns(seen)
-    for number, train_step in enumerate(train_steps):
-        raw = seen.series(f"loss.{train_step}")
-        several = len(train_steps) > 1
-        loss.append(svg_charts.Line(raw, "raw", "" if several else "each step"))
-        loss.append(
-            svg_charts.Line(
-                svg_charts.smoothed(raw), "other" if number else "smooth", train_step if several else "smoothed"
-            )
-        )
-    if validation := seen.series("validation"):
-        loss.append(svg_charts.Line(validation, "dots", "held-out images"))
-    watched = mode_collapse.looks(seen.records)
-    kinds = [
-        (name, [(float(look.step), getattr(look, name)) for look in watched]) for name in ("diversity", "coverage")
-    ]
-    alarms = [number for number in range(1, len(watched) + 1) if mode_collapse.lost(watched[:number], seen.plan.steps)]
-    said = (
-        f"lost at step {', '.join(str(watched[number - 1].step) for number in alarms)}"
-        if alarms
-        else "of the real images'"
-    )
-    if not loss:
-        return section("curves", "The training", "No step was taken yet.")
-    seconds, rate = seen.series("seconds"), seen.series("lr")
-    gradient = [line for train_step in train_steps for line in _raw_and_smoothed(seen.series(f"gradient.{train_step}"))]
+def _training(run: _RunFiles) -> dict[str, Any]:
+    if not run.train_steps:
+        return {"lead": "No step has been taken yet.", "charts": []}
+    last = float(run.plan.steps)
+    seconds, rate = run.series("seconds"), run.series("lr")
+    gradient = [line for train_step in run.train_steps for line in _raw_and_smoothed(run, f"gradient.{train_step}")]
     typical = svg_charts.smoothed(seconds, statistics.median)
-    clipped = "before clipping" if seen.plan.recipe.optimizer.clip_norm else ""
-    drawn = (
-        svg_charts.chart("Loss", loss, last=last),
+    clipped = "before clipping" if run.plan.recipe.optimizer.clip_norm else ""
+    charts = (
+        svg_charts.chart("Loss", _loss_lines(run), last=last),
         svg_charts.chart(
-            "Seconds a step",
-            [svg_charts.Line(seconds, "raw"), svg_charts.Line(typical, "smooth")],
-            from_zero=True,
-            last=last,
+            "Seconds per step", [Line(seconds, "raw"), Line(typical, "smooth")], from_zero=True, last=last
         ),
-        svg_charts.chart("Learning rate", [svg_charts.Line(rate, "smooth")], from_zero=True, last=last),
+        svg_charts.chart("Learning rate", [Line(rate, "smooth")], from_zero=True, last=last),
         svg_charts.chart("Gradient norm", gradient, clipped, last=last),
-        svg_charts.chart(
-            "Modes",
-            [svg_charts.Line(points, "dots" if name == "coverage" else "smooth", name) for name, points in kinds],
-            said,
-            True,
-            last,
-        ),
+        _mode_chart(run, last),
     )
-    body = "\n".join(filter(None, drawn))
-    return section(
-        "curves", "The training", f"{seen.done} of {seen.plan.steps} steps.", f'<div class="charts">\n{body}\n</div>'
-    )
+    return {"lead": f"{run.done} of {run.plan.steps} steps.", "charts": charts}
 
 
-def _raw_and_smoothed(points: list[tuple[float, float]]) -> list[svg_charts.Line]:
-    return [svg_charts.Line(points, "raw"), svg_charts.Line(svg_charts.smoothed(points), "smooth")]
+def _loss_lines(run: _RunFiles) -> list[Line]:
+    lines, several = [], len(run.train_steps) > 1
+    for number, train_step in enumerate(run.train_steps):
+        raw = run.series(f"loss.{train_step}")
+        lines.append(Line(raw, "raw", "" if several else "each step"))
+        style = "other" if number else "smooth"
+        lines.append(Line(svg_charts.smoothed(raw), style, train_step if several else "smoothed"))
+    if validation := run.series("validation"):
+        lines.append(Line(validation, "dots", "held-out images"))
+    return lines
 
 
-def _estimate(seen: _Seen) -> str:
-    if seen.estimate is None:
-        return ""
-    head = "".join(f'<td class="amount soft">{name}</td>' for name in ("estimated", "measured", "off by"))
-    body = "".join(
-        f"<tr><th>{name}</th>" + "".join(f'<td class="amount">{text(words)}</td>' for words in texts) + "</tr>"
-        for name, *texts in monitor.rows(seen.estimate)
-    )
-    gpu, reason = seen.estimate["gpu"], seen.estimate["no_estimate"]
+def _mode_chart(run: _RunFiles, last: float) -> Markup:
+    """Diversity and coverage of the samples, for runs that are monitored for mode collapse."""
+    checks = mode_collapse.checks(run.records)
+    collapsed = [
+        str(checks[number - 1].step)
+        for number in range(1, len(checks) + 1)
+        if mode_collapse.problem(checks[:number], run.plan.steps)
+    ]
+    summary = f"mode collapse at step {', '.join(collapsed)}" if collapsed else "relative to the real images"
+    diversity = [(float(check.step), check.diversity) for check in checks]
+    coverage = [(float(check.step), check.coverage) for check in checks]
+    lines = [Line(diversity, "smooth", "diversity"), Line(coverage, "dots", "coverage")]
+    return svg_charts.chart("Modes", lines, summary, from_zero=True, last=last)
+
+
+def _raw_and_smoothed(run: _RunFiles, key: str) -> list[Line]:
+    points = run.series(key)
+    return [Line(points, "raw"), Line(svg_charts.smoothed(points), "smooth")]
+
+
+def _estimate(run: _RunFiles) -> dict[str, Any] | None:
+    if run.estimate is None:
+        return None
+    gpu, reason = run.estimate["gpu"], run.estimate["no_estimate"]
     lead = (
-        f"What was said before the first step for {gpu}, and what the run then took."
+        f"The estimate for {gpu} before the first step, and what the run measured."
         if gpu
         else f"There was no estimate: {reason}."
     )
-    return section(
-        "estimate",
-        "Estimated and measured",
-        lead,
-        f'<div class="card"><table class="rows"><tr><th></th>{head}</tr>{body}</table></div>',
-    )
+    return {"lead": lead, "rows": monitor.rows(run.estimate)}
 
 
-def _samples(seen: _Seen) -> str:
-    """Rows are the prompts of the last look, columns steps."""
-    if not seen.looks:
-        return ""
-    steps = sorted(seen.looks)
-    if len(steps) > MOST_LOOKS:
-        steps = sorted({steps[round(number * (len(steps) - 1) / (MOST_LOOKS - 1))] for number in range(MOST_LOOKS)})
-    at = {step: {(drawn.prompt, drawn.seed): drawn for drawn in seen.looks[step]} for step in steps}
-    head = "".join(f"<th>step {step:,}</th>" for step in steps)
-    body = []
-    for row in seen.looks[steps[-1]]:
-        cells = [at[step].get((row.prompt, row.seed)) for step in steps]
-        shown = "".join(
-            f"<td>{_image(cell, SMALL_SIDE, f'step {step}') if cell else ''}</td>"
-            for step, cell in zip(steps, cells, strict=True)
-        )
-        body.append(f'<tr><th><div title="{text(row.prompt)}">{text(row.prompt)}</div></th>{shown}</tr>')
-    table = f'<div class="card strip"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    lead = "The same prompt and seed at every look: only the weights change."
-    if seen.plan.recipe.model.family == "autoencoder-kl":
-        lead = "In each pair a training image above, what came back from its latent below."
-    return section("samples", "The samples through time", lead, table)
+def _samples(run: _RunFiles) -> dict[str, Any] | None:
+    """Rows are the prompts of the last sampled step, columns are steps."""
+    if not run.samples:
+        return None
+    steps = sorted(run.samples)
+    if len(steps) > MAX_SAMPLE_STEPS:
+        spread = (round(number * (len(steps) - 1) / (MAX_SAMPLE_STEPS - 1)) for number in range(MAX_SAMPLE_STEPS))
+        steps = sorted({steps[index] for index in spread})
+    at = {step: {(sample.prompt, sample.seed): sample for sample in run.samples[step]} for step in steps}
+    rows = []
+    for row in run.samples[steps[-1]]:
+        cells = [(step, at[step].get((row.prompt, row.seed))) for step in steps]
+        shown = [(f"{step:,}", _picture(cell, SMALL_SIDE) if cell else None) for step, cell in cells]
+        rows.append({"prompt": row.prompt, "images": shown})
+    lead = "Each row keeps its prompt and seed; only the weights change."
+    if run.plan.recipe.model.family == "autoencoder-kl":
+        lead = "In each pair, a training image (top) and its reconstruction (bottom)."
+    return {"lead": lead, "steps": [f"{step:,}" for step in steps], "rows": rows}
 
 
-def _results(seen: _Seen) -> str:
-    files = [(str(path.relative_to(seen.folder)), _bytes(path.stat().st_size)) for path in seen.files]
-    listed = "".join(f'<tr><td>{text(name)}</td><td class="amount soft">{size}</td></tr>' for name, size in files)
-    if not files:
-        place = shlex.quote(str(seen.folder))
-        resume = f"ft train {shlex.quote(str(seen.folder / 'recipe.yaml'))} --set output.folder={place} --resume"
-        parts = [
-            "<p>Nothing was written yet. This goes on with the run:</p>",
-            f'<div class="card"><pre>{text(resume)}</pre></div>',
-        ]
-    else:
-        parts = [f'<div class="card"><table class="rows">{listed}</table></div>', "<h3>To draw with it</h3>"]
-        lines = usage(seen.plan, embedded(seen.plan.recipe.model.path or ""), str(seen.folder / "final"))
-        parts.append(f'<div class="card"><pre>{text(lines)}</pre></div>')
-    made = [
-        f"seed {seen.plan.recipe.train.seed}",
-        *(f"{name} {version}" for name, version in seen.versions.items() if version != "absent"),
-    ]
-    return section(
-        "results",
-        "The result",
-        f"In {seen.folder}",
-        *parts,
-        f'<h3>Made with</h3><p class="soft">{text(" · ".join(made))}</p>',
-    )
+def _result(run: _RunFiles) -> dict[str, Any]:
+    folder = shlex.quote(str(run.folder))
+    recipe = shlex.quote(str(run.folder / "recipe.yaml"))
+    base = embedded(run.plan.recipe.model.path or "")
+    versions = [f"{name} {version}" for name, version in run.versions.items() if version != "absent"]
+    return {
+        "folder": str(run.folder),
+        "files": [(str(path.relative_to(run.folder)), _bytes(path.stat().st_size)) for path in run.files],
+        "usage": usage(run.plan, base, str(run.folder / "final")) if run.files else "",
+        "resume": f"ft train {recipe} --set output.folder={folder} --resume",
+        "environment": [f"seed {run.plan.recipe.train.seed}", *versions],
+    }
 
 
 # -- small parts ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(rows: Iterable[terminal.Row]) -> str:
-    return (
-        '<table class="rows">'
-        + "".join(f"<tr><th>{text(name)}</th><td>{text(words)}</td></tr>" for name, words in rows)
-        + "</table>"
-    )
-
-
-def _image(drawn: images.Drawn, side: int, name: str) -> str:
+def _picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
     from PIL import Image
 
-    with Image.open(drawn.path) as shown_image:
-        return image(
-            images.inside_page(shown_image, side),
-            f"{drawn.prompt}, {name}",
-            small=max(shown_image.size) <= images.LOSSLESS_SIDE,
-        )
+    with Image.open(sample.path) as image:
+        return images.embed(image, side)
 
 
 def _bytes(count: int) -> str:

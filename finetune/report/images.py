@@ -1,88 +1,99 @@
-"""Images for people: labeled grids, before and after, and images inside a page. Pillow is imported where it is used."""
+"""Image grids, before/after sheets and images embedded in pages. Pillow is imported where it is used."""
 
 from __future__ import annotations
 
 import base64
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
     from finetune.data.audit import audit
 
-CELL = 192  # pixels: smaller images are enlarged by the whole number that fits, so that one sees something
-LARGEST_CELL = 512  # wider ones are scaled down: a grid is to look at, the images lie beside it
-COLUMNS = 8  # pairs of a before/after in one row
+CELL = 192  # pixels; smaller images are enlarged by the largest integer factor that fits
+LARGEST_CELL = 512  # pixels; wider images are scaled down (the originals lie next to the grid)
+COLUMNS = 8  # before/after pairs in one row
 TEXT = 14  # pixels
-LOSSLESS_SIDE = 160  # up to this an image goes into a page as it is
+MAX_PREVIEW_PIXELS = 100_000_000  # larger damaged images get no preview
+LOSSLESS_SIDE = 160  # pixels; images up to this size are embedded losslessly
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A sample on disk and what it was drawn from."""
+class SampleFile:
+    """A sample on disk with its prompt and seed."""
 
     path: Path
     prompt: str
     seed: str
 
 
-def looks(run_folder: Path, prompts: Sequence[str]) -> dict[int, list[Drawn]]:
-    """Every look at the samples of a run, by finished steps; `prompts` name images that do not say theirs themselves."""
-    found = {}
+def sample_files(run_folder: Path, prompts: Sequence[str]) -> dict[int, list[SampleFile]]:
+    """The samples of a run by the number of finished steps.
+
+    Args:
+        run_folder: the run's folder.
+        prompts: the recipe's prompts, for images that do not store their own.
+    """
+    samples = {}
     for folder in sorted((run_folder / "samples").glob("step-*")):
         files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
         if files and folder.name.removeprefix("step-").isdigit():
-            found[int(folder.name.removeprefix("step-"))] = [_drawn(path, prompts) for path in files]
-    return found
+            samples[int(folder.name.removeprefix("step-"))] = [_sample_file(path, prompts) for path in files]
+    return samples
 
 
-def _drawn(path: Path, prompts: Sequence[str]) -> Drawn:
+def _sample_file(path: Path, prompts: Sequence[str]) -> SampleFile:
     from PIL import Image
 
     number = int(path.stem)
     with Image.open(path) as image:
         prompt, seed = image.info.get("prompt"), image.info.get("seed", "")
-    return Drawn(
-        path, prompt if prompt is not None else prompts[number] if number < len(prompts) else str(number), seed
-    )
+    if prompt is None:
+        prompt = prompts[number] if number < len(prompts) else str(number)
+    return SampleFile(path, prompt, seed)
 
 
-def before_and_after(found: dict[int, list[Drawn]]) -> list[tuple[Drawn, Drawn]]:
-    """For each prompt and seed of the last look its sample of the first look and of the last; empty with fewer than two looks."""
-    if len(found) < 2:
+def before_and_after(samples: dict[int, list[SampleFile]]) -> list[tuple[SampleFile, SampleFile]]:
+    """Pairs of the first and the last sample of each prompt and seed; empty with fewer than two sampled steps."""
+    if len(samples) < 2:
         return []
-    first = {(drawn.prompt, drawn.seed): drawn for drawn in found[min(found)]}
-    return [
-        (first[drawn.prompt, drawn.seed], drawn) for drawn in found[max(found)] if (drawn.prompt, drawn.seed) in first
-    ]
+    first = {(sample.prompt, sample.seed): sample for sample in samples[min(samples)]}
+    last = samples[max(samples)]
+    return [(first[sample.prompt, sample.seed], sample) for sample in last if (sample.prompt, sample.seed) in first]
 
 
-def write_before_after(run_folder: Path, found: dict[int, list[Drawn]]) -> Path | None:
-    """`before-after.png` in the run's folder: each prompt's first sample above its last; None where there are not two looks."""
+def write_before_after(run_folder: Path, samples: dict[int, list[SampleFile]]) -> Path | None:
+    """Write `before-after.png` into the run's folder, each prompt's first sample above its last one.
+
+    Returns:
+        The file, or None with fewer than two sampled steps.
+    """
     from PIL import Image
 
-    pairs = before_and_after(found)
+    pairs = before_and_after(samples)
     if not pairs:
         return None
     stacked = []
     for pair in pairs:
-        above, below = (enlarged(Image.open(drawn.path).convert("RGB")) for drawn in pair)
+        above, below = (enlarged(Image.open(sample.path).convert("RGB")) for sample in pair)
         both = Image.new("RGB", (max(above.width, below.width), above.height + below.height + 2), "white")
         both.paste(above, (0, 0))
         both.paste(below, (0, above.height + 2))
         stacked.append(both)
-    title = f"above: {'before training' if min(found) == 0 else f'after {min(found)} steps'}   below: after {max(found)} steps"
+    start = "before training" if min(samples) == 0 else f"after {min(samples)} steps"
+    title = f"top: {start}   bottom: after {max(samples)} steps"
     path = run_folder / "before-after.png"
     grid(stacked, [after.prompt for _, after in pairs], columns=min(COLUMNS, len(pairs)), title=title).save(path)
     return path
 
 
 def enlarged(image: PilImage) -> PilImage:
-    """Small images ×2, ×3 … without smoothing, large ones scaled down."""
+    """Enlarge a small image ×2, ×3 … without smoothing; scale a large one down."""
     from PIL import Image
 
     factor = CELL // max(1, image.width)
@@ -98,7 +109,15 @@ def enlarged(image: PilImage) -> PilImage:
 def grid(
     images: Sequence[PilImage], labels: Sequence[str] = (), columns: int | None = None, title: str = "", gap: int = 8
 ) -> PilImage:
-    """Images side by side on white, `columns` a row (as square as possible if not given), a label of at most two lines under each."""
+    """Arrange images in a grid on white.
+
+    Args:
+        images: the cells, row by row.
+        labels: text under each image, at most two lines.
+        columns: images per row; None: about as many columns as rows.
+        title: text above the grid.
+        gap: pixels between images.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
@@ -124,27 +143,27 @@ def grid(
 def sheet(
     images: Sequence[PilImage], rows: Sequence[str], columns: Sequence[str], title: str, gap: int = 8
 ) -> PilImage:
-    """A table of images, row after row, on white: a title over it, the name of each row left of it and of each column above."""
+    """Arrange images in a table on white, row by row, with names left of the rows and above the columns."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(TEXT)
     width, height, line = max(p.width for p in images), max(p.height for p in images), TEXT + 4
     left, top = gap + round(max(map(font.getlength, rows))) + gap, gap + 2 * line + gap
-    made = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
-    pen = ImageDraw.Draw(made)
-    pen.text((gap, gap), _wrapped(title, made.width - 2 * gap, font.getlength)[0], "#111111", font)
+    canvas = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((gap, gap), _wrapped(title, canvas.width - 2 * gap, font.getlength)[0], "#111111", font)
     for number, name in enumerate(columns):
         pen.text((left + number * (width + gap), gap + line), name, "#444444", font)
     for number, name in enumerate(rows):
         pen.text((gap, top + number * (height + gap) + height // 2 - TEXT // 2), name, "#444444", font)
     for number, image in enumerate(images):
         row, column = divmod(number, len(columns))
-        made.paste(image, (left + column * (width + gap), top + row * (height + gap)))
-    return made
+        canvas.paste(image, (left + column * (width + gap), top + row * (height + gap)))
+    return canvas
 
 
 def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]:
-    """`text` in at most two lines no wider than `width` pixels, cut with … where it is longer."""
+    """Wrap `text` into at most two lines of `width` pixels, cut with … where it is longer."""
     lines: list[str] = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -162,8 +181,18 @@ def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]
     return shown
 
 
-def inside_page(image: PilImage, side: int) -> str:
-    """A data URI: up to `LOSSLESS_SIDE` the image as it is, else scaled to fit `side` × `side`; WebP."""
+def embed(image: PilImage, side: int) -> dict[str, Any]:
+    """The template's variables for an image: `source`, a data URI, and `small`, which disables smoothing.
+
+    Args:
+        image: an image of any size.
+        side: images over `LOSSLESS_SIDE` are scaled to fit `side` × `side` pixels.
+    """
+    return {"source": data_uri(image, side), "small": max(image.size) <= LOSSLESS_SIDE}
+
+
+def data_uri(image: PilImage, side: int) -> str:
+    """Encode an image as a WebP data URI, lossless up to `LOSSLESS_SIDE`, else scaled to fit `side` × `side` pixels."""
     buffer = io.BytesIO()
     image = image.convert("RGB")
     if max(image.size) <= LOSSLESS_SIDE:
@@ -175,7 +204,27 @@ def inside_page(image: PilImage, side: int) -> str:
 
 
 def of_training(image: audit.ImageRecord, background: str) -> str:
-    """An image of the data as the model sees it, as a data URI."""
+    """A training image as the model sees it (scaled and cropped), as a data URI."""
     from finetune.data.media.image import apply, decode
 
-    return inside_page(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)
+    return data_uri(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)
+
+
+def preview(path: Path) -> dict[str, Any] | None:
+    """A thumbnail of an image file as far as it can be decoded, or None: truncated files show their first rows."""
+    from PIL import Image, ImageFile
+
+    if not path.is_file():
+        return None
+    strict = ImageFile.LOAD_TRUNCATED_IMAGES
+    try:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            if image.width * image.height > MAX_PREVIEW_PIXELS:
+                return None
+            image.draft("RGB", (2 * LOSSLESS_SIDE, 2 * LOSSLESS_SIDE))
+            return embed(image, LOSSLESS_SIDE)
+    except Exception:  # Pillow's readers raise many kinds of errors on damaged files
+        return None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict

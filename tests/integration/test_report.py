@@ -210,7 +210,7 @@ def test_the_right_images_are_in_the_right_places(finished: Plan) -> None:
 
 def test_the_curves_have_a_point_for_every_step(finished: Plan) -> None:
     page = read(Path(finished.folder))
-    for title in ("Loss", "Seconds a step", "Gradient norm"):
+    for title in ("Loss", "Seconds per step", "Gradient norm"):
         assert len(page.line(title, "raw")) == 40
     assert len(page.line("Learning rate", "smooth")) == 40
     assert len(page.line("Loss", "dots")) == 4
@@ -224,7 +224,7 @@ def test_a_run_that_has_only_begun_has_a_page(data: Path, tmp_path: Path) -> Non
     plan = start(recipe_of(data, tmp_path / "run"))
     page = read(tmp_path / "run")
     assert "not finished, step 0 of 40" in page.text[""]
-    assert "No step was taken yet" in page.text["curves"]
+    assert "No step has been taken yet" in page.text["curves"]
     assert "--resume" in page.text["results"]
     assert not (tmp_path / "run" / "before-after.png").exists()
     log(plan, 1)
@@ -260,7 +260,7 @@ def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     page = read(tmp_path / "run")
     assert "AutoencoderKL.from_pretrained" in page.text["results"]
-    assert "l1 of the pixels + 0.001 × KL" in page.text["plan"]
+    assert "l1 reconstruction error + 0.001 × KL divergence" in page.text["plan"]
 
 
 def test_large_images_and_many_looks_keep_the_page_small(data: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> N
         plan, recipe=dataclasses.replace(plan.recipe, sample=dataclasses.replace(sample, seed=-1))
     )
     look(later, 40, [noise(50 + prompt) for prompt in range(4)])
-    pairs = images.before_and_after(images.looks(tmp_path / "run", later.recipe.sample.prompts))
+    pairs = images.before_and_after(images.sample_files(tmp_path / "run", later.recipe.sample.prompts))
     assert [(before.path.name, after.path.name, after.prompt) for before, after in pairs] == [
         ("00.png", "01.png", PROMPTS[0]), ("01.png", "02.png", PROMPTS[1]), ("02.png", "03.png", PROMPTS[2]),
     ]  # fmt: skip
@@ -349,10 +349,10 @@ def test_long_lines_are_thinned_and_lose_no_spike() -> None:
     points = [(float(x), float(x % 7)) for x in range(100_001)]
     points[77_777] = (77_777.0, 99.0)
     thin = svg_charts.thinned(points)
-    assert len(thin) <= svg_charts.MOST_POINTS
+    assert len(thin) <= svg_charts.MAX_POINTS
     assert (77_777.0, 99.0) in thin
     assert thin == sorted(thin)
-    assert len(svg_charts.smoothed(points)) <= svg_charts.MOST_POINTS
+    assert len(svg_charts.smoothed(points)) <= svg_charts.MAX_POINTS
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "train 6 images" in lines
     assert any(line.startswith("sizes 32×32 4 █") and line.endswith("nothing is cropped away") for line in lines)
-    assert any(line.startswith("48×16 2 █") and line.endswith("cropping loses 33%, at worst 33%") for line in lines)
-    assert "scaled up 6 images, smaller than the size they train at" in lines
+    assert any(line.startswith("48×16 2 █") and line.endswith("cropping removes 33% on average, 33% at most") for line in lines)
+    assert "enlarged 6 images, smaller than the training size" in lines
     assert any(line.startswith("problem 1 × unreadable") and line.endswith("(broken.png)") for line in lines)
     assert any(line.endswith('1.png "image 1"') for line in lines)
     found = tables.facts(scan(several.data))
@@ -394,7 +394,7 @@ def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_pat
     rows = dict(tables.plan_rows(plan))
     assert rows["steps"] == "6 images ÷ batch 2 ÷ accumulation 3 = 1 steps an epoch → 40 steps = 40 epochs"
     assert rows["trains"] == "LoRA, rank-stabilized on attention of the denoiser: rank 16, alpha 8 (scale 8/√16 = 2)"
-    assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, noise up to zero terminal SNR"
+    assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, zero terminal SNR"
     text = tables.plan(plan).splitlines()
     assert len({line.index(value) for line, value in zip(text[1:], rows.values(), strict=True)}) == 1  # one column
     trained = dataclasses.replace(
@@ -402,14 +402,14 @@ def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_pat
     )
     assert (
         dict(tables.plan_rows(dataclasses.replace(plan, recipe=trained)))["trains"]
-        == "all weights of denoiser and text encoder"
+        == "all weights of the denoiser and the text encoder"
     )
     assert load_plan(tmp_path / "run") == plan
 
 
 def test_the_report_needs_no_torch() -> None:
     """`ft` stands on this side: it starts in a fraction of a second."""
-    code = "import sys, finetune.report.page; print({'torch', 'numpy', 'PIL', 'diffusers'} & sys.modules.keys())"
+    code = "import sys, finetune.report.html_report; print({'torch', 'numpy', 'PIL', 'diffusers'} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
     )

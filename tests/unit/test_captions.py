@@ -13,7 +13,7 @@ from finetune.data.sources import table
 from finetune.data.sources.captions import Caption, Captions
 from finetune.errors import UserError
 from finetune.report import tables
-from finetune.report.data_page import NAMED, data_section
+from finetune.report.data_page import MAX_NAMES, summary
 from tests.unit.test_data import captions, data, problems, put
 
 
@@ -154,10 +154,11 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_every_image_that_does_not_train_is_named(tmp_path: Path) -> None:
     """In `data.json` and by `ft data check --json`; tables and pages name some, and say that there are more."""
     put(tmp_path, "a.png", caption="x")
-    for number in range(NAMED + 5):
+    for number in range(MAX_NAMES + 5):
         (tmp_path / f"{number:02d}.png").write_bytes(b"")
     found = tables.facts(scan(data(tmp_path, unreadable_images="skip", missing_captions="empty")))
     (problem,) = found["problems"]
-    assert problem["names"] == [str(tmp_path / f"{number:02d}.png") for number in range(NAMED + 5)]
-    page = data_section(found)
-    assert f"{NAMED - 1:02d}.png, …" in page and f"{NAMED:02d}.png" not in page
+    assert problem["names"] == [str(tmp_path / f"{number:02d}.png") for number in range(MAX_NAMES + 5)]
+    (note,) = summary(found)["notes"]
+    page = note["names"]
+    assert f"{MAX_NAMES - 1:02d}.png, …" in page and f"{MAX_NAMES:02d}.png" not in page

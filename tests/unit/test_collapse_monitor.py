@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from finetune.evaluation import collapse_monitor
-from finetune.evaluation.mode_collapse import Look, alarm, lost
+from finetune.evaluation.mode_collapse import Check, problem, warning
 from finetune.job import Job
 from finetune.models.base import SampleRequest
 from finetune.models.scratch.base import PixelModel
@@ -18,7 +18,7 @@ from finetune.rng import Draw
 from tests.helpers import scratch, tiny
 
 LOOKED_AT = 24  # images
-GOOD = (Look(10, 0.9, 0.4), Look(20, 1.0, 0.5))
+GOOD = (Check(10, 0.9, 0.4), Check(20, 1.0, 0.5))
 
 
 @pytest.fixture(autouse=True)
@@ -29,23 +29,23 @@ def _few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        ((Look(10, 0.02, 0.0),), ""),  # a net that knows nothing yet
-        ((Look(10, 0.02, 0.0), Look(30, 0.05, 0.0)), "nearly all alike: 5%"),
+        ((Check(10, 0.02, 0.0),), ""),  # a net that knows nothing yet
+        ((Check(10, 0.02, 0.0), Check(30, 0.05, 0.0)), "nearly all alike: 5%"),
         (GOOD, ""),
-        ((*GOOD, Look(30, 0.45, 0.4)), "diversity fell from 100% to 45%"),
-        ((*GOOD, Look(30, 0.9, 0.2)), "coverage fell from 50% to 20%"),
-        ((*GOOD, Look(30, 0.7, 0.3)), ""),
-        ((Look(10, 0.4, 0.04), Look(20, 0.31, 0.01)), ""),  # there was nothing yet to lose
+        ((*GOOD, Check(30, 0.45, 0.4)), "diversity fell from 100% to 45%"),
+        ((*GOOD, Check(30, 0.9, 0.2)), "coverage fell from 50% to 20%"),
+        ((*GOOD, Check(30, 0.7, 0.3)), ""),
+        ((Check(10, 0.4, 0.04), Check(20, 0.31, 0.01)), ""),  # there was nothing yet to lose
     ],
 )
-def test_when_modes_are_lost(found: tuple[Look, ...], told: str) -> None:
-    assert told in lost(found, 100) and bool(told) == bool(lost(found, 100))
+def test_when_modes_are_problem(found: tuple[Check, ...], told: str) -> None:
+    assert told in problem(found, 100) and bool(told) == bool(problem(found, 100))
 
 
 def test_an_alarm_says_what_helps() -> None:
-    said = alarm([*GOOD, Look(30, 0.1, 0.0)], 100, "GAN")
+    said = warning([*GOOD, Check(30, 0.1, 0.0)], 100, "GAN")
     assert said.startswith("step 30: ") and "net.minibatch" in said
-    assert alarm(GOOD, 100, "GAN") == ""
+    assert warning(GOOD, 100, "GAN") == ""
 
 
 def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
@@ -78,7 +78,7 @@ def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, capsys: pytest.Captur
     assert second["watch.diversity"] == last["watch.diversity"] == pytest.approx(1, abs=0.1)
     assert last["watch.coverage"] == 1
     page = write_report(job.run.folder).read_text()
-    assert "Modes" in page and "lost at step" not in page
+    assert "Modes" in page and "mode collapse at step" not in page
 
 
 def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,11 +86,11 @@ def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture
     job.trainer.train()
     said = capsys.readouterr().out
     assert (
-        "step 4: drawn images are nearly all alike: 0% of the real ones' diversity. What helps: net.minibatch" in said
+        "step 4: the samples are nearly all alike: 0% of the real images' diversity. What helps: net.minibatch" in said
         and "step 2: " not in said
     )
     assert records(job)[-1]["watch.diversity"] == 0
-    assert "lost at step 4" in write_report(job.run.folder).read_text()
+    assert "mode collapse at step 4" in write_report(job.run.folder).read_text()
 
 
 def test_what_was_seen_before_a_kill_counts(tmp_path: Path) -> None:
