@@ -184,7 +184,7 @@ def _schedule(plan: Plan) -> str:
         else "none"
     ]
     parts += [f"validation every {train.validate_every}"] if plan.data.held_out else []
-    parts += [f"mode collapse checked every {sample.collapse_check_every}"] if sample.watch_every else []
+    parts += [f"mode collapse checked every {sample.collapse_check_every}"] if sample.collapse_check_every else []
     return ", ".join(parts)
 
 
