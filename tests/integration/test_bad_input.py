@@ -37,13 +37,13 @@ def png_of_20000_pixels() -> bytes:
 
 
 @case(r'unknown key "batchsize" in train.*--set train.batchsize', 'did you mean "batch_size"')
-def misspelt_key(scene: Scene) -> None:
+def misspelled_key(scene: Scene) -> None:
     scene.set("train.batchsize=2")
 
 
-@case(r'unknown key "optimizer".*recipe.yaml:8', 'did you mean "optimizer"')
-def misspelt_section(scene: Scene) -> None:
-    scene.recipe.write_text(re.sub("^optimizer", "optimizer", scene.recipe.read_text(), flags=re.MULTILINE) + "\n")
+@case(r'unknown key "optimizr".*recipe.yaml:8', 'did you mean "optimizer"')
+def misspelled_section(scene: Scene) -> None:
+    scene.recipe.write_text(re.sub("^optimizer", "optimizr", scene.recipe.read_text(), flags=re.MULTILINE) + "\n")
     scene.recipe.write_text("# a\n# b\n# c\n" + scene.recipe.read_text())
 
 

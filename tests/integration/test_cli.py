@@ -44,7 +44,7 @@ HEAVY = {
         "from finetune.cli import main; main.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
         "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, images, scan, sources",
-        "from finetune.report import nets, page, tables; from finetune.commands import check, doctor, export, gpus, recipes, sample, train",
+        "from finetune.report import html_report, model_summary, tables; from finetune.cli import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
 def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_sample_and_export_pass_on_what_was_asked(
         return [tmp_path / "a"]
 
     monkeypatch.setattr(finetune.inference.sample, "sample", take)
-    monkeypatch.setattr(finetune.commands.export, "export", take)
+    monkeypatch.setattr(finetune.cli.export, "export", take)
     named = ["--steps", "5", "--guidance", "2.5", "--sampler", "ddim", "--eta", "0.5", "--out", "there"]
     assert ft("sample", "runs/x", "--prompt", "a", "--prompt", "b c", "--seed", "3", "--seed", "4", *named) == 0
     asked = {

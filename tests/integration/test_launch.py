@@ -172,7 +172,7 @@ with launched():
         time.sleep(0.3)  # such as a checkpoint being written
         Path({str(tmp_path / "finished")!r}).touch()
 """
-    outer = f"import sys; from finetune.commands import train; sys.exit(train.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
+    outer = f"import sys; from finetune.cli import train; sys.exit(train.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 
     def as_in_a_terminal() -> None:  # whoever runs the tests in the background has made them deaf to Ctrl-C
@@ -208,7 +208,7 @@ with launched():
         Path({str(tmp_path / "stopped")!r}).write_text(str(stopped.number))
 """
     if gone == "ft train":
-        outer = f"from finetune.commands import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
+        outer = f"from finetune.cli import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
     else:
         outer = f"import sys; sys.argv = ['', {script!r}]; {_LAUNCHER}"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "ACCELERATE_MIXED_PRECISION": "no"}
