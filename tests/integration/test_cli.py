@@ -44,7 +44,8 @@ HEAVY = {
         "from finetune.cli import main; main.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
         "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, images, scan, sources",
-        "from finetune.report import html_report, model_summary, tables; from finetune.cli import check, doctor, export, gpus, recipes, sample, train",
+        "from finetune.report import html_report, model_summary, tables; "
+        "from finetune.cli import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
 def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:

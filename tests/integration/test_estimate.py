@@ -316,7 +316,8 @@ def test_bad_input_is_told_in_a_sentence(
 
 
 def test_no_torch_is_imported() -> None:
-    program = "import sys; from finetune.cli import main\ntry: main.main(['estimate', '--images', '3000', '--gpu', 'rtx3090'])\nexcept SystemExit: pass\n"
+    program = "import sys; from finetune.cli import main\n"
+    program += "try: main.main(['estimate', '--images', '3000', '--gpu', 'rtx3090'])\nexcept SystemExit: pass\n"
     program += "sys.exit(', '.join({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)) or 0)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]

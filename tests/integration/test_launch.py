@@ -208,7 +208,9 @@ with launched():
         Path({str(tmp_path / "stopped")!r}).write_text(str(stopped.number))
 """
     if gone == "ft train":
-        outer = f"from finetune.cli import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
+        outer = (
+            f"from finetune.cli import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
+        )
     else:
         outer = f"import sys; sys.argv = ['', {script!r}]; {_LAUNCHER}"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "ACCELERATE_MIXED_PRECISION": "no"}

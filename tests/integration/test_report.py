@@ -379,7 +379,9 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "train 6 images" in lines
     assert any(line.startswith("sizes 32×32 4 █") and line.endswith("nothing is cropped away") for line in lines)
-    assert any(line.startswith("48×16 2 █") and line.endswith("cropping removes 33% on average, 33% at most") for line in lines)
+    assert any(
+        line.startswith("48×16 2 █") and line.endswith("cropping removes 33% on average, 33% at most") for line in lines
+    )
     assert "enlarged 6 images, smaller than the training size" in lines
     assert any(line.startswith("problem 1 × unreadable") and line.endswith("(broken.png)") for line in lines)
     assert any(line.endswith('1.png "image 1"') for line in lines)
