@@ -3,7 +3,7 @@
     python redraw.py JOBS.json
 
 Each job: `artifact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
-trainer's last image), `out` (the image to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call).
+trainer's last image), `out` (the image to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call), `bool_masks` (see below).
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def redraw(job: dict[str, Any]) -> Any:
         if (Path(job["artifact"]) / "scheduler").is_dir():
             pipeline.scheduler = DDIMScheduler.from_pretrained(job["artifact"], subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
+    if job.get("bool_masks"):
+        make_masks_boolean(pipeline)
     return pipeline(
         prompt=job["prompt"],
         **job["arguments"],
@@ -49,6 +51,19 @@ def redraw(job: dict[str, Any]) -> Any:
         height=32,
         width=32,
     ).images[0]
+
+
+def make_masks_boolean(pipeline: Any) -> None:
+    """Let a pipeline's float masks mask: attention adds them to its scores as they are (huggingface/diffusers, issue 13619)."""
+    encode = pipeline.encode_prompt
+
+    def with_masks(**arguments: Any) -> Any:
+        return tuple(
+            part.bool() if part is not None and part.dim() == 2 and len(part) == 1 else part
+            for part in encode(**arguments)
+        )
+
+    pipeline.encode_prompt = with_masks
 
 
 def main() -> None:

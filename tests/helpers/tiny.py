@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from finetune.config.loader import parse_recipe
 from finetune.config.schema import Recipe
+from tests.helpers import tiny_pipelines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +31,7 @@ if TYPE_CHECKING:
     from finetune.job import Job
 
 PIPELINES = ("sd15", "sd21", "sdxl", "emoji")
-FLOWS = (
-    "sd3",
-    "flux1",
-    "flux2",
-    "qwen-image",
-    "z-image",
-    "lumina2",
-    "sana",
-    "pixart",
-)  # named as their families; built in `tiny_flows`
+FLOWS = tiny_pipelines.names()  # slugs of the transformer families; built in `tiny_pipelines`
 SIZE = 32  # pixels; latents are 8×8
 CAPTIONS = ("a red circle", "a blue square on white", "green triangle", "yellow ring, thick", "two black stripes")
 
@@ -155,9 +147,7 @@ def pipeline(name: str) -> Path:
     """The diffusers folder of one of `PIPELINES` or `FLOWS`, its weights random and the same each time."""
     folder = root() / name
     if name in FLOWS:
-        from tests.helpers import tiny_flows
-
-        tiny_flows.save(name, CAPTIONS, folder)
+        tiny_pipelines.save(name, CAPTIONS, folder)
         return folder
     import torch
     from diffusers import AutoencoderKL

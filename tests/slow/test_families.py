@@ -28,7 +28,7 @@ from finetune.memory import quantization
 from finetune.memory.activation_checkpointing import checkpoint_activations
 from finetune.memory.quantization import QuantizedLinear
 from finetune.rng import Draw
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_pipelines
 
 OVERFIT_STEPS = 6
 GOLDEN = Path(__file__).parents[1] / "helpers" / "golden.json"
@@ -118,42 +118,26 @@ CASES = {
     "sd21-full-text": Case("sd21", "full", (TEXT,)),
     "sdxl-full-text": Case("sdxl", "full", (TEXT, "diffusion={huber: 0.1}", "train.gradient_checkpointing=true")),
     "emoji-full": Case("emoji", "full", ("train.ema=0.9", "optimizer.schedule=cosine", "optimizer.warmup_steps=2")),
-    "sd3-lora": Case("sd3", "lora", ("adapter.alpha=6",)),
-    "sd3-full": Case("sd3", "full", ("train.gradient_checkpointing=true", "flow={sampling: mode, weighting: cosmap}")),
-    "flux1-lora": Case("flux1", "lora", ("adapter.targets=attention+mlp", "flow={guidance: 3.5}")),
-    "flux1-full": Case("flux1", "full", ("train.ema=0.8",)),
-    "flux2-lora": Case("flux2", "lora", ("adapter.targets=attention+mlp", "adapter.dora=true")),
-    "flux2-full": Case("flux2", "full", ("train.gradient_checkpointing=true",)),
-    "qwen-image-lora": Case("qwen-image", "lora", ("adapter.targets=attention+mlp", "adapter.alpha=2")),
-    "qwen-image-full": Case("qwen-image", "full"),
-    "z-image-lora": Case("z-image", "lora", ("adapter.targets=attention+mlp", "train.gradient_checkpointing=true")),
-    "z-image-full": Case("z-image", "full"),
-    "lumina2-lora": Case("lumina2", "lora", ("adapter.targets=all-linear", "adapter.rslora=true")),
-    "lumina2-full": Case("lumina2", "full", ("flow={sampling: uniform}",)),
-    "sana-lora": Case("sana", "lora", ("adapter.targets=attention+mlp",)),
-    "sana-full": Case("sana", "full", ("train.gradient_checkpointing=true",)),
-    "pixart-lora": Case("pixart", "lora", ("adapter.targets=attention+mlp", "adapter.rslora=true")),
-    "pixart-full": Case("pixart", "full", ("diffusion={min_snr_gamma: 5}",)),
     "vae-scratch": Case("vae", "scratch", ("autoencoder={kl_weight: 1e-3}",)),
     "sd-scratch": Case("sd", "scratch", ("diffusion={min_snr_gamma: 5, zero_terminal_snr: true}",)),
 }
+for _name in tiny.FLOWS:
+    CASES |= {
+        f"{_name}-{_method}": Case(_name, _method, getattr(tiny_pipelines.tiny_of(_name), _method))
+        for _method in ("lora", "full")
+    }
 # QLoRA of every transformer; resuming and accumulating are those of the LoRA on whole weights, which is above.
 ON_NF4 = {
-    f"{pipeline}-nf4": Case(
-        pipeline,
+    f"{name}-nf4": Case(
+        name,
         "lora",
-        ("model.quantize=nf4", "adapter.targets=attention+mlp", f"train.gradient_checkpointing={checkpointing}"),
+        (
+            "model.quantize=nf4",
+            "adapter.targets=attention+mlp",
+            f"train.gradient_checkpointing={str(tiny_pipelines.tiny_of(name).checkpoint_nf4).lower()}",
+        ),
     )
-    for pipeline, checkpointing in {
-        "sd3": "true",
-        "flux1": "false",
-        "flux2": "true",
-        "qwen-image": "true",
-        "z-image": "false",
-        "lumina2": "true",
-        "sana": "false",
-        "pixart": "true",
-    }.items()
+    for name in tiny.FLOWS
 }
 ALL = CASES | ON_NF4
 NARROWEST = 256  # weights: tiny transformers are that narrow
@@ -162,13 +146,7 @@ NARROWEST = 256  # weights: tiny transformers are that narrow
 # after it do nothing. In the last block of a net of two streams, what only the text would need.
 IDLE = {
     "sdxl": ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm."),
-    "sd3": ("blocks.1.attn.add_q_proj.", "blocks.1.attn.norm_added_q."),
-    "qwen-image": (
-        "blocks.1.attn.add_q_proj.",
-        "blocks.1.attn.norm_added_q.",
-        "blocks.1.attn.to_add_out.",
-        "blocks.1.txt_mlp.",
-    ),
+    **{name: tiny_pipelines.tiny_of(name).idle for name in tiny.FLOWS},
 }
 
 
@@ -324,6 +302,7 @@ def redrawn() -> Path:
                 "seed": sample.seed,
                 "steps": sample.steps,
                 "arguments": arguments(case.pipeline, sample.guidance),
+                "bool_masks": case.pipeline in tiny.FLOWS and tiny_pipelines.tiny_of(case.pipeline).bool_masks,
             }
         )
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -341,10 +320,10 @@ def redrawn() -> Path:
 
 def arguments(pipeline: str, guidance: float) -> dict[str, object]:
     """Of the pipeline's call, as its own documentation has them."""
-    found: dict[str, object] = {"true_cfg_scale" if pipeline == "qwen-image" else "guidance_scale": guidance}
-    if pipeline != "flux2":  # FLUX.2's negative prompt is empty, always
-        found["negative_prompt"] = ""
-    return found | ({"use_resolution_binning": False} if pipeline in ("sana", "pixart") else {})
+    if pipeline not in tiny.FLOWS:
+        return {"guidance_scale": guidance, "negative_prompt": ""}
+    found = tiny_pipelines.tiny_of(pipeline)
+    return {found.guidance: guidance} | ({"negative_prompt": ""} if found.negative else {}) | dict(found.arguments)
 
 
 def last_sample(name: str) -> Path:

@@ -21,7 +21,8 @@ from finetune.models.pretrained.family import Family, family_of
 from finetune.models.pretrained.model import Denoiser, DenoiseTurn, objective_of
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.rng import Draw
-from tests.helpers import tiny
+from tests.helpers import tiny, tiny_pipelines
+from tests.helpers.redraw import make_masks_boolean
 
 WORDS = ("a red circle", "two black stripes and a yellow ring")
 
@@ -50,8 +51,10 @@ def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
     own = {key: value for key, value in given.items() if "embeds" not in key and "mask" not in key} | {
         "prompt": WORDS[0]
     }
-    if name != "flux2":
+    if tiny_pipelines.tiny_of(name).negative:
         own["negative_prompt"] = ""
+    if tiny_pipelines.tiny_of(name).bool_masks:
+        make_masks_boolean(pipeline)
     common = {"width": 32, "height": 32, "num_inference_steps": 2, "output_type": "pt"}
     ours, theirs = (
         pipeline(**arguments, **common, generator=torch.Generator().manual_seed(4)).images for arguments in (given, own)
@@ -202,7 +205,7 @@ def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
 
 
 def _as_the_pipeline_packs(name: str, mean: Tensor) -> Tensor:
-    if name in ("flux1", "qwen-image"):
+    if name in ("chroma", "flux1", "qwen-image"):
         _, channels, height, width = mean.shape
         split = mean.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
         return split.reshape(1, height * width // 4, 4 * channels)

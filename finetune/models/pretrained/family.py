@@ -52,7 +52,7 @@ class Family(ABC):
             batch: `conditions`, `geometry` [B, 6], and `guidance` [B] for networks that embed it.
         """
 
-    def unread(self, denoiser: Any) -> list[nn.Module]:
+    def untrained(self, denoiser: Any) -> list[nn.Module]:
         """Parts of the denoiser that its output does not depend on. No gradient reaches them, so they do not train."""
         return []
 
@@ -85,7 +85,7 @@ class ClipFamily(Family):
     def embed(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
         """Token ids, {tokenizer: [B, length] int64} → conditions."""
 
-    def unread_text(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+    def untrained_text(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
         """Parts of the text encoders that `embed` does not depend on."""
         return []
 

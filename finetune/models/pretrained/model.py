@@ -322,9 +322,9 @@ class TextToImage(Model):
                 raise UserError(problem, where="adapter.pissa", remedy="set it to false")
             peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
         apply.offload_base(self.denoiser, self.plan.recipe, self.device)
-        unread = self.family.unread(self.denoiser)
+        unread = self.family.untrained(self.denoiser)
         if encoders and isinstance(self.family, ClipFamily):
-            unread += self.family.unread_text(encoders)
+            unread += self.family.untrained_text(encoders)
         for part in unread:
             part.requires_grad_(False)
         for new in self._words.values():

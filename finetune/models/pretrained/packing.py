@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -30,3 +31,11 @@ def sequence(grid: Tensor) -> Tensor:
 def grid(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `sequence`."""
     return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
+
+
+def places(height: int, width: int, device: torch.device) -> Tensor:
+    """Position ids of FLUX.1's patches, [h·w, 3] float32: 0, row, column."""
+    import torch
+
+    found = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+    return found.to(device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from finetune.models.pretrained.family import Family
-from finetune.models.pretrained.packing import grid, patchify, sequence, unpatchify
+from finetune.models.pretrained.packing import grid, patchify, places, sequence, unpatchify
 from finetune.models.spec import FamilySpec, ModelSpec, Variant
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class Flux(Family):
 
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
         velocity: Tensor = denoiser(
             hidden_states=sequence(patches),
             timestep=timestep / 1000,
@@ -63,7 +62,7 @@ class Flux(Family):
             pooled_projections=batch["pooled_prompt_embeds"].to(noisy.dtype),
             encoder_hidden_states=embeddings,
             txt_ids=torch.zeros(embeddings.shape[1], 3, device=noisy.device),
-            img_ids=places.to(noisy.device),
+            img_ids=places(height, width, noisy.device),
             return_dict=False,
         )[0]
         return unpatchify(grid(velocity, height, width))

@@ -81,7 +81,7 @@ class QwenImage(Family):
         )[0]
         return unpatchify(grid(velocity, height, width))
 
-    def unread(self, denoiser: Any) -> list[nn.Module]:
+    def untrained(self, denoiser: Any) -> list[nn.Module]:
         """Of the last block all that only the text's own states would need."""
         block = denoiser.transformer_blocks[-1]
         return [block.attn.add_q_proj, block.attn.norm_added_q, block.attn.to_add_out, block.txt_mlp]

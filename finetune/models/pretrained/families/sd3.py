@@ -65,7 +65,7 @@ class StableDiffusion3(Family):
         )[0]
         return found
 
-    def unread(self, denoiser: Any) -> list[nn.Module]:
+    def untrained(self, denoiser: Any) -> list[nn.Module]:
         """The last block's queries of the text: what they find is not used."""
         attention = denoiser.transformer_blocks[-1].attn
         return [part for part in (attention.add_q_proj, attention.norm_added_q) if part is not None]

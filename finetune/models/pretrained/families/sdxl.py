@@ -56,7 +56,7 @@ class StableDiffusionXL(ClipFamily):
         both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return {"prompt_embeds": both, "pooled_prompt_embeds": second.text_embeds}
 
-    def unread_text(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
+    def untrained_text(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
         """The first encoder's last layer and norm. The second's feed its pooled projection."""
         first: Any = encoders["text_encoder"]
         transformer = getattr(first, "text_model", first)  # transformers before 5 put one more name between
