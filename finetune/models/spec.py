@@ -73,7 +73,7 @@ class FamilySpec:
         sampling: how noise levels were drawn in the original training (flow objectives).
         variants: published checkpoints by name.
         one_architecture: whether every checkpoint of the family on the hub has the architecture of its one variant.
-        single_file_key: how a tensor's name ends that only this family's single-file checkpoints have.
+        single_file_keys: ends of tensor names that, all together, only this family's single-file checkpoints have.
         single_transformer: whether diffusers opens the transformer alone from such a file (`model.transformer`).
         lora_formats: formats of a LoRA file besides diffusers' own → the key map (`module:NAME`), or "" if the format uses
             diffusers' layer names. ComfyUI and kohya-ss/sd-scripts share one writer for UNets.
@@ -97,7 +97,7 @@ class FamilySpec:
     sampling: NoiseLevels = "logit_normal"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     one_architecture: bool = False
-    single_file_key: str = ""
+    single_file_keys: tuple[str, ...] = ()
     single_transformer: bool = True
     lora_formats: Mapping[str, str] = field(default_factory=dict)
     lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ def model_of_another_family(scene: Scene) -> None:
 
 @case("holds a transformer of family flux1", "set model.transformer to this file")
 def one_file_of_another_family(scene: Scene) -> None:
-    save_file({"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1)}, scene.folder / "one.safetensors")
+    save_file({"vector_in.in_layer.weight": torch.zeros(1)}, scene.folder / "one.safetensors")
     scene.set(f"model.path={scene.folder / 'one.safetensors'}")
 
 

@@ -133,7 +133,7 @@ def transformer_family(shapes: Iterable[str]) -> str | None:
         (
             slug
             for slug, spec in specs().items()
-            if spec.single_file_key and any(name.endswith(spec.single_file_key) for name in names)
+            if (keys := spec.single_file_keys) and all(any(name.endswith(key) for name in names) for key in keys)
         ),
         None,
     )

@@ -26,7 +26,7 @@ SPEC = FamilySpec(
             hub=("lodestones/Chroma1-HD",), resolution=1024, released="2025-08", license="Apache-2.0", preference=45
         )
     },
-    single_file_key="distilled_guidance_layer.in_proj.bias",
+    single_file_keys=("distilled_guidance_layer.in_proj.bias",),
     lora_formats={"kohya": "finetune.adapters.formats.key_maps:FLUX", "comfyui": ""},
     lora_targets={"mlp": ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")},
     modelspec={"": ModelSpec("chroma", "chroma", "https://huggingface.co/lodestones/Chroma")},

@@ -32,7 +32,7 @@ SPEC = FamilySpec(
             preference=10,
         )
     },
-    single_file_key="vector_in.in_layer.weight",
+    single_file_keys=("vector_in.in_layer.weight",),
     lora_formats={"kohya": "finetune.adapters.formats.key_maps:FLUX", "comfyui": ""},
     lora_targets={"mlp": ("proj_mlp", r"single_transformer_blocks\.\d+\.proj_out")},
     modelspec={"": ModelSpec("flux1", "flux-1-dev", "https://github.com/black-forest-labs/flux")},

@@ -30,7 +30,7 @@ SPEC = FamilySpec(
             preference=30,
         )
     },
-    single_file_key="single_stream_modulation.lin.weight",
+    single_file_keys=("single_stream_modulation.lin.weight",),
     lora_formats=dict.fromkeys(("kohya", "comfyui"), "finetune.adapters.formats.key_maps:FLUX2"),
     # The single blocks compute attention and MLP in two layers that cannot be told apart; they count as attention.
     lora_targets={"attention": ("to_qkv_mlp_proj",), "mlp": (r"ff(_context)?\.linear_(in|out)",)},

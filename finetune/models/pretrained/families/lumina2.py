@@ -30,7 +30,7 @@ SPEC = FamilySpec(
             preference=70,
         )
     },
-    single_file_key="cap_embedder.0.weight",
+    single_file_keys=("cap_embedder.0.weight", "layers.0.adaLN_modulation.1.weight"),
     # diffusers reads a ComfyUI file of this family only where every linear layer is adapted.
     lora_formats={"comfyui": "finetune.adapters.formats.key_maps:LUMINA2"},
     lora_targets={"mlp": (r"feed_forward\.(w|linear_)[123]",)},

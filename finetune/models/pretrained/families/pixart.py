@@ -31,7 +31,7 @@ SPEC = FamilySpec(
             preference=90,
         )
     },
-    single_file_key="blocks.0.cross_attn.q_linear.weight",
+    single_file_keys=("blocks.0.cross_attn.q_linear.weight", "blocks.0.mlp.fc1.weight"),
     single_transformer=False,  # diffusers has no converter for it
     lora_formats={"comfyui": ""},  # the diffusers pipeline loads no LoRA; PEFT does
 )

@@ -28,7 +28,7 @@ SPEC = FamilySpec(
             hub=("Qwen/Qwen-Image",), resolution=1024, released="2025-08", license="Apache-2.0", preference=20
         )
     },
-    single_file_key="transformer_blocks.0.img_mlp.net.0.proj.weight",
+    single_file_keys=("transformer_blocks.0.img_mlp.net.0.proj.weight",),
     lora_formats={"kohya": "", "comfyui": ""},
     lora_targets={"mlp": (r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)",)},
     modelspec={"": ModelSpec("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")},

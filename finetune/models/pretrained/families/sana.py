@@ -32,7 +32,7 @@ SPEC = FamilySpec(
             preference=80,
         )
     },
-    single_file_key="blocks.0.mlp.inverted_conv.conv.weight",
+    single_file_keys=("blocks.0.mlp.inverted_conv.conv.weight",),
     lora_targets={"mlp": (r"ff\.conv_(inverted|point)",)},  # its MLP is convolutions
 )
 

@@ -37,7 +37,7 @@ SPEC = FamilySpec(
             preference=50,
         ),
     },
-    single_file_key="joint_blocks.0.context_block.adaLN_modulation.1.bias",
+    single_file_keys=("joint_blocks.0.context_block.adaLN_modulation.1.bias",),
     lora_formats={"comfyui": ""},
     modelspec={"": ModelSpec("sd3_m", "stable-diffusion-3-5-medium")},
 )

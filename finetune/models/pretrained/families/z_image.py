@@ -27,7 +27,7 @@ SPEC = FamilySpec(
             hub=("Tongyi-MAI/Z-Image",), resolution=1024, released="2025-11", license="Apache-2.0", preference=40
         )
     },
-    single_file_key="layers.0.adaLN_modulation.0.weight",
+    single_file_keys=("layers.0.adaLN_modulation.0.weight",),
     lora_formats={"kohya": "", "comfyui": ""},
     lora_targets={"mlp": (r"feed_forward\.(w|linear_)[123]",)},
     modelspec={"": ModelSpec("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")},
