@@ -25,7 +25,7 @@ PACKAGE = "finetune"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("paths", "rng", "terminal", "distributed", "system.cpu_info"),
-    ("models.spec", "models.registry"),
+    ("models", "models.spec", "models.registry"),
     ("config",),
     ("data.cache_dir", "data.prefetch", "data.buckets", "data.media", "data.sources", "data.audit"),
     ("adapters.lora_file",),
