@@ -34,7 +34,7 @@ from finetune.errors import UserError
 @click.option("--negative", help="What not to draw; by default as the recipe says.")
 @click.option(
     "--sampler",
-    help="Of a model that denoises pixels: ddpm, ddim, dpm++, heun or euler; by default as the recipe says.",
+    help="euler, heun, dpm++, unipc, ddim, …: those valid for the model; by default as the recipe says, or the model's own.",
 )
 @click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise on the way: 0 adds none, 1 as much as DDPM.")
 @click.option(

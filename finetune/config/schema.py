@@ -261,7 +261,7 @@ class Sample:
     )  # of GANs: how far from the mean image one is; below 1 more alike and better made
     guidance: float = _number(7.0, minimum=0)  # as the family's pipeline takes it: mostly 1 is none, of Z-Image 0
     sampler: str | None = (
-        None  # families that denoise pixels: ddpm, ddim, dpm++ (2M), heun or euler; none: the family's usual one
+        None  # euler, euler-a, heun, dpm++ (2M), unipc, ddim or ddpm, as valid for the family; none: the base's own
     )
     eta: float = _number(0.0, minimum=0, maximum=1)  # ddim: 0 adds no noise on the way, 1 as much as ddpm
     seed: int = _number(0, minimum=0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.config import memory_options, nets
+from finetune.config import memory_options, samplers
 from finetune.errors import UserError
 from finetune.models.registry import has_unet, spec_of
 
@@ -105,7 +105,7 @@ def check(recipe: Recipe, where: str) -> None:
         "from scratch there is no base to draw class images",
         "remove `prior`",
     )
-    nets.check_sampler(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
+    samplers.check(recipe.net, model.family, recipe.sample.sampler, recipe.sample.eta, f"{where}, sample")
     _predicted(recipe, refuse)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from finetune.adapters import peft
-from finetune.config import nets
+from finetune.config import samplers
 from finetune.config.schema import Model, Precision, Recipe, Sample
 from finetune.errors import UserError
 from finetune.memory import apply
@@ -140,9 +140,9 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
         at_once: models in pixel space draw so many, for those whom the last bits do not matter to.
     """
     if isinstance(opened, PixelModel):
-        nets.check_sampler(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
+        samplers.check(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
-        nets.check_sampler(None, opened[0].spec.slug, request.sampler, request.eta, "--sampler, --eta")
+        samplers.check(None, opened[0].spec.slug, request.sampler, request.eta, "--sampler, --eta")
     images: list[Any] = []
     drawing = Progress("drawing")
     while (number := len(images)) < len(request.prompts):

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeVar
 
 from finetune.config import renamed, yaml_reader
-from finetune.errors import UserError, did_you_mean
 from finetune.models import registry
 
 
@@ -33,28 +32,6 @@ class Section(ABC):
     @abstractmethod
     def loss(self) -> str:
         """What is minimized, in words, for the table before a run."""
-
-
-def check_sampler(section: object, family: str, sampler: str | None, eta: float, where: str) -> None:
-    """Refuse a way to draw that a family has not.
-
-    Args:
-        section: the family's, None if it has none.
-        sampler, eta: as `Sample` of the recipe.
-        where: what an error calls the place that names them.
-
-    Raises:
-        UserError: no sampler is called so, the family draws in one way, or eta is given to another than DDIM.
-    """
-    known: tuple[str, ...] = getattr(section, "samplers", ())
-    if sampler is not None and not known:
-        raise UserError(f"family {family} has no samplers to choose from", where=where, remedy="remove it")
-    if sampler is not None and sampler not in known:
-        raise UserError(f'no sampler is called "{sampler}"', where=where, remedy=did_you_mean(sampler, known))
-    if eta and (sampler or getattr(section, "sampler", "")) != "ddim":
-        raise UserError(
-            "eta is DDIM's: no other sampler reads it", where=where, remedy="set sample.sampler: ddim, or remove eta"
-        )
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finetune.config.nets import Section
+from finetune.config.samplers import SAMPLERS
 from finetune.config.yaml_reader import number
 
 
@@ -12,7 +13,7 @@ from finetune.config.yaml_reader import number
 class UNet(Section):
     """What the sections of all diffusion families in pixel space hold."""
 
-    samplers = ("ddpm", "ddim", "dpm++", "heun", "euler")
+    samplers = tuple(name for name, sampler in SAMPLERS.items() if sampler.scratch)
     width: int = number(64, minimum=8)  # channels at the full size; a multiple of 4
     channel_multipliers: tuple[int, ...] = (
         1,

@@ -37,6 +37,7 @@ from finetune.models.objectives.noise_prediction import Denoising, Noised
 from finetune.models.pretrained import loading, textual_inversion
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
 from finetune.models.pretrained.init_lora import put_on
+from finetune.models.pretrained.schedulers import sampling_with
 from finetune.models.pretrained.tokenizer import spelled
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.planning import Plan
@@ -210,10 +211,12 @@ def draw(
     The VAE decodes in its own precision, float32, as images are encoded.
     """
     size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
-    with decoded_exactly(pipeline.vae):
+    noise = {"eta": request.eta} if request.eta else {}
+    with sampling_with(pipeline, family.spec, request.sampler), decoded_exactly(pipeline.vae):
         found: Image.Image = pipeline(
             **family.call(positive, negative, request.guidance),
             **size,
+            **noise,
             num_inference_steps=request.steps,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]

@@ -42,11 +42,8 @@ class Chroma(Family):
         from torch.nn.functional import pad
 
         ids = pipeline.tokenizer(caption, max_length=self.tokens, truncation=True, return_tensors="pt").input_ids
-        padding = (0, int(ids.shape[1] < self.tokens))
-        mask, ids = (
-            pad(ids.new_ones(ids.shape), padding),
-            pad(ids, padding, value=pipeline.text_encoder.config.pad_token_id),
-        )
+        padding, token = (0, int(ids.shape[1] < self.tokens)), pipeline.text_encoder.config.pad_token_id
+        mask, ids = pad(ids.new_ones(ids.shape), padding), pad(ids, padding, value=token)
         return {"prompt_embeds": pipeline.text_encoder(ids.to(device), attention_mask=mask.to(device))[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
