@@ -1,0 +1,134 @@
+"""Every family has everything that users expect of one. What it lacks is named: the checklist of docs/adding-a-model.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from finetune.adapters.formats import key_maps
+from finetune.config import nets
+from finetune.config.loader import bundled_recipes, load_recipe, parse_recipe
+from finetune.estimate import profiles
+from finetune.models import registry
+from finetune.models.pretrained.family import Family
+from finetune.models.spec import FamilySpec
+from finetune.paths import ASSETS
+from tests.helpers import scratch, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMATS = {"kohya", "comfyui"}
+# ComfyUI and sd-scripts have no names for these families' layers.
+WITHOUT_LORA_FORMAT = {"sana"}
+# Checkpoints that share the recipes and the cost profile of another variant of their family.
+LIKE_ANOTHER = {"sd3-medium": "sd35-medium"}
+
+
+def lacks(spec: FamilySpec) -> list[str]:
+    """What a family lacks, in words."""
+    found = []
+    recipes = [name for name in bundled_recipes() if load_recipe(name).model.family == spec.slug]
+    if not recipes:
+        found.append("a recipe in recipes/")
+    if f"`{spec.slug}`" not in (ROOT / "docs" / "models.md").read_text(encoding="utf-8"):
+        found.append("a row in docs/models.md: run python tools/generate_docs.py models")
+    return found + (_lacks_pretrained(spec) if spec.pretrained else _lacks_scratch(spec, recipes))
+
+
+def _lacks_pretrained(spec: FamilySpec) -> list[str]:
+    found = [] if spec.variants else ["a variant in its record"]
+    for name in spec.variants:
+        folder = ASSETS / "configs" / name
+        if not (folder / "model_index.json").is_file():
+            found.append(f"the configuration assets/configs/{name}/model_index.json")
+            continue
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if index["_class_name"] != spec.pipeline:
+            found.append(f"a configuration of a {spec.pipeline} in assets/configs/{name}")
+        found += [
+            f"the configuration assets/configs/{name}/{part}"
+            for part, entry in index.items()
+            if isinstance(entry, list) and entry[0] and "okenizer" not in part and not (folder / part).is_dir()
+            if part not in ("safety_checker", "feature_extractor", "image_encoder")
+        ]
+        if LIKE_ANOTHER.get(name, name) not in profiles.known():
+            found.append(f"the cost profile assets/profiles/{name}.json: run python tools/measure_profiles.py {name}")
+    if not hasattr(diffusers, spec.denoiser_class):
+        found.append(f"a denoiser: diffusers has no {spec.denoiser_class}")
+    if not set(spec.lora_formats) <= FORMATS or not (spec.lora_formats or spec.slug in WITHOUT_LORA_FORMAT):
+        found.append("a LoRA format in its record (`lora_formats`)")
+    if spec.lora_formats and not spec.modelspec and spec.slug != "pixart":
+        found.append("the names of its base in LoRA metadata (`modelspec`)")
+    if spec.slug not in (*tiny.FLOWS, *map(tiny.family, tiny.PIPELINES)):
+        found.append(f"a tiny pipeline in tests/helpers/tiny_pipelines/{spec.slug.replace('-', '_')}.py")
+    return found
+
+
+def _lacks_scratch(spec: FamilySpec, recipes: list[str]) -> list[str]:
+    found = [
+        f"the cost profile assets/profiles/scratch-{name.partition('/')[2]}.json"
+        for name in recipes
+        if f"scratch-{name.partition('/')[2]}" not in profiles.known()
+    ]
+    section = nets.section(spec.slug)
+    if section is not None and spec.slug not in {case.family for case in scratch.CASES.values()}:
+        found.append("a case in tests/helpers/scratch.py")
+    return found
+
+
+@pytest.mark.parametrize("slug", registry.specs())
+def test_family_is_complete(slug: str) -> None:
+    missing = lacks(registry.specs()[slug])
+    assert not missing, f"{slug} lacks " + "; ".join(missing)
+
+
+@pytest.mark.parametrize("slug", registry.specs())
+def test_implementation_is_what_the_record_says(slug: str) -> None:
+    spec = registry.specs()[slug]
+    implementation = registry.load_implementation(slug)
+    if spec.pretrained:
+        assert issubclass(implementation, Family) and implementation.spec is spec
+        assert hasattr(diffusers, spec.pipeline)
+        for layout in spec.lora_formats:
+            key_map = key_maps.key_map(spec, layout)
+            assert key_map is None or isinstance(key_map, key_maps.Convention)
+    else:
+        assert callable(implementation.build)
+        assert registry.family_of_module(implementation.__name__) == slug
+
+
+def test_names_are_unique() -> None:
+    slugs = list(registry.specs())
+    names = [*slugs, *registry.aliases()]
+    assert len(names) == len(set(names))
+    variants = [name for spec in registry.specs().values() for name in spec.variants]
+    assert len(variants) == len(set(variants)) == len(registry.variants())
+    repositories = [hub for _, variant in registry.variants().values() for hub in variant.hub]
+    assert len(repositories) == len(set(repositories))
+
+
+@pytest.mark.parametrize(("alias", "slug"), registry.aliases().items())
+def test_earlier_name_is_read_as_the_slug(alias: str, slug: str, tmp_path: Path) -> None:
+    """Old recipes, and the recipe.yaml of old runs, resume: they compare equal to the new ones."""
+    name = next(name for name in bundled_recipes() if load_recipe(name).model.family == slug)
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    old = text.replace(f"family: {slug}", f"family: {alias}", 1)
+    assert old != text
+    parsed = parse_recipe(old, "old.yaml", name.partition("/")[2])
+    assert parsed == load_recipe(name) and parsed.model.family == slug
+
+
+def test_records_are_read_without_torch() -> None:
+    code = "import sys; from finetune.models import registry; registry.specs(); print({'torch', 'diffusers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_page_of_models_is_up_to_date() -> None:
+    from tools.generate_docs import models
+
+    assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == models()
