@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.adapters import peft
+from finetune import kernels
 from finetune.cli.process import quiet_libraries
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Recipe
@@ -34,7 +33,6 @@ from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.denoiser import DenoiserModel, DenoiserTurn, load
 from finetune.estimate.tracing.recorder import Operator, Recorder, reading
 from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
-from finetune.kernels import fused_lora, rope
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
 from finetune.models.pretrained.model import DenoiseTurn
@@ -42,8 +40,6 @@ from finetune.models.pretrained.model import DenoiseTurn
 GOAL = 0.80  # of the examples' launches
 PARTS = ("forward", "backward", "optimizer")
 FLUX_TARGETS = "to_q, to_k, to_v, to_out.0, to_qkv_mlp_proj, single_transformer_blocks.*attn.to_out"  # as the example's
-Fuse = Callable[[nn.Module], None]
-Without = Callable[[], AbstractContextManager[Any]]
 
 
 class Step(NamedTuple):
@@ -64,7 +60,7 @@ class Step(NamedTuple):
 
 def example(subject: Subject, trained: torch.dtype) -> Step:
     """The step of diffusers' examples on the very net that the recipe trains, with PEFT's layers."""
-    with _as_on_cuda() as mode, layers(left), unturned():
+    with _as_on_cuda() as mode, kernels.without(*ALL):
         model = subject.build()
         train_step = model.train_steps()[0]
         _, made = subject.encode(model)
@@ -121,68 +117,40 @@ def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
 # -- ours, change by change -----------------------------------------------------------------------------------------------
 
 
-def ours(subject: Subject, fuse: Fuse, without: Without) -> Step:
-    """The trainer's own step, with its LoRA layers as `fuse` makes them, and without a change."""
-    with layers(fuse), without():
+def ours(subject: Subject, *off: str) -> Step:
+    """The trainer's own step without the kernels and options `off`."""
+    with kernels.without(*off):
         sections = subject.phases(only_training=True)["train"].sections
     last = max(number for number, section in enumerate(sections) if section.name == "forward")
     return Step({section.name: section.operators for section in sections[last:] if section.name in PARTS})
 
 
-def left(net: nn.Module) -> None:
-    """PEFT's layers as they are."""
+def without_casts(subject: Subject) -> Step:
+    """The trainer's step with PEFT's layers, whose input stays in the base's precision: autocast would only cast it back."""
+
+    def disable_casts(name: str, net: nn.Module) -> None:
+        for module in net.modules():
+            if isinstance(module, Linear):
+                module.cast_input_dtype_enabled = False
+
+    with mock.patch.object(kernels, "apply", disable_casts):  # the step without kernels, but with this
+        return ours(subject, *ALL)
 
 
-def uncast(net: nn.Module) -> None:
-    """PEFT's layers, whose input stays in the base's precision: autocast would only bring it back there."""
-    for module in net.modules():
-        if isinstance(module, Linear):
-            module.cast_input_dtype_enabled = False
-
-
-def alone(net: nn.Module) -> None:
-    """The trainer's layers, each for itself."""
-    with mock.patch.object(fused_lora, "ATTENTION", ()), mock.patch.object(fused_lora, "CROSS_ATTENTION", ()):
-        together(net)
-
-
-def together(net: nn.Module) -> None:
-    """The trainer's layers, in diffusers' blocks."""
-    with mock.patch.object(fused_lora, "straighten"):
-        fused_lora.fuse(net)
-
-
-def unturned() -> AbstractContextManager[Any]:
-    """Within, queries and keys are turned by diffusers."""
-    return mock.patch.object(rope, "PROCESSORS", ())
-
-
-def unrounded() -> AbstractContextManager[Any]:
-    """Within, queries and keys keep their dtype when they are turned."""
-    return mock.patch.object(rope, "read_in", lambda values: values.dtype)
-
-
+ALL = tuple(kernels.KERNELS)
 ROWS: dict[str, Callable[[Subject], Step]] = {
     "diffusers + PEFT": lambda subject: example(subject, torch.float32),
-    "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, left, unturned),
-    "+ no input to float32 and back": lambda subject: ours(subject, uncast, unturned),
-    "+ B, scale and sum one product; A and B cast as one": lambda subject: ours(subject, alone, unturned),
-    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, together, unturned),
-    "+ rotary embeddings as one complex product each": lambda subject: ours(subject, together, unrounded),
-    "+ queries and keys rounded before attention's cast": lambda subject: ours(
-        subject, together, contextlib.nullcontext
+    "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, *ALL),
+    "+ no input to float32 and back": without_casts,
+    "+ B, scale and sum one product; A and B cast as one": lambda subject: ours(
+        subject, "fused_lora.shared_input", "rope", "unet_blocks"
     ),
-    "+ blocks without layouts and divisions that do nothing": lambda subject: ours(
-        subject, fused_lora.fuse, contextlib.nullcontext
-    ),
+    "+ q, k and v share the cast and A's product": lambda subject: ours(subject, "rope", "unet_blocks"),
+    "+ rotary embeddings as one complex product each": lambda subject: ours(subject, "rope.cast", "unet_blocks"),
+    "+ queries and keys rounded before attention's cast": lambda subject: ours(subject, "unet_blocks"),
+    "+ blocks without layouts and divisions that do nothing": ours,
     "for comparison: diffusers + PEFT, bfloat16 adapters": lambda subject: example(subject, torch.bfloat16),
 }
-
-
-@contextlib.contextmanager
-def layers(fuse: Fuse) -> Iterator[None]:
-    with mock.patch.object(peft, "fuse", fuse):
-        yield
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 from unittest import mock
 
 import numpy
@@ -36,6 +37,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune import kernels
 from finetune.adapters import peft
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Recipe
@@ -43,17 +45,11 @@ from finetune.data.dataset import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.estimate.hardware import cpu
 from finetune.job import Job, audit_and_plan, prepare
-from finetune.kernels import fused_lora, onednn_conv
 from finetune.models.pretrained.loading import open_pipeline
 
 TRAINING = ("forward", "backward", "optimizer")
-# Choices that are functions (or what they need) and are undone by doing nothing in their place; and others.
-FUNCTIONS: dict[str, tuple[Any, str]] = {
-    "memory kept": (cpu, "ctypes"),
-    "packed convolutions": (onednn_conv, "read_by_onednn"),
-    "straight blocks": (fused_lora, "straighten"),
-}
-UNDONE = (*FUNCTIONS, "channels_last", "fused AdamW")
+KERNELS = {"packed convolutions": "onednn_conv", "plain U-Net blocks": "unet_blocks", "fused LoRA layers": "fused_lora"}
+UNDONE = ("memory kept", *KERNELS, "channels_last", "fused AdamW")
 CONTENDERS: dict[str, str | None] = {"ours": "", "the usual way": None} | {
     f"ours without {what}": what for what in UNDONE
 }
@@ -103,8 +99,10 @@ def usual(recipe: Recipe) -> Callable[[int], None]:
 
 def ours(recipe: Recipe, folder: Path, without: str = "") -> Job:
     """The project's own run, ready to step; or with one choice taken back."""
-    if without in FUNCTIONS:
-        mock.patch.object(*FUNCTIONS[without], return_value=False).start()  # this process lives for nothing else
+    if without in KERNELS:  # this process trains nothing else
+        os.environ[kernels.VARIABLE] = f"-{KERNELS[without]}"
+    elif without == "memory kept":
+        mock.patch.object(cpu, "ctypes").start()
     job = prepare(dataclasses.replace(recipe, output=dataclasses.replace(recipe.output, folder=str(folder))))
     state = job.trainer.state
     if without == "channels_last":

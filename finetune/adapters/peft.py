@@ -27,7 +27,7 @@ from transformers import CLIPTextModel
 from finetune.adapters.lora_file import PEFT_CONFIG, PEFT_FILE
 from finetune.config.schema import Adapter
 from finetune.errors import UserError, did_you_mean
-from finetune.kernels.fused_lora import NAME, fuse
+from finetune.kernels import ADAPTER_NAME
 from finetune.models.registry import specs
 
 # Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions. What only
@@ -117,7 +117,6 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         net.add_adapter(config)
     else:
         inject_adapter_in_model(config, net)
-    fuse(net)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(f".{PARAMETERS[adapter.kind]}" in name)
         if parameter.requires_grad:
@@ -271,7 +270,7 @@ def lora_configuration(net: Any) -> dict[str, Any]:
 
     Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each image would differ.
     """
-    found: dict[str, Any] = net.peft_config[NAME].to_dict()
+    found: dict[str, Any] = net.peft_config[ADAPTER_NAME].to_dict()
     if hasattr(net, "pissa_start"):  # twice the rank at the same scale, alpha / rank or alpha / √rank
         times = math.sqrt(2) if found["use_rslora"] else 2
         found |= {"r": 2 * found["r"], "lora_alpha": times * found["lora_alpha"], "init_lora_weights": True}
@@ -285,7 +284,7 @@ def lora_configuration(net: Any) -> dict[str, Any]:
 def save_peft(net: Any, folder: Path) -> Path:
     """Write the adapter as PEFT's own folder; returns the file of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(net.peft_config[NAME])
+    config = copy.copy(net.peft_config[ADAPTER_NAME])
     config.inference_mode = True
     config.save_pretrained(folder)
     file = folder / PEFT_FILE

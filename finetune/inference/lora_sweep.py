@@ -10,10 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from finetune import kernels
 from finetune.adapters import peft
 from finetune.errors import UserError
 from finetune.inference.sample import dtype_of, free_folder, placed, request_for
-from finetune.kernels.fused_lora import fuse
 from finetune.models.base import SampleRequest
 from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.family import Family, family_of
@@ -110,10 +110,10 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     nets = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
     adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
     for name, net in nets.items():
-        if name in adapted:
-            fuse(net)
-        else:
+        if name not in adapted:
             peft.add_adapter(net, recipe.adapter)
+        kernels.apply("unet_blocks", net)
+        kernels.apply("fused_lora", net)
     nets |= {name: getattr(pipeline, name) for name in new}
     for net in nets.values():
         net.eval()

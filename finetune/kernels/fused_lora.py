@@ -1,12 +1,14 @@
-"""LoRA layers in fewer launches than PEFT's: the same weights by the same names, the same numbers but for rounding.
+"""LoRA layers in fewer kernel launches than PEFT's: same weights, same names, same results up to rounding.
 
-At batch 1 a step of a large net waits for the host, and a LoRA layer of PEFT's launches some twenty kernels beside its base's three:
-the input goes to float32 and back, A and B are cast one by one, the product is scaled and added, and the backward pass mirrors all
-that. Here layers that read one tensor (an attention's q, k and v) share one cast of it and one product with their A's, laid side by
-side; scale · B and the sum are part of one product; gradients of the input add up inside products.
+At batch 1 a step of a large network waits for the host, and a LoRA layer of PEFT launches some twenty kernels beside its base
+layer's three: the input is cast to float32 and back, A and B are cast one by one, the product is scaled and added, and the
+backward pass mirrors all that. Here layers that read the same tensor (q, k and v of an attention) share one cast of it and
+one product with their A's, which are concatenated; scale · B and the sum are part of one product; gradients of the input
+are accumulated inside products.
 
-Of a convolution's layer, PEFT's B is a 1×1 convolution, which torch lays out anew on a CPU (im2col). Here it is a product as well, into
-the base's output, as channels lie last in memory; and where the base's own convolution is 1×1, all of the layer is products of pixels.
+For a convolution, PEFT's B is a 1×1 convolution, for which PyTorch rearranges memory on a CPU (im2col). Here it is a matrix
+product that adds to the base's output, since channels are last in memory; where the base convolution is 1×1 as well, the whole
+layer is matrix products of pixels.
 """
 
 from __future__ import annotations
@@ -15,59 +17,60 @@ from collections.abc import Sequence
 from typing import Any, cast, final
 
 import torch
-from peft.tuners.lora.layer import Conv2d, Linear
+from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.kernels import ADAPTER_NAME, backend, enabled
 from finetune.kernels.onednn_conv import Geometry, packed
-from finetune.kernels.unet_blocks import straighten
 
-NAME = "default"  # what diffusers and transformers call an adapter that is given no name
-# Layers of an attention that read the same tensor; of a cross-attention, q reads another.
+# Layers of an attention that read the same tensor; in a cross-attention, q reads another one.
 ATTENTION = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"))
 CROSS_ATTENTION = (("to_q",), ("to_k", "to_v"))
 
 
-def fuse(net: nn.Module) -> None:
-    """Let the plain LoRA layers of `net` go together, in place, and straighten its blocks. Others (DoRA's, quantized ones) stay PEFT's."""
-    straighten(net)
-    for module in net.modules():
-        if _plain_convolution(module):
-            module.__class__ = FusedConv2d  # the same layer, with another `forward`
-            cast(Any, module).lora_A.to(memory_format=torch.channels_last)  # as it is read, and as its gradient comes
-    for parent in net.modules():
-        groups = CROSS_ATTENTION if getattr(parent, "is_cross_attention", False) else ATTENTION
-        children = {name: child for name, child in parent.named_children() if _plain(child)}
+def patch(network: nn.Module) -> None:
+    """Replace the plain LoRA layers of `network` in place. Others (DoRA, quantized layers) keep PEFT's code."""
+    for module in network.modules():
+        if _is_plain_conv(module):
+            module.__class__ = FusedConv2d
+            # The layout in which the weight is read and its gradient arrives.
+            cast(Any, module).lora_A.to(memory_format=torch.channels_last)
+    for parent in network.modules():
+        groups = _groups(parent)
+        children = {name: child for name, child in parent.named_children() if _is_plain(child)}
         for child in children.values():
             child.__class__ = FusedLinear
-        together = [[children[name] for name in names if name in children] for names in groups]
-        alone = [[child] for name, child in children.items() if not any(name in names for names in groups)]
-        for layers in filter(None, together + alone):
+        shared = [[children[name] for name in names if name in children] for names in groups]
+        single = [[child] for name, child in children.items() if not any(name in names for names in groups)]
+        for layers in filter(None, shared + single):
             group = Group(cast(list[FusedLinear], layers))
             for layer in layers:
                 cast(FusedLinear, layer).group = group
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast has products computed in now; None where it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+def _groups(attention: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Names of the layers of `attention` that read the same tensor."""
+    if not enabled("fused_lora.shared_input"):
+        return ()
+    return CROSS_ATTENTION if getattr(attention, "is_cross_attention", False) else ATTENTION
 
 
-def _plain(module: Any) -> bool:
+def _is_plain(module: Any) -> bool:
     return (
         type(module) is Linear
         and type(module.base_layer) is nn.Linear
         and not module.lora_variant
-        and not module.lora_bias.get(NAME)
+        and not module.lora_bias.get(ADAPTER_NAME)
     )
 
 
-def _plain_convolution(module: Any) -> bool:
+def _is_plain_conv(module: Any) -> bool:
     if (
         type(module) is not Conv2d
         or type(module.base_layer) is not nn.Conv2d
         or module.lora_variant
-        or module.lora_bias.get(NAME)
+        or module.lora_bias.get(ADAPTER_NAME)
     ):
         return False
     base = module.base_layer
@@ -76,52 +79,54 @@ def _plain_convolution(module: Any) -> bool:
 
 @final
 class FusedLinear(Linear):  # type: ignore[misc]
-    """PEFT's layer, whose output its group computes, where nothing but base and LoRA is wanted."""
+    """PEFT's layer; its group computes the output, unless more than base and LoRA is asked for."""
 
     group: Group
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not usual(self, x.device.type):
-            found: Tensor = super().forward(x, *args, **kwargs)
-            return found
+        """[…, in] → […, out]."""
+        if args or kwargs or not _computes_base_and_lora(self, x.device.type):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
         return self.group.output(self, x)
 
 
-def usual(layer: Any, device: str) -> bool:
-    """Whether nothing but base and LoRA is wanted of PEFT's `layer`, now."""
+def _computes_base_and_lora(layer: Any, device: str) -> bool:
+    """Whether PEFT's `layer` would now compute its base and its LoRA, nothing else, in the base's dtype."""
     weight = layer.base_layer.weight
-    if layer.disable_adapters or layer.merged or layer.active_adapters != [NAME] or weight.requires_grad:
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER_NAME] or weight.requires_grad:
         return False
-    if autocast_dtype(device) not in (None, weight.dtype):
-        return False  # whoever computes in another precision than the base's does it by PEFT
-    return isinstance(layer.lora_dropout[NAME], nn.Identity) or not layer.training
+    if backend.current().autocast_dtype(device) not in (None, weight.dtype):
+        return False
+    return isinstance(layer.lora_dropout[ADAPTER_NAME], nn.Identity) or not layer.training
 
 
 @final
 class Group:
-    """Layers that read the same tensor. The first one asked computes for all; a layer that is asked about another tensor computes alone."""
+    """Layers that read the same tensor. The first layer called computes for all; a layer called with another tensor, alone."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
         self._layers = list(layers)
         self._input: Tensor | None = None
-        self._waiting: dict[FusedLinear, Tensor] = {}
+        self._pending: dict[FusedLinear, Tensor] = {}
 
     def output(self, layer: FusedLinear, values: Tensor) -> Tensor:
-        """What `layer` makes of `values`, […, in] → […, out]."""
-        if layer in self._waiting and values is self._input:
-            found = self._waiting.pop(layer)
+        """The output of `layer` for `values`, […, in] → […, out]."""
+        if layer in self._pending and values is self._input:
+            output = self._pending.pop(layer)
         else:
             layers = self._layers if layer is self._layers[0] else [layer]
-            self._waiting = dict(zip(layers, _together(layers, values), strict=True))
-            found = self._waiting.pop(layer)
-        self._input = values if self._waiting else None
-        return found
+            self._pending = dict(zip(layers, _outputs(layers, values), strict=True))
+            output = self._pending.pop(layer)
+        self._input = values if self._pending else None
+        return output
 
 
-def _together(layers: Sequence[FusedLinear], values: Tensor) -> tuple[Tensor, ...]:
+def _outputs(layers: Sequence[FusedLinear], values: Tensor) -> tuple[Tensor, ...]:
     weights, biases = [layer.base_layer.weight for layer in layers], [layer.base_layer.bias for layer in layers]
-    downs, ups = [layer.lora_A[NAME].weight for layer in layers], [layer.lora_B[NAME].weight for layer in layers]
-    return products(values, [float(layer.scaling[NAME]) for layer in layers], weights, biases, downs, ups)
+    downs = [layer.lora_A[ADAPTER_NAME].weight for layer in layers]
+    ups = [layer.lora_B[ADAPTER_NAME].weight for layer in layers]
+    return products(values, [float(layer.scaling[ADAPTER_NAME]) for layer in layers], weights, biases, downs, ups)
 
 
 def products(
@@ -132,27 +137,28 @@ def products(
     downs: list[Tensor],
     ups: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    """`values` […, in] → x Wᵀ + b + s (x Aᵀ) Bᵀ […, out] by each W, b, A (`downs`) and B (`ups`)."""
-    found: tuple[Tensor, ...] = _Products.apply(values, scales, *weights, *biases, *downs, *ups)  # type: ignore[no-untyped-call]
-    return found
+    """`values` […, in] → x Wᵀ + b + s (x Aᵀ) Bᵀ […, out] for each W, b, A (`downs`) and B (`ups`)."""
+    outputs: tuple[Tensor, ...] = _Products.apply(values, scales, *weights, *biases, *downs, *ups)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype, joined: int) -> tuple[Tensor, list[Tensor]]:
-    """The first `joined` of `tensors` one below the other, and each of the others, in `dtype`; all by one launch."""
+    """The first `joined` of `tensors` concatenated by rows, and each of the others, in `dtype`, by one kernel launch."""
     rows = [tensor.shape[0] for tensor in tensors[:joined]]
     if all(tensor.dtype == dtype for tensor in tensors):
         return (torch.cat(tuple(tensors[:joined])) if joined > 1 else tensors[0]), list(tensors[joined:])
-    below = tensors[0].new_empty(sum(rows), tensors[0].shape[1], dtype=dtype)
+    stacked = tensors[0].new_empty(sum(rows), tensors[0].shape[1], dtype=dtype)
     others = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors[joined:]]
-    torch._foreach_copy_([*below.split(rows), *others], list(tensors))
-    return below, others
+    torch._foreach_copy_([*stacked.split(rows), *others], list(tensors))
+    return stacked, others
 
 
 @final
 class _Products(torch.autograd.Function):
-    """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for layers i, in the dtype of W; A and B are usually float32, and so are their gradients.
+    """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for layers i, in the dtype of W.
 
-    With g_i the gradient of y_i: h_i = s_i g_i B_i, ∂A_i = h_iᵀ x, ∂B_i = s_i g_iᵀ (x A_iᵀ), ∂x = Σ (g_i W_i + h_i A_i).
+    A and B are usually float32, and so are their gradients. With g_i the gradient of y_i: h_i = s_i g_i B_i, ∂A_i = h_iᵀ x,
+    ∂B_i = s_i g_iᵀ (x A_iᵀ), ∂x = Σ (g_i W_i + h_i A_i).
     """
 
     @staticmethod
@@ -165,59 +171,55 @@ class _Products(torch.autograd.Function):
             flat = values.reshape(-1, values.shape[-1]).to(dtype)
             down, ups = _cast(trained, dtype, count)
             inner = flat @ down.t()
-            found = [functional.linear(flat, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            for output, share, up, scale in zip(found, inner.split(ranks, 1), ups, scales, strict=True):
-                output.addmm_(share, up.t(), alpha=scale)
+            outputs = [functional.linear(flat, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            for output, part, up, scale in zip(outputs, inner.split(ranks, 1), ups, scales, strict=True):
+                output.addmm_(part, up.t(), alpha=scale)
         ctx.save_for_backward(flat, inner, down, *ups, *weights)
         ctx.scales, ctx.ranks, ctx.shape, ctx.dtypes = scales, ranks, values.shape, (values.dtype, trained[0].dtype)
-        return tuple(output.view(*values.shape[:-1], -1) for output in found)
+        return tuple(output.view(*values.shape[:-1], -1) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         count, ranks = len(ctx.scales), ctx.ranks
         flat, inner, down, *rest = ctx.saved_tensors
         ups, weights = rest[:count], rest[count:]
-        given = [gradient.reshape(-1, gradient.shape[-1]).to(flat.dtype) for gradient in gradients]
-        back = torch.empty_like(inner)
-        of_ups = [torch.empty_like(up) for up in ups]
-        for gradient, up, of_up, share, into, scale in zip(
-            given, ups, of_ups, inner.split(ranks, 1), back.split(ranks, 1), ctx.scales, strict=True
-        ):  # β = 0: what stands in the new tensors is not read
-            into.addmm_(gradient, up, beta=0, alpha=scale)
-            of_up.addmm_(gradient.t(), share, beta=0, alpha=scale)
-        of_downs = (back.t() @ flat).split(ranks)
-        trained = list(of_downs) + of_ups
+        outer = [gradient.reshape(-1, gradient.shape[-1]).to(flat.dtype) for gradient in gradients]
+        inner_gradient = torch.empty_like(inner)
+        up_gradients = [torch.empty_like(up) for up in ups]
+        for gradient, up, up_gradient, part, target, scale in zip(
+            outer, ups, up_gradients, inner.split(ranks, 1), inner_gradient.split(ranks, 1), ctx.scales, strict=True
+        ):  # beta=0: the uninitialized values are not read
+            target.addmm_(gradient, up, beta=0, alpha=scale)
+            up_gradient.addmm_(gradient.t(), part, beta=0, alpha=scale)
+        down_gradients = (inner_gradient.t() @ flat).split(ranks)
+        trained = list(down_gradients) + up_gradients
         if ctx.dtypes[1] != flat.dtype:
             exact = [torch.empty_like(tensor, dtype=ctx.dtypes[1]) for tensor in trained]
             torch._foreach_copy_(exact, trained)
             trained = exact
-        of_values = None
+        input_gradient = None
         if ctx.needs_input_grad[0]:
-            of_values = given[0] @ weights[0]
-            for gradient, weight in zip(given[1:], weights[1:], strict=True):
-                of_values.addmm_(gradient, weight)
-            of_values = of_values.addmm_(back, down).view(ctx.shape).to(ctx.dtypes[0])
-        return (of_values, None, *[None] * (2 * count), *trained)
+            input_gradient = outer[0] @ weights[0]
+            for gradient, weight in zip(outer[1:], weights[1:], strict=True):
+                input_gradient.addmm_(gradient, weight)
+            input_gradient = input_gradient.addmm_(inner_gradient, down).view(ctx.shape).to(ctx.dtypes[0])
+        return (input_gradient, None, *[None] * (2 * count), *trained)
 
 
 @final
 class FusedConv2d(Conv2d):  # type: ignore[misc]
-    """PEFT's layer, [B, in, H, W] → [B, out, H', W'], in fewer operators where nothing but base and LoRA is wanted."""
+    """PEFT's layer in fewer operators, unless more than base and LoRA is asked for."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's; a 1×1 convolution is products of pixels, another has its LoRA's B as one."""
-        if args or kwargs or not usual(self, x.device.type):
-            found: Tensor = super().forward(x, *args, **kwargs)
-            return found
-        base, down, up, scale = (
-            self.base_layer,
-            self.lora_A[NAME].weight,
-            self.lora_B[NAME].weight,
-            float(self.scaling[NAME]),
-        )
+        """[B, in, H, W] → [B, out, H', W']. A 1×1 convolution becomes matrix products; of another one, only B does."""
+        if args or kwargs or not _computes_base_and_lora(self, x.device.type):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        base, scale = self.base_layer, float(self.scaling[ADAPTER_NAME])
+        down, up = self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight
         geometry: Geometry = (base.stride, base.padding, base.dilation)
         if base.kernel_size == (1, 1) and geometry[:2] == ((1, 1), (0, 0)):
-            pixels = _last(x).permute(0, 2, 3, 1)
+            pixels = _channels_last(x).permute(0, 2, 3, 1)
             (output,) = products(
                 pixels, [scale], [base.weight.flatten(1)], [base.bias], [down.flatten(1)], [up.flatten(1)]
             )
@@ -225,12 +227,12 @@ class FusedConv2d(Conv2d):  # type: ignore[misc]
         return cast(Tensor, _Convolution.apply(x, scale, geometry, base.weight, base.bias, down, up))  # type: ignore[no-untyped-call]
 
 
-def _last(pixels: Tensor) -> Tensor:
+def _channels_last(pixels: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def _rows(pixels: Tensor) -> Tensor:
-    """[B, C, H, W] whose channels lie last in memory → [B · H · W, C], the same memory."""
+    """A view of channels-last [B, C, H, W] as [B · H · W, C]."""
     return pixels.permute(0, 2, 3, 1).view(-1, pixels.shape[1])
 
 
@@ -238,8 +240,8 @@ def _rows(pixels: Tensor) -> Tensor:
 class _Convolution(torch.autograd.Function):
     """y = W * x + b + s B (A * x), with * a convolution and B a matrix at each pixel, in the dtype of W.
 
-    With g the gradient of y and h = s Bᵀ g: ∂B = s Σ g (A * x)ᵀ over the pixels, ∂A that of A * x for h, and ∂x those of W * x for g and
-    of A * x for h.
+    With g the gradient of y and h = s Bᵀ g: ∂B = s Σ g (A * x)ᵀ over the pixels, ∂A is the gradient of A * x for h, and ∂x
+    the sum of those of W * x for g and of A * x for h.
     """
 
     @staticmethod
@@ -255,39 +257,43 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         dtype = weight.dtype
         with torch.autocast(values.device.type, enabled=False):
-            inputs, kernel, matrix = _last(values.to(dtype)), _last(down.to(dtype)), up.flatten(1).to(dtype)
-            inner, base = _last(functional.conv2d(inputs, kernel, None, *geometry)), packed(weight, geometry, inputs)
-            found = _last(functional.conv2d(inputs, weight, bias, *geometry) if base is None else base(inputs, bias))
-            _rows(found).addmm_(_rows(inner), matrix.t(), alpha=scale)
+            inputs, kernel = _channels_last(values.to(dtype)), _channels_last(down.to(dtype))
+            matrix = up.flatten(1).to(dtype)
+            inner = _channels_last(functional.conv2d(inputs, kernel, None, *geometry))
+            base = packed(weight, geometry, inputs)
+            output = _channels_last(
+                functional.conv2d(inputs, weight, bias, *geometry) if base is None else base(inputs, bias)
+            )
+            _rows(output).addmm_(_rows(inner), matrix.t(), alpha=scale)
         ctx.save_for_backward(inputs, weight, kernel, matrix, inner)
         ctx.base, ctx.scale, ctx.geometry, ctx.dtypes = base, scale, geometry, (values.dtype, down.dtype)
-        return found
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, kernel, matrix, inner = ctx.saved_tensors
-        given = _last(gradient.to(inputs.dtype))
-        back, of_matrix = torch.empty_like(inner), torch.empty_like(matrix)
-        # β = 0: what stands in the new tensors is not read
-        _rows(back).addmm_(_rows(given), matrix, beta=0, alpha=ctx.scale)
-        of_matrix.addmm_(_rows(given).t(), _rows(inner), beta=0, alpha=ctx.scale)
-        of_values, of_kernel = _gradients(ctx, back, inputs, kernel, (ctx.needs_input_grad[0], True))
-        if of_values is not None:
+        outer = _channels_last(gradient.to(inputs.dtype))
+        inner_gradient, up_gradient = torch.empty_like(inner), torch.empty_like(matrix)
+        # beta=0: the uninitialized values are not read
+        _rows(inner_gradient).addmm_(_rows(outer), matrix, beta=0, alpha=ctx.scale)
+        up_gradient.addmm_(_rows(outer).t(), _rows(inner), beta=0, alpha=ctx.scale)
+        input_gradient, down_gradient = _gradients(ctx, inner_gradient, inputs, kernel, (ctx.needs_input_grad[0], True))
+        if input_gradient is not None:
             if ctx.base is None:
-                of_values.add_(cast(Tensor, _gradients(ctx, given, inputs, weight, (True, False))[0]))
+                input_gradient.add_(cast(Tensor, _gradients(ctx, outer, inputs, weight, (True, False))[0]))
             else:
-                of_values = _last(of_values)
-                ctx.base.add_back(of_values, given)
-            of_values = of_values.to(ctx.dtypes[0])
-        trained = [cast(Tensor, one).to(ctx.dtypes[1]) for one in (of_kernel, of_matrix[..., None, None])]
-        return (of_values, None, None, None, None, *trained)
+                input_gradient = _channels_last(input_gradient)
+                ctx.base.add_input_gradient(input_gradient, outer)
+            input_gradient = input_gradient.to(ctx.dtypes[0])
+        trained = [cast(Tensor, tensor).to(ctx.dtypes[1]) for tensor in (down_gradient, up_gradient[..., None, None])]
+        return (input_gradient, None, None, None, None, *trained)
 
 
 def _gradients(
     ctx: Any, gradient: Tensor, inputs: Tensor, kernel: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of the input and the kernel of a convolution, as `wanted`."""
-    found: tuple[Tensor | None, Tensor | None, None] = torch.ops.aten.convolution_backward(
+    """The gradients of a convolution's input and kernel, as far as `wanted`."""
+    gradients: tuple[Tensor | None, Tensor | None, None] = torch.ops.aten.convolution_backward(
         gradient, inputs, kernel, None, *ctx.geometry, False, [0, 0], 1, [*wanted, False]
     )
-    return found[:2]
+    return gradients[:2]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel
 
+from finetune import kernels
 from finetune.adapters import peft
 from finetune.config.schema import Adapter
-from finetune.kernels import rope, unet_blocks
+from finetune.kernels import unet_blocks
 from finetune.kernels.fused_lora import FusedConv2d, FusedLinear
 from finetune.kernels.onednn_conv import packed
 from finetune.memory.activation_checkpointing import checkpoint_activations
@@ -83,7 +84,9 @@ def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool,
     for name, parameter in net.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    rope.rotate_at_once(net)
+    for kernel in kernels.KERNELS:
+        if kernel != "onednn_conv":
+            kernels.apply(kernel, net)
     checkpoint_activations(net, int(checkpointing))
     net.train()
     torch.manual_seed(1)
@@ -117,13 +120,11 @@ def test_outputs_and_gradients_are_pefts_and_diffusers(
     ours: dict[type, int],
     checkpointing: bool,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     section = Adapter(rank=4, alpha=3, targets=targets, rank_pattern={"to_k": 2} if targets == "all-linear" else {})
     output, found, kinds = gradients(build, section, checkpointing, dtype)
-    monkeypatch.setattr(peft, "fuse", lambda net: None)
-    monkeypatch.setattr(rope, "PROCESSORS", ())
-    expected, theirs, none = gradients(build, section, checkpointing, dtype)
+    with kernels.without(*kernels.KERNELS):
+        expected, theirs, none = gradients(build, section, checkpointing, dtype)
     assert kinds.keys() == ours.keys() and all(kinds[kind] >= least for kind, least in ours.items()) and not none
     relative, absolute = (1e-4, 1e-5) if dtype == torch.float32 else (0.1, 0.1)
     torch.testing.assert_close(output, expected, rtol=relative, atol=absolute)
@@ -139,6 +140,7 @@ def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
     net, _ = unet()
     net.requires_grad_(False)
     peft.add_adapter(net, Adapter(rank=4))
+    kernels.apply("fused_lora", net)
     attention = net.mid_block.attentions[0].transformer_blocks[0].attn1
     for layer in (attention.to_q, attention.to_k):
         nn.init.normal_(layer.lora_B["default"].weight)
@@ -148,7 +150,7 @@ def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
         for layer, values, found in ((attention.to_q, one, query), (attention.to_k, other, key)):
             weight = layer.base_layer.weight + layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             torch.testing.assert_close(found, values @ weight.T)
-    assert attention.to_q.group._input is None and not attention.to_q.group._waiting
+    assert attention.to_q.group._input is None and not attention.to_q.group._pending
 
 
 @torch.no_grad()

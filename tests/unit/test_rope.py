@@ -11,7 +11,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from finetune.estimate.tracing.recorder import Recorder
-from finetune.kernels import rope
+from finetune.kernels import KERNELS, _parts, rope
 from tests.unit.test_fused_lora import Built, flux1, flux2
 
 
@@ -69,18 +69,19 @@ def test_a_net_launches_less_and_another_stays_as_it_is(build: Any) -> None:
         return len(recorder.sections[0].operators)
 
     def attentions(net: nn.Module) -> int:
-        return sum(isinstance(getattr(module, "processor", None), rope.PROCESSORS) for module in net.modules())
+        return len(list(_parts(net, KERNELS["rope"].parts)))
 
     net, run = build()
     before, processors = (
         step(net, run),
         {type(module.processor) for module in net.modules() if hasattr(module, "processor")},
     )
-    rope.rotate_at_once(net)
+    count = attentions(net)
+    rope.patch(net)
     # Per attention a query and a key, there and back: a product for a stack, a negation, two products and a sum. The turns once: two.
-    assert step(net, run) == before - 2 * 2 * 4 * attentions(net) + 2
+    assert step(net, run) == before - 2 * 2 * 4 * count + 2
     gc.collect()
-    assert not len(rope._turns), "turns last as long as the step's cosines"
+    assert not len(rope._rotations), "turns last as long as the step's cosines"
     other: Built = build()
     assert {type(module.processor) for module in other[0].modules() if hasattr(module, "processor")} == processors
     assert step(*other) == before

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from finetune.kernels import backend
+
 # The lists of torch's ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, …_SET_OPT_DTYPE), by the names under which
 # Python calls them. Python functions that wrap a listed one stand here by their own name: a function mode does not see inside.
 LOWER = {
@@ -310,7 +312,7 @@ def cuda() -> Iterator[Cuda]:
         mode,
         mock.patch("torch.autograd._engine_run_backward", run),
         mock.patch("torch.autocast", autocast),
-        mock.patch("finetune.kernels.fused_lora.autocast_dtype", autocast_dtype),
+        backend.override(autocast_dtype=autocast_dtype),
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", _has_foreach),
     ):
         yield mode

@@ -18,6 +18,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from finetune import kernels
 from finetune.adapters.peft import add_adapter
 from finetune.data.batch import Batch, Encoders
 from finetune.errors import UserError
@@ -25,7 +26,6 @@ from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.tracing.cuda_mode import Routing
 from finetune.estimate.tracing.denoiser_inputs import INPUTS, Config, Inputs
 from finetune.estimate.tracing.recorder import reading
-from finetune.kernels.rope import rotate_at_once
 from finetune.memory import apply
 from finetune.memory.activation_checkpointing import checkpoint_activations
 from finetune.memory.quantization import dtype_of
@@ -221,9 +221,11 @@ class DenoiserModel(Model):
         if adapt is not None:
             adapt(net)
         else:
-            rotate_at_once(net)
+            kernels.apply("rope", net)
             if recipe.adapter is not None:
                 add_adapter(net, recipe.adapter)
+                kernels.apply("unet_blocks", net)
+                kernels.apply("fused_lora", net)
         if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
             raise UserError(
                 "UVit2DModel cannot recompute its blocks: in diffusers 0.42 they are called by names that its checkpoint does not take",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from finetune.estimate.tracing.recorder import Recorder
-from finetune.kernels import onednn_conv
+from finetune.kernels import backend
 from finetune.training import optimizers
 
 SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
@@ -89,24 +89,24 @@ def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
 
 
 @final
-class Packed:
+class PackedConv:
     """A frozen convolution whose weights a CPU holds twice more."""
 
     def __init__(self, weight: Tensor, padding: tuple[int, ...], inputs: Tensor) -> None:
         self._weight, self._padding = weight.detach(), padding
         self._held = [torch.empty_like(self._weight) for _ in range(2)]
 
-    def is_of(self, weight: Tensor) -> bool:
+    def matches(self, weight: Tensor) -> bool:
         return True
 
     def __call__(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         return functional.conv2d(inputs, self._weight, bias, padding=self._padding)
 
-    def add_back(self, found: Tensor, gradient: Tensor) -> None:
+    def add_input_gradient(self, total: Tensor, gradient: Tensor) -> None:
         geometry = (1, 1), self._padding, (1, 1)
         wanted = [True, False, False]
-        found += torch.ops.aten.convolution_backward(
-            gradient, found, self._weight, None, *geometry, False, [0, 0], 1, wanted
+        total += torch.ops.aten.convolution_backward(
+            gradient, total, self._weight, None, *geometry, False, [0, 0], 1, wanted
         )[0]
 
 
@@ -116,9 +116,8 @@ def in_place(device: Device = "cuda") -> Iterator[None]:
     import bitsandbytes
 
     with (
-        mock.patch.object(onednn_conv, "Packed", Packed),
-        mock.patch.object(
-            onednn_conv, "read_by_onednn", lambda weight: device == "cpu" and weight.dtype == torch.float32
+        backend.override(
+            pack=PackedConv, uses_onednn=lambda weight: device == "cpu" and weight.dtype == torch.float32
         ),
         mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
         mock.patch.object(optimizers, "pages", lambda section, _: section.paged and device == "cuda"),

@@ -23,7 +23,7 @@ from finetune.adapters.lora_file import KEY, PEFT_FILE, Initial, look
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Adapter
 from finetune.errors import UserError
-from finetune.kernels.fused_lora import NAME
+from finetune.kernels import ADAPTER_NAME
 from finetune.models.registry import family_of_pipeline
 from finetune.paths import public_name
 
@@ -51,7 +51,7 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
                 _inject(pipeline, state, found)
             else:
                 state = _state_dict(pipeline, str(found.file))
-                pipeline.load_lora_weights(str(found.file), adapter_name=NAME)
+                pipeline.load_lora_weights(str(found.file), adapter_name=ADAPTER_NAME)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise _another_base(name, " ".join(str(error).split())[:160], pipeline) from error
     adapted = {part: _adapted(net) for part, net in pipeline.components.items() if isinstance(net, nn.Module)}
@@ -125,9 +125,9 @@ def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
         use_dora=bool(found.setting("use_dora")),
     )
     net = getattr(pipeline, NET)
-    inject_adapter_in_model(config, net, adapter_name=NAME)
+    inject_adapter_in_model(config, net, adapter_name=ADAPTER_NAME)
     set_peft_model_state_dict(
-        net, {name.removeprefix(f"{NET}."): tensor for name, tensor in state.items()}, adapter_name=NAME
+        net, {name.removeprefix(f"{NET}."): tensor for name, tensor in state.items()}, adapter_name=ADAPTER_NAME
     )
 
 
@@ -147,11 +147,11 @@ def _adapted(net: nn.Module) -> list[str]:
 def _make_trainable(net: nn.Module, state: Mapping[str, Tensor], adapter: Adapter) -> None:
     for module in net.modules():
         if isinstance(module, LoraLayer) and adapter.dropout:
-            module.lora_dropout[NAME] = nn.Dropout(adapter.dropout)
+            module.lora_dropout[ADAPTER_NAME] = nn.Dropout(adapter.dropout)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
-            key = name.replace(f".{NAME}", "")
+            key = name.replace(f".{ADAPTER_NAME}", "")
             exact = state.get(
                 key, state.get(f"text_model.{key}", parameter.data)
             )  # of a net or a layer that files call otherwise, as it was loaded

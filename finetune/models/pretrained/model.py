@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from finetune import kernels
 from finetune.adapters import peft
 from finetune.adapters.formats.safetensors_io import forget_places
 from finetune.adapters.lora_file import LORA_FILE
@@ -26,8 +27,6 @@ from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoders
 from finetune.data.latent_cache import fingerprint
 from finetune.errors import UserError
-from finetune.kernels.fused_lora import fuse
-from finetune.kernels.rope import rotate_at_once
 from finetune.memory import apply
 from finetune.memory.activation_checkpointing import checkpoint_activations
 from finetune.memory.quantization import dtype_of, whole_weights
@@ -311,13 +310,14 @@ class TextToImage(Model):
         apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         net: Any
         for name, net in trained.items():
-            if name in adapted:
-                fuse(net)
-            elif adapter is not None:
-                adapted[name] = peft.add_adapter(net, adapter)
-            else:
+            if adapter is None:
                 net.requires_grad_(True)
-            rotate_at_once(net)
+            elif name not in adapted:
+                adapted[name] = peft.add_adapter(net, adapter)
+            if adapter is not None:
+                kernels.apply("unet_blocks", net)
+                kernels.apply("fused_lora", net)
+            kernels.apply("rope", net)
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
             if adapter.pissa and self._peft_folders:
