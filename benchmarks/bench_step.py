@@ -35,7 +35,7 @@ from finetune.estimate.tracing.recorder import Operator, Recorder, reading
 from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
-from finetune.models.pretrained.model import DenoiseTurn
+from finetune.models.pretrained.model import DenoiseStep
 
 GOAL = 0.80  # of the examples' launches
 PARTS = ("forward", "backward", "optimizer")
@@ -90,7 +90,7 @@ def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
     """Noising, the net's call and the loss as the examples write them."""
     latents = batch["latents" if isinstance(train_step, DenoiserTurn) else "mean"].to(torch.bfloat16)
     noise = torch.randn_like(latents)
-    if isinstance(train_step, DenoiseTurn):
+    if isinstance(train_step, DenoiseStep):
         assert isinstance(train_step.objective, Denoising)
         table, timesteps = (
             train_step.objective.alphas_cumprod.to(torch.bfloat16),

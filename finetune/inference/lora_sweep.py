@@ -19,7 +19,7 @@ from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.family import Family, family_of
 from finetune.models.pretrained.init_lora import put_on
 from finetune.models.pretrained.loading import open_pipeline
-from finetune.models.pretrained.model import draw_words, set_schedule
+from finetune.models.pretrained.model import generate_from_prompt, set_schedule
 from finetune.planning import Plan, load_plan
 from finetune.report.images import enlarged, sheet
 from finetune.terminal import Progress
@@ -85,7 +85,7 @@ def compare(
                     done, len(kept) * len(strengths) * len(request.prompts), f"{rows[row]}, strength {columns[column]}"
                 )
                 drawn[number].append(
-                    draw_words(family, pipeline, request, request.prompts[number], request.seeds[number])
+                    generate_from_prompt(family, pipeline, request, request.prompts[number], request.seeds[number])
                 )
     drawing.end()
     try:

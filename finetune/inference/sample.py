@@ -19,7 +19,7 @@ from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.check import pipeline_class
 from finetune.models.pretrained.family import Family, family_of
 from finetune.models.pretrained.loading import open_pipeline
-from finetune.models.pretrained.model import DTYPES, draw_words, set_schedule
+from finetune.models.pretrained.model import DTYPES, generate_from_prompt, set_schedule
 from finetune.models.registry import family_of_pipeline, pipelines, spec_of
 from finetune.models.scratch.base import CONFIG, WEIGHTS, PixelModel, open_model
 from finetune.models.scratch.gan.base import Adversarial
@@ -129,7 +129,7 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
     pipeline: Any = placed(open_pipeline(recipe.model, family.spec.pipeline, dtype_of(recipe.train.precision)))
     set_schedule(pipeline, recipe)
     for seed in seeds:
-        yield draw_words(family, pipeline, request, prompt, seed)
+        yield generate_from_prompt(family, pipeline, request, prompt, seed)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
             some = slice(number, number + at_once)
             images += opened.sample(replace(request, prompts=request.prompts[some], seeds=request.seeds[some]))
         else:
-            images.append(draw_words(*opened, request, request.prompts[number], request.seeds[number]))
+            images.append(generate_from_prompt(*opened, request, request.prompts[number], request.seeds[number]))
     drawing.show(len(images), len(images))
     drawing.end()
     return images

@@ -55,7 +55,7 @@ def flow_of_another_family(scene: Scene) -> None:
     scene.set("model.family=flux1", f"model.path={tiny.pipeline('sd3')}")
 
 
-@case("the text encoders of family sd3 are run once", "set it to false")
+@case("the text encoders of family sd3 cannot be trained", "set it to false")
 def text_encoders_that_do_not_train(scene: Scene) -> None:
     scene.set("model.family=sd3", f"model.path={tiny.pipeline('sd3')}", "model.train_text_encoder=true")
 
@@ -65,7 +65,7 @@ def guidance_that_nothing_reads(scene: Scene) -> None:
     scene.set("model.family=sd3", f"model.path={tiny.pipeline('sd3')}", "flow={guidance: 3}")
 
 
-@case("PixArtSigmaPipeline reads no LoRA file", "set it to false")
+@case("PixArtSigmaPipeline loads no LoRA file", "set it to false")
 def pissa_without_a_form(scene: Scene) -> None:
     scene.set("model.family=pixart", f"model.path={tiny.pipeline('pixart')}", "adapter.pissa=true")
 

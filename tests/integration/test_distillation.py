@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.job import prepare
-from finetune.models.pretrained.model import DenoiseTurn, TextToImage
+from finetune.models.pretrained.model import DenoiseStep, TextToImage
 from finetune.rng import Draw
 from tests.helpers import tiny
 
@@ -45,7 +45,7 @@ def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> N
         )
     )
     model = cast(TextToImage, job.model)
-    train_step = cast(DenoiseTurn, model.train_steps()[0])
+    train_step = cast(DenoiseStep, model.train_steps()[0])
     trained = job.model.trained()
     batch = job.data.batch(0, (0, 1), Draw(0, 0, (0, 1)))
     assert train_step.cycle == 4

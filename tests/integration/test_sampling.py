@@ -159,7 +159,7 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     vae.mkdir()
     (vae / "plan.json").write_text(json.dumps(plan))
     (vae / "recipe.yaml").write_text(tiny.text("vae", "scratch", vae))
-    with pytest.raises(UserError, match="family vae draws no prompts"):
+    with pytest.raises(UserError, match="family autoencoder-kl draws no prompts"):
         sample(vae, ["a"])
     (vae / "recipe.yaml").unlink()
     with pytest.raises(UserError, match="no diffusers folder"):

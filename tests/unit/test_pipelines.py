@@ -18,7 +18,7 @@ from finetune.data.batch import stack
 from finetune.models.objectives.noise_prediction import WHOLE, Noised, Part
 from finetune.models.pretrained import loading
 from finetune.models.pretrained.family import Family, family_of
-from finetune.models.pretrained.model import Denoiser, DenoiseTurn, objective_of
+from finetune.models.pretrained.model import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.rng import Draw
 from tests.helpers import tiny, tiny_pipelines
@@ -126,7 +126,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
     clean = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
     batch = stack([{"mean": clean[0], **{key: value[0] for key, value in conditions(name, WORDS[0]).items()}}])
     with torch.no_grad():
-        loss = DenoiseTurn(net, objective).loss(batch, Draw(0, 0, [0]))
+        loss = DenoiseStep(net, objective).loss(batch, Draw(0, 0, [0]))
     torch.testing.assert_close(loss, (velocity - (noisy - clean)).square().mean()[None], rtol=1e-4, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from finetune.models.base import SampleRequest
 from finetune.models.objectives import samplers as scratch
 from finetune.models.pretrained import loading
 from finetune.models.pretrained.family import Family, family_of
-from finetune.models.pretrained.model import draw_words
+from finetune.models.pretrained.model import generate_from_prompt
 from finetune.models.pretrained.schedulers import flow_levels, sampling_with
 from finetune.models.registry import specs
 from tests.helpers import tiny
@@ -38,7 +38,7 @@ def opened(name: str) -> tuple[Family, Any]:
 def image(name: str, sampler: str | None, steps: int = 4, guidance: float = 3.0) -> Tensor:
     family, pipeline = opened(name)
     request = replace(REQUEST, sampler=sampler, steps=steps, guidance=guidance)
-    drawn = draw_words(family, pipeline, request, REQUEST.prompts[0], 3)
+    drawn = generate_from_prompt(family, pipeline, request, REQUEST.prompts[0], 3)
     return torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8).float()
 
 
@@ -104,7 +104,9 @@ def test_sampler_that_ignores_zero_terminal_snr_is_refused() -> None:
 def test_eta_adds_noise() -> None:
     family, pipeline = opened("sd15")
     plain, noisy = (
-        draw_words(family, pipeline, replace(REQUEST, sampler="ddim", eta=eta), REQUEST.prompts[0], 3).tobytes()
+        generate_from_prompt(
+            family, pipeline, replace(REQUEST, sampler="ddim", eta=eta), REQUEST.prompts[0], 3
+        ).tobytes()
         for eta in (0.0, 1.0)
     )
     assert plain != noisy

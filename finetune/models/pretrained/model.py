@@ -1,7 +1,7 @@
 """Text-to-image models of diffusers, trained in their latent space: what all such families share.
 
-A family's own file says how its captions become conditions and how its denoiser is called (`family`); loading, encoding
-and caching, adapters, the loss, sampling and saving stand here, once.
+A family's own file says how its captions become conditions and how its denoiser is called (`family`). Loading, encoding,
+adapters, the loss, sampling and saving are here.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 class Denoiser(nn.Module):
-    """The denoiser, and the text encoders where they train too: one module, so that one wrapper (DDP) holds all.
+    """The denoiser, and the text encoders if they train: one module, so that one wrapper (DDP) holds everything.
 
     Args:
-        guidance: what a net that embeds it is told while training; none for others.
+        guidance: input of networks that embed the guidance scale, while training; None for others.
     """
 
     def __init__(
@@ -71,15 +71,18 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def without_adapters(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """What the base says."""
+        """Prediction of the base, without its adapters."""
         with peft.switched_off(self):
             found: Tensor = self(noisy, timestep, batch)
         return found
 
 
-class DenoiseTurn(TrainStep):
-    """Args:
-    distill_every: n, where of n steps one is to preserve what the base says at the noisiest 1/n of the levels; the others take the rest.
+class DenoiseStep(TrainStep):
+    """The train step of denoising.
+
+    Args:
+        distill_every: n: every n-th step is a self-distillation step at the noisiest 1/n of the noise levels: the adapter is held to
+            the base model's prediction. The other steps use the remaining levels. None: no such steps.
     """
 
     name = "denoiser"
@@ -89,24 +92,24 @@ class DenoiseTurn(TrainStep):
         self.objective, self._denoiser, self.cycle = objective, net, distill_every or 1
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """[B] float32: of the recipe, or in a step that preserves the base the mean square of what the adapter changes."""
+        """Loss of each example, [B] float32: the objective's, or in a distillation step the mean square of what the adapter changes."""
         mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
         latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
-        if self.cycle == 1 or not self.net.training:  # what is held out is measured at all levels
+        if self.cycle == 1 or not self.net.training:  # validation covers all noise levels
             return self._error(self.objective.noise(latents, draw), batch, batch.get("mask"))
-        border = 1 - 1 / self.cycle
+        boundary = 1 - 1 / self.cycle
         if int(draw.step) % self.cycle != self.cycle - 1:
-            return self._error(self.objective.noise(latents, draw, (0.0, border)), batch, batch.get("mask"))
-        noised = self.objective.noise(latents, draw, (border, 1.0))
-        said = self._denoiser.without_adapters(noised.sample, noised.timestep, batch).float()
-        return self._error(replace(noised, target=said, weight=torch.ones_like(noised.weight)), batch)
+            return self._error(self.objective.noise(latents, draw, (0.0, boundary)), batch, batch.get("mask"))
+        noised = self.objective.noise(latents, draw, (boundary, 1.0))
+        base = self._denoiser.without_adapters(noised.sample, noised.timestep, batch).float()
+        return self._error(replace(noised, target=base, weight=torch.ones_like(noised.weight)), batch)
 
     def _error(self, noised: Noised, batch: Batch, mask: Tensor | None = None) -> Tensor:
         return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, mask)
 
 
 class CaptionAndLatent(Encoders):
-    """The VAE's posterior of an image, and a caption's conditions, or its token ids where text encoders train."""
+    """Encodes an image as the VAE's posterior, and a caption as its conditions, or as token ids if the text encoders train."""
 
     def __init__(
         self,
@@ -138,19 +141,19 @@ class CaptionAndLatent(Encoders):
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Batch:
-        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once an image.
+        # The VAE runs in float32 whatever the precision: SDXL's gives NaN in float16, and it runs once per image.
         found = self._latents.encode(pixels[None].to(self._device, torch.float32))
         return {name: tensor[0].to(self._kept_dtype) for name, tensor in found.items()}
 
     @torch.no_grad()
     def encode_caption(self, caption: str) -> Batch:
-        """An empty caption, which guidance steers away from, is encoded as pipelines encode a negative prompt."""
+        """Encode a caption; an empty one, which guidance moves away from, is encoded as pipelines encode a negative prompt."""
         if self._tokens_only and isinstance(self._family, ClipFamily):
             return self._family.token_ids(self._pipeline, caption)
         return {name: tensor[0].cpu() for name, tensor in self.conditions(caption, negative=not caption).items()}
 
     def conditions(self, caption: str, negative: bool) -> Batch:
-        """[1, …] each, on the device."""
+        """Conditions of one caption, [1, …] each, on the device."""
         for encoder in self.text_encoders.values():
             encoder.to(self._device)
         return self._family.conditions(self._pipeline, caption, negative, self._device)
@@ -170,22 +173,22 @@ class CaptionAndLatent(Encoders):
 
 
 def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObjective:
-    """The family's kind of objective, with the schedule of the checkpoint's own scheduler."""
+    """The family's objective, with the schedule of the checkpoint's own scheduler."""
     if family.spec.objective == "flow":
         return FlowMatching(scheduler.config, recipe.flow or Flow(), family.spec.sampling, family.patch)
     return Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
 
 
 def changes_schedule(recipe: Recipe) -> bool:
-    """Whether images are drawn with another scheduler than the base's own."""
+    """Whether the recipe changes the base's noise schedule."""
     return recipe.model.prediction is not None or (recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr)
 
 
 def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
-    """Change the pipeline's scheduler as the recipe says; for training and for drawing with what was trained.
+    """Change the pipeline's scheduler as the recipe says, for training and for sampling from the result.
 
     Raises:
-        UserError: zero terminal SNR is wanted of a model that predicts the noise.
+        UserError: the recipe asks for zero terminal SNR, and the model predicts the noise.
     """
     if recipe.model.prediction is not None:
         pipeline.scheduler.register_to_config(prediction_type=recipe.model.prediction)
@@ -194,60 +197,64 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
             raise UserError(
                 "zero_terminal_snr needs a model that predicts v, and this checkpoint predicts ε",
                 where="diffusion.zero_terminal_snr",
-                remedy="remove it, or set model.prediction: v_prediction and train long enough to turn the model over",
+                remedy="remove it, or set model.prediction: v_prediction and train long enough for the model to adapt",
             )
-        # Schedulers that never clip do not say so, and DDIM's default is to clip, which is meant for pixels.
+        # DDIM clips samples by default, which is meant for pixels; schedulers that never clip do not have the setting.
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
         )
 
 
-def draw(
+def generate(
     pipeline: Any, family: Family, request: SampleRequest, seed: int, positive: Batch, negative: Batch
 ) -> Image.Image:
-    """One image from its own seed, by the pipeline's own call: while training and afterwards alike.
+    """Generate one image from its own seed, by the pipeline's own call: while training and afterwards alike.
 
-    The VAE decodes in its own precision, float32, as images are encoded.
+    The VAE decodes in float32, as it encodes.
     """
     size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
     noise = {"eta": request.eta} if request.eta else {}
     with sampling_with(pipeline, family.spec, request.sampler), decoded_exactly(pipeline.vae):
-        found: Image.Image = pipeline(
+        image: Image.Image = pipeline(
             **family.call(positive, negative, request.guidance),
             **size,
             **noise,
             num_inference_steps=request.steps,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-    return found
+    return image
 
 
 @torch.no_grad()
-def draw_words(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Image.Image:
-    """`draw`, of a whole pipeline that encodes the prompt itself."""
+def generate_from_prompt(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Image.Image:
+    """Encode the prompt and call `generate`."""
     positive, negative = (
-        family.conditions(pipeline, words, role, pipeline.device)
-        for words, role in ((prompt, False), (request.negative, True))
+        family.conditions(pipeline, text, role, pipeline.device)
+        for text, role in ((prompt, False), (request.negative, True))
     )
-    return draw(pipeline, family, request, seed, positive, negative)
+    return generate(pipeline, family, request, seed, positive, negative)
 
 
 class TextToImage(Model):
-    """Args:
-    family: what is peculiar to it.
+    """A pretrained text-to-image pipeline that trains.
+
+    Args:
+        family: its family's implementation.
     """
 
     def __init__(self, plan: Plan, audit: Audit, family: Family) -> None:
         recipe = plan.recipe
         if recipe.autoencoder is not None:
             raise UserError(
-                "the `autoencoder` section is for the family vae", where="autoencoder", remedy="remove the section"
+                "the `autoencoder` section is for family autoencoder-kl",
+                where="autoencoder",
+                remedy="remove the section",
             )
         if recipe.model.train_text_encoder and not isinstance(family, ClipFamily):
             raise UserError(
-                f"the text encoders of family {recipe.model.family} are run once and do not train here",
+                f"the text encoders of family {recipe.model.family} cannot be trained",
                 where="model.train_text_encoder",
-                remedy="set it to false; the denoiser's LoRA learns new words too",
+                remedy="set it to false; the denoiser's LoRA learns new concepts too",
             )
         textual_inversion.check(recipe, family, audit)
         torch.manual_seed(recipe.train.seed)
@@ -267,7 +274,7 @@ class TextToImage(Model):
         self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
         distill_every = recipe.adapter.distill_every if recipe.adapter else None
-        self._turns = (DenoiseTurn(net, objective_of(family, self.pipeline.scheduler, recipe), distill_every),)
+        self._train_steps = (DenoiseStep(net, objective_of(family, self.pipeline.scheduler, recipe), distill_every),)
         apply.tile(self.pipeline.vae, recipe.model)
         self._encoders = CaptionAndLatent(
             family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text
@@ -275,7 +282,9 @@ class TextToImage(Model):
         self._prompts: dict[tuple[str, bool], Batch] = {}
 
     def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
-        """What trains as a whole has the recipe's dtype, and CLIPs, which are small, with it; the rest has the precision's."""
+        """Open the base. In full fine-tuning the denoiser and CLIP encoders have the dtype of `train.weights`; all else that of the
+        precision.
+        """
         if recipe.method == "scratch":
             return loading.assemble(self.plan, audit, self.family)
         encoders = tuple(name for _, name in self.family.encoders) if isinstance(self.family, ClipFamily) else ()
@@ -285,10 +294,10 @@ class TextToImage(Model):
         )
 
     def _guidance(self, flow: Flow) -> float | None:
-        """What the denoiser is told of guidance while training; none if it does not ask.
+        """Embedded guidance scale while training; None if the network embeds none.
 
         Raises:
-            UserError: the recipe names one, and this net has no place for it.
+            UserError: the recipe gives one, and the network embeds none.
         """
         config: Any = self.denoiser.config
         if config.get("guidance_embeds"):
@@ -298,13 +307,13 @@ class TextToImage(Model):
         return None
 
     def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-        """Freeze all but what trains; returns the adapted layers by net."""
+        """Freeze everything but what trains; returns the adapted layers of each network."""
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
         whole = (
             not self._words or self.plan.recipe.model.train_text_encoder
-        )  # else of the encoders the new words alone train
+        )  # otherwise only the new tokens' embeddings train in the text encoders
         trained = {self.family.spec.denoiser: self.denoiser, **(encoders if whole else {})}
         adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
         apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
@@ -321,7 +330,7 @@ class TextToImage(Model):
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
             if adapter.pissa and self._peft_folders:
-                problem = f"a {self.family.spec.pipeline} reads no LoRA file, and in no other form is a LoRA that began with PiSSA one of the base"
+                problem = f"a {self.family.spec.pipeline} loads no LoRA file, and a LoRA initialized by PiSSA has no other form"
                 raise UserError(problem, where="adapter.pissa", remedy="set it to false")
             peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
         apply.offload_base(self.denoiser, self.plan.recipe, self.device)
@@ -335,17 +344,17 @@ class TextToImage(Model):
         return adapted
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return self._turns
+        return self._train_steps
 
     def state(self) -> dict[str, Tensor]:
-        """What trains alone: the nets' buffers are constants (SD 3.5's positions would add 0.9 GB to each checkpoint)."""
+        """Only what trains: buffers are constants (SD 3.5's positions would add 0.9 GB to each checkpoint)."""
         return dict(self.trained())
 
     def encoders(self) -> Encoders:
         sample = self.plan.recipe.sample
-        if not self._trains_text:  # the text encoders will be gone when the samples are drawn
-            for words in (*((prompt, False) for prompt in sample.prompts), (sample.negative, True)):
-                self._prompts[words] = self._conditions(*words)
+        if not self._trains_text:  # the text encoders are released before sampling
+            for prompt in (*((prompt, False) for prompt in sample.prompts), (sample.negative, True)):
+                self._prompts[prompt] = self._conditions(*prompt)
         return self._encoders
 
     @torch.no_grad()
@@ -355,12 +364,12 @@ class TextToImage(Model):
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Image.Image]:
-        """As in `Model`, by diffusers' own pipeline, one image at a time; the VAE comes from host memory for it."""
+        """As in `Model`, by diffusers' own pipeline, one image at a time. The VAE is moved to the device for it."""
         request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
-        found = []
+        images = []
         self.pipeline.vae.to(self.device)
         try:
-            # A quantized base draws as the whole one does: on that, the LoRA will be used.
+            # Sample with the unquantized base, on which the LoRA will be used.
             with (
                 whole_weights(self.denoiser),
                 torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
@@ -370,16 +379,17 @@ class TextToImage(Model):
                         self._conditions(prompt, negative=False),
                         self._conditions(request.negative, negative=True),
                     )
-                    found.append(draw(self.pipeline, self.family, request, seed, *conditions))
-        finally:  # also when memory ran out, so that training, which goes on, has it back
+                    images.append(generate(self.pipeline, self.family, request, seed, *conditions))
+        finally:  # also when memory runs out, so that training can continue
             self.pipeline.vae.to("cpu")
-        return found
+        return images
 
     def save(self, folder: Path) -> list[Path]:
-        """LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each net.
-        Beside either: new words in `embeddings/`. Else: the whole pipeline.
+        """Write the result.
 
-        Beside an adapter lies `scheduler/` if the recipe draws with another than the base's.
+        LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each
+        network. Both: new tokens in `embeddings/`, and `scheduler/` if the recipe changes the noise schedule. Otherwise: the whole
+        pipeline.
         """
         if self.plan.recipe.method == "lora":
             return [*self._save_adapters(folder), *textual_inversion.save(folder, self.plan.recipe.tokens, self._words)]
@@ -396,7 +406,7 @@ class TextToImage(Model):
         ):
             setattr(whole, name, getattr(self.pipeline, name))
         whole.save_pretrained(folder)
-        if recipe.method == "scratch":  # what was loaded from a file is saved under that file's names
+        if recipe.method == "scratch":  # under the names that other programs know
             for name, encoder in self._encoders.text_encoders.items():
                 encoder.save_pretrained(folder / name, state_dict=peft.named_as_in_files(encoder, encoder.state_dict()))
         forget_places(folder)
@@ -404,13 +414,13 @@ class TextToImage(Model):
 
     @property
     def _peft_folders(self) -> bool:
-        """Whether what is trained has no form in diffusers: other adapters than LoRA, and PixArt-Σ's pipeline, which loads none."""
+        """Whether the adapter has no form in diffusers: other adapters than LoRA, and PixArt-Σ, whose pipeline loads no LoRA."""
         adapter = self.plan.recipe.adapter
         return adapter is not None and (adapter.kind != "lora" or not hasattr(self.pipeline, "save_lora_weights"))
 
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
-        if changes_schedule(self.plan.recipe):  # with the base's own, this adapter would draw other images
+        if changes_schedule(self.plan.recipe):  # with the base's own scheduler, the adapter would give other images
             self.pipeline.scheduler.save_pretrained(folder / "scheduler")
         if self._peft_folders:
             return [peft.save_peft(net, folder / name) for name, net in nets.items()]
