@@ -1,6 +1,7 @@
 """Generate the documentation's reference pages from the code: python tools/generate_docs.py [PAGE …] [--check]
 
 Pages:
+    cli       docs/reference/cli.md, from the commands
     models    docs/models.md, from the families' records
 
 With --check nothing is written: the exit code is 1 if a page is out of date.
@@ -8,14 +9,16 @@ With --check nothing is written: the exit code is 1 if a page is out of date.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.cli.main import ft
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.samplers import SAMPLERS, valid_for
 from finetune.models.registry import specs
@@ -94,7 +97,70 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-PAGES: dict[str, tuple[str, Callable[[], str]]] = {"models": ("docs/models.md", models)}
+def cli() -> str:
+    """docs/reference/cli.md: every command of `ft`: usage, description, arguments and options, as `ft COMMAND --help` prints them."""
+    lines = [
+        "# Command line",
+        "",
+        "`ft COMMAND --help` prints the same text. Exit codes: 0 success, 1 a failure, 2 a mistake in what was given, "
+        "130 after Ctrl-C, 143 after SIGTERM. `python -m finetune` is the same as `ft`.",
+        "",
+    ]
+    for command, context in _commands(ft, click.Context(ft, info_name="ft")):
+        lines += _command_section(command, context)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(group: click.Group, context: click.Context) -> Iterator[tuple[click.Command, click.Context]]:
+    """All commands below `group`, depth first, each with the context that knows its full name."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None, name
+        below = click.Context(command, info_name=name, parent=context)
+        yield command, below
+        if isinstance(command, click.Group):
+            yield from _commands(command, below)
+
+
+def _command_section(command: click.Command, context: click.Context) -> list[str]:
+    """The Markdown of one command."""
+    usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
+    depth = "##" if context.parent is not None and context.parent.parent is None else "###"
+    lines = [f"{depth} {context.command_path}", "", "```text", usage, "```", "", *_help(command), ""]
+    records = [
+        record
+        for parameter in command.get_params(context)
+        if isinstance(parameter, click.Option)
+        and parameter.name != "help"
+        and (record := parameter.get_help_record(context)) is not None
+    ]
+    if records:
+        lines += ["| option | meaning |", "|---|---|"]
+        lines += [f"| `{_cell(option)}` | {_cell(_prose(meaning))} |" for option, meaning in records]
+        lines += [""]
+    return lines
+
+
+def _help(command: click.Command) -> list[str]:
+    """The description of a command: its docstring, one line a paragraph."""
+    text = inspect.cleandoc(command.help or "").partition("\f")[0].replace("\b\n", "")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+    return [_prose(line) for paragraph in paragraphs for line in (paragraph, "")][:-1]
+
+
+def _prose(text: str) -> str:
+    """Text without what Markdown would take for HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "cli": ("docs/reference/cli.md", cli),
+    "models": ("docs/models.md", models),
+}
 
 
 @click.command()
@@ -110,6 +176,7 @@ def main(names: tuple[str, ...], check: bool) -> None:
             if not (ROOT / path).is_file() or (ROOT / path).read_text(encoding="utf-8") != text:
                 stale.append(path)
         else:
+            (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
             (ROOT / path).write_text(text, encoding="utf-8")
     if stale:
         raise SystemExit(f"out of date: {', '.join(stale)}; run python tools/generate_docs.py")
