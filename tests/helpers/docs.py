@@ -5,12 +5,16 @@ A block after the comment `<!-- not run: REASON -->` is not run. A block with `t
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from tests.helpers.commands import CHECKOUT
+from tools.archive import bundled
 
 DOCS = CHECKOUT / "docs"
 EMOJI = ("rocket", "fire", "pizza", "bus", "strawberry", "hamburger")
@@ -72,12 +76,8 @@ def blocks(page: str) -> list[Block]:
 
 def sample_images(folder: Path) -> None:
     """Write a few emoji with captions into a new folder, as people have them."""
-    from PIL import Image
-
-    from finetune.data.sources import embedded_images
-
     folder.mkdir()
     for name in EMOJI:
-        with Image.open(embedded_images.path(name)) as image:
+        with Image.open(io.BytesIO(bundled("emoji/noto")[f"{name}.webp"].read())) as image:
             image.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(name)

@@ -54,3 +54,7 @@ def test_docs_page_commands_run(page: str, tmp_path: Path) -> None:
             (folder / block.file).write_text(block.text)
         elif block.runs:
             _run(block, folder)
+    if page == "README.md":
+        assert (folder / "runs" / "lora-mine" / "report.html").is_file()
+        assert (folder / "mine.safetensors").is_file()
+        assert len(list((folder / "runs" / "try").rglob("grid.png"))) >= 2
