@@ -113,18 +113,14 @@ def test_documented_keys_in_prose_exist() -> None:
         if page.endswith("other-trainers.md"):
             text = re.sub(r"^\|[^|]*\|", "|", text, flags=re.MULTILINE)
         for section, key in re.findall(r"`(\w+)\.(\w+)[:=` ]", text):
-            if section in sections:
+            if section in sections and key not in ("json", "yaml"):
                 assert key in typing.get_type_hints(sections[section]), f"{page}: {section}.{key}"
 
 
-def test_generated_pages_are_current() -> None:
-    stale = [
-        name
-        for name, page in generate_docs.PAGES.items()
-        if not (path := generate_docs.DOCS / name).is_file()
-        or path.read_text(encoding="utf-8") != generate_docs.NOTICE + page()
-    ]
-    assert not stale, "run: python tools/generate_docs.py"
+@pytest.mark.parametrize("name", generate_docs.PAGES)
+def test_generated_page_is_current(name: str) -> None:
+    path, generate = generate_docs.PAGES[name]
+    assert (CHECKOUT / path).read_text(encoding="utf-8") == generate(), f"run: python tools/generate_docs.py {name}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
