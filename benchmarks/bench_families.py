@@ -185,7 +185,7 @@ def shown(folder: Path) -> list[Image.Image]:
     plan = load_plan(folder)
     opened = sample.open_run(folder, plan)
     drawn = sample.draw(opened, request_for(request_of(plan), opened, [""], SHOWN), SHOWN)
-    return [image.resize((96, 96), Image.Resampling.NEAREST) for image in drawn]
+    return [image.thumbnail().resize((96, 96), Image.Resampling.NEAREST) for image in drawn]
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

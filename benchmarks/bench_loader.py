@@ -35,7 +35,7 @@ from finetune.config.loader import parse_recipe
 from finetune.config.machine import Machine
 from finetune.data import dataset as ours
 from finetune.data.audit.audit import scan
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, ImageTextEncoder
 from finetune.data.prefetch import threads
 from finetune.planning import make_plan
 from finetune.rng import Draw
@@ -45,7 +45,7 @@ STEPS_OF_A_RUN = 100_000
 READY = 2 * threads() + 2  # batches that a way may have ready
 
 
-class AsTheyAre(Encoders):
+class AsTheyAre(ImageTextEncoder):
     image_key, caption_key = "as they are", ""
 
     def __init__(self, cached: bool) -> None:

@@ -42,7 +42,7 @@ from finetune.config.schema import Data
 from finetune.data.audit import duplicates, inspect
 from finetune.data.audit.audit import Audit, scan
 from finetune.data.audit.index import ImageRecord, Index
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, ImageTextEncoder
 from finetune.data.buckets import buckets, fit
 from finetune.data.dataset import Dataset
 from finetune.data.media.image import canonical_color
@@ -55,7 +55,7 @@ SHARD = 10_000
 STEPS, BATCH = 300, 16
 
 
-class Means(Encoders):
+class Means(ImageTextEncoder):
     """An image becomes the means of its 4×4 patches in half precision, a caption its length."""
 
     image_key, caption_key = "means", "length"

@@ -184,12 +184,11 @@ def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
     if not force:
         _refuse_too_large(model, plan)
     accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
-    data = Dataset(plan, audit, model.encoders())
+    data = Dataset(plan, audit, model.encoder())
     too_long = data.long_captions()  # known only now that the tokenizers are
     if accelerator.is_main_process:
         shown = [
-            {"name": p.name, "caption": p.caption, "tokens": data.encoders.tokens(p.caption)}
-            for p in audit.training[:3]
+            {"name": p.name, "caption": p.caption, "tokens": data.encoder.tokens(p.caption)} for p in audit.training[:3]
         ]
         if too_long or shown[0]["tokens"]:
             rows = tables.caption_rows(shown) if shown[0]["tokens"] else []
@@ -279,7 +278,7 @@ def _from_newest(plan: Plan, audit: Audit, run: Run) -> Model:
     A checkpoint comes before every look and at the end. Where the device has no room for the whole net, the look fails, and is told.
     """
     model = from_checkpoint.rebuilt(plan, audit, checkpoint.newest(run.folder / "checkpoints")[0])
-    model.encoders().release()  # it has read the prompts
+    model.encoder().release()  # it has read the prompts
     for train_step in model.train_steps():
         train_step.net.to(plan.machine.device)
     return model

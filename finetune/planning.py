@@ -14,6 +14,7 @@ from finetune.config.loader import load_recipe, to_dict
 from finetune.config.machine import Machine
 from finetune.config.schema import Precision, Recipe
 from finetune.data.buckets import buckets, fit
+from finetune.data.shape import Shape, shape_of
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Counts of the audit: `examples` are images × repeats, `buckets` are (width, height, examples).
+    """Counts of the audit: `examples` are images × repeats, `buckets` are (shape, examples).
 
     `digest` is a hash over every image's bytes, crop, caption and repeats, in their order.
     """
@@ -30,7 +31,7 @@ class DataFacts:
     images: int
     examples: int
     held_out: int
-    buckets: tuple[tuple[int, int, int], ...]
+    buckets: tuple[tuple[Shape, int], ...]
     digest: str
 
 
@@ -105,19 +106,19 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
 
 def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
     """What the audit counted, and the class images that are still to be drawn, which will be squares."""
-    counts = {(bucket.width, bucket.height): count for bucket, count in audit.bucket_counts().items()}
+    counts = audit.bucket_counts()
     if to_draw:
         data = recipe.data
         square = fit(
             (data.resolution, data.resolution),
             buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets),
-        ).bucket
-        counts[square.width, square.height] = counts.get((square.width, square.height), 0) + to_draw
+        ).shape
+        counts[square] = counts.get(square, 0) + to_draw
     return DataFacts(
         images=len(audit.training) + to_draw,
         examples=sum(counts.values()),
         held_out=len(audit.held_out),
-        buckets=tuple((*size, count) for size, count in counts.items()),
+        buckets=tuple(counts.items()),
         digest=audit.digest(),
     )
 
@@ -173,10 +174,23 @@ def describe(plan: Plan) -> dict[str, Any]:
     numbers = {field.name: getattr(plan, field.name) for field in fields(plan)}
     return numbers | {
         "recipe": to_dict(plan.recipe),
-        "data": asdict(plan.data),
+        "data": {field.name: getattr(plan.data, field.name) for field in fields(DataFacts)}
+        | {"buckets": [_plain_bucket(shape, count) for shape, count in plan.data.buckets]},
         "machine": asdict(plan.machine),
         "arithmetic": plan.arithmetic,
     }
+
+
+def _plain_bucket(shape: Shape, count: int) -> list[Any]:
+    """A bucket in `plan.json`: [width, height, examples] of images, [shape, examples] of other media."""
+    plain = shape.plain()
+    return [*plain, count] if isinstance(plain, list) else [plain, count]
+
+
+def _bucket_of(plain: list[Any]) -> tuple[Shape, int]:
+    """What `_plain_bucket` wrote."""
+    *shape, count = plain
+    return shape_of(shape if len(shape) == 2 else shape[0]), int(count)
 
 
 def load_plan(folder: Path) -> Plan:
@@ -196,7 +210,7 @@ def load_plan(folder: Path) -> Plan:
     facts = dict(found["data"])
     if "pictures" in facts:  # runs of version 0.1
         facts["images"] = facts.pop("pictures")
-    numbers["data"] = DataFacts(**facts | {"buckets": tuple(tuple(bucket) for bucket in facts["buckets"])})
+    numbers["data"] = DataFacts(**facts | {"buckets": tuple(map(_bucket_of, facts["buckets"]))})
     numbers["machine"] = Machine(**found["machine"])
     numbers["notes"] = tuple(found["notes"])
     return Plan(**numbers)

@@ -1,36 +1,34 @@
-"""Aspect-ratio buckets: which size an image trains at, and how it is cropped."""
+"""Aspect-ratio buckets: which shape an image or a clip trains at, and how it is cropped."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """A training size in pixels."""
-
-    width: int
-    height: int
-
-    def __str__(self) -> str:
-        return f"{self.width}×{self.height}"
+from finetune.data.shape import Frame, ImageShape, VideoShape
 
 
 @dataclass(frozen=True)
 class Crop:
-    """How an upright image of `original` (width, height) fills a bucket: scale to `scaled`, then cut at (left, top)."""
+    """How an upright image of `original` (width, height) fills a shape: scale to `scaled`, then cut at (left, top)."""
 
     original: tuple[int, int]
     scaled: tuple[int, int]
     left: int
     top: int
-    bucket: Bucket
+    shape: Frame
     mirrored: bool = False
+
+    @property
+    def key(self) -> str:
+        """The crop as text in cache keys and data digests: it must never change, or every cache and run would be stale."""
+        s = self.shape
+        shape = f"Bucket(width={s.width}, height={s.height})" if isinstance(s, ImageShape) else repr(s)
+        return (
+            f"Crop(original={self.original}, scaled={self.scaled}, left={self.left}, top={self.top}, bucket={shape}, "
+            f"mirrored={self.mirrored})"
+        )
 
     @property
     def upscaled(self) -> bool:
@@ -40,26 +38,31 @@ class Crop:
     @property
     def share_lost(self) -> float:
         """Share of the image's area that the crop cuts away."""
-        return 1 - (self.bucket.width * self.bucket.height) / (self.scaled[0] * self.scaled[1])
+        return 1 - self.shape.pixels / (self.scaled[0] * self.scaled[1])
 
 
-def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) -> list[Bucket]:
-    """All sizes whose sides are multiples of `step`, whose area is at most resolution², none thinner than `maximum_aspect`.
+def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) -> list[ImageShape]:
+    """All sizes whose sides are multiples of `step`, with an area of at most resolution² and no thinner than `maximum_aspect`.
 
-    Of each width the tallest is kept, so an image loses little. One square bucket if not `several`.
+    Of each width only the tallest is kept, so that crops lose little. One square bucket unless `several`.
     """
     if not several:
-        return [Bucket(resolution, resolution)]
+        return [ImageShape(resolution, resolution)]
     square = resolution // step * step
-    found = {Bucket(square, square)} if square else set()
+    found = {ImageShape(square, square)} if square else set()
     for width in range(step, int(resolution * math.sqrt(maximum_aspect)) + 1, step):
         height = resolution * resolution // width // step * step
         if height and max(width, height) / min(width, height) <= maximum_aspect:
-            found |= {Bucket(width, height), Bucket(height, width)}
+            found |= {ImageShape(height, width), ImageShape(width, height)}
     return sorted(found)
 
 
-def fit(size: tuple[int, int], choices: list[Bucket]) -> Crop:
+def clips(sizes: Sequence[ImageShape], frames: int, fps: float) -> list[VideoShape]:
+    """The sizes as shapes of clips."""
+    return [VideoShape(frames, size.height, size.width, fps) for size in sizes]
+
+
+def fit(size: tuple[int, int], choices: Sequence[Frame]) -> Crop:
     """The center crop of the bucket nearest in aspect ratio (as a ratio of ratios; the larger area wins a tie)."""
     width, height = size
     aspect = math.log(width / height)
@@ -67,3 +70,8 @@ def fit(size: tuple[int, int], choices: list[Bucket]) -> Crop:
     scale = max(bucket.width / width, bucket.height / height)
     scaled = (max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale)))
     return Crop(size, scaled, (scaled[0] - bucket.width) // 2, (scaled[1] - bucket.height) // 2, bucket)
+
+
+def mirrored(crop: Crop, mirror: bool) -> Crop:
+    """The crop, its image mirrored if `mirror`."""
+    return replace(crop, mirrored=mirror)

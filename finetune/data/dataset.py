@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.audit.audit import Audit, ImageRecord
-from finetune.data.batch import Batch, Encoders, stack
+from finetune.data.batch import Batch, Encoder, stack
 from finetune.data.buckets import Crop
 from finetune.data.cache_dir import cache_folder
 from finetune.data.latent_cache import Store
@@ -42,16 +42,18 @@ class Dataset:
     Args:
         plan: for the order, seeds and cache.
         audit: what to encode.
-        encoders: the family's; not used any more once `encode` has returned, unless it says `cached = False`.
+        encoder: the family's; not used any more once `encode` has returned, unless it says `cached = False`.
     """
 
-    def __init__(self, plan: Plan, audit: Audit, encoders: Encoders) -> None:
-        self.plan, self.encoders = plan, encoders
+    def __init__(self, plan: Plan, audit: Audit, encoder: Encoder) -> None:
+        self.plan, self.encoder = plan, encoder
         self.background = audit.background
+        keys = {part.roles: part.key for part in encoder.parts}
+        self._image_key_of_encoder, self._caption_key = keys["target",], keys.get(("caption",), "")
         self.images = audit.images
         self._weighted = plan.recipe.prior is not None or any(source.weight != 1 for source in plan.recipe.data.sources)
         self._masked = plan.recipe.data.masks is not None
-        if self._masked and encoders.mask_factor is None:
+        if self._masked and encoder.mask_factor is None:
             raise UserError(
                 "the loss of this family has no places that a mask could weigh",
                 where="data.masks",
@@ -76,7 +78,7 @@ class Dataset:
         Raises:
             UserError: some are, and `data.long_captions` is stop.
         """
-        tokens = functools.lru_cache(1024)(self.encoders.caption_tokens)
+        tokens = functools.lru_cache(1024)(self.encoder.caption_tokens)
         count, longest, named = 0, 0, list[str]()
         for image in self.images:
             found = tokens(image.caption)
@@ -98,21 +100,21 @@ class Dataset:
 
         Args:
             progress: called with (what, number of it, of how many).
-            share: (this process's number, processes): only its share of what is lacking, and the encoders are kept.
+            share: (this process's number, processes): only its share of what is lacking, and the encoder is kept.
 
         Raises:
             UserError: the cache cannot be written, or an image has changed since the audit.
         """
-        if not (self.encoders.cached or self._streamed):
+        if not (self.encoder.cached or self._streamed):
             return
         # Opened anew: a process that waited finds what others wrote.
         folder = cache_folder(self.plan.recipe.data.cache)
-        keys = {self.encoders.image_key, self.encoders.caption_key} if self.encoders.cached else {PIXELS}
+        keys = {part.key for part in self.encoder.parts} if self.encoder.cached else {PIXELS}
         self._stores = {key: Store(folder / key_of(key)[:24]) for key in keys if key}
         number, processes = share or (0, 1)
         mine = range(len(self.images) * number // processes, len(self.images) * (number + 1) // processes)
         try:
-            if self.encoders.cached:
+            if self.encoder.cached:
                 self._encode_captions(mine, progress)
             self._encode_images(mine, progress)
             for place, mirrored in itertools.product(mine if self._masked else (), self._variants):
@@ -120,8 +122,8 @@ class Dataset:
         finally:  # what was encoded before Ctrl-C is kept too
             for store in self._stores.values():
                 store.flush()
-        if share is None and self.encoders.cached:
-            self.encoders.release()
+        if share is None and self.encoder.cached:
+            self.encoder.release()
             self._released = True
 
     def _encode_captions(self, places: range, progress: Progress | None) -> None:
@@ -131,7 +133,7 @@ class Dataset:
             self._caption(caption, keep=False)
 
     def _encode_images(self, places: range, progress: Progress | None) -> None:
-        store = self._stores[self.encoders.image_key if self.encoders.cached else PIXELS]
+        store = self._stores[self._image_key_of_encoder if self.encoder.cached else PIXELS]
 
         def lacking() -> Iterator[tuple[str, ImageRecord, bool]]:
             for number, (place, mirrored) in enumerate(itertools.product(places, self._variants)):
@@ -145,8 +147,8 @@ class Dataset:
             if key not in store:  # a copy of an image just encoded is
                 with torch.no_grad():
                     kept = (
-                        _finite(self.encoders.encode_image(pixels), image)
-                        if self.encoders.cached
+                        _finite(self.encoder.encode({"target": pixels}), image)
+                        if self.encoder.cached
                         else {PIXELS: to_bytes(pixels)}
                     )
                 store.put(key, kept)
@@ -206,7 +208,7 @@ class Dataset:
         return stack(found)
 
     def _image_key(self, image: ImageRecord, mirrored: bool) -> str:
-        return key_of(image.digest, repr(image.crop), int(mirrored), self.background)
+        return key_of(image.digest, image.crop.key, int(mirrored), self.background)
 
     def _pixels(self, image: ImageRecord, mirrored: bool) -> Tensor:
         """What the model sees of an image, [3, H, W] float32 in [-1, 1]."""
@@ -216,35 +218,33 @@ class Dataset:
     def _image(self, image: ImageRecord, mirrored: bool) -> Batch:
         def compute() -> Batch:
             key = self._image_key(image, mirrored)
-            kept = not self.encoders.cached and self._streamed and key in self._stores[PIXELS]
+            kept = not self.encoder.cached and self._streamed and key in self._stores[PIXELS]
             pixels = to_floats(self._stores[PIXELS].get(key)[PIXELS]) if kept else self._pixels(image, mirrored)
             with self._encoder_lock:
-                return _finite(self.encoders.encode_image(pixels), image)
+                return _finite(self.encoder.encode({"target": pixels}), image)
 
-        return self._kept(self.encoders.image_key, self._image_key(image, mirrored), compute)
+        return self._kept(self._image_key_of_encoder, self._image_key(image, mirrored), compute)
 
     def _mask(self, image: ImageRecord, mirrored: bool, keep: bool = True) -> Batch:
         """Where the loss of an image counts and how much, [1, h, w] float32: the mask's mean over each place that has a loss."""
-        factor, outside = self.encoders.mask_factor or 1, self.plan.recipe.data.unmasked_weight
+        factor, outside = self.encoder.mask_factor or 1, self.plan.recipe.data.unmasked_weight
 
         def compute() -> Batch:
-            bucket = image.crop.bucket
+            bucket = image.crop.shape
             if image.mask is None:
                 return {"mask": torch.ones(1, bucket.height // factor, bucket.width // factor)}
             seen = torch.from_numpy(masks.read(image, mirrored))
             return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
 
-        key = key_of("mask", image.mask_digest, repr(image.crop), int(mirrored), f"{outside} {factor}")
-        return self._kept(self.encoders.image_key, key, compute, keep)
+        key = key_of("mask", image.mask_digest, image.crop.key, int(mirrored), f"{outside} {factor}")
+        return self._kept(self._image_key_of_encoder, key, compute, keep)
 
     def _caption(self, caption: str, keep: bool = True) -> Batch:
         def compute() -> Batch:
             with self._encoder_lock:
-                return self.encoders.encode_caption(caption)
+                return self.encoder.encode({"caption": caption})
 
-        return (
-            self._kept(self.encoders.caption_key, key_of(caption), compute, keep) if self.encoders.caption_key else {}
-        )
+        return self._kept(self._caption_key, key_of(caption), compute, keep) if self._caption_key else {}
 
     def _kept(self, encoder: str, key: str, compute: Callable[[], Batch], keep: bool = True) -> Batch:
         """From memory, else from the cache, else computed; kept in both.
@@ -257,7 +257,7 @@ class Dataset:
             if place in self._memory:
                 self._memory.move_to_end(place)
                 return self._memory[place]
-        if self.encoders.cached:
+        if self.encoder.cached:
             found = self._from_cache(self._stores[encoder], key, compute)
         else:
             with torch.no_grad():
@@ -291,7 +291,7 @@ def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
     trains, repeats = ~audit.images.held_out, audit.images.repeats
     found: dict[object, list[numpy.ndarray]] = {}
     for crop, places in audit.images.crops.items():
-        found.setdefault(crop.bucket, []).append(places[trains[places]])
+        found.setdefault(crop.shape, []).append(places[trains[places]])
     buckets = [numpy.sort(numpy.concatenate(parts)) for parts in found.values()]
     return [
         numpy.repeat(bucket, repeats[bucket])
@@ -351,9 +351,7 @@ def geometry(crop: Crop) -> Tensor:
     All in pixels (Podell et al. 2023, arXiv:2307.01952, §2.2); the crop's corner is measured after scaling.
     """
     width, height = crop.original
-    return torch.tensor(
-        [height, width, crop.top, crop.left, crop.bucket.height, crop.bucket.width], dtype=torch.float32
-    )
+    return torch.tensor([height, width, crop.top, crop.left, crop.shape.height, crop.shape.width], dtype=torch.float32)
 
 
 def _bytes(batch: Batch) -> int:

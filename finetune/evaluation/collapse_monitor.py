@@ -50,7 +50,8 @@ class CollapseMonitor:
         if self._real is None:
             self._real = self._extractor.features(as_generated(records, audit.background, self._model.space))
         request = request_for(request_of(self._plan), self._model, [image.caption for image in records], IMAGES)
-        features = self._extractor.features(sample.draw(self._model, request, BATCH))
+        generated = [found.thumbnail() for found in sample.draw(self._model, request, BATCH)]
+        features = self._extractor.features(generated)
         check = Check(done, **mode_metrics(features, self._real))
         lines = self._records.read_text(encoding="utf-8").splitlines() if self._records.is_file() else []
         history = [*checks([json.loads(line) for line in lines]), check]

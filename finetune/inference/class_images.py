@@ -95,7 +95,7 @@ def _draw(recipe: Recipe, prior: Prior, folder: Path) -> None:
         drawing.show(done, len(wanted), prior.prompt)
         (folder / f"{number:05d}.txt").write_text(prior.prompt, encoding="utf-8")
         aside = folder / f".{number:05d}.png"
-        image.save(aside, "PNG")
+        image.save(aside)
         aside.replace(_file(folder, number))
     drawing.end()
 

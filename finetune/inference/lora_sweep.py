@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune import kernels
 from finetune.adapters import peft
+from finetune.data.media.sample import Sample
 from finetune.errors import UserError
 from finetune.inference.sample import dtype_of, free_folder, placed, request_for
 from finetune.models.base import SampleRequest
@@ -74,7 +75,7 @@ def compare(
     rows = [f"step {int(path.name.removeprefix('step-')):,}" for path in kept]
     columns = [f"{strength:g}" for strength in strengths]
     drawing = Progress("drawing")
-    drawn: list[list[Any]] = [[] for _ in request.prompts]  # by prompt, row after row
+    drawn: list[list[Sample]] = [[] for _ in request.prompts]  # by prompt, row after row
     for row, path in enumerate(kept):
         _load(nets, path, plan)
         for column, strength in enumerate(strengths):
@@ -156,7 +157,7 @@ def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
 
 
 def _write(
-    target: Path, request: SampleRequest, rows: list[str], columns: list[str], drawn: list[list[Any]]
+    target: Path, request: SampleRequest, rows: list[str], columns: list[str], drawn: list[list[Sample]]
 ) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     sheets = []
@@ -164,11 +165,12 @@ def _write(
         for place, image in enumerate(cells):
             row, column = divmod(place, len(columns))
             image.save(
-                target / f"{number:02d}-{rows[row].replace(' ', '-').replace(',', '')}-strength-{columns[column]}.png"
+                target
+                / f"{number:02d}-{rows[row].replace(' ', '-').replace(',', '')}-strength-{columns[column]}{image.suffix}"
             )
         sheets.append(target / f"sheet-{number:02d}.png")
         sheet(
-            [enlarged(cell) for cell in cells],
+            [enlarged(cell.thumbnail()) for cell in cells],
             rows,
             [f"strength {column}" for column in columns],
             f"{prompt}   (seed {seed})",

@@ -12,6 +12,7 @@ import torch
 from finetune.adapters import peft
 from finetune.config import samplers
 from finetune.config.schema import Model, Precision, Recipe, Sample
+from finetune.data.media.sample import Sample as Generated
 from finetune.errors import UserError
 from finetune.memory import apply
 from finetune.models.base import SampleRequest
@@ -27,7 +28,7 @@ from finetune.paths import embedded
 from finetune.planning import Plan, load_plan
 from finetune.terminal import Progress
 from finetune.training.device import this_machine
-from finetune.training.samples import request_of, write_images
+from finetune.training.samples import request_of, write_samples
 
 Opened = PixelModel | tuple[Family, Any]  # what draws: a model in pixel space, or a pipeline with its family
 
@@ -72,7 +73,7 @@ def sample(
     images = draw(opened, request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
-        return write_images(images, request, target)
+        return write_samples(images, request, target)
     except OSError as error:
         raise UserError(
             f"the images cannot be written: {error.strerror}",
@@ -122,7 +123,7 @@ def request_for(
 
 
 @torch.no_grad()
-def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Any]:
+def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Generated]:
     """Squares that the recipe's base draws before anything is trained, one for each seed."""
     sample, size, family = recipe.sample, recipe.data.resolution, family_of(recipe.model.family)
     request = SampleRequest((prompt,), (0,), sample.steps, sample.guidance, sample.negative, (size, size))
@@ -133,7 +134,7 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
 
 
 @torch.no_grad()
-def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
+def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Generated]:
     """The images asked for. One after the other: batched, their last bits depend on the company they are in.
 
     Args:
@@ -143,7 +144,7 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Any]:
         samplers.check(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
         samplers.check(None, opened[0].spec.slug, request.sampler, request.eta, "--sampler, --eta")
-    images: list[Any] = []
+    images: list[Generated] = []
     drawing = Progress("drawing")
     while (number := len(images)) < len(request.prompts):
         drawing.show(number, len(request.prompts), request.prompts[number])

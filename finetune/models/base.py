@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, Encoder
+from finetune.data.shape import Frame
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from finetune.data.media.sample import Sample
     from finetune.planning import Plan
     from finetune.rng import Draw
 
@@ -61,11 +63,11 @@ class Model(ABC):
         """The turns of a step, in order."""
 
     @abstractmethod
-    def encoders(self) -> Encoders:
+    def encoder(self) -> Encoder:
         """What turns this family's images and captions into what `TrainStep.loss` reads."""
 
     @abstractmethod
-    def sample(self, request: SampleRequest) -> list[Image]:
+    def sample(self, request: SampleRequest) -> list[Sample]:
         """Draw images with the weights as they are now."""
 
     @abstractmethod
@@ -115,11 +117,11 @@ def gathered(values: Tensor) -> Tensor:
 
 def check_sizes(plan: Plan, multiple: int) -> None:
     """Raise if a bucket has a side that the family's nets cannot halve often enough."""
-    for width, height, _ in plan.data.buckets:
-        if width % multiple or height % multiple:
+    for shape, _ in plan.data.buckets:
+        if isinstance(shape, Frame) and (shape.width % multiple or shape.height % multiple):
             nearest = max(multiple, round(plan.recipe.data.resolution / multiple) * multiple)
             raise UserError(
-                f"images of {width}×{height} do not suit this model: sides must be multiples of {multiple}",
+                f"images of {shape.width}×{shape.height} do not suit this model: sides must be multiples of {multiple}",
                 where="data.resolution, data.bucket_step",
                 remedy=f"set data.resolution: {nearest} and data.bucket_step: {multiple}",
             )

@@ -37,7 +37,7 @@ def summary(facts: dict[str, Any]) -> dict[str, Any]:
     most = max((bucket["examples"] for bucket in facts["buckets"]), default=1)
     buckets = [
         {
-            "size": f"{bucket['width']}×{bucket['height']}",
+            "size": tables.size_of(bucket),
             "percent": f"{55 * bucket['examples'] / most:.1f}",
             "examples": f"{bucket['examples']:,}",
             "crop": tables.crop_loss(bucket) if bucket["worst"] >= 0.005 else "",

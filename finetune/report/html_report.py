@@ -12,6 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from finetune.data.media.sample import open_sample
 from finetune.estimate import monitor
 from finetune.evaluation import mode_collapse
 from finetune.export.usage import usage
@@ -263,10 +264,7 @@ def _result(run: _RunFiles) -> dict[str, Any]:
 
 
 def _picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
-    from PIL import Image
-
-    with Image.open(sample.path) as image:
-        return images.embed(image, side)
+    return open_sample(sample.path)[0].player(side)
 
 
 def _bytes(count: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from finetune.data.media.image import LOSSLESS_SIDE, ImageSample, embedded_webp
+from finetune.data.media.sample import SUFFIXES, open_sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -20,7 +21,6 @@ LARGEST_CELL = 512  # pixels; wider images are scaled down (the originals lie ne
 COLUMNS = 8  # before/after pairs in one row
 TEXT = 14  # pixels
 MAX_PREVIEW_PIXELS = 100_000_000  # larger damaged images get no preview
-LOSSLESS_SIDE = 160  # pixels; images up to this size are embedded losslessly
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,16 @@ def sample_files(run_folder: Path, prompts: Sequence[str]) -> dict[int, list[Sam
     """
     samples = {}
     for folder in sorted((run_folder / "samples").glob("step-*")):
-        files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.isdigit())
         if files and folder.name.removeprefix("step-").isdigit():
             samples[int(folder.name.removeprefix("step-"))] = [_sample_file(path, prompts) for path in files]
     return samples
 
 
 def _sample_file(path: Path, prompts: Sequence[str]) -> SampleFile:
-    from PIL import Image
-
-    number = int(path.stem)
-    with Image.open(path) as image:
-        prompt, seed = image.info.get("prompt"), image.info.get("seed", "")
-    if prompt is None:
-        prompt = prompts[number] if number < len(prompts) else str(number)
-    return SampleFile(path, prompt, seed)
+    number, about = int(path.stem), open_sample(path)[1]
+    fallback = prompts[number] if number < len(prompts) else str(number)
+    return SampleFile(path, about.get("prompt", fallback), about.get("seed", ""))
 
 
 def before_and_after(samples: dict[int, list[SampleFile]]) -> list[tuple[SampleFile, SampleFile]]:
@@ -80,7 +75,7 @@ def write_before_after(run_folder: Path, samples: dict[int, list[SampleFile]]) -
         return None
     stacked = []
     for pair in pairs:
-        above, below = (enlarged(Image.open(sample.path).convert("RGB")) for sample in pair)
+        above, below = (enlarged(open_sample(sample.path)[0].thumbnail()) for sample in pair)
         both = Image.new("RGB", (max(above.width, below.width), above.height + below.height + 2), "white")
         both.paste(above, (0, 0))
         both.paste(below, (0, above.height + 2))
@@ -181,33 +176,11 @@ def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]
     return shown
 
 
-def embed(image: PilImage, side: int) -> dict[str, Any]:
-    """The template's variables for an image: `source`, a data URI, and `small`, which disables smoothing.
-
-    Args:
-        image: an image of any size.
-        side: images over `LOSSLESS_SIDE` are scaled to fit `side` × `side` pixels.
-    """
-    return {"source": data_uri(image, side), "small": max(image.size) <= LOSSLESS_SIDE}
-
-
-def data_uri(image: PilImage, side: int) -> str:
-    """Encode an image as a WebP data URI, lossless up to `LOSSLESS_SIDE`, else scaled to fit `side` × `side` pixels."""
-    buffer = io.BytesIO()
-    image = image.convert("RGB")
-    if max(image.size) <= LOSSLESS_SIDE:
-        image.save(buffer, "WEBP", lossless=True, method=2)  # a quarter of the default's time, and no larger
-    else:
-        image.thumbnail((side, side))
-        image.save(buffer, "WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def of_training(image: audit.ImageRecord, background: str) -> str:
     """A training image as the model sees it (scaled and cropped), as a data URI."""
     from finetune.data.media.image import apply, decode
 
-    return data_uri(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)
+    return embedded_webp(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)
 
 
 def preview(path: Path) -> dict[str, Any] | None:
@@ -223,7 +196,7 @@ def preview(path: Path) -> dict[str, Any] | None:
             if image.width * image.height > MAX_PREVIEW_PIXELS:
                 return None
             image.draft("RGB", (2 * LOSSLESS_SIDE, 2 * LOSSLESS_SIDE))
-            return embed(image, LOSSLESS_SIDE)
+            return ImageSample(image.copy()).player(LOSSLESS_SIDE)
     except Exception:  # Pillow's readers raise many kinds of errors on damaged files
         return None
     finally:

@@ -49,11 +49,9 @@ def _counts(audit: Audit) -> dict[str, Any]:
     crops = audit.crops()
     buckets = []
     for bucket, examples in audit.bucket_counts().items():
-        lost = [(crop.share_lost, number) for crop, number, _ in crops if crop.bucket == bucket]
+        lost = [(crop.share_lost, number) for crop, number, _ in crops if crop.shape == bucket]
         mean = sum(share * number for share, number in lost) / sum(number for _, number in lost)
-        buckets.append(
-            {"width": bucket.width, "height": bucket.height, "examples": examples, "lost": mean, "worst": max(lost)[0]}
-        )
+        buckets.append({"size": str(bucket), "examples": examples, "lost": mean, "worst": max(lost)[0]})
     findings = []
     for finding in audit.findings:
         groups = [[audit.images[index].name for index in group] for group in finding.examples]
@@ -75,6 +73,12 @@ def _counts(audit: Audit) -> dict[str, Any]:
     }
 
 
+def size_of(bucket: dict[str, Any]) -> str:
+    """The shape of a bucket in `data.json`, such as `512×768`."""
+    # Version 0.1 wrote width and height.
+    return str(bucket["size"]) if "size" in bucket else f"{bucket['width']}×{bucket['height']}"
+
+
 def data_rows(facts: dict[str, Any]) -> list[Row]:
     """The rows about the data: name and text of each.
 
@@ -85,7 +89,7 @@ def data_rows(facts: dict[str, Any]) -> list[Row]:
     rows = [("train", f"{count(facts['training'], 'image')}{repeats}")]
     if facts["held_out"]:
         rows.append(("held out", f"{count(facts['held_out'], 'image')}, for the validation loss"))
-    sizes = [f"{bucket['width']}×{bucket['height']}" for bucket in facts["buckets"]]
+    sizes = [size_of(bucket) for bucket in facts["buckets"]]
     width, most = max(map(len, sizes), default=0), max((bucket["examples"] for bucket in facts["buckets"]), default=1)
     for size, bucket in zip(sizes, facts["buckets"], strict=True):
         bar = "█" * max(1, round(16 * bucket["examples"] / most))

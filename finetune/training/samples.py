@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL.Image import Image
-from PIL.PngImagePlugin import PngInfo
-
+from finetune.data.media.sample import Sample
+from finetune.data.shape import Frame
 from finetune.models.base import Model, SampleRequest
 from finetune.planning import Plan
 from finetune.report.images import enlarged, grid
@@ -31,8 +30,14 @@ def request_of(plan: Plan) -> SampleRequest:
         sampler=sample.sampler,
         eta=sample.eta,
         truncation=sample.truncation,
-        size=plan.data.buckets[0][:2] if len(plan.data.buckets) == 1 else (plan.recipe.data.resolution,) * 2,
+        size=_size(plan),
     )
+
+
+def _size(plan: Plan) -> tuple[int, int]:
+    """(width, height): the training size where there is one, else a square."""
+    shapes = [shape for shape, _ in plan.data.buckets if isinstance(shape, Frame)]
+    return (shapes[0].width, shapes[0].height) if len(shapes) == 1 else (plan.recipe.data.resolution,) * 2
 
 
 def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: int) -> None:
@@ -54,7 +59,7 @@ def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: in
         for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             drawing.show(number, len(request.prompts), prompt)
             images += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
-        write_images(images, request, target)
+        write_samples(images, request, target)
         for name, image in model.diagnostic_images().items():
             enlarged(image).save(target / f"{name}.png")
     except Exception:  # whatever goes wrong in a look must not cost the training
@@ -63,26 +68,26 @@ def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: in
     drawing.end()
 
 
-def write_images(images: Sequence[Image], request: SampleRequest, folder: Path) -> list[Path]:
-    """Write `NN.png`, each with what it was drawn from in its text chunks, and the labeled `grid.png`; returns the single files."""
+def write_samples(samples: Sequence[Sample], request: SampleRequest, folder: Path) -> list[Path]:
+    """Write each sample with what it was generated from, `NN.png` and so on, and the labeled `grid.png`.
+
+    Returns:
+        The single files.
+    """
     files = []
-    for number, (image, prompt, seed) in enumerate(zip(images, request.prompts, request.seeds, strict=True)):
-        said = PngInfo()
-        values = {
+    for number, (sample, prompt, seed) in enumerate(zip(samples, request.prompts, request.seeds, strict=True)):
+        about = {
             "prompt": prompt,
             "negative": request.negative,
-            "seed": seed,
-            "steps": request.steps,
-            "guidance": request.guidance,
+            "seed": str(seed),
+            "steps": str(request.steps),
+            "guidance": str(request.guidance),
         }
-        values |= {"sampler": request.sampler} if request.sampler else {}
-        if request.truncation != 1:
-            values["truncation"] = request.truncation
-        for key, value in values.items():
-            said.add_itxt(key, str(value))
-        files.append(folder / f"{number:02d}.png")
-        image.save(files[-1], pnginfo=said)
-    aside = folder / f".{GRID}"  # there once all is there
-    grid([enlarged(image) for image in images], request.prompts).save(aside)
+        about |= {"sampler": request.sampler} if request.sampler else {}
+        about |= {"truncation": str(request.truncation)} if request.truncation != 1 else {}
+        files.append(folder / f"{number:02d}{sample.suffix}")
+        sample.save(files[-1], about)
+    aside = folder / f".{GRID}"  # renamed once everything is written
+    grid([enlarged(sample.thumbnail()) for sample in samples], request.prompts).save(aside)
     os.replace(aside, folder / GRID)
     return files

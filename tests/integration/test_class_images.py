@@ -10,6 +10,7 @@ from PIL import Image
 
 from finetune import job
 from finetune.config.schema import Recipe
+from finetune.data.shape import ImageShape
 from finetune.inference import class_images
 from finetune.inference.sample import sample
 from finetune.rng import Draw, mix
@@ -36,7 +37,7 @@ def test_class_images_are_the_bases_and_train_with_their_weight(
     asked = recipe(tmp_path, "run")
     planned = job.plan(asked)
     assert not folder(asked).exists(), "a plan draws nothing"
-    assert (planned.data.images, planned.data.examples, planned.data.buckets) == (8, 8, ((32, 32, 8),))
+    assert (planned.data.images, planned.data.examples, planned.data.buckets) == (8, 8, ((ImageShape(32, 32), 8),))
     assert any("3 images" in note and "drawn by the base first" in note for note in planned.notes)
 
     done = tiny.train(asked)

@@ -21,12 +21,13 @@ from finetune.config.loader import parse_recipe
 from finetune.config.machine import Machine
 from finetune.config.schema import Recipe
 from finetune.data.audit.audit import scan
+from finetune.data.media.image import ImageSample
 from finetune.errors import UserError
 from finetune.planning import Plan, load_plan, make_plan
 from finetune.report import images, svg_charts, tables
 from finetune.report.html_report import write_report
 from finetune.training.run_folder import Run
-from finetune.training.samples import request_of, write_images
+from finetune.training.samples import request_of, write_samples
 
 HOSTILE = '<script>alert("1")</script> & </style><img src="http://example.org/x.png">'
 PROMPTS = [HOSTILE, "a green house", "日本 ' \" `"]
@@ -136,7 +137,7 @@ def start(recipe: Recipe) -> Plan:
 def look(plan: Plan, step: int, drawn: Sequence[Image.Image]) -> None:
     folder = Path(plan.folder) / "samples" / f"step-{step:07d}"
     folder.mkdir(parents=True)
-    write_images(drawn, request_of(plan), folder)
+    write_samples([ImageSample(image) for image in drawn], request_of(plan), folder)
 
 
 def log(plan: Plan, steps: int) -> None:

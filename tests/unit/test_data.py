@@ -19,8 +19,9 @@ from PIL import Image
 from finetune.config.schema import Data, Source
 from finetune.data.audit.audit import Audit, scan
 from finetune.data.audit.index import ImageRecord, Index
-from finetune.data.buckets import Bucket, fit
+from finetune.data.buckets import fit
 from finetune.data.media.image import decode, upright
+from finetune.data.shape import ImageShape
 from finetune.errors import UserError
 from finetune.report import tables
 
@@ -77,7 +78,7 @@ def test_several_sources_with_repeats_and_prefix(tmp_path: Path) -> None:
     audit = scan(Data(sources=sources, resolution=32, bucket_step=8, missing_captions="empty"))
     assert captions(audit) == {"a.png": "sks style, a cat", "b.png": "sks style,", "c.png": "a dog"}
     assert [image.repeats for image in audit.images] == [3, 3, 1]
-    assert audit.bucket_counts() == {Bucket(32, 32): 6, Bucket(40, 24): 1}
+    assert audit.bucket_counts() == {ImageShape(32, 32): 6, ImageShape(24, 40): 1}
     assert [(found.count, found.examples) for found in audit.findings if found.kind == "no caption"] == [(1, ((1,),))]
     assert not audit.problems
 
@@ -256,7 +257,7 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
 )
 @settings(deadline=None, max_examples=30)
 def test_held_out_images_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
-    crop, count = fit((16, 16), [Bucket(16, 16)]), len(digests)
+    crop, count = fit((16, 16), [ImageShape(16, 16)]), len(digests)
     images = [
         ImageRecord(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes)
         for n, digest in enumerate(sorted(digests))

@@ -18,7 +18,7 @@ from finetune.config.loader import parse_recipe
 from finetune.config.machine import Machine
 from finetune.data import dataset
 from finetune.data.audit.audit import scan
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.data.dataset import Dataset
 from finetune.errors import UserError
 from finetune.planning import make_plan
@@ -31,8 +31,8 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
-class Counting(Encoders):
-    """Encoders that count their calls. An image becomes its pixels, a caption its bytes; eight tokens are read."""
+class Counting(ImageTextEncoder):
+    """An encoder that counts their calls. An image becomes its pixels, a caption its bytes; eight tokens are read."""
 
     def __init__(self, image_key: str = "image", caption_key: str = "caption", cached: bool = True) -> None:
         self.image_key, self.caption_key, self.cached = image_key, caption_key, cached
@@ -75,7 +75,7 @@ def add(folder: Path, number: int) -> None:
     (folder / f"{number}.txt").write_text(f"number {number}")
 
 
-def opened(folder: Path, encoders: Encoders, processes: int = 1, **sections: dict[str, Any]) -> Dataset:
+def opened(folder: Path, encoders: Encoder, processes: int = 1, **sections: dict[str, Any]) -> Dataset:
     """The data set of `folder`, not yet encoded; its cache is beside it."""
     content = {
         "model": {"family": "autoencoder-kl", "build": {"layers_per_block": 1}},

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finetune.data.buckets import Bucket, Crop, buckets, fit
+from finetune.data.buckets import Crop, buckets, fit
 from finetune.data.media.image import Unreadable, apply, canonical_color, decode
+from finetune.data.shape import Frame, ImageShape
 
 # -- images ---------------------------------------------------------------------------------------------------------
 
@@ -150,10 +151,10 @@ def test_buckets(resolution: int, step: int, aspect: float) -> None:
         assert bucket.width % step == bucket.height % step == 0
         assert bucket.width * bucket.height <= resolution**2
         assert max(bucket.width, bucket.height) <= aspect * min(bucket.width, bucket.height)
-        assert Bucket(bucket.height, bucket.width) in found
+        assert ImageShape(bucket.width, bucket.height) in found
     square = resolution // step * step
-    assert not found or Bucket(square, square) in found
-    assert buckets(resolution, step, aspect, several=False) == [Bucket(resolution, resolution)]
+    assert not found or ImageShape(square, square) in found
+    assert buckets(resolution, step, aspect, several=False) == [ImageShape(resolution, resolution)]
 
 
 @given(shapes, st.sampled_from([64, 200, 512]), st.sampled_from([8, 64]))
@@ -164,20 +165,20 @@ def test_a_image_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
     choices = buckets(resolution, step, 2.0, several=True)
     crop = fit(size, choices)
 
-    def distance(bucket: Bucket) -> float:
+    def distance(bucket: Frame) -> float:
         """How far one must stretch the image's aspect to get the bucket's, as a ratio."""
         ratio = (bucket.width / bucket.height) / (size[0] / size[1])
         return max(ratio, 1 / ratio)
 
-    assert distance(crop.bucket) == pytest.approx(min(map(distance, choices)))
+    assert distance(crop.shape) == pytest.approx(min(map(distance, choices)))
     assert crop.original == size
     # Scaled as a whole: both sides by one factor up to rounding, one side meets the bucket, none falls short.
-    scale = max(crop.bucket.width / size[0], crop.bucket.height / size[1])
+    scale = max(crop.shape.width / size[0], crop.shape.height / size[1])
     assert all(abs(scaled - side * scale) <= 1 for scaled, side in zip(crop.scaled, size, strict=True))
-    assert crop.scaled[0] == crop.bucket.width or crop.scaled[1] == crop.bucket.height
+    assert crop.scaled[0] == crop.shape.width or crop.scaled[1] == crop.shape.height
     # The crop lies inside, in the middle.
-    assert 0 <= crop.left <= crop.scaled[0] - crop.bucket.width <= 2 * crop.left + 1
-    assert 0 <= crop.top <= crop.scaled[1] - crop.bucket.height <= 2 * crop.top + 1
+    assert 0 <= crop.left <= crop.scaled[0] - crop.shape.width <= 2 * crop.left + 1
+    assert 0 <= crop.top <= crop.scaled[1] - crop.shape.height <= 2 * crop.top + 1
     assert 0 <= crop.share_lost < 1
     assert crop.upscaled == (scale > 1 and crop.scaled[0] > size[0])
 
@@ -186,15 +187,15 @@ def test_a_image_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
 @settings(deadline=None, max_examples=25)
 def test_every_shape_comes_out_at_its_bucket_size(size: tuple[int, int]) -> None:
     crop = fit(size, buckets(64, 8, 2.0, several=True))
-    assert apply(Image.new("RGB", size), crop).size == (crop.bucket.width, crop.bucket.height)
+    assert apply(Image.new("RGB", size), crop).size == (crop.shape.width, crop.shape.height)
 
 
 def test_cropping_shows_the_middle_and_mirroring_turns_it() -> None:
     stripes = Image.new("RGB", (300, 100), "black")
     stripes.paste("red", (100, 0, 150, 100))
     stripes.paste("blue", (150, 0, 200, 100))
-    crop = fit((300, 100), [Bucket(50, 50)])
-    assert crop == Crop((300, 100), (150, 50), 50, 0, Bucket(50, 50))
+    crop = fit((300, 100), [ImageShape(50, 50)])
+    assert crop == Crop((300, 100), (150, 50), 50, 0, ImageShape(50, 50))
     assert crop.share_lost == pytest.approx(2 / 3)
     seen = apply(stripes, crop)
     assert seen.getpixel((10, 25)) == (255, 0, 0)
@@ -204,7 +205,7 @@ def test_cropping_shows_the_middle_and_mirroring_turns_it() -> None:
 
 def test_scaling_only_what_is_kept_gives_what_scaling_all_would() -> None:
     noise = Image.effect_noise((211, 97), 80).convert("RGB")
-    crop = fit(noise.size, [Bucket(64, 64)])
+    crop = fit(noise.size, [ImageShape(64, 64)])
     whole = noise.resize(crop.scaled, Image.Resampling.LANCZOS)
     expected = whole.crop((crop.left, crop.top, crop.left + 64, crop.top + 64))
     difference = numpy.asarray(apply(noise, crop)).astype(int) - numpy.asarray(expected).astype(int)
@@ -215,8 +216,8 @@ def test_buckets_in_numbers() -> None:
     """By hand, for 512² in steps of 64: of each width the tallest, none thinner than 2."""
     found = buckets(512, 64, 2.0, several=True)
     assert {(b.width, b.height) for b in found} == {(512, 512), (576, 448), (448, 576), (640, 384), (384, 640)}
-    assert fit((500, 300), found).bucket == Bucket(640, 384)
+    assert fit((500, 300), found).shape == ImageShape(384, 640)
     assert fit((1000, 1000), found).share_lost == 0
-    assert fit((30, 30), [Bucket(8, 8), Bucket(16, 16), Bucket(4, 4)]).bucket == Bucket(
+    assert fit((30, 30), [ImageShape(8, 8), ImageShape(16, 16), ImageShape(4, 4)]).shape == ImageShape(
         16, 16
     )  # of equal aspects the larger

@@ -164,7 +164,7 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
         added = {}
         if name == "sdxl":
             crop = image.crop
-            sizes = (crop.original[::-1], (crop.top, crop.left), (crop.bucket.height, crop.bucket.width))
+            sizes = (crop.original[::-1], (crop.top, crop.left), (crop.shape.height, crop.shape.width))
             ids = plain._get_add_time_ids(*sizes, torch.float32, plain.text_encoder_2.config.projection_dim)
             added = {"added_cond_kwargs": {"text_embeds": encoded[2], "time_ids": ids}}
         with torch.no_grad():

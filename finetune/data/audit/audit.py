@@ -17,10 +17,11 @@ from finetune.data.audit import duplicates
 from finetune.data.audit.cache import Memo, stamp_of
 from finetune.data.audit.index import ImageRecord, Index, Part
 from finetune.data.audit.inspect import TRAITS, Look, look
-from finetune.data.buckets import Bucket, Crop, buckets, fit
+from finetune.data.buckets import Crop, buckets, fit
 from finetune.data.cache_dir import cache_folder
 from finetune.data.media.image import Unreadable, canonical_color
 from finetune.data.prefetch import ahead
+from finetune.data.shape import ImageShape, Shape
 from finetune.data.sources import entries, refuse_inside
 from finetune.data.sources.entry import REMEDIES, Entry, Problem
 from finetune.data.sources.masks import digest_of
@@ -78,19 +79,21 @@ class Audit:
         found = [(crop, places[trains[places]]) for crop, places in self.images.crops.items()]
         return [(crop, len(places), int(repeats[places].sum())) for crop, places in found if len(places)]
 
-    def bucket_counts(self) -> dict[Bucket, int]:
+    def bucket_counts(self) -> dict[Shape, int]:
         """Examples an epoch by bucket."""
-        counts: Counter[Bucket] = Counter()
+        counts: Counter[Shape] = Counter()
         for crop, _, examples in self.crops():
-            counts[crop.bucket] += examples
-        return dict(sorted(counts.items()))
+            counts[crop.shape] += examples
+        return {shape: counts[shape] for shape in sorted(counts)}
 
     def digest(self) -> str:
         """SHA-256 over every image's bytes, crop, caption, repeats, weight and mask, in their order."""
         found = hashlib.sha256()
         for number, p in enumerate(self.images):
             found.update(
-                (("\x1f" if number else "") + f"str:{p.digest} {p.crop} {p.repeats} {p.held_out} {p.caption}").encode()
+                (
+                    ("\x1f" if number else "") + f"str:{p.digest} {p.crop.key} {p.repeats} {p.held_out} {p.caption}"
+                ).encode()
             )
             if (p.weight, p.mask_digest) != (1, ""):
                 found.update(f" {p.weight} {p.mask_digest}".encode())
@@ -214,7 +217,7 @@ def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Se
     return digest, outcome
 
 
-def _image(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[Bucket]) -> ImageRecord | Problem:
+def _image(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[ImageShape]) -> ImageRecord | Problem:
     if seen is None:
         why = "no caption was found" if entry.caption is None else "its caption is empty"
         return Problem(

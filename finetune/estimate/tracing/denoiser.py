@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from finetune import kernels
 from finetune.adapters.peft import add_adapter
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.tracing.cuda_mode import Routing
@@ -239,7 +239,7 @@ class DenoiserModel(Model):
     def train_steps(self) -> tuple[TrainStep, ...]:
         return (self._turn,)
 
-    def encoders(self) -> Encoders:
+    def encoder(self) -> Encoder:
         return _MadeUpEncoders(self._inputs)
 
     def sample(self, request: SampleRequest) -> NoReturn:
@@ -250,7 +250,7 @@ class DenoiserModel(Model):
 
 
 @final
-class _MadeUpEncoders(Encoders):
+class _MadeUpEncoders(ImageTextEncoder):
     """The inputs that stand for what a family's encoders would give."""
 
     image_key = caption_key = "made up"

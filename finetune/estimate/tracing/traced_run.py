@@ -35,6 +35,7 @@ from finetune.config.schema import Precision, Recipe
 from finetune.data.audit.audit import Audit, scan
 from finetune.data.batch import Batch
 from finetune.data.dataset import Dataset
+from finetune.data.shape import ImageShape
 from finetune.estimate.allocator.caching import Event
 from finetune.estimate.tracing import stubs
 from finetune.estimate.tracing.cuda_mode import Cuda, cuda, fake_tensors
@@ -127,7 +128,7 @@ class MadeUp:
 
 def plan_for(recipe: Recipe, precision: Precision, size: tuple[int, int]) -> Plan:
     """A plan whose numbers are the recipe's, for images of one size (width, height)."""
-    facts = DataFacts(images=1, examples=1, held_out=0, buckets=((*size, 1),), digest="")
+    facts = DataFacts(images=1, examples=1, held_out=0, buckets=((ImageShape(size[1], size[0]), 1),), digest="")
     machine = Machine(device="cpu", name="traced", processes=1, threads=1, bfloat16=True, memory_bytes=0)
     batch = recipe.train.batch_size * recipe.train.accumulation
     return Plan(recipe, facts, machine, precision, batch, 1.0, STEPS, "", ())
@@ -208,12 +209,12 @@ class Subject:
 
     def encode(self, model: Model) -> tuple[Phase | None, Batch]:
         """What encoding takes, and an example of its outcome; the text encoders are then released."""
-        encoders = model.encoders()
+        encoders = model.encoder()
         width, height = self.size
         pixels = torch.empty(3, height, width)
         geometry = {"geometry": torch.empty(6)}
         if not isinstance(model, TextToImage):
-            return None, encoders.encode_image(pixels) | encoders.encode_caption("") | geometry
+            return None, encoders.encode({"target": pixels, "caption": ""}) | geometry
         gc.collect()
         with Recorder() as recorder, torch.no_grad():
             held = {
@@ -234,9 +235,9 @@ class Subject:
                     net.get_parameter(f"{name}.weight").numel() for net in texts for name in quantizable(net)
                 )
             recorder.section("encode text")
-            caption = encoders.encode_caption("")
+            caption = encoders.encode({"caption": ""})
             recorder.section("encode images")
-            image = encoders.encode_image(pixels)
+            image = encoders.encode({"target": pixels})
         encoders.release()
         return Phase(recorder.events, recorder.sections, held), image | caption | geometry
 

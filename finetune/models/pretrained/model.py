@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from PIL import Image
 from torch import Tensor, nn
 
 from finetune import kernels
@@ -24,8 +23,10 @@ from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Adapter, Diffusion, Flow, Recipe
 from finetune.config.schema import Model as ModelSection
 from finetune.data.audit.audit import Audit
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.data.latent_cache import fingerprint
+from finetune.data.media.image import ImageSample
+from finetune.data.media.sample import Sample
 from finetune.errors import UserError
 from finetune.memory import apply
 from finetune.memory.activation_checkpointing import checkpoint_activations
@@ -108,7 +109,7 @@ class DenoiseStep(TrainStep):
         return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, mask)
 
 
-class CaptionAndLatent(Encoders):
+class CaptionAndLatent(ImageTextEncoder):
     """Encodes an image as the VAE's posterior, and a caption as its conditions, or as token ids if the text encoders train."""
 
     def __init__(
@@ -207,7 +208,7 @@ def set_schedule(pipeline: DiffusionPipeline, recipe: Recipe) -> None:
 
 def generate(
     pipeline: Any, family: Family, request: SampleRequest, seed: int, positive: Batch, negative: Batch
-) -> Image.Image:
+) -> Sample:
     """Generate one image from its own seed, by the pipeline's own call: while training and afterwards alike.
 
     The VAE decodes in float32, as it encodes.
@@ -215,18 +216,18 @@ def generate(
     size = {"width": request.size[0], "height": request.size[1]} if request.size else {}
     noise = {"eta": request.eta} if request.eta else {}
     with sampling_with(pipeline, family.spec, request.sampler), decoded_exactly(pipeline.vae):
-        image: Image.Image = pipeline(
+        image = pipeline(
             **family.call(positive, negative, request.guidance),
             **size,
             **noise,
             num_inference_steps=request.steps,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-    return image
+    return ImageSample(image)
 
 
 @torch.no_grad()
-def generate_from_prompt(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Image.Image:
+def generate_from_prompt(family: Family, pipeline: Any, request: SampleRequest, prompt: str, seed: int) -> Sample:
     """Encode the prompt and call `generate`."""
     positive, negative = (
         family.conditions(pipeline, text, role, pipeline.device)
@@ -350,7 +351,7 @@ class TextToImage(Model):
         """Only what trains: buffers are constants (SD 3.5's positions would add 0.9 GB to each checkpoint)."""
         return dict(self.trained())
 
-    def encoders(self) -> Encoders:
+    def encoder(self) -> Encoder:
         sample = self.plan.recipe.sample
         if not self._trains_text:  # the text encoders are released before sampling
             for prompt in (*((prompt, False) for prompt in sample.prompts), (sample.negative, True)):
@@ -363,10 +364,10 @@ class TextToImage(Model):
         return self._prompts.get((prompt, negative)) or self._encoders.conditions(prompt, negative)
 
     @torch.no_grad()
-    def sample(self, request: SampleRequest) -> list[Image.Image]:
+    def sample(self, request: SampleRequest) -> list[Sample]:
         """As in `Model`, by diffusers' own pipeline, one image at a time. The VAE is moved to the device for it."""
         request = replace(request, size=request.size or (self.plan.recipe.data.resolution,) * 2)
-        images = []
+        images: list[Sample] = []
         self.pipeline.vae.to(self.device)
         try:
             # Sample with the unquantized base, on which the LoRA will be used.

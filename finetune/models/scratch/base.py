@@ -28,9 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.config import nets
 from finetune.data.audit.audit import Audit, ImageRecord
-from finetune.data.batch import Batch, Encoders, stack
+from finetune.data.batch import Batch, Encoder, ImageTextEncoder, stack
 from finetune.data.dataset import to_tensor
-from finetune.data.media.image import apply, decode
+from finetune.data.media.image import ImageSample, apply, decode
+from finetune.data.media.sample import Sample
+from finetune.data.shape import ImageShape
 from finetune.errors import UserError, did_you_mean
 from finetune.models.base import Model, SampleRequest
 from finetune.models.registry import family_of_module, load_implementation
@@ -106,7 +108,9 @@ def space_of(plan: Plan, audit: Audit) -> Space:
         raise UserError(
             "a model in pixel space draws images of one size", where="data.buckets", remedy="set data.buckets: false"
         )
-    width, height, _ = plan.data.buckets[0]
+    shape, _ = plan.data.buckets[0]
+    assert isinstance(shape, ImageShape)
+    width, height = shape.width, shape.height
     small = [image for image in training if image.crop.upscaled]
     if small:
         least = min(min(image.crop.original) for image in small)
@@ -132,7 +136,7 @@ def space_of(plan: Plan, audit: Audit) -> Space:
     return Space(1 if data.grayscale else 3, height, width, data.levels, tuple(sorted(counts)))
 
 
-class Levels(Encoders):
+class Levels(ImageTextEncoder):
     """Images as levels, `pixels` [C, H, W] uint8, and the index of their class, `class` [] int64, where there are classes."""
 
     image_key, cached = "levels", False
@@ -167,7 +171,7 @@ class PixelModel(Model):
     def start(self) -> None:
         """Set the weights that start by the data, from some training images: the same in every process, and before averages are kept."""
 
-    def encoders(self) -> Encoders:
+    def encoder(self) -> Encoder:
         return Levels(self.space)
 
     @property
@@ -181,7 +185,7 @@ class PixelModel(Model):
         return next(self.net.parameters()).device
 
     @torch.no_grad()
-    def sample(self, request: SampleRequest) -> list[Image.Image]:
+    def sample(self, request: SampleRequest) -> list[Sample]:
         """A prompt is the name of a class, "" is none; where there are no classes, prompts are not read."""
         draw = Draw(0, "sample", request.seeds, self.device)
         classes = (
@@ -189,7 +193,7 @@ class PixelModel(Model):
             if self.space.classes
             else None
         )
-        return self.space.images(self.draw(classes, draw, request))
+        return [ImageSample(image) for image in self.space.images(self.draw(classes, draw, request))]
 
     def save(self, folder: Path) -> list[Path]:
         """Write `config.json` and `model.safetensors`, which `open_model` reads."""
@@ -221,12 +225,10 @@ class PixelModel(Model):
 
     def batch_of(self, images: Sequence[ImageRecord], background: str) -> Batch:
         """Images of an audit as a batch."""
-        encoders, found = self.encoders(), []
+        encoder, found = self.encoder(), []
         for image in images:
             pixels = apply(decode(image.read(), background), image.crop)
-            found.append(
-                encoders.encode_image(to_tensor(numpy.asarray(pixels))) | encoders.encode_caption(image.caption)
-            )
+            found.append(encoder.encode({"target": to_tensor(numpy.asarray(pixels)), "caption": image.caption}))
         return {key: tensor.to(self.device) for key, tensor in stack(found).items()}
 
     def grid(self, rows: Sequence[Tensor], columns: int) -> Image.Image:

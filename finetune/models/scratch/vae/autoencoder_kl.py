@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from finetune.config.schema import Autoencoder
 from finetune.data.audit.audit import Audit, ImageRecord
-from finetune.data.batch import Batch, Encoders
+from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.data.dataset import to_tensor
-from finetune.data.media.image import apply, decode
+from finetune.data.media.image import ImageSample, apply, decode
+from finetune.data.media.sample import Sample
 from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
 from finetune.models.pretrained import loading
 from finetune.planning import Plan
@@ -78,7 +79,7 @@ class VaeTurn(TrainStep):
         return of_all + (self._loss.color_weight - 1) * of_color
 
 
-class Pixels(Encoders):
+class Pixels(ImageTextEncoder):
     """Images as they are: 8-bit pixels. Captions are not read."""
 
     image_key, caption_key, cached = "pixels", "", False
@@ -105,7 +106,7 @@ class Vae(Model):
     def train_steps(self) -> tuple[TrainStep, ...]:
         return self._turns
 
-    def encoders(self) -> Encoders:
+    def encoder(self) -> Encoder:
         return Pixels()
 
     def _pixels(self, image: ImageRecord) -> Tensor:
@@ -114,15 +115,15 @@ class Vae(Model):
         return to_tensor(pixels)[None].to(self.vae.device)
 
     @torch.no_grad()
-    def sample(self, request: SampleRequest) -> list[Image.Image]:
+    def sample(self, request: SampleRequest) -> list[Sample]:
         """For each seed a pair: the training image that it picks above, its reconstruction from the mean latent below."""
         training = self._audit.training
-        found = []
+        found: list[Sample] = []
         for seed in request.seeds:
             pixels = self._pixels(training[mix(seed, "sample") % len(training)])
             rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
             pair = torch.cat([pixels, rebuilt], dim=2)[0].add(1).mul(127.5).round().to(torch.uint8)
-            found.append(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy()))
+            found.append(ImageSample(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy())))
         return found
 
     @torch.no_grad()

@@ -1,0 +1,58 @@
+"""`Sample`: one generated image, clip or sound, which knows how to save and show itself."""
+
+from __future__ import annotations
+
+import base64
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune.data.shape import Medium
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+EMPTY: Mapping[str, str] = {}
+
+
+class Sample(ABC):
+    """Something that a model generated.
+
+    Attributes:
+        suffix: ending of the file that `save` writes.
+    """
+
+    medium: ClassVar[Medium]
+    suffix: ClassVar[str]
+
+    @abstractmethod
+    def save(self, path: Path, about: Mapping[str, str] = EMPTY) -> None:
+        """Write the file; `about` says what it was generated from, and is written into it or into a .json file beside it."""
+
+    @abstractmethod
+    def thumbnail(self) -> PillowImage:
+        """An RGB image that stands for it in grids and reports."""
+
+    @abstractmethod
+    def player(self, side: int) -> dict[str, Any]:
+        """The variables of the report's template: `source`, a data URI of at most `side` pixels a side.
+
+        `element` is the HTML element that shows it, img if absent; `small` turns off smoothing.
+        """
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Content inside a page, such as `data:audio/wav;base64,…`."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def open_sample(path: Path) -> tuple[Sample, dict[str, str]]:
+    """A sample from the file that `Sample.save` wrote, and what it was generated from."""
+    from finetune.data.media import audio, image, video
+
+    readers = {".png": image.open_sample, ".webp": video.open_sample, ".wav": audio.open_sample}
+    return readers[path.suffix](path)
+
+
+SUFFIXES = (".png", ".webp", ".wav")  # of files that `open_sample` reads

@@ -1,0 +1,147 @@
+"""Clips: decode the frames that the model sees from animated GIF, WebP, AVIF and APNG files, and show a clip.
+
+Pillow decodes these. Other containers (MP4 …) fit behind the same functions.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from finetune.data.buckets import Crop
+from finetune.data.media.image import LOSSLESS_SIDE, MAXIMUM_SIDE_PIXELS, Unreadable, apply, open_image, upright
+from finetune.data.media.sample import EMPTY, Sample, data_uri
+from finetune.data.shape import VideoShape
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
+
+DEFAULT_FPS = 10.0  # of files that give no duration, as browsers play them
+MAXIMUM_FRAMES = 100_000
+
+
+def size_of(content: bytes) -> tuple[int, int, int]:
+    """(frames, width, height) of a clip, before any frame is decoded.
+
+    Raises:
+        Unreadable: it is no clip or image, or has more frames than anyone means to train on.
+    """
+    image = open_image(content)
+    frames = int(getattr(image, "n_frames", 1))
+    if frames > MAXIMUM_FRAMES:
+        raise Unreadable(f"{frames:,} frames: more than {MAXIMUM_FRAMES:,} are taken for a mistake: cut the clip")
+    return frames, image.width, image.height
+
+
+def decode(content: bytes, background: str, frames: int, fps: float = 0.0) -> list[PillowImage]:
+    """The first `frames` frames as upright RGB, sampled at `fps` (0: each frame of the file).
+
+    A frame is shown until the next one begins, so that at a higher rate than the file's, frames repeat.
+
+    Raises:
+        Unreadable: damaged, or shorter than that.
+    """
+    image = open_image(content)
+    available = int(getattr(image, "n_frames", 1))
+    wanted = range(frames) if not fps else _at_rate(image, available, frames, fps)
+    if max(wanted) >= available:
+        at = f" at {fps:g} frames per second" if fps else ""
+        raise Unreadable(f"the clip has {available} frames, too few for {frames}{at}")
+    found: list[PillowImage] = []
+    try:
+        for number in wanted:
+            image.seek(number)
+            found.append(upright(image.copy(), background))
+    except (EOFError, OSError, ValueError) as error:
+        raise Unreadable(f"damaged or truncated ({error})") from error
+    return found
+
+
+def _at_rate(image: PillowImage, available: int, frames: int, fps: float) -> list[int]:
+    """For each sampled frame the frame of the file that is shown at its time; `available` where the clip is over."""
+    ends, time = [], 0.0
+    for number in range(available):
+        image.seek(number)
+        time += float(image.info.get("duration") or 1000 / DEFAULT_FPS) / 1000
+        ends.append(time)
+    found, place = [], 0
+    for number in range(frames):
+        while place < available and ends[place] <= number / fps + 1e-9:
+            place += 1
+        found.append(place)
+    return found
+
+
+def crop(frames: Sequence[PillowImage], how: Crop) -> list[PillowImage]:
+    """Each frame, scaled and cropped alike."""
+    return [apply(frame, how) for frame in frames]
+
+
+def rate_of(shape: VideoShape) -> float:
+    """Frames per second at which a clip of this shape plays."""
+    return shape.fps or DEFAULT_FPS
+
+
+@final
+class VideoSample(Sample):
+    """A generated clip, saved as animated WebP."""
+
+    medium = "video"
+    suffix = ".webp"
+
+    def __init__(self, frames: Sequence[PillowImage], fps: float = DEFAULT_FPS) -> None:
+        self.frames, self.fps = list(frames), fps
+
+    def save(self, path: Path, about: Mapping[str, str] = EMPTY) -> None:
+        """Write a lossless WebP; `about` goes into a .json file beside it."""
+        path.write_bytes(self._webp(lossless=True))
+        if about:
+            path.with_suffix(".json").write_text(json.dumps(dict(about), ensure_ascii=False), encoding="utf-8")
+
+    def thumbnail(self) -> PillowImage:
+        """The first, middle and last frame side by side."""
+        from PIL import Image
+
+        shown = [self.frames[0], self.frames[len(self.frames) // 2], self.frames[-1]]
+        width, height = shown[0].size
+        found = Image.new("RGB", (3 * width, height))
+        for number, frame in enumerate(shown):
+            found.paste(frame, (number * width, 0))
+        return found
+
+    def player(self, side: int) -> dict[str, Any]:
+        """An `<img>` that plays by itself, over and over."""
+        small = max(self.frames[0].size) <= LOSSLESS_SIDE
+        return {"source": data_uri("image/webp", self._webp(lossless=small, side=side)), "small": small}
+
+    def _webp(self, lossless: bool = False, side: int = MAXIMUM_SIDE_PIXELS) -> bytes:
+        frames = [frame.convert("RGB") for frame in self.frames]
+        for frame in frames:
+            frame.thumbnail((side, side))
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=frames[1:],
+            duration=round(1000 / self.fps),
+            loop=0,
+            lossless=lossless,
+            quality=100 if lossless else 88,
+        )
+        return buffer.getvalue()
+
+
+def open_sample(path: Path) -> tuple[VideoSample, dict[str, str]]:
+    """A clip that `VideoSample.save` wrote, and what it was generated from."""
+    content = path.read_bytes()
+    frames, _, _ = size_of(content)
+    image = open_image(content)
+    image.load()
+    duration = float(image.info.get("duration") or 1000 / DEFAULT_FPS)
+    about = path.with_suffix(".json")
+    described = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    return VideoSample(decode(content, "white", frames), 1000 / duration), described
