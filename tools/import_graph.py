@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters.lora_file",),
     ("planning",),
     ("data",),
-    ("models.base",),
+    ("models", "models.base"),
     ("estimate", "system"),
     ("report.images", "report.svg_charts", "report.html", "report.tables"),
     ("adapters", "kernels", "memory", "models.objectives", "training.device"),
