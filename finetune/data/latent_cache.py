@@ -24,6 +24,7 @@ from torch import Tensor
 
 from finetune.data.sources.files import write_aside
 from finetune.errors import UserError
+from finetune.replaceable import replaceable
 
 SHARD_ENTRIES = 64  # at most so many are lost by a kill
 SHARD_BYTES = 64 << 20  # and not more memory than this is held for them
@@ -232,6 +233,7 @@ def _unusable(folder: Path, error: OSError) -> UserError:
     )
 
 
+@replaceable
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes: equal exactly for equal weights."""
     digest = hashlib.sha256()

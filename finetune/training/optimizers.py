@@ -12,6 +12,7 @@ from torch import nn
 
 from finetune.config.schema import Optimizer
 from finetune.errors import UserError
+from finetune.replaceable import replaceable
 
 # Weights up to which an update is made of all tensors at once. It has a few launches instead of some a tensor, and holds a few float32
 # copies of what trains: little for an adapter (128 MiB each at most), and more than the gradients for a whole net.
@@ -45,6 +46,7 @@ def make_optimizer(
     return found
 
 
+@replaceable
 def pages(section: Optimizer, device: torch.device) -> bool:
     """Whether the optimizer's state lies in memory that CUDA moves between host and GPU as it is used."""
     return section.paged and device.type == "cuda"
@@ -62,6 +64,12 @@ def _eight_bit(trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.
     for parameter in trained:
         # bitsandbytes would do so at its first step: a resumed run must find the layout that the unbroken one has.
         parameter.data = parameter.data.contiguous()
+    return adamw8bit(bitsandbytes, trained, arguments)
+
+
+@replaceable
+def adamw8bit(bitsandbytes: Any, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """Make bitsandbytes' optimizer."""
     found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, **arguments)
     return found
 

@@ -10,14 +10,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, cast, final
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 
 from finetune.kernels import backend
+from finetune.replaceable import patched
 
 # The lists of torch's ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, …_SET_OPT_DTYPE), by the names under which
 # Python calls them. Python functions that wrap a listed one stand here by their own name: a function mode does not see inside.
@@ -265,7 +266,7 @@ def attention(
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Within, tensors have shapes and dtypes and no memory; nets can be built, converted and trained as ever."""
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(nn.Module, "_apply", _apply):
+    with FakeTensorMode(allow_non_fake_inputs=True), patched(nn.Module, "_apply", _apply):
         yield
 
 
@@ -286,7 +287,7 @@ def rms_norm(values: Tensor, shape: list[int], weight: Tensor | None = None, eps
 
 
 def _has_foreach(tensors: list[Tensor], device: torch.device) -> bool:
-    return True  # a plain function: a mock would keep the gradients that it is called with
+    return True
 
 
 @contextlib.contextmanager
@@ -310,9 +311,9 @@ def cuda() -> Iterator[Cuda]:
 
     with (
         mode,
-        mock.patch("torch.autograd._engine_run_backward", run),
-        mock.patch("torch.autocast", autocast),
+        patched(torch.autograd, "_engine_run_backward", run),
+        patched(torch, "autocast", autocast),
         backend.override(autocast_dtype=autocast_dtype),
-        mock.patch("torch.nn.utils.clip_grad._has_foreach_support", _has_foreach),
+        patched(clip_grad, "_has_foreach_support", _has_foreach),
     ):
         yield mode

@@ -7,17 +7,16 @@ tests hold them against the real ones.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any, Literal, final
-from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.estimate.tracing.recorder import Recorder
 from finetune.kernels import backend
+from finetune.replaceable import patched
 from finetune.training import optimizers
 
 SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
@@ -112,15 +111,21 @@ class PackedConv:
 
 @contextlib.contextmanager
 def in_place(device: Device = "cuda") -> Iterator[None]:
-    """Within, `bitsandbytes.optim.AdamW8bit` is its stand-in, and pages where `device` does; and so are the convolutions that a CPU packs."""
-    import bitsandbytes
+    """Within, runs use the stubs of `device`: its 8-bit AdamW and whether that pages, and the convolutions that a CPU packs."""
 
+    def adamw8bit(bitsandbytes: Any, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+        return AdamW8bit(trained, emulated, **arguments)
+
+    def pages(section: Any, device: torch.device) -> bool:
+        return bool(section.paged) and emulated == "cuda"
+
+    emulated = device
     with (
         backend.override(
-            pack=PackedConv, uses_onednn=lambda weight: device == "cpu" and weight.dtype == torch.float32
+            pack=PackedConv, uses_onednn=lambda weight: emulated == "cpu" and weight.dtype == torch.float32
         ),
-        mock.patch.object(bitsandbytes.optim, "AdamW8bit", functools.partial(AdamW8bit, device=device)),
-        mock.patch.object(optimizers, "pages", lambda section, _: section.paged and device == "cuda"),
+        optimizers.adamw8bit.replaced_by(adamw8bit),
+        optimizers.pages.replaced_by(pages),
     ):
         yield
 
@@ -138,7 +143,7 @@ def recorder(device: Device) -> Iterator[Recorder]:
         found.adopt([state])
         return state
 
-    with found, mock.patch.object(torch, "get_rng_state", state_seen if device == "cpu" else take_state):
+    with found, patched(torch, "get_rng_state", state_seen if device == "cpu" else take_state):
         yield found
 
 

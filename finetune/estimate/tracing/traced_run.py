@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, final
-from unittest import mock
 
 import diffusers
 import torch
@@ -32,6 +31,7 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.machine import Machine
 from finetune.config.schema import Model as ModelSection
 from finetune.config.schema import Precision, Recipe
+from finetune.data import latent_cache
 from finetune.data.audit.audit import Audit, scan
 from finetune.data.batch import Batch
 from finetune.data.dataset import Dataset
@@ -46,11 +46,8 @@ from finetune.memory.quantization import quantizable
 from finetune.models import registry
 from finetune.models.base import Model, SampleRequest
 from finetune.models.pretrained import loading
-from finetune.models.pretrained import model as pretrained_model
 from finetune.models.pretrained.model import DTYPES, TextToImage
 from finetune.models.scratch import base
-from finetune.models.scratch.diffusion import cascade
-from finetune.models.scratch.vq import code_prior
 from finetune.paths import run_of
 from finetune.planning import DataFacts, Plan
 from finetune.rng import Draw
@@ -362,11 +359,10 @@ def skeletons(device: torch.device | None = None) -> Iterator[None]:
         device: where real nets draw their random values, for a CPU takes minutes over billions; they then wait in host memory, as read ones do.
     """
     with (
-        mock.patch.object(loading, "open_pipeline", functools.partial(_pipeline, device=device)),
-        mock.patch.object(loading, "open_vae", _vae),
-        mock.patch.object(code_prior, "open_model", _first_stage),
-        mock.patch.object(cascade, "open_model", _first_stage),
-        mock.patch.object(pretrained_model, "fingerprint", return_value=""),  # no cache is kept of what has no values
+        loading.open_pipeline.replaced_by(functools.partial(_pipeline, device=device)),
+        loading.open_vae.replaced_by(_vae),
+        base.open_model.replaced_by(_first_stage),
+        latent_cache.fingerprint.replaced_by(lambda tensors: ""),  # no cache is kept of what has no values
     ):
         yield
 
@@ -439,11 +435,11 @@ def _vae(given: str, class_name: str = "") -> Any:
     return diffusers.AutoencoderKL.from_config(vae_config(given)).eval()
 
 
-def _first_stage(given: str) -> base.PixelModel:
-    """`pixels.open_model`; of a bundled recipe whose run is yet to come, the model that it will make."""
-    name = next((name for name in bundled_recipes() if given == run_of(name)), "")
-    if not name or Path(given).exists():
-        return base.open_model(given)
+def _first_stage(path: str | Path) -> base.PixelModel:
+    """`open_model`; for a bundled recipe that has not run yet, the model that it will make."""
+    name = next((name for name in bundled_recipes() if path == run_of(name)), "")
+    if not name or Path(path).exists():
+        return base.open_model.original(path)
     recipe = load_recipe(name)
     found = registry.build(plan_for(recipe, "float32", (recipe.data.resolution,) * 2), scan(recipe.data))
     assert isinstance(found, base.PixelModel)

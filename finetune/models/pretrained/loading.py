@@ -44,6 +44,7 @@ from finetune.models.pretrained.vae import latents_of
 from finetune.models.registry import spec_of, variants
 from finetune.paths import embedded
 from finetune.planning import Plan
+from finetune.replaceable import replaceable
 
 if TYPE_CHECKING:
     from finetune.models.pretrained.family import Family
@@ -52,6 +53,7 @@ PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
 CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
 
 
+@replaceable
 def open_pipeline(
     section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> DiffusionPipeline:
@@ -98,6 +100,7 @@ def open_pipeline(
         return found
 
 
+@replaceable
 def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
     """The VAE that `model.vae` names, in float32: a hub name, a folder (a pipeline's too), a run, or one .safetensors file.
 

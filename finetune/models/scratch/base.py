@@ -37,6 +37,7 @@ from finetune.errors import UserError, did_you_mean
 from finetune.models.base import Model, SampleRequest
 from finetune.models.registry import family_of_module, load_implementation
 from finetune.planning import Plan
+from finetune.replaceable import replaceable
 from finetune.rng import Draw
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -283,6 +284,7 @@ def begin(plan: Plan, audit: Audit, make: Callable[[], PixelModel]) -> PixelMode
     return made
 
 
+@replaceable
 def open_model(path: str | Path) -> PixelModel:
     """A trained model of a family in pixel space, from its run, its `final/`, or what `ft export` made of it; ready to draw.
 
