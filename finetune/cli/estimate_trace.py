@@ -64,12 +64,11 @@ def _memory(one: Forecast, phase: Phase) -> str:
             total -= sizes.pop(event.identifier)
         if number >= start:
             points.append((float(number - start), total / GIB))
-    parts = [
-        (section.name, section.start - start)
-        for section in phase.sections
-        if section.start > start and section.name != "end"
-    ]
-    said = ", ".join(f"{name} from {place:,}" for name, place in parts)
+    parts: dict[str, int] = {}
+    for section in phase.sections:
+        if section.start > start and section.name != "end":
+            parts.setdefault(section.name, section.start - start)
+    said = ", ".join(f"{name} from {place:,}" for name, place in parts.items())
     return svg_charts.chart(
         "GiB allocated, over the allocations of one step", [svg_charts.Line(points, "smooth")], said, from_zero=True
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -160,6 +161,7 @@ class Fused(Update):
         self._optimizer: TensorByTensor = optimizer.optimizer  # within Accelerate's
         self._norms: list[Tensor] = []
         self._open = False
+        self._section: Callable[[str], None] | None = None
         for place, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(lambda one, place=place: self._arrived(place, one))
 
@@ -167,12 +169,20 @@ class Fused(Update):
         _begin(self._optimizer, step, rate)
         self._norms, self._open = [], True
 
+    def watch(self, section: Callable[[str], None]) -> None:
+        """Report each change between the backward pass and the optimizer: `section("optimizer")`, `section("backward")`."""
+        self._section = section
+
     @torch.no_grad()
     def _arrived(self, place: int, parameter: Tensor) -> None:
         if self._open and parameter.grad is not None:  # in another turn, the gradient is not this one's
+            if self._section is not None:
+                self._section("optimizer")
             self._norms.append(clip_alone(parameter.grad, self._most))
             self._optimizer.step_one(place)
             parameter.grad = None
+            if self._section is not None:
+                self._section("backward")
 
     def clip(self) -> Tensor:
         self._open = False

@@ -110,19 +110,25 @@ def line(low: float, high: float) -> list[float]:
 
 
 def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
-    """Operators of the last cycle's steps, of the sections with these names; of what they accumulate, the last: of each turn of a step."""
+    """The operators of the last cycle's steps in the sections with these names.
+
+    Of the batches that a train step accumulates, only the last counts. With `train.fused_backward`, each tensor has an
+    "optimizer" section inside the backward pass, which goes on after it.
+    """
     steps = [number for number, section in enumerate(phase.sections) if section.name == "batch"]
-    found: list[Any] = []
-    of_turn: list[Any] = []
+    counted: list[Any] = []
+    pending: list[Any] = []
+    updated = False
     for section in phase.sections[steps[-phase.cycle] :]:
         if section.name == "forward":
-            of_turn = []
+            counted += pending if updated else []
+            pending, updated = [], False
         if section.name in names:
-            of_turn += section.operators
+            pending += section.operators
         if section.name == "optimizer":
-            found += of_turn
-            of_turn = []
-    return found
+            counted += pending
+            pending, updated = [], True
+    return counted + (pending if updated else [])
 
 
 def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> list[list[Any]]:

@@ -51,6 +51,7 @@ from finetune.models.scratch import base
 from finetune.paths import run_of
 from finetune.planning import DataFacts, Plan
 from finetune.rng import Draw
+from finetune.training.optimizer_step import Fused
 from finetune.training.run_folder import Run
 from finetune.training.trainer import Trainer
 
@@ -270,6 +271,9 @@ class Subject:
             trainer = Trainer(
                 self.plan, model, cast(Dataset, MadeUp(example)), cast(Run, None), Host(mode, self._autocast, recorder)
             )
+            for update in trainer.state.updates:
+                if isinstance(update, Fused):
+                    update.watch(recorder.section)
             cycle = math.lcm(*(train_step.cycle for train_step in model.train_steps()))
             for step in range(self._steps - 1 + cycle):
                 recorder.section("batch")
