@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import types
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_replaced_by_exchanges_the_function_for_every_caller_and_restores_it() -
             assert imported_elsewhere(2) == 8
         assert imported_elsewhere(2) == 6
     assert imported_elsewhere(2) == 4
-    assert double.__name__ == "double" and double.__doc__ == "Twice the value."
+    assert inspect.unwrap(double).__name__ == "double" and double.__doc__ == "Twice the value."
 
 
 def test_replaced_by_restores_the_function_after_an_error() -> None:

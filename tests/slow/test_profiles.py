@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,29 +13,18 @@ from finetune.estimate.allocator.caching import replay
 from finetune.estimate.constants import GIB
 from finetune.estimate.hardware.gpus import find
 from finetune.estimate.memory import memory
-from finetune.estimate.tracing.measure import BATCHES, variant
+from finetune.estimate.tracing.measure import BATCHES, MICRO, UPDATE, operators, variant
 from tests.helpers.estimates import of, traced
-
-
-def _load_measure_profiles() -> Any:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(
-        "measure_profiles", Path(__file__).parents[2] / "tools" / "measure_profiles.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import measure_profiles
 
 
 def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
     """A recipe, a lever or a key that came later makes cards stale: tools/measure_profiles.py."""
-    measure, lacking = _load_measure_profiles(), set()
-    for card_name, recipes in measure.cards().items():
+    lacking = set()
+    for card_name, recipes in measure_profiles.cards().items():
         card = profiles.load(card_name) if card_name in profiles.known() else None
         for name in recipes:
-            asked = list(measure.wanted(card_name, load_recipe(name)))
+            asked = list(measure_profiles.wanted(card_name, load_recipe(name)))
             held = [(one.device, one.settings) for one in card.variants] if card else []
             if any((device, profiles.settings_of(recipe)) not in held for device, recipe in asked):
                 lacking.add(name)
@@ -48,12 +35,11 @@ def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
 @pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
 def test_cards_are_not_stale(name: str, device: profiles.Device) -> None:
     """Measured again, a variant is what its card holds. If not: tools/measure_profiles.py."""
-    measure = _load_measure_profiles()
-    recipe = measure.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
+    recipe = measure_profiles.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
-    low, high = ([measure.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
+    low, high = ([measure_profiles.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
     found = variant(recipe, device, low, high, None)
-    card = next(one for one, recipes in measure.cards().items() if name in recipes)
+    card = next(one for one, recipes in measure_profiles.cards().items() if name in recipes)
     held = json.loads(profiles.path_of(card).read_text())
     entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
     assert {key: entry[key] for key in found if key != "rank_bytes"} == {
@@ -117,3 +103,18 @@ def test_sd15_takes_what_was_published() -> None:
         found = of("lora/sd15", "train.batch_size=1", f"train.gradient_checkpointing={checkpointing}", gpu=find("l40s"))
         reserved = found.memory.phases["train"] - found.memory.parts["CUDA context"]
         assert reserved / GIB == pytest.approx(published, rel=0.05)
+
+
+def test_trace_with_fused_backward_counts_the_optimizers_operators() -> None:
+    """The optimizer steps inside the backward pass: the same arithmetic is counted, and the update is told from the pass."""
+    fused = ("train.fused_backward=true", "optimizer.clip=tensor", "train.ema=null")
+    phases = {name: traced("full/emoji", *edits)["train"] for name, edits in (("fused", fused), ("plain", fused[1:]))}
+    counts = {
+        name: {part: len(operators(phase, sections)) for part, sections in (("micro", MICRO), ("update", UPDATE))}
+        for name, phase in phases.items()
+    }
+    flops = {name: sum(one.flops for one in operators(phase, MICRO)) for name, phase in phases.items()}
+
+    assert flops["fused"] == flops["plain"] > 0
+    assert counts["fused"]["micro"] == pytest.approx(counts["plain"]["micro"], rel=0.01)
+    assert counts["fused"]["update"] > counts["plain"]["update"] > 0  # one update for each tensor instead of one for all
