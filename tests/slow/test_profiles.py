@@ -37,7 +37,9 @@ def test_cards_are_not_stale(name: str, device: profiles.Device) -> None:
     """Measured again, a variant is what its card holds. If not: tools/measure_profiles.py."""
     recipe = measure_profiles.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
-    low, high = ([measure_profiles.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES)
+    low, high = (
+        [measure_profiles.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES
+    )
     found = variant(recipe, device, low, high, None)
     card = next(one for one, recipes in measure_profiles.cards().items() if name in recipes)
     held = json.loads(profiles.path_of(card).read_text())
@@ -117,4 +119,6 @@ def test_trace_with_fused_backward_counts_the_optimizers_operators() -> None:
 
     assert flops["fused"] == flops["plain"] > 0
     assert counts["fused"]["micro"] == pytest.approx(counts["plain"]["micro"], rel=0.01)
-    assert counts["fused"]["update"] > counts["plain"]["update"] > 0  # one update for each tensor instead of one for all
+    assert (
+        counts["fused"]["update"] > counts["plain"]["update"] > 0
+    )  # one update for each tensor instead of one for all

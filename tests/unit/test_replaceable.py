@@ -48,7 +48,7 @@ def test_patched_names_an_attribute_that_the_installed_release_lacks() -> None:
 
 
 def test_the_package_imports_no_mocks() -> None:
-    for path in sorted((Path(__file__).parents[1] / "finetune").rglob("*.py")):
+    for path in sorted((Path(__file__).parents[2] / "finetune").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
