@@ -59,9 +59,9 @@ RENAMED = {
     "transformer blocks": ("sd15", "diffusers.models.transformers.transformer_2d:Transformer2DModel", "unet_blocks"),
     "linear LoRA layers": ("sd15", "peft.tuners.lora:Linear", "fused_lora"),
     "convolution LoRA layers": ("sd15", "peft.tuners.lora:Conv2d", "fused_lora"),
-    "FLUX's attention": ("flux", "diffusers.models.transformers.transformer_flux:FluxAttnProcessor", "rope"),
+    "FLUX's attention": ("flux1", "diffusers.models.transformers.transformer_flux:FluxAttnProcessor", "rope"),
     "FLUX's attention in SD 1.5": ("sd15", "diffusers.models.transformers.transformer_flux:FluxAttnProcessor", None),
-    "linear LoRA layers in FLUX": ("flux", "peft.tuners.lora:Linear", "fused_lora"),
+    "linear LoRA layers in FLUX": ("flux1", "peft.tuners.lora:Linear", "fused_lora"),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_missing_class_costs_speed_and_logs_one_line(name: str, tmp_path: Path
         assert len(log) == 1 and log[0].startswith(f"{kernel} is off: ") and renamed.rpartition(":")[2] in log[0]
 
 
-@pytest.mark.parametrize("pipeline", ["sd15", "flux"])
+@pytest.mark.parametrize("pipeline", ["sd15", "flux1"])
 def test_ft_kernels_off_trains_the_same(pipeline: str, tmp_path: Path) -> None:
     found, log = train(pipeline, tmp_path / "run", FT_KERNELS="off")
     assert found == pytest.approx(losses(pipeline), rel=1e-4) and not log
