@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("paths", "rng", "terminal", "distributed", "replaceable", "system.cpu_info"),
     ("models", "models.spec", "models.registry"),
+    ("adapters.kinds",),
     ("config",),
     ("data.cache_dir", "data.prefetch", "data.shape", "data.buckets", "data.media", "data.sources", "data.audit"),
     ("adapters.lora_file",),

@@ -11,19 +11,19 @@ import copy
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from finetune.adapters.kinds import Layer, Scales, kind_of
 from finetune.adapters.lora_file import PEFT_CONFIG, PEFT_FILE
 from finetune.config.schema import Adapter
 from finetune.errors import UserError, did_you_mean
@@ -36,12 +36,6 @@ ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "[qkv]
 MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)", r"mlp\.fc[12]")
 ADAPTED = (nn.Linear, nn.Conv2d)
 PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
-PARAMETERS = {
-    "lora": "lora_",
-    "loha": "hada_",
-    "lokr": "lokr_",
-    "oft": "oft_",
-}  # how PEFT begins the names of what it adds
 
 
 def layers(net: nn.Module, targets: str) -> list[str]:
@@ -111,14 +105,17 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         UserError: nothing matches; a layer is too narrow for its rank; or PEFT has no such adapter for a layer.
     """
     names = layers(net, adapter.targets)
-    _check(net, names, adapter)
-    config = _config(adapter, names)
+    kind = kind_of(adapter)
+    for name in names:
+        rank = next((rank for end, rank in adapter.rank_pattern.items() if _ends(name, end, "")), adapter.rank)
+        kind.check_layer(_layer(name, net.get_submodule(name)), adapter, rank)
+    config = kind.config(adapter, _scales(adapter, names))
     if hasattr(net, "add_adapter"):
         net.add_adapter(config)
     else:
         inject_adapter_in_model(config, net)
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(f".{PARAMETERS[adapter.kind]}" in name)
+        parameter.requires_grad_(f".{kind.parameters}" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if adapter.pissa:
@@ -148,41 +145,17 @@ def check_patterns(adapter: Adapter, names: list[str]) -> None:
                 raise _no_match("no adapted layer", end, f"adapter.{key}", names)
 
 
-def _config(adapter: Adapter, names: list[str]) -> PeftConfig:
-    if adapter.kind == "oft":
-        return OFTConfig(r=0, oft_block_size=adapter.rank, target_modules=names)
-    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
-    ranks, alphas = (
-        _of(names, pattern, where)
-        for where, pattern in (("rank", adapter.rank_pattern), ("alpha", adapter.alpha_pattern))
-    )
-    if adapter.alpha is None:  # then the scale is 1 at every rank
-        alphas = alphas | {end: rank for end, rank in ranks.items() if end not in alphas}
-    common: dict[str, Any] = {
-        "r": adapter.rank,
-        "target_modules": names,
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-    }
-    if adapter.kind != "lora":
-        return {"loha": LoHaConfig, "lokr": LoKrConfig}[adapter.kind](alpha=alpha, **common)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that PEFT could not turn PiSSA with rsLoRA and patterns into a LoRA: `lora_weights` does
-        return LoraConfig(
-            lora_alpha=alpha,
-            lora_dropout=adapter.dropout,
-            use_rslora=adapter.rslora,
-            use_dora=adapter.dora,
-            # Singular values by 16 rounds of subspace iteration (Halko et al. 2011): whole decompositions take minutes for a large net.
-            init_lora_weights="pissa_niter_16" if adapter.pissa else "gaussian",
-            **common,
-        )
+def _scales(adapter: Adapter, names: list[str]) -> Scales:
+    """Ranks and alphas for PEFT. Without an alpha in the recipe, the scale is 1 at every rank."""
+    ranks = _matching(names, adapter.rank_pattern, "rank")
+    alphas = _matching(names, adapter.alpha_pattern, "alpha")
+    if adapter.alpha is None:
+        alphas |= {end: rank for end, rank in ranks.items() if end not in alphas}
+    return Scales(names, adapter.rank, adapter.alpha if adapter.alpha is not None else adapter.rank, ranks, alphas)
 
 
-def _of(names: list[str], pattern: Mapping[str, float], key: str) -> dict[str, Any]:
-    """The part of a pattern that is of these layers: PEFT warns of the rest."""
+def _matching(names: list[str], pattern: Mapping[str, float], key: str) -> dict[str, Any]:
+    """The part of a pattern that matches these layers: PEFT warns about the rest."""
     return {
         end: value
         for end, value in pattern.items()
@@ -190,52 +163,10 @@ def _of(names: list[str], pattern: Mapping[str, float], key: str) -> dict[str, A
     }
 
 
-def _check(net: nn.Module, names: list[str], adapter: Adapter) -> None:
-    """Refuse what PEFT cannot do with these layers, or does otherwise than one would think."""
-    for name in names:
-        layer: Any = net.get_submodule(name)
-        if adapter.pissa and isinstance(layer, nn.Conv2d):
-            remedy = "leave convolutions out of adapter.targets, or set adapter.pissa: false"
-            raise UserError(
-                f"PiSSA takes matrices apart, and {name} is a convolution", where="adapter.pissa", remedy=remedy
-            )
-        if adapter.kind == "oft" and isinstance(layer, nn.Conv2d) and math.prod(layer.kernel_size) > 1:
-            remedy = "leave convolutions out of adapter.targets"
-            raise UserError(
-                f"PEFT's OFT of a convolution ({name}) is none that its weights could take up",
-                where="adapter.kind",
-                remedy=remedy,
-            )
-        _check_width(name, layer, adapter)
-
-
-def _check_width(name: str, layer: Any, adapter: Adapter) -> None:
-    """A product of rank r through a narrower matrix holds more numbers than the matrix, and no more of what it can do.
-
-    Of a convolution that is let be: those at a net's two ends have few channels, and are few.
-    """
-    rank = next((rank for end, rank in adapter.rank_pattern.items() if _ends(name, end, "")), adapter.rank)
-    inside, outside = (
-        (layer.in_channels, layer.out_channels)
-        if isinstance(layer, nn.Conv2d)
-        else (layer.in_features, layer.out_features)
-    )
-    if adapter.kind == "oft":
-        if inside % rank:
-            fitting = max(size for size in range(1, rank + 1) if inside % size == 0)
-            remedy = f"set adapter.rank: {fitting}, or leave {name} out of adapter.targets"
-            raise UserError(
-                f"OFT's blocks of side {rank} do not divide the {inside} inputs of {name}",
-                where="adapter.rank",
-                remedy=remedy,
-            )
-    elif (
-        isinstance(layer, nn.Linear) and adapter.kind != "lokr" and rank > min(inside, outside)
-    ):  # LoKr then takes whole factors
-        remedy = f"set adapter.rank_pattern: {{{name}: {min(inside, outside)}}}, a lower adapter.rank, or leave it out of adapter.targets"
-        raise UserError(
-            f"rank {rank} is above the width of {name}, {inside} → {outside}", where="adapter.rank", remedy=remedy
-        )
+def _layer(name: str, layer: Any) -> Layer:
+    if isinstance(layer, nn.Conv2d):
+        return Layer(name, layer.in_channels, layer.out_channels, tuple(layer.kernel_size))
+    return Layer(name, layer.in_features, layer.out_features)
 
 
 def named_as_in_files(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from finetune.adapters.kinds import KindName
 from finetune.config import yaml_reader
 
 Method = Literal["lora", "full", "scratch"]
@@ -128,7 +129,7 @@ class Adapter:
     blocks, whose side is `rank`.
     """
 
-    kind: Literal["lora", "loha", "lokr", "oft"] = "lora"
+    kind: KindName = "lora"
     rank: int = _number(16, minimum=1)
     alpha: float | None = _number(None, above=0)  # none: as the rank, a scale of 1
     rank_pattern: dict[str, int] = field(

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.adapters import kinds
 from finetune.config import memory_options, samplers
 from finetune.errors import UserError
 from finetune.models.registry import has_unet, spec_of
 
 if TYPE_CHECKING:
-    from finetune.config.schema import Adapter, Model, Precision, Recipe
+    from finetune.config.schema import Precision, Recipe
 
 Refuse = Callable[[bool, str, str], None]  # (condition, problem, remedy): raises if the condition holds
 
@@ -54,7 +55,8 @@ def check(recipe: Recipe, where: str) -> None:
         "remove the `adapter` section, or set `method: lora`",
     )
     if recipe.adapter is not None:
-        _adapter(recipe.adapter, model, refuse)
+        for broken, problem, remedy in kinds.rules(recipe.adapter, model):
+            refuse(broken, problem, remedy)
     refuse(
         recipe.method == "scratch" and not model.build and recipe.net is None,
         "from scratch needs model.build, the nets",
@@ -201,61 +203,6 @@ def _predicted(recipe: Recipe, refuse: Refuse) -> None:
             "zero_terminal_snr needs v_prediction: at pure noise, predicting the noise teaches nothing",
             "set model.prediction: v_prediction, or remove diffusion.zero_terminal_snr",
         )
-
-
-def _adapter(adapter: Adapter, model: Model, refuse: Refuse) -> None:
-    """What PEFT cannot do, as far as it can be known before the layers are."""
-    refuse(
-        adapter.dora and model.train_text_encoder,
-        "DoRA on a text encoder does not survive: transformers drops its magnitudes when diffusers loads the file",
-        "set adapter.dora: false, or model.train_text_encoder: false",
-    )
-    refuse(
-        adapter.dora and adapter.pissa,
-        "DoRA with PiSSA cannot be handed out: its magnitudes belong to weights that PiSSA has changed",
-        "set one of adapter.dora and adapter.pissa to false",
-    )
-    refuse(
-        adapter.pissa and adapter.distill_every is not None,
-        "PiSSA changes the weights that it starts from: there is no base beside it to preserve",
-        "set adapter.pissa: false, or remove adapter.distill_every",
-    )
-    for name in ("rslora", "dora", "pissa", "dropout"):
-        given = adapter.kind != "lora" and getattr(adapter, name)
-        refuse(
-            bool(given),
-            f"adapter.{name} is LoRA's: {adapter.kind} has no such thing",
-            f"remove adapter.{name}, or set adapter.kind: lora",
-        )
-    for name in ("alpha", "rank_pattern", "alpha_pattern"):
-        given = adapter.kind == "oft" and getattr(adapter, name)
-        refuse(
-            bool(given),
-            f"adapter.{name} means nothing to OFT: a rotation has no scale, and PEFT gives all its blocks one size",
-            f"remove adapter.{name}",
-        )
-    what = (
-        "PiSSA changes the weights, and"
-        if adapter.pissa
-        else f"PEFT's {adapter.kind} adds whole weights to the layer's, and"
-    )
-    refuse(
-        model.quantize is not None and (adapter.pissa or adapter.kind in ("loha", "lokr")),
-        f"{what} {model.quantize} weights cannot be changed",
-        "remove model.quantize, or train a plain LoRA",
-    )
-    refuse(
-        adapter.init_lora is not None
-        and (adapter.kind != "lora" or adapter.pissa or bool(adapter.rank_pattern or adapter.alpha_pattern)),
-        "adapter.init_lora goes on from a LoRA, whose ranks and alphas are its own",
-        "remove adapter.kind, adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init_lora",
-    )
-    numbers = (*adapter.rank_pattern.values(), *adapter.alpha_pattern.values())
-    refuse(
-        any(number <= 0 for number in numbers),
-        "ranks and alphas of a pattern are above 0",
-        "correct adapter.rank_pattern, adapter.alpha_pattern",
-    )
 
 
 def _optimizer(recipe: Recipe, refuse: Refuse) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
+from finetune.adapters.kinds import kind_of
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Precision, Recipe
 from finetune.errors import UserError, did_you_mean
@@ -140,8 +141,8 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
             f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
             remedy=f"export it without --merge and --format {format}",
         )
-    if format != "diffusers" and recipe.adapter is not None and recipe.adapter.kind != "lora":
-        problem = f"{format}'s format is for LoRAs, and this run trained {recipe.adapter.kind}"
+    if format != "diffusers" and recipe.adapter is not None and not (kind := kind_of(recipe.adapter)).has_lora_file:
+        problem = f"{format}'s format is for LoRAs, and this run trained {kind.title}"
         raise UserError(problem, where="--format", remedy="export it with --merge, or as diffusers")
     known = tuple(spec_of(recipe.model.family).lora_formats)
     if format not in ("diffusers", *known):

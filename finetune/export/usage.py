@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from finetune.adapters.kinds import kind_of
 from finetune.models.registry import spec_of
 from finetune.paths import embedded
 from finetune.planning import Plan
@@ -34,9 +35,8 @@ def usage(plan: Plan, base: str, weights: str) -> str:
         draw,
     ]
     imported, more = name, ""
-    if (
-        recipe.adapter is not None and recipe.adapter.kind != "lora"
-    ):  # PEFT's folders, one a net, which it changes in place
+    # PEFT's folders, one per network, which PEFT changes in place.
+    if recipe.adapter is not None and not kind_of(recipe.adapter).has_lora_file:
         more = "from pathlib import Path\n\nfrom peft import PeftModel\n"
         lines[1] = f"for config in Path({weights!r}).glob('*/adapter_config.json'):\n"
         lines[1] += "    PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetune import kernels
 from finetune.adapters import peft
+from finetune.adapters.kinds import kind_of
 from finetune.data.media.sample import Sample
 from finetune.errors import UserError
 from finetune.inference.sample import dtype_of, free_folder, placed, request_for
@@ -61,9 +62,10 @@ def compare(
             where=str(folder),
             remedy="draw it without --strengths",
         )
-    if plan.recipe.adapter is not None and plan.recipe.adapter.kind == "oft" and set(strengths) != {1}:
+    adapter = plan.recipe.adapter
+    if adapter is not None and not kind_of(adapter).has_strength and set(strengths) != {1}:
         raise UserError(
-            "OFT turns the weights, and half a turn is not half its effect: it has no strength",
+            f"{kind_of(adapter).title} has no strength: half a rotation is not half its effect",
             where="--strengths",
             remedy="--strengths 1",
         )

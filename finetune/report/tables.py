@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finetune.adapters.kinds import kind_of
 from finetune.config import memory_options
 from finetune.config.schema import Autoencoder, Flow, Token
 from finetune.data.audit.audit import Audit
@@ -212,22 +213,7 @@ def _trains(plan: Plan) -> str:
     models = " of the denoiser and the text encoder" if text_encoder else " of the denoiser"
     if adapter is None:
         return "all weights" + ("" if recipe.model.family == "autoencoder-kl" else models)
-    if adapter.kind == "oft":
-        return f"OFT on {adapter.targets}{models}: block size {adapter.rank}"
-    alpha = adapter.alpha if adapter.alpha is not None else adapter.rank
-    scale = alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
-    names = {"lora": "DoRA" if adapter.dora else "LoRA", "loha": "LoHa", "lokr": "LoKr"}
-    kind = names[adapter.kind] + (", rank-stabilized" if adapter.rslora else "")
-    kind += ", initialized by PiSSA" if adapter.pissa else ""
-    root = "√" if adapter.rslora else ""
-    dropout = f", dropout {adapter.dropout:g}" if adapter.dropout else ""
-    own = "".join(
-        f"; {name} {value:g} on {end}"
-        for name in ("rank", "alpha")
-        for end, value in getattr(adapter, f"{name}_pattern").items()
-    )
-    scaled = f"alpha {alpha:g} (scale {alpha:g}/{root}{adapter.rank} = {scale:.3g})"
-    return f"{kind} on {adapter.targets}{models}: rank {adapter.rank}, {scaled}{own}{dropout}"
+    return kind_of(adapter).describe(adapter, f"{adapter.targets}{models}")
 
 
 def _distilled(every: int) -> str:

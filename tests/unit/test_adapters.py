@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import subprocess
+import sys
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetune.adapters import peft
+from finetune.adapters import kinds, peft
 from finetune.adapters.peft import add_adapter, check_patterns
 from finetune.config.schema import Adapter
 from finetune.errors import UserError
@@ -80,13 +83,13 @@ REFUSED = {
     "OFT on a convolution": (
         unet,
         Adapter(rank=4, targets="conv1", kind="oft"),
-        "OFT of a convolution",
+        "OFT cannot be merged into a convolution",
         "adapter.targets",
     ),
     "OFT's blocks": (
         unet,
         Adapter(rank=7, targets="attention", kind="oft"),
-        "do not divide the 16 inputs",
+        "does not divide the 16 inputs",
         "adapter.rank: 4",
     ),
 }
@@ -98,3 +101,38 @@ def test_what_peft_cannot_do_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=says) as caught:
         add_adapter(make(), section)
     assert remedy in caught.value.remedy
+
+
+def test_kinds_are_complete() -> None:
+    assert tuple(kinds.KINDS) == get_args(kinds.KindName)
+    fields = {field.name for field in dataclasses.fields(Adapter)}
+    for kind in kinds.KINDS.values():
+        assert set(kind.keys) <= fields and kind.title and kind.summary
+        net = unet()
+        section = Adapter(kind=kind.name, rank=4, targets="mid_block.*to_q")
+        assert len(add_adapter(net, section)) == 2
+        trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+        assert trained and all(f".{kind.parameters}" in name for name in trained)
+    assert all(variant.key in fields for variant in kinds.VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("section", "text"),
+    [
+        (Adapter(rank=4), "LoRA on X: rank 4, alpha 4 (scale 4/4 = 1)"),
+        (Adapter(rank=4, dora=True, dropout=0.1), "DoRA on X: rank 4, alpha 4 (scale 4/4 = 1), dropout 0.1"),
+        (
+            Adapter(rank=4, alpha=6, rslora=True, pissa=True, rank_pattern={"to_q": 2}),
+            "LoRA, rank-stabilized, initialized by PiSSA on X: rank 4, alpha 6 (scale 6/√4 = 3); rank 2 on to_q",
+        ),
+        (Adapter(kind="lokr", rank=4, alpha=2), "LoKr on X: rank 4, alpha 2 (scale 2/4 = 0.5)"),
+        (Adapter(kind="oft", rank=4), "OFT on X: block size 4"),
+    ],
+)
+def test_a_kind_describes_itself(section: Adapter, text: str) -> None:
+    assert kinds.kind_of(section).describe(section, "X") == text
+
+
+def test_kinds_are_read_without_torch() -> None:
+    code = "import sys, finetune.adapters.kinds as k; list(k.KINDS); print({'torch', 'peft'} & sys.modules.keys() or 0)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0"

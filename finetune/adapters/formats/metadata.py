@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.adapters.formats.safetensors_io import hashes, read
+from finetune.adapters.kinds import kind_of
 from finetune.adapters.lora_file import LORA_FILE, PEFT_FILE
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Recipe, trigger_words
@@ -40,7 +41,7 @@ def stamp(folder: Path, plan: Plan, steps: int) -> None:
         steps: that it has taken.
     """
     adapter = plan.recipe.adapter
-    if adapter is None or adapter.kind != "lora":
+    if adapter is None or not kind_of(adapter).has_lora_file:
         return
     for path in (folder / LORA_FILE, *folder.glob(f"*/{PEFT_FILE}")):
         if path.is_file():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from finetune import kernels
 from finetune.adapters import peft
 from finetune.adapters.formats.safetensors_io import forget_places
+from finetune.adapters.kinds import kind_of
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Adapter, Diffusion, Flow, Recipe
 from finetune.config.schema import Model as ModelSection
@@ -417,7 +418,9 @@ class TextToImage(Model):
     def _peft_folders(self) -> bool:
         """Whether the adapter has no form in diffusers: other adapters than LoRA, and PixArt-Σ, whose pipeline loads no LoRA."""
         adapter = self.plan.recipe.adapter
-        return adapter is not None and (adapter.kind != "lora" or not hasattr(self.pipeline, "save_lora_weights"))
+        return adapter is not None and (
+            not kind_of(adapter).has_lora_file or not hasattr(self.pipeline, "save_lora_weights")
+        )
 
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
