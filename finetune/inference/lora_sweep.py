@@ -19,7 +19,7 @@ from finetune.inference.sample import dtype_of, free_folder, placed, request_for
 from finetune.models.base import SampleRequest
 from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.family import Family, family_of
-from finetune.models.pretrained.init_lora import put_on
+from finetune.models.pretrained.init_lora import load_initial_lora
 from finetune.models.pretrained.loading import open_pipeline
 from finetune.models.pretrained.model import generate_from_prompt, set_schedule
 from finetune.planning import Plan, load_plan
@@ -111,7 +111,7 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     new = textual_inversion.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
     nets = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
-    adapted = put_on(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
+    adapted = load_initial_lora(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
     for name, net in nets.items():
         if name not in adapted:
             peft.add_adapter(net, recipe.adapter)

@@ -1,4 +1,4 @@
-"""What a family gives to the loop: `TrainStep` (a net and its loss) and `Model` (turns, encoders, samples, files)."""
+"""What a model family gives to the training loop: `TrainStep` (a network and its loss) and `Model` (train steps, encoders, samples, files)."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 
 class TrainStep(ABC):
-    """One net and its loss. Most families take one turn a step; a GAN takes two, and only one net trains in each."""
+    """One network and its loss. Most families have one per step; a GAN has two, and each trains one network."""
 
     name: str
-    net: nn.Module  # what trains in this turn: its parameters with requires_grad
-    every: int = 1  # it is taken in each so many steps, the first of all among them
-    cycle: int = 1  # steps after which what it computes comes again, where some steps compute more than others
+    net: nn.Module  # its parameters with requires_grad train
+    every: int = 1  # taken every so many steps, from the first on
+    cycle: int = 1  # period, in steps, of what it computes, if some steps compute more than others
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The loss of each example, shape [B], float32. `draw` gives the randomness of each example's place."""
+        """Loss of each example, [B] float32. `draw` is the source of randomness: a function of seed, step and position."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """What trains in this turn."""
+        """Parameters that train in this step."""
         return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to draw: one for each prompt, each from its own seed, so that the batch they come in does not matter."""
+    """Images to generate: one for each prompt, each from its own seed, so that the batch does not matter."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -50,9 +50,9 @@ class SampleRequest:
     guidance: float
     negative: str = ""
     size: tuple[int, int] | None = None  # (width, height); none: the training size
-    sampler: str | None = None  # of those that the family has; none: its usual one
-    eta: float = 0.0  # DDIM's noise on the way: 0 is none, 1 as much as DDPM
-    truncation: float = 1.0  # of GANs: how far from the mean image one is; below 1 more alike and better made
+    sampler: str | None = None  # a name in `finetune.config.samplers`; None: the model's own
+    eta: float = 0.0  # noise that DDIM adds in each step: 0 none, 1 as much as DDPM
+    truncation: float = 1.0  # GANs: distance from the mean latent; below 1 better and less varied images
 
 
 class Model(ABC):
@@ -60,26 +60,26 @@ class Model(ABC):
 
     @abstractmethod
     def train_steps(self) -> tuple[TrainStep, ...]:
-        """The turns of a step, in order."""
+        """Train steps of an optimization step, in order."""
 
     @abstractmethod
     def encoder(self) -> Encoder:
-        """What turns this family's images and captions into what `TrainStep.loss` reads."""
+        """The encoder of examples into the tensors that `TrainStep.loss` reads."""
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> list[Sample]:
-        """Draw images with the weights as they are now."""
+        """Generate samples with the current weights."""
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
-        """Write the artifact that other programs load; returns the files."""
+        """Write the files that other programs load; returns them."""
 
     def diagnostic_images(self) -> dict[str, Image]:
-        """What a look shows besides its samples, by a name for the file."""
+        """Further images of a sample grid, by file name."""
         return {}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Every parameter that trains, by a name that is stable from run to run."""
+        """Every parameter that trains, by a name that is the same in every run."""
         found: dict[str, nn.Parameter] = {}
         for train_step in self.train_steps():
             for name, parameter in train_step.net.named_parameters():
@@ -88,9 +88,9 @@ class Model(ABC):
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the nets: what trains, and the persistent buffers (running statistics, codebooks).
+        """The networks' part of a checkpoint: what trains, and persistent buffers (running statistics, codebooks).
 
-        Taken before Accelerate wraps the nets, so the names have no wrapper's prefix.
+        Read before Accelerate wraps the networks, so the names have no wrapper's prefix.
         """
         found: dict[str, Tensor] = dict(self.trained())
         for train_step in self.train_steps():
@@ -101,13 +101,13 @@ class Model(ABC):
 
 
 def detached_forward(net: nn.Module, *arguments: Any) -> Tensor:
-    """What a net says while another trains: gradients pass through it, and none reach its weights."""
+    """Call a network with detached weights: gradients pass through it, and none reach its weights."""
     found: Tensor = functional_call(net, net.state_dict(), arguments)  # whose tensors are detached
     return found
 
 
 def gathered(values: Tensor) -> Tensor:
-    """The rows of all processes, in their order; alone, the rows themselves."""
+    """Rows of all processes, in the order of ranks; with one process, the rows themselves."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
@@ -116,12 +116,12 @@ def gathered(values: Tensor) -> Tensor:
 
 
 def check_sizes(plan: Plan, multiple: int) -> None:
-    """Raise if a bucket has a side that the family's nets cannot halve often enough."""
+    """Raise if a side of a bucket is not a multiple of what the networks need."""
     for shape, _ in plan.data.buckets:
         if isinstance(shape, Frame) and (shape.width % multiple or shape.height % multiple):
             nearest = max(multiple, round(plan.recipe.data.resolution / multiple) * multiple)
             raise UserError(
-                f"images of {shape.width}×{shape.height} do not suit this model: sides must be multiples of {multiple}",
+                f"images of {shape.width}×{shape.height} do not fit this model: sides must be multiples of {multiple}",
                 where="data.resolution, data.bucket_step",
                 remedy=f"set data.resolution: {nearest} and data.bucket_step: {multiple}",
             )

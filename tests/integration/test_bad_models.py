@@ -44,13 +44,13 @@ def model_of_another_family(scene: Scene) -> None:
     scene.set("model.family=sdxl")
 
 
-@case("holds a transformer of family flux1", "set model.transformer to this file")
+@case("contains only a transformer of family flux1", "set model.transformer to this file")
 def one_file_of_another_family(scene: Scene) -> None:
     save_file({"vector_in.in_layer.weight": torch.zeros(1)}, scene.folder / "one.safetensors")
     scene.set(f"model.path={scene.folder / 'one.safetensors'}")
 
 
-@case("holds a StableDiffusion3Pipeline, and family flux1 is a FluxPipeline", "model.family: sd3")
+@case("holds a StableDiffusion3Pipeline, and family flux1 needs a FluxPipeline", "model.family: sd3")
 def flow_of_another_family(scene: Scene) -> None:
     scene.set("model.family=flux1", f"model.path={tiny.pipeline('sd3')}")
 
@@ -78,14 +78,14 @@ def model_with_a_cut_file(scene: Scene) -> None:
     scene.set(f"model.path={scene.folder / 'model'}")
 
 
-@case("model/text_encoder.*", "download the model again, whole")
+@case("model/text_encoder.*", "download the whole model again")
 def model_with_a_piece_missing(scene: Scene) -> None:
     shutil.copytree(tiny.pipeline("sd15"), scene.folder / "model")
     shutil.rmtree(scene.folder / "model" / "text_encoder")
     scene.set(f"model.path={scene.folder / 'model'}")
 
 
-@case("model.safetensors is no checkpoint of SD 1.5, SD 2.1 or SDXL", "diffusers folder")
+@case("model.safetensors is not a checkpoint of SD 1.5, SD 2.1 or SDXL", "diffusers folder")
 def checkpoint_of_something_else(scene: Scene) -> None:
     save_file({"some.weight": torch.ones(2)}, scene.folder / "model.safetensors")
     scene.set(f"model.path={scene.folder / 'model.safetensors'}")
@@ -114,7 +114,7 @@ def gated_model(scene: Scene) -> None:
     scene.set("model.path=owner/closed")
 
 
-@case('the hub has no model "owner/gone" that you may see', "correct the name.*private.*hf auth login")
+@case('there is no model "owner/gone" on the Hub that you have access to', "correct the name.*private.*hf auth login")
 def model_that_the_hub_does_not_show(scene: Scene) -> None:
     scene.patch.setattr(
         loading, "hf_hub_download", raising(RepositoryNotFoundError("404 Client Error", response=RESPONSE))
@@ -128,7 +128,7 @@ def lora_to_go_on_from_that_is_not_there(scene: Scene) -> None:
 
 
 @case(
-    "lora does not fit this StableDiffusion; it is a LoRA of another base", "a LoRA of this base in adapter.init_lora"
+    "lora does not match this StableDiffusion: it is a LoRA of another base", "a LoRA of this base in adapter.init_lora"
 )
 def lora_of_another_base(scene: Scene) -> None:
     scene.set(f"adapter.init_lora={lora(scene, 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q')}")

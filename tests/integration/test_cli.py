@@ -111,7 +111,7 @@ def test_a_mistake_ends_with_code_2_and_says_what_to_do(
 @pytest.mark.parametrize(
     ("overrides", "says", "remedy"),
     [
-        (["model.path=HERE/file.ckpt"], "is no .safetensors file", "a diffusers folder"),
+        (["model.path=HERE/file.ckpt"], "is not a .safetensors file", "a diffusers folder"),
         (["model.path=HERE/empty"], "it has no model_index.json", "a diffusers folder"),
         (["model.path=HERE/damaged"], "cannot be read", "copy or download"),
         (["model.path=HERE/sdxl"], "holds a StableDiffusionXLPipeline", "set model.family: sdxl"),

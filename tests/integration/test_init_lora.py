@@ -190,10 +190,10 @@ def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     run, text = tmp_path / "run", TEXT
-    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(
+    assert "does not match this StableDiffusion: it is a LoRA of another base" in refused(
         in_format("sdxl", "diffusers"), run, text
     )
-    assert "does not fit this StableDiffusion; it is a LoRA of another base" in refused(
+    assert "does not match this StableDiffusion: it is a LoRA of another base" in refused(
         in_format("sdxl", "kohya"), run, text
     )
     wider = {

@@ -354,8 +354,8 @@ def test_missing_path_is_no_matter_of_the_hub(path: str) -> None:
 
 
 def test_hub_out_of_reach_or_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "the hub cannot be reached" in refused("owner/model")
-    with pytest.raises(UserError, match="the hub cannot be reached"):
+    assert "the Hub cannot be reached" in refused("owner/model")
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
         open_vae("owner/model")
 
     def gated(*_: object) -> str:
@@ -364,7 +364,7 @@ def test_hub_out_of_reach_or_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loading, "hf_hub_download", gated)
     said = refused("owner/model")
-    assert "accept the licence on https://huggingface.co/owner/model" in said
+    assert "accept the license on https://huggingface.co/owner/model" in said
     assert "hf auth login" in said
 
 
@@ -387,14 +387,14 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     assert "no model_index.json" in refused(folder)
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
     assert "--merge" in refused(folder)
-    assert "one net's folder" in refused(tiny.vae())
+    assert "the folder of a single network" in refused(tiny.vae())
 
 
 def test_files_that_are_no_model(small: Path, tmp_path: Path) -> None:
     for name, said in (
         ("model.ckpt", "pickle"),
         ("model.bin", "pickle"),
-        ("model.txt", "no model file"),
+        ("model.txt", "not a model file"),
         ("model.safetensors", "could not be loaded"),
     ):
         (tmp_path / name).write_bytes(b"nothing")
@@ -406,7 +406,7 @@ def test_files_that_are_no_model(small: Path, tmp_path: Path) -> None:
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
     )
     assert "inpainting" in refused(header(path, {entry: (8, 9, 3, 3), width: (8, 24)}))
-    assert "999 wide" in refused(header(path, {entry: (8, 4, 3, 3), width: (8, 999)}))
+    assert "cross-attention is 999" in refused(header(path, {entry: (8, 4, 3, 3), width: (8, 999)}))
     assert "no such UNet" in refused(header(path, {"something": (1,)}))
     assert "no text encoder" in refused(header(path, {entry: (8, 4, 3, 3), width: (8, 24)}))
     assert "set model.family: sdxl" in refused(header(path, {width: (8, WIDTHS["sdxl"])}))

@@ -142,8 +142,8 @@ def test_refusals(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
         return str(caught.value)
 
-    assert 'no caption has the word "<it>"' in refused("tokens=[{token: <it>}]")
-    assert 'the tokenizer knows "e</w>" already' in refused(
+    assert 'no caption contains the token "<it>"' in refused("tokens=[{token: <it>}]")
+    assert 'the tokenizer already has the token "e</w>"' in refused(
         "tokens=[{token: e</w>}]", "data.path=null", source("e</w>")
     )
     assert "is not one word" in refused("tokens=[{token: my dog}]")

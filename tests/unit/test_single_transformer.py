@@ -196,12 +196,12 @@ def test_refusals(tmp_path: Path) -> None:
         return str(caught.value)
 
     sd3 = original("sd3", weights("sd3"))
-    assert "holds a transformer of family sd3, and this recipe's is flux1" in refused("flux1", sd3)
-    assert "diffusers reads no single file of family pixart" in refused(
+    assert "contains a transformer of family sd3, but the recipe's family is flux1" in refused("flux1", sd3)
+    assert "diffusers cannot read single files of family pixart" in refused(
         "pixart", {"blocks.0.cross_attn.q_linear.weight": torch.zeros(1)}
     )
     assert "a LoRA" in refused("sd3", {"lora_unet_x.lora_down.weight": torch.zeros(1)})
-    assert "quantized in a way of ComfyUI's own" in refused(
+    assert "quantized in a format of ComfyUI" in refused(
         "sd3", sd3 | {"joint_blocks.0.x_block.attn.qkv.scale_weight": torch.zeros(1)}
     )
     lacking = {key: tensor for key, tensor in sd3.items() if "final_layer.linear" not in key}
@@ -214,7 +214,7 @@ def test_refusals(tmp_path: Path) -> None:
         open_pipeline(Model("qwen-image", path=str(file)), "QwenImagePipeline", torch.float32)
     for given, said in (
         ("model.transformer=nowhere.safetensors", "there is no file"),
-        (f"model.transformer={tmp_path}", "is no .safetensors file"),
+        (f"model.transformer={tmp_path}", "is not a .safetensors file"),
     ):
         with pytest.raises(UserError, match=said):
             tiny.prepare(tiny.recipe("sd3", "lora", given, folder=tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""What can be known of the model that a recipe names without loading it: its family, and whether its files look right. Torch-free."""
+"""Checks of the model that a recipe names, without loading it: its family, and whether its files look right. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from finetune.models.registry import family_of_pipeline, spec_of
 from finetune.paths import embedded
 
 _PIPELINE = (
-    "a diffusers folder, a .safetensors checkpoint, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0"
+    "a diffusers folder, a .safetensors checkpoint, or a Hub name such as stabilityai/stable-diffusion-xl-base-1.0"
 )
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse a model that cannot be there. A hub name is checked for its shape only: the network is not asked.
+    """Check the model section of a recipe. Only the form of a Hub name is checked: nothing is downloaded.
 
     Raises:
-        UserError: an unknown family; a path that leads nowhere, or to another kind of model.
+        UserError: the family is unknown, or a path does not exist or holds another kind of model.
     """
     _check_objective(recipe, spec_of(recipe.model.family).objective)
     if recipe.model.path is not None:
@@ -36,9 +36,9 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_objective(recipe: Recipe, objective: str) -> None:
-    """Refuse what belongs to another kind of objective than the family's: noise (a schedule of ε or v), flow (a velocity), or none."""
+    """Refuse settings of another objective than the family's: noise (predicts ε or v), flow (predicts a velocity), or none."""
     family = recipe.model.family
-    predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "denoises nothing")
+    predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "is not a denoising model")
     if recipe.diffusion is not None and objective != "noise":
         remedy = "remove the section" + (", or see `flow`" if objective == "flow" else "")
         raise UserError(
@@ -55,7 +55,7 @@ def _check_objective(recipe: Recipe, objective: str) -> None:
         )
     if recipe.model.prediction is not None and objective != "noise":
         raise UserError(
-            f"family {family} {predicts}: there is no other prediction to choose",
+            f"family {family} {predicts}: its prediction cannot be chosen",
             where="model.prediction",
             remedy="remove it",
         )
@@ -63,22 +63,22 @@ def _check_objective(recipe: Recipe, objective: str) -> None:
 
 def _check_pipeline(section: Model) -> None:
     given, wanted = section.path or "", spec_of(section.family).pipeline
-    if not wanted:  # its module builds a net at random, and would not look at the path
+    if not wanted:  # it starts from random weights and would ignore the path
         raise UserError(
-            f"family {section.family} is trained from scratch only",
+            f"family {section.family} can only be trained from scratch",
             where="model.family",
             remedy="set method: scratch, or another family",
         )
     path = Path(embedded(given)).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{given} is no .safetensors file", where="model.path", remedy=f"give {_PIPELINE}")
+            raise UserError(f"{given} is not a .safetensors file", where="model.path", remedy=f"give {_PIPELINE}")
     elif path.is_dir():
         found = pipeline_class(path / "model_index.json", given)
         if found != wanted:
             right = family_of_pipeline(found)
             raise UserError(
-                f"{given} holds a {found}, and family {section.family} is a {wanted}",
+                f"{given} holds a {found}, and family {section.family} needs a {wanted}",
                 where="model.path",
                 remedy=f"set model.family: {right.slug}" if right else "give another model.path",
             )
@@ -89,18 +89,18 @@ def _check_pipeline(section: Model) -> None:
 def _check_transformer(given: str) -> None:
     path = Path(given).expanduser()
     if not path.is_file() or path.suffix != ".safetensors":
-        problem = f'"{given}" is no .safetensors file' if path.exists() else f'there is no file "{given}"'
+        problem = f'"{given}" is not a .safetensors file' if path.exists() else f'there is no file "{given}"'
         raise UserError(
             problem,
             where="model.transformer",
-            remedy="give the transformer's file, and in model.path the pipeline that it belongs to",
+            remedy="give the transformer's file, and set model.path to the pipeline it belongs to",
         )
 
 
 def _check_vae(given: str) -> None:
     path = Path(embedded(given)).expanduser()
     if not path.exists():
-        _check_hub_name(given, "model.vae", "a VAE's folder, the run that trained it, or a hub name")
+        _check_hub_name(given, "model.vae", "a VAE's folder, the run that trained it, or a Hub name")
     elif path.is_dir() and not any((folder / "config.json").is_file() for folder in (path, path / "final")):
         raise UserError(
             f"{given} holds no trained VAE",
@@ -110,12 +110,12 @@ def _check_vae(given: str) -> None:
 
 
 def pipeline_class(index: Path, given: str) -> str:
-    """`_class_name` of a pipeline's `model_index.json`."""
+    """Read `_class_name` from a pipeline's `model_index.json`."""
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except FileNotFoundError:
         raise UserError(
-            f"{given} is no diffusers folder: it has no model_index.json",
+            f"{given} is not a diffusers folder: it has no model_index.json",
             where="model.path",
             remedy=f"give {_PIPELINE}",
         ) from None

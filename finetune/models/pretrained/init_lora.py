@@ -1,7 +1,7 @@
-"""A LoRA to go on from, put on the nets: ranks, alphas and layers as its file has them.
+"""Continue from a LoRA: load it into the networks that train, with the ranks, alphas and layers of its file.
 
-diffusers' own loader reads it, but for what that does not: PEFT's folders, a pipeline that loads no LoRA (PixArt-Σ's), and the first
-code's names with dots, of which it wants every layer or none (Lumina 2).
+diffusers' own loader reads it, except: PEFT's folders, pipelines that load no LoRA (PixArt-Σ's), and original layer names with dots,
+of which diffusers needs every layer or none (Lumina 2).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from finetune.paths import public_name
 END = ".lora_A.weight"
 
 
-def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
-    """Put the LoRA of `adapter.init_lora` on the pipeline's nets, in place; only it trains, in float32. Returns the adapted layers by net.
+def load_initial_lora(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
+    """Load the LoRA of `adapter.init_lora` into the pipeline, in place; only it trains, in float32. Returns the adapted layers by network.
 
     Args:
         pipeline: the base.
-        nets: those that train, by their names in the pipeline.
+        nets: the networks that train, by their names in the pipeline.
         adapter: the recipe's section.
 
     Raises:
-        UserError: it is a LoRA of another base, or of a net that does not train.
+        UserError: it is a LoRA of another base, or it adapts a network that does not train.
     """
     assert adapter.init_lora is not None
     found = look(adapter.init_lora)
@@ -60,7 +60,7 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
             remedy = (
                 "set model.train_text_encoder: true"
                 if hasattr(pipeline, "unet")
-                else f"give one of the {NET} alone: text encoders of this family do not train here"
+                else f"give a LoRA of the {NET} alone: text encoders of this family cannot be trained"
             )
             raise UserError(
                 f"{name} also adapts the {part}, which this recipe does not train", where=KEY, remedy=remedy
@@ -68,7 +68,7 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
     if sum(map(len, adapted.values())) < found.layers:
         raise _another_base(
             name,
-            f"{found.layers - sum(map(len, adapted.values()))} of its {found.layers} layers are not there",
+            f"{found.layers - sum(map(len, adapted.values()))} of its {found.layers} layers are missing",
             pipeline,
         )
     for part, net in nets.items():
@@ -82,7 +82,7 @@ def put_on(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> di
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Within, the libraries neither log nor warn: what does not fit they would tell layer by layer, and it is told here in one sentence."""
+    """Within, the libraries neither log nor warn: they would report mismatches layer by layer, and one error does."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -94,7 +94,7 @@ def _silence() -> Iterator[None]:
 
 
 def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
-    """The weights by diffusers' names of a file that its loader does not read; None of others."""
+    """Weights under diffusers' names, of a file that its loader cannot read; None for other files."""
     if found.file.name == PEFT_FILE:
         return read_peft(found.file, NET)[0]
     spec = family_of_pipeline(type(pipeline).__name__)
@@ -108,7 +108,7 @@ def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
 
 
 def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
-    """Put `state` on the transformer as PEFT does. Without settings, each layer's alpha is its rank."""
+    """Inject `state` into the transformer as PEFT does. Without settings, each layer's alpha is its rank."""
     ranks = {
         name.removeprefix(f"{NET}.").removesuffix(END): len(tensor)
         for name, tensor in state.items()
@@ -132,7 +132,7 @@ def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
 
 
 def _state_dict(pipeline: Any, file: str) -> dict[str, Tensor]:
-    """The file's weights under diffusers' names; they are copied once more, since its loader rounds them to the base's dtype."""
+    """The file's weights under diffusers' names; read separately, because its loader rounds them to the base's dtype."""
     more = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     found = type(pipeline).lora_state_dict(file, **more)
     state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
@@ -164,7 +164,7 @@ def _make_trainable(net: nn.Module, state: Mapping[str, Tensor], adapter: Adapte
 
 def _another_base(name: str, detail: str, pipeline: Any) -> UserError:
     return UserError(
-        f"{name} does not fit this {type(pipeline).__name__.removesuffix('Pipeline')}; it is a LoRA of another base: {detail}",
+        f"{name} does not match this {type(pipeline).__name__.removesuffix('Pipeline')}: it is a LoRA of another base ({detail})",
         where=KEY,
         remedy="give a LoRA of this base in adapter.init_lora, or its base in model.path and model.family",
     )

@@ -1,4 +1,4 @@
-"""Where a pipeline comes from: the hub, a diffusers folder, one .safetensors file, or, from scratch, the recipe."""
+"""Open a pipeline: from the Hub, a diffusers folder, one .safetensors file, or, from scratch, from the recipe."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ if TYPE_CHECKING:
     from finetune.models.pretrained.family import Family
 
 PICKLES = {".ckpt", ".bin", ".pt", ".pth", ".pkl"}
-CONVERT = "use a copy in .safetensors, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
+CONVERT = "use a .safetensors version, or convert it: load it in ComfyUI or A1111 and save it as .safetensors"
 
 
 @replaceable
 def open_pipeline(
     section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> DiffusionPipeline:
-    """The pretrained pipeline that `model.path` names, its weights in `dtype`, its VAE in float32, the parts in `own` in a dtype of their own.
+    """Open the pretrained pipeline that `model.path` names: weights in `dtype`, the VAE in float32, the parts in `own` in their own dtype.
 
-    `model.path` is a hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint. `model.transformer` and
-    `model.vae` take the place of the parts there.
+    `model.path` is a Hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint. `model.transformer` and
+    `model.vae` replace those parts.
 
     Raises:
-        UserError: it is not there, not reachable, not whole, or not of this class.
+        UserError: it does not exist, cannot be reached, is incomplete, or has another class.
     """
     given = section.path or ""
     path = _place(given, "model.path")
@@ -85,7 +85,9 @@ def open_pipeline(
                 file = Path(section.transformer).expanduser()
                 net, weights = getattr(diffusers, index["transformer"][1]), own.get("transformer", dtype)
                 replaced["transformer"] = open_transformer(file, section.family, net, source, weights)
-        if class_name == "StableDiffusionPipeline":  # what only filters finished images is not loaded
+        if (
+            class_name == "StableDiffusionPipeline"
+        ):  # the safety checker, which only filters finished images, is not loaded
             replaced |= {
                 "safety_checker": None,
                 "feature_extractor": None,
@@ -94,19 +96,19 @@ def open_pipeline(
             }
         if path:
             _require_pieces(path, index, replaced)
-        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once an image.
+        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once per image.
         dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
-        found: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
-        return found
+        pipeline: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
+        return pipeline
 
 
 @replaceable
 def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
-    """The VAE that `model.vae` names, in float32: a hub name, a folder (a pipeline's too), a run, or one .safetensors file.
+    """Open the VAE that `model.vae` names, in float32: a Hub name, a folder (also a pipeline's), a run, or one .safetensors file.
 
     Args:
-        given: the recipe's words.
-        class_name: the pipeline it is for; a single file does not say the scale of its latents, its family does.
+        given: the value in the recipe.
+        class_name: pipeline that it is for; a single file does not contain the scale of its latents, the family's record does.
     """
     path = _place(given, "model.vae")
     with _explained(given, "model.vae"):
@@ -117,7 +119,7 @@ def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
         if path is not None:
             _require_weights(path)
         else:
-            hf_hub_download(given, "config.json")  # says plainly what is wrong where diffusers says much
+            hf_hub_download(given, "config.json")  # its errors are clearer than those of diffusers
         found: AutoencoderKL = AutoencoderKL.from_pretrained(
             str(path or given), dtype=torch.float32, use_safetensors=True
         )
@@ -125,32 +127,32 @@ def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
 
 
 def _place(given: str, where: str) -> Path | None:
-    """The file or folder that a recipe means (of a run: its `final`), or None for a name on the hub.
+    """The file or folder that a recipe names (of a run: its `final`), or None for a name on the Hub.
 
     Raises:
-        UserError: nothing is there though it looks like a path, or what is there is no model.
+        UserError: it looks like a path that does not exist, or it is not a model.
     """
     path = Path(embedded(given)).expanduser()
     if not path.exists():
-        # A hub name is owner/name; where ./owner is a folder, a path was meant.
+        # A Hub name is owner/name; if ./owner is a folder, a path was meant.
         local = given.startswith((".", "/", "~", "embedded:")) or given.count("/") != 1 or path.parent.is_dir()
         if local or path.suffix in {".safetensors", *PICKLES}:
             raise UserError(
                 f"there is no file or folder {given}",
                 where=where,
-                remedy="correct the path; a model on the hub is written owner/name",
+                remedy="correct the path; a model on the Hub is written owner/name",
             )
         return None
     if path.is_file():
         if path.suffix in PICKLES:
             raise UserError(
-                f"{path.name} is a pickle, which may run any code when it is opened", where=where, remedy=CONVERT
+                f"{path.name} is a pickle, which can run arbitrary code when it is opened", where=where, remedy=CONVERT
             )
         if path.suffix != ".safetensors":
             raise UserError(
-                f"{path.name} is no model file",
+                f"{path.name} is not a model file",
                 where=where,
-                remedy="give a diffusers folder, a .safetensors file, or a hub name",
+                remedy="give a diffusers folder, a .safetensors file, or a Hub name",
             )
         return path
     final = path / "final"
@@ -165,17 +167,17 @@ def _place(given: str, where: str) -> Path | None:
         raise UserError(
             f"{given} holds an adapter, not a base model",
             where=where,
-            remedy=f"give its base, or merge the two: ft export {given} --merge",
+            remedy=f"give its base model, or merge the two: ft export {given} --merge",
         )
     return path
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """A pipeline folder's model_index.json."""
+    """Read model_index.json of a pipeline's folder."""
     if not (folder / "model_index.json").is_file():
-        alone = " (it is one net's folder)" if (folder / "config.json").is_file() else ""
+        alone = " (it is the folder of a single network)" if (folder / "config.json").is_file() else ""
         raise UserError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json{alone}",
+            f"{folder} is not a diffusers pipeline: it has no model_index.json{alone}",
             where="model.path",
             remedy="give the folder that holds model_index.json, unet/, vae/, …",
         )
@@ -184,25 +186,25 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_foreign(index: dict[str, Any], given: str) -> None:
-    """Raise if a pipeline names a part that neither diffusers nor transformers has: it would be code of the model's own."""
+    """Raise if a pipeline names a part that is in neither diffusers nor transformers: it would be custom code of the model."""
     for name, entry in index.items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
             raise UserError(
-                f'{given} wants its {name} from "{library}": code of a model is never run',
+                f'{given} needs its {name} from "{library}": custom code of a model is never run',
                 where="model.path, model_index.json",
-                remedy="give a model whose parts diffusers and transformers have",
+                remedy="give a model whose parts are classes of diffusers and transformers",
             )
 
 
 def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
-    """Raise if a folder that the index names is not there, or a net has no safetensors weights."""
+    """Raise if a folder that the index names is missing, or a network has no safetensors weights."""
     for name, entry in index.items():
         if name in replaced or not isinstance(entry, list) or entry[0] is None:
             continue
         if not (folder / name).is_dir():
             raise UserError(
-                f"the pipeline lacks its {name}", where=str(folder / name), remedy="download the model again, whole"
+                f"the pipeline lacks its {name}", where=str(folder / name), remedy="download the whole model again"
             )
         if name.startswith(("unet", "transformer", "vae", "text_encoder")):
             _require_weights(folder / name)
@@ -213,47 +215,47 @@ def _require_weights(folder: Path) -> None:
         return
     if any(file.suffix in PICKLES for file in folder.glob("*")):
         raise UserError(
-            "the weights are pickles (.bin), which may run any code when opened", where=str(folder), remedy=CONVERT
+            "the weights are pickles (.bin), which can run arbitrary code when opened",
+            where=str(folder),
+            remedy=CONVERT,
         )
-    raise UserError("there are no weights (.safetensors)", where=str(folder), remedy="download the model again, whole")
+    raise UserError("there are no weights (.safetensors)", where=str(folder), remedy="download the whole model again")
 
 
 @contextlib.contextmanager
 def _explained(given: str, where: str) -> Iterator[None]:
-    """Turn what the libraries say of a model that cannot be loaded into what a person can do about it."""
+    """Turn the libraries' errors about a model that cannot be loaded into errors that say what to do."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
             causes.append(cause)
-        told = str(error).strip().partition("\n")[0]
+        message = str(error).strip().partition("\n")[0]
         page = f"https://huggingface.co/{given}"
         if any(isinstance(cause, GatedRepoError) for cause in causes):
-            problem = f'the hub gives "{given}" only to those who have accepted its licence'
-            remedy = f"accept the licence on {page}, wait where it says so, then `hf auth login` with a token of that account"
+            problem = f'access to "{given}" on the Hub requires accepting its license'
+            remedy = f"accept the license on {page}, wait for approval if it asks for it, then `hf auth login` with a token of that account"
         elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-            problem = f'the hub has no model "{given}" that you may see'
-            remedy = f"correct the name (look at {page}); if the model is private, `hf auth login` with a token of an account that may see it"
+            problem = f'there is no model "{given}" on the Hub that you have access to'
+            remedy = f"correct the name (see {page}); if the model is private, `hf auth login` with a token of an account with access"
         elif any(
             isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError) for cause in causes
         ):
-            problem = f'"{given}" is no folder here, and the hub cannot be reached'
-            remedy = (
-                "give a folder or a .safetensors file, or connect this machine (gated models also need `hf auth login`)"
-            )
+            problem = f'"{given}" is not a local folder, and the Hub cannot be reached'
+            remedy = "give a folder or a .safetensors file, or connect to the internet (gated models also need `hf auth login`)"
         elif any(isinstance(cause, EntryNotFoundError) for cause in causes):
             problem, remedy = (
-                f'"{given}" on the hub is no diffusers model',
+                f'"{given}" on the Hub is not a diffusers model',
                 "download its .safetensors file and give the file's path",
             )
         elif isinstance(
             error, NotImplementedError
-        ):  # diffusers moves a net off the meta device whose weights are not all there
+        ):  # diffusers moves a network off the meta device without all its weights
             problem, remedy = f'"{given}" lacks some weights of its UNet or VAE', "download it again"
         else:
             problem, remedy = (
-                f'"{given}" could not be loaded: {told}',
+                f'"{given}" could not be loaded: {message}',
                 "download it again, or give another copy; weights must be .safetensors",
             )
         raise UserError(problem, where=where, remedy=remedy) from error
@@ -261,20 +263,20 @@ def _explained(given: str, where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model's text encoders will read a caption. `count`: caption → (tokens of all that is written for it, most that are read)."""
+    """How a model's text encoders will read a caption. `count`: caption → (tokens of its text, most tokens that are read)."""
 
     tokenizer: Any
     count: Callable[[str], tuple[int, int]]
 
 
 def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
-    """The tokenizer that reads most of a caption of a recipe's model, and its family's way to count; None where captions are not read.
+    """Open the tokenizer that reads the most tokens of a caption, and the family's way to count; None if captions are not read.
 
     Args:
-        captions: of the images that train, from which one from scratch learns it.
+        captions: of the training images; a model from scratch learns its tokenizer from them.
 
     Raises:
-        UserError: it is not there or cannot be reached.
+        UserError: it does not exist or cannot be reached.
     """
     section = recipe.model
     if not spec_of(section.family).pretrained:
@@ -293,7 +295,7 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
         tokenizer = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
     if isinstance(family, ClipFamily):
         return _plain_reader(tokenizer)
-    # Templates and system prompts are the pipeline's: one without nets has them too.
+    # Templates and system prompts belong to the pipeline, also to one without networks.
     cls: Any = getattr(diffusers, family.spec.pipeline)
     parts = {
         name
@@ -311,21 +313,23 @@ def _plain_reader(tokenizer: Any) -> Reader:
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
-    """A new Stable Diffusion pipeline from `model.build`: its nets at random, its tokenizer learned from the captions.
+    """Assemble a Stable Diffusion pipeline from `model.build`: random weights, and a tokenizer learned from the captions.
 
     Keys of `model.build`: `unet` (arguments of UNet2DConditionModel), `text_encoder` (of CLIPTextConfig), `tokenizer`
-    (`vocabulary`: entries; `length`: tokens a caption), `scheduler` (of DDIMScheduler). The VAE is `model.vae`.
+    (`vocabulary`: entries; `length`: tokens per caption), `scheduler` (of DDIMScheduler). The VAE is `model.vae`.
     """
     section = plan.recipe.model
     if family.spec.pipeline != "StableDiffusionPipeline":
         raise UserError(
-            "from scratch, this project builds family sd", where="model.family", remedy="set model.family: sd"
+            "text-to-image models from scratch must be of family sd",
+            where="model.family",
+            remedy="set model.family: sd",
         )
     if section.vae is None:
         raise UserError(
             "a latent diffusion model needs a VAE",
             where="model.vae",
-            remedy="train recipes/scratch/emoji-vae.yaml first and name its run",
+            remedy="train scratch/emoji-vae first, and set model.vae to its run",
         )
     parts = section.build
     for key in parts.keys() - {"unet", "text_encoder", "tokenizer", "scheduler"}:
@@ -370,10 +374,10 @@ def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
 
 
 def checked(cls: type, arguments: dict[str, Any], key: str) -> dict[str, Any]:
-    """`arguments`, if the class takes each of them by name.
+    """Return `arguments` if the class takes each of them by name.
 
     Raises:
-        UserError: with the nearest name.
+        UserError: it does not; the error gives the nearest name.
     """
     known = set(inspect.signature(cls).parameters) - {"kwargs"} | set(getattr(cls, "__annotations__", ()))
     for name in arguments:

@@ -37,7 +37,7 @@ from finetune.models.objectives.flow_matching import FlowMatching
 from finetune.models.objectives.noise_prediction import Denoising, Noised
 from finetune.models.pretrained import loading, textual_inversion
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
-from finetune.models.pretrained.init_lora import put_on
+from finetune.models.pretrained.init_lora import load_initial_lora
 from finetune.models.pretrained.schedulers import sampling_with
 from finetune.models.pretrained.tokenizer import spelled
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
@@ -317,7 +317,9 @@ class TextToImage(Model):
             not self._words or self.plan.recipe.model.train_text_encoder
         )  # otherwise only the new tokens' embeddings train in the text encoders
         trained = {self.family.spec.denoiser: self.denoiser, **(encoders if whole else {})}
-        adapted = put_on(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
+        adapted = (
+            load_initial_lora(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
+        )
         apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
         net: Any
         for name, net in trained.items():

@@ -1,7 +1,7 @@
-"""One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 users have it.
+"""One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 use them.
 
-Which architecture it is, its own keys and shapes say; its file name is not asked. The pipelines' configurations and
-CLIP's tokenizer are in `assets/configs`, so nothing is fetched. A transformer's file takes the place of another pipeline's.
+The architecture is detected from names and shapes of the tensors, not from the file name. The pipelines' configurations and CLIP's
+tokenizer are in `assets/configs`, so nothing is downloaded. The file of a transformer replaces the transformer of another pipeline.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ CONFIGS = ASSETS / "configs"
 BY_WIDTH = text_widths()
 SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # name endings that only files quantized for ComfyUI have
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
-TELLS_V = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+V_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: AutoencoderKL | None) -> DiffusionPipeline:
-    """The pipeline of class `class_name` in `path`, its weights in `dtype`, the VAE in float32 (or as given).
+    """Open the pipeline of class `class_name` in `path`, its weights in `dtype`, the VAE in float32 (or as given).
 
     Raises:
-        UserError: the file holds something else, or not all of a pipeline.
+        UserError: the file holds something else, or only a part of a pipeline.
     """
     shapes = read_shapes(path)
     name = architecture(shapes, path)
     require_class(json.loads((CONFIGS / name / "model_index.json").read_text())["_class_name"], class_name, path)
     if not any(key.startswith(TEXT) for key in shapes):
         raise UserError(
-            f"{path.name} has no text encoder: it holds a UNet alone",
+            f"{path.name} has no text encoder: it contains only a UNet",
             where=str(path),
-            remedy="give a whole checkpoint (UNet, text encoder and VAE in one file)",
+            remedy="give a full checkpoint (UNet, text encoder and VAE in one file)",
         )
     if vae is None and not any(key.startswith(VAE) for key in shapes):
         raise UserError(
@@ -58,7 +58,7 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
         **{key: clip_tokenizer(padding) for key, padding in variants()[name][1].padding.items()},
     )
     for key, net in pipeline.components.items():
-        # diffusers leaves a text encoder's missing weights on the meta device without a word (and stops at a UNet's).
+        # diffusers leaves missing weights of a text encoder on the meta device silently (and fails for a UNet's).
         if isinstance(net, torch.nn.Module) and (
             unset := [name for name, weight in net.named_parameters() if weight.is_meta]
         ):
@@ -73,41 +73,41 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
 
 
 def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The transformer in `path`, alone or in a whole checkpoint, in `dtype`.
+    """Open the transformer in `path`, alone or in a full checkpoint, in `dtype`.
 
     Args:
         wanted: the recipe's family.
-        cls: its transformer's class in diffusers, whose converters read the file.
-        source: the pipeline's folder or name on the hub, with the transformer's configuration.
+        cls: class of its transformer in diffusers, which converts the file.
+        source: the pipeline's folder or name on the Hub, with the transformer's configuration.
 
     Raises:
-        UserError: it is of another family, quantized, or not whole; or diffusers reads no such file.
+        UserError: it belongs to another family, is quantized or incomplete; or diffusers cannot read such a file.
     """
     shapes, where = read_shapes(path), str(path)
     found = transformer_family(shapes)
     if is_lora(shapes):
         raise UserError(
-            f"{path.name} is a LoRA, and no transformer",
+            f"{path.name} is a LoRA, not a transformer",
             where=where,
-            remedy="a LoRA to go on from is given by adapter.init_lora",
+            remedy="to continue from a LoRA, set adapter.init_lora",
         )
     if found not in (None, wanted):
-        problem = f"{path.name} holds a transformer of family {found}, and this recipe's is {wanted}"
+        problem = f"{path.name} contains a transformer of family {found}, but the recipe's family is {wanted}"
         raise UserError(
-            problem, where=where, remedy=f"give one of {wanted}, or set model.family: {found} and its model.path"
+            problem,
+            where=where,
+            remedy=f"give a file of {wanted}, or set model.family: {found} and model.path to match",
         )
     if not hasattr(cls, "from_single_file"):
         raise UserError(
-            f"diffusers reads no single file of family {wanted}",
+            f"diffusers cannot read single files of family {wanted}",
             where="model.transformer",
             remedy="give a diffusers folder in model.path",
         )
     if any(name.endswith(SCALED) for name in shapes):
-        remedy = "give the file in bfloat16 or float16; model.quantize then makes it as small"
-        raise UserError(f"{path.name} is quantized in a way of ComfyUI's own", where=where, remedy=remedy)
-    inside = any(
-        name.startswith(UNET) for name in shapes
-    )  # beside text encoders and a VAE, which are the pipeline's own here
+        remedy = "give the file in bfloat16 or float16; model.quantize then makes it just as small"
+        raise UserError(f"{path.name} is quantized in a format of ComfyUI", where=where, remedy=remedy)
+    inside = any(name.startswith(UNET) for name in shapes)  # a full checkpoint; its text encoders and VAE are not used
     with safe_open(path, framework="pt") as file:
         tensors = {
             name.removeprefix(UNET): file.get_tensor(name) for name in shapes if name.startswith(UNET) or not inside
@@ -115,19 +115,16 @@ def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torc
     try:
         net: torch.nn.Module = cls.from_single_file(tensors, config=source, subfolder="transformer", dtype=dtype)
         return net
-    except (
-        KeyError,
-        IndexError,
-        NotImplementedError,
-    ) as error:  # the converter misses a weight, or the net was not given one
-        remedy = "download it again, or give the file that belongs to model.path"
+    # The converter misses a weight, or the network does.
+    except (KeyError, IndexError, NotImplementedError) as error:
+        remedy = "download it again, or give the file that matches model.path"
         raise UserError(
             f"{path.name} lacks some weights of {wanted}'s transformer", where=where, remedy=remedy
         ) from error
 
 
 def transformer_family(shapes: Iterable[str]) -> str | None:
-    """Of which family a transformer in the original layout is; None if that cannot be told."""
+    """The family of a transformer in the original layout, or None if it is not recognized."""
     names = list(shapes)
     return next(
         (
@@ -140,7 +137,7 @@ def transformer_family(shapes: Iterable[str]) -> str | None:
 
 
 def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
-    """The VAE in `path` (one alone, or a whole checkpoint's), in float32, with the latent scale of `class_name`'s family."""
+    """Open the VAE in `path` (alone or in a full checkpoint) in float32, with the latent scale of the pipeline's family."""
     spec = family_of_pipeline(class_name)
     config = CONFIGS / (next(iter(spec.variants)) if spec is not None and spec.denoiser == "unet" else "sd15")
     found: AutoencoderKL = AutoencoderKL.from_single_file(
@@ -150,7 +147,7 @@ def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape, from the file's header alone."""
+    """Shapes of all tensors, from the file's header."""
     with safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
@@ -159,7 +156,7 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
     """`sd15`, `sd21` or `sdxl`, by the width of the UNet's cross-attention.
 
     Raises:
-        UserError: it is none of them; says what it is, if that can be told.
+        UserError: it is none of them; the error says what it is, if it is recognized.
     """
     if is_lora(shapes):
         raise UserError(
@@ -168,10 +165,10 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
             remedy="give the checkpoint or folder that it was trained on",
         )
     if (family := transformer_family(shapes)) is not None:
-        whole = "the model's diffusers folder or its name on the hub"
+        whole = "the model's diffusers folder or its name on the Hub"
         alone = f"set model.transformer to this file, and model.path to {whole}: text encoders and VAE come from there"
         raise UserError(
-            f"{path.name} holds a transformer of family {family}, and model.path is for what holds all of a pipeline",
+            f"{path.name} contains only a transformer of family {family}, and model.path needs a complete pipeline",
             where=str(path),
             remedy=alone if spec_of(family).single_transformer else f"give {whole}",
         )
@@ -187,12 +184,12 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
         )
     if len(widths) != 1 or not (widths <= BY_WIDTH.keys()):
         seen = (
-            f"its cross-attention is {', '.join(map(str, sorted(widths)))} wide"
+            f"the width of its cross-attention is {', '.join(map(str, sorted(widths)))}"
             if widths
-            else "there is no such UNet in it"
+            else "it contains no such UNet"
         )
         raise UserError(
-            f"{path.name} is no checkpoint of SD 1.5, SD 2.1 or SDXL in the original layout: {seen}",
+            f"{path.name} is not a checkpoint of SD 1.5, SD 2.1 or SDXL in the original layout: {seen}",
             where=str(path),
             remedy="give one of these, or a diffusers folder",
         )
@@ -200,27 +197,27 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
 
 
 def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
-    """What the file itself says of its schedule, as entries of the scheduler's configuration.
+    """What the file says about its noise schedule, as entries of the scheduler's configuration.
 
-    Fine-tunes that predict v carry an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say it in their
-    metadata (https://github.com/Stability-AI/ModelSpec). SD 2.x's ε and v models differ in nothing else than values:
-    ComfyUI tells them apart by the spread of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
+    Fine-tunes that predict v contain an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say so in their metadata
+    (https://github.com/Stability-AI/ModelSpec). ε and v models of SD 2.x differ only in values: ComfyUI tells them apart by the
+    standard deviation of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
     """
     with safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get("modelspec.prediction_type")
+        stated = (file.metadata() or {}).get("modelspec.prediction_type")
         if "v_pred" in shapes:
             zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
             return {"prediction_type": "v_prediction", **zero}
-        if said is not None:
-            return {"prediction_type": "v_prediction" if said.startswith("v") else "epsilon"}
-        if name == "sd21" and TELLS_V in shapes:
-            spread = float(file.get_tensor(TELLS_V).float().std(unbiased=False))
+        if stated is not None:
+            return {"prediction_type": "v_prediction" if stated.startswith("v") else "epsilon"}
+        if name == "sd21" and V_BIAS in shapes:
+            spread = float(file.get_tensor(V_BIAS).float().std(unbiased=False))
             return {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
     return {}
 
 
 def clip_tokenizer(padding: str) -> CLIPTokenizer:
-    """CLIP's tokenizer from its merges: 256 byte symbols, the same ending a word, 48,894 merges, two special tokens."""
+    """CLIP's tokenizer from its merges: 256 byte symbols, the same at a word's end, 48,894 merges, two special tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
     merges = [tuple(line.split(" ")) for line in (CONFIGS / "merges.txt").read_text(encoding="utf-8").splitlines()]
@@ -236,12 +233,12 @@ def clip_tokenizer(padding: str) -> CLIPTokenizer:
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether the names of a file's tensors are those of a LoRA, in any of the usual formats."""
+    """Whether a file's tensor names are those of a LoRA, in any of the usual formats."""
     return any("lora_" in name or ".lora." in name for name in names)
 
 
 def require_class(found: str, wanted: str, where: Path | str) -> None:
-    """Raise if a pipeline is of another class than the recipe's family; the error names the family that fits."""
+    """Raise if a pipeline's class is not that of the recipe's family; the error names the family that matches."""
     if found != wanted:
         fitting, ours = family_of_pipeline(found), family_of_pipeline(wanted)
         raise UserError(

@@ -1,7 +1,7 @@
-"""New words for CLIP text encoders: textual inversion (Gal et al. 2022, arXiv:2208.01618) together with a LoRA, pivotal tuning.
+"""New tokens for CLIP text encoders: textual inversion (Gal et al. 2022, arXiv:2208.01618) together with a LoRA (pivotal tuning).
 
-A token of several vectors is written once and read as `<it>`, `<it>_1`, …: diffusers' pipelines spell it out so themselves
-(`maybe_convert_prompt`), in training and in drawing alike.
+A token of several vectors is written once in captions and expands to `<it>`, `<it>_1`, …, as diffusers' pipelines do
+(`maybe_convert_prompt`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from finetune.errors import UserError
 from finetune.models.pretrained.family import ClipFamily, Family
 from finetune.rng import Draw
 
-# Text encoder → its name in files for SDXL, which ComfyUI and A1111 know too; for a single encoder the token itself is the name.
+# Text encoder → its name in SDXL's embedding files, as ComfyUI and A1111 read them. With one encoder, the token is the name.
 NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 class NewTokens(nn.Module):
-    """An embedding with rows added: start + rate · offset, of which the offset trains.
+    """An embedding with added rows: start + rate · offset, where only the offset trains.
 
-    Adam's steps are as long as the learning rate whatever the gradient; so the rate makes the rows learn that many times
-    faster than all else, without a parameter group of their own.
+    The size of Adam's steps does not depend on that of the gradient, so the rate multiplies the learning rate of these rows without
+    a parameter group of their own.
 
     Args:
         embedding: frozen, [V, D].
-        start: [N, D], where the new rows begin; ids V … V + N − 1.
+        start: initial values of the new rows, [N, D]; their ids are V … V + N − 1.
         rates: [N].
     """
 
@@ -48,7 +48,7 @@ class NewTokens(nn.Module):
         return self.embedding.weight
 
     def rows(self) -> Tensor:
-        """[N, D] float32."""
+        """The new rows, [N, D] float32."""
         start, rates = self.get_buffer("start"), self.get_buffer("rates")
         return start + rates * self.offset
 
@@ -60,36 +60,40 @@ class NewTokens(nn.Module):
 
 
 def check(recipe: Recipe, family: Family, audit: Audit) -> None:
-    """Refuse words that cannot be learned: by this family, or from these captions.
+    """Refuse tokens that cannot be trained.
 
     Raises:
-        UserError: the family has no CLIP text encoders that train, or no caption has the word.
+        UserError: the family has no CLIP text encoders that can train, or no caption contains the token.
     """
     if recipe.tokens and not isinstance(family, ClipFamily):
-        problem = f"the text encoders of family {recipe.model.family} are run once and learn no words here"
+        problem = (
+            f"the text encoders of family {recipe.model.family} cannot be trained, so they cannot learn new tokens"
+        )
         raise UserError(
-            problem, where="tokens", remedy="remove `tokens`; the LoRA learns a rare word or a name in its place"
+            problem,
+            where="tokens",
+            remedy="remove `tokens`, and use a rare word or a name in the captions: the LoRA learns it",
         )
     for token in recipe.tokens:
         if not any(token.token in image.caption for image in audit.training):
-            problem = f'no caption has the word "{token.token}"'
+            problem = f'no caption contains the token "{token.token}"'
             raise UserError(
                 problem,
                 where="tokens",
-                remedy=f'write it into the captions, or begin them with it: data.sources[].prefix: "{token.token}"',
+                remedy=f'add it to the captions, or set data.sources[].prefix: "{token.token}"',
             )
 
 
 def spelled(token: Token) -> list[str]:
-    """The entries of the tokenizer that a token takes, as diffusers names them."""
+    """Tokenizer entries of a token, as diffusers names them."""
     return [token.token, *(f"{token.token}_{number}" for number in range(1, token.vectors))]
 
 
 def add(pipeline: Any, pairs: Sequence[tuple[str, str]], tokens: Sequence[Token], seed: int) -> dict[str, NewTokens]:
-    """Teach every (tokenizer, text encoder) of `pairs` the tokens; returns the new rows by the encoder's name.
+    """Add the tokens to every (tokenizer, text encoder) of `pairs`; returns the new rows by the encoder's name.
 
     Raises:
-        UserError: a tokenizer knows the word already.
+        UserError: a tokenizer has the token already.
     """
     found: dict[str, NewTokens] = {}
     for tokenizer_name, encoder_name in pairs if tokens else ():
@@ -98,18 +102,18 @@ def add(pipeline: Any, pairs: Sequence[tuple[str, str]], tokens: Sequence[Token]
         entries = [entry for token in tokens for entry in spelled(token)]
         if known := [entry for entry in entries if entry in tokenizer.get_vocab()]:
             raise UserError(
-                f'the tokenizer knows "{known[0]}" already',
+                f'the tokenizer already has the token "{known[0]}"',
                 where="tokens",
-                remedy="choose a word of your own, such as <my-dog>",
+                remedy="choose a new one, such as <my-dog>",
             )
         if len(tokenizer) > embedding.num_embeddings:
             raise UserError(
-                "this base has had words added to its tokenizer, without rows in its text encoder",
+                "the tokenizer of this base has more tokens than its text encoder has embeddings",
                 where="tokens",
-                remedy="another base",
+                remedy="use another base",
             )
         start = torch.cat([_start(token, tokenizer, embedding, seed) for token in tokens])
-        # Ids follow on the tokenizer's; rows between (a padded table) would shift them.
+        # New ids follow the tokenizer's; additional rows of a padded table would shift them.
         ids = len(tokenizer)
         tokenizer.add_tokens(entries)
         rates = torch.tensor([token.lr_multiplier for token in tokens for _ in range(token.vectors)])
@@ -125,7 +129,7 @@ def _cut(embedding: nn.Embedding, rows: int) -> nn.Embedding:
 
 
 def _start(token: Token, tokenizer: Any, embedding: nn.Embedding, seed: int) -> Tensor:
-    """[vectors, D]: the mean of the embeddings of `init`'s tokens; without it, at random as wide as the table's own."""
+    """Initial vectors, [vectors, D]: the mean of the embeddings of `init`; without `init`, random with the table's mean and deviation."""
     table = embedding.weight.detach().float().cpu()
     if not token.init_word:
         return table.mean(0) + table.std(0) * Draw(seed, 0, range(token.vectors)).normal(
@@ -136,7 +140,7 @@ def _start(token: Token, tokenizer: Any, embedding: nn.Embedding, seed: int) -> 
 
 
 def save(folder: Path, tokens: Sequence[Token], rows: Mapping[str, NewTokens]) -> list[Path]:
-    """Write each token's vectors [vectors, D] as diffusers, ComfyUI and A1111 read them; returns the files."""
+    """Write each token's vectors, [vectors, D], in the format of diffusers, ComfyUI and A1111; returns the files."""
     files, begin = [], 0
     for token in tokens:
         file = folder / token.file
@@ -153,7 +157,7 @@ def save(folder: Path, tokens: Sequence[Token], rows: Mapping[str, NewTokens]) -
 
 
 def load(pipeline: Any, folder: Path, recipe: Recipe) -> None:
-    """Put an artifact's tokens on a pipeline, by diffusers' own loader."""
+    """Load the tokens in an artifact into a pipeline, with diffusers' own loader."""
     for token in recipe.tokens:
         state = load_file(folder / token.file)
         if len(state) == 1:

@@ -1,7 +1,7 @@
 """A CLIP tokenizer learned from captions: byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909, algorithm 1).
 
-The same captions give the same tokenizer, in every process: a run that resumes builds it again, and with other ids its
-text encoder would read other words. (The tokenizers library numbers letters at word ends in the order of a hash table.)
+The same captions give the same tokenizer in every process: a resumed run builds it again, and other ids would break its text
+encoder. (The tokenizers library numbers letters at word ends in the order of a hash table.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Pair = tuple[str, str]
 
 
 def learn_tokenizer(captions: Iterable[str], entries: int, length: int) -> CLIPTokenizer:
-    """A tokenizer with at most `entries` tokens that reads `length` of a caption.
+    """Learn a tokenizer with at most `entries` tokens that reads the first `length` tokens of a caption.
 
-    Ids as in CLIP's own: 256 bytes, the same at a word's end, the merges, start and end of text. So any text has tokens.
+    Ids are ordered as CLIP's: 256 bytes, the same at a word's end, the merges, start and end of text. So any text can be tokenized.
 
     Raises:
-        UserError: `entries` leaves no room for a merge.
+        UserError: `entries` is too small for a single merge.
     """
     alphabet = sorted(ByteLevel.alphabet())
     letters = [*alphabet, *(letter + END for letter in alphabet)]
@@ -36,9 +36,9 @@ def learn_tokenizer(captions: Iterable[str], entries: int, length: int) -> CLIPT
     if room < 1:
         least = entries - room + 1
         raise UserError(
-            f"a vocabulary of {entries} has no room for words",
+            f"a vocabulary of {entries} tokens is too small",
             where="model.build.tokenizer.vocabulary",
-            remedy=f"give at least {least}",
+            remedy=f"set it to {least} or more",
         )
     backend = CLIPTokenizer().backend_tokenizer
     words = Counter(
@@ -54,21 +54,21 @@ def learn_tokenizer(captions: Iterable[str], entries: int, length: int) -> CLIPT
 
 
 def spelled(tokenizer: Any, caption: str) -> list[str]:
-    """A caption's tokens as text, for people; those behind the last that is read are left out, with a sign."""
+    """A caption's tokens as text; a note replaces those that are not read."""
     ids = tokenizer(caption, verbose=False).input_ids
     found = [tokenizer.decode([number]).strip() for number in ids[: tokenizer.model_max_length]]
     return found + (["(the rest is not read)"] if len(ids) > len(found) else [])
 
 
 def learn_merges(words: Mapping[str, int], count: int) -> list[Pair]:
-    """The first `count` merges: each time the commonest pair of neighbors, of equally common ones the first in the alphabet.
+    """The first `count` merges: always the most frequent pair of neighbors; ties are broken alphabetically.
 
     Args:
-        words: how often each occurs.
+        words: word → its number of occurrences.
     """
     spelled = {word: [*word[:-1], word[-1] + END] for word in words}
     common: Counter[Pair] = Counter()
-    holders: defaultdict[Pair, set[str]] = defaultdict(set)  # words that hold the pair, or once did
+    holders: defaultdict[Pair, set[str]] = defaultdict(set)  # words that contain the pair, or did earlier
     for word, spelling in spelled.items():
         for pair in itertools.pairwise(spelling):
             common[pair] += words[word]
@@ -79,7 +79,7 @@ def learn_merges(words: Mapping[str, int], count: int) -> list[Pair]:
     while queue and len(merges) < count:
         number, best = heapq.heappop(queue)
         if -number != common[best] or not number:
-            continue  # an entry that a later one has replaced
+            continue  # replaced by a later entry
         merges.append(best)
         changed: set[Pair] = set()
         for word in holders.pop(best):
