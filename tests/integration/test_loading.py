@@ -223,7 +223,7 @@ def test_single_file_says_its_prediction(small: Path, tmp_path: Path) -> None:
         return found
 
     tensors = original(nets(small / "sd21"))
-    bias = single_file.TELLS_V
+    bias = single_file.V_BIAS
     tensors[bias] = torch.tensor([0.2, -0.2] * (tensors[bias].numel() // 2))
     assert predicted(tensors)["prediction_type"] == "v_prediction"
     tensors[bias] = tensors[bias] / 4
