@@ -35,7 +35,7 @@ from finetune.estimate.tracing.recorder import Operator, Recorder, reading
 from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
-from finetune.models.pretrained.model import DenoiseStep
+from finetune.models.pretrained.denoising import DenoiseStep
 
 GOAL = 0.80  # of the examples' launches
 PARTS = ("forward", "backward", "optimizer")

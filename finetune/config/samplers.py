@@ -1,7 +1,7 @@
 """Every sampler, in one table: what it is, and for which models it is valid. Torch-free.
 
-From scratch, `finetune.models.objectives.samplers` implements them by these names. Pretrained pipelines use diffusers' schedulers
-(`finetune.models.pretrained.schedulers`).
+From scratch, `finetune.models.objectives.samplers` implements them by these names. Pretrained pipelines use diffusers'
+schedulers (`finetune.models.pretrained.schedulers`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Sampler:
         description: for people.
         order: of the solver: the error of a step falls with this power of its length, plus one.
         calls: of the network per step.
-        noise, flow: scheduler class in diffusers for pipelines that predict noise, and a velocity; "": not valid for them.
+        noise, flow: scheduler class in diffusers for pipelines that predict noise, and a velocity; "": not valid for
+            them.
         scratch: whether the diffusion families that are trained from scratch have it.
         paper: arXiv number.
     """
@@ -97,8 +98,8 @@ def check(section: object, family: str, sampler: str | None, eta: float, where: 
         where: what an error calls the place that names them.
 
     Raises:
-        UserError: no sampler has this name, it is not valid for the family, the family has only one way to sample, or eta is
-            given with another sampler than DDIM.
+        UserError: no sampler has this name, it is not valid for the family, the family has only one way to sample, or
+            eta is given with another sampler than DDIM.
     """
     known: tuple[str, ...] = getattr(section, "samplers", ()) if section is not None else valid_for(family)
     if sampler is not None and not known:

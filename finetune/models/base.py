@@ -1,4 +1,4 @@
-"""What a model family gives to the training loop: `TrainStep` (a network and its loss) and `Model` (train steps, encoders, samples, files)."""
+"""What a family gives to the training loop: `TrainStep` (a network and its loss) and `Model`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class TrainStep(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Loss of each example, [B] float32. `draw` is the source of randomness: a function of seed, step and position."""
+        """Loss of each example, [B] float32.
+
+        `draw` is the source of randomness: a function of seed, step and position.
+        """
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that train in this step."""

@@ -1,7 +1,7 @@
 """Every model family: its record, found without importing torch, and its implementation, imported when it is needed.
 
-A record is the name `SPEC` in a module of `models/pretrained/families` (fine-tuned through diffusers) or of `config/nets`
-(trained from scratch). A new module there is a new family; there is no table to extend.
+A record is the name `SPEC` in a module of `models/pretrained/families` (fine-tuned through diffusers) or of
+`config/nets` (trained from scratch). A new module there is a new family; there is no table to extend.
 """
 
 from __future__ import annotations

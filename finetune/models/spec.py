@@ -60,14 +60,16 @@ class FamilySpec:
     Attributes:
         slug: name of the family in recipes (`model.family`).
         title: name for people.
-        implementation: pretrained families: `module:Class` of the `Family`; from scratch: the module with `build` and `create`.
+        implementation: pretrained families: `module:Class` of the `Family`; from scratch: the module with `build` and
+            `create`.
         aliases: earlier names of the family; recipes and saved models with these still load.
         kind: what kind of generative model it is; `ft estimate --goal` chooses by it.
         medium: what it generates.
         tasks: what it is trained for.
         paper: arXiv number or address of the publication.
         pipeline: class of the diffusers pipeline; "" for families that are only trained from scratch.
-        objective: noise (a schedule; the network predicts ε or v), flow (it predicts a velocity), or "" (it denoises nothing).
+        objective: noise (a schedule; the network predicts ε or v), flow (it predicts a velocity), or "" (it denoises
+            nothing).
         denoiser: name of the denoiser in the pipeline.
         denoiser_class: its class in diffusers.
         sampling: how noise levels were drawn in the original training (flow objectives).
@@ -75,10 +77,10 @@ class FamilySpec:
         one_architecture: whether every checkpoint of the family on the hub has the architecture of its one variant.
         single_file_keys: ends of tensor names that, all together, only this family's single-file checkpoints have.
         single_transformer: whether diffusers opens the transformer alone from such a file (`model.transformer`).
-        lora_formats: formats of a LoRA file besides diffusers' own → the key map (`module:NAME`), or "" if the format uses
-            diffusers' layer names. ComfyUI and kohya-ss/sd-scripts share one writer for UNets.
-        lora_targets: layer-name patterns (regular expressions) that this family's denoiser has besides the common ones, by
-            the names of `adapter.targets`: "attention", "mlp".
+        lora_formats: formats of a LoRA file besides diffusers' own → the key map (`module:NAME`), or "" if the format
+            uses diffusers' layer names. ComfyUI and kohya-ss/sd-scripts share one writer for UNets.
+        lora_targets: layer-name patterns (regular expressions) that this family's denoiser has besides the common ones,
+            by the names of `adapter.targets`: "attention", "mlp".
         modelspec: how a LoRA's metadata name the base, by variant ("" for all variants).
     """
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from finetune.job import prepare
-from finetune.models.pretrained.model import DenoiseStep, TextToImage
+from finetune.models.pretrained.denoising import DenoiseStep
+from finetune.models.pretrained.model import TextToImage
 from finetune.rng import Draw
 from tests.helpers import tiny
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from finetune.data.batch import stack
 from finetune.models.objectives.noise_prediction import WHOLE, Noised, Part
 from finetune.models.pretrained import loading
+from finetune.models.pretrained.denoising import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.family import Family, family_of
-from finetune.models.pretrained.model import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.rng import Draw
 from tests.helpers import tiny, tiny_pipelines

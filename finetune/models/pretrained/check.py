@@ -1,4 +1,7 @@
-"""Checks of the model that a recipe names, without loading it: its family, and whether its files look right. Torch-free."""
+"""Checks of the model that a recipe names, without loading it: its family, and whether its files look right.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_objective(recipe: Recipe, objective: str) -> None:
-    """Refuse settings of another objective than the family's: noise (predicts ε or v), flow (predicts a velocity), or none."""
+    """Refuse settings of another objective than the family's: noise (ε or v), flow (a velocity), or none."""
     family = recipe.model.family
     predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "is not a denoising model")
     if recipe.diffusion is not None and objective != "noise":

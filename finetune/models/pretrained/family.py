@@ -1,7 +1,7 @@
 """What is specific to one family of text-to-image models; what all families share is in `model`.
 
-Importing this module imports no torch: a family's record (`SPEC`) lies in the same file as its implementation and is read to
-list families, to check recipes and to estimate.
+Importing this module imports no torch: a family's record (`SPEC`) lies in the same file as its implementation and is
+read to list families, to check recipes and to estimate.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Family(ABC):
     """How a family's captions become conditions and how its denoiser is called.
 
-    Conditions have the names of the pipeline's arguments (`prompt_embeds`, …). `conditions` gives them with a batch dimension
-    of 1.
+    Conditions have the names of the pipeline's arguments (`prompt_embeds`, …). `conditions` gives them with a batch
+    dimension of 1.
     """
 
     spec: ClassVar[FamilySpec]
@@ -40,7 +40,7 @@ class Family(ABC):
 
     @abstractmethod
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """Encode a caption as the pipeline's own call encodes a prompt, or a negative prompt (also for an empty caption)."""
+        """Encode a caption as the pipeline encodes a prompt, or a negative prompt (also for an empty caption)."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """Continue from a LoRA: load it into the networks that train, with the ranks, alphas and layers of its file.
 
-diffusers' own loader reads it, except: PEFT's folders, pipelines that load no LoRA (PixArt-Σ's), and original layer names with dots,
-of which diffusers needs every layer or none (Lumina 2).
+diffusers' own loader reads it, except: PEFT's folders, pipelines that load no LoRA (PixArt-Σ's), and original layer
+names with dots, of which diffusers needs every layer or none (Lumina 2).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ END = ".lora_A.weight"
 
 
 def load_initial_lora(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, list[str]]:
-    """Load the LoRA of `adapter.init_lora` into the pipeline, in place; only it trains, in float32. Returns the adapted layers by network.
+    """Load the LoRA of `adapter.init_lora` into the pipeline, in place; only it trains, in float32.
+
+    Returns the adapted layers by network.
 
     Args:
         pipeline: the base.
@@ -132,7 +134,7 @@ def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
 
 
 def _state_dict(pipeline: Any, file: str) -> dict[str, Tensor]:
-    """The file's weights under diffusers' names; read separately, because its loader rounds them to the base's dtype."""
+    """The file's weights under diffusers' names. (Its loader rounds them to the base's dtype.)"""
     more = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     found = type(pipeline).lora_state_dict(file, **more)
     state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
@@ -163,8 +165,9 @@ def _make_trainable(net: nn.Module, state: Mapping[str, Tensor], adapter: Adapte
 
 
 def _another_base(name: str, detail: str, pipeline: Any) -> UserError:
+    base = type(pipeline).__name__.removesuffix("Pipeline")
     return UserError(
-        f"{name} does not match this {type(pipeline).__name__.removesuffix('Pipeline')}: it is a LoRA of another base ({detail})",
+        f"{name} does not match this {base}: it is a LoRA of another base ({detail})",
         where=KEY,
         remedy="give a LoRA of this base in adapter.init_lora, or its base in model.path and model.family",
     )

@@ -57,10 +57,12 @@ CONVERT = "use a .safetensors version, or convert it: load it in ComfyUI or A111
 def open_pipeline(
     section: ModelSection, class_name: str, dtype: torch.dtype, own: Mapping[str, torch.dtype] = MappingProxyType({})
 ) -> DiffusionPipeline:
-    """Open the pretrained pipeline that `model.path` names: weights in `dtype`, the VAE in float32, the parts in `own` in their own dtype.
+    """Open the pretrained pipeline that `model.path` names.
 
-    `model.path` is a Hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint. `model.transformer` and
-    `model.vae` replace those parts.
+    Weights are in `dtype`, the VAE in float32, and the parts in `own` in their own dtype.
+
+    `model.path` is a Hub name, a diffusers folder, a run of this project, or one .safetensors checkpoint.
+    `model.transformer` and `model.vae` replace those parts.
 
     Raises:
         UserError: it does not exist, cannot be reached, is incomplete, or has another class.
@@ -96,7 +98,7 @@ def open_pipeline(
             }
         if path:
             _require_pieces(path, index, replaced)
-        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent, and it runs once per image.
+        # The VAE stays in float32 whatever the precision: rounded weights would shift every latent.
         dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
         pipeline: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
         return pipeline
@@ -104,11 +106,14 @@ def open_pipeline(
 
 @replaceable
 def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
-    """Open the VAE that `model.vae` names, in float32: a Hub name, a folder (also a pipeline's), a run, or one .safetensors file.
+    """Open the VAE that `model.vae` names, in float32.
+
+    `model.vae` is a Hub name, a folder (also a pipeline's), a run, or one .safetensors file.
 
     Args:
         given: the value in the recipe.
-        class_name: pipeline that it is for; a single file does not contain the scale of its latents, the family's record does.
+        class_name: pipeline that it is for; a single file does not contain the scale of its latents, the family's
+            record does.
     """
     path = _place(given, "model.vae")
     with _explained(given, "model.vae"):
@@ -186,7 +191,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_foreign(index: dict[str, Any], given: str) -> None:
-    """Raise if a pipeline names a part that is in neither diffusers nor transformers: it would be custom code of the model."""
+    """Raise if a part of a pipeline is in neither diffusers nor transformers: it would be custom code."""
     for name, entry in index.items():
         library = entry[0] if isinstance(entry, list) and entry else None
         if library not in (None, "diffusers", "transformers") and not hasattr(diffusers.pipelines, str(library)):
@@ -235,15 +240,19 @@ def _explained(given: str, where: str) -> Iterator[None]:
         page = f"https://huggingface.co/{given}"
         if any(isinstance(cause, GatedRepoError) for cause in causes):
             problem = f'access to "{given}" on the Hub requires accepting its license'
-            remedy = f"accept the license on {page}, wait for approval if it asks for it, then `hf auth login` with a token of that account"
+            remedy = f"accept the license on {page}, then `hf auth login` with a token of that account"
         elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
             problem = f'there is no model "{given}" on the Hub that you have access to'
-            remedy = f"correct the name (see {page}); if the model is private, `hf auth login` with a token of an account with access"
+            remedy = (
+                f"correct the name (see {page}); for a private model, `hf auth login` with an account that has access"
+            )
         elif any(
             isinstance(cause, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError) for cause in causes
         ):
             problem = f'"{given}" is not a local folder, and the Hub cannot be reached'
-            remedy = "give a folder or a .safetensors file, or connect to the internet (gated models also need `hf auth login`)"
+            remedy = (
+                "give a folder or a .safetensors file, or connect to the internet (gated models need `hf auth login`)"
+            )
         elif any(isinstance(cause, EntryNotFoundError) for cause in causes):
             problem, remedy = (
                 f'"{given}" on the Hub is not a diffusers model',
@@ -263,14 +272,17 @@ def _explained(given: str, where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model's text encoders will read a caption. `count`: caption → (tokens of its text, most tokens that are read)."""
+    """How a model's text encoders will read a caption.
+
+    `count`: caption → (tokens of its text, most tokens that are read).
+    """
 
     tokenizer: Any
     count: Callable[[str], tuple[int, int]]
 
 
 def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
-    """Open the tokenizer that reads the most tokens of a caption, and the family's way to count; None if captions are not read.
+    """Open the tokenizer that reads the most tokens of a caption; None if captions are not read.
 
     Args:
         captions: of the training images; a model from scratch learns its tokenizer from them.
@@ -313,7 +325,7 @@ def _plain_reader(tokenizer: Any) -> Reader:
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:
-    """Assemble a Stable Diffusion pipeline from `model.build`: random weights, and a tokenizer learned from the captions.
+    """Assemble a Stable Diffusion pipeline from `model.build`: random weights, a tokenizer learned from the captions.
 
     Keys of `model.build`: `unet` (arguments of UNet2DConditionModel), `text_encoder` (of CLIPTextConfig), `tokenizer`
     (`vocabulary`: entries; `length`: tokens per caption), `scheduler` (of DDIMScheduler). The VAE is `model.vae`.

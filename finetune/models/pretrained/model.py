@@ -1,7 +1,7 @@
 """Text-to-image models of diffusers, trained in their latent space: what all such families share.
 
-A family's own file says how its captions become conditions and how its denoiser is called (`family`). Loading, encoding,
-adapters, the loss, sampling and saving are here.
+A family's own file says how its captions become conditions and how its denoiser is called (`family`). Loading,
+encoding, adapters, the loss, sampling and saving are here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune.adapters import peft
 from finetune.adapters.formats.safetensors_io import forget_places
 from finetune.adapters.kinds import kind_of
 from finetune.adapters.lora_file import LORA_FILE
-from finetune.config.schema import Adapter, Diffusion, Flow, Recipe
+from finetune.config.schema import Adapter, Flow, Recipe
 from finetune.config.schema import Model as ModelSection
 from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder
@@ -31,87 +31,24 @@ from finetune.data.media.sample import Sample
 from finetune.errors import UserError
 from finetune.memory import apply
 from finetune.memory.activation_checkpointing import checkpoint_activations
-from finetune.memory.quantization import dtype_of, whole_weights
+from finetune.memory.quantization import whole_weights
 from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
-from finetune.models.objectives.flow_matching import FlowMatching
-from finetune.models.objectives.noise_prediction import Denoising, Noised
 from finetune.models.pretrained import loading, textual_inversion
+from finetune.models.pretrained.denoising import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
 from finetune.models.pretrained.init_lora import load_initial_lora
 from finetune.models.pretrained.schedulers import sampling_with
 from finetune.models.pretrained.tokenizer import spelled
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.planning import Plan
-from finetune.rng import Draw, key_of
+from finetune.rng import key_of
 from finetune.training.device import empty_cache
 
-LatentObjective = Denoising | FlowMatching
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Denoiser(nn.Module):
-    """The denoiser, and the text encoders if they train: one module, so that one wrapper (DDP) holds everything.
-
-    Args:
-        guidance: input of networks that embed the guidance scale, while training; None for others.
-    """
-
-    def __init__(
-        self, family: Family, denoiser: nn.Module, encoders: Mapping[str, nn.Module], guidance: float | None
-    ) -> None:
-        super().__init__()
-        self.family, self.denoiser, self.encoders = family, denoiser, nn.ModuleDict(dict(encoders))
-        self.guidance = guidance
-
-    def forward(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        if self.encoders and isinstance(self.family, ClipFamily):
-            batch = batch | self.family.embed(dict(self.encoders.items()), batch)
-        if self.guidance is not None:
-            batch = batch | {"guidance": torch.full_like(timestep, self.guidance)}
-        dtype = dtype_of(self.denoiser)
-        return self.family.predict(self.denoiser, noisy.to(dtype), timestep, batch)
-
-    @torch.no_grad()
-    def without_adapters(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """Prediction of the base, without its adapters."""
-        with peft.switched_off(self):
-            found: Tensor = self(noisy, timestep, batch)
-        return found
-
-
-class DenoiseStep(TrainStep):
-    """The train step of denoising.
-
-    Args:
-        distill_every: n: every n-th step is a self-distillation step at the noisiest 1/n of the noise levels: the adapter is held to
-            the base model's prediction. The other steps use the remaining levels. None: no such steps.
-    """
-
-    name = "denoiser"
-
-    def __init__(self, net: Denoiser, objective: LatentObjective, distill_every: int | None = None) -> None:
-        self.net: nn.Module = net  # until several processes wrap it
-        self.objective, self._denoiser, self.cycle = objective, net, distill_every or 1
-
-    def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Loss of each example, [B] float32: the objective's, or in a distillation step the mean square of what the adapter changes."""
-        mean, deviation = batch["mean"].float(), batch["deviation"].float() if "deviation" in batch else None
-        latents = mean if deviation is None else mean + deviation * draw.normal("posterior", mean.shape[1:])
-        if self.cycle == 1 or not self.net.training:  # validation covers all noise levels
-            return self._error(self.objective.noise(latents, draw), batch, batch.get("mask"))
-        boundary = 1 - 1 / self.cycle
-        if int(draw.step) % self.cycle != self.cycle - 1:
-            return self._error(self.objective.noise(latents, draw, (0.0, boundary)), batch, batch.get("mask"))
-        noised = self.objective.noise(latents, draw, (boundary, 1.0))
-        base = self._denoiser.without_adapters(noised.sample, noised.timestep, batch).float()
-        return self._error(replace(noised, target=base, weight=torch.ones_like(noised.weight)), batch)
-
-    def _error(self, noised: Noised, batch: Batch, mask: Tensor | None = None) -> Tensor:
-        return self.objective.error(self.net(noised.sample, noised.timestep, batch), noised, mask)
-
-
 class CaptionAndLatent(ImageTextEncoder):
-    """Encodes an image as the VAE's posterior, and a caption as its conditions, or as token ids if the text encoders train."""
+    """Encodes images as the VAE's posterior, and captions as conditions, or as token ids if text encoders train."""
 
     def __init__(
         self,
@@ -149,7 +86,7 @@ class CaptionAndLatent(ImageTextEncoder):
 
     @torch.no_grad()
     def encode_caption(self, caption: str) -> Batch:
-        """Encode a caption; an empty one, which guidance moves away from, is encoded as pipelines encode a negative prompt."""
+        """Encode a caption; an empty one as pipelines encode a negative prompt, from which guidance moves away."""
         if self._tokens_only and isinstance(self._family, ClipFamily):
             return self._family.token_ids(self._pipeline, caption)
         return {name: tensor[0].cpu() for name, tensor in self.conditions(caption, negative=not caption).items()}
@@ -172,13 +109,6 @@ class CaptionAndLatent(ImageTextEncoder):
                 setattr(self._pipeline, name, None)
         self._pipeline.vae.to("cpu")
         empty_cache(self._device)
-
-
-def objective_of(family: Family, scheduler: Any, recipe: Recipe) -> LatentObjective:
-    """The family's objective, with the schedule of the checkpoint's own scheduler."""
-    if family.spec.objective == "flow":
-        return FlowMatching(scheduler.config, recipe.flow or Flow(), family.spec.sampling, family.patch)
-    return Denoising(scheduler.alphas_cumprod, scheduler.config.prediction_type, recipe.diffusion or Diffusion())
 
 
 def changes_schedule(recipe: Recipe) -> bool:
@@ -284,7 +214,9 @@ class TextToImage(Model):
         self._prompts: dict[tuple[str, bool], Batch] = {}
 
     def _open(self, recipe: Recipe, audit: Audit) -> DiffusionPipeline:
-        """Open the base. In full fine-tuning the denoiser and CLIP encoders have the dtype of `train.weights`; all else that of the
+        """Open the base.
+
+        In full fine-tuning the denoiser and CLIP encoders have the dtype of `train.weights`, all else that of the
         precision.
         """
         if recipe.method == "scratch":
@@ -334,7 +266,8 @@ class TextToImage(Model):
             checkpoint_activations(net, self.plan.recipe.train.checkpointed)
         if adapter is not None:
             if adapter.pissa and self._peft_folders:
-                problem = f"a {self.family.spec.pipeline} loads no LoRA file, and a LoRA initialized by PiSSA has no other form"
+                name = self.family.spec.pipeline
+                problem = f"a {name} loads no LoRA file, and a LoRA initialized by PiSSA has no other form"
                 raise UserError(problem, where="adapter.pissa", remedy="set it to false")
             peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
         apply.offload_base(self.denoiser, self.plan.recipe, self.device)
@@ -391,9 +324,9 @@ class TextToImage(Model):
     def save(self, folder: Path) -> list[Path]:
         """Write the result.
 
-        LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's folder for each
-        network. Both: new tokens in `embeddings/`, and `scheduler/` if the recipe changes the noise schedule. Otherwise: the whole
-        pipeline.
+        LoRA: `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights` reads it. Other adapters: PEFT's
+        folder for each network. Both: new tokens in `embeddings/`, and `scheduler/` if the recipe changes the noise
+        schedule. Otherwise: the whole pipeline.
         """
         if self.plan.recipe.method == "lora":
             return [*self._save_adapters(folder), *textual_inversion.save(folder, self.plan.recipe.tokens, self._words)]
@@ -418,7 +351,7 @@ class TextToImage(Model):
 
     @property
     def _peft_folders(self) -> bool:
-        """Whether the adapter has no form in diffusers: other adapters than LoRA, and PixArt-Σ, whose pipeline loads no LoRA."""
+        """Whether the adapter has no form in diffusers: not a LoRA, or the pipeline (PixArt-Σ's) loads none."""
         adapter = self.plan.recipe.adapter
         return adapter is not None and (
             not kind_of(adapter).has_lora_file or not hasattr(self.pipeline, "save_lora_weights")

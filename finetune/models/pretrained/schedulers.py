@@ -1,8 +1,8 @@
 """Samplers of pretrained pipelines: diffusers' schedulers on the noise levels of the base's own.
 
-The base's scheduler says which noise levels a number of steps visits; the sampler is only the solver between them. diffusers'
-pipelines of flow models hand their schedulers `sigmas` and `mu`, which not every scheduler takes: the classes here do, and compute
-the levels as the base's own scheduler does.
+The base's scheduler says which noise levels a number of steps visits; the sampler is only the solver between them.
+diffusers' pipelines of flow models hand their schedulers `sigmas` and `mu`, which not every scheduler takes: the
+classes here do, and compute the levels as the base's own scheduler does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One .safetensors checkpoint in the original layout (CompVis' LDM, Stability's SGM), as ComfyUI and A1111 use them.
 
-The architecture is detected from names and shapes of the tensors, not from the file name. The pipelines' configurations and CLIP's
-tokenizer are in `assets/configs`, so nothing is downloaded. The file of a transformer replaces the transformer of another pipeline.
+The architecture is detected from names and shapes of the tensors, not from the file name. The pipelines' configurations
+and CLIP's tokenizer are in `assets/configs`, so nothing is downloaded. The file of a transformer replaces the
+transformer of another pipeline.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def transformer_family(shapes: Iterable[str]) -> str | None:
 
 
 def open_single_vae(path: Path, class_name: str) -> AutoencoderKL:
-    """Open the VAE in `path` (alone or in a full checkpoint) in float32, with the latent scale of the pipeline's family."""
+    """Open the VAE in `path` (alone or in a full checkpoint) in float32, with the family's latent scale."""
     spec = family_of_pipeline(class_name)
     config = CONFIGS / (next(iter(spec.variants)) if spec is not None and spec.denoiser == "unet" else "sd15")
     found: AutoencoderKL = AutoencoderKL.from_single_file(
@@ -199,9 +200,9 @@ def architecture(shapes: Mapping[str, tuple[int, ...]], path: Path) -> str:
 def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
     """What the file says about its noise schedule, as entries of the scheduler's configuration.
 
-    Fine-tunes that predict v contain an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say so in their metadata
-    (https://github.com/Stability-AI/ModelSpec). ε and v models of SD 2.x differ only in values: ComfyUI tells them apart by the
-    standard deviation of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
+    Fine-tunes that predict v contain an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say so in their
+    metadata (https://github.com/Stability-AI/ModelSpec). ε and v models of SD 2.x differ only in values: ComfyUI tells
+    them apart by the standard deviation of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
     """
     with safe_open(path, framework="pt") as file:
         stated = (file.metadata() or {}).get("modelspec.prediction_type")
@@ -217,7 +218,7 @@ def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
 
 
 def clip_tokenizer(padding: str) -> CLIPTokenizer:
-    """CLIP's tokenizer from its merges: 256 byte symbols, the same at a word's end, 48,894 merges, two special tokens."""
+    """CLIP's tokenizer from its merges: 256 bytes, the same at a word's end, 48,894 merges, two special tokens."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in printable] + [chr(256 + number) for number in range(256 - len(printable))]
     merges = [tuple(line.split(" ")) for line in (CONFIGS / "merges.txt").read_text(encoding="utf-8").splitlines()]

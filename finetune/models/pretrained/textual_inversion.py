@@ -1,4 +1,6 @@
-"""New tokens for CLIP text encoders: textual inversion (Gal et al. 2022, arXiv:2208.01618) together with a LoRA (pivotal tuning).
+"""New tokens for CLIP text encoders: textual inversion together with a LoRA (pivotal tuning).
+
+Gal et al. 2022, arXiv:2208.01618.
 
 A token of several vectors is written once in captions and expands to `<it>`, `<it>_1`, …, as diffusers' pipelines do
 (`maybe_convert_prompt`).
@@ -20,15 +22,15 @@ from finetune.errors import UserError
 from finetune.models.pretrained.family import ClipFamily, Family
 from finetune.rng import Draw
 
-# Text encoder → its name in SDXL's embedding files, as ComfyUI and A1111 read them. With one encoder, the token is the name.
+# Text encoder → its name in SDXL's embedding files (ComfyUI, A1111). With one encoder, the token is the name.
 NAMES = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 class NewTokens(nn.Module):
     """An embedding with added rows: start + rate · offset, where only the offset trains.
 
-    The size of Adam's steps does not depend on that of the gradient, so the rate multiplies the learning rate of these rows without
-    a parameter group of their own.
+    The size of Adam's steps does not depend on that of the gradient, so the rate multiplies the learning rate of these
+    rows without a parameter group of their own.
 
     Args:
         embedding: frozen, [V, D].
@@ -129,7 +131,7 @@ def _cut(embedding: nn.Embedding, rows: int) -> nn.Embedding:
 
 
 def _start(token: Token, tokenizer: Any, embedding: nn.Embedding, seed: int) -> Tensor:
-    """Initial vectors, [vectors, D]: the mean of the embeddings of `init`; without `init`, random with the table's mean and deviation."""
+    """Initial vectors, [vectors, D]: the mean embedding of `init`, or random like the table's without it."""
     table = embedding.weight.detach().float().cpu()
     if not token.init_word:
         return table.mean(0) + table.std(0) * Draw(seed, 0, range(token.vectors)).normal(

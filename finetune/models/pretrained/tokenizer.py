@@ -1,7 +1,7 @@
 """A CLIP tokenizer learned from captions: byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909, algorithm 1).
 
-The same captions give the same tokenizer in every process: a resumed run builds it again, and other ids would break its text
-encoder. (The tokenizers library numbers letters at word ends in the order of a hash table.)
+The same captions give the same tokenizer in every process: a resumed run builds it again, and other ids would break its
+text encoder. (The tokenizers library numbers letters at word ends in the order of a hash table.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Pair = tuple[str, str]
 def learn_tokenizer(captions: Iterable[str], entries: int, length: int) -> CLIPTokenizer:
     """Learn a tokenizer with at most `entries` tokens that reads the first `length` tokens of a caption.
 
-    Ids are ordered as CLIP's: 256 bytes, the same at a word's end, the merges, start and end of text. So any text can be tokenized.
+    Ids are ordered as CLIP's: 256 bytes, the same at a word's end, the merges, start and end of text. So any text can
+    be tokenized.
 
     Raises:
         UserError: `entries` is too small for a single merge.

@@ -1,4 +1,4 @@
-"""Images as latents, by the class of the VAE: what its pipeline decodes, scaled as its denoiser reads it."""
+"""Encode images as latents, scaled as the denoiser reads them, for each class of VAE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.models.pretrained.packing import patchify
 
 
 class Latents(ABC):
-    """Encodes images with one class of VAE, scaled as the denoiser reads them. A subclass registers itself for its class.
+    """Encodes images with one class of VAE. A subclass registers itself for its class.
 
     Args:
         vae: of the pipeline.
@@ -33,11 +33,11 @@ class Latents(ABC):
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Batch:
-        """[1, 3, H, W] in [-1, 1] → posterior of the scaled latents: `mean` [1, C, h, w], and `deviation` if there is one."""
+        """[1, 3, H, W] in [-1, 1] → posterior of the scaled latents: `mean` [1, C, h, w], maybe `deviation`."""
 
 
 class Gaussian(Latents):
-    """AutoencoderKL: shifted and scaled by one number each."""
+    """AutoencoderKL: one shift and one scale for all channels."""
 
     vae_class = "AutoencoderKL"
 
@@ -68,7 +68,7 @@ class Patched(Latents):
 
 
 class OneFrame(Latents):
-    """AutoencoderKLQwenImage: a video VAE given one frame, its channels normalized each by its own numbers."""
+    """AutoencoderKLQwenImage: a video VAE that encodes one frame; each channel has its own mean and deviation."""
 
     vae_class = "AutoencoderKLQwenImage"
 
@@ -86,7 +86,7 @@ class OneFrame(Latents):
 
 
 class Deterministic(Latents):
-    """AutoencoderDC: no posterior, scaled by one number."""
+    """AutoencoderDC: deterministic, one scale for all channels."""
 
     vae_class = "AutoencoderDC"
 

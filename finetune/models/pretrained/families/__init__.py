@@ -1,1 +1,1 @@
-"""One module per pretrained model family."""
+"""One module per pretrained model family: its record, `SPEC`, and its implementation. See docs/adding-a-model.md."""

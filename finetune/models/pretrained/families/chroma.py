@@ -1,4 +1,4 @@
-"""Chroma (lodestones 2025, https://huggingface.co/lodestones/Chroma1-HD): FLUX.1's streams without pooled text or embedded guidance."""
+"""Chroma (https://huggingface.co/lodestones/Chroma1-HD): FLUX.1 without pooled text or embedded guidance."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Chroma(Family):
         return {"prompt_embeds": pipeline.text_encoder(ids.to(device), attention_mask=mask.to(device))[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`. Captions of several lengths go one by one: diffusers loses their mask when it recomputes activations."""
+        """As in `Family`. Captions of several lengths run one by one: with checkpointing, diffusers drops their mask."""
         import torch
 
         states, lengths = batch["prompt_embeds"].to(noisy.dtype), batch.get("prompt_embeds.lengths")

@@ -1,4 +1,4 @@
-"""FLUX.1 dev (Black Forest Labs 2024; trained as arXiv:2506.15742, §2): streams that merge, packed latents, embedded guidance."""
+"""FLUX.1 [dev] (2024; training: arXiv:2506.15742, §2): two streams that merge, packed latents, embedded guidance."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ SPEC = FamilySpec(
 class Flux(Family):
     spec = SPEC
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-    reader, tokens = "tokenizer_2", 512  # CLIP, whose pooled state alone is read, sees 77 of them
+    reader, tokens = "tokenizer_2", 512  # CLIP, of which only the pooled state is used, reads 77
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """T5's states, padding and all, [1, 512, width], and CLIP's pooled one."""
+        """Hidden states of T5 including padding, [1, 512, width], and the pooled state of CLIP."""
         embeddings, pooled, _ids = pipeline.encode_prompt(caption, device=device, max_sequence_length=self.tokens)
         return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`: latents go in as a sequence of 2×2 patches, each with its place."""
+        """As in `Family`. Latents are a sequence of 2×2 patches, each with its position."""
         import torch
 
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)

@@ -1,4 +1,4 @@
-"""FLUX.2 klein (Black Forest Labs 2025–26), its base of 4 B and larger ones: FLUX.1's streams, read by Qwen3, latents in patches already."""
+"""FLUX.2 [klein] (2026), base models: FLUX.1's streams, Qwen3 as text encoder, latents that are patches already."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class Flux2Klein(Family):
         return chat(pipeline.tokenizer, caption, enable_thinking=False)
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """Three of Qwen3's layers beside each other, padding and all, [1, 512, 3 · width]."""
+        """Hidden states of three of Qwen3's layers, concatenated, including padding: [1, 512, 3 · width]."""
         embeddings, _ids = pipeline.encode_prompt(caption, device=device, max_sequence_length=self.tokens)
         return {"prompt_embeds": embeddings}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`: latents, already in patches, go in as a sequence, each with its place."""
+        """As in `Family`. Latents are a sequence of patches, each with its position."""
         import torch
 
         embeddings = batch["prompt_embeds"].to(noisy.dtype)
         images, height, width = len(noisy), noisy.shape[2], noisy.shape[3]
-        # Four axes: time, row, column, place in the text.
+        # Four axes: time, row, column, position in the text.
         of_image = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width), torch.arange(1))
         of_text = torch.cartesian_prod(
             torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(embeddings.shape[1])

@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0 (Qin et al. 2025, arXiv:2503.21758): one stream of image and text, read by Gemma 2 after a system prompt."""
+"""Lumina-Image 2.0 (Qin et al. 2025, arXiv:2503.21758): one stream of image and text, Gemma 2 as text encoder."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Lumina2(Family):
         return f"{pipeline.system_prompt} <Prompt Start> {caption}"
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """The last states but one and which of them are no padding, [1, 256, …]; a negative prompt has no system prompt before it."""
+        """Second-to-last hidden states and the mask of padding, [1, 256, …]. A negative prompt has no system prompt."""
         found = pipeline.encode_prompt(caption, negative, caption, device=device, max_sequence_length=self.tokens)
         embeddings, mask = found[2:] if negative else found[:2]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The net counts time from noise, 0, to image, 1, and predicts against it."""
+        """As in `Family`. The network's time runs from noise, 0, to image, 1, so its velocity has the opposite sign."""
         found: Tensor = denoiser(
             hidden_states=noisy,
             timestep=1 - timestep / 1000,

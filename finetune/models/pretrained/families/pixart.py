@@ -1,4 +1,4 @@
-"""PixArt-Σ (Chen et al. 2024, arXiv:2403.04692): a transformer that predicts the noise, and a variance that nobody reads, read by T5."""
+"""PixArt-Σ (Chen et al. 2024, arXiv:2403.04692): a transformer that predicts the noise, T5 as text encoder."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class PixArtSigma(Family):
     }
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """T5's states and which of them are no padding, [1, 300, …]."""
+        """Hidden states of T5 and the mask of padding, [1, 300, …]."""
         found = pipeline.encode_prompt(caption, False, device=device, max_sequence_length=self.tokens)
         return {"prompt_embeds": found[0], "prompt_attention_mask": found[1]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The noise alone: samplers do not read the variance that the net learned beside it."""
+        """As in `Family`. Only the predicted noise: samplers do not use the predicted variance."""
         found: Tensor = denoiser(
             noisy,
             encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),

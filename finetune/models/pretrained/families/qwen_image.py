@@ -1,4 +1,4 @@
-"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): two streams of 60 blocks, read by Qwen2.5-VL, under the VAE of a video model."""
+"""Qwen-Image (Wu et al. 2025, arXiv:2508.02324): two streams, Qwen2.5-VL as text encoder, a video model's VAE."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEC = FamilySpec(
     modelspec={"": ModelSpec("qwen_image", "Qwen-Image", "https://github.com/QwenLM/Qwen-Image")},
 )
 
-TEMPLATE_TOKENS = 34  # of the pipeline's template before the caption; their states are left out
+TEMPLATE_TOKENS = 34  # of the pipeline's template before the caption; their states are removed
 READ = 512  # tokens after them: the pipeline's `max_sequence_length`
 
 
@@ -47,10 +47,10 @@ class QwenImage(Family):
         return str(pipeline.prompt_template_encode.format(caption))
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """The last states of what follows the template's beginning, [1, length, width], not padded.
+        """Last hidden states after the template's beginning, [1, length, width], without padding.
 
-        As `encode_prompt` does for one prompt; but that picks states by a mask, which no fake tensor can do, and computes what word
-        would follow every token.
+        As `encode_prompt` for one prompt, which removes padding by a mask (fake tensors cannot) and also computes the
+        logits of every token.
         """
         import torch
 
@@ -63,12 +63,12 @@ class QwenImage(Family):
         return {"prompt_embeds": read.hidden_states[-1][:, TEMPLATE_TOKENS:]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`: latents go in as a sequence of 2×2 patches."""
+        """As in `Family`. Latents are a sequence of 2×2 patches."""
         import torch
 
         patches, embeddings = patchify(noisy), batch["prompt_embeds"].to(noisy.dtype)
         height, width = patches.shape[2:]
-        lengths = batch.get("prompt_embeds.lengths")  # only where captions of several lengths meet
+        lengths = batch.get("prompt_embeds.lengths")  # only if captions have several lengths
         mask = None if lengths is None else torch.arange(embeddings.shape[1], device=noisy.device) < lengths[:, None]
         velocity: Tensor = denoiser(
             hidden_states=sequence(patches),
@@ -82,12 +82,12 @@ class QwenImage(Family):
         return unpatchify(grid(velocity, height, width))
 
     def untrained(self, denoiser: Any) -> list[nn.Module]:
-        """Of the last block all that only the text's own states would need."""
+        """Parts of the last block that only the text's own output would need."""
         block = denoiser.transformer_blocks[-1]
         return [block.attn.add_q_proj, block.attn.norm_added_q, block.attn.to_add_out, block.txt_mlp]
 
     def call(self, positive: Batch, negative: Batch, guidance: float) -> dict[str, Any]:
-        """With masks of ones: without them the pipeline warns that there might be padding."""
+        """With masks of ones: without them the pipeline warns about possible padding."""
         import torch
 
         found = super().call(positive, negative, guidance)

@@ -1,4 +1,4 @@
-"""Sana (Xie et al. 2024, arXiv:2410.10629): linear attention on latents 32 times smaller than the image, read by Gemma 2."""
+"""Sana (Xie et al. 2024, arXiv:2410.10629): linear attention, 32× smaller latents, Gemma 2 as text encoder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def instruction_of(pipeline: Any) -> list[str]:
 
 class Sana(Family):
     spec = SPEC
-    tokens = 300  # the first, the instruction's last one, and the caption's
+    tokens = 300  # the first one, the last one of the instruction, and the caption's
     patch = 1
     arguments: ClassVar[Mapping[str, Any]] = {
         "negative_prompt": None,
@@ -54,7 +54,10 @@ class Sana(Family):
     }
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """Gemma's last states, of the first token and the last 299, and which are no padding; a negative prompt has no instruction before it."""
+        """Last hidden states of the first and the last 299 tokens, and the mask of padding.
+
+        A negative prompt has no instruction.
+        """
         found = pipeline.encode_prompt(
             caption,
             negative,
@@ -67,7 +70,7 @@ class Sana(Family):
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def caption_tokens(self, pipeline: Any, caption: str) -> tuple[int, int]:
-        """Of the caption alone."""
+        """Tokens of the caption without the instruction."""
         instruction = "\n".join(instruction_of(pipeline))
         alone, both = (
             len(pipeline.tokenizer(text, verbose=False).input_ids)
@@ -76,7 +79,7 @@ class Sana(Family):
         return both - alone, self.tokens - 2
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`: the net is told the timestep times its own `timestep_scale`."""
+        """As in `Family`. The network takes the timestep times its `timestep_scale`."""
         config: Any = denoiser.config
         found: Tensor = denoiser(
             noisy,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (and the embedded base, the same in miniature): one CLIP text encoder, a UNet, ε or v."""
+"""Stable Diffusion 1.x and 2.x, and the bundled base, a miniature of them: one CLIP text encoder, a UNet, ε or v."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class StableDiffusion(ClipFamily):
     spec = SPEC
 
     def embed(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
-        """The last hidden state after the final layer norm, [B, length, width], as the pipeline's `encode_prompt`."""
+        """Last hidden state after the final layer norm, [B, length, width], as the pipeline's `encode_prompt`."""
         return {"prompt_embeds": encoders["text_encoder"](ids["tokenizer"])[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 medium (Esser et al. 2024, arXiv:2403.03206): a transformer of two streams, two CLIPs and a T5."""
+"""Stable Diffusion 3 and 3.5 medium (Esser et al. 2024, arXiv:2403.03206): two streams, two CLIPs and a T5."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ SPEC = FamilySpec(
 class StableDiffusion3(Family):
     spec = SPEC
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"), ("tokenizer_3", "text_encoder_3"))
-    reader, tokens = "tokenizer_3", 256  # the CLIPs read 77 of them
+    reader, tokens = "tokenizer_3", 256  # the CLIPs read 77
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """Both CLIPs beside each other, T5 after them: [1, 77 + 256, width]; the CLIPs' pooled projections."""
+        """Hidden states of the CLIPs side by side, then T5's: [1, 77 + 256, width]; and pooled projections."""
         found = pipeline.encode_prompt(
             caption, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.tokens
         )
@@ -66,6 +66,6 @@ class StableDiffusion3(Family):
         return found
 
     def untrained(self, denoiser: Any) -> list[nn.Module]:
-        """The last block's queries of the text: what they find is not used."""
+        """Text queries of the last block: their result is not used."""
         attention = denoiser.transformer_blocks[-1].attn
         return [part for part in (attention.add_q_proj, attention.norm_added_q) if part is not None]

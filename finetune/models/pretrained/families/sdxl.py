@@ -48,7 +48,7 @@ class StableDiffusionXL(ClipFamily):
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
     def embed(self, encoders: Mapping[str, nn.Module], ids: Batch) -> Batch:
-        """Both encoders' last hidden state but one, side by side, and the second's pooled projection."""
+        """Second-to-last hidden states of both encoders, side by side, and the pooled projection of the second."""
         import torch
 
         first = encoders["text_encoder"](ids["tokenizer"], output_hidden_states=True)
@@ -57,9 +57,9 @@ class StableDiffusionXL(ClipFamily):
         return {"prompt_embeds": both, "pooled_prompt_embeds": second.text_embeds}
 
     def untrained_text(self, encoders: Mapping[str, nn.Module]) -> list[nn.Module]:
-        """The first encoder's last layer and norm. The second's feed its pooled projection."""
+        """Last layer and norm of the first encoder. Those of the second feed its pooled projection."""
         first: Any = encoders["text_encoder"]
-        transformer = getattr(first, "text_model", first)  # transformers before 5 put one more name between
+        transformer = getattr(first, "text_model", first)  # transformers before version 5 has one more level
         return [transformer.encoder.layers[-1], transformer.final_layer_norm]
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,7 @@
-"""Z-Image (Tongyi-MAI 2025, arXiv:2511.22699), its base: one stream of image and text, read by Qwen3. Turbo is distilled and not for training."""
+"""Z-Image (Tongyi-MAI 2025, arXiv:2511.22699), base model: one stream of image and text; Qwen3 reads the text.
+
+Do not train Turbo, which is distilled.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,9 @@ class ZImage(Family):
         return chat(pipeline.tokenizer, caption, enable_thinking=True)
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
-        """The last states but one, [1, length, width], not padded.
+        """Second-to-last hidden states, [1, length, width], without padding.
 
-        As `encode_prompt`, which pads, and then picks what is no padding by a mask: no fake tensor can.
+        As `encode_prompt`, which pads and then removes the padding by a mask, which fake tensors cannot do.
         """
         import torch
 
@@ -57,11 +60,11 @@ class ZImage(Family):
         return {"prompt_embeds": read.hidden_states[-2]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The net counts time from noise, 0, to image, 1, and predicts against it."""
+        """As in `Family`. The network's time runs from noise, 0, to image, 1, so its velocity has the opposite sign."""
         import torch
 
         captions = batch["prompt_embeds"].to(noisy.dtype).unbind()
-        if "prompt_embeds.lengths" in batch:  # the net pads to multiples of 32 tokens, with a token that it has learned
+        if "prompt_embeds.lengths" in batch:  # the network pads to multiples of 32 tokens with a learned one
             captions = tuple(
                 caption[:length]
                 for caption, length in zip(captions, batch["prompt_embeds.lengths"].tolist(), strict=True)
