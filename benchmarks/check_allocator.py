@@ -184,7 +184,7 @@ CACHE = [
 ]
 FULL = [
     Case(
-        "a full card: the cache is given back, and it fits",
+        "a full GPU: the cache is given back, and it fits",
         'torch.cuda.memory_stats "num_alloc_retries"',
         [allocate(0, 60 * MIB), free(0), allocate(1, 80 * MIB)],
         held(80 * MIB, 80 * MIB, peak_reserved=80 * MIB, retries=1, failed=-1),
@@ -198,7 +198,7 @@ FULL = [
         capacity=100 * MIB,
     ),
     Case(
-        "twice half the card does not fit",
+        "twice half the GPU does not fit",
         "test_cuda.py test_out_of_memory_retry (24 GiB, half a GiB for the context)",
         blocks(12 * GIB, 12 * GIB),
         held(12 * GIB, 12 * GIB, failed=1),
@@ -235,7 +235,7 @@ MAX_SPLIT = [
         max_split_size=40 * MIB,
     ),
     Case(
-        "on a full card the nearest oversize block goes first, alone",
+        "on a full GPU the nearest oversize block goes first, alone",
         ".cpp release_available_cached_blocks",
         [allocate(0, 100 * MIB), allocate(1, 50 * MIB), allocate(2, 40 * MIB), free(0), free(1), allocate(3, 60 * MIB)],
         held(100 * MIB, 150 * MIB, retries=0),
@@ -281,7 +281,7 @@ EXPANDABLE = [
         expandable_segments=True,
     ),
     Case(
-        "a full card: free pages are unmapped, the part used stays",
+        "a full GPU: free pages are unmapped, the part used stays",
         ".cpp unmap_block",
         [allocate(0, 60 * MIB), allocate(1, 20 * MIB), free(0), allocate(2, 10 * MIB), allocate(3, 70 * MIB)],
         held(100 * MIB, 120 * MIB, retries=1, failed=-1),

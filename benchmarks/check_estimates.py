@@ -222,7 +222,7 @@ def errors(found: list[Found]) -> dict[str, dict[str, float]]:
 
 
 def ours() -> dict[str, dict[str, float]]:
-    """Runs of this project's own that benchmarks/check_gpu.py measured, beside the estimates from cards; printed, with their errors.
+    """Runs of this project's own that benchmarks/check_gpu.py measured, beside the estimates from profiles; printed, with their errors.
 
     Constants are not fit on them: their GPU waited for its host, a virtual machine's, most of the time.
     """

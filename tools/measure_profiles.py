@@ -1,7 +1,7 @@
-"""Measure the cards that `ft estimate` answers from, by running each step on fake tensors: tools/measure_profiles.py [NAME …]
+"""Measure the profiles that `ft estimate` answers from, by running each step on fake tensors: tools/measure_profiles.py [NAME …]
 
-No GPU and no weights are needed; a card takes minutes. It writes finetune/assets/profiles/NAME.json. What there is to measure is read off the
-bundled recipes: one card for each architecture that they fine-tune, and for each net that they make from scratch.
+No GPU and no weights are needed; a profile takes minutes. It writes finetune/assets/profiles/NAME.json. What there is to measure is read off the
+bundled recipes: one profile for each architecture that they fine-tune, and for each net that they make from scratch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WHOLE = (
     "sd15",
     "sd21",
     "sdxl",
-)  # cards with all of this; of other architectures, as large as they are, what their recipes say
+)  # profiles with all of this; of other architectures, as large as they are, what their recipes say
 ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
 SMALL = (
     "base",
@@ -65,8 +65,8 @@ DEVICES: tuple[Device, ...] = ("cuda", "cpu")
 EXAMPLES: dict[tuple[str, str, Device], Any] = {}  # of each recipe's batches: its encoders run once
 
 
-def cards() -> dict[str, list[str]]:
-    """The recipes of each card, by its name."""
+def profiles() -> dict[str, list[str]]:
+    """The recipes of each profile, by its name."""
     found: dict[str, list[str]] = {}
     for name in bundled_recipes():
         recipe = load_recipe(name)
@@ -79,12 +79,12 @@ def cards() -> dict[str, list[str]]:
 @click.command()
 @click.argument("names", nargs=-1)
 @click.option(
-    "--missing", is_flag=True, help="Keep what the cards hold, and measure only variants and devices that they lack."
+    "--missing", is_flag=True, help="Keep what the profiles hold, and measure only variants and devices that they lack."
 )
-@click.option("--method", help="Measure only the variants of this method; of others, keep what the cards hold.")
+@click.option("--method", help="Measure only the variants of this method; of others, keep what the profiles hold.")
 def main(names: tuple[str, ...], missing: bool, method: str | None) -> None:
-    """Measure the cards NAMES, or all. Each variant is written down when it is measured."""
-    for name in names or cards():
+    """Measure the profiles NAMES, or all. Each variant is written down when it is measured."""
+    for name in names or profiles():
         start = time.perf_counter()
         held = (
             json.loads(path_of(name).read_text(encoding="utf-8"))
@@ -92,20 +92,20 @@ def main(names: tuple[str, ...], missing: bool, method: str | None) -> None:
             else None
         )
         path_of(name).parent.mkdir(exist_ok=True)
-        for card in measured(name, held, missing, method):
-            path_of(name).write_text(encoded(card), encoding="utf-8")
-        print(f"{name}: {len(card['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
+        for profile in measured(name, held, missing, method):
+            path_of(name).write_text(encoded(profile), encoding="utf-8")
+        print(f"{name}: {len(profile['variants'])} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str | None) -> Iterator[dict[str, Any]]:
-    """One card as plain values, again after each variant that was measured; `held`: as it was."""
+    """One profile as plain values, again after each variant that was measured; `held`: as it was."""
     import diffusers
     import torch
 
     from finetune.estimate.tracing.measure import BATCHES, outside, parameters
 
     recipes = [
-        load_recipe(one) for one in sorted(cards()[name], key=lambda one: (one.startswith("full/"), one))
+        load_recipe(one) for one in sorted(profiles()[name], key=lambda one: (one.startswith("full/"), one))
     ]  # of LoRA's, the base is whole
     counts: dict[str, int] = held["parameters"] if held else {}
     around: dict[str, Any] = held["outside"] if held else {}
@@ -114,7 +114,7 @@ def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str 
         if device not in around and device in {one for one, _ in wanted(name, recipes[0])}:
             first[device] = traced(varied(recipes[0], {}), device, BATCHES[0], 1, only_training=False)
             around, counts = around | {device: outside(first[device])}, counts or parameters(first[device])
-    card = {
+    profile = {
         "name": name,
         "title": (recipes[0].model.path or recipes[0].name).rpartition("/")[2],
         "family": recipes[0].model.family,
@@ -133,8 +133,8 @@ def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str 
         if (missing and key in known) or (method and recipe.method != method):
             continue
         known[key] = variant_of(name, recipe, device, first.get(device) if settings_of(recipe) == whole else None)
-        yield card | {"variants": [known[one] for one in asked if one in known]}
-    yield card | {"variants": [known[one] for one in asked if one in known]}
+        yield profile | {"variants": [known[one] for one in asked if one in known]}
+    yield profile | {"variants": [known[one] for one in asked if one in known]}
 
 
 def key_of(device: Device, settings: dict[str, Any]) -> str:
@@ -143,7 +143,7 @@ def key_of(device: Device, settings: dict[str, Any]) -> str:
 
 
 def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
-    """The variants of a recipe on the card `name`: devices, and the recipe with all that is varied; on a CPU only whether a base is preserved."""
+    """The variants of a recipe on the profile `name`: devices, and the recipe with all that is varied; on a CPU only whether a base is preserved."""
     axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
@@ -163,7 +163,7 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
 def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
     """A bundled recipe with other values, at the rank that is measured, its text encoders whole, without averages.
 
-    (Averages are added to what a card says, and what text encoders spare is taken off.)
+    (Averages are added to what a profile says, and what text encoders spare is taken off.)
     """
     sets = [f"{key}={json.dumps(value) if key == 'adapter.targets' else value}" for key, value in chosen.items()]
     sets += ["model.text_encoder_placement=device"] if recipe.model.text_encoder_placement != "device" else []
@@ -174,7 +174,7 @@ def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
 
 
 def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One variant of a card.
+    """One variant of a profile.
 
     Args:
         first: the run of it at the first of `BATCHES`, if that was traced already.
@@ -218,12 +218,12 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
     return found
 
 
-def encoded(card: dict[str, Any]) -> str:
+def encoded(profile: dict[str, Any]) -> str:
     """JSON with one line for each key and each variant's key, which a diff can show."""
-    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in card.items() if key != "variants"]
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in profile.items() if key != "variants"]
     variants = [
         ",\n".join(f"   {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in entry.items())
-        for entry in card["variants"]
+        for entry in profile["variants"]
     ]
     return "{\n" + ",\n".join(head) + ',\n "variants": [\n  {\n' + "\n  },\n  {\n".join(variants) + "\n  }\n ]\n}\n"
 

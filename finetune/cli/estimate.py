@@ -12,7 +12,7 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.data.sources.webdataset import images_in, shards_of
 from finetune.errors import UserError
 from finetune.estimate.benchmarks import quoted
-from finetune.estimate.forecast import MOST_IMAGES, Forecast, fitting, forecast, pulled, told_levers
+from finetune.estimate.forecast import MOST_IMAGES, Forecast, apply_options, covered_options, fitting, forecast
 from finetune.estimate.hardware.cpu import keep, threads
 from finetune.estimate.hardware.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
 from finetune.estimate.hardware.parallelism import Group
@@ -133,7 +133,7 @@ def _rows(
     overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
 ) -> tuple[list[Forecast], dict[str, list[str]]]:
     """The bundled recipes that are worth considering, of several for one base the one for the largest GPU that fits this one, each with
-    the edits that make it fit, LoRA also on quantized weights; and those that no card tells of, by the reason."""
+    the edits that make it fit, LoRA also on quantized weights; and those that no profile tells of, by the reason."""
     found: list[Forecast] = []
     left: dict[str, list[str]] = {}
     for names in for_one_base(bundled_recipes()):
@@ -155,7 +155,7 @@ def _rows(
     if not found:
         figures = f" ({said})" if (said := quoted(goal)) else ""
         raise UserError(
-            f"{GOALS[goal].reason}{figures}; no recipe here that a card tells of is one yet",
+            f"{GOALS[goal].reason}{figures}; no recipe here that a profile tells of is one yet",
             where="--goal",
             remedy="quality or diversity",
         )
@@ -212,15 +212,15 @@ def local_gpu() -> str | None:
 def _one(
     name: str, gpu: Gpu, group: Group, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]
 ) -> Forecast:
-    """The forecast of one recipe, from its card or, where that is asked for, from a trace."""
+    """The forecast of one recipe, from its profile or, where that is asked for, from a trace."""
     recipe = load_recipe(name, overrides)
     images = images if images is not None else _count(recipe)
     if not (options["trace"] or options["denoiser"] or options["plot"]):
         return forecast(recipe, name, gpu, images, group=group)
-    from finetune.cli.estimate_trace import plotted, traced_card  # torch's side
+    from finetune.cli.estimate_trace import plotted, traced_profile  # torch's side
 
-    card, phases = traced_card(recipe, gpu, options["denoiser"])
-    one = forecast(recipe, options["denoiser"] or name, gpu, images, group=group, traced=card)
+    profile, phases = traced_profile(recipe, gpu, options["denoiser"])
+    one = forecast(recipe, options["denoiser"] or name, gpu, images, group=group, traced=profile)
     if options["plot"]:
         plotted(one, phases, options["plot"])
     return one
@@ -257,23 +257,29 @@ def _brought_in(one: Forecast) -> Forecast:
 
 
 def _rounded(plain: Forecast) -> list[Forecast]:
-    """A LoRA on weights in 4 bits (QLoRA) beside the one on whole weights, where the card tells of it and a GPU trains."""
-    edits = tuple(lever for lever in told_levers(plain) if lever.key == "model.quantize" and plain.gpu.device == "cuda")
+    """A LoRA on weights in 4 bits (QLoRA) beside the one on whole weights, where the profile tells of it and a GPU trains."""
+    edits = tuple(
+        option for option in covered_options(plain) if option.key == "model.quantize" and plain.gpu.device == "cuda"
+    )
     if not edits:
         return []
-    return [_brought_in(forecast(pulled(plain.recipe, edits), plain.name, plain.gpu, plain.images, edits, plain.group))]
+    return [
+        _brought_in(
+            forecast(apply_options(plain.recipe, edits), plain.name, plain.gpu, plain.images, edits, plain.group)
+        )
+    ]
 
 
 def _edits_of(one: Forecast) -> frozenset[str]:
     """What was edited, whatever came first."""
-    return frozenset(lever.words for lever in one.edits)
+    return frozenset(option.words for option in one.edits)
 
 
 def _write(one: Forecast, file: Path) -> None:
     from finetune.config.loader import find_recipe
 
     text = find_recipe(one.name).read_text(encoding="utf-8")
-    edits = "".join(f"# ft estimate: {lever.words} makes it fit {one.gpu.name}\n" for lever in one.edits)
+    edits = "".join(f"# ft estimate: {option.words} makes it fit {one.gpu.name}\n" for option in one.edits)
     try:
         with open(file, "x", encoding="utf-8") as opened:
             opened.write(edits + text)
@@ -290,7 +296,7 @@ def _values(one: Forecast) -> dict[str, Any]:
         "recipe": one.name,
         "gpu": one.gpu.id,
         "fits": one.fits,
-        "edits": {lever.key: lever.value for lever in one.edits},
+        "edits": {option.key: option.value for option in one.edits},
         "peak_bytes": one.memory.peak,
         "usable_bytes": one.limit,
         "parts": one.memory.parts,

@@ -11,7 +11,7 @@ from finetune.estimate import profiles
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.hardware.gpus import Gpu
-from finetune.estimate.profiles import Card
+from finetune.estimate.profiles import Profile
 from finetune.estimate.step_time import step
 from finetune.estimate.tracing.traced_run import Phase
 from finetune.report import svg_charts
@@ -20,8 +20,8 @@ from finetune.report.html import render
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)  # that time is drawn for
 
 
-def traced_card(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Card, dict[str, Phase]]:
-    """A card of just this configuration.
+def traced_profile(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Profile, dict[str, Phase]]:
+    """A profile of just this configuration.
 
     Raises:
         UserError: `denoiser` is none, or the recipe's family cannot be traced.
@@ -75,11 +75,11 @@ def _memory(one: Forecast, phase: Phase) -> str:
 
 
 def _time(one: Forecast) -> str:
-    card = profiles.load(one.card.name) if one.card.name in profiles.known() else one.card
+    profile = profiles.load(one.profile.name) if one.profile.name in profiles.known() else one.profile
     points = []
-    for batch in BATCHES if len(card.variants) > 1 else ():
+    for batch in BATCHES if len(profile.variants) > 1 else ():
         pace = step(
-            one.variant.micro, (), 1, one.gpu, area=(one.recipe.data.resolution / card.resolution) ** 2, batch=batch
+            one.variant.micro, (), 1, one.gpu, area=(one.recipe.data.resolution / profile.resolution) ** 2, batch=batch
         )
         points.append((float(batch), pace.seconds / batch))
     return svg_charts.chart(

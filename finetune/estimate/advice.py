@@ -5,15 +5,15 @@ from __future__ import annotations
 import shlex
 
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, Lever, fitting, levers
+from finetune.estimate.forecast import Forecast, MemoryOption, fitting, memory_options
 
 MOST_WAYS = 4  # to make it fit, that are named
 
 
 def advice(one: Forecast) -> list[tuple[str, str]]:
     """For a run that does not fit: what each way to make it fit saves, and what it costs; cheapest in time first."""
-    if len(one.card.variants) == 1:  # a trace of this configuration says nothing of others
-        return [(assignment(lever), f"not traced; {lever.cost}") for lever in levers(one.recipe)]
+    if len(one.profile.variants) == 1:  # a trace of this configuration says nothing of others
+        return [(assignment(option), f"not traced; {option.cost}") for option in memory_options(one.recipe)]
     found = fitting(one)[:MOST_WAYS]
     if not found:
         return [("none", "nothing in the recipe makes it fit: a larger GPU, or a smaller model")]
@@ -23,7 +23,7 @@ def advice(one: Forecast) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"−{saved:.1f} GiB",
-                f"{slower:+.0%} time  {sets(edited)}  ({'; '.join(lever.cost for lever in edited.edits)})",
+                f"{slower:+.0%} time  {sets(edited)}  ({'; '.join(option.cost for option in edited.edits)})",
             )
         )
     return rows
@@ -31,15 +31,15 @@ def advice(one: Forecast) -> list[tuple[str, str]]:
 
 def sets(one: Forecast) -> str:
     """The `--set`s that make the edits of this forecast; a smaller batch brings the accumulation that makes up for it."""
-    made = dict(edit for lever in one.edits for edit in ((lever.key, lever.value), *lever.also))
+    made = dict(edit for option in one.edits for edit in ((option.key, option.value), *option.also))
     if {"train.batch_size", "train.accumulation"} & made.keys():
         made["train.accumulation"] = one.recipe.train.accumulation
     return " ".join(f"--set {shlex.quote(_as_read(key, value))}" for key, value in made.items())
 
 
-def assignment(lever: Lever) -> str:
-    """`key=value` as a recipe's YAML reads it, of all that the lever sets."""
-    return " ".join(_as_read(key, value) for key, value in ((lever.key, lever.value), *lever.also))
+def assignment(option: MemoryOption) -> str:
+    """`key=value` as a recipe's YAML reads it, of all that the option sets."""
+    return " ".join(_as_read(key, value) for key, value in ((option.key, option.value), *option.also))
 
 
 def _as_read(key: str, value: object) -> str:

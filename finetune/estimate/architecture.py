@@ -19,7 +19,7 @@ HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
 
 
 def configs_of(section: Model) -> tuple[Path, str]:
-    """The folder with the pipeline's configurations that `model.path` means, and the name of the card that covers it.
+    """The folder with the pipeline's configurations that `model.path` means, and the name of the profile that covers it.
 
     Raises:
         UserError: it is on the hub and not one that is known.
@@ -55,7 +55,7 @@ def _repositories() -> dict[str, str]:
 
 
 def _named(config: dict[str, Any]) -> str:
-    """The card whose UNet has just this configuration; "" if none has."""
+    """The profile whose UNet has just this configuration; "" if none has."""
     for name in text_widths().values():
         known = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
         shape = (

@@ -1,4 +1,4 @@
-"""Every constant of the estimates that is no fact of a GPU or a card: few, global, each with its source or its fit."""
+"""Every constant of the estimates that is no fact of a GPU or a profile: few, global, each with its source or its fit."""
 
 from __future__ import annotations
 

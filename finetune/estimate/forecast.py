@@ -18,17 +18,17 @@ from finetune.estimate.constants import GIB, PACE
 from finetune.estimate.hardware.gpus import Gpu
 from finetune.estimate.hardware.parallelism import ALONE, Group
 from finetune.estimate.memory import Memory, memory
-from finetune.estimate.profiles import Card, Variant
+from finetune.estimate.profiles import Profile, Variant
 from finetune.estimate.step_time import Speed, speed
 from finetune.models.registry import has_unet
 
-LARGEST_LEVERS = 3  # edits that are proposed at once
+MOST_OPTIONS = 3  # edits that are proposed at once
 MOST_IMAGES = 100_000_000
 
 
 @final
 @dataclass(frozen=True)
-class Lever:
+class MemoryOption:
     """An edit of a recipe that saves memory: `key: value`, and what it costs besides time."""
 
     key: str
@@ -54,7 +54,7 @@ class Forecast:
 
     Attributes:
         group: how many train together, and how; all else but `usd` is of each.
-        edits: levers that were pulled beyond what the recipe says.
+        edits: memory options that were apply_options beyond what the recipe says.
         images: images that train.
         steps: of the optimizer.
         hours: of training, samples and encoding; not of downloads.
@@ -64,11 +64,11 @@ class Forecast:
 
     recipe: Recipe
     name: str
-    card: Card
+    profile: Profile
     variant: Variant
     gpu: Gpu
     group: Group
-    edits: tuple[Lever, ...]
+    edits: tuple[MemoryOption, ...]
     images: int
     memory: Memory
     speed: Speed
@@ -89,26 +89,26 @@ def forecast(
     name: str,
     gpu: Gpu,
     images: int,
-    edits: tuple[Lever, ...] = (),
+    edits: tuple[MemoryOption, ...] = (),
     group: Group = ALONE,
-    traced: Card | None = None,
+    traced: Profile | None = None,
 ) -> Forecast:
     """What `recipe` needs on `gpu` for `images` images.
 
     Args:
         group: how many of them train together, each on its own batches.
-        traced: a card of this very configuration, instead of the one of its architecture.
+        traced: a profile of this very configuration, instead of the one of its architecture.
 
     Raises:
-        UserError: no card covers the recipe, or the number of images is none.
+        UserError: no profile covers the recipe, or the number of images is none.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(
             f"{images:,} images are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}"
         )
-    card, variant = (traced, traced.variants[0]) if traced else _card_and_variant(recipe, gpu)
-    found = memory(card, variant, recipe, gpu, group)
-    pace = speed(card, variant, recipe, gpu, group)
+    profile, variant = (traced, traced.variants[0]) if traced else _profile_and_variant(recipe, gpu)
+    found = memory(profile, variant, recipe, gpu, group)
+    pace = speed(profile, variant, recipe, gpu, group)
     gpus = group.count
     train = recipe.train
     batch = train.batch_size * train.accumulation * gpus
@@ -121,32 +121,32 @@ def forecast(
     )
     shared = f" ÷ {gpus} GPUs" if gpus > 1 else ""
     arithmetic = f"{trained:,} images ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
-    hours = (steps * pace.seconds + _outside(recipe, card, gpu, images, steps)) / 3600
+    hours = (steps * pace.seconds + _outside(recipe, profile, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
     return Forecast(
-        recipe, name, card, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit
+        recipe, name, profile, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit
     )
 
 
-def _card_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Card, Variant]:
+def _profile_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Profile, Variant]:
     with located(recipe):
         if recipe.method == "scratch":
-            card = profiles.card_of_build(recipe)
+            profile = profiles.profile_of_build(recipe)
         else:
             name = configs_of(recipe.model)[1]
-            card = profiles.load(name) if name in profiles.known() else None
-        if card is None:
+            profile = profiles.load(name) if name in profiles.known() else None
+        if profile is None:
             known = ", ".join(profiles.known())
             raise UserError(
-                "no card covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}"
+                "no profile covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}"
             )
-        return card, profiles.variant_of(card, recipe, gpu.device)
+        return profile, profiles.variant_of(profile, recipe, gpu.device)
 
 
-def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> float:
+def _outside(recipe: Recipe, profile: Profile, gpu: Gpu, images: int, steps: int) -> float:
     """Seconds of encoding every image once, in float32, and of the samples while training."""
-    area, out = (recipe.data.resolution / card.resolution) ** 2, card.outside[gpu.device]
+    area, out = (recipe.data.resolution / profile.resolution) ** 2, profile.outside[gpu.device]
     rate = gpu.calibration.conv.rate if gpu.calibration else gpu.tflops * 1e12 * PACE.conv
     encoding = rate if gpu.calibration else rate * PACE.float32
     looks = steps // recipe.sample.every + 2
@@ -154,69 +154,77 @@ def _outside(recipe: Recipe, card: Card, gpu: Gpu, images: int, steps: int) -> f
     return area * (images * out.encode_flops / encoding + drawn / rate)
 
 
-def levers(recipe: Recipe) -> list[Lever]:
+def memory_options(recipe: Recipe) -> list[MemoryOption]:
     """The edits that save memory and that this recipe has not made yet."""
     train, found = recipe.train, []
     if not train.gradient_checkpointing:
-        found.append(Lever("train.gradient_checkpointing", True, "the same result"))
+        found.append(MemoryOption("train.gradient_checkpointing", True, "the same result"))
     if train.batch_size > 1:
-        found.append(Lever("train.batch_size", 1, f"train.accumulation × {train.batch_size} keeps the result the same"))
+        found.append(
+            MemoryOption("train.batch_size", 1, f"train.accumulation × {train.batch_size} keeps the result the same")
+        )
     elif train.accumulation > 1 and recipe.method == "full":
-        found.append(Lever("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier"))
+        found.append(
+            MemoryOption("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier")
+        )
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
-        found.append(Lever("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result"))
+        found.append(
+            MemoryOption("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result")
+        )
     if recipe.optimizer.name == "adamw8bit" and not recipe.optimizer.paged:
-        found.append(Lever("optimizer.paged", True, "slow while the GPU's memory is full"))
+        found.append(MemoryOption("optimizer.paged", True, "slow while the GPU's memory is full"))
     if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # others' rates would not suit it
-        found.append(Lever("optimizer.name", "adafactor", "less steady than AdamW"))
+        found.append(MemoryOption("optimizer.name", "adafactor", "less steady than AdamW"))
     if train.ema:
-        found.append(Lever("train.ema", None, "samples less smooth"))
+        found.append(MemoryOption("train.ema", None, "samples less smooth"))
     found += _of_weights(recipe)
     if recipe.adapter and recipe.adapter.rank > 4:
-        found.append(Lever("adapter.rank", 4, "the adapter holds less"))
+        found.append(MemoryOption("adapter.rank", 4, "the adapter holds less"))
     smaller = int(recipe.data.resolution * 0.75) // 64 * 64
     if smaller >= 256:
-        found.append(Lever("data.resolution", smaller, "less detail than the base was made for"))
+        found.append(MemoryOption("data.resolution", smaller, "less detail than the base was made for"))
     return found
 
 
-def _of_weights(recipe: Recipe) -> list[Lever]:
+def _of_weights(recipe: Recipe) -> list[MemoryOption]:
     """The edits that make weights or gradients smaller, or let them be elsewhere."""
-    model, train, optimizer, found = recipe.model, recipe.train, recipe.optimizer, list[Lever]()
+    model, train, optimizer, found = recipe.model, recipe.train, recipe.optimizer, list[MemoryOption]()
     if recipe.method == "lora":
         if model.quantize is None:
             found.append(
-                Lever(
+                MemoryOption(
                     "model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"
                 )
             )
         if not train.offload_blocks and not has_unet(model.family):
             also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
-            found.append(Lever("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
+            found.append(MemoryOption("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
     elif recipe.method == "full" and optimizer.name in ONE_BY_ONE:
         if train.weights == "float32" and train.precision in (None, "bfloat16"):
-            found.append(Lever("train.weights", "bfloat16", "steps are rounded at random: right on average"))
+            found.append(MemoryOption("train.weights", "bfloat16", "steps are rounded at random: right on average"))
         if not train.fused_backward and train.precision != "float16":
             clip = (("optimizer.clip", "tensor"),) if optimizer.clip_norm and optimizer.clip == "global" else ()
             single = (("train.accumulation", 1),) if train.accumulation > 1 else ()
             cost = (
                 "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
             )
-            found.append(Lever("train.fused_backward", True, cost, (*clip, *single)))
+            found.append(MemoryOption("train.fused_backward", True, cost, (*clip, *single)))
     if recipe.method != "scratch" and not model.train_text_encoder and model.text_encoder_placement == "device":
-        found.append(Lever("model.text_encoder_placement", "offload", "the same result, captions encoded more slowly"))
+        found.append(
+            MemoryOption("model.text_encoder_placement", "offload", "the same result, captions encoded more slowly")
+        )
     if not model.vae_tiling and recipe.data.resolution > TILE:
-        found.append(Lever("model.vae_tiling", True, "seams between tiles that are hardly seen"))
+        found.append(MemoryOption("model.vae_tiling", True, "seams between tiles that are hardly seen"))
     return found
 
 
-def pulled(recipe: Recipe, edits: tuple[Lever, ...]) -> Recipe:
+def apply_options(recipe: Recipe, edits: tuple[MemoryOption, ...]) -> Recipe:
     """The recipe with `edits` made. A smaller batch is made up for by accumulation."""
-    for lever in edits:
-        if lever.key == "train.batch_size":
+    for option in edits:
+        if option.key == "train.batch_size":
             train = recipe.train
-            recipe = _set(recipe, "train.accumulation", train.accumulation * train.batch_size // lever.value)
-        for key, value in ((lever.key, lever.value), *lever.also):
+            recipe = _set(recipe, "train.accumulation", train.accumulation * train.batch_size // option.value)
+        for key, value in ((option.key, option.value), *option.also):
             recipe = _set(recipe, key, value)
     return recipe
 
@@ -231,13 +239,13 @@ def fitting(first: Forecast) -> list[Forecast]:
 
     Empty: nothing does, or it was traced.
     """
-    known = told_levers(first) if len(first.card.variants) > 1 else []
-    for count in range(1, LARGEST_LEVERS + 1):
-        tried = [edits for edits in combinations(known, count) if len({lever.key for lever in edits}) == count]
+    known = covered_options(first) if len(first.profile.variants) > 1 else []
+    for count in range(1, MOST_OPTIONS + 1):
+        tried = [edits for edits in combinations(known, count) if len({option.key for option in edits}) == count]
         if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
             found = [
                 forecast(
-                    pulled(first.recipe, edits),
+                    apply_options(first.recipe, edits),
                     first.name,
                     first.gpu,
                     first.images,
@@ -247,21 +255,21 @@ def fitting(first: Forecast) -> list[Forecast]:
                 for edits in fit
             ]
             return sorted(
-                found, key=lambda one: (any(lever.key == "data.resolution" for lever in one.edits), one.hours)
+                found, key=lambda one: (any(option.key == "data.resolution" for option in one.edits), one.hours)
             )
     return []
 
 
-def told_levers(first: Forecast) -> list[Lever]:
-    """Those levers of a run that its card tells of."""
-    return [lever for lever in levers(first.recipe) if _told(first, (lever,)) is not None]
+def covered_options(first: Forecast) -> list[MemoryOption]:
+    """Those memory options of a run that its profile tells of."""
+    return [option for option in memory_options(first.recipe) if _told(first, (option,)) is not None]
 
 
-def _told(first: Forecast, edits: tuple[Lever, ...]) -> int | None:
-    """The peak with these edits; None where the card does not tell of them."""
-    recipe = pulled(first.recipe, edits)
+def _told(first: Forecast, edits: tuple[MemoryOption, ...]) -> int | None:
+    """The peak with these edits; None where the profile does not tell of them."""
+    recipe = apply_options(first.recipe, edits)
     try:
-        variant = profiles.variant_of(first.card, recipe, first.gpu.device)
+        variant = profiles.variant_of(first.profile, recipe, first.gpu.device)
     except UserError:
         return None
-    return memory(first.card, variant, recipe, first.gpu, first.group).peak
+    return memory(first.profile, variant, recipe, first.gpu, first.group).peak

@@ -1,4 +1,4 @@
-"""How much of a GPU a run takes, by part and by phase, from a card. All figures are bytes."""
+"""How much of a GPU a run takes, by part and by phase, from a profile. All figures are bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.config.schema import Recipe
 from finetune.estimate.constants import CONTEXT, WORKSPACE, WORKSPACE_HOPPER
 from finetune.estimate.hardware.gpus import Gpu
 from finetune.estimate.hardware.parallelism import ALONE, Group
-from finetune.estimate.profiles import Card, Outside, Variant
+from finetune.estimate.profiles import Outside, Profile, Variant
 from finetune.models.registry import has_unet
 
 HOPPER = ("h100", "h200", "gh200")
@@ -40,19 +40,19 @@ class Memory:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Memory:
+def memory(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Memory:
     """What `recipe` takes on one of `group`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace.
 
     DistributedDataParallel keeps every gradient once more, in buckets (`gradient_as_bucket_view` is off in Accelerate). A CPU caches
     nothing, so there it is what is allocated; and the VAE stays where it is.
     """
-    on_cpu, out = gpu.device == "cpu", card.outside[gpu.device]
-    area = (recipe.data.resolution / card.resolution) ** 2
+    on_cpu, out = gpu.device == "cpu", profile.outside[gpu.device]
+    area = (recipe.data.resolution / profile.resolution) ** 2
     load = area * recipe.train.batch_size
     higher = (recipe.adapter.rank - variant.rank) if recipe.adapter else 0
     grown = recipe.adapter.rank / variant.rank if recipe.adapter else 1.0
     adapters, trained = variant.adapters * grown, variant.trained * grown
-    state = state_bytes(card, recipe, variant) * grown
+    state = state_bytes(profile, recipe, variant) * grown
     lines = variant.accumulating if recipe.train.accumulation > 1 else (variant.allocated, variant.reserved)
     more = variant.rank_bytes * higher + state - variant.state * grown
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
@@ -69,7 +69,7 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
         f"optimizer ({recipe.optimizer.name})": state * share,
         "averages": 4 * trained * share if recipe.train.ema else 0.0,
         "gradient buckets": 4 * trained if group.count > 1 and not group.sharded else 0.0,
-        "gathered weights": group.gathered(card),
+        "gathered weights": group.gathered(profile),
         "activations": allocated - variant.weights - adapters - state - gradients - group.spared(recipe, trained),
         "fragmentation": 0.0 if on_cpu else reserved - allocated,
         "VAE": out.sample[0] if on_cpu else 0.0,
@@ -77,7 +77,7 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
     }
     there = sum(around(gpu).values())
     kept = sum(parts[name] for name in (*list(parts)[:2], f"optimizer ({recipe.optimizer.name})", "averages"))
-    encoding, vae = out.encode[0] - spared_by_encoders(card, recipe, on_cpu), tiled(area, card, recipe, out)
+    encoding, vae = out.encode[0] - spared_by_encoders(profile, recipe, on_cpu), tiled(area, profile, recipe, out)
     phases = {
         "encode": encoding + out.encode[1] * vae + there,
         "train": sum(parts.values()),
@@ -90,18 +90,20 @@ def memory(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group 
     )
 
 
-def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
+def spared_by_encoders(profile: Profile, recipe: Recipe, on_cpu: bool) -> float:
     """How much less the text encoders take while they encode than they were measured to: whole, in 16 bits (on a CPU in 32).
 
     In full fine-tuning CLIP text encoders have the width of what trains, trained or not (`models.text_to_image`).
     """
-    kind, of = recipe.model.text_encoder_placement, card.parameters
+    kind, of = recipe.model.text_encoder_placement, profile.parameters
     there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
     width = (
-        4 if on_cpu or (recipe.method == "full" and has_unet(card.family) and recipe.train.weights == "float32") else 2
+        4
+        if on_cpu or (recipe.method == "full" and has_unet(profile.family) and recipe.train.weights == "float32")
+        else 2
     )
     held = width * there
-    if card.outside["cpu" if on_cpu else "cuda"].encoders == kind:
+    if profile.outside["cpu" if on_cpu else "cuda"].encoders == kind:
         return measured * there - held if kind == "device" else 0.0
     if kind == "offload":
         held -= width * (of.get("text encoders' blocks", 0) - of.get("text encoders' largest block", 0))
@@ -110,9 +112,9 @@ def spared_by_encoders(card: Card, recipe: Recipe, on_cpu: bool) -> float:
     return measured * there - held
 
 
-def tiled(area: float, card: Card, recipe: Recipe, out: Outside) -> float:
+def tiled(area: float, profile: Profile, recipe: Recipe, out: Outside) -> float:
     """The area, in native images, that the VAE sees at once."""
-    return min(area, (TILE / card.resolution) ** 2) if recipe.model.vae_tiling and not out.tiled else area
+    return min(area, (TILE / profile.resolution) ** 2) if recipe.model.vae_tiling and not out.tiled else area
 
 
 def around(gpu: Gpu) -> dict[str, float]:
@@ -122,7 +124,7 @@ def around(gpu: Gpu) -> dict[str, float]:
     return {"cuBLAS workspace": WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE, "CUDA context": CONTEXT}
 
 
-def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
+def state_bytes(profile: Profile, recipe: Recipe, variant: Variant) -> float:
     """The optimizer's state for what trains at the rank of the measurement."""
     name = recipe.optimizer.name
     paged = 2.0 * variant.trained  # of 8-bit AdamW, its two moments; their scales stay
@@ -131,7 +133,7 @@ def state_bytes(card: Card, recipe: Recipe, variant: Variant) -> float:
     factored = next(
         (
             one
-            for one in card.variants
+            for one in profile.variants
             if (one.device, one.settings["method"], one.settings["optimizer.name"])
             == (variant.device, recipe.method, "adafactor")
         ),

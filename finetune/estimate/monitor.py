@@ -10,7 +10,7 @@ from typing import Any, final
 from finetune.errors import UserError
 from finetune.estimate.advice import advice
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import Forecast, forecast, pulled, told_levers
+from finetune.estimate.forecast import Forecast, apply_options, covered_options, forecast
 from finetune.estimate.hardware.gpus import find, this_cpu
 from finetune.estimate.hardware.parallelism import Group
 from finetune.planning import Plan
@@ -55,14 +55,14 @@ def expect(plan: Plan) -> Expected:
 
 
 def _out_of_reach(plan: Plan) -> str:
-    """Why no card can tell of this plan; "" if one may."""
+    """Why no profile can tell of this plan; "" if one may."""
     machine = plan.machine
     if machine.device not in ("cuda", "cpu"):
         return f"the estimates are for NVIDIA GPUs and CPUs, and this run takes {machine.device}"
     if machine.device == "cuda" and plan.precision == "float32":
-        return "the cards of GPUs are of 16-bit arithmetic, and this run computes in float32"
+        return "the profiles of GPUs are of 16-bit arithmetic, and this run computes in float32"
     if machine.device == "cpu" and plan.precision != "float32":
-        return f"the cards of CPUs are of float32, and this run computes in {plan.precision}"
+        return f"the profiles of CPUs are of float32, and this run computes in {plan.precision}"
     if machine.device == "cpu" and machine.processes > 1:
         return "several processes share one CPU"
     return ""
@@ -81,8 +81,8 @@ def does_not_fit(one: Forecast) -> UserError:
 def cheapest(one: Forecast) -> Forecast | None:
     """The single edit that saves steps memory worth naming at the least hours; a smaller resolution only if nothing else does."""
     made = [
-        forecast(pulled(one.recipe, (lever,)), one.name, one.gpu, one.images, (lever,), one.group)
-        for lever in told_levers(one)
+        forecast(apply_options(one.recipe, (option,)), one.name, one.gpu, one.images, (option,), one.group)
+        for option in covered_options(one)
     ]
     useful = [edited for edited in made if saved(one, edited) >= WORTHWHILE * one.limit]
     return min(useful, key=lambda edited: (edited.edits[0].key == "data.resolution", edited.hours), default=None)

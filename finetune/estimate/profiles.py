@@ -1,6 +1,6 @@
 """Cards: what one architecture's step needs, measured once by running it on fake tensors (`tools/measure_profiles.py`).
 
-A card answers without torch. It holds *variants*, the settings of a recipe that change what a step is made of (method, what carries
+A profile answers without torch. It holds *variants*, the settings of a recipe that change what a step is made of (method, what carries
 the adapter, checkpointing, optimizer, …), each measured at two batches; what a step allocates and each operator's FLOPs and
 bytes are linear in batch × area, but for attention, whose FLOPs grow with the square of the area.
 """
@@ -20,7 +20,7 @@ from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.paths import ASSETS
 
-CARDS = ASSETS / "profiles"
+PROFILES = ASSETS / "profiles"
 Device = Literal["cuda", "cpu"]
 # Keys of a recipe that tell variants apart, what goes without saying, and how the lack of a variant is told. All else (batch, resolution,
 # rank, averages, …) is arithmetic.
@@ -94,7 +94,7 @@ class Variant:
         rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
         waiting: bytes of blocks that wait in host memory.
         cycle: steps over which operators are averaged: GANs have some that compute more than others.
-        micro_lines: operators of a forward and a backward pass, as the card's file holds them; `update_lines`: of what comes once a step.
+        micro_lines: operators of a forward and a backward pass, as the profile's file holds them; `update_lines`: of what comes once a step.
     """
 
     device: Device
@@ -145,7 +145,7 @@ class Outside:
 
 @final
 @dataclass(frozen=True)
-class Card:
+class Profile:
     """One architecture.
 
     Attributes:
@@ -171,23 +171,23 @@ class Card:
 
 
 def known() -> tuple[str, ...]:
-    """Names of all cards."""
-    return tuple(sorted(path.stem for path in CARDS.glob("*.json")))
+    """Names of all profiles."""
+    return tuple(sorted(path.stem for path in PROFILES.glob("*.json")))
 
 
 @functools.cache
-def load(name: str) -> Card:
-    """The card of this name."""
+def load(name: str) -> Profile:
+    """The profile of this name."""
     return parsed(json.loads(path_of(name).read_text(encoding="utf-8")))
 
 
-def parsed(found: dict[str, Any]) -> Card:
-    """A card from plain values, as its file holds them."""
+def parsed(found: dict[str, Any]) -> Profile:
+    """A profile from plain values, as its file holds them."""
     outside = {
         device: Outside(**of | {key: tuple(of[key]) for key in ("encode", "sample")})
         for device, of in found["outside"].items()
     }
-    return Card(**{**found, "outside": outside, "variants": tuple(_variant(entry) for entry in found["variants"])})
+    return Profile(**{**found, "outside": outside, "variants": tuple(_variant(entry) for entry in found["variants"])})
 
 
 def _variant(entry: dict[str, Any]) -> Variant:
@@ -239,27 +239,27 @@ def _usual(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def card_of_build(recipe: Recipe) -> Card | None:
-    """The card of the net that a recipe makes from scratch."""
+def profile_of_build(recipe: Recipe) -> Profile | None:
+    """The profile of the net that a recipe makes from scratch."""
     first = f"scratch-{recipe.name}"
     key = build_key(recipe)
     for name in sorted((name for name in known() if name.startswith("scratch-")), key=lambda name: name != first):
-        if (card := load(name)).build == key:
-            return card
+        if (profile := load(name)).build == key:
+            return profile
     return None
 
 
-def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
+def variant_of(profile: Profile, recipe: Recipe, device: Device = "cuda") -> Variant:
     """The variant that a recipe trains.
 
     Raises:
-        UserError: the card does not hold it.
+        UserError: the profile does not hold it.
     """
     wanted = settings_of(recipe)
-    there = [one for one in card.variants if one.device == device]
+    there = [one for one in profile.variants if one.device == device]
     if not there:
         where = "a CPU" if device == "cpu" else "GPUs"
-        raise UserError(f"the card of {card.title} does not cover {where}", remedy="add --trace")
+        raise UserError(f"the profile of {profile.title} does not cover {where}", remedy="add --trace")
 
     def differs(one: Variant, but: tuple[str, ...] = ()) -> list[str]:
         return [key for key in KEYS if key not in but and one.settings.get(key) != wanted.get(key)]
@@ -269,9 +269,9 @@ def variant_of(card: Card, recipe: Recipe, device: Device = "cuda") -> Variant:
     nearest = min((differs(one, ADDS_UP) for one in there), key=len)
     said = [key for key in nearest if wanted.get(key)] or nearest  # that a method has no adapter need not be told
     what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in said)
-    raise UserError(f"the card of {card.title} does not cover {what}", where=nearest[0], remedy="add --trace")
+    raise UserError(f"the profile of {profile.title} does not cover {what}", where=nearest[0], remedy="add --trace")
 
 
 def path_of(name: str) -> Path:
-    """The file of the card called `name`, whether it is there or not."""
-    return CARDS / f"{name}.json"
+    """The file of the profile called `name`, whether it is there or not."""
+    return PROFILES / f"{name}.json"

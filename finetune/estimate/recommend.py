@@ -228,7 +228,7 @@ def _affordable(found: list[Forecast], budget: float | None, hours: float | None
 
 def _rank(one: Forecast, goal: str) -> tuple[int, float, int, float]:
     """The best base first; of what is from scratch, what was measured to do best at the goal, then what holds most; then what takes least time."""
-    known = variants()[one.card.name][1].preference if one.card.name in variants() else LAST
+    known = variants()[one.profile.name][1].preference if one.profile.name in variants() else LAST
     if one.recipe.method != "scratch":
         return known, 0.0, 0, one.hours
     return known, benchmarks.standing(one.name.rpartition("/")[2], goal), -one.variant.trained, one.hours

@@ -1,4 +1,4 @@
-"""How long a step takes on a GPU, from a card: its kernels compute or move bytes, and the host has to launch each of them."""
+"""How long a step takes on a GPU, from a profile: its kernels compute or move bytes, and the host has to launch each of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.estimate.constants import INTERCONNECT, PACE, Pace
 from finetune.estimate.hardware.cpu import BY_BYTES, Calibration
 from finetune.estimate.hardware.gpus import Gpu
 from finetune.estimate.hardware.parallelism import ALONE, Group
-from finetune.estimate.profiles import Card, Variant, Work
+from finetune.estimate.profiles import Profile, Variant, Work
 
 
 @final
@@ -40,16 +40,16 @@ class Speed:
         return self.compute + self.bandwidth + self.launch + self.exchange + self.transfer
 
 
-def speed(card: Card, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
+def speed(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
     """The step of `recipe` on one of `group`: as many forward and backward passes as it accumulates, and one update.
 
     That a part of what is exchanged goes on beside the computing is left out.
     """
-    load = (recipe.data.resolution / card.resolution) ** 2, recipe.train.batch_size
+    load = (recipe.data.resolution / profile.resolution) ** 2, recipe.train.batch_size
     found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
     grown = recipe.adapter.rank / variant.rank if recipe.adapter and variant.rank else 1.0
     exchanged, brought = (
-        group.exchanged(card, recipe, variant.trained * grown),
+        group.exchanged(profile, recipe, variant.trained * grown),
         2 * recipe.train.accumulation * variant.waiting,
     )
     return replace(found, exchange=exchanged / INTERCONNECT, transfer=brought / INTERCONNECT)

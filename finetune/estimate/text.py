@@ -21,7 +21,7 @@ def compared(
     """The table of what could be trained, the recommended run first, and the recommendation.
 
     Args:
-        left: recipes that no card tells of, by the reason.
+        left: recipes that no profile tells of, by the reason.
         goal: whose measured figures are quoted beside a recommended family in pixel space.
     """
     price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
@@ -35,7 +35,7 @@ def compared(
     best = choice.forecast
     for one in sorted((one for one in found if one.fits), key=lambda one: one is not best):
         mark = "▸" if one is best else " "
-        edits = "  with " + ", ".join(lever.words for lever in one.edits) if one.edits else ""
+        edits = "  with " + ", ".join(option.words for option in one.edits) if one.edits else ""
         head = f" {mark} {one.name:<{width}} {_size(one):<16} {one.memory.peak / GIB:>5.1f} GiB"
         lines.append(
             f"{head}  {_bar(one):<{BAR}} {one.speed.seconds:>7.2f} {_time(one.hours):>10} {_cost(one):>13}{edits}".rstrip()

@@ -14,7 +14,7 @@ from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.estimate.advice import MOST_WAYS, advice, assignment
 from finetune.estimate.constants import GIB
-from finetune.estimate.forecast import forecast, levers
+from finetune.estimate.forecast import forecast, memory_options
 from finetune.estimate.monitor import Expected
 from finetune.training import checkpoint
 
@@ -66,7 +66,7 @@ def edits(recipe: Recipe, expected: Expected) -> list[tuple[str, str]]:
     """As `advice`: what would fit into less than what did not suffice, however the estimate came out."""
     one = expected.forecast
     if one is None:
-        return [(assignment(lever), lever.cost) for lever in levers(recipe)[:MOST_WAYS]] or [
+        return [(assignment(option), option.cost) for option in memory_options(recipe)[:MOST_WAYS]] or [
             ("none", "a larger GPU, or a smaller model")
         ]
     tight = dataclasses.replace(one.gpu, visible_gib=TIGHTER * min(one.limit, one.memory.peak) / GIB)

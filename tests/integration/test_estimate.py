@@ -18,7 +18,7 @@ from finetune.estimate import benchmarks, profiles, recommend
 from finetune.estimate.advice import assignment
 from finetune.estimate.allocator.caching import replay
 from finetune.estimate.constants import GIB, INTERCONNECT
-from finetune.estimate.forecast import fitting, forecast, levers, pulled, told_levers
+from finetune.estimate.forecast import apply_options, covered_options, fitting, forecast, memory_options
 from finetune.estimate.hardware.gpus import described, find
 from finetune.estimate.hardware.parallelism import Group
 from finetune.estimate.recommend import PROMISE
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_mended_and_then_fits() -> None:
     assert not first.fits
     for mended in fitting(first):
         assert mended.fits
-        assert pulled(first.recipe, mended.edits) == mended.recipe
+        assert apply_options(first.recipe, mended.edits) == mended.recipe
         batches = [recipe.train.batch_size * recipe.train.accumulation for recipe in (first.recipe, mended.recipe)]
         assert batches[0] == batches[1]
 
@@ -78,9 +78,9 @@ def test_what_does_not_fit_is_mended_and_then_fits() -> None:
 def test_every_lever_saves_memory() -> None:
     for name in ("lora/sd15", "full/sd15"):
         first = of(name, "train.gradient_checkpointing=false", "optimizer.name=adamw")
-        for lever in told_levers(first):
-            after = forecast(pulled(first.recipe, (lever,)), name, first.gpu, 3000).memory.phases
-            assert any(size < first.memory.phases[phase] for phase, size in after.items()), lever
+        for option in covered_options(first):
+            after = forecast(apply_options(first.recipe, (option,)), name, first.gpu, 3000).memory.phases
+            assert any(size < first.memory.phases[phase] for phase, size in after.items()), option
 
 
 def test_every_lever_can_be_set_in_a_recipe() -> None:
@@ -89,17 +89,17 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
         recipe = load_recipe(
             name, ["train.gradient_checkpointing=false", "optimizer.name=adamw", "train.accumulation=2"]
         )
-        for lever in levers(recipe):
+        for option in memory_options(recipe):
             assert getattr(
-                load_recipe(name, ["train.accumulation=2", *assignment(lever).split()]), lever.key.partition(".")[0]
+                load_recipe(name, ["train.accumulation=2", *assignment(option).split()]), option.key.partition(".")[0]
             )
 
 
 @pytest.mark.parametrize(
     "edit", ["model.text_encoder_placement=nf4", "model.text_encoder_placement=offload", "model.vae_tiling=true"]
 )
-def test_what_encodes_takes_what_its_card_says(edit: str) -> None:
-    """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the card."""
+def test_what_encodes_takes_what_its_profile_says(edit: str) -> None:
+    """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the profile."""
     recipe = load_recipe("lora/sd21", [edit])
     subject = Subject(recipe, "bfloat16", (768, 768))
     with fake_tensors(), skeletons(), cuda():
@@ -225,11 +225,11 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recipes_from_scratch_are_known_by_what_they_build() -> None:
-    found = profiles.card_of_build(
+    found = profiles.profile_of_build(
         load_recipe("scratch/emoji-vae", ["autoencoder.kl_weight=1e-3", "train.batch_size=4"])
     )
     assert found is not None and found.name == "scratch-emoji-vae"
-    assert profiles.card_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
+    assert profiles.profile_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
 
 
 def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +240,7 @@ def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CUDA context" in said
 
 
-def test_trace_says_what_the_card_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_trace_says_what_the_profile_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = []
     for more in ([], ["--trace", "--plot", str(tmp_path / "plot.html")]):
         assert ft("lora/emoji", "--gpu", "rtx3090", "--json", *more) == 0
@@ -279,13 +279,13 @@ BAD = {
     "too little money": (["--images", "3000", "--gpu", "rtx3090", "--budget", "0.01"], "the least is"),
     "too little time": (["--images", "3000", "--gpu", "rtx3090", "--hours", "0.01"], "the least is"),
     "too small a GPU": (["--images", "3000", "--vram", "1", "--tflops", "10", "--bandwidth", "100"], "the least is"),
-    "not on a card": (
+    "not on a profile": (
         ["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "adapter.targets=to_q"],
         "does not cover",
     ),
     "from scratch, another net": (
         ["scratch/emoji-vae", "--gpu", "t4", "--set", "model.build.latent_channels=4"],
-        "no card covers",
+        "no profile covers",
     ),
     "several CPUs": (["scratch/emoji-vae", "--gpu", "cpu", "--gpus", "2"], "one CPU"),
     "an unknown repository": (

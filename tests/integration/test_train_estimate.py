@@ -78,7 +78,7 @@ def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps with repeats, several processes, and the memory that torch sees, which of cards sold under one name differs."""
+    """Steps with repeats, several processes, and the memory that torch sees, which of GPUs sold under one name differs."""
     machine = dataclasses.replace(
         SMALL_GPU, name="NVIDIA GeForce RTX 4060 Ti", processes=2, memory_bytes=int(7.6 * GIB)
     )
@@ -101,7 +101,7 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
         ("lora/sd15", {}, ("train.precision=float32",), "computes in float32"),
         ("lora/sd15", {}, ("adapter.dora=true",), "does not cover DoRA"),
         ("lora/sd15", {"device": "mps"}, (), "this run takes mps"),
-        ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "the cards of CPUs are of float32"),
+        ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "the profiles of CPUs are of float32"),
     ],
 )
 def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
@@ -185,7 +185,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixt
     recipe = tiny.recipe("sd15", "lora", "train.steps=5", folder=tmp_path / "run")
     done = tiny.train(recipe)
     found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
-    assert found["gpu"] is None and "no card covers" in found["no_estimate"]
+    assert found["gpu"] is None and "no profile covers" in found["no_estimate"]
     held = found["memory_bytes"]["measured"]
     assert (
         found["memory_bytes"] == {"estimated": None, "measured": held, "not_measured": None}
@@ -194,7 +194,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["seconds_per_step"] == {"estimated": None, "measured": typical(done.trainer.pace.seconds), "steps": 5}
     assert f"  a step            {found['seconds_per_step']['measured']:.3g} s\nwritten" in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert '<section id="estimate">' in page and "There was no estimate: no card covers this model" in page
+    assert '<section id="estimate">' in page and "There was no estimate: no profile covers this model" in page
     tiny.train(recipe, resume=True)  # takes no step, and leaves what was measured
     assert json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8")) == found
 

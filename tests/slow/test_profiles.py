@@ -1,4 +1,4 @@
-"""The cards that estimates stand on, beside the trace that they are made of, and what levers save on it."""
+"""The profiles that estimates stand on, beside the trace that they are made of, and what memory options save on it."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from tests.helpers.estimates import of, traced
 from tools import measure_profiles
 
 
-def test_every_card_holds_what_the_bundled_recipes_ask_for() -> None:
-    """A recipe, a lever or a key that came later makes cards stale: tools/measure_profiles.py."""
+def test_every_profile_holds_what_the_bundled_recipes_ask_for() -> None:
+    """A recipe, a option or a key that came later makes profiles stale: tools/measure_profiles.py."""
     lacking = set()
-    for card_name, recipes in measure_profiles.cards().items():
-        card = profiles.load(card_name) if card_name in profiles.known() else None
+    for profile_name, recipes in measure_profiles.profiles().items():
+        profile = profiles.load(profile_name) if profile_name in profiles.known() else None
         for name in recipes:
-            asked = list(measure_profiles.wanted(card_name, load_recipe(name)))
-            held = [(one.device, one.settings) for one in card.variants] if card else []
+            asked = list(measure_profiles.wanted(profile_name, load_recipe(name)))
+            held = [(one.device, one.settings) for one in profile.variants] if profile else []
             if any((device, profiles.settings_of(recipe)) not in held for device, recipe in asked):
                 lacking.add(name)
-            assert card is None or not card.build or card.build == profiles.build_key(asked[0][1]), name
+            assert profile is None or not profile.build or profile.build == profiles.build_key(asked[0][1]), name
     assert not lacking
 
 
 @pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
-def test_cards_are_not_stale(name: str, device: profiles.Device) -> None:
-    """Measured again, a variant is what its card holds. If not: tools/measure_profiles.py."""
+def test_profiles_are_not_stale(name: str, device: profiles.Device) -> None:
+    """Measured again, a variant is what its profile holds. If not: tools/measure_profiles.py."""
     recipe = measure_profiles.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
     low, high = (
         [measure_profiles.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES
     )
     found = variant(recipe, device, low, high, None)
-    card = next(one for one, recipes in measure_profiles.cards().items() if name in recipes)
-    held = json.loads(profiles.path_of(card).read_text())
+    profile = next(one for one, recipes in measure_profiles.profiles().items() if name in recipes)
+    held = json.loads(profiles.path_of(profile).read_text())
     entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
     assert {key: entry[key] for key in found if key != "rank_bytes"} == {
         key: found[key] for key in found if key != "rank_bytes"
     }
 
 
-def test_card_answers_between_its_points_as_the_trace_does() -> None:
+def test_profile_answers_between_its_points_as_the_trace_does() -> None:
     """At a batch, a resolution and a rank that were not measured, reserved memory is within 6 % (the base's is a few MiB, in segments of 2)."""
     overrides = ("train.batch_size=6", "data.resolution=96", "adapter.rank=32")
     reserved = replay(traced("lora/emoji", *overrides)["train"].events).peak_reserved
     recipe = load_recipe("lora/emoji", overrides)
-    card = profiles.load("base")
-    said = memory(card, profiles.variant_of(card, recipe), recipe, find("rtx3090"))
+    profile = profiles.load("base")
+    said = memory(profile, profiles.variant_of(profile, recipe), recipe, find("rtx3090"))
     around = said.parts["cuBLAS workspace"] + said.parts["CUDA context"]
     assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
 
 
 # Edits, and the batch at which they tell: weights and gradients weigh beside few activations, activations beside many.
-LEVERS = {
+MEMORY_OPTIONS = {
     "checkpointing": (16, "train.gradient_checkpointing=true"),
     "every second block": (8, "train.gradient_checkpointing=2"),
     "a smaller batch": (16, "train.batch_size=2"),
@@ -78,11 +78,13 @@ def reserved(*overrides: str) -> int:
     return replay(traced("full/emoji", *overrides)["train"].events).peak_reserved
 
 
-@pytest.mark.parametrize("name", LEVERS)
-def test_levers_are_true_on_the_trace(name: str) -> None:
-    """Each lever that the advice names saves what it promises: the estimate falls as the traced step does."""
-    batch, *edits = LEVERS[name]
-    without = ("train.ema=null",) if batch == 4 else ()  # the card's own batch: all but averages is as it was measured
+@pytest.mark.parametrize("name", MEMORY_OPTIONS)
+def test_memory_options_are_true_on_the_trace(name: str) -> None:
+    """Each option that the advice names saves what it promises: the estimate falls as the traced step does."""
+    batch, *edits = MEMORY_OPTIONS[name]
+    without = (
+        ("train.ema=null",) if batch == 4 else ()
+    )  # the profile's own batch: all but averages is as it was measured
     settings = [(f"train.batch_size={batch}", *without, *more) for more in ((), edits)]
     before, after = (of("full/emoji", *setting) for setting in settings)
     real = [reserved(*setting) for setting in settings]

@@ -144,7 +144,7 @@ def test_agrees_with_a_naive_model(events: list[Event], capacity: int, max_split
 
 @pytest.mark.parametrize("max_split", [None, 21 * MIB, 40 * MIB])
 def test_agrees_with_a_naive_model_on_a_card_nearly_full(max_split: int | None) -> None:
-    """Large blocks, and no more allocated than two thirds of the card: the cache has to be given back again and again."""
+    """Large blocks, and no more allocated than two thirds of the GPU: the cache has to be given back again and again."""
     for seed in range(150):
         draw, capacity = random.Random(seed), 300 * MIB
         events: list[Event] = []

@@ -138,7 +138,7 @@ def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
     assert not any(here(off).disproved() for off in (1.01 / FAR, 1.0, 0.99 * FAR))
     assert not here(most, steps=WARM_UP + FEWEST - 1).disproved()  # too few to say
     assert not here(most, measured=False).disproved()  # there is nothing to take back
-    assert not Pace(Expected(None, "no card"), lambda: None).disproved()
+    assert not Pace(Expected(None, "no profile"), lambda: None).disproved()
     on_gpu = of("lora/emoji")
     pace = Pace(Expected(on_gpu), lambda: None)
     pace.seconds = [most * on_gpu.speed.seconds] * (WARM_UP + FEWEST)

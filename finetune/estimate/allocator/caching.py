@@ -1,6 +1,6 @@
-"""PyTorch's caching allocator replayed on numbers: how much of a card a sequence of allocations makes it *reserve*.
+"""PyTorch's caching allocator replayed on numbers: how much of a GPU a sequence of allocations makes it *reserve*.
 
-A tensor's bytes are what a step allocates; what the card must hold is what PyTorch reserved to serve them. The rules
+A tensor's bytes are what a step allocates; what the GPU must hold is what PyTorch reserved to serve them. The rules
 are those of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`) and of the constants in
 `c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by its name there where it is applied. Not modeled, all off
 by default: `roundup_power2_divisions`, `garbage_collection_threshold`, private pools of CUDA graphs; nor `record_stream`,
@@ -74,7 +74,7 @@ class Reserved:
 
     peak_allocated: int  # torch.cuda.max_memory_allocated()
     peak_reserved: int  # torch.cuda.max_memory_reserved()
-    retries: int  # "num_alloc_retries": how often the card was full and the cache was emptied
+    retries: int  # "num_alloc_retries": how often the GPU was full and the cache was emptied
     out_of_memory: OutOfMemory | None
     timeline: list[tuple[int, int]] | None  # (allocated, reserved) after each event, if asked for
 
@@ -86,7 +86,7 @@ class Reserved:
 
 @final
 class Allocator:
-    """One card. `capacity` is what PyTorch may reserve: the card's memory less the CUDA context and what others hold; None: no end."""
+    """One GPU. `capacity` is what PyTorch may reserve: the GPU's memory less the CUDA context and what others hold; None: no end."""
 
     def __init__(
         self, capacity: int | None = None, *, max_split_size: int | None = None, expandable_segments: bool = False
@@ -110,7 +110,7 @@ class Allocator:
         self._live: dict[int, tuple[Pool, int, int]] = {}  # identifier → pool, start, end
 
     def allocate(self, identifier: int, size: int, stream: int = 0) -> int:
-        """`malloc`: 0, or, if the card is full, the bytes that would have had to be reserved.
+        """`malloc`: 0, or, if the GPU is full, the bytes that would have had to be reserved.
 
         Raises:
             ValueError: `identifier` is live, or `size` negative.
@@ -158,7 +158,7 @@ class Allocator:
             pool.put(start, end)
 
     def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`: segments with nothing live in them go back to the card (`release_cached_blocks`)."""
+        """`torch.cuda.empty_cache()`: segments with nothing live in them go back to the GPU (`release_cached_blocks`)."""
         for pool in (*self._large.values(), *self._small.values()):
             self.reserved -= pool.release()
 
@@ -188,7 +188,7 @@ class Allocator:
         return pool
 
     def _grow(self, pool: Pool, size: int) -> tuple[int, int]:
-        """`alloc_block`; when the card is full, again after giving back the blocks too large to split, and again after all that is free."""
+        """`alloc_block`; when the GPU is full, again after giving back the blocks too large to split, and again after all that is free."""
         start, end = self._alloc(pool, size)
         if not end and self._max_split_size < sys.maxsize and isinstance(pool, Segments):
             released, enough = pool.release_oversize(size)
@@ -216,7 +216,7 @@ def replay(
     expandable_segments: bool = False,
     timeline: bool = False,
 ) -> Reserved:
-    """The events in their order on an empty card; stops at the first that finds no memory.
+    """The events in their order on an empty GPU; stops at the first that finds no memory.
 
     Raises:
         ValueError: an identifier allocated twice, or freed without being live.

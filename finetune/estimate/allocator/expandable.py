@@ -25,7 +25,7 @@ ADDRESS_BITS = 64
 ADDRESS = (1 << ADDRESS_BITS) - 1
 # Between segments, so that blocks of two of them never touch, and touching free blocks may always merge.
 GAP = ROUND_LARGE
-# Between the address spaces of expandable segments: more than any card holds.
+# Between the address spaces of expandable segments: more than any GPU holds.
 SPACE = 1 << 50
 
 
@@ -81,7 +81,7 @@ class Pool(ABC):
 
     @abstractmethod
     def release(self) -> int:
-        """Gives back to the card all that is wholly free (`release_blocks`): how many bytes."""
+        """Gives back to the GPU all that is wholly free (`release_blocks`): how many bytes."""
 
 
 @final
@@ -92,7 +92,7 @@ class Segments(Pool):
 
     def __init__(self, small: bool, addresses: list[int], max_split_size: int) -> None:
         super().__init__(MIN_BLOCK_SIZE if small else SMALL_SIZE + 1, sys.maxsize if small else max_split_size)
-        self.addresses = addresses  # the next free address, shared by all pools of a card
+        self.addresses = addresses  # the next free address, shared by all pools of a GPU
         self.max_split_size = max_split_size
         self.segments: dict[int, int] = {}  # start → end
 
@@ -152,7 +152,7 @@ class Segments(Pool):
 class Expandable(Pool):
     """One address space whose pages are mapped as they are needed (`ExpandableSegment`, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
 
-    PyTorch's is an eighth larger than the card; this one has no end.
+    PyTorch's is an eighth larger than the GPU; this one has no end.
     """
 
     __slots__ = ("base", "holes", "page", "unmapped")

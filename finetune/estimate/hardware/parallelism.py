@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 from finetune.config.schema import Recipe
-from finetune.estimate.profiles import Card
+from finetune.estimate.profiles import Profile
 
 Sharding = Literal["ddp", "fsdp"]
 GATHERED = 2  # bytes of a gathered weight: `MixedPrecision(param_dtype=torch.bfloat16)`
@@ -38,10 +38,10 @@ class Group:
         """Of weights, gradients and optimizer state, what each keeps."""
         return 1 / self.count if self.sharded else 1.0
 
-    def gathered(self, card: Card) -> float:
+    def gathered(self, profile: Profile) -> float:
         """The most gathered weights at once: what belongs to no unit, which stays, and the largest unit twice."""
         return (
-            GATHERED * (card.parameters["outside units"] + PREFETCHED * card.parameters["largest unit"])
+            GATHERED * (profile.parameters["outside units"] + PREFETCHED * profile.parameters["largest unit"])
             if self.sharded
             else 0.0
         )
@@ -50,7 +50,7 @@ class Group:
         """The 16-bit copies of all trained weights that autocast keeps through a step, where units gather 16 bits and free them."""
         return GATHERED * trained if self.sharded and recipe.method != "lora" else 0.0
 
-    def exchanged(self, card: Card, recipe: Recipe, trained: float) -> float:
+    def exchanged(self, profile: Profile, recipe: Recipe, trained: float) -> float:
         """Bytes that each GPU sends in a step.
 
         A ring all-reduce sends each gradient 2 (n − 1) / n times, once a step. Stage 3 gathers all weights twice for each accumulated
@@ -59,7 +59,7 @@ class Group:
         passed = (self.count - 1) / self.count
         if not self.sharded:
             return 2 * passed * 4 * trained
-        weights = card.parameters["denoiser"] if recipe.method == "lora" else trained
+        weights = profile.parameters["denoiser"] if recipe.method == "lora" else trained
         gathers = 2 * GATHERED * weights * recipe.train.accumulation
         return passed * (gathers + 4 * trained * recipe.train.accumulation)
 

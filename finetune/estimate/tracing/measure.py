@@ -1,4 +1,4 @@
-"""A card, or a variant of one, from traced phases: what `tools/measure_profiles.py` writes down, and what `ft estimate --trace` answers from."""
+"""A profile, or a variant of one, from traced phases: what `tools/measure_profiles.py` writes down, and what `ft estimate --trace` answers from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.config.schema import Precision, Recipe
 from finetune.data.audit.audit import Audit
 from finetune.estimate.allocator.caching import replay
 from finetune.estimate.hardware.cpu import BY_BYTES
-from finetune.estimate.profiles import Card, Device, build_key, parsed, settings_of
+from finetune.estimate.profiles import Device, Profile, build_key, parsed, settings_of
 from finetune.estimate.tracing.traced_run import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, Subject
 from finetune.models.base import Model
 from finetune.planning import Plan
@@ -20,7 +20,7 @@ from finetune.planning import Plan
 BATCHES = (2, 4)  # two points of a line; at 1 some operators differ (what is contiguous anyhow needs no copy)
 ALIKE = math.log(1.5)  # operators within this factor of each other are counted as one, by their means
 BYTES_A_TRAINED = 16  # of a float32 weight, its gradient and AdamW's two moments; at rank 16 of SDXL's attention within 2 % of the measured slope
-DIGITS = 5  # of a card's figures of operators
+DIGITS = 5  # of a profile's figures of operators
 UPDATE = ("optimizer",)  # sections of what comes once a step; `MICRO` are those of what is accumulated
 MICRO = ("forward", "backward")
 
@@ -32,12 +32,12 @@ def point(
     device: Device = "cuda",
     audit: Audit | None = None,
     build: Callable[[Plan], Model] | None = None,
-) -> tuple[Card, dict[str, Phase]]:
-    """A card of this one configuration, and the traced phases that it is made of: a line through one point has no slope."""
+) -> tuple[Profile, dict[str, Phase]]:
+    """A profile of this one configuration, and the traced phases that it is made of: a line through one point has no slope."""
     side = recipe.data.resolution
     without = dataclasses.replace(
         recipe, train=dataclasses.replace(recipe.train, ema=None)
-    )  # averages are added to what a card says
+    )  # averages are added to what a profile says
     phases = Subject(without, precision, (side, side), audit=audit, build=build, device=device).phases()
     found = {
         "name": "traced",
@@ -63,7 +63,7 @@ def variant(
     second: list[dict[str, Phase]],
     higher: tuple[int, dict[str, Phase]] | None,
 ) -> dict[str, Any]:
-    """A variant of a card.
+    """A variant of a profile.
 
     Args:
         recipe: as it was traced.

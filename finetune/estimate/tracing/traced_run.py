@@ -138,7 +138,7 @@ class Subject:
 
     Args:
         recipe: as it would train.
-        precision: of the activations, as the plan resolves it for the card.
+        precision: of the activations, as the plan resolves it for the GPU.
         size: width and height of the images.
         audit: of the data; only what is built from scratch reads it (its captions give the tokenizer).
         trained_dtype: of what trains in other trainers' runs, which estimates are checked against; none: as the recipe says.
