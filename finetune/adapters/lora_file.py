@@ -163,7 +163,7 @@ def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         f"goes on from {public_name(str(found.file))} in the format of {found.format}, {ranks}; targets are the file's"
     ]
     for name, value in of_file.items():
-        if f"adapter.{name}" in recipe.places and getattr(adapter, name) not in (None, value):
+        if f"adapter.{name}" in recipe.lines and getattr(adapter, name) not in (None, value):
             said.append(
                 f"adapter.{name} is {_said(getattr(adapter, name))} in the recipe and {_said(value)} in the file: the file's is taken"
             )

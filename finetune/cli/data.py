@@ -73,7 +73,7 @@ def check(source: str | None, recipe: str | None, overrides: tuple[str, ...], as
 
 
 def _recipe(source: str | None, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
-    given = ([f"data.path={json.dumps(source)}"] if source else []) + list(overrides)
+    given = ([f"data.path={source}"] if source else []) + list(overrides)
     return load_recipe(recipe, given) if recipe else parse_recipe(PLAIN, "ft data check", "data", given)
 
 

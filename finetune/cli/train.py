@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -79,7 +78,7 @@ def command(
     file of your own. deepspeed-zero2 and -zero3 come too, and are refused: fsdp2 shares out the same.
     """
     overrides += (f"train.precision={precision}",) if precision else ()
-    overrides += (f"adapter.init_lora={json.dumps(init)}",) if init else ()
+    overrides += (f"adapter.init_lora={init}",) if init else ()
     method = load_recipe(recipe, overrides).method  # whatever is wrong with the recipe is said now, not in ten seconds
     flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
     arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]

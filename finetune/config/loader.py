@@ -61,11 +61,11 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
     for assignment in overrides:
         if assignment.startswith("data.path="):  # the one folder on the command line replaces all of the recipe's
             root = yaml_reader.override(root, "data.sources=[]")
-        root = renamed.current(yaml_reader.override(root, assignment, renamed.current_key))
+        root = renamed.current(yaml_reader.override(root, assignment, Recipe, renamed.current_key))
     rest, net = _split(root)
     recipe: Recipe = _with_slug(yaml_reader.build(Recipe, rest))
     recipe = dataclasses.replace(
-        recipe, net=net(recipe.model.family), name=recipe.name or name, places=yaml_reader.places(root)
+        recipe, net=net(recipe.model.family), name=recipe.name or name, lines=yaml_reader.lines(root)
     )
     validation.check(recipe, source)
     return recipe
@@ -103,10 +103,10 @@ def located(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        place = recipe.places.get(error.where.partition(", ")[0])
-        if place is None:
+        line = recipe.lines.get(error.where.partition(", ")[0])
+        if line is None:
             raise
-        raise UserError(error.problem, where=f"{place}, {error.where}", remedy=error.remedy) from error
+        raise UserError(error.problem, where=f"{line}, {error.where}", remedy=error.remedy) from error
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

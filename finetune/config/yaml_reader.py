@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import decimal
 import functools
 import json
-import operator
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from finetune.config import fields
 from finetune.errors import UserError, did_you_mean
 
 MAXIMUM_DEPTH = 12
@@ -28,20 +30,9 @@ MAXIMUM_LENGTH = 1 << 18  # characters: a recipe has some hundreds
 LOADER = getattr(
     yaml, "CSafeLoader", yaml.SafeLoader
 )  # the same nodes; in C, where PyYAML was built with it, ten times sooner
+MAX_DIGITS = 40  # of a whole number: beyond every range, and short enough to handle
 NULLS = {"null", "~", ""}
 TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-# What a field's metadata may bound, the test, and the words for it.
-BOUNDS = {
-    "minimum": (operator.ge, "at least"),
-    "above": (operator.gt, "more than"),
-    "maximum": (operator.le, "at most"),
-    "below": (operator.lt, "less than"),
-}
-
-
-def number(default: Any, **bounds: float) -> Any:
-    """A dataclass's field with a range: `minimum`/`maximum` are allowed values, `above`/`below` are not."""
-    return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True)
@@ -100,6 +91,13 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         return yaml.compose(text, Loader=LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        if "\t" in line[: len(line) - len(line.lstrip())]:
+            raise UserError(
+                "a line is indented with a tab; YAML allows only spaces",
+                where=f"{name}:{_line(mark)}",
+                remedy="replace the tab with spaces",
+            ) from error
         raise UserError(
             f"not valid YAML: {error.problem or error.context}",
             where=f"{name}:{_line(mark)}" if mark else name,
@@ -132,20 +130,53 @@ def _node(node: yaml.Node, name: str) -> Node:
     return Node(node.value, where, quoted=getattr(node, "style", None) in ("'", '"', "|", ">"))
 
 
-def override(root: Node, assignment: str, rename: Callable[[list[str]], list[str]] = list) -> Node:
-    """Apply one `--set section.key=value`; the value is read as YAML, so lists and sections can be given too.
+def override(
+    root: Node, assignment: str, declared: Any = None, rename: Callable[[list[str]], list[str]] = list
+) -> Node:
+    """Apply one `--set section.key=value`.
+
+    Where the key's declared type is text, the value is taken as it stands: `data.path=D/cats #2` names that folder. Text in
+    matching quotes is unquoted, and `null` is None where the type allows it. Other values are read as YAML, so lists and
+    sections can be given too.
 
     Args:
+        declared: the dataclass of the whole file, which knows the keys' types; None: every value is YAML.
         rename: gives the key's current name, from its parts and to its parts.
     """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or len(keys) > MAXIMUM_DEPTH:
         raise UserError(f"--set needs KEY=VALUE, not {assignment!r}", remedy="for example: --set train.batch_size=2")
-    where = f"--set {path.strip()}"
-    composed = _compose(text, where)
-    value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where), where=where)
-    return _with(root, rename(keys), value, where)
+    where, keys = f"--set {path.strip()}", rename(keys)
+    if _is_text(declared, keys):
+        quoted = _unquoted(text)
+        value = Node(text if quoted is None else quoted, where, quoted=quoted is not None)
+    else:
+        composed = _compose(text, where)
+        value = Node("", where) if composed is None else dataclasses.replace(_node(composed, where), where=where)
+    return _with(root, keys, value, where)
+
+
+def _is_text(declared: Any, keys: list[str]) -> bool:
+    """Whether the value at a dotted key is declared as `str` or `str | None`."""
+    for key in keys:
+        kinds = [kind for kind in (typing.get_args(declared) or (declared,)) if kind is not types.NoneType]
+        section = kinds[0] if len(kinds) == 1 else None
+        if not dataclasses.is_dataclass(section) or key not in (hints := _hints(typing.cast(type, section))):
+            return False
+        declared = hints[key]
+    return declared is str or set(typing.get_args(declared)) == {str, types.NoneType}
+
+
+def _unquoted(text: str) -> str | None:
+    """The content of a text that is one quoted YAML scalar as a whole; None: it is none."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return node.value if isinstance(node, yaml.ScalarNode) and node.style == text[0] else None
 
 
 def _with(node: Node, keys: list[str], value: Node, where: str) -> Node:
@@ -156,13 +187,13 @@ def _with(node: Node, keys: list[str], value: Node, where: str) -> Node:
     return Node(children, node.where)
 
 
-def places(node: Node, key: str = "") -> dict[str, str]:
-    """Where each value stands: dotted key → `file:line`."""
-    found = {key: node.where} if key else {}
+def lines(node: Node, key: str = "") -> dict[str, str]:
+    """The place of each value: dotted key → `file:line`."""
+    by_key = {key: node.where} if key else {}
     if isinstance(node.content, dict):
         for name, child in node.content.items():
-            found |= places(child, f"{key}.{name}" if key else name)
-    return found
+            by_key |= lines(child, f"{key}.{name}" if key else name)
+    return by_key
 
 
 def build(declared: Any, node: Node, key: str = "") -> Any:
@@ -243,19 +274,19 @@ def _build_dataclass(declared: type, node: Node, key: str) -> Any:
 
 
 def _check_range(value: Any, field: dataclasses.Field[Any], node: Node, key: str) -> None:
-    for name, (holds, words) in BOUNDS.items():
-        bound = field.metadata.get(name)
-        if (
-            bound is not None
-            and isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and not holds(value, bound)
-        ):
-            raise UserError(
-                f"{key} must be {words} {bound}, not {value}",
-                where=f"{node.where}, {key}",
-                remedy=f"set {key} to {words} {bound}",
-            )
+    wrong = fields.outside(value, field.metadata)
+    if wrong is not None:
+        allowed = fields.range_words(field.metadata)
+        raise UserError(
+            f"{key} must be {allowed}, not {_given(wrong)}",
+            where=f"{node.where}, {key}",
+            remedy=f"set {key} to a value {allowed}",
+        )
+
+
+def _given(number: int | float) -> str:
+    """A number out of range, short: `1e30` and not 31 digits."""
+    return f"{number:g}" if isinstance(number, float) or abs(number) >= 10**20 else str(number)
 
 
 def _scalar(declared: Any, node: Node, key: str) -> Any:
@@ -268,15 +299,30 @@ def _scalar(declared: Any, node: Node, key: str) -> Any:
         if text.lower() not in TRUTHS:
             raise _wrong(node, key, "true or false")
         return TRUTHS[text.lower()]
+    return _whole(node, key) if declared is int else _finite(node, key)
+
+
+def _whole(node: Node, key: str) -> int:
+    """A whole number, exactly as written: `9007199254740993` is not rounded to a float on the way."""
+    text = typing.cast(str, node.content).strip().replace("_", "")
+    try:
+        number = decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        raise _wrong(node, key, _name(int)) from None
+    if not number.is_finite() or (number.adjusted() < MAX_DIGITS and number != number.to_integral_value()):
+        raise _wrong(node, key, _name(int))
+    if number.adjusted() >= MAX_DIGITS:
+        raise _wrong(node, key, f"a whole number of at most {MAX_DIGITS} digits")
+    return int(number)
+
+
+def _finite(node: Node, key: str) -> float:
+    text = typing.cast(str, node.content)
     try:
         number = float(text.replace("_", ""))
     except ValueError:
-        raise _wrong(node, key, _name(declared)) from None
-    if declared is int:
-        if number != number or number in (float("inf"), float("-inf")) or number != int(number):
-            raise _wrong(node, key, "a whole number")
-        return int(number)
-    if number != number or number in (float("inf"), float("-inf")):
+        raise _wrong(node, key, _name(float)) from None
+    if not math.isfinite(number):
         raise _wrong(node, key, "a finite number")
     return number
 

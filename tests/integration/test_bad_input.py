@@ -52,7 +52,7 @@ def wrong_type(scene: Scene) -> None:
     scene.set("train.batch_size=many")
 
 
-@case("train.batch_size must be at least 1", "at least 1")
+@case("train.batch_size must be between 1 and 16,384", "between 1 and 16,384")
 def out_of_range(scene: Scene) -> None:
     scene.set("train.batch_size=0")
 

@@ -254,7 +254,7 @@ def test_levels_and_images_are_inverse() -> None:
     ("overrides", "told"),
     [
         (["net.latnet=4"], r"net\.latnet[\s\S]*latent"),
-        (["net.latent=0"], r"net\.latent must be at least 1"),
+        (["net.latent=0"], r"net\.latent must be between 1 and"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
         (["data.resolution=16"], r"12 images are smaller than the model's 16×16"),
         (

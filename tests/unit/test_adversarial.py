@@ -264,7 +264,7 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["net.latent=0"], r"net\.latent must be at least 1"),
+        (["net.latent=0"], r"net\.latent must be between 1 and"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
         (["net.discriminator_norm=batch"], r"batch norm ties its images together"),
         (

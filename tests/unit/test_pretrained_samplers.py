@@ -104,9 +104,9 @@ def test_sampler_that_ignores_zero_terminal_snr_is_refused() -> None:
 def test_eta_adds_noise() -> None:
     family, pipeline = opened("sd15")
     plain, noisy = (
-        generate_from_prompt(
-            family, pipeline, replace(REQUEST, sampler="ddim", eta=eta), REQUEST.prompts[0], 3
-        ).thumbnail().tobytes()
+        generate_from_prompt(family, pipeline, replace(REQUEST, sampler="ddim", eta=eta), REQUEST.prompts[0], 3)
+        .thumbnail()
+        .tobytes()
         for eta in (0.0, 1.0)
     )
     assert plain != noisy

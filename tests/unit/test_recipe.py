@@ -130,19 +130,19 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
         (
             added("train", "batch_size: 0"),
             10,
-            "train.batch_size must be at least 1, not 0",
-            "set train.batch_size to at least 1",
+            "train.batch_size must be between 1 and 16,384, not 0",
+            "set train.batch_size to a value between 1 and 16,384",
         ),
         (added("train", "batch_size: [1]"), 10, "must be one value, not a list", "write"),
         (added("train", "batch_size:"), 10, "must be a value", "write"),
-        (added("train", "ema: 1.0"), 10, "train.ema must be less than 1", "set"),
-        (added("optimizer", "lr: 0"), 12, "optimizer.lr must be more than 0", "set"),
+        (added("train", "ema: 1.0"), 10, "train.ema must be greater than 0 and less than 1, not 1", "set"),
+        (added("optimizer", "lr: 0"), 12, "optimizer.lr must be greater than 0 and at most 1000, not 0", "set"),
         (added("optimizer", "lr: .inf"), 12, "optimizer.lr must be", "write"),
         (added("optimizer", "lr: nan"), 12, "optimizer.lr must be a finite number", "write"),
         (added("data", "flip: maybe"), 8, 'data.flip must be true or false, not "maybe"', "write true or false"),
-        (added("data", "held_out: 0.9"), 8, "data.held_out must be at most 0.5", "set"),
+        (added("data", "held_out: 0.9"), 8, "data.held_out must be between 0 and 0.5, not 0.9", "set"),
         (added("sample", "prompts: rocket"), 12, "sample.prompts must be a list", "write a list"),
-        (added("adapter", "dropout: 1"), 6, "adapter.dropout must be less than 1", "set"),
+        (added("adapter", "dropout: 1"), 6, "adapter.dropout must be at least 0 and less than 1, not 1", "set"),
         (MINIMAL.replace("train:\n  steps: 10", "train: 10"), 9, "train must be a section", "write a section"),
         (
             MINIMAL.replace("model:\n  family: sd", "model:"),
@@ -157,7 +157,7 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
         (MINIMAL + "output: *here\n", 11, "anchors and aliases", "write the value out"),
         (added("data", "cache: !!python/name:os.system x"), 8, "tags such as", "write the plain value"),
         (MINIMAL + "a: [1\n", 12, "not valid YAML", "check the indentation"),
-        (MINIMAL + "\ttabbed: 1\n", 11, "not valid YAML", "check the indentation"),
+        (MINIMAL + "\ttabbed: 1\n", 11, "a line is indented with a tab", "replace the tab with spaces"),
         (MINIMAL + "? [a, b]\n: 1\n", 11, "a key must be a plain word", ""),
         ("- a\n- b\n", None, "a recipe is a list of `key: value` lines", "see `ft recipes show"),
         ("", None, "a recipe is a list of `key: value` lines", ""),
@@ -204,12 +204,10 @@ def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
         (["model.build={unet: {}}"], "for method: scratch only"),
         (["model.path=null"], "model.path is missing"),
         (["optimizer.betas=[0.9]"], "two numbers"),
-        (["optimizer.betas=[0.9, 1.0]"], "lie in [0, 1)"),
         (["adapter.kind=loha", "adapter.dora=true"], "adapter.dora does not exist for LoHa, only for LoRA"),
         (["adapter.kind=oft", "adapter.alpha=2"], "adapter.alpha does not exist for OFT"),
         (["adapter.dora=true", "adapter.pissa=true"], "cannot be exported"),
         (["adapter.distill_every=5", "adapter.pissa=true"], "no base left to distill from"),
-        (["adapter.rank_pattern={to_q: 0}"], "above 0"),
         (["adapter.kind=lokr", "model.quantize=nf4"], "nf4 weights cannot be changed"),
         (["adapter.pissa=true", "model.quantize=int8"], "PiSSA changes the base's weights"),
         (["adapter.pissa=true", "adapter.init_lora=x.safetensors"], "takes ranks and alphas from its file"),
@@ -427,7 +425,8 @@ def test_gradient_checkpointing_is_of_every_block_or_every_nth(written: str, eve
 
 
 @pytest.mark.parametrize(
-    ("written", "said"), [("0", "at least 1"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")]
+    ("written", "said"),
+    [("0", "between 1 and 10,000"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")],
 )
 def test_gradient_checkpointing_of_nonsense_is_refused(written: str, said: str) -> None:
     assert said in str(refusal(added("train", f"gradient_checkpointing: {written}")))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets.ddpm import Net as Ddpm
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -20,12 +20,20 @@ SPEC = FamilySpec(
 @dataclass(frozen=True)
 class Net(Ddpm):
     refines = True
-    augmentation: float = number(
-        0.5, minimum=0, maximum=1
-    )  # most noise on small images in training; 1: nothing else is left
-    sampling_augmentation: float = number(
-        0.1, minimum=0, maximum=1
-    )  # noise on them in drawing: more forgives the first stage more
+    augmentation: float = field(
+        0.5,
+        "Training: largest noise on the small images (conditioning augmentation); at 1 nothing of them is left.",
+        effect="More tolerates errors of the stage before, and follows it less.",
+        minimum=0,
+        maximum=1,
+    )
+    sampling_augmentation: float = field(
+        0.1,
+        "Sampling: noise on the small images.",
+        effect="More hides errors of the stage before.",
+        minimum=0,
+        maximum=1,
+    )
 
     @property
     def loss(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import MAX_COUNT, field
 from finetune.config.nets.gan import Adversarial
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -21,12 +21,35 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
-    width: int = number(32, minimum=4)  # channels at full size; twice as many after each halving, eight times at most
-    halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
-    generator_norm: Literal["batch", "pixel", "none"] = "batch"  # pixel: by each pixel's own length (arXiv:1710.10196)
-    discriminator_norm: Literal["batch", "spectral", "none"] = (
-        "batch"  # spectral: no layer stretches more than once (arXiv:1802.05957)
+    width: int = field(
+        32,
+        "Channels at full size; doubled by each halving, at most 8 times the width.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=4,
+        maximum=8192,
     )
-    grow_steps: int = number(
-        0, minimum=0
-    )  # progressive growing: so many steps at a size, and as many to blend in the next; 0: full size at once
+    halvings: int = field(
+        3, "How many times the sides are halved, down to the size the generator starts from.", minimum=1, maximum=12
+    )
+    generator_norm: Literal["batch", "pixel", "none"] = field(
+        "batch",
+        "Normalization in the generator.",
+        choices={"batch": "batch normalization", "pixel": "each pixel's own norm (arXiv:1710.10196)", "none": "none"},
+    )
+    discriminator_norm: Literal["batch", "spectral", "none"] = field(
+        "batch",
+        "Normalization in the discriminator.",
+        choices={
+            "batch": "batch normalization",
+            "spectral": "spectral normalization: each layer is 1-Lipschitz (arXiv:1802.05957)",
+            "none": "none",
+        },
+    )
+    grow_steps: int = field(
+        0,
+        "Progressive growing: steps at each size, and as many to fade in the next; 0: full size from the start.",
+        unit="steps",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )

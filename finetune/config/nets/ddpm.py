@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from finetune.config.fields import field
 from finetune.config.nets.unet import UNet
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -28,10 +28,22 @@ class Net(UNet):
         "sample": "the image x₀",
         "v_prediction": "the velocity v",
     }
-    timesteps: int = number(1000, minimum=25)  # that noise is added in
-    schedule: Literal["linear", "cosine"] = "linear"  # of the noise; cosine destroys small images less early
-    prediction: Prediction = "epsilon"  # what the net says: the noise, the image, or v, which is a mixture of both
-    variance: Literal["large", "small"] = "large"  # of DDPM's steps: β, or the posterior's
+    timesteps: int = field(1000, "Number of noise levels.", unit="steps", minimum=25, maximum=100_000)
+    schedule: Literal["linear", "cosine"] = field(
+        "linear",
+        "Noise schedule.",
+        choices={"linear": "β rises linearly", "cosine": "destroys small images more slowly (arXiv:2102.09672)"},
+    )
+    prediction: Prediction = field(
+        "epsilon",
+        "What the network predicts.",
+        choices={"epsilon": "the noise ε", "sample": "the image x₀", "v_prediction": "v, a mixture of both"},
+    )
+    variance: Literal["large", "small"] = field(
+        "large",
+        "Variance of DDPM's reverse steps.",
+        choices={"large": "β", "small": "the posterior's variance"},
+    )
 
     @property
     def loss(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets.unet import UNet
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -20,12 +20,20 @@ SPEC = FamilySpec(
 @dataclass(frozen=True)
 class Net(UNet):
     sampler = "heun"
-    log_sigma_mean: float = number(-1.2)  # of ln σ in training
-    log_sigma_std: float = number(1.2, above=0)  # of ln σ in training
-    sigma_data: float = number(0.5, above=0)  # standard deviation of the pixels, which lie in [-1, 1]
-    sigma_min: float = number(0.002, above=0)  # σ of the last step but one in drawing
-    sigma_max: float = number(80.0, above=0)  # σ that drawing starts from
-    rho: float = number(7.0, above=0)  # larger steps more finely at low noise
+    log_sigma_mean: float = field(-1.2, "Mean of ln σ in training (P_mean).", minimum=-100.0, maximum=100.0)
+    log_sigma_std: float = field(1.2, "Standard deviation of ln σ in training (P_std).", above=0, maximum=100.0)
+    sigma_data: float = field(
+        0.5, "Standard deviation of the pixels, which lie in [-1, 1] (σ_data).", above=0, maximum=100.0
+    )
+    sigma_min: float = field(0.002, "Smallest σ of sampling above 0.", above=0, maximum=1000.0)
+    sigma_max: float = field(80.0, "Largest σ of sampling, where it starts.", above=0, maximum=1_000_000.0)
+    rho: float = field(
+        7.0,
+        "Exponent of the spacing of σ in sampling (ρ).",
+        effect="Larger puts more steps at low noise.",
+        above=0,
+        maximum=1000.0,
+    )
 
     @property
     def loss(self) -> str:

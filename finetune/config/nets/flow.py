@@ -5,29 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import field
 from finetune.config.nets import Section
-from finetune.config.yaml_reader import number
 
 
 @dataclass(frozen=True)
 class Flow(Section):
     """What the sections of all normalizing flows hold."""
 
-    scales: int = number(2, minimum=1)  # each further one halves the sides and lets half of the numbers go
-    steps: int = number(8, minimum=1)  # of the flow at each scale
-    width: int = number(64, minimum=4)  # channels of the nets inside the couplings
-    blocks: int = number(1, minimum=0)  # residual blocks of those nets
-    dropout: float = number(0.0, minimum=0, below=1)
-    coupling: Literal["affine", "mixture"] = (
-        "affine"  # what a coupling does to a number: scale and shift, or bend it by a mixture's cumulative
+    scales: int = field(
+        2, "Scales; each further one halves the sides and factors out half of the values.", minimum=1, maximum=100
     )
-    mixtures: int = number(8, minimum=1)  # of logistics a number, where couplings bend
-    dequantization: Literal["uniform", "variational"] = (
-        "uniform"  # noise that fills a level: even, or learned, which is dearer and tighter
+    steps: int = field(8, "Flow steps at each scale.", minimum=1, maximum=1000)
+    width: int = field(
+        64,
+        "Channels of the networks in the couplings.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=4,
+        maximum=8192,
     )
-    margin: float = number(
-        0.05, minimum=0, below=0.5
-    )  # pixels are put through a logit, this far from its ends; 0: they are not
+    blocks: int = field(1, "Residual blocks of the networks in the couplings.", minimum=0, maximum=1000)
+    dropout: float = field(0.0, "Dropout in the networks in the couplings.", minimum=0, below=1)
+    coupling: Literal["affine", "mixture"] = field(
+        "affine",
+        "What a coupling does to a value.",
+        choices={"affine": "scales and shifts it", "mixture": "applies the CDF of a mixture of logistics (Flow++)"},
+    )
+    mixtures: int = field(8, "Logistic components per value, with `coupling: mixture`.", minimum=1, maximum=1000)
+    dequantization: Literal["uniform", "variational"] = field(
+        "uniform",
+        "Noise that makes the levels continuous.",
+        choices={"uniform": "uniform within a level", "variational": "learned: a tighter bound, slower (Flow++)"},
+    )
+    margin: float = field(
+        0.05, "Margin of the logit that pixels pass through, at either end; 0: no logit.", minimum=0, below=0.5
+    )
 
     @property
     def loss(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets.unet import UNet
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -21,7 +21,13 @@ SPEC = FamilySpec(
 @dataclass(frozen=True)
 class Net(UNet):
     sampler = "euler"
-    shift: float = number(1.0, above=0)  # above 1 more noise is seen, in training and in drawing: for large images
+    shift: float = field(
+        1.0,
+        "Shift of the noise levels, in training and in sampling.",
+        effect="Above 1 sees noisier levels: for larger images.",
+        above=0,
+        maximum=1000.0,
+    )
 
     @property
     def loss(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets import Section
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -19,13 +19,20 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
-    width: int = number(96, minimum=4)
-    layers: int = number(4, minimum=1)
-    heads: int = number(4, minimum=1)  # they share the width evenly
-    dropout: float = number(0.1, minimum=0, below=1)
-    palette: int = number(
-        0, minimum=0, maximum=4096
-    )  # colors found in the data, one token a pixel; 0: a token a channel, and an exact likelihood
+    width: int = field(
+        96, "Embedding size.", unit="channels", effect="Wider is better and slower.", minimum=4, maximum=65_536
+    )
+    layers: int = field(4, "Transformer layers.", minimum=1, maximum=1000)
+    heads: int = field(4, "Attention heads; the width is divided evenly among them.", minimum=1, maximum=1024)
+    dropout: float = field(0.1, "Dropout.", minimum=0, below=1)
+    palette: int = field(
+        0,
+        "Colors of a palette computed from the data, with one token per pixel; 0: one token per channel, and an exact "
+        "likelihood.",
+        unit="colors",
+        minimum=0,
+        maximum=4096,
+    )
 
     @property
     def loss(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import field
 from finetune.config.nets.transformer import Stack
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -22,7 +22,9 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Stack):
-    distribution: Literal["categorical", "logistics"] = (
-        "logistics"  # a probability for each level of a gray, or mixtures of logistics
+    distribution: Literal["categorical", "logistics"] = field(
+        "logistics",
+        "Distribution of a pixel.",
+        choices={"categorical": "a probability for each level; grayscale only", "logistics": "a mixture of logistics"},
     )
-    mixtures: int = number(10, minimum=1)  # of logistics a pixel
+    mixtures: int = field(10, "Logistic components per pixel, with `distribution: logistics`.", minimum=1, maximum=1000)

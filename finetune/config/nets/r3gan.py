@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import field, replaced
 from finetune.config.nets.gan import Adversarial
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -21,9 +21,26 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
-    objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = "relativistic"
-    width: int = number(32, minimum=4)  # channels at full size; twice as many after each halving, eight times at most
-    halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
-    blocks: int = number(2, minimum=1)  # residual blocks at each size
-    expansion: int = number(2, minimum=1)  # channels inside a block, in multiples of those outside
-    group_width: int = number(16, minimum=1)  # channels that the middle convolution of a block takes together, at most
+    objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = replaced(
+        Adversarial, "objective", "relativistic"
+    )
+    width: int = field(
+        32,
+        "Channels at full size; doubled by each halving, at most 8 times the width.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=4,
+        maximum=8192,
+    )
+    halvings: int = field(
+        3, "How many times the sides are halved, down to the size the generator starts from.", minimum=1, maximum=12
+    )
+    blocks: int = field(2, "Residual blocks at each size.", minimum=1, maximum=1000)
+    expansion: int = field(2, "Channels inside a block, as a multiple of those outside.", minimum=1, maximum=100)
+    group_width: int = field(
+        16,
+        "Largest number of channels in a group of a block's grouped convolution.",
+        unit="channels",
+        minimum=1,
+        maximum=8192,
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import field, replaced
 from finetune.config.nets.gan import Adversarial
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -21,25 +21,53 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
-    minibatch: Literal["none", "stddev", "discrimination"] = "stddev"
-    width: int = number(32, minimum=4)  # channels at full size; twice as many after each halving, eight times at most
-    halvings: int = number(3, minimum=1)  # times that the sides are halved, down to where the generator begins
-    style_dim: int = number(64, minimum=1)  # numbers of a style, which every layer is modulated by
-    mapping_layers: int = number(4, minimum=1)  # layers that make a latent a style; the paper has 8
-    style_mixing: float = number(
-        0.9, minimum=0, maximum=1
-    )  # share of images made by two styles, one for the coarse layers, one for the fine
-    path_length: float = number(
-        2.0, minimum=0
-    )  # weight of the penalty that makes equal steps in style equal steps in the image; 0: none
-    path_every: int = number(4, minimum=1)  # it is taken each so many steps of the generator, and then counts as often
-    alias_free: bool = (
-        False  # StyleGAN3's layers: what moves, moves as a whole and does not stick to the pixels; several times dearer
+    minibatch: Literal["none", "stddev", "discrimination"] = replaced(Adversarial, "minibatch", "stddev")
+    width: int = field(
+        32,
+        "Channels at full size; doubled by each halving, at most 8 times the width.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=4,
+        maximum=8192,
     )
-    margin: int = number(6, minimum=1)  # alias-free: places around each map, in which borders do not show
+    halvings: int = field(
+        3, "How many times the sides are halved, down to the size the generator starts from.", minimum=1, maximum=12
+    )
+    style_dim: int = field(64, "Size of the style vector w, which modulates every layer.", minimum=1, maximum=65_536)
+    mapping_layers: int = field(4, "Layers of the mapping network; the paper has 8.", minimum=1, maximum=100)
+    style_mixing: float = field(
+        0.9,
+        "Share of images generated from two styles: one for the coarse layers, one for the fine.",
+        minimum=0,
+        maximum=1,
+    )
+    path_length: float = field(
+        2.0,
+        "Weight of path length regularization; 0: off.",
+        effect="Equal steps in style become equal steps in the image.",
+        minimum=0,
+        maximum=1_000_000.0,
+    )
+    path_every: int = field(
+        4,
+        "Path length regularization is computed every n-th generator step and multiplied by n.",
+        unit="steps",
+        minimum=1,
+        maximum=10_000,
+    )
+    alias_free: bool = field(
+        False,
+        "StyleGAN3's alias-free layers.",
+        effect="Details move with objects instead of sticking to pixels; several times slower.",
+    )
+    margin: int = field(
+        6, "Alias-free layers: pixels of margin around each feature map.", unit="pixels", minimum=1, maximum=1000
+    )
 
     @property
     def loss(self) -> str:
         return super().loss + (
-            f"; generator + {self.path_length:g} × path length each {self.path_every} steps" if self.path_length else ""
+            f"; generator + {self.path_length:g} × path length every {self.path_every} steps"
+            if self.path_length
+            else ""
         )

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets import Section
-from finetune.config.yaml_reader import number
 
 
 @dataclass(frozen=True)
 class Stack(Section):
     """What the sections of PixelCNN++ and of its kin over codes hold."""
 
-    width: int = number(48, minimum=4)  # channels
-    blocks: int = number(6, minimum=1)  # gated blocks on the way down, and as many on the way up
-    dilation: int = number(
-        1, minimum=1
-    )  # every second block reads so many pixels apart: larger sees farther at the same cost
-    dropout: float = number(0.1, minimum=0, below=1)
+    width: int = field(48, "Channels.", unit="channels", effect="Wider is better and slower.", minimum=4, maximum=8192)
+    blocks: int = field(6, "Gated residual blocks on the way down, and as many on the way up.", minimum=1, maximum=1000)
+    dilation: int = field(
+        1,
+        "Dilation of every second block's convolution.",
+        effect="Larger sees farther at the same cost.",
+        minimum=1,
+        maximum=1000,
+    )
+    dropout: float = field(0.1, "Dropout in the residual blocks.", minimum=0, below=1)
 
     @property
     def loss(self) -> str:

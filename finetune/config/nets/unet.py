@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets import Section
 from finetune.config.samplers import SAMPLERS
-from finetune.config.yaml_reader import number
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,26 @@ class UNet(Section):
     """What the sections of all diffusion families in pixel space hold."""
 
     samplers = tuple(name for name, sampler in SAMPLERS.items() if sampler.scratch)
-    width: int = number(64, minimum=8)  # channels at the full size; a multiple of 4
-    channel_multipliers: tuple[int, ...] = (
+    width: int = field(
+        64,
+        "Channels at full size; a multiple of 4.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=8,
+        maximum=8192,
+    )
+    channel_multipliers: tuple[int, ...] = field(
+        (1, 2, 2),
+        "Channels at each size, as multiples of the width; the sides are halved from one size to the next.",
+        minimum=1,
+        maximum=1000,
+    )
+    blocks: int = field(1, "Residual blocks at each size.", minimum=1, maximum=1000)
+    attention_levels: int = field(
         1,
-        2,
-        2,
-    )  # channels at each size, in widths; from one size to the next the sides are halved
-    blocks: int = number(1, minimum=1)  # residual blocks at each size
-    attention_levels: int = number(
-        1, minimum=0
-    )  # at so many sizes, the smallest first, every place also looks at all others
-    dropout: float = number(0.0, minimum=0, below=1)
+        "Number of sizes with self-attention, the smallest first.",
+        effect="More see the whole image, and cost more.",
+        minimum=0,
+        maximum=100,
+    )
+    dropout: float = field(0.0, "Dropout in the residual blocks.", minimum=0, below=1)

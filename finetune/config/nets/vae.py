@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.fields import field
 from finetune.config.nets import Section
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -22,17 +22,37 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
-    latent: int = number(32, minimum=1)  # numbers that an image is put into
-    width: int = number(64, minimum=4)  # channels; twice as many from the first halving on
-    halvings: int = number(2, minimum=1)  # times that the sides are halved before the latent is read off
-    blocks: int = number(1, minimum=1)  # residual blocks at each size
-    dropout: float = number(0.0, minimum=0, below=1)
-    beta: float = number(1.0, minimum=0)  # weight of the KL: 1 is the bound on log p(x), more disentangles and blurs
-    particles: int = number(1, minimum=1)  # latents an image in training: more than 1 is the importance-weighted bound
-    distribution: Literal["categorical", "logistics"] = (
-        "logistics"  # p(x|z): free for each level, or mixtures of logistics
+    latent: int = field(32, "Size of the latent vector.", minimum=1, maximum=65_536)
+    width: int = field(
+        64,
+        "Channels at full size; doubled from the first halving on.",
+        unit="channels",
+        effect="Wider is better and slower.",
+        minimum=4,
+        maximum=8192,
     )
-    mixtures: int = number(5, minimum=1)  # of logistics a pixel
+    halvings: int = field(2, "How many times the sides are halved before the latent.", minimum=1, maximum=12)
+    blocks: int = field(1, "Residual blocks at each size.", minimum=1, maximum=1000)
+    dropout: float = field(0.0, "Dropout in the residual blocks.", minimum=0, below=1)
+    beta: float = field(
+        1.0,
+        "Weight of the KL divergence; 1 gives the ELBO, a bound on log p(x).",
+        effect="Higher disentangles and blurs.",
+        minimum=0,
+        maximum=1_000_000.0,
+    )
+    particles: int = field(
+        1,
+        "Latent samples per image in training; more than 1 gives the importance-weighted bound (arXiv:1509.00519).",
+        minimum=1,
+        maximum=10_000,
+    )
+    distribution: Literal["categorical", "logistics"] = field(
+        "logistics",
+        "Distribution of a pixel given the latent, p(x|z).",
+        choices={"categorical": "a probability for each level", "logistics": "a mixture of logistics"},
+    )
+    mixtures: int = field(5, "Logistic components per pixel, with `distribution: logistics`.", minimum=1, maximum=1000)
 
     @property
     def loss(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from finetune.config.fields import field
 from finetune.config.nets.transformer import Stack
-from finetune.config.yaml_reader import number
 from finetune.models.spec import FamilySpec
 
 SPEC = FamilySpec(
@@ -21,7 +21,7 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Stack):
-    embedding_dim: int = number(16, minimum=1)  # numbers that a code is read as
+    embedding_dim: int = field(16, "Size of a code's embedding.", minimum=1, maximum=65_536)
 
     @property
     def loss(self) -> str:

@@ -19,7 +19,7 @@ from finetune.errors import UserError
 from finetune.models.scratch.base import of_config
 
 # Every key of version 0.1 (commit 2aad7ad) with its default, by section; `net` by family.
-KEYS = json.loads((Path(__file__).parent / "helpers" / "keys_0_1.json").read_text())
+KEYS = json.loads((Path(__file__).parent.parent / "helpers" / "keys_0_1.json").read_text())
 SECTIONS = {
     "model": schema.Model,
     "data": schema.Data,
