@@ -39,7 +39,13 @@ from finetune.config.nets.gan import Adversarial as Section
 from finetune.job import prepare
 from finetune.models.base import SampleRequest
 from finetune.models.scratch.base import PixelModel, Space, open_model
-from finetune.models.scratch.gan.base import Critic, CriticTurn, Generator, GeneratorTurn, Reader
+from finetune.models.scratch.gan.base import (
+    Discriminator,
+    DiscriminatorBody,
+    DiscriminatorStep,
+    Generator,
+    GeneratorStep,
+)
 from finetune.rng import Draw, mix
 from finetune.training.optimizers import Ema
 from tools.archive import bundled
@@ -122,7 +128,7 @@ class PointGenerator(Generator):
 
 
 @final
-class PointReader(Reader):
+class PointReader(DiscriminatorBody):
     def __init__(self) -> None:
         super().__init__()
         self.layers = layers(2, None)
@@ -137,10 +143,10 @@ def play(section: Section, centres: Tensor, deviation: float, seed: int) -> dict
     torch.manual_seed(seed)
     space = cast(Space, Plane())
     generator = PointGenerator(section.latent)
-    critic = Critic(space, section, PointReader(), WIDTH, lambda channels: (nn.Flatten(), channels))
+    discriminator = Discriminator(space, section, PointReader(), WIDTH, lambda channels: (nn.Flatten(), channels))
     train_steps = (
-        CriticTurn(critic, generator, space, section),
-        GeneratorTurn(generator, critic, space, section, None),
+        DiscriminatorStep(discriminator, generator, space, section),
+        GeneratorStep(generator, discriminator, space, section, None),
     )
     optimizers = [
         torch.optim.Adam(train_step.parameters(), lr=RATE, betas=(0.0, 0.99), fused=True) for train_step in train_steps
@@ -329,7 +335,7 @@ def drawn(model: PixelModel, count: int) -> Tensor:
     found = []
     for start in range(0, count, 500):
         seeds = tuple(range(start, min(count, start + 500)))
-        found.append(model.draw(None, Draw(0, "modes", seeds), SampleRequest(("",) * len(seeds), seeds, 1, 1.0)))
+        found.append(model.generate(None, Draw(0, "modes", seeds), SampleRequest(("",) * len(seeds), seeds, 1, 1.0)))
     return torch.cat(found)
 
 

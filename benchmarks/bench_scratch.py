@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.models.base import SampleRequest
-from finetune.models.scratch.base import PixelModel, Space, of_config
+from finetune.models.scratch.base import PixelModel, Space, model_from_config
 from finetune.models.scratch.flows.bijections import Chain
 from finetune.rng import Draw
 
@@ -36,7 +36,7 @@ Contender = Callable[[], float]  # → seconds
 
 def model_of(family: str, **keys: Any) -> Any:
     torch.manual_seed(0)
-    return of_config({"family": family, "space": dataclasses.asdict(SPACE), "net": keys})
+    return model_from_config({"family": family, "space": dataclasses.asdict(SPACE), "net": keys})
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -75,7 +75,7 @@ def drawing(model: PixelModel, count: int) -> Contender:
 
     @torch.no_grad()
     def draw() -> float:
-        return seconds(lambda: model.draw(None, Draw(0, "sample", range(count)), REQUEST))
+        return seconds(lambda: model.generate(None, Draw(0, "sample", range(count)), REQUEST))
 
     return draw
 
@@ -175,7 +175,7 @@ def ddpm(count: int = 8) -> dict[str, tuple[Contender, Contender]]:
         values = torch.randn(scaled.shape)
         for timestep in drawing_.timesteps:
             values = drawing_.step(unet(values, timestep).sample, timestep, values).prev_sample
-        SPACE.images(SPACE.quantised(values.clamp(-1, 1)))
+        SPACE.images(SPACE.quantized(values.clamp(-1, 1)))
 
     def reference() -> float:
         unet.eval()

@@ -45,7 +45,7 @@ class CollapseMonitor:
         Returns:
             The values for `metrics.jsonl`, and a warning or "".
         """
-        audit = self._model.seen()
+        audit = self._model.training_audit()
         records = evenly_spaced(audit.training, min(IMAGES, len(audit.training)))
         if self._real is None:
             self._real = self._extractor.features(as_generated(records, audit.background, self._model.space))

@@ -62,7 +62,7 @@ def fixed_loss(job: Job) -> float:
             return float(job.model.train_steps()[0].loss(batch, draw).mean())
         model = job.model
         assert isinstance(model, PixelModel)
-        made = model.draw(
+        made = model.generate(
             batch["class"], Draw(99, "sample", range(12)), SampleRequest(("",) * 12, tuple(range(12)), 1, 1.0)
         )
         return energy(*(model.space.scaled(levels).flatten(1) for levels in (batch["pixels"], made)))
@@ -102,7 +102,7 @@ def pixel_model(name: str) -> PixelModel:
 def drawn(model: PixelModel, seeds: tuple[int, ...] = SEEDS) -> Tensor:
     request = SampleRequest(("0",) * len(seeds), seeds, steps=2, guidance=1.0)
     with torch.no_grad():
-        return model.draw(torch.zeros(len(seeds), dtype=torch.long), Draw(0, "sample", seeds), request)
+        return model.generate(torch.zeros(len(seeds), dtype=torch.long), Draw(0, "sample", seeds), request)
 
 
 def weights(folder: Path, step: int) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ def test_levels_and_images_are_inverse() -> None:
         some = torch.randint(levels, (5, 3, 2, 3), dtype=torch.uint8)
         pixels = torch.stack([torch.from_numpy(numpy.array(image)).permute(2, 0, 1) for image in space.images(some)])
         assert torch.equal(torch.stack([space.levels_of(one.float() / 127.5 - 1) for one in pixels]), some)
-        assert torch.equal(space.quantised(space.scaled(some)), some)
+        assert torch.equal(space.quantized(space.scaled(some)), some)
 
 
 @pytest.mark.parametrize(

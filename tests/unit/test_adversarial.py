@@ -18,13 +18,13 @@ from benchmarks import bench_modes
 from finetune.config.nets.dcgan import Net
 from finetune.config.nets.r3gan import Net as R3Net
 from finetune.errors import UserError
-from finetune.models.objectives.gan_losses import OBJECTIVES, flatness, unit_slope
+from finetune.models.objectives.gan_losses import ADVERSARIAL_LOSSES, one_centered_penalty, zero_centered_penalty
 from finetune.models.scratch.base import Space
 from finetune.models.scratch.gan import dcgan, r3gan
 from finetune.models.scratch.gan.ada import HIGHEST, Augmentation
-from finetune.models.scratch.gan.base import CriticTurn, GeneratorTurn
+from finetune.models.scratch.gan.base import DiscriminatorStep, GeneratorStep
 from finetune.models.scratch.gan.dcgan import Dcgan, Growth
-from finetune.models.scratch.gan.minibatch_stats import Discrimination, stddev
+from finetune.models.scratch.gan.minibatch_stats import MinibatchDiscrimination, stddev
 from finetune.rng import Draw
 from tests.helpers import scratch, tiny
 
@@ -45,27 +45,27 @@ def some_batch(count: int = 4) -> dict[str, Tensor]:
     }
 
 
-def train_steps(model: Dcgan) -> tuple[CriticTurn, GeneratorTurn]:
-    critic, generator = model.train_steps()
-    assert isinstance(critic, CriticTurn) and isinstance(generator, GeneratorTurn)
-    return critic, generator
+def train_steps(model: Dcgan) -> tuple[DiscriminatorStep, GeneratorStep]:
+    discriminator, generator = model.train_steps()
+    assert isinstance(discriminator, DiscriminatorStep) and isinstance(generator, GeneratorStep)
+    return discriminator, generator
 
 
 def test_losses_are_the_papers_and_stay_finite() -> None:
     true, made = torch.linspace(-9, 9, 7, dtype=torch.float64), torch.linspace(5, -7, 7, dtype=torch.float64)
-    logistic, relativistic = OBJECTIVES["logistic"], OBJECTIVES["relativistic"]
-    torch.testing.assert_close(logistic.critic(true, made), -true.sigmoid().log() - (1 - made.sigmoid()).log())
+    logistic, relativistic = ADVERSARIAL_LOSSES["logistic"], ADVERSARIAL_LOSSES["relativistic"]
+    torch.testing.assert_close(logistic.discriminator(true, made), -true.sigmoid().log() - (1 - made.sigmoid()).log())
     torch.testing.assert_close(logistic.generator(true, made), -made.sigmoid().log())
-    torch.testing.assert_close(relativistic.critic(true, made), -(true - made).sigmoid().log())
+    torch.testing.assert_close(relativistic.discriminator(true, made), -(true - made).sigmoid().log())
     torch.testing.assert_close(relativistic.generator(true, made), -(made - true).sigmoid().log())
     torch.testing.assert_close(
-        OBJECTIVES["hinge"].critic(true, made), (1 - true).clamp(min=0) + (1 + made).clamp(min=0)
+        ADVERSARIAL_LOSSES["hinge"].discriminator(true, made), (1 - true).clamp(min=0) + (1 + made).clamp(min=0)
     )
-    torch.testing.assert_close(OBJECTIVES["wasserstein"].critic(true, made), made - true)
-    for objective in OBJECTIVES.values():
+    torch.testing.assert_close(ADVERSARIAL_LOSSES["wasserstein"].discriminator(true, made), made - true)
+    for objective in ADVERSARIAL_LOSSES.values():
         for logit in (-200.0, 200.0):
             of_true, of_made = (torch.full((1,), sign * logit, requires_grad=True) for sign in (1, -1))
-            for loss in (objective.critic(of_true, of_made), objective.generator(of_true, of_made)):
+            for loss in (objective.discriminator(of_true, of_made), objective.generator(of_true, of_made)):
                 gradients = torch.autograd.grad(loss.sum(), (of_true, of_made), allow_unused=True)
                 assert loss.isfinite().all() and all(g is None or g.isfinite().all() for g in gradients)
     lost = torch.tensor([-20.0], requires_grad=True)  # where log(1 − σ) would give 2e-9
@@ -77,12 +77,12 @@ def test_penalties_of_a_linear_critic() -> None:
     weight *= 1.337 / weight.norm()
     images = torch.randn(4, 3, 5, 7, dtype=torch.float64, requires_grad=True)
     logits = (images * weight).flatten(1).sum(1)
-    assert unit_slope(logits, images).tolist() == pytest.approx([0.337**2] * 4)
-    assert flatness(logits, images).tolist() == pytest.approx([1.337**2 / 2] * 4)
+    assert one_centered_penalty(logits, images).tolist() == pytest.approx([0.337**2] * 4)
+    assert zero_centered_penalty(logits, images).tolist() == pytest.approx([1.337**2 / 2] * 4)
     dead = nn.Linear(2, 1)
     nn.init.zeros_(dead.weight)
     places = torch.zeros(3, 2, requires_grad=True)
-    unit_slope(dead(places).squeeze(1), places).sum().backward()
+    one_centered_penalty(dead(places).squeeze(1), places).sum().backward()
     assert dead.weight.grad is not None and dead.weight.grad.isfinite().all(), (
         "a slope of 0 has no direction, and no NaN"
     )
@@ -95,7 +95,7 @@ def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: floa
     )
     batch = some_batch()
 
-    def loss(train_step: CriticTurn, step: int) -> Tensor:
+    def loss(train_step: DiscriminatorStep, step: int) -> Tensor:
         return train_step.loss(batch, Draw(0, step, range(4))).detach()
 
     once = loss(each, 0) - loss(plain, 0)
@@ -106,8 +106,8 @@ def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: floa
 
 def test_each_turn_trains_its_own_net() -> None:
     model = make(objective="relativistic", r1=1.0, r2=1.0, ada_target=0.6)
-    critic, generator = train_steps(model)
-    for train_step, still in ((critic, model.net), (generator, model.critic)):
+    discriminator, generator = train_steps(model)
+    for train_step, still in ((discriminator, model.net), (generator, model.discriminator)):
         before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
         train_step.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
         assert all(parameter.grad is None for parameter in still.parameters())
@@ -129,7 +129,7 @@ def test_stddev_of_a_known_batch() -> None:
 
 
 def test_discrimination_against_a_loop() -> None:
-    layer, features = Discrimination(6, kernels=3, width=2), torch.randn(5, 6)
+    layer, features = MinibatchDiscrimination(6, kernels=3, width=2), torch.randn(5, 6)
     rows = [torch.stack([features[n] @ layer.tensor[:, kernel] for kernel in range(3)]) for n in range(5)]
     found = layer(features)[:, 6:]
     for n in range(5):
@@ -143,8 +143,8 @@ def test_spectral_norm_stretches_nothing_more_than_once() -> None:
     train_step = train_steps(model)[0]
     for step in range(30):
         train_step.loss(some_batch(), Draw(0, step, range(4)))
-    model.critic.eval()
-    layers = [module for module in model.critic.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    model.discriminator.eval()
+    layers = [module for module in model.discriminator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     largest = [torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers]
     assert len(layers) == 4 and largest == pytest.approx([1.0] * 4, abs=0.02)
 
@@ -153,28 +153,32 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     model, batch, draw = make(unroll=2, unroll_lr=0.5), some_batch(), Draw(0, 0, range(4))
     train_step = train_steps(model)[1]
     with torch.no_grad():
-        for parameter in model.critic.parameters():
+        for parameter in model.discriminator.parameters():
             parameter.mul_(1.7)  # as they begin, a step hardly moves it
-    objective, true = OBJECTIVES["logistic"], SPACE.scaled(batch["pixels"])
+    objective, true = ADVERSARIAL_LOSSES["logistic"], SPACE.scaled(batch["pixels"])
     made = model.net(draw.apart("generator").normal("latent", (4,)), None, draw).detach()
-    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.critic.named_parameters()}
+    weights = {
+        name: parameter.detach().clone().requires_grad_() for name, parameter in model.discriminator.named_parameters()
+    }
     for _ in range(2):
-        of_true, of_made = (functional_call(model.critic, weights, (images, None, draw)) for images in (true, made))
-        gradients = torch.autograd.grad(objective.critic(of_true, of_made).mean(), list(weights.values()))
+        of_true, of_made = (
+            functional_call(model.discriminator, weights, (images, None, draw)) for images in (true, made)
+        )
+        gradients = torch.autograd.grad(objective.discriminator(of_true, of_made).mean(), list(weights.values()))
         weights = {
             name: (weight - 0.5 * slope).detach().requires_grad_()
             for (name, weight), slope in zip(weights.items(), gradients, strict=True)
         }
-    judged = functional_call(model.critic, weights, (made, None, draw))
-    before = {name: tensor.clone() for name, tensor in model.critic.state_dict().items()}
+    judged = functional_call(model.discriminator, weights, (made, None, draw))
+    before = {name: tensor.clone() for name, tensor in model.discriminator.state_dict().items()}
     loss = train_step.loss(batch, draw)
     torch.testing.assert_close(loss, objective.generator(judged, judged))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.critic.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.discriminator.state_dict().items())
 
     weight = model.net.get_parameter("begin.weight")
     (gradient,) = torch.autograd.grad(loss.mean(), weight)
     again = model.net(draw.apart("generator").normal("latent", (4,)), None, draw)
-    as_it_is = objective.generator(judged, functional_call(model.critic, weights, (again, None, draw))).mean()
+    as_it_is = objective.generator(judged, functional_call(model.discriminator, weights, (again, None, draw))).mean()
     (at_once,) = torch.autograd.grad(as_it_is, weight)
     step = 0.01 * gradient / gradient.norm()
     ends = []
@@ -192,7 +196,7 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
 def test_growing_begins_where_the_smaller_size_was() -> None:
     assert [Growth(10, 2).at(step) for step in (0, 9, 10, 15, 20, 29, 35, 40, 999)] == [0, 0, 0, 0.5, 1, 1, 1.5, 2, 2]
     model = make(grow_steps=10, generator_norm="pixel")
-    generator, reader = model.net, model.critic.reader
+    generator, reader = model.net, model.discriminator.reader
     latent, images = torch.randn(3, 4), torch.randn(3, *SPACE.shape)
     drawn = {step: generator(latent, None, Draw(0, step, range(3))) for step in (0, 10, 11, 20, 40)}
     assert torch.equal(drawn[10], drawn[0]) and not torch.equal(drawn[11], drawn[0])
@@ -219,7 +223,7 @@ def test_r3gan_begins_at_the_scale_of_images() -> None:
     draw = Draw(0, 0, range(32))
     with torch.no_grad():
         made = model.net(draw.normal("latent", (64,)), None, draw)
-        logits = model.critic(draw.normal("color", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
+        logits = model.discriminator(draw.normal("color", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
     assert 0.4 < made.std() < 2 and 0.4 < logits.std() < 2, "it has no norm that would mend a start at nothing"
 
 

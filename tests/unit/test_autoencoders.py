@@ -15,7 +15,7 @@ from finetune.models.scratch.base import Space
 from finetune.models.scratch.vae import vae
 from finetune.models.scratch.vae.vae import gaussian_kl, log_normal
 from finetune.models.scratch.vq import vqvae
-from finetune.models.scratch.vq.vqvae import Quantiser, perplexity
+from finetune.models.scratch.vq.vqvae import Quantizer, perplexity
 from finetune.rng import Draw
 
 SPACE = Space(1, 4, 4, 5)
@@ -46,7 +46,7 @@ def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
     with torch.no_grad():
         parameters = model.net.decode(z[:, None], None)
         given = torch.stack(
-            [model._observation.log_prob(parameters, one.expand(801, -1, -1, -1)).flatten(1).sum(1) for one in levels]
+            [model._distribution.log_prob(parameters, one.expand(801, -1, -1, -1)).flatten(1).sum(1) for one in levels]
         )
     exact = (given + log_normal(z)).double().logsumexp(1) + math.log(16 / 800)
     bounds = []
@@ -73,7 +73,7 @@ def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
     torch.testing.assert_close(losses[3.0] - losses[0.0], 3 * kl.sum(1), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         latent = mean + (0.5 * logvar).exp() * draw.normal("posterior", (1, 4))[:, 0]
-        pixels = model._observation.log_prob(model.net.decode(latent, None), levels)
+        pixels = model._distribution.log_prob(model.net.decode(latent, None), levels)
         torch.testing.assert_close(losses[0.0], -pixels.flatten(1).sum(1))
         alone = train_step.loss({"pixels": levels[2:]}, Draw(0, 0, [2]))
     torch.testing.assert_close(alone[0], losses[3.0][2])
@@ -101,7 +101,7 @@ def test_images_from_latents() -> None:
 
 def test_the_straight_through_gradient_is_the_identity() -> None:
     torch.manual_seed(0)
-    quantiser = Quantiser(7, 3, 100)
+    quantiser = Quantizer(7, 3, 100)
     latent, seen = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
     vectors, to_book, to_latent = quantiser(latent)
     assert torch.equal(vectors, quantiser.vectors(quantiser.indices(latent)))
@@ -119,7 +119,7 @@ def test_beta_is_on_the_encoders_side() -> None:
     found = {}
     for beta in (0.25, 1.0):
         torch.manual_seed(0)
-        quantiser = Quantiser(5, 2, 100)
+        quantiser = Quantizer(5, 2, 100)
         latent = torch.randn(1, 2, 3, 3, requires_grad=True)
         _, to_book, to_latent = quantiser(latent)
         found[beta] = torch.autograd.grad((to_book + beta * to_latent).sum(), (latent, quantiser.book))
@@ -132,7 +132,7 @@ def test_beta_is_on_the_encoders_side() -> None:
     levels = some_levels(2)
     model.net.eval()
     parameters, to_book, to_latent = model.net(levels)
-    expected = -model._observation.log_prob(parameters, levels).flatten(1).sum(1) + to_book + 0.25 * to_latent
+    expected = -model._distribution.log_prob(parameters, levels).flatten(1).sum(1) + to_book + 0.25 * to_latent
     torch.testing.assert_close(model.train_steps()[0].loss({"pixels": levels}, Draw(0, 0, range(2))), expected)
 
 
@@ -142,7 +142,7 @@ def test_perplexity_counts_the_codes_in_use() -> None:
 
 
 def test_dead_codes_come_back_where_one_is_missed() -> None:
-    quantiser = Quantiser(4, 2, 3)
+    quantiser = Quantizer(4, 2, 3)
     with torch.no_grad():
         quantiser.book.copy_(torch.tensor([[0.0, 0], [50, 50], [60, 60], [70, 70]]))
     latent = torch.tensor([[0.1, 0.0], [0.0, 0.2], [8.0, 8.0], [9.0, -9.0]]).T.view(1, 2, 4, 1)

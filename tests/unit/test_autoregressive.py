@@ -111,7 +111,7 @@ def test_the_probabilities_of_all_images_add_up_to_one_and_are_those_of_what_is_
     probabilities = (-model.nats({"pixels": every}, Draw(0, 0, range(81)))).double().exp()
     assert float(probabilities.sum()) == pytest.approx(1, abs=1e-5)
     with torch.no_grad():
-        drawn = model.draw(None, Draw(0, "sample", range(8000)), REQUEST).flatten(1).long()
+        drawn = model.generate(None, Draw(0, "sample", range(8000)), REQUEST).flatten(1).long()
     _chi_squared((drawn * torch.tensor([27, 9, 3, 1])).sum(1), probabilities)
 
 
@@ -123,7 +123,7 @@ def test_images_drawn_with_caches_are_those_without(name: str, classes: tuple[st
     which = torch.tensor([0, 1, 2]) if classes else None
     draw = Draw(0, "sample", range(3))
     with torch.no_grad():
-        assert torch.equal(model.draw(which, draw, REQUEST), model.draw_uncached(which, draw))
+        assert torch.equal(model.generate(which, draw, REQUEST), model.generate_uncached(which, draw))
 
 
 def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None:

@@ -55,12 +55,12 @@ def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
     assert isinstance(model, PixelModel)
     images, asked = model.examples(12)["pixels"], 0
 
-    def draw(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         nonlocal asked
         how, asked = drawn[asked // LOOKED_AT], asked + len(draw.places)
         return images[[place % 12 if how == "healthy" else 0 for place in draw.places]]
 
-    model.draw = draw  # type: ignore[method-assign]
+    model.generate = generate  # type: ignore[method-assign]
     job.trainer.observe = None
     return job
 

@@ -21,7 +21,7 @@ from finetune.errors import UserError
 from finetune.inference.sample import sample
 from finetune.models.base import SampleRequest
 from finetune.models.objectives import ode_likelihood
-from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.objectives.noise_paths import VariancePreserving
 from finetune.models.objectives.samplers import SAMPLERS, posterior
 from finetune.models.scratch.base import Space
 from finetune.models.scratch.diffusion import edm, flow_matching
@@ -75,7 +75,7 @@ def test_a_normal_distribution_cut_into_levels_adds_up_to_one(levels: int) -> No
 class OracleNet(torch.nn.Module):
     """Says ε of Gaussian data of mean 0.1 and deviation 0.2, in place of a trained net."""
 
-    def __init__(self, path: Preserving) -> None:
+    def __init__(self, path: VariancePreserving) -> None:
         super().__init__()
         self._levels = [path.level(step) for step in range(len(path))]
 
@@ -114,7 +114,7 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
         open_ = 0.04 * now.sigma**2 / (now.alpha**2 * 0.04 + now.sigma**2)  # Var(x_0 | x)
         true = between.small + between.clean**2 * open_ if step else open_
         expected += lost(true, getattr(between, variance) if step else between.small)
-    images = space.quantised(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
+    images = space.quantized(0.1 + 0.2 * torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
     whole, sampled = (model.nats({"pixels": images}, draw, particles) for particles in (steps - 1, 4))
     assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
     assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.05)
@@ -141,10 +141,10 @@ def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPat
     assert [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)] == pytest.approx([2, 2], abs=0.1)
     for family, keys in ((edm, EdmNet), (flow_matching, FlowNet)):
         model = family.create(Space(1, 4, 4, 17), keys(width=8, channel_multipliers=(1,)))
-        for at in (0.001, 0.4, model.most()):
+        for at in (0.001, 0.4, model.max_angle()):
             level = model.at_angle(at)
             assert math.atan2(level.sigma, level.alpha) == pytest.approx(at)
-        assert model.at_angle(model.most()).sigma == pytest.approx(model.path.spread)
+        assert model.at_angle(model.max_angle()).sigma == pytest.approx(model.path.initial_std)
 
 
 class SilentNet(torch.nn.Module):
@@ -171,21 +171,21 @@ def test_a_flows_bits_are_those_of_a_histogram() -> None:
 
 def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("latent-diffusion", tmp_path / "run")).model
-    read = model.canvas.read(model.examples(99)["pixels"])
+    read = model.canvas.encode(model.examples(99)["pixels"])
     assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(
         read.std((0, 2, 3)), torch.ones(read.shape[1]), atol=1e-4
     )
-    assert torch.equal(model.canvas.within(1e3 * read), 1e3 * read)
+    assert torch.equal(model.canvas.clamp(1e3 * read), 1e3 * read)
     pixels = model.space.scaled(model.examples(4)["pixels"])
     expected = model.net.first.vae.decode(model.net.first.vae.encode(pixels).latent_dist.mode()).sample
-    found = model.canvas.write(model.canvas.read(model.examples(4)["pixels"]))
-    assert (found.int() - model.space.quantised(expected).int()).abs().max() <= 1
+    found = model.canvas.decode(model.canvas.encode(model.examples(4)["pixels"]))
+    assert (found.int() - model.space.quantized(expected).int()).abs().max() <= 1
 
 
 def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("cascade", tmp_path / "run")).model
     condition, levels, draw = model._condition, model.examples(4)["pixels"], Draw(0, 7, range(4))
-    beside = condition.of_images(levels, draw)
+    beside = condition.for_training(levels, draw)
     share = 0.5 * draw.uniform("augmentation")
     assert torch.equal(beside[:, 1], share.view(-1, 1, 1).expand(-1, 8, 8))
     small = torch.nn.functional.avg_pool2d(model.space.scaled(levels), 2)
@@ -197,8 +197,8 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
         torch.nn.functional.interpolate(noise, size=(8, 8), mode="bilinear"),
     )
     request = SampleRequest((), (), 3, 1.0)
-    first = model.first.draw(torch.zeros(2, dtype=torch.long), Draw(0, "low", (5, 6)), request)
-    told = condition.drawn(torch.zeros(2, dtype=torch.long), Draw(0, "sample", (5, 6)), request)
+    first = model.first.generate(torch.zeros(2, dtype=torch.long), Draw(0, "low", (5, 6)), request)
+    told = condition.for_sampling(torch.zeros(2, dtype=torch.long), Draw(0, "sample", (5, 6)), request)
     noise = Draw(0, "sample", (5, 6)).normal("augmentation noise", (1, 4, 4))
     torch.testing.assert_close(told, condition.beside(model.space.scaled(first), torch.full((2,), 0.1), noise))
 

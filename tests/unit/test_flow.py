@@ -19,10 +19,10 @@ from finetune.models.scratch.flows.bijections import (
     Affine,
     Bijection,
     Checkerboard,
+    InvertibleConv,
+    LearnedPrior,
     Logit,
-    Mix,
     MixtureCdf,
-    Rest,
     Squeeze,
 )
 from finetune.rng import Draw
@@ -32,12 +32,12 @@ PARTS: dict[str, tuple[Bijection, tuple[int, int, int]]] = {
     "centered": (Logit(0.0), (2, 2, 2)),
     "squeeze": (Squeeze(), (1, 4, 2)),
     "checkerboard": (Checkerboard(), (1, 2, 4)),
-    "checkerboard undone": (Checkerboard(undone=True), (4, 2, 1)),
+    "checkerboard undone": (Checkerboard(inverted=True), (4, 2, 1)),
     "actnorm": (ActNorm(3), (3, 2, 1)),
-    "1×1": (Mix(4), (4, 2, 1)),
+    "1×1": (InvertibleConv(4), (4, 2, 1)),
     "affine": (Affine(4, False, (6, 1, 0.0)), (4, 2, 2)),
     "mixture": (MixtureCdf(4, True, (6, 0, 0.0), 3), (4, 2, 2)),
-    "rest": (Rest(4, 6), (4, 2, 2)),
+    "rest": (LearnedPrior(4, 6), (4, 2, 2)),
 }
 
 
@@ -148,7 +148,7 @@ def test_dequantization_bounds_the_probability_of_levels(dequantization: str) ->
 
 def test_actnorm_starts_by_the_data() -> None:
     norm = ActNorm(2)
-    norm.starting = True
+    norm.initializing = True
     mapped, _ = norm(torch.randn(64, 2, 4, 4) * torch.tensor([3.0, 0.1])[:, None, None] + 5)
     deviation, mean = torch.std_mean(mapped, (0, 2, 3))
     torch.testing.assert_close(deviation, torch.ones(2), rtol=0, atol=1e-3)

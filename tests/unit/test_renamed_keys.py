@@ -16,7 +16,7 @@ from finetune.config import nets, renamed, schema, yaml_reader
 from finetune.config.loader import load_recipe, parse_recipe
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
-from finetune.models.scratch.base import of_config
+from finetune.models.scratch.base import model_from_config
 
 # Every key of version 0.1 (commit 2aad7ad) with its default, by section; `net` by family.
 KEYS = json.loads((Path(__file__).parent.parent / "helpers" / "keys_0_1.json").read_text())
@@ -141,5 +141,5 @@ def test_a_saved_model_of_version_0_1_opens() -> None:
         "space": {"channels": 3, "height": 8, "width": 8, "levels": 256, "classes": []},
         "net": KEYS["net"]["dcgan"] | {"width": 4, "halvings": 1, "critic_norm": "spectral"},
     }
-    model = of_config(config)
+    model = model_from_config(config)
     assert model.section.discriminator_norm == "spectral"  # type: ignore[attr-defined]

@@ -12,13 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.models.objectives.noise_paths import Exploding, Preconditioned, Preserving, Straight, alphas_cumprod
+from finetune.models.objectives.noise_paths import (
+    EdmObjective,
+    LinearPath,
+    VarianceExploding,
+    VariancePreserving,
+    alphas_cumprod,
+)
 from finetune.models.objectives.noise_paths import Path as NoisePath
 from finetune.models.objectives.samplers import SAMPLERS, Level, Options, posterior
 from finetune.rng import Draw
 from tests.helpers.gaussian import DEVIATION, MEAN, angle, carried, oracle
 
-EDM = Preconditioned(0.5, -1.2, 1.2)
+EDM = EdmObjective(0.5, -1.2, 1.2)
 PREDICTIONS: tuple[Any, ...] = ("epsilon", "sample", "v_prediction")
 
 
@@ -54,32 +60,40 @@ def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
 
     Its last step of 50 adds the large variance's noise to what should be the image; Ho et al.'s algorithm 2 adds none, nor do we.
     """
-    path, theirs = Preserving(1000, "linear", prediction), scheduler(prediction, variance_type=f"fixed_{variance}")
+    path, theirs = (
+        VariancePreserving(1000, "linear", prediction),
+        scheduler(prediction, variance_type=f"fixed_{variance}"),
+    )
     noisy, said = torch.randn(2, 1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
     def denoise(noisy: Tensor, level: Level) -> Tensor:
         return path.clean(said, noisy, level)
 
-    def chance(seed: int, number: int) -> Tensor:
+    def step_noise(seed: int, number: int) -> Tensor:
         return torch.randn(noisy.shape, generator=torch.Generator().manual_seed(seed))
 
     for steps, every in ((1000, 83), (50, 7)):
         theirs.set_timesteps(steps)
         levels = path.levels(steps)
-        assert [level.told for level in levels[:-1]] == theirs.timesteps.tolist()
+        assert [level.timestep for level in levels[:-1]] == theirs.timesteps.tolist()
         for place in [*range(0, steps - 1, every), *([steps - 1] if steps == 1000 or variance == "small" else [])]:
             now, then = levels[place : place + 2]
             expected = theirs.step(
-                said, int(now.told), noisy, generator=torch.Generator().manual_seed(place)
+                said, int(now.timestep), noisy, generator=torch.Generator().manual_seed(place)
             ).prev_sample
             ours = SAMPLERS["ddpm"](
-                denoise, noisy, [now, then], functools.partial(chance, place), Options(variance=variance)
+                denoise, noisy, [now, then], functools.partial(step_noise, place), Options(variance=variance)
             )
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "path", [*(Preserving(1000, "cosine", one) for one in PREDICTIONS), Straight(3.0), Exploding(EDM, 0.002, 80, 7)]
+    "path",
+    [
+        *(VariancePreserving(1000, "cosine", one) for one in PREDICTIONS),
+        LinearPath(3.0),
+        VarianceExploding(EDM, 0.002, 80, 7),
+    ],
 )
 def test_what_the_net_should_say_gives_the_image_back(path: NoisePath) -> None:
     """Targets of the loss, read as drawing reads what the net says, are x_0; and x is what drawing would have given the net."""
@@ -87,13 +101,13 @@ def test_what_the_net_should_say_gives_the_image_back(path: NoisePath) -> None:
     noised, noise = path.objective.noise(clean, draw), draw.normal("noise", (2, 3, 3))
     for number in range(6):
         told = float(noised.timestep[number])
-        if isinstance(path, Preserving):
+        if isinstance(path, VariancePreserving):
             level = path.level(int(told))
         else:
-            level = path.level(math.exp(4 * told) if isinstance(path, Exploding) else told / 1000)  # type: ignore[attr-defined]
-        assert level.told == pytest.approx(told, rel=1e-4, abs=1e-6)
+            level = path.level(math.exp(4 * told) if isinstance(path, VarianceExploding) else told / 1000)  # type: ignore[attr-defined]
+        assert level.timestep == pytest.approx(told, rel=1e-4, abs=1e-6)
         noisy = level.alpha * clean[number] + level.sigma * noise[number]
-        torch.testing.assert_close(path.read(noisy, level), noised.sample[number], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(path.scale_input(noisy, level), noised.sample[number], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(path.clean(noised.target[number], noisy, level), clean[number], rtol=1e-3, atol=2e-3)
     assert torch.equal(noised.weight, torch.ones(6))
 
@@ -109,7 +123,7 @@ def test_edm_is_preconditioned_as_its_table_says() -> None:
     assert (float(noised.sample.std()), float(noised.target.std())) == pytest.approx((1, 1), abs=0.02)
     sigma = (4 * noised.timestep).exp()
     assert (float(sigma.log().mean()), float(sigma.log().std())) == pytest.approx((-1.2, 1.2), abs=0.05)
-    levels = Exploding(EDM, 0.002, 80, 7).levels(18)
+    levels = VarianceExploding(EDM, 0.002, 80, 7).levels(18)
     assert [levels[0].sigma, levels[17].sigma, levels[18].sigma] == pytest.approx([80, 0.002, 0])
     assert levels[5].sigma == pytest.approx((80 ** (1 / 7) + 5 / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
 
@@ -117,8 +131,8 @@ def test_edm_is_preconditioned_as_its_table_says() -> None:
 # Continuous times, from much noise to little.
 GRIDS: dict[str, tuple[Callable[[float], Level], float, float]] = {
     "preserving": (angle, 1.5, 0.1),
-    "straight": (Straight().level, 0.97, 0.05),
-    "exploding": (Exploding(EDM, 0.002, 80, 7).level, 3.0, 0.05),
+    "straight": (LinearPath().level, 0.97, 0.05),
+    "exploding": (VarianceExploding(EDM, 0.002, 80, 7).level, 3.0, 0.05),
 }
 
 
@@ -142,33 +156,41 @@ def test_samplers_converge_at_their_order(grid: str, sampler: str, order: int) -
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.12)
 
 
-@pytest.mark.parametrize("path", [Preserving(1000, "linear", "epsilon"), Straight(), Exploding(EDM, 0.002, 80, 7)])
+@pytest.mark.parametrize(
+    "path", [VariancePreserving(1000, "linear", "epsilon"), LinearPath(), VarianceExploding(EDM, 0.002, 80, 7)]
+)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_what_is_drawn_is_distributed_as_the_data(path: NoisePath, sampler: str) -> None:
     """From the path's own noise down to σ = 0, at once for 4000 numbers; the integer steps of a discrete path too."""
-    start = path.spread * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = path.initial_std * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def chance(number: int) -> Tensor:
+    def step_noise(number: int) -> Tensor:
         return torch.randn(4000, generator=torch.Generator().manual_seed(number + 1), dtype=torch.float64)
 
-    drawn = SAMPLERS[sampler](oracle, start, path.levels(200), chance, Options())
+    drawn = SAMPLERS[sampler](oracle, start, path.levels(200), step_noise, Options())
     assert (float(drawn.mean()), float(drawn.std())) == pytest.approx((MEAN, DEVIATION), abs=0.02)
 
 
 def test_eta_is_how_much_chance_there_is() -> None:
     """At 0 none; at 1 DDPM's own steps with the posterior's variance, on every path."""
-    paths: Sequence[NoisePath] = (Preserving(1000, "linear", "epsilon"), Straight(), Exploding(EDM, 0.002, 80, 7))
+    paths: Sequence[NoisePath] = (
+        VariancePreserving(1000, "linear", "epsilon"),
+        LinearPath(),
+        VarianceExploding(EDM, 0.002, 80, 7),
+    )
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)
 
-    def chance(number: int) -> Tensor:
+    def step_noise(number: int) -> Tensor:
         return torch.randn(9, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
 
     for path in paths:
         levels = path.levels(20)
         SAMPLERS["ddim"](oracle, start, levels, no_chance, Options(eta=0))
-        one, ancestral = (SAMPLERS[name](oracle, start, levels, chance, Options(eta=1)) for name in ("ddim", "ddpm"))
+        one, ancestral = (
+            SAMPLERS[name](oracle, start, levels, step_noise, Options(eta=1)) for name in ("ddim", "ddpm")
+        )
         torch.testing.assert_close(one, ancestral)
-        half = SAMPLERS["ddim"](oracle, start, levels, chance, Options(eta=0.5))
+        half = SAMPLERS["ddim"](oracle, start, levels, step_noise, Options(eta=0.5))
         assert not torch.allclose(half, one)
     now, then = paths[0].levels(1000)[400:402]
     beta, bar, before = 1 - now.alpha**2 / then.alpha**2, now.alpha**2, then.alpha**2

@@ -17,7 +17,7 @@ from finetune.models.base import SampleRequest
 from finetune.models.scratch.base import Space
 from finetune.models.scratch.gan import stylegan2, stylegan3
 from finetune.models.scratch.gan.stylegan2 import PathLength, Styled, StyleGan2, path_lengths
-from finetune.models.scratch.gan.stylegan3 import AliasFreeGenerator, equivariance, low_pass, lowered, raised
+from finetune.models.scratch.gan.stylegan3 import AliasFreeGenerator, downsampled, equivariance, low_pass, upsampled
 from finetune.models.scratch.gan.stylegan_layers import EqualConv, Modulated, doubled, mixed, resampled
 from finetune.rng import Draw
 
@@ -55,8 +55,12 @@ def test_a_modulated_convolution_is_one_by_weights_of_each_image(demodulate: boo
 
 def _differentiated(out: Tensor, leaves: list[Any], directions: Tensor) -> list[Tensor]:
     """What came out, its slopes, and those of their squares."""
-    slopes = torch.autograd.grad((out * directions).sum(), leaves, create_graph=True)
-    return [out, *slopes, *torch.autograd.grad(torch.stack([slope.square().sum() for slope in slopes]).sum(), leaves)]
+    input_gradients = torch.autograd.grad((out * directions).sum(), leaves, create_graph=True)
+    return [
+        out,
+        *input_gradients,
+        *torch.autograd.grad(torch.stack([slope.square().sum() for slope in input_gradients]).sum(), leaves),
+    ]
 
 
 @pytest.mark.parametrize(("up", "down", "padding"), [(1, 1, (2, 2)), (1, 2, (1, 1)), (2, 1, (2, 1)), (4, 1, (3, 0))])
@@ -80,12 +84,14 @@ def test_resampling_keeps_places_and_brightness() -> None:
     kernel, other = low_pass(stylegan3.SAFE, 2), low_pass(stylegan3.SAFE, 4)
     wide = torch.arange(32.0).expand(1, 1, 32, 32)
     torch.testing.assert_close(
-        raised(wide, kernel, 2)[0, 0, 32, 12:-12], torch.arange(12, 52) / 2 - 0.25, rtol=0, atol=5e-3
+        upsampled(wide, kernel, 2)[0, 0, 32, 12:-12], torch.arange(12, 52) / 2 - 0.25, rtol=0, atol=5e-3
     )
     torch.testing.assert_close(
-        raised(wide, other, 4)[0, 0, 64, 24:-24], torch.arange(24, 104) / 4 - 0.375, rtol=6e-3, atol=0
+        upsampled(wide, other, 4)[0, 0, 64, 24:-24], torch.arange(24, 104) / 4 - 0.375, rtol=6e-3, atol=0
     )
-    torch.testing.assert_close(lowered(wide, kernel)[0, 0, 8, 4:-4], torch.arange(4, 12) * 2 + 0.5, rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        downsampled(wide, kernel)[0, 0, 8, 4:-4], torch.arange(4, 12) * 2 + 0.5, rtol=0, atol=5e-3
+    )
 
 
 def test_two_styles_cross_at_a_layer() -> None:
@@ -147,7 +153,7 @@ def test_truncation_leads_to_the_mean_image() -> None:
     assert torch.equal(mean[0], mean[1]) and not torch.equal(whole[0], whole[1])
     request = SampleRequest(("",) * 2, (0, 1), 1, 1.0)
     drawn = {
-        share: model.draw(None, Draw(0, "sample", (0, 1)), dataclasses.replace(request, truncation=share))
+        share: model.generate(None, Draw(0, "sample", (0, 1)), dataclasses.replace(request, truncation=share))
         for share in (1.0, 0.3)
     }
     assert not torch.equal(drawn[1.0], drawn[0.3])
@@ -161,8 +167,8 @@ def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch
     assert isinstance(generator, AliasFreeGenerator)
     styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
     with_filters = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
-    monkeypatch.setattr(stylegan3, "raised", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
-    monkeypatch.setattr(stylegan3, "lowered", lambda maps, _: maps[..., ::2, ::2])
+    monkeypatch.setattr(stylegan3, "upsampled", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
+    monkeypatch.setattr(stylegan3, "downsampled", lambda maps, _: maps[..., ::2, ::2])
     without = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
     print(f"equivariance {with_filters} dB, without filters {without} dB")
     assert min(with_filters) > 40 and max(without) < 30

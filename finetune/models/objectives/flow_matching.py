@@ -18,7 +18,7 @@ from finetune.models.objectives.noise_prediction import WHOLE, Noised, Objective
 from finetune.rng import Draw
 
 Sampling = Literal["logit_normal", "mode", "uniform"]
-LEAST = 1e-3  # the smallest noise level that schedulers of a thousand steps have: weights do not grow beyond its
+MIN_SIGMA = 1e-3  # the smallest noise level that schedulers of a thousand steps have: weights do not grow beyond its
 
 
 class FlowMatching(Objective):
@@ -56,8 +56,8 @@ class FlowMatching(Objective):
         if self._sampling == "uniform":
             return among(1 - place, part)  # (0, 1]: without noise there is nothing to learn
         uniform = 1 - among(place, part)  # eq. 20's u, whose 0 is all noise
-        found = 1 - uniform - self._loss.mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
-        return found.clamp(LEAST, 1)
+        result = 1 - uniform - self._loss.mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
+        return result.clamp(MIN_SIGMA, 1)
 
     def _shifted(self, level: Tensor, tokens: int) -> Tensor:
         """σ' = α σ / (1 + (α − 1) σ) (eq. 23), with α from the recipe or the scheduler."""
@@ -67,7 +67,7 @@ class FlowMatching(Objective):
     def _weight(self, sigma: Tensor) -> Tensor:
         """The weights of eq. 18's choices that diffusers' trainers offer: 1, σ⁻² (`sigma_sqrt`), 2 / (π (1 − 2σ + 2σ²)) (`cosmap`)."""
         if self._loss.weighting == "sigma_sqrt":
-            return sigma.clamp(min=LEAST) ** -2
+            return sigma.clamp(min=MIN_SIGMA) ** -2
         if self._loss.weighting == "cosmap":
             return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))
         return torch.ones_like(sigma)

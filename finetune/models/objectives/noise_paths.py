@@ -35,7 +35,7 @@ class Path(ABC):
     """
 
     objective: Objective
-    spread: float = 1.0
+    initial_std: float = 1.0
 
     @abstractmethod
     def levels(self, steps: int) -> list[Level]:
@@ -45,7 +45,7 @@ class Path(ABC):
             UserError: the path has not so many.
         """
 
-    def read(self, noisy: Tensor, level: Level) -> Tensor:
+    def scale_input(self, noisy: Tensor, level: Level) -> Tensor:
         """What the net is given of x."""
         return noisy
 
@@ -69,7 +69,7 @@ def alphas_cumprod(steps: int, schedule: Literal["linear", "cosine"]) -> list[fl
 
 
 @final
-class Preserving(Path):
+class VariancePreserving(Path):
     """T steps whose noise adds up to noise alone. Time is the angle φ: α = cos φ, σ = sin φ, so that v = dx/dφ."""
 
     def __init__(
@@ -114,7 +114,7 @@ class Preserving(Path):
 
 
 @final
-class Straight(Path):
+class LinearPath(Path):
     """Time is σ itself, and the net says dx/dσ = ε − x_0. `shift` moves levels up (`flow_matching`), in training and in drawing."""
 
     def __init__(self, shift: float = 1.0, loss: Flow | None = None) -> None:
@@ -135,38 +135,38 @@ class Straight(Path):
 
 
 @final
-class Preconditioned(Objective):
+class EdmObjective(Objective):
     """D(x) = c_skip x + c_out F(c_in x, c_noise), and the loss λ |D − x_0|² (arXiv:2206.00364, table 1).
 
     As λ c_out² = 1, that is the squared error of F itself against (x_0 − c_skip x) / c_out, which has variance 1 at every σ.
     """
 
-    def __init__(self, spread: float, mean: float, deviation: float) -> None:
-        self._spread, self._mean, self._deviation = spread, mean, deviation
+    def __init__(self, initial_std: float, mean: float, std: float) -> None:
+        self._sigma_data, self._mean, self._std = initial_std, mean, std
 
     def scales(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in, c_noise."""
-        total = sigma.square() + self._spread**2
-        return self._spread**2 / total, sigma * self._spread * total.rsqrt(), total.rsqrt(), sigma.log() / 4
+        total = sigma.square() + self._sigma_data**2
+        return self._sigma_data**2 / total, sigma * self._sigma_data * total.rsqrt(), total.rsqrt(), sigma.log() / 4
 
     def noise(self, clean: Tensor, draw: Draw) -> Noised:
         """At ln σ ~ N(mean, deviation²)."""
-        sigma = (self._mean + self._deviation * draw.normal("timestep", ())).exp()
-        skip, out, in_, told = (one.view(-1, *[1] * (clean.dim() - 1)) for one in self.scales(sigma))
+        sigma = (self._mean + self._std * draw.normal("timestep", ())).exp()
+        skip, out, in_, timestep = (one.view(-1, *[1] * (clean.dim() - 1)) for one in self.scales(sigma))
         noisy = clean + sigma.view_as(skip) * draw.normal("noise", clean.shape[1:])
-        return Noised(in_ * noisy, told.flatten(), (clean - skip * noisy) / out, torch.ones_like(sigma))
+        return Noised(in_ * noisy, timestep.flatten(), (clean - skip * noisy) / out, torch.ones_like(sigma))
 
 
 @final
-class Exploding(Path):
+class VarianceExploding(Path):
     """Time is σ, from `most` down to `least` by equal steps of σ^(1/ρ), then to 0 (equation 5)."""
 
-    def __init__(self, objective: Preconditioned, least: float, most: float, rho: float) -> None:
-        self.objective: Preconditioned = objective
-        self.spread, self._least, self._rho = most, least, rho
+    def __init__(self, objective: EdmObjective, sigma_min: float, sigma_max: float, rho: float) -> None:
+        self.objective: EdmObjective = objective
+        self.initial_std, self._sigma_min, self._rho = sigma_max, sigma_min, rho
 
     def levels(self, steps: int) -> list[Level]:
-        high, low = self.spread ** (1 / self._rho), self._least ** (1 / self._rho)
+        high, low = self.initial_std ** (1 / self._rho), self._sigma_min ** (1 / self._rho)
         return [
             self.level((high + number / max(1, steps - 1) * (low - high)) ** self._rho) for number in range(steps)
         ] + [self.level(0.0)]
@@ -174,7 +174,7 @@ class Exploding(Path):
     def level(self, sigma: float) -> Level:
         return Level(1.0, sigma, sigma, 0.0, 1.0, math.log(sigma) / 4 if sigma else -math.inf)
 
-    def read(self, noisy: Tensor, level: Level) -> Tensor:
+    def scale_input(self, noisy: Tensor, level: Level) -> Tensor:
         return noisy * self._scales(level)[2]
 
     def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:

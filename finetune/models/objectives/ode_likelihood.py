@@ -17,12 +17,12 @@ from torch import Tensor
 from finetune.models.objectives.samplers import Level, slope
 
 STEPS = 40  # of the flow, two looks and their gradients each
-LEAST = 1e-3  # the angle at which images are taken to be clean
+MIN_ANGLE = 1e-3  # the angle at which images are taken to be clean
 
 
-def angles(most: float) -> list[float]:
+def angles(largest: float) -> list[float]:
     """STEPS + 1 of them from LEAST to `most`, closer where there is less noise: evenly spaced in their roots."""
-    low, high = math.sqrt(LEAST), math.sqrt(most)
+    low, high = math.sqrt(MIN_ANGLE), math.sqrt(largest)
     return [(low + number / STEPS * (high - low)) ** 2 for number in range(STEPS + 1)]
 
 
@@ -38,18 +38,18 @@ def log_density(
     """
     values, total = clean, torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
 
-    def moved(values: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    def velocity_and_trace(values: Tensor, angle: float) -> tuple[Tensor, Tensor]:
         """f and vᵀ (∂f/∂y) v."""
         level = Level(math.cos(angle), math.sin(angle), angle, -math.sin(angle), math.cos(angle), math.nan)
         with torch.enable_grad():
             values = values.detach().requires_grad_()
-            found = slope(values, expected(values, angle), level)
-            (gradient,) = torch.autograd.grad((found * probe).sum(), values)
-        return found.detach(), (gradient * probe).flatten(1).sum(1).double()
+            result = slope(values, expected(values, angle), level)
+            (gradient,) = torch.autograd.grad((result * probe).sum(), values)
+        return result.detach(), (gradient * probe).flatten(1).sum(1).double()
 
     for now, then in itertools.pairwise(angles):
         width = then - now
-        first, grows = moved(values, now)
-        second, later = moved(values + width * first, then)
+        first, grows = velocity_and_trace(values, now)
+        second, later = velocity_and_trace(values + width * first, then)
         values, total = values + width / 2 * (first + second), total + width / 2 * (grows + later)
     return total - 0.5 * (values.double().square() + math.log(2 * math.pi)).flatten(1).sum(1)

@@ -35,7 +35,7 @@ class Level:
     time: float
     alpha_rate: float
     sigma_rate: float
-    told: float
+    timestep: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # x [B, …] → D(x) [B, …]
-Chance = Callable[[int], Tensor]  # number of a step → standard normal [B, …], the same for the same number
+StepNoise = Callable[[int], Tensor]  # number of a step → standard normal [B, …], the same for the same number
 
 
 @dataclass(frozen=True)
@@ -77,26 +77,28 @@ def _steps(levels: Sequence[Level]) -> Iterator[tuple[int, tuple[Level, Level]]]
     return enumerate(itertools.pairwise(levels))
 
 
-def ddpm(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+def ddpm(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
     for number, (now, then) in _steps(levels):
         step, clean = posterior(now, then), denoise(noisy, now)
         noisy = step.noisy * noisy + step.clean * clean
         if then.sigma:
-            noisy = noisy + math.sqrt(getattr(step, options.variance)) * chance(number)
+            noisy = noisy + math.sqrt(getattr(step, options.variance)) * step_noise(number)
     return noisy
 
 
-def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
     for number, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         added = options.eta**2 * posterior(now, then).small
         noisy = then.alpha * clean + math.sqrt(then.sigma**2 - added) * noise_of(noisy, clean, now)
         if added:
-            noisy = noisy + math.sqrt(added) * chance(number)
+            noisy = noisy + math.sqrt(added) * step_noise(number)
     return noisy
 
 
-def dpm_plus_plus(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+def dpm_plus_plus(
+    denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options
+) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order in λ = log α/σ, the first step and the last of first order."""
     before: tuple[Tensor, float] | None = None  # D of the step before, and how far λ went in it
     for _, (now, then) in _steps(levels):
@@ -119,14 +121,14 @@ def slope(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
     return level.alpha_rate * clean + level.sigma_rate * noise_of(noisy, clean, level)
 
 
-def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         noisy = noisy + (then.time - now.time) * slope(noisy, clean, now) if then.sigma else clean
     return noisy
 
 
-def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], chance: Chance, options: Options) -> Tensor:
+def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
     """Heun's method on the flow's slope, of second order, the last step Euler's (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)

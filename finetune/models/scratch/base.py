@@ -74,7 +74,7 @@ class Space:
         """Levels → float32 in [-1, 1], the lowest at −1 and the highest at 1."""
         return levels.float() * (2 / (self.levels - 1)) - 1
 
-    def quantised(self, scaled: Tensor) -> Tensor:
+    def quantized(self, scaled: Tensor) -> Tensor:
         """Numbers about [-1, 1] → the nearest levels, uint8: `scaled` undone."""
         return scaled.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
 
@@ -137,7 +137,7 @@ def space_of(plan: Plan, audit: Audit) -> Space:
     return Space(1 if data.grayscale else 3, height, width, data.levels, tuple(sorted(counts)))
 
 
-class Levels(ImageTextEncoder):
+class LevelEncoder(ImageTextEncoder):
     """Images as levels, `pixels` [C, H, W] uint8, and the index of their class, `class` [] int64, where there are classes."""
 
     image_key, cached = "levels", False
@@ -166,14 +166,14 @@ class PixelModel(Model):
         self.space, self.section = space, section
 
     @abstractmethod
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """Images of `classes` ([B] int64; None where the space has none), by `draw` alone: levels [B, C, H, W] uint8."""
 
     def start(self) -> None:
         """Set the weights that start by the data, from some training images: the same in every process, and before averages are kept."""
 
     def encoder(self) -> Encoder:
-        return Levels(self.space)
+        return LevelEncoder(self.space)
 
     @property
     def family(self) -> str:
@@ -194,7 +194,7 @@ class PixelModel(Model):
             if self.space.classes
             else None
         )
-        return [ImageSample(image) for image in self.space.images(self.draw(classes, draw, request))]
+        return [ImageSample(image) for image in self.space.images(self.generate(classes, draw, request))]
 
     def save(self, folder: Path) -> list[Path]:
         """Write `config.json` and `model.safetensors`, which `open_model` reads."""
@@ -207,18 +207,18 @@ class PixelModel(Model):
 
     def examples(self, count: int) -> Batch:
         """`count` images that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
-        audit = self.seen()
+        audit = self.training_audit()
         return self.batch_of(audit.training[:: max(1, len(audit.training) // count)][:count], audit.background)
 
     def examples_by_class(self, count: int = 8) -> dict[str, Batch]:
         """Some images of each class, by its name."""
-        audit = self.seen()
+        audit = self.training_audit()
         return {
             name: self.batch_of([p for p in audit.training if p.caption == name][:count], audit.background)
             for name in self.space.classes
         }
 
-    def seen(self) -> Audit:
+    def training_audit(self) -> Audit:
         """The audit of the run's images."""
         if self.audit is None:
             raise ValueError("an opened model has no training images")
@@ -226,20 +226,20 @@ class PixelModel(Model):
 
     def batch_of(self, images: Sequence[ImageRecord], background: str) -> Batch:
         """Images of an audit as a batch."""
-        encoder, found = self.encoder(), []
+        encoder, result = self.encoder(), []
         for image in images:
             pixels = apply(decode(image.read(), background), image.crop)
-            found.append(encoder.encode({"target": to_tensor(numpy.asarray(pixels)), "caption": image.caption}))
-        return {key: tensor.to(self.device) for key, tensor in stack(found).items()}
+            result.append(encoder.encode({"target": to_tensor(numpy.asarray(pixels)), "caption": image.caption}))
+        return {key: tensor.to(self.device) for key, tensor in stack(result).items()}
 
     def grid(self, rows: Sequence[Tensor], columns: int) -> Image.Image:
         """Levels [≤ columns, C, H, W] a row → one image, unlabelled."""
         width, height = self.space.width, self.space.height
-        found = Image.new("RGB", (columns * width, len(rows) * height), "white")
+        result = Image.new("RGB", (columns * width, len(rows) * height), "white")
         for number, row in enumerate(rows):
             for place, image in enumerate(self.space.images(row)):
-                found.paste(image, (place * width, number * height))
-        return found
+                result.paste(image, (place * width, number * height))
+        return result
 
     def config(self) -> dict[str, Any]:
         """All but the weights, as plain values: `of_config` makes the model of it."""
@@ -268,16 +268,16 @@ class LikelihoodModel(PixelModel):
         return self.nats(batch, draw, particles) / (self.space.dimensions * math.log(2))
 
 
-def started(plan: Plan, audit: Audit) -> Model:
+def build_from_scratch(plan: Plan, audit: Audit) -> Model:
     """The family's model with weights at random, by the run's seed; what its module calls `build`."""
     space = space_of(plan, audit)
-    return begin(plan, audit, lambda: _module(plan.recipe.model.family).create(space, plan.recipe.net))
+    return initialize(plan, audit, lambda: _module(plan.recipe.model.family).create(space, plan.recipe.net))
 
 
-def begin(plan: Plan, audit: Audit, make: Callable[[], PixelModel]) -> PixelModel:
+def initialize(plan: Plan, audit: Audit, make: Callable[[], PixelModel]) -> PixelModel:
     """What `make` makes, its weights at random by the run's seed, and those that start by the data set by it."""
     torch.manual_seed(plan.recipe.train.seed)
-    made = _laid_out(make())
+    made = _to_channels_last(make())
     made.audit = audit
     if not isinstance(next(made.net.parameters()), FakeTensor):  # which has no values to start by
         made.start()
@@ -294,7 +294,7 @@ def open_model(path: str | Path) -> PixelModel:
     folder = Path(path).expanduser()
     folder = folder / "final" if (folder / "recipe.yaml").is_file() else folder
     try:
-        model = of_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder / CONFIG))
+        model = model_from_config(json.loads((folder / CONFIG).read_text(encoding="utf-8")), str(folder / CONFIG))
         if not isinstance(next(model.net.parameters()), FakeTensor):
             model.net.load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
@@ -308,7 +308,7 @@ def open_model(path: str | Path) -> PixelModel:
     return model
 
 
-def of_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
+def model_from_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
     """The model of a `PixelModel.config`, its weights as a new one's; `name` is what errors call it."""
     space = Space(**config["space"] | {"classes": tuple(config["space"]["classes"])})
     declared = nets.section(config["family"])
@@ -318,12 +318,12 @@ def of_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
         nets.from_config(declared, config["net"], name),
         _module(config["family"]),
     )
-    return _laid_out(
+    return _to_channels_last(
         module.restore(space, section, config) if hasattr(module, "restore") else module.create(space, section)
     )
 
 
-def _laid_out(model: PixelModel) -> PixelModel:
+def _to_channels_last(model: PixelModel) -> PixelModel:
     """Channels beside each other in memory, as convolutions like them: steps of most families are 4 to 15 % quicker on a CPU."""
     for train_step in model.train_steps():
         net: Any = train_step.net  # torch's types know no layout here
@@ -340,6 +340,6 @@ def class_embedding(space: Space, width: int) -> nn.Embedding | None:
     return nn.Embedding(len(space.classes) + 1, width) if space.classes else None
 
 
-def levels_in(batch: Batch) -> tuple[Tensor, Tensor | None]:
+def levels_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """(levels [B, C, H, W] uint8, classes [B] or None) of a batch."""
     return batch["pixels"], batch.get("class")

@@ -34,24 +34,24 @@ class Residual(nn.Module):
         nn.init.zeros_(self.inner[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
-        found: Tensor = features + self.inner(features)
-        return found
+        result: Tensor = features + self.inner(features)
+        return result
 
 
-def smaller(inputs: int, widths: Sequence[int], blocks: int, dropout: float) -> list[nn.Module]:
+def downsampling(inputs: int, widths: Sequence[int], blocks: int, dropout: float) -> list[nn.Module]:
     """Layers from [B, inputs, H, W] to [B, widths[-1], H/2ⁿ, W/2ⁿ], n = len(widths) − 1: residual blocks, and a strided convolution between."""
-    found: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
+    result: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
     for before, after in itertools.pairwise(widths):
-        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
-    return [*found, nn.SiLU()]
+        result += [Residual(before, dropout) for _ in range(blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
+    return [*result, nn.SiLU()]
 
 
-def larger(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> list[nn.Module]:
+def upsampling(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> list[nn.Module]:
     """`smaller` the other way round: from [B, widths[-1], h, w] to [B, outputs, 2ⁿh, 2ⁿw]."""
-    found: list[nn.Module] = []
+    result: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[::-1]):
-        found += [Residual(before, dropout) for _ in range(blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
-    return [*found, Residual(widths[0], dropout), nn.SiLU(), nn.Conv2d(widths[0], outputs, 3, padding=1)]
+        result += [Residual(before, dropout) for _ in range(blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
+    return [*result, Residual(widths[0], dropout), nn.SiLU(), nn.Conv2d(widths[0], outputs, 3, padding=1)]
 
 
 def halved(

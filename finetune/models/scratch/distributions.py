@@ -17,7 +17,7 @@ from finetune.models.scratch.base import Space
 MINIMUM_LOG_SCALE = -7.0
 
 
-class Observation(ABC):
+class PixelDistribution(ABC):
     """p(levels of a pixel | parameters). `parameters` is the number of a net's outputs for a pixel."""
 
     _space: Space
@@ -38,11 +38,11 @@ class Observation(ABC):
 
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x] rounded to levels, uint8."""
-        return self._space.quantised(self.expected(parameters))
+        return self._space.quantized(self.expected(parameters))
 
 
 @final
-class Categorical(Observation):
+class Categorical(PixelDistribution):
     """A probability for each level. Channels are independent given the parameters."""
 
     def __init__(self, space: Space) -> None:
@@ -51,8 +51,8 @@ class Categorical(Observation):
 
     def _logits(self, parameters: Tensor) -> Tensor:
         """[B, C, H, W, levels]."""
-        found: Tensor = parameters.unflatten(1, (self._channels, self._levels)).permute(0, 1, 3, 4, 2).float()
-        return found
+        result: Tensor = parameters.unflatten(1, (self._channels, self._levels)).permute(0, 1, 3, 4, 2).float()
+        return result
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
         chosen = self._logits(parameters).log_softmax(-1).gather(-1, levels.long()[..., None])
@@ -69,7 +69,7 @@ class Categorical(Observation):
 
 
 @final
-class Logistics(Observation):
+class Logistics(PixelDistribution):
     """A mixture of logistic distributions, cut into levels (Salimans et al. 2017, arXiv:1701.05517, §2.1–2.2).
 
     A level's probability is the mass between its edges, half a step to either side; the lowest and highest take the tails.
@@ -93,10 +93,10 @@ class Logistics(Observation):
     def _mean(self, channel: int, means: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
         """Of one channel, [B, K, H, W], given the scaled channels before it, [B, ≥ channel, H, W]."""
         first = channel * (channel - 1) // 2
-        found = means[:, channel]
+        result = means[:, channel]
         for before in range(channel):
-            found = found + coefficients[:, first + before] * scaled[:, before, None]
-        return found
+            result = result + coefficients[:, first + before] * scaled[:, before, None]
+        return result
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
         """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretized logistics (arXiv:1701.05517, eq. 2 and 3)."""
@@ -111,11 +111,11 @@ class Logistics(Observation):
             inside = (
                 functional.logsigmoid(upper) + functional.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
             )
-            found = torch.where(levels[:, channel, None] == 0, functional.logsigmoid(upper), inside)
-            found = torch.where(
-                levels[:, channel, None] == self._space.levels - 1, functional.logsigmoid(-lower), found
+            result = torch.where(levels[:, channel, None] == 0, functional.logsigmoid(upper), inside)
+            result = torch.where(
+                levels[:, channel, None] == self._space.levels - 1, functional.logsigmoid(-lower), result
             )
-            of_components = of_components + found
+            of_components = of_components + result
         return of_components.logsumexp(1)  # of a mixture the components' probabilities add up, not their logarithms
 
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
@@ -128,17 +128,17 @@ class Logistics(Observation):
             return values.gather(2, component[:, None].expand(-1, values.shape[1], -1, -1, -1))
 
         means, scales, coefficients = chosen(means), chosen(scales), chosen(coefficients)
-        found: list[Tensor] = []
+        result: list[Tensor] = []
         scaled = torch.zeros_like(means[:, :, 0])
         for channel in range(self._channels):
             u = uniform[:, 1 + channel].clamp(1e-6, 1 - 1e-6)
             drawn = self._mean(channel, means, coefficients, scaled)[:, 0] + scales[:, channel, 0].exp() * (
                 u.log() - (-u).log1p()
             )
-            level = self._space.quantised(drawn)
+            level = self._space.quantized(drawn)
             scaled = torch.cat([scaled[:, :channel], self._space.scaled(level)[:, None], scaled[:, channel + 1 :]], 1)
-            found.append(level)
-        return torch.stack(found, 1)
+            result.append(level)
+        return torch.stack(result, 1)
 
     def expected(self, parameters: Tensor) -> Tensor:
         """Of the logistics before they are cut: the tails beyond the lowest and highest level are left out of account."""
@@ -146,8 +146,8 @@ class Logistics(Observation):
         weights = logits.softmax(1)
         scaled = torch.zeros_like(means[:, :, 0])
         for channel in range(self._channels):
-            found = (weights * self._mean(channel, means, coefficients, scaled)).sum(1).clamp(-1, 1)
-            scaled = torch.cat([scaled[:, :channel], found[:, None], scaled[:, channel + 1 :]], 1)
+            result = (weights * self._mean(channel, means, coefficients, scaled)).sum(1).clamp(-1, 1)
+            scaled = torch.cat([scaled[:, :channel], result[:, None], scaled[:, channel + 1 :]], 1)
         return scaled
 
 
@@ -161,10 +161,10 @@ def log_mass(space: Space, levels: Tensor, mean: Tensor, deviation: Tensor) -> T
     lower = torch.where(levels == 0, -torch.inf, (scaled - half - mean) / deviation)
     upper, lower = torch.where(lower > 0, -lower, upper), torch.where(lower > 0, -upper, lower)
     below = torch.special.log_ndtr(upper)
-    found: Tensor = below + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - below))
-    return found
+    result: Tensor = below + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - below))
+    return result
 
 
-def observation_of(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> Observation:
+def pixel_distribution(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> PixelDistribution:
     """By the recipe's word."""
     return Categorical(space) if kind == "categorical" else Logistics(space, mixtures)

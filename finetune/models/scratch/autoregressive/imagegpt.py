@@ -16,15 +16,15 @@ from finetune.data.batch import Batch
 from finetune.errors import UserError
 from finetune.models.base import SampleRequest, TrainStep
 from finetune.models.scratch.autoregressive.transformer import TokenTransformer
-from finetune.models.scratch.base import LikelihoodModel, Space, levels_in, started
+from finetune.models.scratch.base import LikelihoodModel, Space, build_from_scratch, levels_and_classes
 from finetune.rng import Draw
 
-build = started
+build = build_from_scratch
 PALETTE_IMAGES, PALETTE_ROUNDS = 256, 20
 
 
 @final
-class Tokenised(nn.Module):
+class TokenizedImages(nn.Module):
     """Images ↔ tokens, and the transformer."""
 
     palette: Tensor
@@ -58,17 +58,17 @@ class Tokenised(nn.Module):
 
 
 @final
-class TokenTurn(TrainStep):
+class TokenStep(TrainStep):
     """−log p of each image's tokens, in nats."""
 
     name = "tokens"
 
-    def __init__(self, net: Tokenised) -> None:
+    def __init__(self, net: TokenizedImages) -> None:
         self.net = net
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        found: Tensor = -self.net(*levels_in(batch))
-        return found
+        result: Tensor = -self.net(*levels_and_classes(batch))
+        return result
 
 
 @final
@@ -77,11 +77,11 @@ class ImageGpt(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self.net: Tokenised = Tokenised(space, section)
-        self._turn = TokenTurn(self.net)
+        self.net: TokenizedImages = TokenizedImages(space, section)
+        self._step = TokenStep(self.net)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -96,16 +96,16 @@ class ImageGpt(LikelihoodModel):
         if len(self.net.palette):
             problem = "of images in a palette's colors the likelihood compares with no other"
             raise UserError(problem, where="net.palette", remedy="train with net.palette: 0")
-        return self._turn.loss(batch, draw)
+        return self._step.loss(batch, draw)
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         return self.net.levels(
-            self.net.transformer.draw(draw.uniform("tokens", (self.net.transformer.length,)), classes)
+            self.net.transformer.generate(draw.uniform("tokens", (self.net.transformer.length,)), classes)
         )
 
-    def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
+    def generate_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
         return self.net.levels(
-            self.net.transformer.draw_uncached(draw.uniform("tokens", (self.net.transformer.length,)), classes)
+            self.net.transformer.generate_uncached(draw.uniform("tokens", (self.net.transformer.length,)), classes)
         )
 
 
@@ -113,15 +113,15 @@ def k_means(points: Tensor, count: int) -> Tensor:
     """Centers of `points` [N, D], [count, D]: Lloyd's rounds from points far apart (each the farthest from those before)."""
     points, weights = points.unique(dim=0, return_counts=True)
     weights = weights.float()
-    centres = points[weights.argmax()][None]
-    while len(centres) < min(count, len(points)):
-        centres = torch.cat([centres, points[torch.cdist(points, centres).amin(1).argmax()][None]])
+    centers = points[weights.argmax()][None]
+    while len(centers) < min(count, len(points)):
+        centers = torch.cat([centers, points[torch.cdist(points, centers).amin(1).argmax()][None]])
     for _ in range(PALETTE_ROUNDS):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points * weights[:, None])
-        counts = torch.zeros(len(centres), device=points.device).index_add_(0, nearest, weights)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
-    return torch.cat([centres, centres[:1].expand(count - len(centres), -1)])
+        nearest = torch.cdist(points, centers).argmin(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points * weights[:, None])
+        counts = torch.zeros(len(centers), device=points.device).index_add_(0, nearest, weights)
+        centers = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers)
+    return torch.cat([centers, centers[:1].expand(count - len(centers), -1)])
 
 
 def create(space: Space, section: Net) -> ImageGpt:

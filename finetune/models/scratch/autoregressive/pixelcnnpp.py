@@ -22,11 +22,11 @@ from finetune.data.batch import Batch
 from finetune.errors import UserError
 from finetune.models.base import SampleRequest, TrainStep
 from finetune.models.scratch.autoregressive.masked_conv import CausalConv, Place
-from finetune.models.scratch.base import LikelihoodModel, Space, class_embedding, levels_in, started
-from finetune.models.scratch.distributions import Observation, observation_of
+from finetune.models.scratch.base import LikelihoodModel, Space, build_from_scratch, class_embedding, levels_and_classes
+from finetune.models.scratch.distributions import PixelDistribution, pixel_distribution
 from finetune.rng import Draw
 
-build = started
+build = build_from_scratch
 
 
 def concat_elu(features: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ class Gated(nn.Module):
 
     def forward(self, features: Tensor, beside: Tensor | None, condition: Tensor | None, place: Place | None) -> Tensor:
         """[B, width, H, W] → the same; `beside` [B, beside, H, W]; `condition` [B, conditioned]."""
-        found: Tensor = self.first(concat_elu(features), place)
+        result: Tensor = self.first(concat_elu(features), place)
         if self.beside is not None and beside is not None:
-            found = found + self.beside(concat_elu(beside))
-        found = self.second(self.dropout(concat_elu(found)), place)
+            result = result + self.beside(concat_elu(beside))
+        result = self.second(self.dropout(concat_elu(result)), place)
         if self.condition is not None and condition is not None:
-            found = found + self.condition(condition)[:, :, None, None]
-        value, gate = found.chunk(2, 1)
+            result = result + self.condition(condition)[:, :, None, None]
+        value, gate = result.chunk(2, 1)
         return torch.addcmul(features, value, gate.sigmoid())
 
 
@@ -100,11 +100,11 @@ class PixelCnn(nn.Module):
         down = [self.above(_with_ones(scaled), place)]
         for block in self.down_vertical:
             down.append(block(down[-1], None, condition, place))
-        found, features = down[1:], down[-1]
+        result, features = down[1:], down[-1]
         for block, before in zip(self.up_vertical, reversed(down[:-1]), strict=True):
             features = block(features, before, condition, place)
-            found.append(features)
-        return found
+            result.append(features)
+        return result
 
     def horizontal(
         self, scaled: Tensor, vertical: list[Tensor], condition: Tensor | None, place: Place | None
@@ -118,11 +118,11 @@ class PixelCnn(nn.Module):
         features = down[-1]
         for block, before, above in zip(self.up_horizontal, reversed(down[:-1]), vertical[half:], strict=True):
             features = block(features, torch.cat([above, before], 1), condition, place)
-        found: Tensor = self.out(functional.elu(features))
-        return found
+        result: Tensor = self.out(functional.elu(features))
+        return result
 
     @torch.no_grad()
-    def draw(self, scaled: Tensor, condition: Tensor | None, pick: Callable[[Tensor, int, int], Tensor]) -> None:
+    def generate(self, scaled: Tensor, condition: Tensor | None, pick: Callable[[Tensor, int, int], Tensor]) -> None:
         """Draw into `scaled` [B, channels, H, W], pixel by pixel, each convolution keeping what it has read.
 
         Args:
@@ -160,22 +160,22 @@ class Conditioned(nn.Module):
 
     def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
         """Levels [B, C, H, W] → parameters [B, P, H, W]."""
-        found: Tensor = self.cnn(self._space.scaled(levels), self.condition(classes))
-        return found
+        result: Tensor = self.cnn(self._space.scaled(levels), self.condition(classes))
+        return result
 
 
 @final
-class ExactTurn(TrainStep):
+class ExactStep(TrainStep):
     """−log p of each image, in nats."""
 
     name = "pixels"
 
-    def __init__(self, net: Conditioned, observation: Observation) -> None:
-        self.net, self._observation = net, observation
+    def __init__(self, net: Conditioned, distribution: PixelDistribution) -> None:
+        self.net, self._distribution = net, distribution
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        levels, classes = levels_in(batch)
-        return -self._observation.log_prob(self.net(levels, classes), levels).flatten(1).sum(1)
+        levels, classes = levels_and_classes(batch)
+        return -self._distribution.log_prob(self.net(levels, classes), levels).flatten(1).sum(1)
 
 
 @final
@@ -190,18 +190,18 @@ class PixelCnnPlusPlus(LikelihoodModel):
                 where="net.distribution",
                 remedy="set net.distribution: logistics, or data.grayscale: true",
             )
-        self._observation = observation_of(section.distribution, space, section.mixtures)
-        self.net: Conditioned = Conditioned(space, section, self._observation.parameters)
-        self._turn = ExactTurn(self.net, self._observation)
+        self._distribution = pixel_distribution(section.distribution, space, section.mixtures)
+        self.net: Conditioned = Conditioned(space, section, self._distribution.parameters)
+        self._step = ExactStep(self.net, self._distribution)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        return self._turn.loss(batch, draw)
+        return self._step.loss(batch, draw)
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """Levels uint8, [B, C, H, W], pixel by pixel, what earlier pixels gave being kept."""
         uniform, levels = (
             self.uniform(draw),
@@ -209,15 +209,15 @@ class PixelCnnPlusPlus(LikelihoodModel):
         )
 
         def pick(parameters: Tensor, y: int, x: int) -> Tensor:
-            levels[:, :, y : y + 1, x : x + 1] = self._observation.sample(
+            levels[:, :, y : y + 1, x : x + 1] = self._distribution.sample(
                 parameters, uniform[:, :, y : y + 1, x : x + 1]
             )
             return self.space.scaled(levels[:, :, y : y + 1, x : x + 1])
 
-        self.net.cnn.draw(torch.zeros(levels.shape, device=self.device), self.net.condition(classes), pick)
+        self.net.cnn.generate(torch.zeros(levels.shape, device=self.device), self.net.condition(classes), pick)
         return levels
 
-    def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
+    def generate_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
         """The same images by a whole pass a pixel: what `draw` is tested and timed against."""
         uniform, levels = (
             self.uniform(draw),
@@ -225,13 +225,13 @@ class PixelCnnPlusPlus(LikelihoodModel):
         )
         for y in range(self.space.height):
             for x in range(self.space.width):
-                found = self._observation.sample(self.net(levels, classes), uniform)
-                levels[:, :, y, x] = found[:, :, y, x]
+                result = self._distribution.sample(self.net(levels, classes), uniform)
+                levels[:, :, y, x] = result[:, :, y, x]
         return levels
 
     def uniform(self, draw: Draw) -> Tensor:
         """All the chance that an image takes, [B, draws, H, W]."""
-        return draw.uniform("pixels", (self._observation.draws, *self.space.shape[1:]))
+        return draw.uniform("pixels", (self._distribution.draws, *self.space.shape[1:]))
 
 
 def create(space: Space, section: Net) -> PixelCnnPlusPlus:

@@ -52,29 +52,29 @@ class TokenTransformer(nn.Module):
     def forward(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
         """tokens [B, N ≤ length] int64 → the logits of each given those before it, [B, N, vocabulary] float32."""
         before = torch.cat([self.starts(len(tokens), classes, tokens.device), tokens[:, :-1]], 1)
-        found: Tensor = self.gpt(before, use_cache=False).logits[:, :, : self.vocabulary].float()
-        return found
+        result: Tensor = self.gpt(before, use_cache=False).logits[:, :, : self.vocabulary].float()
+        return result
 
     def log_prob(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
         """In nats, of each sequence, [B]."""
         return self(tokens, classes).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).sum(1)  # type: ignore[no-any-return]
 
-    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """uniform [B, length] → tokens [B, length]; keys and values of what is drawn are kept."""
         cache = DynamicCache(config=self.gpt.config)
-        found = [self.starts(len(uniform), classes, uniform.device)]
+        result = [self.starts(len(uniform), classes, uniform.device)]
         for place in range(self.length):
-            logits = self.gpt(found[-1], past_key_values=cache, use_cache=True).logits[:, -1, : self.vocabulary]
-            found.append(chosen(logits, uniform[:, place])[:, None])
-        return torch.cat(found[1:], 1)
+            logits = self.gpt(result[-1], past_key_values=cache, use_cache=True).logits[:, -1, : self.vocabulary]
+            result.append(chosen(logits, uniform[:, place])[:, None])
+        return torch.cat(result[1:], 1)
 
-    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """The same by a whole pass a token: what `draw` is tested and timed against."""
-        found = self.starts(len(uniform), classes, uniform.device)
+        result = self.starts(len(uniform), classes, uniform.device)
         for place in range(self.length):
-            logits = self.gpt(found, use_cache=False).logits[:, -1, : self.vocabulary]
-            found = torch.cat([found, chosen(logits, uniform[:, place])[:, None]], 1)
-        return found[:, 1:]
+            logits = self.gpt(result, use_cache=False).logits[:, -1, : self.vocabulary]
+            result = torch.cat([result, chosen(logits, uniform[:, place])[:, None]], 1)
+        return result[:, 1:]
 
 
 def chosen(logits: Tensor, uniform: Tensor) -> Tensor:

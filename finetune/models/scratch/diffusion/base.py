@@ -20,7 +20,7 @@ from finetune.errors import UserError
 from finetune.models.base import SampleRequest, TrainStep
 from finetune.models.objectives.noise_paths import Path
 from finetune.models.objectives.samplers import SAMPLERS, Level, Options
-from finetune.models.scratch.base import PixelModel, Space, levels_in
+from finetune.models.scratch.base import PixelModel, Space, levels_and_classes
 from finetune.models.scratch.blocks import halved
 from finetune.rng import Draw
 
@@ -35,32 +35,32 @@ class Canvas(ABC):
     shape: tuple[int, int, int]
 
     @abstractmethod
-    def read(self, levels: Tensor) -> Tensor:
+    def encode(self, levels: Tensor) -> Tensor:
         """Levels [B, C, H, W] → numbers [B, *shape] float32."""
 
     @abstractmethod
-    def write(self, numbers: Tensor) -> Tensor:
+    def decode(self, numbers: Tensor) -> Tensor:
         """The other way round: uint8."""
 
     @abstractmethod
-    def within(self, numbers: Tensor) -> Tensor:
+    def clamp(self, numbers: Tensor) -> Tensor:
         """Numbers held to where expectations of what is noised can lie."""
 
 
 @final
-class Pixels(Canvas):
+class PixelCanvas(Canvas):
     """Pixels in [-1, 1]: so are their expectations, and what a net says beyond it (or guidance makes of it) is cut."""
 
     def __init__(self, space: Space) -> None:
         self._space, self.shape = space, space.shape
 
-    def read(self, levels: Tensor) -> Tensor:
+    def encode(self, levels: Tensor) -> Tensor:
         return self._space.scaled(levels)
 
-    def write(self, numbers: Tensor) -> Tensor:
-        return self._space.quantised(numbers)
+    def decode(self, numbers: Tensor) -> Tensor:
+        return self._space.quantized(numbers)
 
-    def within(self, numbers: Tensor) -> Tensor:
+    def clamp(self, numbers: Tensor) -> Tensor:
         return numbers.clamp(-1, 1)
 
 
@@ -74,22 +74,22 @@ class Condition(ABC):
     channels: int
 
     @abstractmethod
-    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
+    def for_training(self, levels: Tensor, draw: Draw) -> Tensor | None:
         """While training, [B, channels, H, W] of the images themselves."""
 
     @abstractmethod
-    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+    def for_sampling(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
         """For images that are to be drawn."""
 
 
 @final
-class Nothing(Condition):
+class NoCondition(Condition):
     channels = 0
 
-    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
+    def for_training(self, levels: Tensor, draw: Draw) -> Tensor | None:
         return None
 
-    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+    def for_sampling(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
         return None
 
 
@@ -142,10 +142,10 @@ class Denoiser(nn.Module):
             self.first.eval()
         return self
 
-    def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None, beside: Tensor | None = None) -> Tensor:
+    def forward(self, noisy: Tensor, timestep: Tensor, classes: Tensor | None, beside: Tensor | None = None) -> Tensor:
         read = noisy if beside is None else torch.cat([noisy, beside], 1)
-        found: Tensor = self.unet(read, told, class_labels=classes, return_dict=False)[0]
-        return found
+        result: Tensor = self.unet(read, timestep, class_labels=classes, return_dict=False)[0]
+        return result
 
 
 def _check(height: int, width: int, section: Section) -> None:
@@ -170,17 +170,17 @@ def _check(height: int, width: int, section: Section) -> None:
 
 
 @final
-class DenoisingTurn(TrainStep):
+class DenoisingStep(TrainStep):
     name = "denoiser"
 
     def __init__(self, net: Denoiser, path: Path, canvas: Canvas, condition: Condition) -> None:
         self.net, self._path, self._canvas, self._condition = net, path, canvas, condition
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        levels, classes = levels_in(batch)
-        noised = self._path.objective.noise(self._canvas.read(levels), draw)
-        said = self.net(noised.sample, noised.timestep, classes, self._condition.of_images(levels, draw))
-        return self._path.objective.error(said, noised)
+        levels, classes = levels_and_classes(batch)
+        noised = self._path.objective.noise(self._canvas.encode(levels), draw)
+        predicted = self.net(noised.sample, noised.timestep, classes, self._condition.for_training(levels, draw))
+        return self._path.objective.error(predicted, noised)
 
 
 class DiffusionModel(PixelModel):
@@ -209,42 +209,46 @@ class DiffusionModel(PixelModel):
         super().__init__(space, section)
         self.path, self.canvas, self._condition, self._variance = (
             path,
-            canvas or Pixels(space),
-            condition or Nothing(),
+            canvas or PixelCanvas(space),
+            condition or NoCondition(),
             variance,
         )
         self.net = Denoiser(self.canvas.shape, section, len(space.classes), self._condition.channels, first)
-        self._turn = DenoisingTurn(self.net, path, self.canvas, self._condition)
+        self._step = DenoisingStep(self.net, path, self.canvas, self._condition)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
-    def said(self, noisy: Tensor, level: Level, classes: Tensor | None, beside: Tensor | None = None) -> Tensor:
+    def predict_clean(
+        self, noisy: Tensor, level: Level, classes: Tensor | None, beside: Tensor | None = None
+    ) -> Tensor:
         """D(x) as the net says it, [B, *shape] float32."""
-        told = torch.full((len(noisy),), level.told, device=noisy.device)
-        return self.path.clean(self.net(self.path.read(noisy, level), told, classes, beside).float(), noisy, level)
+        timestep = torch.full((len(noisy),), level.timestep, device=noisy.device)
+        return self.path.clean(
+            self.net(self.path.scale_input(noisy, level), timestep, classes, beside).float(), noisy, level
+        )
 
     def denoised(
         self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0, beside: Tensor | None = None
     ) -> Tensor:
         """D(x), guided, and held to where it can lie."""
-        found = self.said(noisy, level, classes, beside)
+        result = self.predict_clean(noisy, level, classes, beside)
         if classes is not None and guidance != 1:
-            free = self.said(noisy, level, torch.full_like(classes, len(self.space.classes)), beside)
-            found = free + guidance * (found - free)
-        return self.canvas.within(found)
+            free = self.predict_clean(noisy, level, torch.full_like(classes, len(self.space.classes)), beside)
+            result = free + guidance * (result - free)
+        return self.canvas.clamp(result)
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """Images uint8, [B, C, H, W], by the request's sampler, or the recipe's."""
-        beside = self._condition.drawn(classes, draw, request)
+        beside = self._condition.for_sampling(classes, draw, request)
 
         def denoise(noisy: Tensor, level: Level) -> Tensor:
             return self.denoised(noisy, level, classes, request.guidance, beside)
 
-        def chance(number: int) -> Tensor:
+        def step_noise(number: int) -> Tensor:
             return draw.normal(f"step {number}", self.canvas.shape)
 
         options = Options(request.eta, self._variance)
-        start = self.path.spread * draw.normal("start", self.canvas.shape)
+        start = self.path.initial_std * draw.normal("start", self.canvas.shape)
         sampler = SAMPLERS[request.sampler or self.section.sampler]
-        return self.canvas.write(sampler(denoise, start, self.path.levels(request.steps), chance, options))
+        return self.canvas.decode(sampler(denoise, start, self.path.levels(request.steps), step_noise, options))

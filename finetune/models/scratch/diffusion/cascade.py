@@ -19,15 +19,15 @@ from finetune.config.schema import Diffusion
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
 from finetune.models.base import Model, SampleRequest
-from finetune.models.objectives.noise_paths import Preserving
-from finetune.models.scratch.base import PixelModel, Space, begin, of_config, open_model, space_of
+from finetune.models.objectives.noise_paths import VariancePreserving
+from finetune.models.scratch.base import PixelModel, Space, initialize, model_from_config, open_model, space_of
 from finetune.models.scratch.diffusion.base import Condition, DiffusionModel
 from finetune.planning import Plan
 from finetune.rng import Draw
 
 
 @final
-class Enlarged(Condition):
+class UpsampledImage(Condition):
     """A small image cos(πs/2) x + sin(πs/2) ε, enlarged, and one channel that holds s.
 
     Args:
@@ -45,14 +45,16 @@ class Enlarged(Condition):
         large = functional.interpolate(noised, size=self._space.shape[1:], mode="bilinear")
         return torch.cat([large, share.view(-1, 1, 1, 1).expand(-1, 1, *self._space.shape[1:])], 1)
 
-    def of_images(self, levels: Tensor, draw: Draw) -> Tensor | None:
+    def for_training(self, levels: Tensor, draw: Draw) -> Tensor | None:
         small = functional.avg_pool2d(self._space.scaled(levels), self._factor)
         share = self._section.augmentation * draw.uniform("augmentation")
         return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
 
-    def drawn(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
+    def for_sampling(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
         first = self._first
-        small = first.space.scaled(first.draw(classes if first.space.classes else None, draw.of_step("low"), request))
+        small = first.space.scaled(
+            first.generate(classes if first.space.classes else None, draw.of_step("low"), request)
+        )
         share = torch.full((len(small),), self._section.sampling_augmentation, device=small.device)
         return self.beside(small, share, draw.normal("augmentation noise", small.shape[1:]))
 
@@ -63,9 +65,9 @@ class Cascade(DiffusionModel):
 
     def __init__(self, space: Space, section: Net, first: PixelModel, loss: Diffusion | None = None) -> None:
         self.first = first
-        path = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        path = VariancePreserving(section.timesteps, section.schedule, section.prediction, loss)
         super().__init__(
-            space, section, path, section.variance, condition=Enlarged(space, first, section), first=first.net
+            space, section, path, section.variance, condition=UpsampledImage(space, first, section), first=first.net
         )
 
     def parts(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def build(plan: Plan, audit: Audit) -> Model:
         )
     first = open_model(recipe.model.base_run)
     _check(first.space, space, recipe.model.base_run)
-    return begin(plan, audit, lambda: Cascade(space, recipe.net, first, recipe.diffusion))
+    return initialize(plan, audit, lambda: Cascade(space, recipe.net, first, recipe.diffusion))
 
 
 def _check(low: Space, space: Space, given: str) -> None:
@@ -104,4 +106,4 @@ def _check(low: Space, space: Space, given: str) -> None:
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
     assert isinstance(section, Net)
-    return Cascade(space, section, of_config(config["first"]))
+    return Cascade(space, section, model_from_config(config["first"]))

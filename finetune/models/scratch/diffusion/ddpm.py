@@ -18,9 +18,9 @@ from finetune.config.schema import Diffusion
 from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch
 from finetune.models.base import Model
-from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.objectives.noise_paths import VariancePreserving
 from finetune.models.objectives.samplers import posterior
-from finetune.models.scratch.base import LikelihoodModel, Space, begin, levels_in, space_of
+from finetune.models.scratch.base import LikelihoodModel, Space, initialize, levels_and_classes, space_of
 from finetune.models.scratch.diffusion.base import DiffusionModel
 from finetune.models.scratch.distributions import log_mass
 from finetune.planning import Plan
@@ -33,7 +33,7 @@ class Ddpm(DiffusionModel, LikelihoodModel):
     exact = False
 
     def __init__(self, space: Space, section: Net, loss: Diffusion | None = None) -> None:
-        self._steps = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        self._steps = VariancePreserving(section.timesteps, section.schedule, section.prediction, loss)
         super().__init__(space, section, self._steps, section.variance)
         pairs = [(self._steps.level(step), self._steps.level(max(step, 1) - 1)) for step in range(section.timesteps)]
         between = [posterior(now, then) for now, then in [pairs[1], *pairs[1:]]]  # step 0 has the variance of step 1
@@ -50,8 +50,8 @@ class Ddpm(DiffusionModel, LikelihoodModel):
         Step t is drawn with a probability in proportion to 1/t, much as its term is large, and weighed by it: on average that is the
         bound. With `particles` of T − 1 or more every step is counted once, and that is all of it.
         """
-        levels, classes = levels_in(batch)
-        clean, others = self.canvas.read(levels), len(self._steps) - 1
+        levels, classes = levels_and_classes(batch)
+        clean, others = self.canvas.encode(levels), len(self._steps) - 1
         kept, lost = self._table[:2, -1].square().tolist()
         prior = 0.5 * (kept * clean.double().square() + lost - 1 - math.log(lost))
         shares = 1 / torch.arange(1, others + 1, dtype=torch.float64, device=levels.device)
@@ -68,15 +68,15 @@ class Ddpm(DiffusionModel, LikelihoodModel):
                 total = total + term(torch.full((len(levels),), number + 1, device=levels.device), f"bound {number}")
             else:  # one from each of so many parts of equal probability
                 place = (number + draw.uniform(f"step {number}").double()) / particles
-                drawn = torch.searchsorted(shares.cumsum(0), place).clamp(max=others - 1)
-                total = total + term(drawn + 1, f"bound {number}") / (particles * shares[drawn])
+                for_sampling = torch.searchsorted(shares.cumsum(0), place).clamp(max=others - 1)
+                total = total + term(for_sampling + 1, f"bound {number}") / (particles * shares[for_sampling])
         return total.float()
 
     def _term(self, levels: Tensor, clean: Tensor, step: Tensor, noise: Tensor, classes: Tensor | None) -> Tensor:
         """Of step [B] of each example, in nats [B] float64."""
         alpha, sigma, share, small, variance = self._table.to(clean.device)[:, step].view(5, -1, 1, 1, 1)
         noisy = (alpha * clean + sigma * noise).float()
-        expected = self.canvas.within(
+        expected = self.canvas.clamp(
             self._steps.expected(self.net(noisy, step.float(), classes).double(), noisy, alpha, sigma)
         )
         apart = (share * (clean - expected)).square()  # of the two means
@@ -87,7 +87,7 @@ class Ddpm(DiffusionModel, LikelihoodModel):
 
 def build(plan: Plan, audit: Audit) -> Model:
     space = space_of(plan, audit)
-    return begin(plan, audit, lambda: Ddpm(space, plan.recipe.net, plan.recipe.diffusion))
+    return initialize(plan, audit, lambda: Ddpm(space, plan.recipe.net, plan.recipe.diffusion))
 
 
 def create(space: Space, section: Net) -> Ddpm:

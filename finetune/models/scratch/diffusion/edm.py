@@ -7,12 +7,12 @@ from typing import final
 
 from finetune.config.nets.edm import Net
 from finetune.errors import UserError
-from finetune.models.objectives.noise_paths import Exploding, Preconditioned
+from finetune.models.objectives.noise_paths import EdmObjective, VarianceExploding
 from finetune.models.objectives.samplers import Level
-from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.base import Space, build_from_scratch
 from finetune.models.scratch.diffusion.flow_likelihood import FlowLikelihood
 
-build = started
+build = build_from_scratch
 
 
 @final
@@ -24,15 +24,15 @@ class Edm(FlowLikelihood):
                 where="net.sigma_min, net.sigma_max",
                 remedy="set net.sigma_min below net.sigma_max",
             )
-        learned = Preconditioned(section.sigma_data, section.log_sigma_mean, section.log_sigma_std)
-        self._exploding = Exploding(learned, section.sigma_min, section.sigma_max, section.rho)
+        learned = EdmObjective(section.sigma_data, section.log_sigma_mean, section.log_sigma_std)
+        self._exploding = VarianceExploding(learned, section.sigma_min, section.sigma_max, section.rho)
         super().__init__(space, section, self._exploding)
 
     def at_angle(self, angle: float) -> Level:
         return self._exploding.level(math.tan(angle))
 
-    def most(self) -> float:
-        return math.atan(self._exploding.spread)
+    def max_angle(self) -> float:
+        return math.atan(self._exploding.initial_std)
 
 
 def create(space: Space, section: Net) -> Edm:

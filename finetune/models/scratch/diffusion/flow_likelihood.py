@@ -11,7 +11,7 @@ from torch import Tensor
 from finetune.data.batch import Batch
 from finetune.models.objectives.ode_likelihood import angles, log_density
 from finetune.models.objectives.samplers import Level
-from finetune.models.scratch.base import LikelihoodModel, levels_in
+from finetune.models.scratch.base import LikelihoodModel, levels_and_classes
 from finetune.models.scratch.diffusion.base import DiffusionModel
 from finetune.rng import Draw
 
@@ -29,22 +29,22 @@ class FlowLikelihood(DiffusionModel, LikelihoodModel):
         """The path's level with σ/α = tan(angle)."""
 
     @abstractmethod
-    def most(self) -> float:
+    def max_angle(self) -> float:
         """The angle of the path's noisiest level."""
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
         """−log p of each image's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
-        levels, classes = levels_in(batch)
-        width, along = 2 / (self.space.levels - 1), angles(self.most())
+        levels, classes = levels_and_classes(batch)
+        width, along = 2 / (self.space.levels - 1), angles(self.max_angle())
 
         def expected(values: Tensor, angle: float) -> Tensor:
             level = self.at_angle(angle)
-            return self.said(values * math.hypot(level.alpha, level.sigma), level, classes)
+            return self.predict_clean(values * math.hypot(level.alpha, level.sigma), level, classes)
 
         total = torch.zeros(len(levels), dtype=torch.float64, device=levels.device)
         for number in range(particles):
-            filled = self.canvas.read(levels) + width * (
+            filled = self.canvas.encode(levels) + width * (
                 draw.uniform(f"dequantisation {number}", self.space.shape) - 0.5
             )
             probe = 1 - 2 * draw.uniform(f"trace {number}", self.space.shape).round()

@@ -10,9 +10,9 @@ from finetune.config.schema import Flow
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
 from finetune.models.base import Model
-from finetune.models.objectives.noise_paths import Straight
+from finetune.models.objectives.noise_paths import LinearPath
 from finetune.models.objectives.samplers import Level
-from finetune.models.scratch.base import Space, begin, space_of
+from finetune.models.scratch.base import Space, initialize, space_of
 from finetune.models.scratch.diffusion.flow_likelihood import FlowLikelihood
 from finetune.planning import Plan
 
@@ -22,13 +22,13 @@ class RectifiedFlow(FlowLikelihood):
     objective = "flow"
 
     def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
-        self._straight = Straight(section.shift, loss)
+        self._straight = LinearPath(section.shift, loss)
         super().__init__(space, section, self._straight)
 
     def at_angle(self, angle: float) -> Level:
         return self._straight.level(math.sin(angle) / (math.sin(angle) + math.cos(angle)))
 
-    def most(self) -> float:
+    def max_angle(self) -> float:
         return math.pi / 2
 
 
@@ -43,7 +43,7 @@ def build(plan: Plan, audit: Audit) -> Model:
             )
             raise UserError(f"flow.{name} is for pretrained models", where=f"flow.{name}", remedy=remedy)
     space = space_of(plan, audit)
-    return begin(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
+    return initialize(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
 
 
 def create(space: Space, section: Net) -> RectifiedFlow:

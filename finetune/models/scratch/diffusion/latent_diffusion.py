@@ -18,9 +18,9 @@ from finetune.config.schema import Diffusion
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError
 from finetune.models.base import Model
-from finetune.models.objectives.noise_paths import Preserving
+from finetune.models.objectives.noise_paths import VariancePreserving
 from finetune.models.pretrained import loading
-from finetune.models.scratch.base import PixelModel, Space, begin, space_of
+from finetune.models.scratch.base import PixelModel, Space, initialize, space_of
 from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.diffusion.base import Canvas, DiffusionModel
 from finetune.planning import Plan
@@ -42,12 +42,12 @@ class Latents(nn.Module):
             self.register_buffer(name, torch.full((vae.config.latent_channels, 1, 1), start))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        found: Tensor = (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.deviation
-        return found
+        result: Tensor = (self.vae.encode(pixels).latent_dist.mode() - self.mean) / self.deviation
+        return result
 
     def decode(self, latents: Tensor) -> Tensor:
-        found: Tensor = self.vae.decode(latents * self.deviation + self.mean).sample
-        return found
+        result: Tensor = self.vae.decode(latents * self.deviation + self.mean).sample
+        return result
 
     def measure(self, pixels: Tensor) -> None:
         raw = self.encode(pixels) * self.deviation + self.mean
@@ -56,7 +56,7 @@ class Latents(nn.Module):
 
 
 @final
-class InLatents(Canvas):
+class LatentCanvas(Canvas):
     """Latents lie anywhere: nothing is cut."""
 
     def __init__(self, space: Space, latents: Latents) -> None:
@@ -74,14 +74,14 @@ class InLatents(Canvas):
         self._space, self._latents = space, latents
 
     @torch.no_grad()
-    def read(self, levels: Tensor) -> Tensor:
+    def encode(self, levels: Tensor) -> Tensor:
         return self._latents.encode(self._space.scaled(levels))
 
     @torch.no_grad()
-    def write(self, numbers: Tensor) -> Tensor:
-        return self._space.quantised(self._latents.decode(numbers))
+    def decode(self, numbers: Tensor) -> Tensor:
+        return self._space.quantized(self._latents.decode(numbers))
 
-    def within(self, numbers: Tensor) -> Tensor:
+    def clamp(self, numbers: Tensor) -> Tensor:
         return numbers
 
 
@@ -91,9 +91,9 @@ class LatentDiffusion(DiffusionModel):
 
     def __init__(self, space: Space, section: Net, vae: AutoencoderKL, loss: Diffusion | None = None) -> None:
         self._latents = Latents(vae.float())
-        path = Preserving(section.timesteps, section.schedule, section.prediction, loss)
+        path = VariancePreserving(section.timesteps, section.schedule, section.prediction, loss)
         super().__init__(
-            space, section, path, section.variance, canvas=InLatents(space, self._latents), first=self._latents
+            space, section, path, section.variance, canvas=LatentCanvas(space, self._latents), first=self._latents
         )
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ def build(plan: Plan, audit: Audit) -> Model:
             "latents are an autoencoder's", where="model.vae", remedy="train scratch/emoji-vae first and name its run"
         )
     vae = loading.open_vae(recipe.model.vae)
-    return begin(plan, audit, lambda: LatentDiffusion(space, recipe.net, vae, recipe.diffusion))
+    return initialize(plan, audit, lambda: LatentDiffusion(space, recipe.net, vae, recipe.diffusion))
 
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune.config.nets.flow import Flow as Section
 from finetune.data.batch import Batch
 from finetune.models.base import SampleRequest, TrainStep
-from finetune.models.scratch.base import LikelihoodModel, Space, class_embedding, levels_in
+from finetune.models.scratch.base import LikelihoodModel, Space, class_embedding, levels_and_classes
 from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.flows.bijections import (
     ActNorm,
@@ -27,9 +27,9 @@ from finetune.models.scratch.flows.bijections import (
     Bijection,
     Chain,
     Coupling,
+    LearnedPrior,
     Logit,
     MixtureCdf,
-    Rest,
     Squeeze,
 )
 from finetune.rng import Draw
@@ -72,11 +72,11 @@ class MultiScale(nn.Module):
         values, total = self.logit(values)
         gone = []
         for number, scale in enumerate(self.scales):
-            values, change = scale(values)
-            total = total + change
+            values, log_det = scale(values)
+            total = total + log_det
             if number < len(self.rests):
-                values, change = self.rests[number](values)
-                total = total + change
+                values, log_det = self.rests[number](values)
+                total = total + log_det
                 values, rest = values.chunk(2, 1)
                 gone.append(rest.flatten(1))
         return torch.cat([*gone, values.flatten(1)], 1), total
@@ -113,15 +113,15 @@ class LearnedNoise(nn.Module):
         told = self.context(self.squeeze(self._space.scaled(levels).to(normal.dtype))[0])
         values, total = self.squeeze(normal)[0], log_normal(normal)
         for one in self.couplings:
-            values, change = one(values, told)
-            total = total - change
+            values, log_det = one(values, told)
+            total = total - log_det
         values = self.squeeze.inverse(values)
         u = values.sigmoid()
         return u, total - (nn.functional.logsigmoid(values) + nn.functional.logsigmoid(-values)).flatten(1).sum(1)
 
 
 @final
-class Dequantised(nn.Module):
+class Dequantized(nn.Module):
     """The flow, its noise, and where classes' latents lie."""
 
     def __init__(self, space: Space, section: Section, flow: MultiScale) -> None:
@@ -138,28 +138,28 @@ class Dequantised(nn.Module):
     def forward(self, levels: Tensor, classes: Tensor | None, chance: Tensor) -> Tensor:
         """One draw's log P(x) in nats, [B]. `chance` is even in [0, 1), or normal where the noise is learned: [B, C, H, W]."""
         u, log_q = (chance, 0.0) if self.noise is None else self.noise(levels, chance)
-        latent, change = self.flow((levels.float() + u) / self._space.levels)
-        found: Tensor = (
+        latent, log_det = self.flow((levels.float() + u) / self._space.levels)
+        result: Tensor = (
             log_normal(latent - self.mean(classes))
-            + change
+            + log_det
             - self._space.dimensions * math.log(self._space.levels)
             - log_q
         )
-        return found
+        return result
 
 
 @final
-class FlowTurn(TrainStep):
+class FlowStep(TrainStep):
     """−log P(x) of each image in nats, by one draw of the noise between levels (`Dequantised`)."""
 
     name = "flow"
 
-    def __init__(self, net: Dequantised, space: Space) -> None:
+    def __init__(self, net: Dequantized, space: Space) -> None:
         self.net, self._space = net, space
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        found: Tensor = -self.net(*levels_in(batch), self.chance(draw, ""))
-        return found
+        result: Tensor = -self.net(*levels_and_classes(batch), self.chance(draw, ""))
+        return result
 
     def chance(self, draw: Draw, which: str) -> Tensor:
         purpose = f"dequantisation{which}"
@@ -182,17 +182,17 @@ class FlowModel(LikelihoodModel):
             scales.append(Chain(self.steps(section, channels, number)))
             channels *= 4
             if number < section.scales - 1:
-                rests.append(Rest(channels, section.width))
+                rests.append(LearnedPrior(channels, section.width))
                 channels //= 2
-        self.net: Dequantised = Dequantised(space, section, MultiScale(space, section, scales, rests))
-        self._turn = FlowTurn(self.net, space)
+        self.net: Dequantized = Dequantized(space, section, MultiScale(space, section, scales, rests))
+        self._step = FlowStep(self.net, space)
 
     @abstractmethod
     def steps(self, section: Section, channels: int, number: int) -> list[Bijection]:
         """The bijections of a scale, one of them a squeeze: [B, channels, H, W] → [B, 4 · channels, H/2, W/2]."""
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -200,20 +200,20 @@ class FlowModel(LikelihoodModel):
         batch = self.examples(STARTING_IMAGES)
         norms = [module for module in self.net.modules() if isinstance(module, ActNorm)]
         for norm in norms:
-            norm.starting = True
-        self._turn.loss(batch, Draw(0, "start", range(len(batch["pixels"])), self.device))
+            norm.initializing = True
+        self._step.loss(batch, Draw(0, "start", range(len(batch["pixels"])), self.device))
         for norm in norms:
-            norm.starting = False
+            norm.initializing = False
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        found = [
-            self.net(*levels_in(batch), self._turn.chance(draw, f" {number}" if number else ""))
+        result = [
+            self.net(*levels_and_classes(batch), self._step.chance(draw, f" {number}" if number else ""))
             for number in range(particles)
         ]
-        return math.log(particles) - torch.stack(found).logsumexp(0)
+        return math.log(particles) - torch.stack(result).logsumexp(0)
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         latent = draw.normal("latent", (self.space.dimensions,)) + self.net.mean(classes)
         values = self.net.flow.inverse(latent) * self.space.levels
         return values.floor().clamp(0, self.space.levels - 1).to(torch.uint8)

@@ -48,8 +48,8 @@ class Chain(Bijection):
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         total = _zeros(values)
         for part in self.parts:
-            values, change = part(values)
-            total = total + change
+            values, log_det = part(values)
+            total = total + log_det
         return values, total
 
     def inverse(self, values: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class Logit(Bijection):
         if not self._margin:
             return values - 0.5, _zeros(values)
         inner = self._margin + (1 - 2 * self._margin) * values
-        change = math.log(1 - 2 * self._margin) - inner.log() - (-inner).log1p()
-        return inner.log() - (-inner).log1p(), change.flatten(1).sum(1)
+        log_det = math.log(1 - 2 * self._margin) - inner.log() - (-inner).log1p()
+        return inner.log() - (-inner).log1p(), log_det.flatten(1).sum(1)
 
     def inverse(self, values: Tensor) -> Tensor:
         return (values.sigmoid() - self._margin) / (1 - 2 * self._margin) if self._margin else values + 0.5
@@ -95,24 +95,24 @@ class Checkerboard(Bijection):
     `undone`: the other way round.
     """
 
-    def __init__(self, undone: bool = False) -> None:
+    def __init__(self, inverted: bool = False) -> None:
         super().__init__()
-        self._undone = undone
+        self._undone = inverted
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self._joined(values) if self._undone else self._parted(values), _zeros(values)
+        return self._joined(values) if self._undone else self._split(values), _zeros(values)
 
     def inverse(self, values: Tensor) -> Tensor:
-        return self._parted(values) if self._undone else self._joined(values)
+        return self._split(values) if self._undone else self._joined(values)
 
-    def _parted(self, values: Tensor) -> Tensor:
-        return self._turned(torch.cat([values[..., 0::2], values[..., 1::2]], 1))
+    def _split(self, values: Tensor) -> Tensor:
+        return self._swap_odd_rows(torch.cat([values[..., 0::2], values[..., 1::2]], 1))
 
     def _joined(self, values: Tensor) -> Tensor:
-        even, odd = self._turned(values).chunk(2, 1)
+        even, odd = self._swap_odd_rows(values).chunk(2, 1)
         return torch.stack([even, odd], -1).flatten(-2)
 
-    def _turned(self, values: Tensor) -> Tensor:
+    def _swap_odd_rows(self, values: Tensor) -> Tensor:
         """In every second row the two halves of the channels change places."""
         first, second = values.chunk(2, 1)
         odd = (torch.arange(values.shape[2], device=values.device) % 2).bool()[:, None]
@@ -129,22 +129,22 @@ class ActNorm(Bijection):
             nn.Parameter(torch.zeros(channels, 1, 1)),
             nn.Parameter(torch.zeros(channels, 1, 1)),
         )
-        self.starting = False  # while it is, the next batch sets both
+        self.initializing = False  # while it is, the next batch sets both
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.starting:
+        if self.initializing:
             deviation, mean = torch.std_mean(values.detach(), (0, 2, 3))
             self.log_scale.data = -(deviation[:, None, None] + 1e-6).log().to(self.log_scale.dtype)
             self.shift.data = -mean[:, None, None].to(self.shift.dtype)
-        change = self.log_scale.sum() * values.shape[2] * values.shape[3]
-        return (values + self.shift) * self.log_scale.exp(), change.expand(len(values))
+        log_det = self.log_scale.sum() * values.shape[2] * values.shape[3]
+        return (values + self.shift) * self.log_scale.exp(), log_det.expand(len(values))
 
     def inverse(self, values: Tensor) -> Tensor:
         return values * (-self.log_scale).exp() - self.shift
 
 
 @final
-class Mix(Bijection):
+class InvertibleConv(Bijection):
     """A 1×1 convolution by P L (U + diag s), from a random rotation on (Glow, §3.2)."""
 
     permutation: Tensor
@@ -164,8 +164,8 @@ class Mix(Bijection):
         return self.permutation @ lower @ (self.upper.triu(1) + torch.diag(self.signs * self.log_diagonal.exp()))
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        change = self.log_diagonal.sum() * values.shape[2] * values.shape[3]
-        return functional.conv2d(values, self._weight()[:, :, None, None]), change.expand(len(values))
+        log_det = self.log_diagonal.sum() * values.shape[2] * values.shape[3]
+        return functional.conv2d(values, self._weight()[:, :, None, None]), log_det.expand(len(values))
 
     def inverse(self, values: Tensor) -> Tensor:
         return functional.conv2d(values, torch.linalg.inv(self._weight())[:, :, None, None])
@@ -187,8 +187,8 @@ class Conditioner(nn.Module):
         self.net = nn.Sequential(nn.Conv2d(inputs, width, 3, padding=1), *middle, nn.SiLU(), last)
 
     def forward(self, values: Tensor) -> Tensor:
-        found: Tensor = self.net(values)
-        return found
+        result: Tensor = self.net(values)
+        return result
 
 
 class Coupling(Bijection):
@@ -210,11 +210,11 @@ class Coupling(Bijection):
         self._second, self._numbers = second, numbers
 
     @abstractmethod
-    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """values [B, C/2, H, W], numbers [B, numbers, C/2, H, W] → (changed, log-derivative of each)."""
 
     @abstractmethod
-    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor: ...
+    def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor: ...
 
     def _halves(self, values: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(kept, to change, numbers)."""
@@ -227,12 +227,12 @@ class Coupling(Bijection):
 
     def forward(self, values: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         kept, changing, numbers = self._halves(values, context)
-        changed, change = self.change(changing, numbers)
-        return self._joined(kept, changed), change.flatten(1).sum(1)
+        changed, log_det = self.transform(changing, numbers)
+        return self._joined(kept, changed), log_det.flatten(1).sum(1)
 
     def inverse(self, values: Tensor) -> Tensor:
         kept, changed, numbers = self._halves(values)
-        return self._joined(kept, self.unchange(changed, numbers))
+        return self._joined(kept, self.inverse_transform(changed, numbers))
 
 
 def bounded(log_scale: Tensor) -> Tensor:
@@ -247,11 +247,11 @@ class Affine(Coupling):
     def __init__(self, channels: int, second: bool, net: tuple[int, int, float], context: int = 0) -> None:
         super().__init__(channels, second, 2, net, context)
 
-    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = bounded(numbers[:, 0])
         return values * log_scale.exp() + numbers[:, 1], log_scale
 
-    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor:
+    def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor:
         return (values - numbers[:, 1]) * (-bounded(numbers[:, 0])).exp()
 
 
@@ -282,7 +282,7 @@ class MixtureCdf(Coupling):
         )
         return below - above
 
-    def change(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         log_scale, shift, logits, means, scales = self._parts(numbers)
         standard = (values[:, None] - means) * (-scales).exp()
         log_below, log_above = functional.logsigmoid(standard), functional.logsigmoid(-standard)
@@ -292,7 +292,7 @@ class MixtureCdf(Coupling):
         return (below - above) * log_scale.exp() + shift, density - below - above + log_scale
 
     @torch.no_grad()
-    def unchange(self, values: Tensor, numbers: Tensor) -> Tensor:
+    def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor:
         """Invert `change`, [B, …] → the same, by bisection: a mixture's distribution function has no inverse in closed form."""
         log_scale, shift, logits, means, scales = self._parts(numbers)
         wanted = (values - shift) * (-log_scale).exp()
@@ -307,7 +307,7 @@ class MixtureCdf(Coupling):
 
 
 @final
-class Rest(Bijection):
+class LearnedPrior(Bijection):
     """What is let go at the end of a scale, standardized by what a net reads off what stays (Glow, §3.3): a learned prior as a map.
 
     [B, C, H, W] → the same, whose second half is let go by who calls.
@@ -318,8 +318,8 @@ class Rest(Bijection):
         self.coupling = Affine(channels, True, (width, 0, 0.0))
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.coupling(values)
-        return found
+        result: tuple[Tensor, Tensor] = self.coupling(values)
+        return result
 
     def inverse(self, values: Tensor) -> Tensor:
         return self.coupling.inverse(values)

@@ -6,20 +6,20 @@ from typing import final
 
 from finetune.config.nets.flow import Flow
 from finetune.config.nets.glow import Net
-from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.base import Space, build_from_scratch
 from finetune.models.scratch.flows.base import FlowModel, coupling
-from finetune.models.scratch.flows.bijections import ActNorm, Bijection, Mix, Squeeze
+from finetune.models.scratch.flows.bijections import ActNorm, Bijection, InvertibleConv, Squeeze
 
-build = started
+build = build_from_scratch
 
 
 @final
 class Glow(FlowModel):
     def steps(self, section: Flow, channels: int, number: int) -> list[Bijection]:
-        found: list[Bijection] = [Squeeze()]
+        result: list[Bijection] = [Squeeze()]
         for _ in range(section.steps):
-            found += [ActNorm(4 * channels), Mix(4 * channels), coupling(section, 4 * channels, True)]
-        return found
+            result += [ActNorm(4 * channels), InvertibleConv(4 * channels), coupling(section, 4 * channels, True)]
+        return result
 
 
 def create(space: Space, section: Net) -> Glow:

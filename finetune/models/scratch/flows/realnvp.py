@@ -9,11 +9,11 @@ from typing import final
 
 from finetune.config.nets.flow import Flow
 from finetune.config.nets.realnvp import Net
-from finetune.models.scratch.base import Space, started
+from finetune.models.scratch.base import Space, build_from_scratch
 from finetune.models.scratch.flows.base import FlowModel, coupling
 from finetune.models.scratch.flows.bijections import ActNorm, Bijection, Checkerboard, Coupling, Squeeze
 
-build = started
+build = build_from_scratch
 
 
 @final
@@ -31,7 +31,7 @@ class RealNvp(FlowModel):
         return [
             Checkerboard(),
             *first,
-            Checkerboard(undone=True),
+            Checkerboard(inverted=True),
             Squeeze(),
             *alternating(4 * channels, section.steps // 2),
         ]

@@ -85,9 +85,9 @@ class Augmentation(nn.Module):
 
         brightness = self._drawn(draw, "brightness", 0, 0.2 * draw.normal("brightness", ()))
         contrast = self._drawn(draw, "contrast", 1, torch.exp2(0.5 * draw.normal("contrast", ())))
-        found = images * column(contrast) + column(brightness)
+        result = images * column(contrast) + column(brightness)
         if images.shape[1] == 3:
             saturation = self._drawn(draw, "saturation", 1, torch.exp2(draw.normal("saturation", ())))
-            gray = (found * torch.tensor(LUMA, device=found.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
-            found = torch.lerp(gray.expand_as(found), found, column(saturation).expand_as(found))
-        return found
+            gray = (result * torch.tensor(LUMA, device=result.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            result = torch.lerp(gray.expand_as(result), result, column(saturation).expand_as(result))
+        return result

@@ -20,10 +20,10 @@ from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch
 from finetune.errors import UserError
 from finetune.models.base import Model, SampleRequest, TrainStep, detached_forward
-from finetune.models.objectives.gan_losses import OBJECTIVES, flatness, unit_slope
-from finetune.models.scratch.base import PixelModel, Space, class_embedding, levels_in, started
+from finetune.models.objectives.gan_losses import ADVERSARIAL_LOSSES, one_centered_penalty, zero_centered_penalty
+from finetune.models.scratch.base import PixelModel, Space, build_from_scratch, class_embedding, levels_and_classes
 from finetune.models.scratch.gan.ada import Augmentation
-from finetune.models.scratch.gan.minibatch_stats import Discrimination, stddev
+from finetune.models.scratch.gan.minibatch_stats import MinibatchDiscrimination, stddev
 from finetune.planning import Plan
 from finetune.rng import Draw
 
@@ -39,7 +39,7 @@ class Generator(nn.Module, ABC):
         """
 
 
-class Reader(nn.Module, ABC):
+class DiscriminatorBody(nn.Module, ABC):
     """What a critic sees with."""
 
     @abstractmethod
@@ -47,7 +47,7 @@ class Reader(nn.Module, ABC):
         """Scaled images [B, C, H, W] → maps [B, channels, h, w]; `draw` says which step it is."""
 
 
-class Penalty(ABC):
+class GeneratorPenalty(ABC):
     """What a generator is held to besides its critic."""
 
     every: int  # it is taken each so many steps, and then counts as often
@@ -58,7 +58,7 @@ class Penalty(ABC):
 
 
 @final
-class Critic(nn.Module):
+class Discriminator(nn.Module):
     """Scaled images [B, C, H, W] and classes [B] → logits [B]; the classes' part is their projection (Miyato & Koyama 2018, arXiv:1802.05637).
 
     Args:
@@ -71,7 +71,7 @@ class Critic(nn.Module):
         self,
         space: Space,
         section: Section,
-        reader: Reader,
+        reader: DiscriminatorBody,
         channels: int,
         ending: Callable[[int], tuple[nn.Module, int]],
         linear: Callable[[int, int], nn.Module] = nn.Linear,
@@ -81,115 +81,140 @@ class Critic(nn.Module):
         self.augment = Augmentation(section.ada_target, section.ada_images) if section.ada_target else None
         self.reader = reader
         self.ending, features = ending(channels + bool(self._group))
-        self.beside = Discrimination(features) if section.minibatch == "discrimination" else None
+        self.beside = MinibatchDiscrimination(features) if section.minibatch == "discrimination" else None
         self.classes = class_embedding(space, features)
         self.logit = linear(features + (self.beside.kernels if self.beside is not None else 0), 1)
 
-    def seen(self, images: Tensor, draw: Draw) -> Tensor:
+    def augmented(self, images: Tensor, draw: Draw) -> Tensor:
         """Images as the critic is shown them."""
         return self.augment(images, draw) if self.augment is not None else images
 
     def forward(self, images: Tensor, classes: Tensor | None, draw: Draw) -> Tensor:
         maps = self.reader(images, draw)
         features = self.ending(stddev(maps, self._group) if self._group else maps)
-        found: Tensor = self.logit(self.beside(features) if self.beside is not None else features).squeeze(1)
+        result: Tensor = self.logit(self.beside(features) if self.beside is not None else features).squeeze(1)
         if self.classes is not None:
-            found = found + (self.classes(classes) * features).sum(1)
-        return found.float()
+            result = result + (self.classes(classes) * features).sum(1)
+        return result.float()
 
 
 @final
-class CriticTurn(TrainStep):
+class DiscriminatorStep(TrainStep):
     """The critic learns to tell true images from made ones; the generator's weights are constants."""
 
     name = "critic"
 
-    def __init__(self, critic: Critic, generator: Generator, space: Space, section: Section) -> None:
-        self.net, self._plain, self._generator, self._space, self._section = critic, critic, generator, space, section
+    def __init__(self, discriminator: Discriminator, generator: Generator, space: Space, section: Section) -> None:
+        self.net, self._unwrapped, self._generator, self._space, self._section = (
+            discriminator,
+            discriminator,
+            generator,
+            space,
+            section,
+        )
         self.cycle = section.penalty_every
-        self._objective = OBJECTIVES[section.objective]
+        self._objective = ADVERSARIAL_LOSSES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The critic's loss on true and made images, and in one of `lazy` steps its penalties, as often heavier, [B] float32."""
-        levels, classes = levels_in(batch)
-        section, critic, draw = self._section, self._plain, draw.apart("critic")
+        levels, classes = levels_and_classes(batch)
+        section, discriminator, draw = self._section, self._unwrapped, draw.apart("critic")
         with torch.no_grad():
-            made = critic.seen(self._generator(latent_of(draw, section), classes, draw), draw.apart("made"))
-            true = critic.seen(self._space.scaled(levels), draw.apart("true"))
-        learns = torch.is_grad_enabled()
-        penalised = learns and int(draw.step) % section.penalty_every == 0
-        made.requires_grad_(penalised and section.r2 > 0)
-        true.requires_grad_(penalised and section.r1 > 0)
+            fake = discriminator.augmented(self._generator(latent_of(draw, section), classes, draw), draw.apart("made"))
+            real = discriminator.augmented(self._space.scaled(levels), draw.apart("true"))
+        training = torch.is_grad_enabled()
+        penalized = training and int(draw.step) % section.penalty_every == 0
+        fake.requires_grad_(penalized and section.r2 > 0)
+        real.requires_grad_(penalized and section.r1 > 0)
         # Through the wrapper of several processes but once: what follows it adds to the same gradients.
-        of_true, of_made = self.net(true, classes, draw), critic(made, classes, draw)
-        found = self._objective.critic(of_true, of_made)
-        if penalised:
-            found = found + section.penalty_every * self._penalties(true, made, of_true, of_made, classes, draw)
-        if learns and critic.augment is not None:
-            critic.augment.steer(of_true)
-        return found
+        real_logits, fake_logits = self.net(real, classes, draw), discriminator(fake, classes, draw)
+        result = self._objective.discriminator(real_logits, fake_logits)
+        if penalized:
+            result = result + section.penalty_every * self._penalties(
+                real, fake, real_logits, fake_logits, classes, draw
+            )
+        if training and discriminator.augment is not None:
+            discriminator.augment.steer(real_logits)
+        return result
 
     def _penalties(
-        self, true: Tensor, made: Tensor, of_true: Tensor, of_made: Tensor, classes: Tensor | None, draw: Draw
+        self, real: Tensor, fake: Tensor, real_logits: Tensor, fake_logits: Tensor, classes: Tensor | None, draw: Draw
     ) -> Tensor:
-        section, found = self._section, torch.zeros_like(of_true)
+        section, result = self._section, torch.zeros_like(real_logits)
         if section.r1:
-            found = found + section.r1 * flatness(of_true, true)
+            result = result + section.r1 * zero_centered_penalty(real_logits, real)
         if section.r2:
-            found = found + section.r2 * flatness(of_made, made)
+            result = result + section.r2 * zero_centered_penalty(fake_logits, fake)
         if section.gradient_penalty:
             between = torch.lerp(
-                made.detach().float(), true.detach(), draw.uniform("between", (1, 1, 1))
+                fake.detach().float(), real.detach(), draw.uniform("between", (1, 1, 1))
             ).requires_grad_()
-            found = found + section.gradient_penalty * unit_slope(self._plain(between, classes, draw), between)
-        return found
+            result = result + section.gradient_penalty * one_centered_penalty(
+                self._unwrapped(between, classes, draw), between
+            )
+        return result
 
 
 @final
-class GeneratorTurn(TrainStep):
+class GeneratorStep(TrainStep):
     """The generator learns what the critic takes for true; the critic's weights are constants."""
 
     name = "generator"
 
     def __init__(
-        self, generator: Generator, critic: Critic, space: Space, section: Section, penalty: Penalty | None
+        self,
+        generator: Generator,
+        discriminator: Discriminator,
+        space: Space,
+        section: Section,
+        penalty: GeneratorPenalty | None,
     ) -> None:
-        self.net, self._critic, self._space, self._section, self._penalty = generator, critic, space, section, penalty
+        self.net, self._discriminator, self._space, self._section, self._penalty = (
+            generator,
+            discriminator,
+            space,
+            section,
+            penalty,
+        )
         self.every = section.discriminator_steps
         self.cycle = self.every * (penalty.every if penalty is not None else 1)
-        self._objective = OBJECTIVES[section.objective]
+        self._objective = ADVERSARIAL_LOSSES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """The generator's loss by a critic that stands still (or, unrolled, has gone on), and at times its penalty, [B] float32."""
-        levels, classes = levels_in(batch)
-        section, critic, draw = self._section, self._critic, draw.apart("generator")
-        made = critic.seen(self.net(latent_of(draw, section), classes, draw), draw.apart("made"))
+        levels, classes = levels_and_classes(batch)
+        section, discriminator, draw = self._section, self._discriminator, draw.apart("generator")
+        fake = discriminator.augmented(self.net(latent_of(draw, section), classes, draw), draw.apart("made"))
         if self._objective.paired or section.unroll:
-            true = critic.seen(self._space.scaled(levels), draw.apart("true"))
+            real = discriminator.augmented(self._space.scaled(levels), draw.apart("true"))
         if section.unroll:
-            ahead = self._ahead(true, made, classes, draw)
-            of_true, of_made = (functional_call(critic, ahead, (images, classes, draw)) for images in (true, made))
+            unrolled = self._unrolled_weights(real, fake, classes, draw)
+            real_logits, fake_logits = (
+                functional_call(discriminator, unrolled, (images, classes, draw)) for images in (real, fake)
+            )
         else:
-            of_made = detached_forward(critic, made, classes, draw)
-            of_true = detached_forward(critic, true, classes, draw) if self._objective.paired else of_made
-        found = self._objective.generator(of_true, of_made)
+            fake_logits = detached_forward(discriminator, fake, classes, draw)
+            real_logits = (
+                detached_forward(discriminator, real, classes, draw) if self._objective.paired else fake_logits
+            )
+        result = self._objective.generator(real_logits, fake_logits)
         penalty = self._penalty
         if penalty is not None and (int(draw.step) // self.every) % penalty.every == 0:
-            found = found + penalty.every * penalty(draw.apart("penalty"), classes)
-        return found
+            result = result + penalty.every * penalty(draw.apart("penalty"), classes)
+        return result
 
-    def _ahead(self, true: Tensor, made: Tensor, classes: Tensor | None, draw: Draw) -> dict[str, Tensor]:
+    def _unrolled_weights(self, real: Tensor, fake: Tensor, classes: Tensor | None, draw: Draw) -> dict[str, Tensor]:
         """The critic's weights after `unroll` steps of descent on these images, as a function of the made ones (Metz et al. 2017, equation 9)."""
-        critic, rate = self._critic, self._section.unroll_lr
+        discriminator, rate = self._discriminator, self._section.unroll_lr
         buffers = {
-            name: tensor.clone() for name, tensor in critic.named_buffers()
+            name: tensor.clone() for name, tensor in discriminator.named_buffers()
         }  # they move in the critic's own turn alone
-        weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters()}
+        weights = {name: parameter.detach().requires_grad_() for name, parameter in discriminator.named_parameters()}
         for _ in range(self._section.unroll):
-            of_true, of_made = (
-                functional_call(critic, weights | buffers, (images, classes, draw)) for images in (true, made)
+            real_logits, fake_logits = (
+                functional_call(discriminator, weights | buffers, (images, classes, draw)) for images in (real, fake)
             )
-            loss = self._objective.critic(of_true, of_made).mean()
+            loss = self._objective.discriminator(real_logits, fake_logits).mean()
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
             weights = {
                 name: weight if gradient is None else weight - rate * gradient
@@ -221,26 +246,26 @@ class Adversarial(PixelModel):
     """A GAN. Its artifact is the generator."""
 
     net: Generator
-    critic: Critic
+    discriminator: Discriminator
 
     def __init__(self, space: Space, section: Section) -> None:
         super().__init__(space, section)
         self._section = section
-        self.net, self.critic, penalty = self.pair(section)
-        self._turns = (
-            CriticTurn(self.critic, self.net, space, section),
-            GeneratorTurn(self.net, self.critic, space, section, penalty),
+        self.net, self.discriminator, penalty = self.pair(section)
+        self._steps = (
+            DiscriminatorStep(self.discriminator, self.net, space, section),
+            GeneratorStep(self.net, self.discriminator, space, section, penalty),
         )
 
     @abstractmethod
-    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+    def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
         """Both nets, their weights at random, and what the generator is held to besides."""
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return self._turns
+        return self._steps
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        return self.space.quantised(self.net(latent_of(draw, self._section), classes, draw, request.truncation))
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        return self.space.quantized(self.net(latent_of(draw, self._section), classes, draw, request.truncation))
 
 
 def build(plan: Plan, audit: Audit) -> Model:
@@ -263,4 +288,4 @@ def build(plan: Plan, audit: Audit) -> Model:
             where="net.minibatch",
             remedy="set train.batch_size: 2 or more, or net.minibatch: none",
         )
-    return started(plan, audit)
+    return build_from_scratch(plan, audit)

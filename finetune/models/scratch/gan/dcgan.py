@@ -22,7 +22,14 @@ from finetune.errors import UserError
 from finetune.models.scratch.base import Space, class_embedding
 from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.gan import base
-from finetune.models.scratch.gan.base import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
+from finetune.models.scratch.gan.base import (
+    Adversarial,
+    Discriminator,
+    DiscriminatorBody,
+    Generator,
+    GeneratorPenalty,
+    widths_by_size,
+)
 from finetune.rng import Draw
 
 build = base.build
@@ -66,10 +73,10 @@ def _norm(name: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if name == "batch" else PixelNorm() if name == "pixel" else nn.Identity()
 
 
-def _reached_all(found: Tensor, net: nn.Module) -> Tensor:
+def _reached_all(result: Tensor, net: nn.Module) -> Tensor:
     """A growing net's output with all of its weights in it, if only at 0: several processes wait for a gradient of each."""
     nothing = torch.stack([parameter.flatten()[0] * 0 for parameter in net.parameters()]).sum()
-    return found + nothing
+    return result + nothing
 
 
 @final
@@ -106,18 +113,18 @@ class DcganGenerator(Generator):
         maps = self.first(self.begin(latent).view(len(latent), -1, *self._grid))
         for larger in self.larger[:size]:
             maps = larger(maps)
-        found = self._full(self.paint[str(size)](maps), size)
+        result = self._full(self.paint[str(size)](maps), size)
         if share:
             next_ = self._full(self.paint[str(size + 1)](self.larger[size](maps)), size + 1)
-            found = torch.lerp(found, next_, share)
-        return torch.tanh(_reached_all(found, self) if self._growing else found)
+            result = torch.lerp(result, next_, share)
+        return torch.tanh(_reached_all(result, self) if self._growing else result)
 
     def _full(self, image: Tensor, size: int) -> Tensor:
         return functional.interpolate(image, scale_factor=2 ** (self._sizes - size)) if size < self._sizes else image
 
 
 @final
-class DcganReader(Reader):
+class DcganBody(DiscriminatorBody):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
         widths, norm = widths_by_size(section), section.discriminator_norm
@@ -151,15 +158,15 @@ class DcganReader(Reader):
 
     def _at(self, images: Tensor, size: int) -> Tensor:
         """The maps that an image of this size is read as."""
-        found: Tensor = self.read[str(size)](
+        result: Tensor = self.read[str(size)](
             functional.avg_pool2d(images, 2 ** (self._sizes - size)) if size < self._sizes else images
         )
-        return found
+        return result
 
 
 @final
 class Dcgan(Adversarial):
-    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+    def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
         """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single images."""
         assert isinstance(section, Net)
         if section.discriminator_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
@@ -169,18 +176,18 @@ class Dcgan(Adversarial):
                 remedy="set net.discriminator_norm: none",
             )
         grid, channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
-        critic = Critic(
+        discriminator = Discriminator(
             self.space,
             section,
-            DcganReader(self.space, section),
+            DcganBody(self.space, section),
             channels,
             lambda channels: (nn.Flatten(), channels * grid[0] * grid[1]),
         )
         if section.discriminator_norm == "spectral":
-            for module in critic.modules():
+            for module in discriminator.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
                     spectral_norm(module)
-        return DcganGenerator(self.space, section), critic, None
+        return DcganGenerator(self.space, section), discriminator, None
 
 
 def create(space: Space, section: Net) -> Dcgan:

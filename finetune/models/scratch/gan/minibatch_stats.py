@@ -25,7 +25,7 @@ def stddev(maps: Tensor, group: int) -> Tensor:
 
 
 @final
-class Discrimination(nn.Module):
+class MinibatchDiscrimination(nn.Module):
     """Minibatch discrimination (Salimans et al. 2016, arXiv:1606.03498, §3.2): [B, F] → [B, F + kernels].
 
     o_b(x_i) = Σ_{j ≠ i} exp(−‖M_{i,b} − M_{j,b}‖₁), with M = x T.

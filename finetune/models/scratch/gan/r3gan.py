@@ -18,7 +18,14 @@ from finetune.config.nets.r3gan import Net
 from finetune.models.scratch.base import Space, class_embedding
 from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.gan import base
-from finetune.models.scratch.gan.base import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
+from finetune.models.scratch.gan.base import (
+    Adversarial,
+    Discriminator,
+    DiscriminatorBody,
+    Generator,
+    GeneratorPenalty,
+    widths_by_size,
+)
 from finetune.rng import Draw
 
 build = base.build
@@ -53,8 +60,8 @@ class Block(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         inside = functional.leaky_relu(self.middle(functional.leaky_relu(self.first(maps), SLOPE)), SLOPE)
-        found: Tensor = maps + self.last(inside)
-        return found
+        result: Tensor = maps + self.last(inside)
+        return result
 
 
 @final
@@ -69,11 +76,11 @@ class Resampled(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         if not self._larger:
             maps = functional.avg_pool2d(maps, 2)  # bilinear, at half the size
-        found: Tensor = self.channels(maps)
+        result: Tensor = self.channels(maps)
         return (
-            functional.interpolate(found, scale_factor=2, mode="bilinear", align_corners=False)
+            functional.interpolate(result, scale_factor=2, mode="bilinear", align_corners=False)
             if self._larger
-            else found
+            else result
         )
 
 
@@ -99,12 +106,12 @@ class R3Generator(Generator):
         latent = latent * truncation
         if self.classes is not None:
             latent = torch.cat([latent, self.classes(classes)], 1)
-        found: Tensor = self.paint(self.layers(self.ground * self.weigh(latent)[..., None, None]))
-        return found
+        result: Tensor = self.paint(self.layers(self.ground * self.weigh(latent)[..., None, None]))
+        return result
 
 
 @final
-class R3Reader(Reader):
+class R3Body(DiscriminatorBody):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
         widths, blocks = widths_by_size(section)[::-1], section.blocks * (section.halvings + 1)
@@ -115,13 +122,13 @@ class R3Reader(Reader):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
-        found: Tensor = self.layers(images)
-        return found
+        result: Tensor = self.layers(images)
+        return result
 
 
 @final
 class R3gan(Adversarial):
-    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+    def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
         """The nets of arXiv:2501.05441, §4: the critic ends in a convolution as wide as its last maps, each channel by itself."""
         assert isinstance(section, Net)
         grid = halved(self.space.height, self.space.width, section.halvings)
@@ -131,15 +138,15 @@ class R3gan(Adversarial):
                 level(nn.Conv2d(channels, channels, grid, groups=channels, bias=False)), nn.Flatten()
             ), channels
 
-        critic = Critic(
+        discriminator = Discriminator(
             self.space,
             section,
-            R3Reader(self.space, section),
+            R3Body(self.space, section),
             widths_by_size(section)[0],
             ending,
             lambda before, after: level(nn.Linear(before, after)),
         )
-        return R3Generator(self.space, section), critic, None
+        return R3Generator(self.space, section), discriminator, None
 
 
 def create(space: Space, section: Net) -> R3gan:

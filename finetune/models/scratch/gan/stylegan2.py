@@ -21,7 +21,14 @@ from finetune.models.base import gathered
 from finetune.models.scratch.base import Space
 from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.gan import base
-from finetune.models.scratch.gan.base import Adversarial, Critic, Generator, Penalty, Reader, widths_by_size
+from finetune.models.scratch.gan.base import (
+    Adversarial,
+    Discriminator,
+    DiscriminatorBody,
+    Generator,
+    GeneratorPenalty,
+    widths_by_size,
+)
 from finetune.models.scratch.gan.stylegan_layers import (
     EqualConv,
     EqualLinear,
@@ -119,12 +126,12 @@ class Halving(nn.Module):
         self.past = EqualConv(before, after, 1, bias=False, halving=True)
 
     def forward(self, maps: Tensor) -> Tensor:
-        found: Tensor = activated(self.second(activated(self.first(maps)))) + self.past(maps)
-        return found / math.sqrt(2)
+        result: Tensor = activated(self.second(activated(self.first(maps)))) + self.past(maps)
+        return result / math.sqrt(2)
 
 
 @final
-class ResidualReader(Reader):
+class ResidualBody(DiscriminatorBody):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
         widths = widths_by_size(section)[::-1]
@@ -132,8 +139,8 @@ class ResidualReader(Reader):
         self.smaller = nn.Sequential(*(Halving(before, after) for before, after in itertools.pairwise(widths)))
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
-        found: Tensor = self.smaller(activated(self.read(images)))
-        return found
+        result: Tensor = self.smaller(activated(self.read(images)))
+        return result
 
 
 @final
@@ -149,7 +156,7 @@ class Ending(nn.Module):
 
 
 @final
-class PathLength(Penalty):
+class PathLength(GeneratorPenalty):
     """(‖Jᵀ y‖ − a)² for y of standard normal pixels, J the image's derivative by its styles and a the lengths' average (equation 4).
 
     y is divided by √(H W), so that the weight means the same at every size.
@@ -172,13 +179,13 @@ def path_lengths(generator: Styled, styles: Tensor, draw: Draw) -> Tensor:
     with torch.autocast(styles.device.type, enabled=False):
         images = generator.synthesis(styles, draw)
         directions = draw.normal("direction", images.shape[1:]) / math.sqrt(images[0, 0].numel())
-        (slopes,) = torch.autograd.grad((images * directions).sum(), styles, create_graph=True)
-    return (slopes.square().sum(2).mean(1) + 1e-12).sqrt()
+        (input_gradients,) = torch.autograd.grad((images * directions).sum(), styles, create_graph=True)
+    return (input_gradients.square().sum(2).mean(1) + 1e-12).sqrt()
 
 
 @final
 class StyleGan2(Adversarial):
-    def pair(self, section: Section) -> tuple[Generator, Critic, Penalty | None]:
+    def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
         """Generator, critic, and the penalty on path lengths if the recipe has one."""
         assert isinstance(section, Net)
         (height, width), channels = (
@@ -196,8 +203,10 @@ class StyleGan2(Adversarial):
         def ending(before: int) -> tuple[nn.Module, int]:
             return Ending(before, channels, height * width), channels
 
-        critic = Critic(self.space, section, ResidualReader(self.space, section), channels, ending, EqualLinear)
-        return generator, critic, PathLength(generator, section) if section.path_length else None
+        discriminator = Discriminator(
+            self.space, section, ResidualBody(self.space, section), channels, ending, EqualLinear
+        )
+        return generator, discriminator, PathLength(generator, section) if section.path_length else None
 
 
 def create(space: Space, section: Net) -> StyleGan2:

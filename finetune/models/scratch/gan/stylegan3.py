@@ -42,13 +42,13 @@ def low_pass(cutoff: float, factor: int) -> Tensor:
     return (kernel / kernel.sum()).float()
 
 
-def raised(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
+def upsampled(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
     """At `factor` times the rate, pixels' centers kept: zeros between, and the filter."""
     before = len(kernel) - 1 - (len(kernel) - factor) // 2
     return resampled(maps, kernel * factor, (before, len(kernel) - 1 - before), up=factor)
 
 
-def lowered(maps: Tensor, kernel: Tensor) -> Tensor:
+def downsampled(maps: Tensor, kernel: Tensor) -> Tensor:
     """At half the rate, centers kept."""
     side = len(kernel) // 2 - 1
     return resampled(maps, kernel, (side, side), down=2)
@@ -75,13 +75,13 @@ class Waves(nn.Module):
             torch.arange(side + 2 * self._margin, device=self.phases.device) - self._margin - by
             for side, by in zip(self._grid, shift, strict=True)
         )
-        train_steps = (
+        cycles = (
             self.frequencies[:, 0, None, None] * down[:, None]
             + self.frequencies[:, 1, None, None] * across
             + self.phases[:, None, None]
         )  # [channels, h, w]
         return torch.einsum(
-            "oc,chw->ohw", self.mix / math.sqrt(len(self.mix)), math.sqrt(2) * torch.sin(2 * math.pi * train_steps)
+            "oc,chw->ohw", self.mix / math.sqrt(len(self.mix)), math.sqrt(2) * torch.sin(2 * math.pi * cycles)
         )[None]
 
 
@@ -105,7 +105,7 @@ class AliasFreeLayer(nn.Module):
 
     def forward(self, maps: Tensor, styles: Tensor) -> Tensor:
         maps = self.convolution(maps, styles) + self.bias
-        maps = lowered(activated(raised(maps, self.up, self._factor)), self.down)
+        maps = downsampled(activated(upsampled(maps, self.up, self._factor)), self.down)
         cut = self._margin
         return maps[..., cut:-cut, cut:-cut] if self._doubling else maps
 
@@ -135,8 +135,8 @@ class AliasFreeGenerator(Styled):
         for number, layer in enumerate(self.chain):
             maps = layer(maps, styles[:, number])
         cut = self._margin
-        found: Tensor = self.paint(maps[..., cut:-cut, cut:-cut], styles[:, -1]) + self.color
-        return found
+        result: Tensor = self.paint(maps[..., cut:-cut, cut:-cut], styles[:, -1]) + self.color
+        return result
 
 
 @torch.no_grad()

@@ -71,8 +71,8 @@ def resampled(maps: Tensor, kernel: Tensor, padding: tuple[int, int], up: int = 
     matrix for each side, and two products are many times as fast as a convolution of single channels, all the more so backward.
     """
     lengthwise, across = (_filtering(kernel, side, padding, up, down) for side in maps.shape[2:])
-    found: Tensor = lengthwise @ (maps @ across.T)
-    return found
+    result: Tensor = lengthwise @ (maps @ across.T)
+    return result
 
 
 def _filtering(kernel: Tensor, side: int, padding: tuple[int, int], up: int, down: int) -> Tensor:
@@ -118,12 +118,12 @@ class Modulated(nn.Module):
 
     def forward(self, maps: Tensor, styles: Tensor) -> Tensor:
         scales, weight = self.style(styles), self.weight * self._scale
-        found: Tensor = functional.conv2d(maps * scales[..., None, None], weight, padding=self._padding)
+        result: Tensor = functional.conv2d(maps * scales[..., None, None], weight, padding=self._padding)
         if not self._demodulate:
-            return found
+            return result
         # Products and a sum in float32, where autocast would multiply matrices in bfloat16.
         squares: Tensor = (scales[:, None].square() * weight.square().sum((2, 3))).sum(2)
-        return found * (squares + 1e-8).rsqrt()[..., None, None]
+        return result * (squares + 1e-8).rsqrt()[..., None, None]
 
 
 @final
@@ -143,9 +143,9 @@ class Mapping(nn.Module):
 
     def forward(self, latent: Tensor, classes: Tensor | None) -> Tensor:
         """[B, L] → [B, S]; while it trains, the mean style follows."""
-        features = _normalised(latent)
+        features = _normalized(latent)
         if self.classes is not None:
-            features = torch.cat([features, _normalised(self.classes(classes))], 1)
+            features = torch.cat([features, _normalized(self.classes(classes))], 1)
         for layer in self.layers:
             features = activated(layer(features))
         if self.training:
@@ -158,7 +158,7 @@ class Mapping(nn.Module):
         return styles if share == 1 else self.mean + share * (styles - self.mean)
 
 
-def _normalised(features: Tensor) -> Tensor:
+def _normalized(features: Tensor) -> Tensor:
     return features * (features.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 

@@ -43,7 +43,7 @@ class Reconstruction(nn.Module):
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, posterior.mean, posterior.logvar
 
 
-class VaeTurn(TrainStep):
+class VaeStep(TrainStep):
     name = "autoencoder"
 
     def __init__(self, vae: AutoencoderKL, loss: Autoencoder) -> None:
@@ -62,8 +62,8 @@ class VaeTurn(TrainStep):
             error = error + self._loss.coarse_weight * self._error(functional.avg_pool2d(difference, self._factor))
         mean, logvar = mean.float(), logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        found: Tensor = error + self._loss.kl_weight * kl.flatten(1).mean(1)
-        return found
+        result: Tensor = error + self._loss.kl_weight * kl.flatten(1).mean(1)
+        return result
 
     def _error(self, difference: Tensor) -> Tensor:
         """[B, 3, H, W] → [B].
@@ -101,10 +101,10 @@ class Vae(Model):
         self.vae = AutoencoderKL(**build).to(memory_format=torch.channels_last)
         self._audit = audit
         check_sizes(plan, 2 ** (len(self.vae.config.block_out_channels) - 1))
-        self._turns = (VaeTurn(self.vae, plan.recipe.autoencoder or Autoencoder()),)
+        self._steps = (VaeStep(self.vae, plan.recipe.autoencoder or Autoencoder()),)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return self._turns
+        return self._steps
 
     def encoder(self) -> Encoder:
         return Pixels()
@@ -118,13 +118,13 @@ class Vae(Model):
     def sample(self, request: SampleRequest) -> list[Sample]:
         """For each seed a pair: the training image that it picks above, its reconstruction from the mean latent below."""
         training = self._audit.training
-        found: list[Sample] = []
+        result: list[Sample] = []
         for seed in request.seeds:
             pixels = self._pixels(training[mix(seed, "sample") % len(training)])
             rebuilt = self.vae.decode(self.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
             pair = torch.cat([pixels, rebuilt], dim=2)[0].add(1).mul(127.5).round().to(torch.uint8)
-            found.append(ImageSample(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy())))
-        return found
+            result.append(ImageSample(Image.fromarray(pair.permute(1, 2, 0).cpu().numpy())))
+        return result
 
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from finetune.config.nets.vae import Net
 from finetune.data.batch import Batch
 from finetune.models.base import SampleRequest, TrainStep
-from finetune.models.scratch.base import LikelihoodModel, Space, class_embedding, levels_in, started
-from finetune.models.scratch.blocks import halved, larger, smaller
-from finetune.models.scratch.distributions import Observation, observation_of
+from finetune.models.scratch.base import LikelihoodModel, Space, build_from_scratch, class_embedding, levels_and_classes
+from finetune.models.scratch.blocks import downsampling, halved, upsampling
+from finetune.models.scratch.distributions import PixelDistribution, pixel_distribution
 from finetune.rng import Draw
 
-build = started
+build = build_from_scratch
 SHOWN = 8  # images in a grid's row
 
 
@@ -41,16 +41,18 @@ def log_normal(value: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float
 class Autoencoder(nn.Module):
     """(levels [B, C, H, W], classes [B] or None) → (μ, log σ²), and latents → the parameters of p(x|z)."""
 
-    def __init__(self, space: Space, section: Net, observation: Observation) -> None:
+    def __init__(self, space: Space, section: Net, distribution: PixelDistribution) -> None:
         super().__init__()
         self._space, self._small = space, halved(space.height, space.width, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         features = widths[-1] * self._small[0] * self._small[1]
         self.classes = class_embedding(space, section.latent)
-        self.encoder = nn.Sequential(*smaller(space.channels, widths, section.blocks, section.dropout), nn.Flatten())
+        self.encoder = nn.Sequential(
+            *downsampling(space.channels, widths, section.blocks, section.dropout), nn.Flatten()
+        )
         self.read = nn.Linear(features + (section.latent if space.classes else 0), 2 * section.latent)
         self.write = nn.Linear(section.latent * (2 if space.classes else 1), features)
-        self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
+        self.decoder = nn.Sequential(*upsampling(widths, distribution.parameters, section.blocks, section.dropout))
 
     def _with_class(self, features: Tensor, classes: Tensor | None) -> Tensor:
         return features if self.classes is None else torch.cat([features, self.classes(classes)], 1)
@@ -63,8 +65,8 @@ class Autoencoder(nn.Module):
 
     def decode(self, latent: Tensor, classes: Tensor | None) -> Tensor:
         """[B, latent] → parameters [B, P, H, W]."""
-        found: Tensor = self.decoder(self.write(self._with_class(latent, classes)).unflatten(1, (-1, *self._small)))
-        return found
+        result: Tensor = self.decoder(self.write(self._with_class(latent, classes)).unflatten(1, (-1, *self._small)))
+        return result
 
     def forward(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """noise [B, K, latent] → (latents [B, K, latent], parameters of p(x|z) [B·K, P, H, W], μ, log σ²)."""
@@ -75,15 +77,15 @@ class Autoencoder(nn.Module):
 
 
 @final
-class ElboTurn(TrainStep):
+class ElboStep(TrainStep):
     name = "autoencoder"
 
-    def __init__(self, net: Autoencoder, section: Net, observation: Observation) -> None:
-        self.net, self._section, self._observation = net, section, observation
+    def __init__(self, net: Autoencoder, section: Net, distribution: PixelDistribution) -> None:
+        self.net, self._section, self._distribution = net, section, distribution
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         noise = draw.normal("posterior", (self._section.particles, self._section.latent))
-        reconstruction, kl, weights = self.terms(*levels_in(batch), noise)
+        reconstruction, kl, weights = self.terms(*levels_and_classes(batch), noise)
         if self._section.particles > 1:
             return -(weights.logsumexp(1) - math.log(weights.shape[1]))
         return -reconstruction[:, 0] + self._section.beta * kl.sum(1)
@@ -93,7 +95,7 @@ class ElboTurn(TrainStep):
         latent, parameters, mean, logvar = self.net(levels, classes, noise)
         repeated = levels.repeat_interleave(noise.shape[1], 0)
         reconstruction = (
-            self._observation.log_prob(parameters, repeated).flatten(1).sum(1).unflatten(0, noise.shape[:2])
+            self._distribution.log_prob(parameters, repeated).flatten(1).sum(1).unflatten(0, noise.shape[:2])
         )
         log_q = log_normal(latent, mean[:, None], logvar[:, None]).sum(2)
         return reconstruction, gaussian_kl(mean, logvar), reconstruction + log_normal(latent).sum(2) - log_q
@@ -105,12 +107,12 @@ class BetaVae(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self._observation = observation_of(section.distribution, space, section.mixtures)
-        self.net: Autoencoder = Autoencoder(space, section, self._observation)
-        self._latent, self._turn = section.latent, ElboTurn(self.net, section, self._observation)
+        self._distribution = pixel_distribution(section.distribution, space, section.mixtures)
+        self.net: Autoencoder = Autoencoder(space, section, self._distribution)
+        self._latent, self._step = section.latent, ElboStep(self.net, section, self._distribution)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
@@ -118,48 +120,48 @@ class BetaVae(LikelihoodModel):
 
         It is the anomaly score too: an image that the model would hardly draw has a high one.
         """
-        weights = self._turn.terms(*levels_in(batch), draw.normal("posterior", (particles, self._latent)))[2]
+        weights = self._step.terms(*levels_and_classes(batch), draw.normal("posterior", (particles, self._latent)))[2]
         return math.log(particles) - weights.logsumexp(1)
 
     @torch.no_grad()
     def kl_by_dimension(self, batch: Batch) -> Tensor:
         """Mean KL of each latent number over the batch, in nats, [latent]: those near 0 carry nothing."""
-        return gaussian_kl(*self.net.encode(*levels_in(batch))).mean(0)
+        return gaussian_kl(*self.net.encode(*levels_and_classes(batch))).mean(0)
 
     @torch.no_grad()
     def decoded(self, latent: Tensor, classes: Tensor | None = None) -> Tensor:
         """E[x|z], rounded to levels [B, C, H, W]."""
         if classes is None and self.space.classes:
             classes = torch.full((len(latent),), len(self.space.classes), device=latent.device)
-        return self._observation.mean(self.net.decode(latent, classes))
+        return self._distribution.mean(self.net.decode(latent, classes))
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """E[x|z] of latents from the prior: pixels drawn one by one from p(x|z) would add grain that no latent asked for."""
         return self.decoded(draw.normal("latent", (self._latent,)), classes)
 
     @torch.no_grad()
     def reconstructions(self, batch: Batch) -> Tensor:
         """Images from their own mean latents, levels [B, C, H, W]."""
-        levels, classes = levels_in(batch)
+        levels, classes = levels_and_classes(batch)
         return self.decoded(self.net.encode(levels, classes)[0], classes)
 
     @torch.no_grad()
     def interpolation(self, batch: Batch, steps: int) -> Tensor:
         """From the batch's first image to its second, straight between their mean latents: levels [steps, C, H, W]."""
-        mean = self.net.encode(*levels_in(batch))[0]
+        mean = self.net.encode(*levels_and_classes(batch))[0]
         return self.decoded(torch.lerp(mean[:1], mean[1:2], torch.linspace(0, 1, steps, device=mean.device)[:, None]))
 
     @torch.no_grad()
     def arithmetic(self, batch: Batch, have: Batch, lack: Batch) -> Tensor:
         """The batch's images given what `have`'s images have and `lack`'s lack: z + mean z(have) − mean z(lack), levels [B, C, H, W]."""
-        mean, with_it, without = (self.net.encode(*levels_in(one))[0] for one in (batch, have, lack))
+        mean, with_it, without = (self.net.encode(*levels_and_classes(one))[0] for one in (batch, have, lack))
         return self.decoded(mean + with_it.mean(0) - without.mean(0))
 
     def diagnostic_images(self) -> dict[str, Image.Image]:
         """Reconstructions under their images; images on the way between two; and, with two classes or more, the step between two added."""
         batch = self.examples(2 * SHOWN)
         levels = batch["pixels"]
-        found = {
+        result = {
             "reconstruction": self.grid([levels, self.reconstructions(batch)], 2 * SHOWN),
             "interpolation": self.grid(
                 [self.interpolation({k: v[i : i + 2] for k, v in batch.items()}, SHOWN) for i in range(0, SHOWN, 2)],
@@ -169,10 +171,10 @@ class BetaVae(LikelihoodModel):
         by_class = self.examples_by_class()
         if len(by_class) >= 2:
             (one, lack), (other, have) = list(by_class.items())[:2]
-            found[f"arithmetic {one} to {other}"] = self.grid(
+            result[f"arithmetic {one} to {other}"] = self.grid(
                 [lack["pixels"], self.arithmetic(lack, have, lack)], len(lack["pixels"])
             )
-        return found
+        return result
 
 
 def create(space: Space, section: Net) -> BetaVae:

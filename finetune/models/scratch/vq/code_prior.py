@@ -19,7 +19,15 @@ from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch
 from finetune.errors import UserError
 from finetune.models.base import Model, SampleRequest, TrainStep
-from finetune.models.scratch.base import LikelihoodModel, PixelModel, Space, begin, levels_in, open_model, space_of
+from finetune.models.scratch.base import (
+    LikelihoodModel,
+    PixelModel,
+    Space,
+    initialize,
+    levels_and_classes,
+    open_model,
+    space_of,
+)
 from finetune.models.scratch.vq.vqvae import VqVae
 from finetune.planning import Plan
 from finetune.rng import Draw
@@ -33,11 +41,11 @@ class Prior(nn.Module):
         """codes [B, h, w] int64 → nats, [B]."""
 
     @abstractmethod
-    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """uniform [B, h, w] → codes [B, h, w], keeping what was computed for those before."""
 
     @abstractmethod
-    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """The same codes by a whole pass each."""
 
     def forward(self, codes: Tensor, classes: Tensor | None) -> Tensor:
@@ -61,12 +69,12 @@ class Stages(nn.Module):
         """log p of the images' codes, [B]."""
         with torch.no_grad():
             codes = self.first.codes(levels)  # type: ignore[operator]
-        found: Tensor = self.prior(codes, classes)
-        return found
+        result: Tensor = self.prior(codes, classes)
+        return result
 
 
 @final
-class CodesTurn(TrainStep):
+class CodesStep(TrainStep):
     """−log p of each image's codes, in nats; the first stage stays as it is."""
 
     name = "codes"
@@ -75,8 +83,8 @@ class CodesTurn(TrainStep):
         self.net = net
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        found: Tensor = -self.net(*levels_in(batch))
-        return found
+        result: Tensor = -self.net(*levels_and_classes(batch))
+        return result
 
 
 class SecondStage(LikelihoodModel):
@@ -86,23 +94,23 @@ class SecondStage(LikelihoodModel):
         super().__init__(space, section)
         self.first = first
         self.net: Stages = Stages(first.net, self.prior(space, section, first))
-        self._turn = CodesTurn(self.net)
+        self._step = CodesStep(self.net)
 
     @abstractmethod
     def prior(self, space: Space, section: Any, first: VqVae) -> Prior: ...
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return (self._turn,)
+        return (self._step,)
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        return self._turn.loss(batch, draw) + self.first.reconstruction_nats(batch["pixels"])
+        return self._step.loss(batch, draw) + self.first.reconstruction_nats(batch["pixels"])
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        return self.first.decoded(self.net.prior.draw(draw.uniform("codes", self.first.net.grid), classes))
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+        return self.first.decoded(self.net.prior.generate(draw.uniform("codes", self.first.net.grid), classes))
 
-    def draw_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
-        return self.first.decoded(self.net.prior.draw_uncached(draw.uniform("codes", self.first.net.grid), classes))
+    def generate_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
+        return self.first.decoded(self.net.prior.generate_uncached(draw.uniform("codes", self.first.net.grid), classes))
 
     def parts(self) -> dict[str, Any]:
         return {"first": {"space": dataclasses.asdict(self.first.space), "net": dataclasses.asdict(self.first.section)}}  # type: ignore[call-overload]
@@ -137,12 +145,12 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
             where="model.vae",
             remedy="give both stages the same `data`",
         )
-    return begin(plan, audit, lambda: make(space, plan.recipe.net, first))
+    return initialize(plan, audit, lambda: make(space, plan.recipe.net, first))
 
 
 def restored(space: Space, section: nets.Section, config: dict[str, Any], make: type[SecondStage]) -> PixelModel:
     """From what was saved, before its weights are loaded."""
-    found = config["first"]
-    net = nets.from_config(FirstNet, found["net"], "config.json")
-    first = VqVae(Space(**found["space"] | {"classes": tuple(found["space"]["classes"])}), net)
+    result = config["first"]
+    net = nets.from_config(FirstNet, result["net"], "config.json")
+    first = VqVae(Space(**result["space"] | {"classes": tuple(result["space"]["classes"])}), net)
     return make(space, section, first)

@@ -34,18 +34,18 @@ class GridPrior(Prior):
 
     def _read(self, codes: Tensor) -> Tensor:
         """[B, h, w] → [B, embedding, h, w]."""
-        found: Tensor = self.embedding(codes).movedim(-1, 1)
-        return found
+        result: Tensor = self.embedding(codes).movedim(-1, 1)
+        return result
 
     def _logits(self, codes: Tensor, classes: Tensor | None) -> Tensor:
         """[B, h, w, codes]."""
-        found: Tensor = self.cnn(self._read(codes), self._condition(classes)).movedim(1, -1).float()
-        return found
+        result: Tensor = self.cnn(self._read(codes), self._condition(classes)).movedim(1, -1).float()
+        return result
 
     def log_prob(self, codes: Tensor, classes: Tensor | None) -> Tensor:
         return self._logits(codes, classes).log_softmax(-1).gather(-1, codes[..., None]).flatten(1).sum(1)
 
-    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """Codes [B, h, w] int64, by `uniform` numbers of the same shape, place by place, what earlier places gave being kept."""
         codes = torch.zeros_like(uniform, dtype=torch.long)
 
@@ -53,10 +53,10 @@ class GridPrior(Prior):
             codes[:, y, x] = chosen(parameters[:, :, 0, 0], uniform[:, y, x])
             return self._read(codes[:, y : y + 1, x : x + 1])
 
-        self.cnn.draw(torch.zeros_like(self._read(codes)), self._condition(classes), pick)
+        self.cnn.generate(torch.zeros_like(self._read(codes)), self._condition(classes), pick)
         return codes
 
-    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+    def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         codes = torch.zeros_like(uniform, dtype=torch.long)
         for y in range(codes.shape[1]):
             for x in range(codes.shape[2]):

@@ -26,11 +26,11 @@ class SequencePrior(Prior):
     def log_prob(self, codes: Tensor, classes: Tensor | None) -> Tensor:
         return self.transformer.log_prob(codes.flatten(1), classes)
 
-    def draw(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        return self.transformer.draw(uniform.flatten(1), classes).view(uniform.shape)
+    def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        return self.transformer.generate(uniform.flatten(1), classes).view(uniform.shape)
 
-    def draw_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        return self.transformer.draw_uncached(uniform.flatten(1), classes).view(uniform.shape)
+    def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
+        return self.transformer.generate_uncached(uniform.flatten(1), classes).view(uniform.shape)
 
 
 @final

@@ -22,12 +22,12 @@ from torch.nn import functional
 from finetune.config.nets.vqvae import Net
 from finetune.data.batch import Batch
 from finetune.models.base import SampleRequest, TrainStep, detached_forward, gathered
-from finetune.models.scratch.base import PixelModel, Space, levels_in, started
-from finetune.models.scratch.blocks import halved, larger, smaller
-from finetune.models.scratch.distributions import Observation, observation_of
+from finetune.models.scratch.base import PixelModel, Space, build_from_scratch, levels_and_classes
+from finetune.models.scratch.blocks import downsampling, halved, upsampling
+from finetune.models.scratch.distributions import PixelDistribution, pixel_distribution
 from finetune.rng import Draw
 
-build = started
+build = build_from_scratch
 SHOWN = 16  # images in a grid's row
 STARTING_IMAGES = 256  # whose codes the book starts with
 
@@ -40,7 +40,7 @@ def perplexity(indices: Tensor, codes: int) -> Tensor:
 
 
 @final
-class Quantiser(nn.Module):
+class Quantizer(nn.Module):
     """The book. A code that no vector of `revive_after` training steps fell to is moved onto the vector that fits worst."""
 
     idle: Tensor
@@ -92,25 +92,25 @@ class Quantiser(nn.Module):
 class VqAutoencoder(nn.Module):
     """Levels [B, C, H, W] → codes [B, h, w] → the parameters of p(x|codes)."""
 
-    def __init__(self, space: Space, section: Net, observation: Observation) -> None:
+    def __init__(self, space: Space, section: Net, distribution: PixelDistribution) -> None:
         super().__init__()
         self._space, self.grid = space, halved(space.height, space.width, section.halvings)
         widths = [section.width] + [2 * section.width] * section.halvings
         self.encoder = nn.Sequential(
-            *smaller(space.channels, widths, section.blocks, section.dropout),
+            *downsampling(space.channels, widths, section.blocks, section.dropout),
             nn.Conv2d(widths[-1], section.code_dim, 1),
         )
-        self.quantiser = Quantiser(section.codebook_size, section.code_dim, section.revive_after)
+        self.quantiser = Quantizer(section.codebook_size, section.code_dim, section.revive_after)
         self.read = nn.Conv2d(section.code_dim, widths[-1], 1)
-        self.decoder = nn.Sequential(*larger(widths, observation.parameters, section.blocks, section.dropout))
+        self.decoder = nn.Sequential(*upsampling(widths, distribution.parameters, section.blocks, section.dropout))
 
     def latent(self, levels: Tensor) -> Tensor:
         """[B, D, h, w], each place's vector of length √D (Yu et al. 2022, arXiv:2110.04627, §3.2).
 
         Vectors free to grow run away from a book that follows by small steps, until one code is nearest to all.
         """
-        found: Tensor = self.encoder(self._space.scaled(levels))
-        return functional.normalize(found, dim=1).mul(math.sqrt(found.shape[1]))
+        result: Tensor = self.encoder(self._space.scaled(levels))
+        return functional.normalize(result, dim=1).mul(math.sqrt(result.shape[1]))
 
     def codes(self, levels: Tensor) -> Tensor:
         """[B, h, w] int64."""
@@ -118,8 +118,8 @@ class VqAutoencoder(nn.Module):
 
     def decode(self, vectors: Tensor) -> Tensor:
         """[B, D, h, w] → parameters [B, P, H, W]."""
-        found: Tensor = self.decoder(self.read(vectors))
-        return found
+        result: Tensor = self.decoder(self.read(vectors))
+        return result
 
     def forward(self, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(parameters [B, P, H, W], |sg z − e|² [B], |z − sg e|² [B])."""
@@ -128,7 +128,7 @@ class VqAutoencoder(nn.Module):
 
 
 @final
-class Critic(nn.Module):
+class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): scaled images [B, C, H, W] → a logit for each patch, [B, 1, h, w]."""
 
     def __init__(self, channels: int, width: int) -> None:
@@ -144,73 +144,92 @@ class Critic(nn.Module):
         )
 
     def forward(self, scaled: Tensor) -> Tensor:
-        found: Tensor = self.net(scaled)
-        return found
+        result: Tensor = self.net(scaled)
+        return result
 
 
 @final
-class VqTurn(TrainStep):
+class AutoencoderStep(TrainStep):
     """Reconstruction, book and commitment (equation 3), and with a critic what that takes for true."""
 
     name = "autoencoder"
 
-    def __init__(self, net: VqAutoencoder, critic: Critic | None, section: Net, observation: Observation) -> None:
-        self.net, self._plain, self._critic, self._section, self._observation = net, net, critic, section, observation
+    def __init__(
+        self,
+        net: VqAutoencoder,
+        discriminator: PatchDiscriminator | None,
+        section: Net,
+        distribution: PixelDistribution,
+    ) -> None:
+        self.net, self._unwrapped, self._discriminator, self._section, self._distribution = (
+            net,
+            net,
+            discriminator,
+            section,
+            distribution,
+        )
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """[B] float32, nats: −log p + the codebook's two terms (arXiv:1711.00937, eq. 3), and a critic's share (arXiv:2012.09841, eq. 7)."""
-        levels, _ = levels_in(batch)
+        levels, _ = levels_and_classes(batch)
         parameters, to_book, to_latent = self.net(levels)
-        reconstruction = -self._observation.log_prob(parameters, levels).flatten(1).sum(1)
-        found: Tensor = reconstruction + to_book + self._section.beta * to_latent
+        reconstruction = -self._distribution.log_prob(parameters, levels).flatten(1).sum(1)
+        result: Tensor = reconstruction + to_book + self._section.beta * to_latent
         if (
-            self._critic is None or not found.requires_grad
+            self._discriminator is None or not result.requires_grad
         ):  # a validation leaves the critic out: it is another each time
-            return found
-        fooled = -detached_forward(self._critic, self._observation.expected(parameters)).flatten(1).mean(1)
-        found = found + self._section.discriminator_weight * self._balance(reconstruction, fooled) * fooled
-        return found.float()
+            return result
+        adversarial = -detached_forward(self._discriminator, self._distribution.expected(parameters)).flatten(1).mean(1)
+        result = result + self._section.discriminator_weight * self._balance(reconstruction, adversarial) * adversarial
+        return result.float()
 
-    def _balance(self, reconstruction: Tensor, fooled: Tensor) -> Tensor:
+    def _balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         """|∇ reconstruction| ÷ |∇ fooled| at the decoder's last layer (equation 7), []."""
-        last = list(self._plain.decoder.parameters())[-2]
+        last = list(self._unwrapped.decoder.parameters())[-2]
         first, second = (
-            torch.autograd.grad(part.mean(), last, retain_graph=True)[0].norm() for part in (reconstruction, fooled)
+            torch.autograd.grad(part.mean(), last, retain_graph=True)[0].norm()
+            for part in (reconstruction, adversarial)
         )
-        found: Tensor = first / (second + 1e-4)
-        return found.clamp(max=1e4).detach()
+        result: Tensor = first / (second + 1e-4)
+        return result.clamp(max=1e4).detach()
 
 
 @final
-class CriticTurn(TrainStep):
+class DiscriminatorStep(TrainStep):
     name = "critic"
 
-    def __init__(self, critic: Critic, autoencoder: VqAutoencoder, space: Space, observation: Observation) -> None:
-        self.net, self._autoencoder, self._space, self._observation = critic, autoencoder, space, observation
+    def __init__(
+        self,
+        discriminator: PatchDiscriminator,
+        autoencoder: VqAutoencoder,
+        space: Space,
+        distribution: PixelDistribution,
+    ) -> None:
+        self.net, self._autoencoder, self._space, self._distribution = discriminator, autoencoder, space, distribution
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
         """Hinge: max(0, 1 − D(x)) + max(0, 1 + D(x̂)), the mean over patches."""
-        levels, _ = levels_in(batch)
+        levels, _ = levels_and_classes(batch)
         with torch.no_grad():
             net = self._autoencoder
-            rebuilt = self._observation.expected(net.decode(net.quantiser.vectors(net.codes(levels))))
-        real, made = self.net(torch.cat([self._space.scaled(levels), rebuilt])).flatten(1).chunk(2)
-        return functional.relu(1 - real).mean(1) + functional.relu(1 + made).mean(1)
+            reconstructed = self._distribution.expected(net.decode(net.quantiser.vectors(net.codes(levels))))
+        real, fake = self.net(torch.cat([self._space.scaled(levels), reconstructed])).flatten(1).chunk(2)
+        return functional.relu(1 - real).mean(1) + functional.relu(1 + fake).mean(1)
 
 
 @final
 class VqVae(PixelModel):
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        self._observation = observation_of(section.distribution, space, section.mixtures)
-        self.net: VqAutoencoder = VqAutoencoder(space, section, self._observation)
-        critic = Critic(space.channels, section.width) if section.discriminator_weight else None
-        self._turns: tuple[TrainStep, ...] = (VqTurn(self.net, critic, section, self._observation),)
-        if critic is not None:
-            self._turns += (CriticTurn(critic, self.net, space, self._observation),)
+        self._distribution = pixel_distribution(section.distribution, space, section.mixtures)
+        self.net: VqAutoencoder = VqAutoencoder(space, section, self._distribution)
+        discriminator = PatchDiscriminator(space.channels, section.width) if section.discriminator_weight else None
+        self._steps: tuple[TrainStep, ...] = (AutoencoderStep(self.net, discriminator, section, self._distribution),)
+        if discriminator is not None:
+            self._steps += (DiscriminatorStep(discriminator, self.net, space, self._distribution),)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
-        return self._turns
+        return self._steps
 
     @torch.no_grad()
     def start(self) -> None:
@@ -226,14 +245,14 @@ class VqVae(PixelModel):
     def reconstruction_nats(self, levels: Tensor) -> Tensor:
         """−log p(x|its codes), [B]: with −log p(codes) of a second stage, a bound on −log p(x)."""
         parameters: Tensor = self.net(levels)[0]
-        return -self._observation.log_prob(parameters, levels).flatten(1).sum(1)
+        return -self._distribution.log_prob(parameters, levels).flatten(1).sum(1)
 
     @torch.no_grad()
     def decoded(self, codes: Tensor) -> Tensor:
         """codes [B, h, w] → E[x|codes], levels [B, C, H, W]."""
-        return self._observation.mean(self.net.decode(self.net.quantiser.vectors(codes)))
+        return self._distribution.mean(self.net.decode(self.net.quantiser.vectors(codes)))
 
-    def draw(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
+    def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         """Of codes drawn each by itself, as often as they are used: what a second stage is better than."""
         cumulative = (self.net.quantiser.usage / self.net.quantiser.usage.sum()).cumsum(0)[:-1].contiguous()
         return self.decoded(torch.searchsorted(cumulative, draw.uniform("codes", self.net.grid)))
