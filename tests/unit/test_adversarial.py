@@ -21,7 +21,7 @@ from finetune.errors import UserError
 from finetune.models.objectives.gan_losses import ADVERSARIAL_LOSSES, one_centered_penalty, zero_centered_penalty
 from finetune.models.scratch.base import Space
 from finetune.models.scratch.gan import dcgan, r3gan
-from finetune.models.scratch.gan.ada import HIGHEST, Augmentation
+from finetune.models.scratch.gan.ada import MAX_PROBABILITY, Augmentation
 from finetune.models.scratch.gan.base import DiscriminatorStep, GeneratorStep
 from finetune.models.scratch.gan.dcgan import Dcgan, Growth
 from finetune.models.scratch.gan.minibatch_stats import MinibatchDiscrimination, stddev
@@ -236,7 +236,7 @@ def test_augmentation_is_steered_by_signs_and_leaves_images_be_at_0() -> None:
     assert layer.probability.item() == pytest.approx(0.16)
     for _ in range(9):
         layer.steer(torch.ones(20))
-    assert layer.probability.item() == pytest.approx(HIGHEST)
+    assert layer.probability.item() == pytest.approx(MAX_PROBABILITY)
     moved = layer(images.requires_grad_(), draw)
     assert torch.equal(moved, layer(images, draw)) and not any(
         torch.equal(one, other) for one, other in zip(moved, images, strict=True)

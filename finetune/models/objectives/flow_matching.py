@@ -1,7 +1,7 @@
-"""The objective of flow matching (Lipman et al. 2022, arXiv:2210.02747), as rectified flows have it.
+"""The flow matching objective (Lipman et al. 2022, arXiv:2210.02747) for rectified flows.
 
-Notation of Esser et al. 2024 (arXiv:2403.03206), with σ for their t: x_σ = (1−σ) x_0 + σ ε, and the net predicts the
-velocity dx/dσ = ε − x_0. How σ is drawn: §3.1; how it is shifted towards noise for large images: §5.3.2.
+Notation of Esser et al. 2024 (arXiv:2403.03206) with σ for their t: x_σ = (1−σ) x_0 + σ ε, and the network predicts the velocity
+dx/dσ = ε − x_0. The distribution of σ is from §3.1, its shift towards noise for large images from §5.3.2.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from finetune.models.objectives.noise_prediction import WHOLE, Noised, Objective
 from finetune.rng import Draw
 
 Sampling = Literal["logit_normal", "mode", "uniform"]
-MIN_SIGMA = 1e-3  # the smallest noise level that schedulers of a thousand steps have: weights do not grow beyond its
+MIN_SIGMA = 1e-3  # the lowest noise level of schedulers with 1000 steps; loss weights are clamped there
 
 
 class FlowMatching(Objective):
-    """Args:
-    schedule: the configuration of the pipeline's scheduler.
-    loss: the recipe's section.
-    sampling: how the family drew noise levels.
-    patch: latent pixels a token, along one side.
+    """Velocity prediction on the straight path.
+
+    Args:
+        schedule: the configuration of the pipeline's scheduler.
+        loss: the recipe's section.
+        sampling: the family's default distribution of noise levels.
+        patch: latent pixels per token along one side.
     """
 
     def __init__(self, schedule: Mapping[str, Any], loss: Flow, sampling: Sampling, patch: int) -> None:
@@ -34,7 +36,7 @@ class FlowMatching(Objective):
         self._sampling = loss.sampling or sampling
 
     def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
-        """Noise `clean` [B, C, H, W] at levels σ in (0, 1], among `part`; t = σ × the scheduler's training steps, float32."""
+        """Noise `clean` [B, C, H, W] at levels σ in (0, 1] within `part`; t = σ × the scheduler's training steps, float32."""
         sigma = self._shifted(self._levels(draw, part), tokens=clean.shape[2] * clean.shape[3] // self._patch**2)
         noise = draw.normal("noise", clean.shape[1:])
         share = sigma.view(-1, *[1] * (clean.dim() - 1))
@@ -54,18 +56,18 @@ class FlowMatching(Objective):
             return torch.sigmoid(self._loss.mean + self._loss.std * normal)
         place = draw.uniform("timestep")
         if self._sampling == "uniform":
-            return among(1 - place, part)  # (0, 1]: without noise there is nothing to learn
-        uniform = 1 - among(place, part)  # eq. 20's u, whose 0 is all noise
+            return among(1 - place, part)  # in (0, 1]: σ = 0 has no noise
+        uniform = 1 - among(place, part)  # u of equation 20, where 0 is pure noise
         result = 1 - uniform - self._loss.mode_scale * (torch.cos(math.pi / 2 * uniform).square() - 1 + uniform)
         return result.clamp(MIN_SIGMA, 1)
 
     def _shifted(self, level: Tensor, tokens: int) -> Tensor:
-        """σ' = α σ / (1 + (α − 1) σ) (eq. 23), with α from the recipe or the scheduler."""
+        """σ' = α σ / (1 + (α − 1) σ) (equation 23), with α from the recipe or the scheduler."""
         factor = self._loss.shift or shift(self._schedule, tokens)
         return factor * level / (1 + (factor - 1) * level)
 
     def _weight(self, sigma: Tensor) -> Tensor:
-        """The weights of eq. 18's choices that diffusers' trainers offer: 1, σ⁻² (`sigma_sqrt`), 2 / (π (1 − 2σ + 2σ²)) (`cosmap`)."""
+        """Loss weights as in diffusers' trainers: 1, σ⁻² (`sigma_sqrt`) or 2 / (π (1 − 2σ + 2σ²)) (`cosmap`)."""
         if self._loss.weighting == "sigma_sqrt":
             return sigma.clamp(min=MIN_SIGMA) ** -2
         if self._loss.weighting == "cosmap":
@@ -74,10 +76,10 @@ class FlowMatching(Objective):
 
 
 def shift(schedule: Mapping[str, Any], tokens: int) -> float:
-    """α by a scheduler's configuration, for an image of so many tokens.
+    """The shift α of a scheduler's configuration for an image with `tokens` tokens.
 
-    Dynamic shifting (diffusers' `calculate_shift` and `time_shift`): μ grows linearly with the tokens, and α = exp(μ), or μ itself
-    where the configuration says so. `shift_terminal`, which stretches a sampler's last step, does not concern training.
+    With dynamic shifting (diffusers' `calculate_shift` and `time_shift`), μ grows linearly with the number of tokens, and α is
+    exp(μ), or μ for linear time shifts. `shift_terminal` only affects sampling.
     """
     if schedule.get("use_flow_sigmas"):  # DPM-Solver++ on a flow
         return float(schedule["flow_shift"])

@@ -1,8 +1,8 @@
-"""From an image to noise, three ways, all x = α x_0 + σ ε: what a net learns on the way, and the grid that drawing goes back along.
+"""Noise paths x = α x_0 + σ ε from images to noise: the training objective of each, and its noise levels for sampling.
 
-Preserving    α² + σ² = 1, in T steps (Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672)
-Straight      α = 1 − σ (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)
-Exploding     α = 1 (Karras et al. 2022, arXiv:2206.00364)
+VariancePreserving  α² + σ² = 1, in T steps (Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.09672)
+LinearPath          α = 1 − σ (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)
+VarianceExploding   α = 1 (Karras et al. 2022, arXiv:2206.00364)
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from finetune.models.objectives.noise_prediction import Denoising, Noised, Objec
 from finetune.models.objectives.samplers import Level
 from finetune.rng import Draw
 
-FLOW_STEPS = 1000  # what a net of a straight path is told σ = 1 as
+FLOW_STEPS = 1000  # the timestep of σ = 1 on a linear path
 
 
 class Path(ABC):
-    """A path and what a net on it says.
+    """A noise path and how to read a network's prediction on it.
 
     Attributes:
-        objective: noises images and says what the net should.
-        spread: the standard deviation of the noise that drawing starts from.
+        objective: the training objective.
+        initial_std: standard deviation of the noise that sampling starts from.
     """
 
     objective: Objective
@@ -39,26 +39,26 @@ class Path(ABC):
 
     @abstractmethod
     def levels(self, steps: int) -> list[Level]:
-        """The steps + 1 levels that drawing goes along, from the noisiest to σ = 0.
+        """The steps + 1 noise levels for sampling, from the noisiest to σ = 0.
 
         Raises:
-            UserError: the path has not so many.
+            UserError: the path has fewer levels.
         """
 
     def scale_input(self, noisy: Tensor, level: Level) -> Tensor:
-        """What the net is given of x."""
+        """The network's input for x."""
         return noisy
 
     @abstractmethod
     def clean(self, predicted: Tensor, noisy: Tensor, level: Level) -> Tensor:
-        """D(x), the expectation of x_0, by what the net said."""
+        """D(x), the expectation of x_0, from the network's prediction."""
 
 
 def alphas_cumprod(steps: int, schedule: Literal["linear", "cosine"]) -> list[float]:
-    """ᾱ_t = Π (1 − β), T of them.
+    """ᾱ_t = Π (1 − β) for t = 0 … T − 1.
 
-    Linear: β from 10⁻⁴ to 0.02 at 1000 steps; with fewer they grow by 1000 / T, or noise would never be reached. Cosine: ᾱ is
-    cos² (π/2 · (t/T + 0.008) / 1.008) over its value at 0, with β at most 0.999 (arXiv:2102.09672, equation 17).
+    Linear: β from 10⁻⁴ to 0.02 for 1000 steps, scaled by 1000 / T for other T. Cosine: ᾱ is cos² (π/2 · (t/T + 0.008) / 1.008)
+    relative to its value at 0, with β ≤ 0.999 (arXiv:2102.09672, equation 17).
     """
     if schedule == "linear":
         kept = [1 - (1e-4 + (0.02 - 1e-4) * step / (steps - 1)) * 1000 / steps for step in range(steps)]
@@ -70,16 +70,16 @@ def alphas_cumprod(steps: int, schedule: Literal["linear", "cosine"]) -> list[fl
 
 @final
 class VariancePreserving(Path):
-    """T steps whose noise adds up to noise alone. Time is the angle φ: α = cos φ, σ = sin φ, so that v = dx/dφ."""
+    """A variance-preserving path in T steps; its time is the angle φ with α = cos φ and σ = sin φ, so v = dx/dφ."""
 
     def __init__(
         self, steps: int, schedule: Literal["linear", "cosine"], prediction: Prediction, loss: Diffusion | None = None
     ) -> None:
         if loss is not None and loss.zero_terminal_snr:
             raise UserError(
-                "these schedules end in noise: α is below 0.007 there",
+                "this family's schedules already end in noise (α below 0.007)",
                 where="diffusion.zero_terminal_snr",
-                remedy="remove it",
+                remedy="remove diffusion.zero_terminal_snr",
             )
         self._alphas, self._prediction = alphas_cumprod(steps, schedule), prediction
         self.objective = Denoising(torch.tensor(self._alphas), prediction, loss or Diffusion())
@@ -88,18 +88,18 @@ class VariancePreserving(Path):
         return len(self._alphas)
 
     def level(self, step: int) -> Level:
-        """After step `step` of 0 … T − 1; −1 is the image."""
+        """The level of step 0 … T − 1; −1 is the clean image."""
         square = self._alphas[step] if step >= 0 else 1.0
         alpha, sigma = math.sqrt(square), math.sqrt(1 - square)
         return Level(alpha, sigma, math.atan2(sigma, alpha), -sigma, alpha, float(step))
 
     def levels(self, steps: int) -> list[Level]:
-        """Evenly spaced from the very last on: `trailing`, so that drawing starts where there is noise alone."""
+        """Evenly spaced levels that include the last one (`trailing` spacing), so that sampling starts from pure noise."""
         if steps > len(self):
             raise UserError(
-                f"{steps} steps are more than the {len(self)} that noise was added in",
+                f"{steps} sampling steps exceed the {len(self)} steps of the noise schedule",
                 where="sample.steps",
-                remedy=f"at most {len(self)}",
+                remedy=f"set sample.steps to at most {len(self)}",
             )
         return [self.level(round(len(self) * (1 - number / steps)) - 1) for number in range(steps + 1)]
 
@@ -107,7 +107,7 @@ class VariancePreserving(Path):
         return self.expected(predicted, noisy, level.alpha, level.sigma)
 
     def expected(self, predicted: Tensor, noisy: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """`clean`, also where each example has an α and a σ of its own."""
+        """`clean` for α and σ that may differ by example."""
         if self._prediction == "epsilon":
             return (noisy - sigma * predicted) / alpha
         return predicted if self._prediction == "sample" else alpha * noisy - sigma * predicted
@@ -115,7 +115,7 @@ class VariancePreserving(Path):
 
 @final
 class LinearPath(Path):
-    """Time is σ itself, and the net says dx/dσ = ε − x_0. `shift` moves levels up (`flow_matching`), in training and in drawing."""
+    """The straight path, whose time is σ and velocity dx/dσ = ε − x_0; `shift` applies to training and sampling."""
 
     def __init__(self, shift: float = 1.0, loss: Flow | None = None) -> None:
         self._shift = shift
@@ -136,21 +136,26 @@ class LinearPath(Path):
 
 @final
 class EdmObjective(Objective):
-    """D(x) = c_skip x + c_out F(c_in x, c_noise), and the loss λ |D − x_0|² (arXiv:2206.00364, table 1).
+    """EDM's preconditioning D(x) = c_skip x + c_out F(c_in x, c_noise) and loss λ |D − x_0|² (arXiv:2206.00364, table 1).
 
-    As λ c_out² = 1, that is the squared error of F itself against (x_0 − c_skip x) / c_out, which has variance 1 at every σ.
+    As λ c_out² = 1, this is the squared error of F against (x_0 − c_skip x) / c_out, which has variance 1 at every σ.
+
+    Args:
+        sigma_data: standard deviation of the data.
+        mean: mean of ln σ in training.
+        std: standard deviation of ln σ in training.
     """
 
-    def __init__(self, initial_std: float, mean: float, std: float) -> None:
-        self._sigma_data, self._mean, self._std = initial_std, mean, std
+    def __init__(self, sigma_data: float, mean: float, std: float) -> None:
+        self._sigma_data, self._mean, self._std = sigma_data, mean, std
 
     def scales(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in, c_noise."""
+        """c_skip, c_out, c_in and c_noise."""
         total = sigma.square() + self._sigma_data**2
         return self._sigma_data**2 / total, sigma * self._sigma_data * total.rsqrt(), total.rsqrt(), sigma.log() / 4
 
     def noise(self, clean: Tensor, draw: Draw) -> Noised:
-        """At ln σ ~ N(mean, deviation²)."""
+        """Noise `clean` [B, C, H, W] with ln σ ~ N(mean, std²)."""
         sigma = (self._mean + self._std * draw.normal("timestep", ())).exp()
         skip, out, in_, timestep = (one.view(-1, *[1] * (clean.dim() - 1)) for one in self.scales(sigma))
         noisy = clean + sigma.view_as(skip) * draw.normal("noise", clean.shape[1:])
@@ -159,7 +164,7 @@ class EdmObjective(Objective):
 
 @final
 class VarianceExploding(Path):
-    """Time is σ, from `most` down to `least` by equal steps of σ^(1/ρ), then to 0 (equation 5)."""
+    """A variance-exploding path, whose time is σ: from `sigma_max` to `sigma_min` in equal steps of σ^(1/ρ), then 0 (eq. 5)."""
 
     def __init__(self, objective: EdmObjective, sigma_min: float, sigma_max: float, rho: float) -> None:
         self.objective: EdmObjective = objective

@@ -1,4 +1,4 @@
-"""What a denoiser learns: the abstract objective, and the one for nets with a discrete noise schedule (`flow` has the other).
+"""The base class of denoising objectives, and the objective for discrete noise schedules (ε, x_0 or v prediction).
 
 Notation of Ho et al. 2020 (arXiv:2006.11239): x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, t = 0 … T−1. The signal-to-noise ratio is
 SNR(t) = ᾱ_t / (1−ᾱ_t). v_t = √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
@@ -18,18 +18,18 @@ from finetune.rng import Draw
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 Part = tuple[float, float]
-WHOLE: Part = (0.0, 1.0)  # of all noise levels in the order of their noise, each as wide as it is often drawn
+WHOLE: Part = (0.0, 1.0)  # quantiles of the distribution of noise levels, from low to high noise
 
 
 def among(place: Tensor, part: Part) -> Tensor:
-    """Places in [0, 1] among all noise levels → the same places within `part`."""
+    """Map quantiles in [0, 1] of all noise levels into `part`."""
     low, high = part
     return place if part == WHOLE else low + (high - low) * place
 
 
 @dataclass(frozen=True)
 class Noised:
-    """x_t [B, …], t [B] as the scheduler counts, the net's target [B, …], the weight of each example's loss [B]; float32, t may be int64."""
+    """Noised examples: x_t [B, …], t [B] (float32 or int64), the target [B, …], the loss weight of each example [B]."""
 
     sample: Tensor
     timestep: Tensor
@@ -38,11 +38,11 @@ class Noised:
 
 
 class Objective(ABC):
-    """How examples are noised, what the net should then say, and how far off it is."""
+    """How examples are noised, what the network should predict, and the loss of a prediction."""
 
     @abstractmethod
     def noise(self, clean: Tensor, draw: Draw) -> Noised:
-        """Noise `clean` [B, C, H, W], each example at a level of its own."""
+        """Noise `clean` [B, C, H, W], each example at its own noise level."""
 
     def element(self, difference: Tensor) -> Tensor:
         """The loss of each element of predicted − target."""
@@ -51,28 +51,30 @@ class Objective(ABC):
     def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of each example, [B] float32: the mean over its elements.
 
-        `mask` [B, 1, h, w] weighs each place: a small subject then counts less than one that fills its image.
+        `mask` [B, 1, h, w] weights each position; the mean still runs over all of them, so small masked areas count less.
         """
         element = self.element(predicted.float() - noised.target)
         return (element if mask is None else element * mask).flatten(1).mean(1) * noised.weight
 
 
 class Denoising(Objective):
-    """Args:
-    alphas_cumprod: ᾱ_t, [T] float32, as the pipeline's scheduler has them (the last 0 where it has zero terminal SNR).
-    prediction: what the net predicts.
-    loss: the recipe's section.
+    """Denoising with a discrete noise schedule.
+
+    Args:
+        alphas_cumprod: ᾱ_t of the pipeline's scheduler, [T] float32 (the last is 0 with zero terminal SNR).
+        prediction: what the network predicts.
+        loss: the recipe's section.
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction: Prediction, loss: Diffusion) -> None:
         self.alphas_cumprod, self.prediction, self._loss = alphas_cumprod.float(), prediction, loss
 
     def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
-        """Noise `clean` [B, C, H, W], each example at a timestep of its own among `part`, uniform before the recipe's shift."""
+        """Noise `clean` [B, C, H, W] at timesteps within `part`, uniform before the recipe's shift."""
         timestep = self._shifted(draw.integers("timestep", len(self.alphas_cumprod)), part)
         noise = draw.normal("noise", clean.shape[1:])
         if self._loss.noise_offset:
-            # One number a channel shifts the whole image, so that its mean brightness is noised too
+            # One value per channel shifts the whole image, so that its mean brightness is noised too
             # (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
             noise = noise + self._loss.noise_offset * draw.normal("noise offset", (clean.shape[1], 1, 1))
         alpha = self.alphas_cumprod.to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))
@@ -81,8 +83,11 @@ class Denoising(Objective):
         return Noised(signal * clean + sigma * noise, timestep, target, self.weight(timestep))
 
     def _shifted(self, timestep: Tensor, part: Part) -> Tensor:
-        """Moves the middle of each timestep's share of [0, 1] to its place u in `part`, and that to s u / (1 + (s − 1) u), as flow
-        matching does (arXiv:2403.03206, eq. 23)."""
+        """Map timesteps into `part` and shift them.
+
+        The center u of each timestep's interval in [0, 1] becomes s u / (1 + (s − 1) u), as in flow matching (arXiv:2403.03206,
+        equation 23).
+        """
         count, factor = len(self.alphas_cumprod), self._loss.shift
         if factor == 1 and part == WHOLE:
             return timestep
@@ -92,7 +97,7 @@ class Denoising(Objective):
     def weight(self, timestep: Tensor) -> Tensor:
         """min-SNR-γ weights (Hang et al. 2023, arXiv:2303.09556, §3.4): min(SNR, γ) on the x_0 loss.
 
-        The loss in ε is SNR times that in x_0, the loss in v is SNR + 1 times, so the weight is divided by these.
+        The loss in ε is SNR times the loss in x_0, the loss in v is SNR + 1 times, so the weight is divided by these.
         """
         gamma = self._loss.min_snr_gamma
         if gamma is None:

@@ -1,8 +1,9 @@
-"""−log p of continuous images along a path's flow, by the change of variables (Chen et al. 2018, arXiv:1806.07366, theorem 1).
+"""Log-likelihood of continuous images under the probability flow ODE, by the instantaneous change of variables.
 
-The flow dx/dt = f(x, t) carries images to noise, and d log p/dt = −tr ∂f/∂x on the way (Song et al. 2021, arXiv:2011.13456,
-equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v of ±1 (Hutchinson; equation 40), the flow by Heun's steps. Whatever the
-path, y = x / √(α² + σ²) is followed, by the angle whose tangent is σ/α: there f is of the size of y all the way.
+Chen et al. 2018, arXiv:1806.07366, theorem 1. The ODE dx/dt = f(x, t) maps images to noise, with d log p/dt = −tr ∂f/∂x (Song et
+al. 2021, arXiv:2011.13456, equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v = ±1 (Hutchinson; equation 40), and the
+ODE is integrated with Heun's method. For any noise path, the variable is y = x / √(α² + σ²) and the time is the angle with
+tangent σ/α, for which f has the magnitude of y throughout.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from finetune.models.objectives.samplers import Level, slope
 
-STEPS = 40  # of the flow, two looks and their gradients each
-MIN_ANGLE = 1e-3  # the angle at which images are taken to be clean
+STEPS = 40  # of Heun's method, with two evaluations and gradients each
+MIN_ANGLE = 1e-3  # the angle at which images are considered clean
 
 
 def angles(largest: float) -> list[float]:
-    """STEPS + 1 of them from LEAST to `most`, closer where there is less noise: evenly spaced in their roots."""
+    """STEPS + 1 angles from `MIN_ANGLE` to `largest`, evenly spaced in their square roots (denser at low noise)."""
     low, high = math.sqrt(MIN_ANGLE), math.sqrt(largest)
     return [(low + number / STEPS * (high - low)) ** 2 for number in range(STEPS + 1)]
 
@@ -29,12 +30,13 @@ def angles(largest: float) -> list[float]:
 def log_density(
     expected: Callable[[Tensor, float], Tensor], clean: Tensor, angles: Sequence[float], probe: Tensor
 ) -> Tensor:
-    """log p of `clean` [B, …], taken to be y at the first angle, where y at the last is N(0, I): [B] float64.
+    """log p of images, [B] float64, where y at the last angle is N(0, I).
 
     Args:
-        expected: (y, angle) → D, differentiable.
-        angles: rising.
-        probe: v, as `clean`, each number 1 or −1.
+        expected: (y, angle) → D(x), differentiable.
+        clean: the images [B, …], which are y at the first angle.
+        angles: increasing.
+        probe: v of the trace estimator, shaped like `clean`, with values 1 and −1.
     """
     values, total = clean, torch.zeros(len(clean), dtype=torch.float64, device=clean.device)
 

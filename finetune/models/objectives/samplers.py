@@ -1,12 +1,12 @@
-"""From noise to images along a grid of noise levels, whatever the path: x = α x_0 + σ ε at each level.
+"""Samplers: from noise to images along a decreasing sequence of noise levels with x = α x_0 + σ ε, for any noise path.
 
-All of them ask a net for D(x), the expectation of x_0 given x; ε̂ = (x − α D) / σ. The last level has σ = 0: there x is D.
+All of them evaluate D(x), the expectation of x_0 given x, and use ε̂ = (x − α D) / σ. The last level has σ = 0, where x = D.
 
-    ddpm   Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7 for levels any distance apart: x is drawn from q(x' | x, x_0 = D)
-    ddim   Song et al. 2020 (arXiv:2010.02502), equations 12 and 16: η = 0 adds no noise, η = 1 is DDPM with the posterior's variance
-    dpm++  Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M): second order in λ = ln(α/σ), from one look a step and the one before
-    heun   Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without churn: second order, two looks a step
-    euler  first order; the flow dx/dt = α̇ D + σ̇ ε̂ in the path's own time t
+    ddpm   Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, for any step size: samples q(x' | x, x_0 = D)
+    ddim   Song et al. 2020 (arXiv:2010.02502), equations 12 and 16: η = 0 is deterministic, η = 1 is DDPM (posterior variance)
+    dpm++  Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M): second-order multistep in λ = ln(α/σ)
+    heun   Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without churn: second order, two evaluations per step
+    euler  first order, for the ODE dx/dt = α̇ D + σ̇ ε̂ in the path's own time t
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Level:
 
     Attributes:
         alpha, sigma: x = alpha · x_0 + sigma · ε.
-        time: of the path, falling towards 0, in which the flow runs; alpha_rate, sigma_rate: derivatives by it.
-        told: how the net is told the level.
+        time: the path's time, decreasing to 0; alpha_rate, sigma_rate: derivatives with respect to it.
+        timestep: the level as the network's input.
     """
 
     alpha: float
@@ -40,19 +40,19 @@ class Level:
 
 @dataclass(frozen=True)
 class Options:
-    """What chance adds on the way: DDIM's η in [0, 1], and which variance DDPM's steps have (`posterior`)."""
+    """Options for stochastic samplers: DDIM's η in [0, 1], and the variance of DDPM's steps (see `Posterior`)."""
 
     eta: float = 0.0
     variance: Literal["large", "small"] = "small"
 
 
 Denoise = Callable[[Tensor, Level], Tensor]  # x [B, …] → D(x) [B, …]
-StepNoise = Callable[[int], Tensor]  # number of a step → standard normal [B, …], the same for the same number
+StepNoise = Callable[[int], Tensor]  # step number → standard normal [B, …], deterministic
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) from a level to a cleaner one; `large`: the variance of q(x | x')."""
+    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) for a step to a cleaner level; `large` is the variance of q(x | x')."""
 
     noisy: float
     clean: float
@@ -61,7 +61,7 @@ class Posterior:
 
 
 def posterior(now: Level, then: Level) -> Posterior:
-    """By Bayes' rule from q(x | x') = N(x' α/α', σ² − σ'² α²/α'²): DDPM's equation 7 where the levels are neighbors."""
+    """The posterior of a step, by Bayes' rule from q(x | x') = N(x' α/α', σ² − σ'² α²/α'²) (DDPM, equation 7)."""
     ratio = now.alpha / then.alpha
     added = now.sigma**2 - (ratio * then.sigma) ** 2
     share = added / now.sigma**2
@@ -69,7 +69,7 @@ def posterior(now: Level, then: Level) -> Posterior:
 
 
 def noise_of(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
-    """ε̂ such that x = α D + σ ε̂."""
+    """The noise ε̂ with x = α D + σ ε̂."""
     return (noisy - level.alpha * clean) / level.sigma
 
 
@@ -78,6 +78,7 @@ def _steps(levels: Sequence[Level]) -> Iterator[tuple[int, tuple[Level, Level]]]
 
 
 def ddpm(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, equations 6 and 7)."""
     for number, (now, then) in _steps(levels):
         step, clean = posterior(now, then), denoise(noisy, now)
         noisy = step.noisy * noisy + step.clean * clean
@@ -87,6 +88,7 @@ def ddpm(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: S
 
 
 def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
+    """DDIM (Song et al. 2020, arXiv:2010.02502, equations 12 and 16)."""
     for number, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         added = options.eta**2 * posterior(now, then).small
@@ -99,29 +101,30 @@ def ddim(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: S
 def dpm_plus_plus(
     denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order in λ = log α/σ, the first step and the last of first order."""
-    before: tuple[Tensor, float] | None = None  # D of the step before, and how far λ went in it
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2); the first and the last step are first-order."""
+    before: tuple[Tensor, float] | None = None  # D of the previous step, and the change of λ in it
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
-        if not then.sigma:  # λ goes to infinity: the first order's limit
+        if not then.sigma:  # λ goes to infinity: the limit of the first-order step
             return clean
         shrinks = then.sigma / now.sigma
         rises = math.log(then.alpha / now.alpha / shrinks) if now.alpha else math.inf
         guess = clean
         if before is not None and rises:
             earlier, rose = before
-            guess = clean + (rises / (2 * rose)) * (clean - earlier)  # 1 / 2r, r = the last step's rise over this one's
+            guess = clean + (rises / (2 * rose)) * (clean - earlier)  # 1 / 2r, r = the ratio of the changes of λ
         noisy = shrinks * noisy + (then.alpha - shrinks * now.alpha) * guess
         before = clean, rises
     return noisy
 
 
 def slope(noisy: Tensor, clean: Tensor, level: Level) -> Tensor:
-    """dx/dt of the flow."""
+    """dx/dt of the probability flow ODE."""
     return level.alpha_rate * clean + level.sigma_rate * noise_of(noisy, clean, level)
 
 
 def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
+    """Euler's method on the probability flow ODE."""
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         noisy = noisy + (then.time - now.time) * slope(noisy, clean, now) if then.sigma else clean
@@ -129,7 +132,7 @@ def euler(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: 
 
 
 def heun(denoise: Denoise, noisy: Tensor, levels: Sequence[Level], step_noise: StepNoise, options: Options) -> Tensor:
-    """Heun's method on the flow's slope, of second order, the last step Euler's (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
+    """Heun's method with a final Euler step (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
     for _, (now, then) in _steps(levels):
         clean = denoise(noisy, now)
         if not then.sigma:

@@ -1,1 +1,1 @@
-"""Models trained from scratch."""
+"""Models trained from scratch: VAEs, VQ models, GANs, normalizing flows, autoregressive and diffusion models."""

@@ -1,9 +1,10 @@
-"""Models in pixel space, from scratch: what all such families share, whatever they do with pixels.
+"""The base classes of models that are trained from scratch in pixel space.
 
-An image is a grid of levels, 0 … levels − 1 a channel. A family's module has a `Model` over a `Space`, which `create`
-makes from the space and the recipe's `net` section alone, so that a run's files suffice to open it again:
+Images are grids of integer levels, 0 … levels − 1 per channel. A family's module defines a model over a `Space` and a
+function `create(space, section)` that builds it from the space and the recipe's `net` section alone, so a run's files are
+enough to open it again:
 
-    model = finetune.open_model("runs/scratch-vae")      # or the run's final/, or what `ft export` wrote
+    model = finetune.open_model("runs/scratch-vae")      # or the run's final/, or the result of `ft export`
     images = model.sample(SampleRequest(prompts=("",) * 4, seeds=(0, 1, 2, 3), steps=1, guidance=1.0))
 """
 
@@ -41,12 +42,12 @@ from finetune.replaceable import replaceable
 from finetune.rng import Draw
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-HIGHEST = 255  # of an image file's channel
+HIGHEST = 255  # value of a channel in an image file
 
 
 @dataclass(frozen=True)
 class Space:
-    """What there is to model: images [channels, height, width] of `levels` values, and the names of their classes, if any."""
+    """The images to model: their shape [channels, height, width], number of levels, and class names (if any)."""
 
     channels: int
     height: int
@@ -61,39 +62,39 @@ class Space:
 
     @property
     def dimensions(self) -> int:
-        """Numbers of an image, which nats are divided by for bits/dim."""
+        """The number of values in an image, which bits/dim are relative to."""
         return self.channels * self.height * self.width
 
     def levels_of(self, pixels: Tensor) -> Tensor:
-        """[3, H, W] float32 in [-1, 1] → levels [channels, H, W] uint8. Gray is ITU-R 601's luma, as Pillow's."""
+        """Convert pixels [3, H, W] in [-1, 1] to levels [channels, H, W] uint8; gray is ITU-R 601 luma, as in Pillow."""
         if self.channels == 1:
             pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
         return pixels.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
 
     def scaled(self, levels: Tensor) -> Tensor:
-        """Levels → float32 in [-1, 1], the lowest at −1 and the highest at 1."""
+        """Scale levels to float32 in [-1, 1]: the lowest to −1, the highest to 1."""
         return levels.float() * (2 / (self.levels - 1)) - 1
 
     def quantized(self, scaled: Tensor) -> Tensor:
-        """Numbers about [-1, 1] → the nearest levels, uint8: `scaled` undone."""
+        """Round values in [-1, 1] to the nearest levels, uint8: the inverse of `scaled`."""
         return scaled.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
 
     def images(self, levels: Tensor) -> list[Image.Image]:
-        """Levels [B, channels, H, W] → RGB images."""
+        """Convert levels [B, channels, H, W] to RGB images."""
         bytes_ = levels.float().mul(HIGHEST / (self.levels - 1)).round().to(torch.uint8).expand(-1, 3, -1, -1)
         return [Image.fromarray(numpy.ascontiguousarray(one.permute(1, 2, 0).cpu().numpy())) for one in bytes_]
 
     def class_of(self, caption: str) -> int:
-        """The class's index; of the empty caption, that of no class, one past the last.
+        """The index of a class; for the empty caption, the index of "no class", one past the last.
 
         Raises:
-            UserError: no class has this name.
+            UserError: there is no class of this name.
         """
         if not caption:
             return len(self.classes)
         if caption not in self.classes:
             raise UserError(
-                f'no class is called "{caption}"', where="sample.prompts", remedy=did_you_mean(caption, self.classes)
+                f'there is no class "{caption}"', where="sample.prompts", remedy=did_you_mean(caption, self.classes)
             )
         return self.classes.index(caption)
 
@@ -102,12 +103,14 @@ def space_of(plan: Plan, audit: Audit) -> Space:
     """The space of a plan's images.
 
     Raises:
-        UserError: they have several sizes, are smaller than the model's, or are too few to learn from.
+        UserError: the images have several sizes, are smaller than the model's resolution, or there are too few.
     """
     data, training = plan.recipe.data, audit.training
     if len(plan.data.buckets) > 1:
         raise UserError(
-            "a model in pixel space draws images of one size", where="data.buckets", remedy="set data.buckets: false"
+            "a model in pixel space generates images of one size",
+            where="data.buckets",
+            remedy="set data.buckets: false",
         )
     shape, _ = plan.data.buckets[0]
     assert isinstance(shape, ImageShape)
@@ -118,27 +121,27 @@ def space_of(plan: Plan, audit: Audit) -> Space:
         raise UserError(
             f"{len(small)} images are smaller than the model's {width}×{height}, such as {small[0].name}",
             where="data.resolution",
-            remedy=f"set data.resolution: {least}, or leave them out: scaled up, the model would learn their blur",
+            remedy=f"set data.resolution: {least}, or remove them: the model would learn the blur of enlarged images",
         )
     if len({image.digest for image in training}) < 2:
         raise UserError(
-            "there is one image only: nothing tells what may vary",
+            "there is only one distinct image",
             where="data.path",
-            remedy="give at least two images",
+            remedy="provide at least two different images",
         )
     counts = Counter(image.caption for image in training if image.caption) if data.classes else Counter[str]()
     alone = [name for name, count in counts.items() if count < 2]
     if alone:
         raise UserError(
-            f'{len(alone)} of {len(counts)} classes have one image only, such as "{alone[0]}"',
+            f'{len(alone)} of {len(counts)} classes have only one image, such as "{alone[0]}"',
             where="data.classes",
-            remedy="give each class more, or set data.classes: null",
+            remedy="add images to these classes, or set data.classes: null",
         )
     return Space(1 if data.grayscale else 3, height, width, data.levels, tuple(sorted(counts)))
 
 
 class LevelEncoder(ImageTextEncoder):
-    """Images as levels, `pixels` [C, H, W] uint8, and the index of their class, `class` [] int64, where there are classes."""
+    """Encodes images as levels, `pixels` [C, H, W] uint8, and class names as indices, `class` [] int64."""
 
     image_key, cached = "levels", False
 
@@ -153,41 +156,52 @@ class LevelEncoder(ImageTextEncoder):
         return {"class": torch.tensor(self._space.class_of(caption))} if self._space.classes else {}
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no model to release."""
 
 
 class PixelModel(Model):
-    """A family in pixel space. `net` is what draws: its weights are the artifact."""
+    """A model in pixel space.
+
+    Attributes:
+        net: the network that generates images; its weights are what a run saves.
+        audit: the run's training images; None for a model opened from a file.
+    """
 
     net: nn.Module
-    audit: Audit | None = None  # of a run's images, some of which a look shows; an opened model has none
+    audit: Audit | None = None
 
     def __init__(self, space: Space, section: nets.Section) -> None:
         self.space, self.section = space, section
 
     @abstractmethod
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Images of `classes` ([B] int64; None where the space has none), by `draw` alone: levels [B, C, H, W] uint8."""
+        """Generate images: levels [B, C, H, W] uint8, a deterministic function of the arguments.
+
+        Args:
+            classes: class indices [B] int64; None for a space without classes.
+            draw: the source of random numbers.
+            request: sampling steps, guidance and other settings.
+        """
 
     def start(self) -> None:
-        """Set the weights that start by the data, from some training images: the same in every process, and before averages are kept."""
+        """Initialize weights that depend on the data, from some training images: the same in every process, before EMA."""
 
     def encoder(self) -> Encoder:
         return LevelEncoder(self.space)
 
     @property
     def family(self) -> str:
-        """Slug of the family, as `model.family` names it: that of the class's module."""
+        """The family's slug, as in `model.family`."""
         return family_of_module(type(self).__module__)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.net.parameters()).device
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Sample]:
-        """A prompt is the name of a class, "" is none; where there are no classes, prompts are not read."""
+        """Generate images; a prompt is a class name or "" (no class), and is ignored if there are no classes."""
         draw = Draw(0, "sample", request.seeds, self.device)
         classes = (
             torch.tensor([self.space.class_of(prompt) for prompt in request.prompts], device=self.device)
@@ -197,7 +211,7 @@ class PixelModel(Model):
         return [ImageSample(image) for image in self.space.images(self.generate(classes, draw, request))]
 
     def save(self, folder: Path) -> list[Path]:
-        """Write `config.json` and `model.safetensors`, which `open_model` reads."""
+        """Write `config.json` and `model.safetensors` for `open_model`."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(self.config(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file(
@@ -206,12 +220,12 @@ class PixelModel(Model):
         return [folder / CONFIG, folder / WEIGHTS]
 
     def examples(self, count: int) -> Batch:
-        """`count` images that the run trains on (fewer if it has fewer), spread over its data, as a batch."""
+        """At most `count` training images, evenly spaced, as a batch."""
         audit = self.training_audit()
         return self.batch_of(audit.training[:: max(1, len(audit.training) // count)][:count], audit.background)
 
     def examples_by_class(self, count: int = 8) -> dict[str, Batch]:
-        """Some images of each class, by its name."""
+        """Some training images of each class, by class name."""
         audit = self.training_audit()
         return {
             name: self.batch_of([p for p in audit.training if p.caption == name][:count], audit.background)
@@ -219,13 +233,13 @@ class PixelModel(Model):
         }
 
     def training_audit(self) -> Audit:
-        """The audit of the run's images."""
+        """The audit of the run's training images."""
         if self.audit is None:
-            raise ValueError("an opened model has no training images")
+            raise ValueError("a model opened from a file has no training images")
         return self.audit
 
     def batch_of(self, images: Sequence[ImageRecord], background: str) -> Batch:
-        """Images of an audit as a batch."""
+        """Encode images of an audit as a batch."""
         encoder, result = self.encoder(), []
         for image in images:
             pixels = apply(decode(image.read(), background), image.crop)
@@ -233,7 +247,7 @@ class PixelModel(Model):
         return {key: tensor.to(self.device) for key, tensor in stack(result).items()}
 
     def grid(self, rows: Sequence[Tensor], columns: int) -> Image.Image:
-        """Levels [≤ columns, C, H, W] a row → one image, unlabelled."""
+        """Arrange rows of levels, [≤ columns, C, H, W] each, in one image without labels."""
         width, height = self.space.width, self.space.height
         result = Image.new("RGB", (columns * width, len(rows) * height), "white")
         for number, row in enumerate(rows):
@@ -242,7 +256,7 @@ class PixelModel(Model):
         return result
 
     def config(self) -> dict[str, Any]:
-        """All but the weights, as plain values: `of_config` makes the model of it."""
+        """Everything but the weights, as plain values for `model_from_config`."""
         return {
             "family": self.family,
             "space": dataclasses.asdict(self.space),
@@ -250,46 +264,49 @@ class PixelModel(Model):
         } | self.parts()
 
     def parts(self) -> dict[str, Any]:
-        """What `create` needs besides space and section, as plain values."""
+        """Further plain values that `restore` needs, such as the configuration of a first stage."""
         return {}
 
 
 class LikelihoodModel(PixelModel):
-    """A family that says how probable an image is. `exact`: it does so exactly; else it gives a bound."""
+    """A model with a likelihood: exact if `exact`, else an upper bound on −log p."""
 
     exact: ClassVar[bool]
 
     @abstractmethod
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """−log p of each image, or an upper bound on it, in nats, [B]; what a bound needs it draws so many times an image."""
+        """−log p of each image or an upper bound on it, in nats, [B]; bounds use `particles` samples per image."""
 
     def bits_per_dimension(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """`nats`, as bits a channel of a pixel, [B]."""
+        """`nats` in bits per dimension (a dimension is one channel of one pixel), [B]."""
         return self.nats(batch, draw, particles) / (self.space.dimensions * math.log(2))
 
 
 def build_from_scratch(plan: Plan, audit: Audit) -> Model:
-    """The family's model with weights at random, by the run's seed; what its module calls `build`."""
+    """Build the plan's model with random weights from the run's seed: the default `build` of a family's module."""
     space = space_of(plan, audit)
     return initialize(plan, audit, lambda: _module(plan.recipe.model.family).create(space, plan.recipe.net))
 
 
 def initialize(plan: Plan, audit: Audit, make: Callable[[], PixelModel]) -> PixelModel:
-    """What `make` makes, its weights at random by the run's seed, and those that start by the data set by it."""
+    """Call `make` with the run's seed, then initialize the weights that depend on the data."""
     torch.manual_seed(plan.recipe.train.seed)
     made = _to_channels_last(make())
     made.audit = audit
-    if not isinstance(next(made.net.parameters()), FakeTensor):  # which has no values to start by
+    if not isinstance(next(made.net.parameters()), FakeTensor):  # a fake tensor has no values to initialize from
         made.start()
     return made
 
 
 @replaceable
 def open_model(path: str | Path) -> PixelModel:
-    """A trained model of a family in pixel space, from its run, its `final/`, or what `ft export` made of it; ready to draw.
+    """Open a trained model in pixel space, ready to generate images.
+
+    Args:
+        path: a run's folder, its `final/`, or a folder written by `ft export`.
 
     Raises:
-        UserError: there is none, or its files do not belong together.
+        UserError: there is no model, or its files do not match.
     """
     folder = Path(path).expanduser()
     folder = folder / "final" if (folder / "recipe.yaml").is_file() else folder
@@ -298,18 +315,18 @@ def open_model(path: str | Path) -> PixelModel:
         if not isinstance(next(model.net.parameters()), FakeTensor):
             model.net.load_state_dict(load_file(folder / WEIGHTS))
     except FileNotFoundError:
-        remedy = "give a finished run, or the folder that `ft export` wrote"
-        raise UserError(f"{path} holds no trained model", where=str(folder), remedy=remedy) from None
+        remedy = "name a finished run or a folder written by `ft export`"
+        raise UserError(f"{path} does not contain a trained model", where=str(folder), remedy=remedy) from None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"the model in {folder} cannot be opened: {error}", where=str(folder / CONFIG), remedy="export it again"
+            f"cannot open the model in {folder}: {error}", where=str(folder / CONFIG), remedy="export it again"
         ) from error
     model.net.eval()
     return model
 
 
 def model_from_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
-    """The model of a `PixelModel.config`, its weights as a new one's; `name` is what errors call it."""
+    """Build an untrained model from a `PixelModel.config`; `name` is the file that errors name."""
     space = Space(**config["space"] | {"classes": tuple(config["space"]["classes"])})
     declared = nets.section(config["family"])
     if declared is None:
@@ -324,9 +341,9 @@ def model_from_config(config: dict[str, Any], name: str = CONFIG) -> PixelModel:
 
 
 def _to_channels_last(model: PixelModel) -> PixelModel:
-    """Channels beside each other in memory, as convolutions like them: steps of most families are 4 to 15 % quicker on a CPU."""
+    """Convert the networks to channels-last, which makes the steps of most families 4–15 % faster on a CPU."""
     for train_step in model.train_steps():
-        net: Any = train_step.net  # torch's types know no layout here
+        net: Any = train_step.net  # torch's type stubs lack this overload
         net.to(memory_format=torch.channels_last)
     return model
 
@@ -336,10 +353,10 @@ def _module(family: str) -> Any:
 
 
 def class_embedding(space: Space, width: int) -> nn.Embedding | None:
-    """One row a class and one for none, or None where the space has no classes."""
+    """An embedding of the classes plus "no class"; None for a space without classes."""
     return nn.Embedding(len(space.classes) + 1, width) if space.classes else None
 
 
 def levels_and_classes(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """(levels [B, C, H, W] uint8, classes [B] or None) of a batch."""
+    """The levels [B, C, H, W] uint8 and classes [B] (or None) of a batch."""
     return batch["pixels"], batch.get("class")

@@ -1,4 +1,4 @@
-"""Parts that several families' nets are built of."""
+"""Building blocks shared by several families."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from finetune.errors import UserError
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of about 16 channels; at 32 channels or fewer there are two."""
+    """Group normalization with about 16 channels per group, and at least two groups."""
     groups = max(2, channels // 16)
     return nn.GroupNorm(next(g for g in range(groups, 0, -1) if channels % g == 0), channels)
 
 
 @final
 class Residual(nn.Module):
-    """x + convolutions of x, pre-activated (He et al. 2016, arXiv:1603.05027); [B, C, H, W] → the same shape.
+    """A pre-activation residual block (He et al. 2016, arXiv:1603.05027): [B, C, H, W] → the same shape.
 
-    The last convolution starts at zero, so that a new net passes x through.
+    The last convolution is initialized to zero, so a new block is the identity.
     """
 
     def __init__(self, channels: int, dropout: float = 0.0) -> None:
@@ -39,7 +39,10 @@ class Residual(nn.Module):
 
 
 def downsampling(inputs: int, widths: Sequence[int], blocks: int, dropout: float) -> list[nn.Module]:
-    """Layers from [B, inputs, H, W] to [B, widths[-1], H/2ⁿ, W/2ⁿ], n = len(widths) − 1: residual blocks, and a strided convolution between."""
+    """Residual blocks with strided convolutions in between.
+
+    [B, inputs, H, W] → [B, widths[-1], H/2ⁿ, W/2ⁿ] with n = len(widths) − 1.
+    """
     result: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1)]
     for before, after in itertools.pairwise(widths):
         result += [Residual(before, dropout) for _ in range(blocks)] + [nn.Conv2d(before, after, 4, 2, 1)]
@@ -47,7 +50,7 @@ def downsampling(inputs: int, widths: Sequence[int], blocks: int, dropout: float
 
 
 def upsampling(widths: Sequence[int], outputs: int, blocks: int, dropout: float) -> list[nn.Module]:
-    """`smaller` the other way round: from [B, widths[-1], h, w] to [B, outputs, 2ⁿh, 2ⁿw]."""
+    """The reverse of `downsampling`: [B, widths[-1], h, w] → [B, outputs, 2ⁿh, 2ⁿw]."""
     result: list[nn.Module] = []
     for before, after in itertools.pairwise(widths[::-1]):
         result += [Residual(before, dropout) for _ in range(blocks)] + [nn.ConvTranspose2d(before, after, 4, 2, 1)]
@@ -57,16 +60,20 @@ def upsampling(widths: Sequence[int], outputs: int, blocks: int, dropout: float)
 def halved(
     height: int, width: int, times: int, where: str = "net.halvings", less: str = "set net.halvings lower"
 ) -> tuple[int, int]:
-    """(height, width) after so many halvings, which the key `where` asks for.
+    """Height and width after `times` halvings.
+
+    Args:
+        where: the recipe key that sets the number of halvings, for the error.
+        less: how to lower it.
 
     Raises:
-        UserError: they do not go.
+        UserError: a side is not divisible.
     """
     factor = 2**times
     if height % factor or width % factor:
         raise UserError(
             f"{width}×{height} pixels cannot be halved {times} times",
             where=where,
-            remedy=f"{less}, or data.resolution to a multiple of {factor}",
+            remedy=f"{less}, or set data.resolution to a multiple of {factor}",
         )
     return height // factor, width // factor

@@ -1,6 +1,6 @@
-"""Distributions over the levels of an image's pixels, from a net's outputs: what makes likelihoods of families comparable.
+"""Distributions over the levels of a pixel, parametrized by a network's outputs.
 
-Both give probabilities of levels, not densities, so −log₂ p ÷ dimensions is bits/dim whatever the family.
+Both give probabilities of discrete levels, not densities, so −log₂ p / dimensions is bits/dim and comparable between families.
 """
 
 from __future__ import annotations
@@ -18,23 +18,28 @@ MINIMUM_LOG_SCALE = -7.0
 
 
 class PixelDistribution(ABC):
-    """p(levels of a pixel | parameters). `parameters` is the number of a net's outputs for a pixel."""
+    """p(levels of a pixel | parameters).
+
+    Attributes:
+        parameters: number of network outputs per pixel.
+        draws: number of uniform random values that `sample` needs per pixel.
+    """
 
     _space: Space
     parameters: int
-    draws: int  # uniform numbers that `sample` takes a pixel
+    draws: int
 
     @abstractmethod
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
-        """[B, parameters, H, W], levels [B, C, H, W] → nats, [B, H, W]."""
+        """Log-probabilities in nats: parameters [B, parameters, H, W], levels [B, C, H, W] → [B, H, W]."""
 
     @abstractmethod
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
-        """[B, parameters, H, W] and uniform [B, draws, H, W] → levels [B, C, H, W] uint8, a function of both."""
+        """Sample levels [B, C, H, W] uint8 from parameters [B, parameters, H, W] and uniform values [B, draws, H, W]."""
 
     @abstractmethod
     def expected(self, parameters: Tensor) -> Tensor:
-        """E[x], scaled to [-1, 1], [B, C, H, W] float32, with its gradient."""
+        """E[x], scaled to [-1, 1], [B, C, H, W] float32, differentiable."""
 
     def mean(self, parameters: Tensor) -> Tensor:
         """E[x] rounded to levels, uint8."""
@@ -43,14 +48,14 @@ class PixelDistribution(ABC):
 
 @final
 class Categorical(PixelDistribution):
-    """A probability for each level. Channels are independent given the parameters."""
+    """A categorical distribution over levels; channels are independent given the parameters."""
 
     def __init__(self, space: Space) -> None:
         self._space, self._channels, self._levels = space, space.channels, space.levels
         self.parameters, self.draws = space.channels * space.levels, space.channels
 
     def _logits(self, parameters: Tensor) -> Tensor:
-        """[B, C, H, W, levels]."""
+        """Logits [B, C, H, W, levels]."""
         result: Tensor = parameters.unflatten(1, (self._channels, self._levels)).permute(0, 1, 3, 4, 2).float()
         return result
 
@@ -59,7 +64,7 @@ class Categorical(PixelDistribution):
         return chosen.squeeze(-1).sum(1)
 
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
-        """By inverting the cumulative probabilities."""
+        """Sample by inverting the cumulative distribution."""
         cumulative = self._logits(parameters).softmax(-1).cumsum(-1)
         return (uniform[..., None] > cumulative[..., :-1]).sum(-1).to(torch.uint8)
 
@@ -70,11 +75,11 @@ class Categorical(PixelDistribution):
 
 @final
 class Logistics(PixelDistribution):
-    """A mixture of logistic distributions, cut into levels (Salimans et al. 2017, arXiv:1701.05517, §2.1–2.2).
+    """A discretized mixture of logistic distributions (Salimans et al. 2017, arXiv:1701.05517, §2.1–2.2).
 
-    A level's probability is the mass between its edges, half a step to either side; the lowest and highest take the tails.
-    A channel's mean depends linearly on the channels before it in the same pixel. For each component there are a logit, and
-    C means, C log-scales and C(C − 1)/2 coefficients. In units of [-1, 1] a step is 2 / (levels − 1).
+    A level's probability is the mass between its edges, half a step to either side; the lowest and the highest level include
+    the tails. A channel's mean depends linearly on the previous channels of the pixel. Each component has a logit, C means,
+    C log-scales and C(C − 1)/2 coefficients. In units of [-1, 1] a step is 2 / (levels − 1).
     """
 
     def __init__(self, space: Space, mixtures: int) -> None:
@@ -84,14 +89,14 @@ class Logistics(PixelDistribution):
         self.draws = 1 + space.channels
 
     def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """logits [B, K, H, W], means and log-scales [B, C, K, H, W], coefficients [B, C(C−1)/2, K, H, W]."""
+        """Logits [B, K, H, W], means and log-scales [B, C, K, H, W], coefficients [B, C(C−1)/2, K, H, W]."""
         k, c = self._mixtures, self._channels
         logits, rest = parameters.float().split([k, parameters.shape[1] - k], dim=1)
         means, scales, coefficients = rest.unflatten(1, (-1, k)).split([c, c, self._coefficients], dim=1)
         return logits, means, scales.clamp(min=MINIMUM_LOG_SCALE), coefficients.tanh()
 
     def _mean(self, channel: int, means: Tensor, coefficients: Tensor, scaled: Tensor) -> Tensor:
-        """Of one channel, [B, K, H, W], given the scaled channels before it, [B, ≥ channel, H, W]."""
+        """Means of one channel [B, K, H, W], given the scaled previous channels [B, ≥ channel, H, W]."""
         first = channel * (channel - 1) // 2
         result = means[:, channel]
         for before in range(channel):
@@ -99,7 +104,7 @@ class Logistics(PixelDistribution):
         return result
 
     def log_prob(self, parameters: Tensor, levels: Tensor) -> Tensor:
-        """log P of each pixel's levels, all its channels together, [B, H, W]: a mixture of discretized logistics (arXiv:1701.05517, eq. 2 and 3)."""
+        """Log-probability of each pixel (all channels), [B, H, W] (arXiv:1701.05517, equations 2 and 3)."""
         logits, means, scales, coefficients = self._split(parameters)
         scaled, half = self._space.scaled(levels), 1 / (self._space.levels - 1)
         of_components = logits.log_softmax(1)
@@ -107,7 +112,7 @@ class Logistics(PixelDistribution):
             mean = self._mean(channel, means, coefficients, scaled)
             distance, inverse = scaled[:, channel, None] - mean, (-scales[:, channel]).exp()
             upper, lower = (distance + half) * inverse, (distance - half) * inverse
-            # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l − u)): no difference of numbers that are nearly equal.
+            # log(σ(u) − σ(l)) = log σ(u) + log σ(−l) + log(1 − e^(l − u)) avoids subtracting nearly equal numbers.
             inside = (
                 functional.logsigmoid(upper) + functional.logsigmoid(-lower) + torch.log(-torch.expm1(lower - upper))
             )
@@ -116,10 +121,10 @@ class Logistics(PixelDistribution):
                 levels[:, channel, None] == self._space.levels - 1, functional.logsigmoid(-lower), result
             )
             of_components = of_components + result
-        return of_components.logsumexp(1)  # of a mixture the components' probabilities add up, not their logarithms
+        return of_components.logsumexp(1)  # probabilities of components add up, not their logarithms
 
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
-        """A component by its probability, then each channel by inverting its logistic's cumulative, and the nearest level."""
+        """Choose a component, then invert the logistic's cumulative for each channel and round to the nearest level."""
         logits, means, scales, coefficients = self._split(parameters)
         cumulative = logits.softmax(1).cumsum(1)
         component = (uniform[:, :1] > cumulative[:, :-1]).sum(1, keepdim=True)
@@ -141,7 +146,7 @@ class Logistics(PixelDistribution):
         return torch.stack(result, 1)
 
     def expected(self, parameters: Tensor) -> Tensor:
-        """Of the logistics before they are cut: the tails beyond the lowest and highest level are left out of account."""
+        """E[x] of the continuous logistics: tails beyond the lowest and highest level are ignored."""
         logits, means, _, coefficients = self._split(parameters)
         weights = logits.softmax(1)
         scaled = torch.zeros_like(means[:, :, 0])
@@ -151,14 +156,15 @@ class Logistics(PixelDistribution):
         return scaled
 
 
-def log_mass(space: Space, levels: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """log of the mass of N(mean, deviation²) between each level's edges, the tails falling to the ends; in nats, float64, like `mean`.
+def log_mass(space: Space, levels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log of the mass of N(mean, std²) between each level's edges, in nats, float64, shaped like `mean`.
 
-    Of a mass in the upper tail the mirror image is taken, so that no difference is of numbers near 1.
+    The lowest and the highest level include the tails. Masses in the upper tail are mirrored into the lower one, to avoid
+    subtracting numbers near 1.
     """
     scaled, half = space.scaled(levels).double(), 1 / (space.levels - 1)
-    upper = torch.where(levels == space.levels - 1, torch.inf, (scaled + half - mean) / deviation)
-    lower = torch.where(levels == 0, -torch.inf, (scaled - half - mean) / deviation)
+    upper = torch.where(levels == space.levels - 1, torch.inf, (scaled + half - mean) / std)
+    lower = torch.where(levels == 0, -torch.inf, (scaled - half - mean) / std)
     upper, lower = torch.where(lower > 0, -lower, upper), torch.where(lower > 0, -upper, lower)
     below = torch.special.log_ndtr(upper)
     result: Tensor = below + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - below))
@@ -166,5 +172,5 @@ def log_mass(space: Space, levels: Tensor, mean: Tensor, deviation: Tensor) -> T
 
 
 def pixel_distribution(kind: Literal["categorical", "logistics"], space: Space, mixtures: int) -> PixelDistribution:
-    """By the recipe's word."""
+    """The distribution that `net.distribution` names."""
     return Categorical(space) if kind == "categorical" else Logistics(space, mixtures)

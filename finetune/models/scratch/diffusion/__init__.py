@@ -1,1 +1,1 @@
-"""Diffusion and flow-matching models."""
+"""Diffusion and flow matching models."""

@@ -1,8 +1,8 @@
-"""Diffusion in pixel space: what its families share. A family's own file says which path (`paths`) its images take to noise.
+"""What all diffusion models in pixel space share; a family's own file chooses the noise path (`objectives.noise_paths`).
 
-The net is diffusers' UNet2DModel. With classes, `data.caption_dropout` has it learn the images of no class too, and drawing is
-guided: D = D(no class) + s (D(class) − D(no class)), so that s = 1 is the class as it is (Ho & Salimans 2022, arXiv:2207.12598, where
-s is 1 + w).
+The network is diffusers' UNet2DModel. With classes, `data.caption_dropout` trains the unconditional case too, and sampling uses
+classifier-free guidance: D = D(no class) + s (D(class) − D(no class)), where s = 1 is no guidance (Ho & Salimans 2022,
+arXiv:2207.12598, with s = 1 + w).
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from finetune.rng import Draw
 
 
 class Canvas(ABC):
-    """What is noised: numbers of about the size 1, and images as such numbers.
+    """The representation of images that is noised (pixels or latents), with values of magnitude 1.
 
     Attributes:
-        shape: [channels, height, width] of the numbers.
+        shape: its shape [channels, height, width].
     """
 
     shape: tuple[int, int, int]
 
     @abstractmethod
     def encode(self, levels: Tensor) -> Tensor:
-        """Levels [B, C, H, W] → numbers [B, *shape] float32."""
+        """Levels [B, C, H, W] → values [B, *shape] float32."""
 
     @abstractmethod
     def decode(self, numbers: Tensor) -> Tensor:
-        """The other way round: uint8."""
+        """Values [B, *shape] → levels [B, C, H, W] uint8."""
 
     @abstractmethod
     def clamp(self, numbers: Tensor) -> Tensor:
-        """Numbers held to where expectations of what is noised can lie."""
+        """Clamp a prediction of x_0 to the range of valid values."""
 
 
 @final
 class PixelCanvas(Canvas):
-    """Pixels in [-1, 1]: so are their expectations, and what a net says beyond it (or guidance makes of it) is cut."""
+    """Pixels in [-1, 1]; predictions outside (also by guidance) are clamped."""
 
     def __init__(self, space: Space) -> None:
         self._space, self.shape = space, space.shape
@@ -65,25 +65,27 @@ class PixelCanvas(Canvas):
 
 
 class Condition(ABC):
-    """What the net reads beside x: channels that are not noised with it.
+    """Additional input channels of the network, which are not noised.
 
     Attributes:
-        channels: how many.
+        channels: their number.
     """
 
     channels: int
 
     @abstractmethod
     def for_training(self, levels: Tensor, draw: Draw) -> Tensor | None:
-        """While training, [B, channels, H, W] of the images themselves."""
+        """The channels [B, channels, H, W] for training images."""
 
     @abstractmethod
     def for_sampling(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor | None:
-        """For images that are to be drawn."""
+        """The channels for images to be generated."""
 
 
 @final
 class NoCondition(Condition):
+    """No additional input channels."""
+
     channels = 0
 
     def for_training(self, levels: Tensor, draw: Draw) -> Tensor | None:
@@ -95,11 +97,14 @@ class NoCondition(Condition):
 
 @final
 class Denoiser(nn.Module):
-    """(x [B, C, H, W], how the level is told [B], classes [B] or None, what is read beside x) → what the net says, [B, C, H, W].
+    """The network: (x [B, C, H, W], timestep [B], classes [B] or None, condition) → prediction [B, C, H, W].
 
     Args:
-        beside: channels that are read beside x.
-        first: the net of an earlier stage, which draws too and is frozen: one file then holds all that draws.
+        shape: shape [C, H, W] of x.
+        section: the recipe's `net` section.
+        classes: number of classes; 0 if there are none.
+        beside: number of channels of the condition.
+        first: the frozen network of an earlier stage, so that one file holds all that generates images.
     """
 
     def __init__(
@@ -130,10 +135,10 @@ class Denoiser(nn.Module):
             num_class_embeds=classes + 1 if classes else None,
         )
         self.first = None if first is None else first.requires_grad_(False).eval()
-        for parameter in self.unet.conv_out.parameters():  # a new net says 0: no worse than knowing nothing
+        for parameter in self.unet.conv_out.parameters():  # a new network predicts 0, the mean
             nn.init.zeros_(parameter)
         for name, parameter in self.unet.named_parameters():
-            if name.endswith("to_k.bias"):  # adds the same to all that a softmax weighs: it changes nothing
+            if name.endswith("to_k.bias"):  # shifts all logits of the softmax equally, so it has no effect
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Denoiser:
@@ -149,28 +154,32 @@ class Denoiser(nn.Module):
 
 
 def _check(height: int, width: int, section: Section) -> None:
-    """Raise if the net cannot be built."""
+    """Raise a UserError if the network cannot be built."""
     if section.width % 4:
         raise UserError(
-            f"{section.width} channels cannot be shared out to groups of 4", where="net.width", remedy="a multiple of 4"
+            f"{section.width} channels are not divisible by the group size 4",
+            where="net.width",
+            remedy="set net.width to a multiple of 4",
         )
     if not section.channel_multipliers or min(section.channel_multipliers) < 1:
         raise UserError(
-            "a net has at least one size, and channels at each",
+            "net.channel_multipliers needs at least one number, each at least 1",
             where="net.channel_multipliers",
-            remedy="such as [1, 2, 2]",
+            remedy="set it to, for example, [1, 2, 2]",
         )
     halved(
         height,
         width,
         len(section.channel_multipliers) - 1,
         "net.channel_multipliers",
-        "set net.channel_multipliers to fewer numbers",
+        "use fewer net.channel_multipliers",
     )
 
 
 @final
 class DenoisingStep(TrainStep):
+    """Trains a denoiser on noised images."""
+
     name = "denoiser"
 
     def __init__(self, net: Denoiser, path: Path, canvas: Canvas, condition: Condition) -> None:
@@ -184,13 +193,16 @@ class DenoisingStep(TrainStep):
 
 
 class DiffusionModel(PixelModel):
-    """A denoiser on a path.
+    """A denoiser on a noise path.
 
     Args:
-        variance: of DDPM's steps.
-        canvas: what is noised; none: the pixels.
-        condition: what the net reads beside it.
-        first: the net of an earlier stage.
+        space: the images.
+        section: the recipe's `net` section.
+        path: the noise path.
+        variance: the variance of DDPM's sampling steps.
+        canvas: what is noised; None: pixels.
+        condition: additional input channels; None: none.
+        first: the frozen network of an earlier stage.
     """
 
     net: Denoiser
@@ -222,7 +234,7 @@ class DiffusionModel(PixelModel):
     def predict_clean(
         self, noisy: Tensor, level: Level, classes: Tensor | None, beside: Tensor | None = None
     ) -> Tensor:
-        """D(x) as the net says it, [B, *shape] float32."""
+        """D(x) from the network's prediction, [B, *shape] float32."""
         timestep = torch.full((len(noisy),), level.timestep, device=noisy.device)
         return self.path.clean(
             self.net(self.path.scale_input(noisy, level), timestep, classes, beside).float(), noisy, level
@@ -231,7 +243,7 @@ class DiffusionModel(PixelModel):
     def denoised(
         self, noisy: Tensor, level: Level, classes: Tensor | None, guidance: float = 1.0, beside: Tensor | None = None
     ) -> Tensor:
-        """D(x), guided, and held to where it can lie."""
+        """D(x) with guidance, clamped to valid values."""
         result = self.predict_clean(noisy, level, classes, beside)
         if classes is not None and guidance != 1:
             free = self.predict_clean(noisy, level, torch.full_like(classes, len(self.space.classes)), beside)
@@ -239,7 +251,7 @@ class DiffusionModel(PixelModel):
         return self.canvas.clamp(result)
 
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Images uint8, [B, C, H, W], by the request's sampler, or the recipe's."""
+        """Generate levels [B, C, H, W] uint8 with the request's sampler, or the recipe's."""
         beside = self._condition.for_sampling(classes, draw, request)
 
         def denoise(noisy: Tensor, level: Level) -> Tensor:

@@ -1,8 +1,9 @@
-"""The second stage of a cascade: small images made large by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
+"""The second stage of a cascade: super-resolution by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
 
-`model.base_run` names the run that draws the small ones; frozen, it becomes part of what is saved, and drawing runs through both. The net
-reads, beside x, the small image enlarged. In training that is the image itself shrunk, which no first stage draws so well:
-it is noised to a level s drawn at random, and the net is told s (Imagen's noise conditioning augmentation, arXiv:2205.11487, §2.3).
+`model.base_run` names the run of the first stage, which generates low-resolution images. It is frozen and saved with the second
+stage. The network's additional input is the upsampled low-resolution image. In training that is the downsampled training image,
+which is better than what a first stage generates: so it is noised to a random level s, which is also an input (noise conditioning
+augmentation of Imagen, arXiv:2205.11487, §2.3).
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from finetune.rng import Draw
 
 @final
 class UpsampledImage(Condition):
-    """A small image cos(πs/2) x + sin(πs/2) ε, enlarged, and one channel that holds s.
+    """The condition: a low-resolution image noised to cos(πs/2) x + sin(πs/2) ε and upsampled, and a channel with s.
 
     Args:
-        first: draws the small images.
+        space: the images of the second stage.
+        first: the first stage.
+        section: the recipe's `net` section.
     """
 
     def __init__(self, space: Space, first: PixelModel, section: Net) -> None:
@@ -39,7 +42,7 @@ class UpsampledImage(Condition):
         self._factor, self.channels = space.height // first.space.height, space.channels + 1
 
     def beside(self, small: Tensor, share: Tensor, noise: Tensor) -> Tensor:
-        """Small [B, C, h, w] in [-1, 1], s [B], noise [B, C, h, w] → [B, C + 1, H, W]."""
+        """Low-resolution images [B, C, h, w] in [-1, 1], s [B] and noise [B, C, h, w] → [B, C + 1, H, W]."""
         angle = share.view(-1, 1, 1, 1) * (torch.pi / 2)
         noised = angle.cos() * small + angle.sin() * noise
         large = functional.interpolate(noised, size=self._space.shape[1:], mode="bilinear")
@@ -61,6 +64,8 @@ class UpsampledImage(Condition):
 
 @final
 class Cascade(DiffusionModel):
+    """The second stage, together with the frozen first stage."""
+
     objective = "noise"
 
     def __init__(self, space: Space, section: Net, first: PixelModel, loss: Diffusion | None = None) -> None:
@@ -75,12 +80,17 @@ class Cascade(DiffusionModel):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the second stage on the first stage that `model.base_run` names.
+
+    Raises:
+        UserError: there is no first stage, or it does not fit.
+    """
     space, recipe = space_of(plan, audit), plan.recipe
     if recipe.model.base_run is None:
         raise UserError(
-            "the second stage of a cascade needs a first",
+            "the second stage of a cascade needs a first stage",
             where="model.base_run",
-            remedy="train scratch/cascade-low first and name its run",
+            remedy="train scratch/cascade-low first and set model.base_run to its folder",
         )
     first = open_model(recipe.model.base_run)
     _check(first.space, space, recipe.model.base_run)
@@ -88,22 +98,23 @@ def build(plan: Plan, audit: Audit) -> Model:
 
 
 def _check(low: Space, space: Space, given: str) -> None:
-    """Raise if the first stage's images are not these made small."""
+    """Raise a UserError if the first stage's images are not downsampled versions of the second stage's."""
     factor = space.height // low.height
     if factor < 2 or (low.height * factor, low.width * factor) != (space.height, space.width):
         raise UserError(
-            f"{given} draws {low.width}×{low.height} pixels: {space.width}×{space.height} are no multiple of that",
+            f"{given} generates {low.width}×{low.height} pixels, and {space.width}×{space.height} is not a multiple of that",
             where="data.resolution",
             remedy=f"set data.resolution: {2 * low.height}, or train the first stage at {space.height // 2}",
         )
     if (low.channels, low.levels) != (space.channels, space.levels) or low.classes not in ((), space.classes):
         raise UserError(
-            f"{given} draws images of other colors, levels or classes",
+            f"{given} generates images with other channels, levels or classes",
             where="model.base_run",
-            remedy="give both stages the same `data`",
+            remedy="use the same data section in both stages",
         )
 
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    """Build the model of a saved configuration."""
     assert isinstance(section, Net)
     return Cascade(space, section, model_from_config(config["first"]))

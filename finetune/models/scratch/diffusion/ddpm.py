@@ -1,8 +1,8 @@
-"""Denoising diffusion in pixel space (Ho et al. 2020, arXiv:2006.11239), and its bound on −log p.
+"""Denoising diffusion in pixel space (DDPM, Ho et al. 2020, arXiv:2006.11239) and its variational bound on −log p.
 
 The bound (equation 5) is KL(q(x_T | x_0) ‖ N(0, I)) + Σ KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) − log p(x_0 | x_1), where p is
-N with the posterior's mean at D(x_t) and the recipe's variance; at the last step the mass of that normal distribution between a
-level's edges (equation 13), with the posterior's variance of the step before, since its own is 0.
+normal with the posterior's mean at D(x_t) and the recipe's variance. The last term is the mass of that normal distribution
+between a level's edges (equation 13), with the posterior variance of the step before, since its own is 0.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from finetune.rng import Draw
 
 @final
 class Ddpm(DiffusionModel, LikelihoodModel):
+    """DDPM with a bound on the likelihood."""
+
     objective = "noise"
     exact = False
 
@@ -45,10 +47,11 @@ class Ddpm(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """The bound, [B]. Its last step's term is always there; of the T − 1 others as many as `particles` stand for all.
+        """The variational bound in nats, [B].
 
-        Step t is drawn with a probability in proportion to 1/t, much as its term is large, and weighed by it: on average that is the
-        bound. With `particles` of T − 1 or more every step is counted once, and that is all of it.
+        The term of the last step is always included; the T − 1 others are estimated from `particles` of them. Step t is sampled
+        with probability proportional to 1/t, which roughly matches the size of its term, and weighted accordingly, so the
+        estimate is unbiased. With `particles` ≥ T − 1 each step is included once, which gives the exact bound.
         """
         levels, classes = levels_and_classes(batch)
         clean, others = self.canvas.encode(levels), len(self._steps) - 1
@@ -66,14 +69,14 @@ class Ddpm(DiffusionModel, LikelihoodModel):
         for number in range(min(particles, others)):
             if particles >= others:
                 total = total + term(torch.full((len(levels),), number + 1, device=levels.device), f"bound {number}")
-            else:  # one from each of so many parts of equal probability
+            else:  # stratified: one from each of `particles` intervals of equal probability
                 place = (number + draw.uniform(f"step {number}").double()) / particles
-                for_sampling = torch.searchsorted(shares.cumsum(0), place).clamp(max=others - 1)
-                total = total + term(for_sampling + 1, f"bound {number}") / (particles * shares[for_sampling])
+                sampled = torch.searchsorted(shares.cumsum(0), place).clamp(max=others - 1)
+                total = total + term(sampled + 1, f"bound {number}") / (particles * shares[sampled])
         return total.float()
 
     def _term(self, levels: Tensor, clean: Tensor, step: Tensor, noise: Tensor, classes: Tensor | None) -> Tensor:
-        """Of step [B] of each example, in nats [B] float64."""
+        """The bound's term for a step [B] of each example, in nats, [B] float64."""
         alpha, sigma, share, small, variance = self._table.to(clean.device)[:, step].view(5, -1, 1, 1, 1)
         noisy = (alpha * clean + sigma * noise).float()
         expected = self.canvas.clamp(
@@ -86,6 +89,7 @@ class Ddpm(DiffusionModel, LikelihoodModel):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the model with random weights, and the recipe's `diffusion` section as its loss."""
     space = space_of(plan, audit)
     return initialize(plan, audit, lambda: Ddpm(space, plan.recipe.net, plan.recipe.diffusion))
 

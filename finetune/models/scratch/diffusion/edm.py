@@ -1,4 +1,4 @@
-"""EDM in pixel space (Karras et al. 2022, arXiv:2206.00364), written from the paper: its authors' code may not be used freely."""
+"""EDM in pixel space (Karras et al. 2022, arXiv:2206.00364), written from the paper (the authors' code is not free)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ build = build_from_scratch
 
 @final
 class Edm(FlowLikelihood):
+    """EDM: a preconditioned denoiser on the variance-exploding path."""
+
     def __init__(self, space: Space, section: Net) -> None:
         if section.sigma_min >= section.sigma_max:
             raise UserError(
-                "drawing goes from much noise to little",
+                "net.sigma_min must be less than net.sigma_max",
                 where="net.sigma_min, net.sigma_max",
-                remedy="set net.sigma_min below net.sigma_max",
+                remedy="lower net.sigma_min or raise net.sigma_max",
             )
         learned = EdmObjective(section.sigma_data, section.log_sigma_mean, section.log_sigma_std)
         self._exploding = VarianceExploding(learned, section.sigma_min, section.sigma_max, section.rho)

@@ -1,4 +1,4 @@
-"""Likelihoods of the diffusion models whose deterministic flow can be followed from images to noise."""
+"""Likelihoods of diffusion models by integrating the probability flow ODE from images to noise."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from finetune.rng import Draw
 
 
 class FlowLikelihood(DiffusionModel, LikelihoodModel):
-    """A model of pixels whose levels are filled with even noise u: log P(x) ≥ E[log p(x + u)] + D log (a level's width).
+    """A diffusion model with a likelihood by uniform dequantization: log P(x) ≥ E[log p(x + u)] + D log (width of a level).
 
-    The bound is as good as the flow is followed: by STEPS steps, an estimate of the trace that is right on average, and from LEAST on.
+    The bound is subject to the errors of the ODE's discretization, of the unbiased trace estimate, and of starting at `MIN_ANGLE`.
     """
 
     exact = False
@@ -34,7 +34,7 @@ class FlowLikelihood(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """−log p of each image's levels [B], by dequantisation and the change of variables along the flow; a mean over `particles` draws."""
+        """A bound on −log p of each image, [B]: the mean over `particles` samples of dequantization noise and trace probe."""
         levels, classes = levels_and_classes(batch)
         width, along = 2 / (self.space.levels - 1), angles(self.max_angle())
 

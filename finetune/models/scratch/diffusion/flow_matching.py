@@ -1,4 +1,4 @@
-"""Flow matching in pixel space, along straight paths (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)."""
+"""Flow matching in pixel space on straight paths (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from finetune.planning import Plan
 
 @final
 class RectifiedFlow(FlowLikelihood):
+    """Velocity prediction on the straight path."""
+
     objective = "flow"
 
     def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
@@ -33,15 +35,20 @@ class RectifiedFlow(FlowLikelihood):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the model with random weights, and the recipe's `flow` section as its loss.
+
+    Raises:
+        UserError: a key of `flow` that only pretrained models have.
+    """
     loss = plan.recipe.flow
     for name in ("shift", "guidance"):
         if loss is not None and getattr(loss, name) is not None:
             remedy = (
-                "set net.shift, which also drawing reads"
+                "set net.shift, which applies to training and sampling"
                 if name == "shift"
-                else "remove it: this net embeds no guidance"
+                else "remove it: this network has no guidance input"
             )
-            raise UserError(f"flow.{name} is for pretrained models", where=f"flow.{name}", remedy=remedy)
+            raise UserError(f"flow.{name} applies to pretrained models only", where=f"flow.{name}", remedy=remedy)
     space = space_of(plan, audit)
     return initialize(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
 

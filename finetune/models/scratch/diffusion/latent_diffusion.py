@@ -1,7 +1,7 @@
-"""Diffusion in the latents of a trained autoencoder (Rombach et al. 2022, arXiv:2112.10752), by class or without a condition.
+"""Latent diffusion (Rombach et al. 2022, arXiv:2112.10752), unconditional or class-conditional; for captions, see `sd`.
 
-`model.vae` names the autoencoder's run; frozen, it becomes part of what is saved. What is noised are mean latents, shifted and
-scaled to mean 0 and deviation 1 channel by channel, as measured over the run's own images. Captions: `sd`.
+`model.vae` names the run of the autoencoder, which is frozen and saved with the model. Mean latents are normalized per channel to
+mean 0 and standard deviation 1, measured over the run's own images.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from finetune.models.scratch.blocks import halved
 from finetune.models.scratch.diffusion.base import Canvas, DiffusionModel
 from finetune.planning import Plan
 
-MEASURED = 256  # images over which the latents' mean and deviation are taken
+MEASURED = 256  # images over which mean and standard deviation of the latents are measured
 
 
 @final
 class Latents(nn.Module):
-    """Pixels in [-1, 1] ↔ latents, the autoencoder's own less `mean`, over `deviation`."""
+    """Pixels in [-1, 1] ↔ normalized latents: (the autoencoder's latents − `mean`) / `deviation`."""
 
     mean: Tensor
     deviation: Tensor
@@ -50,6 +50,7 @@ class Latents(nn.Module):
         return result
 
     def measure(self, pixels: Tensor) -> None:
+        """Set `mean` and `deviation` from images."""
         raw = self.encode(pixels) * self.deviation + self.mean
         self.mean.copy_(raw.mean((0, 2, 3)).view_as(self.mean))
         self.deviation.copy_(raw.std((0, 2, 3)).view_as(self.mean))
@@ -57,18 +58,22 @@ class Latents(nn.Module):
 
 @final
 class LatentCanvas(Canvas):
-    """Latents lie anywhere: nothing is cut."""
+    """Normalized latents, which have no bounds to clamp to."""
 
     def __init__(self, space: Space, latents: Latents) -> None:
         config = latents.vae.config
         if config.in_channels != space.channels:
             raise UserError(
-                f"the autoencoder reads {config.in_channels} channels, and images have {space.channels}",
+                f"the autoencoder has {config.in_channels} input channels, but the images have {space.channels}",
                 where="data.grayscale",
                 remedy=f"set data.grayscale: {'true' if config.in_channels == 1 else 'false'}",
             )
         sides = halved(
-            space.height, space.width, len(config.block_out_channels) - 1, "model.vae", "name a shallower autoencoder"
+            space.height,
+            space.width,
+            len(config.block_out_channels) - 1,
+            "model.vae",
+            "use an autoencoder with fewer downsampling steps",
         )
         self.shape = (config.latent_channels, *sides)
         self._space, self._latents = space, latents
@@ -87,6 +92,8 @@ class LatentCanvas(Canvas):
 
 @final
 class LatentDiffusion(DiffusionModel):
+    """A denoiser of latents, together with the frozen autoencoder."""
+
     objective = "noise"
 
     def __init__(self, space: Space, section: Net, vae: AutoencoderKL, loss: Diffusion | None = None) -> None:
@@ -106,15 +113,23 @@ class LatentDiffusion(DiffusionModel):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the model on the autoencoder that `model.vae` names.
+
+    Raises:
+        UserError: there is no autoencoder, or it does not fit.
+    """
     space, recipe = space_of(plan, audit), plan.recipe
     if recipe.model.vae is None:
         raise UserError(
-            "latents are an autoencoder's", where="model.vae", remedy="train scratch/emoji-vae first and name its run"
+            "latent diffusion needs an autoencoder",
+            where="model.vae",
+            remedy="train scratch/emoji-vae first and set model.vae to its folder",
         )
     vae = loading.open_vae(recipe.model.vae)
     return initialize(plan, audit, lambda: LatentDiffusion(space, recipe.net, vae, recipe.diffusion))
 
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    """Build the model of a saved configuration."""
     assert isinstance(section, Net)
     return LatentDiffusion(space, section, AutoencoderKL(**config["first"]))

@@ -1,1 +1,1 @@
-"""GANs."""
+"""Generative adversarial networks."""

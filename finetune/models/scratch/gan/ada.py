@@ -1,9 +1,9 @@
-"""Adaptive augmentation of what the critic sees (Karras et al. 2020, arXiv:2006.06676): for sets so small that it learns them by heart.
+"""Adaptive discriminator augmentation (ADA, Karras et al. 2020, arXiv:2006.06676), for small data sets.
 
-True and made images are augmented alike and the generator learns through it, so that it is not the augmented images that are
-learned, as long as each transformation is left out often enough. How often each is applied is steered by the mean sign of the
-critic's logits at true images: near 1, it knows them too well. Of the paper's transformations: those of pixels, of geometry and
-of color, which it found to help.
+Without it, the discriminator overfits. Real and fake images are augmented alike, and the generator is trained through the
+augmentation, so that it does not learn to generate augmented images as long as each transformation is skipped often enough.
+The probability of each is controlled by the mean sign of the discriminator's logits at real images: near 1 it overfits. Of the
+paper's transformations this includes pixel blitting, geometry and color, which it found to help.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from torch.nn import functional
 from finetune.models.base import gathered
 from finetune.rng import Draw
 
-HIGHEST = 0.85  # probability: above, what was augmented could be learned for what is (the paper's figure 4)
+MAX_PROBABILITY = 0.85  # above this, augmentations could leak into the generated images (figure 4)
 SHIFT = 0.125  # of a side
 LUMA = (0.299, 0.587, 0.114)
 
 
 @final
 class Augmentation(nn.Module):
-    """Args:
-    target: mean sign of the critic's logits at true images that is held.
-    images: that take the probability from 0 to 1.
+    """Random augmentations with a controlled probability.
+
+    Args:
+        target: the mean sign of the discriminator's logits at real images to maintain.
+        images: the number of images that can raise the probability from 0 to 1.
     """
 
     probability: Tensor
@@ -39,12 +41,14 @@ class Augmentation(nn.Module):
 
     @torch.no_grad()
     def steer(self, logits: Tensor) -> None:
-        """Move the probability by a batch's logits at true images, [B]; those of all processes count."""
+        """Adjust the probability by a batch's logits at real images, [B], from all processes."""
         signs = gathered(logits.detach().float().sign())
-        self.probability.add_((signs.mean() - self._target).sign() * (len(signs) / self._images)).clamp_(0, HIGHEST)
+        self.probability.add_((signs.mean() - self._target).sign() * (len(signs) / self._images)).clamp_(
+            0, MAX_PROBABILITY
+        )
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
-        """Scaled images [B, C, H, W] → the same shape, differentiable; what each place draws is a function of the step."""
+        """Augment scaled images [B, C, H, W]; differentiable, and random as a function of the step and the example."""
         return self._colored(self._moved(images, draw), draw)
 
     def _drawn(self, draw: Draw, name: str, neutral: float, values: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class Augmentation(nn.Module):
         height, width = images.shape[2:]
         flip = self._drawn(draw, "flip", 1, 1 - 2 * draw.integers("flip", 2).float())
         quarters = self._drawn(draw, "quarters", 0, draw.integers("quarters", 4).float())
-        shift: list[Tensor] = []  # by whole pixels, and by any part
+        shift: list[Tensor] = []  # by whole pixels (shift) and by fractions (slide)
         slide: list[Tensor] = []
         for side in (width, height):
             pixels = ((2 * draw.uniform(f"shift {len(shift)}") - 1) * SHIFT * side).round()
@@ -68,7 +72,7 @@ class Augmentation(nn.Module):
         angle = quarters * (math.pi / 2) + turn
         cosine, sine = angle.cos() / zoom, angle.sin() / zoom
         aspect = height / width
-        # Where in the image each place reads, in units in which a side goes from −1 to 1: hence the aspect between the two.
+        # Sampling coordinates, where each side runs from −1 to 1: hence the aspect ratio.
         across = torch.stack([flip * cosine, -flip * sine * aspect, 2 * (shift[0] + slide[0])], 1)
         down = torch.stack([sine / aspect, cosine, 2 * (shift[1] + slide[1])], 1)
         matrices = torch.stack([across, down], 1)
@@ -77,7 +81,7 @@ class Augmentation(nn.Module):
             images.float(), grid.float(), mode="bilinear", padding_mode="reflection", align_corners=False
         )
         still = (matrices == torch.eye(2, 3, device=matrices.device)).flatten(1).all(1)
-        return torch.where(still.view(-1, 1, 1, 1), images, moved)  # unmoved, bit for bit
+        return torch.where(still.view(-1, 1, 1, 1), images, moved)  # bit-identical where nothing moves
 
     def _colored(self, images: Tensor, draw: Draw) -> Tensor:
         def column(values: Tensor) -> Tensor:

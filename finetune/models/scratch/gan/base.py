@@ -1,8 +1,8 @@
-"""Two nets against each other (Goodfellow et al. 2014, arXiv:1406.2661): what all GANs share, whatever nets they are made of.
+"""Generative adversarial networks (Goodfellow et al. 2014, arXiv:1406.2661): what all GANs share.
 
-A step has two turns. The critic's comes first: true and made images, the generator as it is. Then the generator's, the critic's
-weights constants. A family gives a `Generator` and a `Critic`; the recipe's section says what the two want (`objectives`), what holds
-the critic back (penalties, augmentation, company) and how far the generator looks ahead.
+Each step trains the discriminator on real and fake images, then the generator with the discriminator's weights constant. A
+family provides a `Generator` and a `Discriminator`. The recipe's section chooses the loss (`objectives.gan_losses`), what
+regularizes the discriminator (penalties, augmentation, minibatch statistics) and the number of unrolled steps.
 """
 
 from __future__ import annotations
@@ -29,42 +29,48 @@ from finetune.rng import Draw
 
 
 class Generator(nn.Module, ABC):
-    """What draws."""
+    """The network that generates images."""
 
     @abstractmethod
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Latents [B, L] and classes [B] → scaled images [B, C, H, W]. `draw` gives what else is at random.
+        """Latents [B, L] and classes [B] → scaled images [B, C, H, W].
 
-        `truncation`: how far from the mean image one is, 1 as trained; less is more alike and better made.
+        Args:
+            draw: the source of further noise.
+            truncation: 1 as trained; lower values trade variety for quality.
         """
 
 
 class DiscriminatorBody(nn.Module, ABC):
-    """What a critic sees with."""
+    """The convolutional part of a discriminator."""
 
     @abstractmethod
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
-        """Scaled images [B, C, H, W] → maps [B, channels, h, w]; `draw` says which step it is."""
+        """Scaled images [B, C, H, W] → feature maps [B, channels, h, w]; `draw.step` is the training step."""
 
 
 class GeneratorPenalty(ABC):
-    """What a generator is held to besides its critic."""
+    """A regularization of the generator, applied every `every` steps with `every` times the weight."""
 
-    every: int  # it is taken each so many steps, and then counts as often
+    every: int
 
     @abstractmethod
     def __call__(self, draw: Draw, classes: Tensor | None) -> Tensor:
-        """Of each example, [B]."""
+        """The penalty of each example, [B]."""
 
 
 @final
 class Discriminator(nn.Module):
-    """Scaled images [B, C, H, W] and classes [B] → logits [B]; the classes' part is their projection (Miyato & Koyama 2018, arXiv:1802.05637).
+    """Scaled images [B, C, H, W] and classes [B] → logits [B], class-conditional by projection.
+
+    The projection is from Miyato & Koyama 2018, arXiv:1802.05637. Attribute names are stored in checkpoints.
 
     Args:
-        reader: images → maps of so many `channels`.
-        ending: channels of the maps, one more if they are told of their company → (what makes features [B, F] of the maps, F).
-        linear: makes the last layer, of so many inputs and outputs.
+        reader: the convolutional part, images → feature maps.
+        channels: number of the feature maps.
+        ending: a function of the number of channels (one more with minibatch standard deviation) that returns a module from
+            feature maps to features [B, F], and F.
+        linear: makes the last layer from its numbers of inputs and outputs.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class Discriminator(nn.Module):
         self.logit = linear(features + (self.beside.kernels if self.beside is not None else 0), 1)
 
     def augmented(self, images: Tensor, draw: Draw) -> Tensor:
-        """Images as the critic is shown them."""
+        """Augment images if the recipe says so."""
         return self.augment(images, draw) if self.augment is not None else images
 
     def forward(self, images: Tensor, classes: Tensor | None, draw: Draw) -> Tensor:
@@ -100,9 +106,9 @@ class Discriminator(nn.Module):
 
 @final
 class DiscriminatorStep(TrainStep):
-    """The critic learns to tell true images from made ones; the generator's weights are constants."""
+    """Trains the discriminator to tell real images from fake ones; the generator's weights are constants."""
 
-    name = "critic"
+    name = "critic"  # as in checkpoints and `metrics.jsonl` of earlier runs
 
     def __init__(self, discriminator: Discriminator, generator: Generator, space: Space, section: Section) -> None:
         self.net, self._unwrapped, self._generator, self._space, self._section = (
@@ -116,7 +122,7 @@ class DiscriminatorStep(TrainStep):
         self._objective = ADVERSARIAL_LOSSES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The critic's loss on true and made images, and in one of `lazy` steps its penalties, as often heavier, [B] float32."""
+        """The discriminator's loss, [B] float32, every `penalty_every` steps with its gradient penalties."""
         levels, classes = levels_and_classes(batch)
         section, discriminator, draw = self._section, self._unwrapped, draw.apart("critic")
         with torch.no_grad():
@@ -126,7 +132,7 @@ class DiscriminatorStep(TrainStep):
         penalized = training and int(draw.step) % section.penalty_every == 0
         fake.requires_grad_(penalized and section.r2 > 0)
         real.requires_grad_(penalized and section.r1 > 0)
-        # Through the wrapper of several processes but once: what follows it adds to the same gradients.
+        # Only one pass may go through the wrapper of distributed training; the others add to the same gradients.
         real_logits, fake_logits = self.net(real, classes, draw), discriminator(fake, classes, draw)
         result = self._objective.discriminator(real_logits, fake_logits)
         if penalized:
@@ -157,7 +163,7 @@ class DiscriminatorStep(TrainStep):
 
 @final
 class GeneratorStep(TrainStep):
-    """The generator learns what the critic takes for true; the critic's weights are constants."""
+    """Trains the generator against the discriminator, whose weights are constants."""
 
     name = "generator"
 
@@ -181,7 +187,7 @@ class GeneratorStep(TrainStep):
         self._objective = ADVERSARIAL_LOSSES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The generator's loss by a critic that stands still (or, unrolled, has gone on), and at times its penalty, [B] float32."""
+        """The generator's loss against the current (or unrolled) discriminator, plus its penalty if due, [B] float32."""
         levels, classes = levels_and_classes(batch)
         section, discriminator, draw = self._section, self._discriminator, draw.apart("generator")
         fake = discriminator.augmented(self.net(latent_of(draw, section), classes, draw), draw.apart("made"))
@@ -204,11 +210,13 @@ class GeneratorStep(TrainStep):
         return result
 
     def _unrolled_weights(self, real: Tensor, fake: Tensor, classes: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """The critic's weights after `unroll` steps of descent on these images, as a function of the made ones (Metz et al. 2017, equation 9)."""
+        """The discriminator's weights after `unroll` gradient steps, differentiable by the fake images.
+
+        Metz et al. 2017, arXiv:1611.02163, equation 9.
+        """
         discriminator, rate = self._discriminator, self._section.unroll_lr
-        buffers = {
-            name: tensor.clone() for name, tensor in discriminator.named_buffers()
-        }  # they move in the critic's own turn alone
+        # Buffers are cloned: only the discriminator's own step may change them.
+        buffers = {name: tensor.clone() for name, tensor in discriminator.named_buffers()}
         weights = {name: parameter.detach().requires_grad_() for name, parameter in discriminator.named_parameters()}
         for _ in range(self._section.unroll):
             real_logits, fake_logits = (
@@ -224,7 +232,7 @@ class GeneratorStep(TrainStep):
 
 
 class Pyramid(Protocol):
-    """A section whose nets halve the sides again and again."""
+    """A `net` section whose networks halve the resolution repeatedly."""
 
     @property
     def width(self) -> int: ...
@@ -233,17 +241,17 @@ class Pyramid(Protocol):
 
 
 def widths_by_size(section: Pyramid) -> list[int]:
-    """Channels by size, from the smallest to full: twice as many after each halving, eight times at most."""
+    """Channels at each resolution, from the smallest to the full one: doubled per halving, at most 8 × `width`."""
     return [section.width * min(8, 2 ** (section.halvings - size)) for size in range(section.halvings + 1)]
 
 
 def latent_of(draw: Draw, section: Section) -> Tensor:
-    """[B, L], standard normal."""
+    """Sample latents [B, L] from a standard normal distribution."""
     return draw.normal("latent", (section.latent,))
 
 
 class Adversarial(PixelModel):
-    """A GAN. Its artifact is the generator."""
+    """A GAN; what a run saves is the generator."""
 
     net: Generator
     discriminator: Discriminator
@@ -259,7 +267,7 @@ class Adversarial(PixelModel):
 
     @abstractmethod
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """Both nets, their weights at random, and what the generator is held to besides."""
+        """Build generator and discriminator with random weights, and the generator's penalty if there is one."""
 
     def train_steps(self) -> tuple[TrainStep, ...]:
         return self._steps
@@ -269,10 +277,10 @@ class Adversarial(PixelModel):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
-    """What a GAN's module calls `build`.
+    """Build the plan's GAN: `build` of each GAN's module.
 
     Raises:
-        UserError: the batch does not suit the section.
+        UserError: the batch size does not fit the section.
     """
     section, batch = plan.recipe.net, plan.recipe.train.batch_size
     if section.minibatch == "stddev" and batch % section.stddev_group:

@@ -1,9 +1,9 @@
-"""A GAN of plain convolutions: DCGAN (Radford et al. 2016, arXiv:1511.06434), and by its section's switches WGAN-GP and progressive growing.
+"""DCGAN (Radford et al. 2016, arXiv:1511.06434), with options for WGAN-GP and progressive growing.
 
-The generator goes from a small map to full size by strided transposed convolutions, the critic the other way by strided ones. As in
-the paper there is no norm at the generator's end and the critic's beginning. Growing (Karras et al. 2018, arXiv:1710.10196), both begin
-at the smallest size, and each further size is blended in. Images are handed on at full size throughout: a smaller one stands for the
-same image, each pixel a square, and the critic averages the squares again.
+The generator upsamples a small map with strided transposed convolutions, the discriminator downsamples with strided
+convolutions. As in the paper, the generator's output and the discriminator's input are not normalized. With progressive growing
+(Karras et al. 2018, arXiv:1710.10196) both start at the smallest resolution, and each further resolution is blended in. Images
+always have the full size: at a lower resolution each pixel is repeated, and the discriminator averages the repeats.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ build = base.build
 
 @final
 class PixelNorm(nn.Module):
-    """[B, C, …] → the features of each pixel divided by their root mean square."""
+    """Divides the features [B, C, …] of each pixel by their root mean square."""
 
     def forward(self, features: Tensor) -> Tensor:
         return features * (features.square().mean(1, keepdim=True) + 1e-8).rsqrt()
@@ -45,7 +45,7 @@ class PixelNorm(nn.Module):
 
 @final
 class Growth(nn.Module):
-    """How many sizes there are, counted from the smallest, 0; the fraction is the share of the next one that is blended in."""
+    """The current resolution of progressive growing: 0 is the smallest; the fraction is the share of the next one."""
 
     reached: Tensor
 
@@ -55,7 +55,7 @@ class Growth(nn.Module):
         self.register_buffer("reached", torch.full((), 0.0 if steps else float(most)))
 
     def forward(self, draw: Draw) -> float:
-        """Of the step that is trained; afterwards, of the last one that was."""
+        """The resolution at the current training step, or at the last one."""
         if not self._steps:
             return float(self._most)
         if self.training:
@@ -64,7 +64,7 @@ class Growth(nn.Module):
         return float(self.reached)
 
     def at(self, step: int) -> float:
-        """`steps` steps at a size, as many to blend in the next, and so on."""
+        """The resolution at a step: `steps` steps at each size, then as many to blend in the next."""
         phase, within = divmod(step / self._steps, 1)
         return min(float(self._most), phase // 2 + (within if phase % 2 else 0.0))
 
@@ -74,7 +74,7 @@ def _norm(name: str, channels: int) -> nn.Module:
 
 
 def _reached_all(result: Tensor, net: nn.Module) -> Tensor:
-    """A growing net's output with all of its weights in it, if only at 0: several processes wait for a gradient of each."""
+    """Add all weights times 0 to a growing network's output: distributed training waits for a gradient of each."""
     nothing = torch.stack([parameter.flatten()[0] * 0 for parameter in net.parameters()]).sum()
     return result + nothing
 
@@ -104,7 +104,7 @@ class DcganGenerator(Generator):
         self.growth = Growth(section.grow_steps, section.halvings)
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Truncated, latents are so many times as long: a mean image at 0."""
+        """Generate images; `truncation` scales the latents."""
         latent = latent * truncation
         if self.classes is not None:
             latent = torch.cat([latent, self.classes(classes)], 1)
@@ -136,7 +136,7 @@ class DcganBody(DiscriminatorBody):
                 for size in sizes
             }
         )
-        # By the size that they begin from; `smaller[0]` from the second smallest.
+        # By resolution: `smaller[0]` starts from the second smallest.
         self.smaller = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(after, before, 4, 2, 1, bias=norm != "batch"), _norm(norm, before), nn.LeakyReLU(0.2)
@@ -146,7 +146,7 @@ class DcganBody(DiscriminatorBody):
         self.growth = Growth(section.grow_steps, section.halvings)
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
-        """Images [B, C, H, W] → maps [B, F, h, w]; while the net grows, a mixture of what two sizes read."""
+        """Images [B, C, H, W] → feature maps [B, F, h, w]; while growing, blended from two resolutions."""
         growth = self.growth(draw)
         size, share = int(growth), growth % 1
         maps = self._at(images, size)
@@ -157,7 +157,7 @@ class DcganBody(DiscriminatorBody):
         return _reached_all(maps, self) if self._growing else maps
 
     def _at(self, images: Tensor, size: int) -> Tensor:
-        """The maps that an image of this size is read as."""
+        """Feature maps of the images at a resolution."""
         result: Tensor = self.read[str(size)](
             functional.avg_pool2d(images, 2 ** (self._sizes - size)) if size < self._sizes else images
         )
@@ -167,11 +167,15 @@ class DcganBody(DiscriminatorBody):
 @final
 class Dcgan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """Raise UserError for a penalty on the slope of a critic with batch norm: it is of single images."""
+        """Build both networks.
+
+        Raises:
+            UserError: a gradient penalty with batch normalization, which couples the images of a batch.
+        """
         assert isinstance(section, Net)
         if section.discriminator_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
             raise UserError(
-                "a penalty on the critic's slope at each image means nothing where batch norm ties its images together",
+                "gradient penalties are incompatible with batch normalization in the discriminator",
                 where="net.discriminator_norm",
                 remedy="set net.discriminator_norm: none",
             )

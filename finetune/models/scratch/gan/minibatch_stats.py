@@ -1,4 +1,4 @@
-"""What shows a critic the images beside an image: all alike, they are not true, however well each is made."""
+"""Minibatch statistics, which let the discriminator detect mode collapse: a batch of similar images is not real."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def stddev(maps: Tensor, group: int) -> Tensor:
-    """Minibatch standard deviation (Karras et al. 2018, arXiv:1710.10196, §3), [B, C, h, w] → one channel more.
+    """Append a channel with the minibatch standard deviation (Karras et al. 2018, arXiv:1710.10196, §3).
 
-    The deviation of every feature over a group of images, n, n + B/group, n + 2B/group …, averaged over features and places.
-    A batch that is no multiple of the group is one group; one image alone has no deviation.
+    The standard deviation of each feature over a group of images (n, n + B/group, n + 2B/group …), averaged over features and
+    positions. A batch that is not a multiple of the group is one group; for a single image it is 0.
     """
     count = len(maps)
     size = group if count % group == 0 else count
     if size == 1:
         return torch.cat([maps, maps.new_zeros(1, 1, *maps.shape[2:])], 1)
     grouped = maps.reshape(size, count // size, -1)
-    # As many features as one likes may be constant: the root has no slope at 0.
+    # Constant features are common, and the square root has no derivative at 0.
     deviations = (grouped.var(0) + 1e-8).sqrt().mean(1)
     return torch.cat([maps, deviations.repeat(size).view(count, 1, 1, 1).expand(-1, -1, *maps.shape[2:])], 1)
 

@@ -1,8 +1,8 @@
-"""R3GAN (Huang et al. 2024, arXiv:2501.05441): no tricks but a loss that holds: relativistic pairing, with R1 and R2.
+"""R3GAN (Huang et al. 2024, arXiv:2501.05441): a relativistic pairing loss with R1 and R2, without further tricks.
 
-Two nets alike, the one the other backwards: at each size residual blocks, bilinear resampling between. No norm anywhere. A block is a
-1×1 convolution, a grouped 3×3 one, wider than the block, and a 1×1 one that starts at zero (Fixup, Zhang et al. 2019, arXiv:1901.09321).
-Written from the paper.
+Generator and discriminator mirror each other: residual blocks at each resolution, bilinear resampling in between, and no
+normalization. A block is a 1×1 convolution, a wider grouped 3×3 one, and a 1×1 one initialized to zero (Fixup, Zhang et al. 2019,
+arXiv:1901.09321). Written from the paper.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def level(layer: Layer) -> Layer:
-    """The layer, with weights at random that let out as much variance as comes in: what no norm mends later."""
+    """Initialize a layer so that it preserves the variance, since no normalization follows."""
     nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
     return layer
 
 
 @final
 class Block(nn.Module):
-    """x + convolutions of x, [B, C, H, W] → the same shape. `blocks`: how many there are in the net."""
+    """A residual block, [B, C, H, W] → the same shape; `blocks` is the number of blocks in the network."""
 
     def __init__(self, channels: int, section: Net, blocks: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.last = nn.Conv2d(inside, channels, 1, bias=False)
         for layer in (self.first, self.middle):
             nn.init.kaiming_normal_(layer.weight, SLOPE)
-            # Fixup's L^(−1/(2m − 2)) for m = 3 layers: all blocks together change x as much as one would.
+            # Fixup's L^(−1/(2m − 2)) for m = 3 layers: the blocks together change x as much as a single one would.
             layer.weight.data.mul_(blocks**-0.25)
         nn.init.zeros_(self.last.weight)
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 @final
 class Resampled(nn.Module):
-    """Twice the size, or half of it, bilinearly, and by a 1×1 convolution other channels, where they differ."""
+    """Bilinear resampling to twice or half the size, with a 1×1 convolution if the number of channels differs."""
 
     def __init__(self, before: int, after: int, larger: bool) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class R3Generator(Generator):
         self.classes = class_embedding(space, section.latent)
         self.ground = nn.Parameter(
             torch.randn(widths[0], *halved(space.height, space.width, section.halvings))
-        )  # a learned map, whose channels latents weigh
+        )  # a learned map; the latents scale its channels
         self.weigh = level(nn.Linear(section.latent * (2 if self.classes is not None else 1), widths[0], bias=False))
         layers: list[nn.Module] = []
         for size, width in enumerate(widths):
@@ -102,7 +102,7 @@ class R3Generator(Generator):
         self.paint = level(nn.Conv2d(widths[-1], space.channels, 1, bias=False))
 
     def forward(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """Truncated, latents are so many times as long: a mean image at 0."""
+        """Generate images; `truncation` scales the latents."""
         latent = latent * truncation
         if self.classes is not None:
             latent = torch.cat([latent, self.classes(classes)], 1)
@@ -129,7 +129,7 @@ class R3Body(DiscriminatorBody):
 @final
 class R3gan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """The nets of arXiv:2501.05441, §4: the critic ends in a convolution as wide as its last maps, each channel by itself."""
+        """Build both networks (arXiv:2501.05441, §4); the discriminator ends in a depthwise convolution over the whole map."""
         assert isinstance(section, Net)
         grid = halved(self.space.height, self.space.width, section.halvings)
 

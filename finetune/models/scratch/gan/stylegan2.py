@@ -1,8 +1,9 @@
-"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), from the paper; the official code, whose licence forbids it, was not read.
+"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), written from the paper without the official code, whose license forbids it.
 
-A latent becomes a style, which every layer's weights are modulated by. The generator sums up colors size by size (skips), the critic
-is residual (figure 7). Two styles are mixed in most images while training, noise gives what no style says, and the path length
-penalty makes steps in style as long as the images' (equation 4). `alias_free` takes StyleGAN3's layers instead.
+A latent is mapped to a style that modulates every layer's weights. The generator adds up RGB outputs of all resolutions (skip
+connections), the discriminator is residual (figure 7). Training mixes two styles in most images, noise adds details that no
+style controls, and the path length penalty keeps image changes proportional to style changes (equation 4). `alias_free` uses
+StyleGAN3's layers instead.
 """
 
 from __future__ import annotations
@@ -44,19 +45,19 @@ build = base.build
 
 
 class Styled(Generator):
-    """A generator in two parts: latents → a style for each layer → images."""
+    """A generator in two parts: mapping (latents → a style per layer) and synthesis (styles → images)."""
 
-    layers: int  # that a style is given to
+    layers: int  # number of layers with a style
     path_mean: Tensor
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__()
         self._mixing = section.style_mixing
         self.mapping = Mapping(space, section.latent, section.style_dim, section.mapping_layers)
-        self.register_buffer("path_mean", torch.zeros(()))  # of path lengths of late
+        self.register_buffer("path_mean", torch.zeros(()))  # running mean of the path lengths
 
     def styles(self, latent: Tensor, classes: Tensor | None, draw: Draw, truncation: float = 1.0) -> Tensor:
-        """[B, layers, S]: while training, of a share of the images by two latents."""
+        """Styles [B, layers, S]; in training, a share of the images mixes two latents."""
         style = self.mapping.truncated(self.mapping(latent, classes), truncation)
         if not (self.training and self._mixing):
             return style[:, None].expand(-1, self.layers, -1)
@@ -75,7 +76,7 @@ class Styled(Generator):
 
 @final
 class Layer(nn.Module):
-    """A modulated convolution, after doubling the size or not; noise, bias, nonlinearity."""
+    """Optional upsampling, a modulated convolution, noise, bias and nonlinearity."""
 
     def __init__(self, before: int, after: int, style: int, doubling: bool) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class SkipGenerator(Styled):
         self.layers = 2 * len(widths)
 
     def synthesis(self, styles: Tensor, draw: Draw) -> Tensor:
-        """A size's colors are painted by the style of the layer that follows, as the paper has it."""
+        """Generate images; each RGB output uses the style of the following layer, as in the paper."""
         maps = self.first(self.ground.expand(len(styles), -1, -1, -1), styles[:, 0], draw, "noise 0")
         image: Tensor = self.paint[0](maps, styles[:, 1]) + self.color[0]
         for number, pair in enumerate(self.larger):
@@ -118,7 +119,7 @@ class SkipGenerator(Styled):
 
 @final
 class Halving(nn.Module):
-    """(convolutions of x, and x itself by a 1×1 one) ÷ √2, both at half the size."""
+    """A residual downsampling block: the sum of two convolutions and a 1×1 shortcut, divided by √2."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class ResidualBody(DiscriminatorBody):
 
 @final
 class Ending(nn.Module):
-    """Maps → features: a convolution and a layer over all places."""
+    """Feature maps → features: a convolution and a fully connected layer."""
 
     def __init__(self, before: int, after: int, places: int) -> None:
         super().__init__()
@@ -157,9 +158,10 @@ class Ending(nn.Module):
 
 @final
 class PathLength(GeneratorPenalty):
-    """(‖Jᵀ y‖ − a)² for y of standard normal pixels, J the image's derivative by its styles and a the lengths' average (equation 4).
+    """The path length penalty (‖Jᵀ y‖ − a)² (equation 4).
 
-    y is divided by √(H W), so that the weight means the same at every size.
+    y has standard normal pixels, J is the Jacobian of the image with respect to the styles, and a the running mean of the
+    lengths. y is divided by √(H W), so that the weight does not depend on the resolution.
     """
 
     def __init__(self, generator: Styled, section: Net) -> None:
@@ -175,18 +177,18 @@ class PathLength(GeneratorPenalty):
 
 
 def path_lengths(generator: Styled, styles: Tensor, draw: Draw) -> Tensor:
-    """‖Jᵀ y‖, [B]: the root of the squares summed over a style's numbers, their mean over layers."""
+    """‖Jᵀ y‖, [B]: squares are summed over a style's components and averaged over layers."""
     with torch.autocast(styles.device.type, enabled=False):
         images = generator.synthesis(styles, draw)
         directions = draw.normal("direction", images.shape[1:]) / math.sqrt(images[0, 0].numel())
-        (input_gradients,) = torch.autograd.grad((images * directions).sum(), styles, create_graph=True)
-    return (input_gradients.square().sum(2).mean(1) + 1e-12).sqrt()
+        (slopes,) = torch.autograd.grad((images * directions).sum(), styles, create_graph=True)
+    return (slopes.square().sum(2).mean(1) + 1e-12).sqrt()
 
 
 @final
 class StyleGan2(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """Generator, critic, and the penalty on path lengths if the recipe has one."""
+        """Build both networks, and the path length penalty if the recipe has one."""
         assert isinstance(section, Net)
         (height, width), channels = (
             halved(self.space.height, self.space.width, section.halvings),

@@ -1,9 +1,10 @@
-"""StyleGAN3's layers (Karras et al. 2021, arXiv:2106.12423), written from the paper: an image's parts move as wholes and do not stick to pixels.
+"""Alias-free layers of StyleGAN3 (Karras et al. 2021, arXiv:2106.12423), written from the paper.
 
-A nonlinearity makes frequencies that the pixels cannot hold; they come back as others that depend on where the pixels are. So it is
-applied at twice the rate, between two low-pass filters (§3.2, the Kaiser filters of appendix C). The input is waves instead of a learned
-map, every map has a margin, so that its borders are not seen, and there is no noise, which would stand still. Left out of the paper's:
-the learned transform of the waves, the cutoffs that rise layer by layer (here they rise at full size), and the gain by running magnitudes.
+Details move with the objects instead of sticking to pixel coordinates. Nonlinearities create frequencies above what the pixel
+grid can represent, which alias. They are therefore applied at twice the sampling rate between two low-pass filters (§3.2, Kaiser
+filters of appendix C). The input is a set of Fourier features instead of a learned map, every map has a margin that hides the
+borders, and there is no per-pixel noise. Not implemented: the learned transform of the input, cutoffs that rise layer by layer
+(here only at full size), and gains from running magnitudes.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from finetune.models.scratch.gan.stylegan2 import Styled
 from finetune.models.scratch.gan.stylegan_layers import Modulated, activated, resampled
 from finetune.rng import Draw
 
-TAPS = 6  # of a filter, for each sample at the lower rate
-HALF_WIDTH = (math.sqrt(2) - 1) / 2  # of the filters' transition band, in samples⁻¹ (§3.2)
-CRITICAL, SAFE = (
-    0.5,
-    0.5 - HALF_WIDTH,
-)  # cutoffs, in samples⁻¹: all that the pixels hold; what stays below it even in the transition
+TAPS = 6  # filter taps per sample at the lower rate
+HALF_WIDTH = (math.sqrt(2) - 1) / 2  # half-width of the transition band, in samples⁻¹ (§3.2)
+# Cutoffs in samples⁻¹: the Nyquist frequency, and one whose transition band stays below it.
+CRITICAL, SAFE = 0.5, 0.5 - HALF_WIDTH
 
 
 def low_pass(cutoff: float, factor: int) -> Tensor:
-    """A windowed sinc at `factor` times the rate for which the cutoff is given; its sum is 1. (Oppenheim & Schafer, §7.5, for the window's β.)"""
+    """A windowed sinc filter at `factor` times the rate of the cutoff, with sum 1.
+
+    The window's β follows Oppenheim & Schafer, §7.5.
+    """
     taps = TAPS * factor
     attenuation = 2.285 * (taps - 1) * math.pi * (4 * HALF_WIDTH / factor) + 7.95
     over = max(attenuation - 21, 0.0)
@@ -43,20 +45,20 @@ def low_pass(cutoff: float, factor: int) -> Tensor:
 
 
 def upsampled(maps: Tensor, kernel: Tensor, factor: int) -> Tensor:
-    """At `factor` times the rate, pixels' centers kept: zeros between, and the filter."""
+    """Upsample by `factor`: insert zeros and filter; pixel centers are preserved."""
     before = len(kernel) - 1 - (len(kernel) - factor) // 2
     return resampled(maps, kernel * factor, (before, len(kernel) - 1 - before), up=factor)
 
 
 def downsampled(maps: Tensor, kernel: Tensor) -> Tensor:
-    """At half the rate, centers kept."""
+    """Filter and downsample by 2; pixel centers are preserved."""
     side = len(kernel) // 2 - 1
     return resampled(maps, kernel, (side, side), down=2)
 
 
 @final
 class Waves(nn.Module):
-    """The input: sines of the place, [1, channels, h, w], of frequencies that the smallest map can hold, mixed by a learned matrix."""
+    """The input: Fourier features [1, channels, h, w] within the smallest map's bandwidth, mixed by a learned matrix."""
 
     frequencies: Tensor
     phases: Tensor
@@ -70,7 +72,7 @@ class Waves(nn.Module):
         self.mix = nn.Parameter(torch.randn(channels, channels))
 
     def forward(self, shift: tuple[float, float]) -> Tensor:
-        """`shift`: (down, across), in places of this map."""
+        """Evaluate the features shifted by `shift` = (down, right), in pixels of this map."""
         down, across = (
             torch.arange(side + 2 * self._margin, device=self.phases.device) - self._margin - by
             for side, by in zip(self._grid, shift, strict=True)
@@ -87,7 +89,10 @@ class Waves(nn.Module):
 
 @final
 class AliasFreeLayer(nn.Module):
-    """A modulated convolution and a nonlinearity between filters; `doubling`: at twice the size, its margin cut to what it was."""
+    """A modulated convolution and a filtered nonlinearity.
+
+    `doubling`: the output has twice the size, and its margin is cropped to the original one.
+    """
 
     up: Tensor
     down: Tensor
@@ -130,7 +135,7 @@ class AliasFreeGenerator(Styled):
         self.layers = len(chain) + 1
 
     def synthesis(self, styles: Tensor, draw: Draw, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-        """`shift`: of the image, (down, across), in its pixels."""
+        """Generate images; `shift` = (down, right) translates the input, in image pixels."""
         maps = self.ground((shift[0] / 2**self._sizes, shift[1] / 2**self._sizes)).expand(len(styles), -1, -1, -1)
         for number, layer in enumerate(self.chain):
             maps = layer(maps, styles[:, number])
@@ -141,10 +146,10 @@ class AliasFreeGenerator(Styled):
 
 @torch.no_grad()
 def equivariance(generator: AliasFreeGenerator, styles: Tensor, draw: Draw, pixels: int) -> float:
-    """How well what is drawn moves with its input, in dB: EQ-T for whole pixels (§2.2), on the images' own range.
+    """Translation equivariance in dB: EQ-T for whole pixels (§2.2), relative to the images' own range.
 
-    10 log₁₀ of the squared range over the mean squared difference between the image of the moved input and the moved image,
-    where both are seen.
+    10 log₁₀ of the squared range over the mean squared difference between the image of the shifted input and the shifted image,
+    where both are visible.
     """
     still = generator.synthesis(styles, draw)
     moved = generator.synthesis(styles, draw, (0.0, float(pixels)))

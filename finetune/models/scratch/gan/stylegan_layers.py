@@ -1,6 +1,6 @@
 """Layers of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), written from the paper.
 
-Weights are standard normal and scaled as they are used, so that all learn alike (equalised rate, Karras et al. 2018, §4.1).
+Weights are standard normal and scaled at run time (equalized learning rate, Karras et al. 2018, arXiv:1710.10196, §4.1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune.models.base import gathered
 from finetune.models.scratch.base import Space, class_embedding
 
 SLOPE = 0.2
-GAIN = math.sqrt(2)  # keeps the variance of what a leaky ReLU lets through
+GAIN = math.sqrt(2)  # makes the leaky ReLU preserve the variance
 BINOMIAL = (1.0, 3.0, 3.0, 1.0)  # the filter of resampling
 
 
@@ -29,7 +29,7 @@ def activated(features: Tensor) -> Tensor:
 
 @final
 class EqualLinear(nn.Module):
-    """[…, inputs] → […, outputs]. `rate`: how much more slowly than others it learns."""
+    """A linear layer with equalized learning rate; `rate` multiplies its effective learning rate."""
 
     def __init__(self, inputs: int, outputs: int, bias: float = 0.0, rate: float = 1.0) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class EqualLinear(nn.Module):
 
 @final
 class EqualConv(nn.Module):
-    """[B, inputs, H, W] → [B, outputs, H, W], or half the size by a filter and a stride."""
+    """A convolution with equalized learning rate, optionally filtered and strided to half the size."""
 
     def __init__(self, inputs: int, outputs: int, side: int, bias: bool = True, halving: bool = False) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class EqualConv(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         if not self._halving:
             return functional.conv2d(maps, self.weight * self._scale, self.bias, padding=self._side // 2)
-        # Filtered so far beyond the edges that the stride leaves exactly half.
-        if self._side == 1:  # what it leaves out need not be filtered
+        # Padded so that the stride leaves exactly half the size.
+        if self._side == 1:  # filter only the pixels that the stride keeps
             return functional.conv2d(
                 resampled(maps, binomial(maps), (1, 1), down=2), self.weight * self._scale, self.bias
             )
@@ -65,10 +65,10 @@ class EqualConv(nn.Module):
 
 
 def resampled(maps: Tensor, kernel: Tensor, padding: tuple[int, int], up: int = 1, down: int = 1) -> Tensor:
-    """Every channel [B, C, H, W] by the kernel [taps] along both sides, as in a convolution.
+    """Resample each channel [B, C, H, W] with a separable filter `kernel` [taps] along both axes.
 
-    Each place is followed by up − 1 zeros, all have so many zeros before and behind, and of what comes out each `down`-th is kept. That is a
-    matrix for each side, and two products are many times as fast as a convolution of single channels, all the more so backward.
+    Inserts up − 1 zeros after each pixel, pads, filters and keeps every `down`-th result. Along each axis that is a matrix, and
+    two matrix products are many times faster than a depthwise convolution, even more so in the backward pass.
     """
     lengthwise, across = (_filtering(kernel, side, padding, up, down) for side in maps.shape[2:])
     result: Tensor = lengthwise @ (maps @ across.T)
@@ -76,32 +76,32 @@ def resampled(maps: Tensor, kernel: Tensor, padding: tuple[int, int], up: int = 
 
 
 def _filtering(kernel: Tensor, side: int, padding: tuple[int, int], up: int, down: int) -> Tensor:
-    """[places after, side]: what `resampled` makes of a side on which one place is 1."""
-    spread = functional.pad(torch.eye(side, device=kernel.device, dtype=kernel.dtype)[..., None], (0, up - 1)).flatten(
-        1
-    )
-    return functional.conv1d(functional.pad(spread, padding)[:, None], kernel.view(1, 1, -1), stride=down)[:, 0].T
+    """The matrix [size after, side] of `resampled` along one axis."""
+    impulses = functional.pad(
+        torch.eye(side, device=kernel.device, dtype=kernel.dtype)[..., None], (0, up - 1)
+    ).flatten(1)
+    return functional.conv1d(functional.pad(impulses, padding)[:, None], kernel.view(1, 1, -1), stride=down)[:, 0].T
 
 
 def binomial(maps: Tensor) -> Tensor:
-    """The filter [4] of sum 1."""
+    """The binomial filter [4], with sum 1."""
     row = torch.tensor(BINOMIAL, device=maps.device, dtype=maps.dtype)
     return row / sum(BINOMIAL)
 
 
 def doubled(maps: Tensor) -> Tensor:
-    """[B, C, H, W] → twice the size: zeros between, and the filter, whose sum along a side is 2 for them."""
+    """Upsample [B, C, H, W] to twice the size with the binomial filter."""
     return resampled(maps, 2 * binomial(maps), (2, 1), up=2)
 
 
 @final
 class Modulated(nn.Module):
-    """A convolution whose weights are scaled by each image's style, and (demodulated) made of norm 1 again (equations 1 and 3).
+    """A modulated convolution: each image's style scales the weights, which are then normalized (equations 1 and 3).
 
-    Weights scaled by input channel are maps scaled by channel, and their norms divide what comes out: one convolution, by weights that
-    all images share, does the same. (One with a group an image, as in the paper's appendix B, is differentiated twice group by group.)
+    Scaling the weights per input channel is equivalent to scaling the maps, and normalizing them to dividing the output, so one
+    convolution with shared weights suffices. (A grouped convolution as in appendix B has a slow double backward.)
 
-    [B, inputs, H, W] and [B, style] → [B, outputs, H, W]; `padded`: of the same size, else smaller by the kernel's side less 1.
+    [B, inputs, H, W] and [B, style] → [B, outputs, H, W], of the same size if `padded`, else smaller by the kernel's side − 1.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class Modulated(nn.Module):
         result: Tensor = functional.conv2d(maps * scales[..., None, None], weight, padding=self._padding)
         if not self._demodulate:
             return result
-        # Products and a sum in float32, where autocast would multiply matrices in bfloat16.
+        # Elementwise products and a sum stay in float32, where autocast would use a bfloat16 matrix product.
         squares: Tensor = (scales[:, None].square() * weight.square().sum((2, 3))).sum(2)
         return result * (squares + 1e-8).rsqrt()[..., None, None]
 
 
 @final
 class Mapping(nn.Module):
-    """Latents [B, L] and classes [B] → styles [B, S]: layers that learn a hundredth as fast as others."""
+    """Latents [B, L] and classes [B] → styles [B, S]: layers with 0.01 × the learning rate."""
 
     mean: Tensor
 
@@ -139,10 +139,10 @@ class Mapping(nn.Module):
         self.layers = nn.ModuleList(
             EqualLinear(before, after, rate=0.01) for before, after in itertools.pairwise(sizes)
         )
-        self.register_buffer("mean", torch.zeros(style))  # of the styles of late
+        self.register_buffer("mean", torch.zeros(style))  # running mean of the styles
 
     def forward(self, latent: Tensor, classes: Tensor | None) -> Tensor:
-        """[B, L] → [B, S]; while it trains, the mean style follows."""
+        """[B, L] → [B, S]; updates the running mean in training."""
         features = _normalized(latent)
         if self.classes is not None:
             features = torch.cat([features, _normalized(self.classes(classes))], 1)
@@ -154,7 +154,7 @@ class Mapping(nn.Module):
         return features
 
     def truncated(self, styles: Tensor, share: float) -> Tensor:
-        """Styles nearer to their mean (Karras et al. 2019, arXiv:1812.04948, appendix B)."""
+        """Move styles towards their mean (truncation, Karras et al. 2019, arXiv:1812.04948, appendix B)."""
         return styles if share == 1 else self.mean + share * (styles - self.mean)
 
 
@@ -163,7 +163,7 @@ def _normalized(features: Tensor) -> Tensor:
 
 
 def mixed(styles: Sequence[Tensor], layers: int, crossing: Tensor) -> Tensor:
-    """Two styles [B, S] → a style for each layer, [B, layers, S]: the first before the layer `crossing` [B], the second from it on."""
+    """Style mixing: two styles [B, S] → [B, layers, S], the first up to layer `crossing` [B], then the second."""
     number = torch.arange(layers, device=crossing.device)
     first, second = (style[:, None].expand(-1, layers, -1) for style in styles)
     return torch.where((number < crossing[:, None])[..., None], first, second)
