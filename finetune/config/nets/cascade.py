@@ -11,6 +11,7 @@ from finetune.models.spec import FamilySpec
 SPEC = FamilySpec(
     slug="cascade",
     title="Cascaded diffusion",
+    objective="noise",
     implementation="finetune.models.scratch.diffusion.cascade",
     tasks=("super-resolution",),
     paper="2106.15282",

@@ -12,6 +12,7 @@ from finetune.models.spec import FamilySpec
 SPEC = FamilySpec(
     slug="ddpm",
     title="DDPM",
+    objective="noise",
     implementation="finetune.models.scratch.diffusion.ddpm",
     tasks=("unconditional", "class-conditional"),
     paper="2006.11239",

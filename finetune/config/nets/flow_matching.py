@@ -11,6 +11,7 @@ from finetune.models.spec import FamilySpec
 SPEC = FamilySpec(
     slug="flow-matching",
     title="Flow matching (rectified flow)",
+    objective="flow",
     implementation="finetune.models.scratch.diffusion.flow_matching",
     aliases=("rectifiedflow",),
     tasks=("unconditional", "class-conditional"),

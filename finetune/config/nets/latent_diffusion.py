@@ -10,6 +10,7 @@ from finetune.models.spec import FamilySpec
 SPEC = FamilySpec(
     slug="latent-diffusion",
     title="Latent diffusion without text",
+    objective="noise",
     implementation="finetune.models.scratch.diffusion.latent_diffusion",
     aliases=("latentdiffusion",),
     tasks=("unconditional", "class-conditional"),

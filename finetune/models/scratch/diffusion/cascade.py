@@ -66,8 +66,6 @@ class UpsampledImage(Condition):
 class Cascade(DiffusionModel):
     """The second stage, together with the frozen first stage."""
 
-    objective = "noise"
-
     def __init__(self, space: Space, section: Net, first: PixelModel, loss: Diffusion | None = None) -> None:
         self.first = first
         path = VariancePreserving(section.timesteps, section.schedule, section.prediction, loss)

@@ -31,7 +31,6 @@ from finetune.rng import Draw
 class Ddpm(DiffusionModel, LikelihoodModel):
     """DDPM with a bound on the likelihood."""
 
-    objective = "noise"
     exact = False
 
     def __init__(self, space: Space, section: Net, loss: Diffusion | None = None) -> None:

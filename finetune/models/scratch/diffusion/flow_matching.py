@@ -21,8 +21,6 @@ from finetune.planning import Plan
 class RectifiedFlow(FlowLikelihood):
     """Velocity prediction on the straight path."""
 
-    objective = "flow"
-
     def __init__(self, space: Space, section: Net, loss: Flow | None = None) -> None:
         self._straight = LinearPath(section.shift, loss)
         super().__init__(space, section, self._straight)

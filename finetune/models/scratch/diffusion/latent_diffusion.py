@@ -94,8 +94,6 @@ class LatentCanvas(Canvas):
 class LatentDiffusion(DiffusionModel):
     """A denoiser of latents, together with the frozen autoencoder."""
 
-    objective = "noise"
-
     def __init__(self, space: Space, section: Net, vae: AutoencoderKL, loss: Diffusion | None = None) -> None:
         self._latents = Latents(vae.float())
         path = VariancePreserving(section.timesteps, section.schedule, section.prediction, loss)
