@@ -7,7 +7,6 @@ encoding, adapters, the loss, sampling and saving are here.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
-from finetune import kernels
 from finetune.adapters import peft
 from finetune.adapters.formats.safetensors_io import forget_places
-from finetune.adapters.kinds import kind_of
 from finetune.adapters.lora_file import LORA_FILE
-from finetune.config.schema import Adapter, Flow, Recipe
+from finetune.config.schema import Flow, Recipe
 from finetune.config.schema import Model as ModelSection
 from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder
@@ -30,15 +27,14 @@ from finetune.data.media.image import ImageSample
 from finetune.data.media.sample import Sample
 from finetune.errors import UserError
 from finetune.memory import apply
-from finetune.memory.activation_checkpointing import checkpoint_activations
 from finetune.memory.quantization import whole_weights
 from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
 from finetune.models.pretrained import loading, textual_inversion
 from finetune.models.pretrained.denoising import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
-from finetune.models.pretrained.init_lora import load_initial_lora
 from finetune.models.pretrained.schedulers import sampling_with
 from finetune.models.pretrained.tokenizer import spelled
+from finetune.models.pretrained.trainable import Trainable, make_trainable, saves_peft_folders
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.planning import Plan
 from finetune.rng import key_of
@@ -199,11 +195,22 @@ class TextToImage(Model):
         check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
         set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.spec.denoiser).to(memory_format=torch.channels_last)
-        self._words = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
+        self._tokens = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
         trained_encoders = (
             {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         )
-        self.adapted = self._choose_what_trains(recipe.adapter, trained_encoders)
+        self.adapted = make_trainable(
+            Trainable(
+                self.pipeline,
+                family,
+                recipe,
+                self.denoiser,
+                trained_encoders,
+                self._tokens,
+                self.dtype,
+                self.device,
+            )
+        )
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
         distill_every = recipe.adapter.distill_every if recipe.adapter else None
         self._train_steps = (DenoiseStep(net, objective_of(family, self.pipeline.scheduler, recipe), distill_every),)
@@ -239,46 +246,6 @@ class TextToImage(Model):
         if flow.guidance is not None:
             raise UserError("this checkpoint embeds no guidance", where="flow.guidance", remedy="remove it")
         return None
-
-    def _choose_what_trains(self, adapter: Adapter | None, encoders: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-        """Freeze everything but what trains; returns the adapted layers of each network."""
-        for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
-        whole = (
-            not self._words or self.plan.recipe.model.train_text_encoder
-        )  # otherwise only the new tokens' embeddings train in the text encoders
-        trained = {self.family.spec.denoiser: self.denoiser, **(encoders if whole else {})}
-        adapted = (
-            load_initial_lora(self.pipeline, trained, adapter) if adapter is not None and adapter.init_lora else {}
-        )
-        apply.quantize_base(self.denoiser, self.plan.recipe, self.dtype, self.device)
-        net: Any
-        for name, net in trained.items():
-            if adapter is None:
-                net.requires_grad_(True)
-            elif name not in adapted:
-                adapted[name] = peft.add_adapter(net, adapter)
-            if adapter is not None:
-                kernels.apply("unet_blocks", net)
-                kernels.apply("fused_lora", net)
-            kernels.apply("rope", net)
-            checkpoint_activations(net, self.plan.recipe.train.checkpointed)
-        if adapter is not None:
-            if adapter.pissa and self._peft_folders:
-                name = self.family.spec.pipeline
-                problem = f"a {name} loads no LoRA file, and a LoRA initialized by PiSSA has no other form"
-                raise UserError(problem, where="adapter.pissa", remedy="set it to false")
-            peft.check_patterns(adapter, [name for names in adapted.values() for name in names])
-        apply.offload_base(self.denoiser, self.plan.recipe, self.device)
-        unread = self.family.untrained(self.denoiser)
-        if encoders and isinstance(self.family, ClipFamily):
-            unread += self.family.untrained_text(encoders)
-        for part in unread:
-            part.requires_grad_(False)
-        for new in self._words.values():
-            new.offset.requires_grad_(True)
-        return adapted
 
     def train_steps(self) -> tuple[TrainStep, ...]:
         return self._train_steps
@@ -329,7 +296,10 @@ class TextToImage(Model):
         schedule. Otherwise: the whole pipeline.
         """
         if self.plan.recipe.method == "lora":
-            return [*self._save_adapters(folder), *textual_inversion.save(folder, self.plan.recipe.tokens, self._words)]
+            return [
+                *self._save_adapters(folder),
+                *textual_inversion.save(folder, self.plan.recipe.tokens, self._tokens),
+            ]
         recipe = self.plan.recipe
         whole = (
             self.pipeline
@@ -351,11 +321,7 @@ class TextToImage(Model):
 
     @property
     def _peft_folders(self) -> bool:
-        """Whether the adapter has no form in diffusers: not a LoRA, or the pipeline (PixArt-Σ's) loads none."""
-        adapter = self.plan.recipe.adapter
-        return adapter is not None and (
-            not kind_of(adapter).has_lora_file or not hasattr(self.pipeline, "save_lora_weights")
-        )
+        return saves_peft_folders(self.pipeline, self.plan.recipe.adapter)
 
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
