@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,7 @@ from typing import Any
 from finetune.config import nets, renamed, validation, yaml_reader
 from finetune.config.schema import Recipe
 from finetune.errors import UserError, did_you_mean
-from finetune.models import registry
 from finetune.paths import RECIPES
-
-log = logging.getLogger(__name__)
 
 
 def find_recipe(path_or_name: str) -> Path:
@@ -23,7 +19,7 @@ def find_recipe(path_or_name: str) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    name = path_or_name.removeprefix("recipes/").removesuffix(".yaml")
+    name = renamed.recipe_name(path_or_name.removeprefix("recipes/").removesuffix(".yaml"))
     if (RECIPES / f"{name}.yaml").is_file():
         return RECIPES / f"{name}.yaml"
     raise UserError(
@@ -63,21 +59,12 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
             root = yaml_reader.override(root, "data.sources=[]")
         root = renamed.current(yaml_reader.override(root, assignment, Recipe, renamed.current_key))
     rest, net = _split(root)
-    recipe: Recipe = _with_slug(yaml_reader.build(Recipe, rest))
+    recipe: Recipe = yaml_reader.build(Recipe, rest)
     recipe = dataclasses.replace(
         recipe, net=net(recipe.model.family), name=recipe.name or name, lines=yaml_reader.lines(root)
     )
     validation.check(recipe, source)
     return recipe
-
-
-def _with_slug(recipe: Recipe) -> Recipe:
-    """The recipe with its family's slug in place of an earlier name of the family."""
-    given, slug = recipe.model.family, registry.slug_of(recipe.model.family)
-    if given == slug:
-        return recipe
-    log.info("model.family: %s is now called %s", given, slug)
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=slug))
 
 
 def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:

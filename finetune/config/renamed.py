@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from finetune.config.yaml_reader import Node
 from finetune.errors import UserError
+from finetune.models import registry
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,16 @@ KEYS: dict[str, dict[str, str]] = {
 }
 # New key → old value → new value.
 VALUES: dict[str, dict[str, dict[str, str]]] = {"model": {"text_encoder_placement": {"whole": "device"}}}
+# Old name of a bundled recipe → its name.
+RECIPES = {
+    f"{method}/{old}": f"{method}/{new}"
+    for method in ("lora", "full")
+    for old, new in {
+        "sd35": "sd35-medium",
+        "flux2-klein": "flux2-klein-4b",
+        "flux2-klein-12gb": "flux2-klein-4b-12gb",
+    }.items()
+}
 
 _noted: set[str] = set()
 
@@ -85,6 +96,18 @@ def current(root: Node, quiet: bool = False) -> Node:
     return dataclasses.replace(root, content=sections)
 
 
+def _values(section: str, key: str) -> Mapping[str, str]:
+    """Old value → new value of a key. Earlier names of families are in the families' records."""
+    return registry.aliases() if (section, key) == ("model", "family") else VALUES.get(section, {}).get(key, {})
+
+
+def recipe_name(name: str) -> str:
+    """The name of a bundled recipe that is given by its name or an earlier one."""
+    if name in RECIPES:
+        _note(f"the recipe {name} is now {RECIPES[name]}", quiet=False)
+    return RECIPES.get(name, name)
+
+
 def current_section(name: str, section: Node, quiet: bool = False) -> Node:
     """Rename the old keys and values of one section, or of each mapping in a list of them."""
     if isinstance(section.content, list):
@@ -102,7 +125,7 @@ def current_section(name: str, section: Node, quiet: bool = False) -> Node:
                     remedy=f"remove {name}.{old}",
                 )
             _note(f"{name}.{old} is now {name}.{key}", quiet)
-        new = VALUES.get(name, {}).get(key, {}).get(node.content) if isinstance(node.content, str) else None
+        new = _values(name, key).get(node.content) if isinstance(node.content, str) else None
         if new is not None:
             _note(f"{name}.{key}: {node.content} is now {name}.{key}: {new}", quiet)
             node = dataclasses.replace(node, content=new)
@@ -147,7 +170,7 @@ def _edits(root: Any) -> Iterator[tuple[yaml.ScalarNode, str, str]]:
                 new = KEYS[name].get(key.value, key.value)
                 if new != key.value:
                     yield key, new, f"{name}.{key.value} → {name}.{new}"
-                replaced = VALUES.get(name, {}).get(new, {})
+                replaced = _values(name, new)
                 if isinstance(value, yaml.ScalarNode) and value.value in replaced:
                     after = replaced[value.value]
                     yield value, after, f"{name}.{new}: {value.value} → {name}.{new}: {after}"

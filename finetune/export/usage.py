@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from finetune.adapters.kinds import kind_of
-from finetune.models.registry import spec_of
+from finetune.models.registry import load_implementation, spec_of
 from finetune.paths import embedded
 from finetune.planning import Plan
 
@@ -53,7 +53,7 @@ def usage(plan: Plan, base: str, weights: str) -> str:
 
 def _word(token: str, file: str, family: str) -> list[str]:
     """Lines that teach the pipeline a new word; SDXL's two text encoders each have their own vectors of it."""
-    if family != "sdxl":
+    if len(load_implementation(family).encoders) == 1:
         return [f"pipeline.load_textual_inversion({file!r}, token={token!r})"]
     second = "text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2"
     return [

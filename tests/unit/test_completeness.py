@@ -11,7 +11,7 @@ import diffusers
 import pytest
 
 from finetune.adapters.formats import key_maps
-from finetune.config import nets
+from finetune.config import nets, renamed
 from finetune.config.loader import bundled_recipes, load_recipe, parse_recipe
 from finetune.estimate import profiles
 from finetune.models import registry
@@ -132,3 +132,12 @@ def test_page_of_models_is_up_to_date() -> None:
     from tools.generate_docs import models
 
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == models()
+
+
+def test_recipes_are_named_as_their_models() -> None:
+    for name in bundled_recipes():
+        recipe = load_recipe(name)
+        spec, stem = registry.spec_of(recipe.model.family), name.partition("/")[2]
+        if recipe.method != "scratch" and recipe.model.path != "embedded:base":
+            assert any(stem == slug or stem.startswith(f"{slug}-") for slug in (spec.slug, *spec.variants)), name
+    assert all(load_recipe(old) == load_recipe(new) for old, new in renamed.RECIPES.items() if new in bundled_recipes())
