@@ -3,6 +3,8 @@
 Pages:
     cli       docs/reference/cli.md, from the commands
     models    docs/models.md, from the families' records
+    recipe    docs/reference/recipe.md, from the recipe's sections
+    schema    recipes/recipe.schema.json, likewise
 
 With --check nothing is written: the exit code is 1 if a page is out of date.
 """
@@ -19,6 +21,7 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.cli.main import ft
+from finetune.config import json_schema, reference
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.samplers import SAMPLERS, valid_for
 from finetune.models.registry import specs
@@ -160,6 +163,8 @@ def _cell(text: str) -> str:
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "cli": ("docs/reference/cli.md", cli),
     "models": ("docs/models.md", models),
+    "recipe": ("docs/reference/recipe.md", reference.markdown),
+    "schema": ("recipes/recipe.schema.json", json_schema.text),
 }
 
 

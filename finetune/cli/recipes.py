@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import yaml
 
-from finetune.config import renamed
+from finetune.config import json_schema, reference, renamed
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError, did_you_mean
 from finetune.paths import RECIPES
@@ -42,7 +42,7 @@ def copy(name: str, file: Path | None) -> None:
         target = target / f"{name.replace('/', '-')}.yaml"
     try:
         with open(target, "x", encoding="utf-8") as opened:
-            opened.write(_text(name))
+            opened.write(json_schema.with_header(_text(name), target))
     except FileExistsError:
         raise UserError(
             f"{target} exists already; it was not touched", remedy=f"name another file: ft recipes copy {name} FILE"
@@ -55,8 +55,8 @@ def copy(name: str, file: Path | None) -> None:
 
 
 def whom_for(text: str) -> str:
-    """The recipe's first comment."""
-    first = text.partition("\n")[0]
+    """The recipe's first comment, after the line for editors."""
+    first = next((line for line in text.splitlines() if not line.startswith(json_schema.HEADER)), "")
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
@@ -65,6 +65,17 @@ def _text(name: str) -> str:
     if name not in names:
         raise UserError(f'no recipe that comes with ft is called "{name}"', remedy=did_you_mean(name, names))
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@command.command()
+@click.argument("section", required=False)
+def keys(section: str | None) -> None:
+    """Explain the keys of a recipe: all sections, or one SECTION (adapter, net.dcgan) or key (adapter.rank)."""
+    if section is None:
+        click.echo(reference.overview())
+        click.echo("\n`ft recipes keys SECTION` prints the type, default, range, meaning and effect of each key")
+    else:
+        click.echo(reference.text(reference.find(section)))
 
 
 @command.command()

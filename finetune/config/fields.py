@@ -68,7 +68,7 @@ def _within(value: int | float, metadata: Mapping[str, Any]) -> bool:
 
 
 def _shown(bound: int | float) -> str:
-    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+    return f"{int(bound):,}" if bound == int(bound) else f"{bound:g}"
 
 
 def replaced(section: type, name: str, default: Any) -> Any:

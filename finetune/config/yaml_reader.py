@@ -162,7 +162,7 @@ def _is_text(declared: Any, keys: list[str]) -> bool:
     for key in keys:
         kinds = [kind for kind in (typing.get_args(declared) or (declared,)) if kind is not types.NoneType]
         section = kinds[0] if len(kinds) == 1 else None
-        if not dataclasses.is_dataclass(section) or key not in (hints := _hints(typing.cast(type, section))):
+        if not dataclasses.is_dataclass(section) or key not in (hints := hints_of(typing.cast(type, section))):
             return False
         declared = hints[key]
     return declared is str or set(typing.get_args(declared)) == {str, types.NoneType}
@@ -238,7 +238,7 @@ def _either(kinds: list[Any], node: Node, key: str) -> Any:
 
 
 @functools.cache
-def _hints(declared: type) -> dict[str, Any]:
+def hints_of(declared: type) -> dict[str, Any]:
     """The types of what a section may say, by name."""
     types_by_name = typing.get_type_hints(declared)
     return {
@@ -251,7 +251,7 @@ def _hints(declared: type) -> dict[str, Any]:
 def _build_dataclass(declared: type, node: Node, key: str) -> Any:
     if not isinstance(node.content, dict):
         raise _wrong(node, key, "a section of `key: value` lines")
-    hints = _hints(declared)
+    hints = hints_of(declared)
     prefix = f"{key}." if key else ""
     for name, child in node.content.items():
         if name not in hints:

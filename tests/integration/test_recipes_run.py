@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli.recipes import whom_for
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.estimate.forecast import forecast
 from finetune.estimate.hardware.gpus import find
@@ -45,7 +46,7 @@ def test_the_count() -> None:
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_says_for_whom_it_is_and_is_short(name: str) -> None:
     lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    assert lines[0].startswith("# For ")
+    assert lines[1].startswith("# For ")
     assert len(lines) <= 40
 
 
@@ -54,10 +55,9 @@ LEAST = {8: "rtx3070", 10: "rtx3080", 12: "rtx4070", 16: "rtx5080", 24: "rtx3090
 
 
 def promised(name: str) -> int:
-    """GB of the card that a recipe's first line names; 0 if it names none."""
-    found = re.search(
-        r"a card with (\d+) GB", (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    )
+    """GB of the GPU that a recipe's first comment names; 0 if it names none."""
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"a (?:card|GPU) with (\d+) GB", whom_for(text))
     return int(found[1]) if found else 0
 
 

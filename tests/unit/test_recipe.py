@@ -136,7 +136,7 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
         (added("train", "batch_size: [1]"), 10, "must be one value, not a list", "write"),
         (added("train", "batch_size:"), 10, "must be a value", "write"),
         (added("train", "ema: 1.0"), 10, "train.ema must be greater than 0 and less than 1, not 1", "set"),
-        (added("optimizer", "lr: 0"), 12, "optimizer.lr must be greater than 0 and at most 1000, not 0", "set"),
+        (added("optimizer", "lr: 0"), 12, "optimizer.lr must be greater than 0 and at most 1,000, not 0", "set"),
         (added("optimizer", "lr: .inf"), 12, "optimizer.lr must be", "write"),
         (added("optimizer", "lr: nan"), 12, "optimizer.lr must be a finite number", "write"),
         (added("data", "flip: maybe"), 8, 'data.flip must be true or false, not "maybe"', "write true or false"),
@@ -265,7 +265,8 @@ def test_what_a_recipe_resolves_to_reads_back_as_the_same(name: str) -> None:
 def test_bundled_recipes_are_short_and_say_whom_they_are_for(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40
-    assert lines[0].startswith("# For ")
+    assert lines[0].startswith("# yaml-language-server: ")
+    assert lines[1].startswith("# For ")
     assert load_recipe(path).method == path.parent.name
 
 

@@ -23,7 +23,7 @@ def parse(*overrides: str) -> Recipe:
 
 def sections(declared: type, name: str = "") -> Iterator[tuple[str, type, dataclasses.Field[Any]]]:
     """(dotted key, declared type, field) of every key below a section."""
-    for key, kind in yaml_reader._hints(declared).items():
+    for key, kind in yaml_reader.hints_of(declared).items():
         (field,) = (one for one in dataclasses.fields(declared) if one.name == key)
         dotted = f"{name}.{key}" if name else key
         inner = [kind, *typing.get_args(kind)]
@@ -76,11 +76,11 @@ def test_every_default_is_within_its_range() -> None:
         ("train.batch_size=100000", "train.batch_size must be between 1 and 16,384, not 100000"),
         ("train.batch_size=1e999999999", "train.batch_size must be a whole number of at most 40 digits"),
         ("train.steps=1e15", "train.steps must be between 1 and 1,000,000,000, not 1000000000000000"),
-        ("adapter.alpha=1e308", "adapter.alpha must be greater than 0 and at most 1e+06, not 1e+308"),
+        ("adapter.alpha=1e308", "adapter.alpha must be greater than 0 and at most 1,000,000, not 1e+308"),
         ("adapter.rank_pattern={to_q: 0}", "adapter.rank_pattern must be between 1 and 8,192, not 0"),
         ("optimizer.eps=1e308", "optimizer.eps must be greater than 0 and at most 1, not 1e+308"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas must be at least 0 and less than 1, not 1"),
-        ("train.epochs=1e9", "train.epochs must be greater than 0 and at most 1e+06, not 1e+09"),
+        ("train.epochs=1e9", "train.epochs must be greater than 0 and at most 1,000,000, not 1e+09"),
         ("train.batch_size=2.5", 'train.batch_size must be a whole number, not "2.5"'),
         ("optimizer.lr=1e400", 'optimizer.lr must be a finite number, not "1e400"'),
     ],
