@@ -31,15 +31,15 @@ from PIL import Image
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.cli.process import quiet_libraries
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import Stopped, UserError
 from finetune.estimate.benchmarks import MEASURED
 from finetune.evaluation.evaluate import evaluate, request_for
 from finetune.inference import sample
-from finetune.job import Job, finish, prepare
+from finetune.job import Job, export_result, prepare
 from finetune.models.registry import spec_of
 from finetune.report.images import sheet
+from finetune.terminal import silence_libraries
 from finetune.training.samples import request_of
 
 CONTENDERS = (
@@ -106,7 +106,7 @@ def train(name: str, folder: Path, seed: int, minutes: float) -> dict[str, Any]:
         failed = error.problem
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not failed:
-        finish(job)
+        export_result(job)
     losses = [
         record[f"loss.{job.model.train_steps()[0].name}"]
         for record in records
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="RECIPE")
     parser.add_argument("--write", action="store_true", help=f"keep the table in {MEASURED.name}")
     given = parser.parse_args()
-    quiet_libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     there = set(bundled_recipes())
     names = [name for name in given.only if f"scratch/{name}" in there]

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune import kernels
-from finetune.cli.process import quiet_libraries
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Recipe
 from finetune.data.batch import Batch
@@ -36,6 +35,7 @@ from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
 from finetune.models.pretrained.denoising import DenoiseStep
+from finetune.terminal import silence_libraries
 
 GOAL = 0.80  # of the examples' launches
 PARTS = ("forward", "backward", "optimizer")
@@ -176,7 +176,7 @@ def subjects(checkpointing: bool) -> dict[str, Subject]:
 @click.option("--only", type=click.Choice(["sdxl", "flux"]), help="One of the two.")
 def main(checkpointing: bool, only: str | None) -> None:
     """Print a table for each net, a row for each change."""
-    quiet_libraries()
+    silence_libraries()
     reached = True
     for title, subject in subjects(checkpointing).items():
         if only and only not in title.lower():

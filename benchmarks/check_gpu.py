@@ -33,7 +33,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.cli.process import quiet_libraries, told
+from finetune.cli.process import report_errors
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError
 from finetune.estimate.advice import sets
@@ -42,7 +42,7 @@ from finetune.estimate.forecast import Forecast, fitting, forecast
 from finetune.estimate.hardware.gpus import Gpu, find
 from finetune.estimate.tracing.recorder import NO_LAUNCH
 from finetune.paths import ASSETS
-from finetune.terminal import table
+from finetune.terminal import silence_libraries, table
 from finetune.training.device import forget_peak, this_machine
 from finetune.training.pace import WARM_UP, typical
 from finetune.training.trainer import Trainer
@@ -101,7 +101,7 @@ def main(
 ) -> None:
     """Run the recipes NAMES, or all that start from a pretrained model, and print estimated beside measured."""
     initialized = time.monotonic()
-    with told(), tempfile.TemporaryDirectory() as temporary:
+    with report_errors(), tempfile.TemporaryDirectory() as temporary:
         if cpu:
             os.environ["ACCELERATE_USE_CPU"] = "true"
         machine, folder = this_machine(), Path(temporary)
@@ -167,7 +167,7 @@ def _title(one: Forecast) -> str:
 
 def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
     """Train a few steps and draw an image; None if memory ran out, which is said."""
-    quiet_libraries()
+    silence_libraries()
     (folder / "images").mkdir(exist_ok=True)
     side = max(LEAST_SIDE, one.recipe.data.resolution)
     for number in range(IMAGES):

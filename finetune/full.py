@@ -1,6 +1,8 @@
-"""Train all weights of a pretrained model: recipe → plan → model → train → save.
+"""Train all weights of a pretrained model: audit → plan → estimate → build → encode → train → export (`finetune/job.py`).
 
-accelerate launch finetune/full.py recipes/full/emoji.yaml [--set KEY=VALUE ...] [--resume] [--force]
+    accelerate launch finetune/full.py [RECIPE] [--set KEY=VALUE ...] [--resume] [--force]
+
+Without RECIPE, it trains `full/emoji`, whose base model and images come with this package.
 """
 
 from __future__ import annotations
@@ -8,27 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Launched as a file, Python puts this folder itself on the path: `import finetune` would fail, and modules here would
-# shadow others. The checkout takes its place.
-if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-
-def main() -> None:
-    """What `accelerate launch` runs in each process: the recipe and overrides of the command line."""
-    from finetune.cli.process import arguments, launched, quiet_libraries
-
-    with launched():
-        recipe, resume, force = arguments("full")  # what is asked; refused here, before anything that takes long
-        quiet_libraries()
-        from finetune.job import finish, prepare
-        from finetune.report import model_summary
-
-        job = prepare(recipe, resume, force)  # audited, planned, base loaded in float32, images encoded
-        job.accelerator.print(model_summary.whole(job.model, job.plan))  # with the memory that this takes
-        job.trainer.train()  # the one loop; the denoiser itself has gradients
-        finish(job)  # a whole pipeline as diffusers loads it, and the report
-
-
 if __name__ == "__main__":
-    main()
+    # Python puts this file's folder on the path, where its modules would shadow others: the checkout takes its place.
+    if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+    from finetune.cli.launch_target import main
+
+    raise SystemExit(main("full"))

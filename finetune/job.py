@@ -1,17 +1,18 @@
-"""A run put together: recipe → audit → plan → model → data → trainer, and what is written at its end.
+"""A run from recipe to artifact, in phases: audit → plan → estimate → build → encode → train → export.
 
-The three entry scripts, `ft train`, `ft check` and the Python API all stand on these functions.
+`ft train`, `ft check`, the launch targets `lora.py`, `full.py`, `scratch.py` and the Python API use these functions.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -44,185 +45,280 @@ from finetune.training.device import forget_peak, memory_left, memory_live, memo
 from finetune.training.failures import memory_explained
 from finetune.training.pace import Pace
 from finetune.training.run_folder import Run
-from finetune.training.samples import draw_samples
+from finetune.training.samples import sample_prompts
 from finetune.training.trainer import Trainer
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 
+log = logging.getLogger(__name__)
 
-@dataclass
+
+@dataclass(repr=False)
 class Job:
-    """A run whose first step could be taken now."""
+    """One run; each phase below sets the fields that later phases read."""
 
-    plan: Plan
-    audit: Audit
-    model: Model
-    data: Dataset
-    run: Run
-    accelerator: Accelerator
-    trainer: Trainer
+    recipe: Recipe
+    resume: bool = False
+    force: bool = False
+    quiet: bool = False  # no tables, no progress
+    audit: Audit = field(init=False)
+    plan: Plan = field(init=False)
+    run: Run = field(init=False)
+    expected: Expected = field(init=False)
+    accelerator: Accelerator = field(init=False)
+    model: Model = field(init=False)
+    data: Dataset = field(init=False)
+    trainer: Trainer = field(init=False)
 
 
-def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
-    """Look at the data and resolve every number; prints both tables.
+def run(recipe: Recipe, resume: bool = False, force: bool = False) -> Path:
+    """Take every phase of a run; returns its folder."""
+    job = prepare(recipe, resume, force)
+    train_model(job)
+    return export_result(job)
+
+
+def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
+    """Every phase up to the first training step.
 
     Raises:
-        UserError: for a model that cannot be there, or data that the recipe does not allow.
+        UserError: for whatever cannot work, before anything is computed or written.
     """
+    job = Job(recipe, resume, force, quiet=not is_main_process())
     with located(recipe):
-        return _audit_and_plan(recipe, quiet)
+        audit_data(job)
+        plan_run(job)
+        if class_images.missing(recipe):
+            generate_class_images(job)
+        estimate_run(job)
+        build_model(job)
+        encode_data(job)
+    return job
 
 
-def _audit_and_plan(recipe: Recipe, quiet: bool) -> tuple[Audit, Plan]:
+# -- audit, plan, estimate --------------------------------------------------------------------------------------------
+
+
+def audit_data(job: Job) -> None:
+    """Check the model's files and every image and caption.
+
+    Raises:
+        UserError: the model cannot be there, or the recipe does not allow such data.
+    """
+    recipe = job.recipe
     check.check(recipe)
-    for tracker in recipe.output.trackers:  # Accelerate leaves out what is not installed, and does not say so
+    for tracker in recipe.output.trackers:  # Accelerate drops what is not installed without a word
         if importlib.util.find_spec(tracker) is None:
             raise UserError(
                 f"{tracker} is not installed",
                 where="output.trackers",
                 remedy=f"pip install {tracker}, or remove it there",
             )
-    looking = Progress("looking at images", enabled=not quiet)
-    audit = _by_one(
-        lambda: scan(class_images.with_class(recipe), lambda done, name: looking.show(done, done + 1, name))
-    )
-    looking.end()
-    if not quiet:
-        print(tables.data(audit))
-    audit.raise_if_stopped()
-    to_draw = recipe.prior.images if recipe.prior is not None and class_images.missing(recipe) else 0
-    plan = make_plan(recipe, audit, this_machine(), to_draw)
-    refuse_inside(Path(plan.folder), recipe.data, "output.folder")
-    if not quiet:
-        print(tables.plan(plan))
-    return audit, plan
+    with Progress("reading images", enabled=not job.quiet) as progress:
+        data = class_images.with_class(recipe)
+        job.audit = _in_main_process(lambda: scan(data, lambda done, name: progress.show(done, None, name)))
+    if not job.quiet:
+        log.info(tables.data(job.audit))
+    job.audit.raise_if_stopped()
 
 
-def _by_one(work: Callable[[], Audit]) -> Audit:
-    """What `work` gives in the main process, in every process of the run: the others wait, and read neither folder nor stream."""
+def _in_main_process(work: Callable[[], Audit]) -> Audit:
+    """The result of `work`, done by the main process, in every process of the run: the others read no images."""
     machine = this_machine()
     if machine.processes == 1:
         return work()
-    # The exchange between processes, which `Accelerator` will take over. On GPUs, those that wait would give up after ten minutes.
+    # The process group, which `Accelerator` takes over. On GPUs, waiting processes would give up after ten minutes.
     PartialState(cpu=machine.device == "cpu", timeout=timedelta(days=7))
-    found: list[Audit] = broadcast_object_list([work() if is_main_process() else None])
-    return found[0]
+    results: list[Audit] = broadcast_object_list([work() if is_main_process() else None])
+    return results[0]
 
 
-def foretell(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
-    """What the estimate says of the plan, printed in one line.
+def plan_run(job: Job) -> None:
+    """Resolve every number of the run.
+
+    Raises:
+        UserError: the recipe and the data do not go together, or the run's folder lies inside the data.
+    """
+    recipe = job.recipe
+    missing = recipe.prior.images if recipe.prior is not None and class_images.missing(recipe) else 0
+    job.plan = make_plan(recipe, job.audit, this_machine(), missing)
+    refuse_inside(Path(job.plan.folder), recipe.data, "output.folder")
+    if not job.quiet:
+        log.info(tables.plan(job.plan))
+
+
+def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
+    """The first two phases alone; logs both tables.
+
+    Raises:
+        UserError: for a model that cannot be there, or data that the recipe does not allow.
+    """
+    job = Job(recipe, quiet=quiet)
+    with located(recipe):
+        audit_data(job)
+        plan_run(job)
+    return job.audit, job.plan
+
+
+def generate_class_images(job: Job) -> None:
+    """Generate the class images of prior preservation that are missing, then audit and plan with them."""
+    if not job.resume:
+        Run(job.plan, resume=False)  # refuse an existing folder before any image is generated
+    check_estimate(job.plan, job.force, quiet=True)
+    class_images.draw(job.recipe, is_main_process())
+    job.audit, job.plan = audit_and_plan(job.recipe, quiet=True)
+
+
+def estimate_run(job: Job) -> None:
+    """Check the run's folder, and estimate memory and time.
+
+    Raises:
+        UserError: the folder cannot be used, or the run does not fit into memory and is not forced.
+    """
+    job.run = Run(job.plan, job.resume)
+    machine = job.plan.machine
+    if machine.device == "cpu":
+        keep_freed_memory()
+        if machine.processes == 1 and not calibration(machine.threads).measured:
+            _calibrate()
+    job.expected = check_estimate(job.plan, job.force, job.quiet)
+
+
+def check_estimate(plan: Plan, force: bool = False, quiet: bool = False) -> Expected:
+    """The estimate of the plan; logs it in one line.
 
     Raises:
         UserError: the run does not fit into the GPU, and is not forced.
     """
     expected = expect(plan)
     if not quiet:
-        print(expected.line)
+        log.info(expected.line)
     if expected.forecast is not None and not expected.forecast.fits and not force:
         raise does_not_fit(expected.forecast)
     return expected
 
 
-def _measure() -> None:
-    """Calibrate the CPU: three seconds, once on this machine. While that is busy, the run goes on without."""
+def _calibrate() -> None:
+    """Measure this machine's CPU once, for three seconds. If it is busy, the estimate uses a default."""
     try:
         keep(calibrate())
     except UserError as error:
-        print(f"{error.problem}; the estimate takes it to be as fast, core for core, as the one that ft was written on")
+        log.info(f"{error.problem}; the estimate assumes the speed of the CPU that ft was developed on")
 
 
-def _refuse_too_large(model: Model, plan: Plan) -> None:
-    """A GPU's memory is estimated; of a machine's own, what training cannot do without is counted."""
-    needed, there = sum(model_summary.of_what_trains(model, plan).values()), plan.machine.memory_bytes
-    if plan.machine.device != "cuda" and needed > there:
-        raise UserError(
-            f"what trains takes {model_summary.gigabytes(needed)} before the first image, and this machine has {model_summary.gigabytes(there)}",
-            where="method" if plan.recipe.method == "full" else "model",
-            remedy="train a LoRA or a smaller model; or --force to train all the same",
-        )
+# -- build, encode, train ---------------------------------------------------------------------------------------------
 
 
-def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
-    """Everything up to the first step: audited, planned, estimated, built, encoded, on the device.
-
-    Args:
-        force: train even what does not fit into memory.
+def build_model(job: Job) -> None:
+    """Build the model on Accelerate's device: weights loaded, frozen, quantized, adapters added; or from scratch.
 
     Raises:
-        UserError: for whatever cannot work, before anything is computed or written.
+        UserError: its files cannot be used, or it does not fit into the machine's memory and is not forced.
     """
-    with located(recipe):
-        return _prepare(recipe, resume, force)
-
-
-def _prepare(recipe: Recipe, resume: bool, force: bool) -> Job:
-    audit, plan = _audit_and_plan(recipe, quiet=not is_main_process())
-    if class_images.missing(recipe):
-        if not resume:
-            Run(plan, resume)  # what speaks against the run is said before an image is drawn
-        foretell(plan, force, quiet=True)
-        class_images.draw(recipe, is_main_process())
-        audit, plan = _audit_and_plan(recipe, quiet=True)
-    run = Run(plan, resume)
-    if plan.machine.device == "cpu":
-        keep_freed_memory()
-        if plan.machine.processes == 1 and not calibration(plan.machine.threads).measured:
-            _measure()
-    expected = foretell(plan, force, quiet=not is_main_process())
+    plan, folder = job.plan, job.run.folder
     forget_peak()  # of what this process did before
-    AcceleratorState._reset_state()  # else the precision of this process's first run would be that of all
-    accelerator = Accelerator(
+    AcceleratorState._reset_state()  # else a second run of this process would get the first one's precision
+    job.accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[plan.precision],
         cpu=plan.machine.device == "cpu",
-        log_with=list(recipe.output.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run.folder), logging_dir=str(run.folder / "trackers")),
+        log_with=list(plan.recipe.output.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers")),
         fsdp_plugin=fsdp.plugin(plan.precision) if plan.machine.sharded else None,
     )
     if plan.machine.sharded:
-        fsdp.check(accelerator)
-    model = from_checkpoint.build(plan, audit)
-    if not force:
-        _refuse_too_large(model, plan)
-    accelerator.wait_for_everyone()  # all have seen whether the folder was there before one makes it
-    data = Dataset(plan, audit, model.encoder())
-    too_long = data.long_captions()  # known only now that the tokenizers are
+        fsdp.check(job.accelerator)
+    job.model = from_checkpoint.build(plan, job.audit)
+    if not job.force:
+        _refuse_too_large(job.model, plan)
+    job.accelerator.wait_for_everyone()  # every process has checked the folder before one creates it
+
+
+def _refuse_too_large(model: Model, plan: Plan) -> None:
+    """A GPU's memory is estimated; on other devices, what training needs in any case is added up."""
+    needed, available = sum(model_summary.of_what_trains(model, plan).values()), plan.machine.memory_bytes
+    if plan.machine.device != "cuda" and needed > available:
+        raise UserError(
+            f"weights, gradients and optimizer state take {model_summary.gigabytes(needed)},"
+            f" and this machine has {model_summary.gigabytes(available)}",
+            where="method" if plan.recipe.method == "full" else "model",
+            remedy="train a LoRA or a smaller model; or --force to train anyway",
+        )
+
+
+def encode_data(job: Job) -> None:
+    """Create the run's folder, encode images and captions into the cache, and set up the trainer."""
+    recipe, accelerator = job.recipe, job.accelerator
+    job.data = Dataset(job.plan, job.audit, job.model.encoder())
+    captions = _captions(job)  # also counts those that are too long: the tokenizers are loaded only now
     if accelerator.is_main_process:
-        shown = [
-            {"name": p.name, "caption": p.caption, "tokens": data.encoder.tokens(p.caption)} for p in audit.training[:3]
-        ]
-        if too_long or shown[0]["tokens"]:
-            rows = tables.caption_rows(shown) if shown[0]["tokens"] else []
-            print(terminal.table("captions as the model reads them", rows + ([("cut", too_long)] if too_long else [])))
-        run.create()
-        run.write_json("data.json", tables.facts(audit))
-    encoding = Progress("encoding", enabled=accelerator.is_main_process)
-    tight = memory_explained(recipe, expected, lambda: memory_live(accelerator.device, {}))
+        if captions:
+            log.info(terminal.table("captions as tokens", captions))
+        job.run.create()
+        job.run.write_json("data.json", tables.facts(job.audit))
+    tight = memory_explained(recipe, job.expected, lambda: memory_live(accelerator.device, {}))
+    progress = Progress("encoding", enabled=accelerator.is_main_process)
 
-    def encoded(what: str, done: int, total: int) -> None:
-        encoding.show(done, total, what)
-        run.status.progress(done, total)
+    def show(what: str, done: int, total: int) -> None:
+        progress.show(done, total, what)
+        job.run.status.progress(done, total)
 
-    with run.status.phase("encoding"), tight:
-        if accelerator.num_processes > 1:  # each a share; what others encoded is then in the cache
-            data.encode(encoded, (accelerator.process_index, accelerator.num_processes))
+    with job.run.status.phase("encoding"), tight, progress:
+        if accelerator.num_processes > 1:  # a share each; what others encoded is then in the cache
+            job.data.encode(show, (accelerator.process_index, accelerator.num_processes))
             accelerator.wait_for_everyone()
-        data.encode(encoded)
-    encoding.end()
+        job.data.encode(show)
+    if accelerator.is_main_process:
+        log.info(_model_summary(job))
     if recipe.output.trackers:
         accelerator.init_trackers("finetune", config={"recipe": recipe.name})
-    pace = Pace(expected, lambda: memory_left(accelerator.device))
-    drawing = (lambda: _from_newest(plan, audit, run)) if plan.machine.sharded else lambda: model
-    observe = (lambda done: draw_samples(plan, drawing, run.folder, done)) if recipe.sample.prompts else None
-    watch = (
-        CollapseMonitor(plan, model, run.folder)
-        if recipe.sample.collapse_check_every and isinstance(model, PixelModel)
-        else None
+    job.trainer = _trainer(job)
+
+
+def _captions(job: Job) -> list[terminal.Row]:
+    """Some captions as the model's tokens, and how many are cut; nothing for a model that reads none."""
+    too_long = job.data.long_captions()
+    examples: list[dict[str, Any]] = [
+        {"name": p.name, "caption": p.caption, "tokens": job.data.encoder.tokens(p.caption)}
+        for p in job.audit.training[:3]
+    ]
+    shown = tables.caption_rows(examples) if examples[0]["tokens"] else []
+    return shown + ([("cut", too_long)] if too_long else [])
+
+
+def _model_summary(job: Job) -> str:
+    """Which weights train."""
+    if job.recipe.method == "lora":
+        log.debug("adapted layers: %s", model_summary.adapted_layers(job.model))
+        return model_summary.adapted(job.model)
+    return model_summary.whole(job.model, job.plan) if job.recipe.method == "full" else model_summary.built(job.model)
+
+
+def _trainer(job: Job) -> Trainer:
+    plan, recipe, folder, device = job.plan, job.recipe, job.run.folder, job.accelerator.device
+    open_model = (lambda: _from_newest(job)) if plan.machine.sharded else lambda: job.model
+    observe = (lambda done: sample_prompts(plan, open_model, folder, done)) if recipe.sample.prompts else None
+    checks_collapse = recipe.sample.collapse_check_every and isinstance(job.model, PixelModel)
+    return Trainer(
+        plan,
+        job.model,
+        job.data,
+        job.run,
+        job.accelerator,
+        observe,
+        Pace(job.expected, lambda: memory_left(device)),
+        CollapseMonitor(plan, job.model, folder) if checks_collapse and isinstance(job.model, PixelModel) else None,
     )
-    trainer = Trainer(plan, model, data, run, accelerator, observe, pace, watch)
-    return Job(plan, audit, model, data, run, accelerator, trainer)
 
 
-def finish(job: Job) -> Path:
+def train_model(job: Job) -> None:
+    """Take every training step, with checkpoints, validation and samples on the way."""
+    job.trainer.train()
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+def export_result(job: Job) -> Path:
     """Write the artifact (with averaged weights where the run keeps them) and the report; returns the run's folder."""
     with job.run.status.phase("writing"):
         if job.accelerator.is_main_process:
@@ -236,35 +332,38 @@ def finish(job: Job) -> Path:
 def _write(job: Job) -> None:
     folder = job.run.folder
     try:
-        files, compared = _save(job), _compare(job)
-    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
-        remedy = "free some space and go on with --resume: no step is taken again"
+        files, measured = _save(job), _compare(job)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own error
         raise UserError(
-            f"what was trained could not be written: {error}", where=str(folder / "final"), remedy=remedy
+            f"the trained weights could not be written: {error}",
+            where=str(folder / "final"),
+            remedy="free some disk space and continue with --resume: no step is repeated",
         ) from error
-    places = [("adapter" if job.plan.recipe.adapter else "model", files[0] if len(files) == 1 else folder / "final")]
+    written = [("adapter" if job.recipe.adapter else "model", str(files[0] if len(files) == 1 else folder / "final"))]
     report = _report(folder)
     if (folder / "before-after.png").is_file():
-        places.append(("before and after", folder / "before-after.png"))
+        written.append(("before and after", str(folder / "before-after.png")))
     if report is not None:
-        places.append(("report", report))
-    lines = ["took", *(f"  {name:<17} {text}" for name, text in compared)] if compared else []
+        written.append(("report", str(report)))
+    if best := job.trainer.progress.best:
+        measured.insert(0, ("best checkpoint", f"step {best[0]}, held-out loss {best[1]:.4g}"))
+    if measured:
+        log.info(terminal.table("result", measured))
     if wrong := job.trainer.pace.disproved():
         discard(wrong)
-        lines.append(
-            "so far off, this CPU's measurement is not believed any longer: the next run takes a new one, as does `ft estimate --calibrate`"
+        log.warning(
+            "this CPU's calibration was far off and has been discarded;"
+            " the next run measures it again, and so does `ft estimate --calibrate`"
         )
-    print("\n".join([*lines, "written", *(f"  {name:<17} {place}" for name, place in places)]))
+    log.info(terminal.table("written", written))
 
 
 def _save(job: Job) -> list[Path]:
-    """Write `final/` whole or not at all: a kill leaves what was there before."""
+    """Write `final/` whole or not at all: if the process is killed, the old content stays."""
     final, aside = job.run.folder / "final", job.run.folder / ".final.part"
     shutil.rmtree(aside, ignore_errors=True)
     if job.plan.machine.sharded:
-        files = from_checkpoint.write_of(
-            _from_newest(job.plan, job.audit, job.run), job.plan, job.plan.steps, job.run.folder, aside
-        )
+        files = from_checkpoint.write_of(_from_newest(job), job.plan, job.plan.steps, job.run.folder, aside)
     else:
         with job.trainer.state.averaged():
             files = from_checkpoint.write_of(job.model, job.plan, job.plan.steps, job.run.folder, aside)
@@ -272,44 +371,59 @@ def _save(job: Job) -> list[Path]:
     return [final / file.relative_to(aside) for file in files]
 
 
-def _from_newest(plan: Plan, audit: Audit, run: Run) -> Model:
-    """The model built anew with the newest checkpoint's weights, on the device: what one process draws and writes where all share the weights.
+def _from_newest(job: Job) -> Model:
+    """The model rebuilt with the newest checkpoint's weights on one device: for samples and the artifact of sharded runs.
 
-    A checkpoint comes before every look and at the end. Where the device has no room for the whole net, the look fails, and is told.
+    A checkpoint precedes all samples and the end. If the device has no room for the whole model, sampling fails and
+    the failure is logged.
     """
-    model = from_checkpoint.rebuilt(plan, audit, checkpoint.newest(run.folder / "checkpoints")[0])
-    model.encoder().release()  # it has read the prompts
+    newest = checkpoint.newest(job.run.folder / "checkpoints")[0]
+    model = from_checkpoint.rebuilt(job.plan, job.audit, newest)
+    model.encoder().release()  # the prompts are encoded
     for train_step in model.train_steps():
-        train_step.net.to(plan.machine.device)
+        train_step.net.to(job.plan.machine.device)
     return model
 
 
-def _compare(job: Job) -> list[tuple[str, str]]:
-    """Write `estimate.json`, if this process took any step; returns the closing lines about it."""
+def _compare(job: Job) -> list[terminal.Row]:
+    """Write `estimate.json`, if this process took any step; returns the rows that compare it with the estimate."""
     if not job.trainer.pace.seconds:
         return []
-    found = job.trainer.pace.compared(memory_peak(job.accelerator.device))
-    job.run.write_json("estimate.json", found)
-    return [
-        (name, f"{measured}, and {estimated} was estimated ({off})" if off else measured)
-        for name, estimated, measured, off in rows(found)
-    ]
+    values = job.trainer.pace.compared(memory_peak(job.accelerator.device))
+    job.run.write_json("estimate.json", values)
+    more = {"memory_bytes": ("more", "less"), "seconds_per_step": ("slower", "faster")}
+    result = []
+    for (name, estimated, measured, off), key in zip(rows(values), _shown(values), strict=True):
+        text = measured
+        if off:
+            share = values[key]["measured"] / values[key]["estimated"] - 1
+            text += f", estimated {estimated} ({abs(share):.0%} {more[key][share < 0]} than estimated)"
+        result.append((name.removeprefix("a "), text))
+    return result
+
+
+def _shown(values: dict[str, Any]) -> list[str]:
+    """The keys of `estimate.json` that `monitor.rows` makes a row of."""
+    keys = ("memory_bytes", "seconds_per_step")
+    return [key for key in keys if any(values[key][side] is not None for side in ("estimated", "measured"))]
 
 
 def _report(folder: Path) -> Path | None:
-    """The run's report; a failure is told, and costs no finished training."""
+    """Write the run's report; a failure is logged and costs no finished training."""
     try:
         from finetune.report.html_report import write_report
 
         return write_report(folder)
     except Exception:
-        traceback.print_exc()
-        print("the report could not be written (see above); the trained weights are not touched by this", flush=True)
+        log.warning("the report could not be written; the trained weights are not affected", exc_info=True)
         return None
 
 
+# -- Python API -------------------------------------------------------------------------------------------------------
+
+
 def plan(recipe: Recipe) -> Plan:
-    """Every number of the run that `recipe` describes, on this machine, after a look at all its images.
+    """Every number of the run that `recipe` describes, on this machine, after an audit of its images.
 
     Raises:
         UserError: for a recipe or data that cannot work.
@@ -318,16 +432,14 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def train(recipe: Recipe, resume: bool = False, force: bool = False) -> Path:
-    """Train by `recipe` in this process, as `ft train` does; returns the run's folder.
+    """Train `recipe` in this process, as `ft train` does; returns the run's folder.
 
     Args:
         recipe: from `finetune.load_recipe`.
-        resume: go on with the run in the recipe's folder, bit for bit.
-        force: train even what does not fit into memory.
+        resume: continue the run in the recipe's folder, bit for bit.
+        force: train even if the estimate says that it does not fit into memory.
 
     Raises:
-        UserError: for whatever cannot work, before anything is computed or written; or at a loss that is not finite.
+        UserError: for whatever cannot work, before anything is computed or written; or for a loss that is not finite.
     """
-    job = prepare(recipe, resume, force)
-    job.trainer.train()
-    return finish(job)
+    return run(recipe, resume, force)

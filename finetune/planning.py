@@ -99,9 +99,14 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
         global_batch=global_batch,
         steps_per_epoch=steps_per_epoch,
         steps=max(1, steps),
-        folder=recipe.output.folder or f"runs/{recipe.method}-{recipe.name}",
+        folder=folder_of(recipe),
         notes=notes,
     )
+
+
+def folder_of(recipe: Recipe) -> str:
+    """Where the run's folder is: `output.folder`, or `runs/METHOD-NAME`."""
+    return recipe.output.folder or f"runs/{recipe.method}-{recipe.name}"
 
 
 def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:

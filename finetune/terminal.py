@@ -8,6 +8,8 @@ from __future__ import annotations
 import atexit
 import codecs
 import contextlib
+import importlib.abc
+import importlib.machinery
 import io
 import logging
 import os
@@ -15,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, TextIO, final
 
 from finetune.distributed import is_main_process
@@ -65,6 +68,7 @@ ASCII = {
 }
 
 Row = tuple[str, str]
+log = logging.getLogger("finetune")
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -174,33 +178,49 @@ def configure(verbose: bool = True) -> None:
         verbose: show what the library logs as information, too; else only warnings and errors.
     """
     sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
-    log = logging.getLogger("finetune")
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     if not any(isinstance(handler, _Handler) for handler in log.handlers):
         log.addHandler(_Handler())
 
 
-def silence_libraries(imported: bool = True) -> None:
-    """Silence bars, warnings and log messages of other libraries that users cannot act on. Errors and download bars stay.
+def silence_libraries() -> None:
+    """Silence progress bars, warnings and log messages of other libraries that users cannot act on.
 
-    Call it before anything imports those libraries: they read these settings as they load.
-
-    Args:
-        imported: also import diffusers and transformers (seconds) to switch off their progress bars.
+    Errors and download bars stay. Call it before those libraries are imported: they read these settings as they load.
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn at every fork otherwise
-    for name in ("bitsandbytes", "torch.distributed.elastic"):  # kernels that are never used; signals we sent
+    # Optional kernels that are not installed; signals that were sent on purpose.
+    for name in ("bitsandbytes", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-    if imported:
-        import diffusers.utils.logging
-        import transformers.utils.logging
+    if not any(isinstance(finder, _WithoutBars) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WithoutBars())
 
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+
+@final
+class _WithoutBars(importlib.abc.MetaPathFinder):
+    """Switches off the loading bars of diffusers and transformers when they are imported: no variable does it."""
+
+    MODULES = ("diffusers.utils.logging", "transformers.utils.logging")
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.MODULES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                module.disable_progress_bar()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def echo(text: str = "", err: bool = False) -> None:

@@ -21,10 +21,12 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import atexit
+import logging
 import shutil
 
 import torch
 
 torch.set_num_threads(1)
+logging.getLogger("finetune").setLevel(logging.INFO)  # for caplog
 for name in ("FT_CACHE", "HF_HOME"):
     atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)

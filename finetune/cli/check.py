@@ -1,4 +1,4 @@
-"""`ft check`: everything up to the first step, without weights in memory."""
+"""`ft check`: everything up to the first training step, without loading weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from finetune import terminal
 from finetune.config.loader import load_recipe
 
 
@@ -20,16 +21,27 @@ from finetune.config.loader import load_recipe
     help="Override one value of the recipe, such as train.batch_size=2.",
 )
 def command(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Look at a recipe, its images and its plan, without training.
+    """Check a recipe, its images and its plan without training.
 
-    RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2 says that the run cannot work, and why.
+    RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2: training would fail, and the message says why.
+
+    \b
+    Examples:
+      ft check lora/emoji
+      ft check mine.yaml --set data.path=photos --set train.steps=1000
     """
-    found = load_recipe(recipe, overrides)
-    from finetune.job import audit_and_plan, foretell
+    loaded = load_recipe(recipe, overrides)
+    from finetune.cli.preflight import refuse_early
 
-    _, plan = audit_and_plan(found)
-    foretell(plan)
+    refuse_early(loaded)
+    from finetune.job import audit_and_plan, check_estimate
+
+    _, plan = audit_and_plan(loaded)
+    check_estimate(plan)
     if Path(plan.folder).exists():
-        click.echo(f"{plan.folder} exists already: --resume goes on with it, --set output.folder=… starts another")
-    again = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])
-    click.echo(f"nothing speaks against it: {again}")
+        terminal.echo(
+            f"{plan.folder} already exists: add --resume to continue that run,"
+            " or choose another folder: --set output.folder=…"
+        )
+    start = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])
+    terminal.echo(f"OK. Start with: {start}")

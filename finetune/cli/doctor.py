@@ -1,4 +1,4 @@
-"""`ft doctor`: what of this machine works."""
+"""`ft doctor`: whether this machine can train."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import click
 
+from finetune import terminal
 from finetune.system import doctor
 
 
@@ -16,22 +17,22 @@ from finetune.system import doctor
     "as_json",
     "--json",
     is_flag=True,
-    help="For programs: every finding with its state (works, limited, fails) and remedy.",
+    help="Print JSON: every result with its state (works, limited, fails) and fix.",
 )
 def command(as_json: bool) -> None:
-    """Say what of this machine works, and what to do about the rest.
+    """Check this machine, and suggest fixes.
 
-    Looks at versions, the GPU and its driver, memory, disk and the hub; changes nothing. Exit code 1 says that training
-    will not work.
+    Checks versions, the GPU and its driver, memory, disk and access to the Hugging Face Hub; changes nothing.
+    Exit code 1: training will not work.
     """
     findings = doctor.examine()
     works = not any(finding.state == "fails" for finding in findings)
     if as_json:
-        click.echo(
+        terminal.echo(
             json.dumps(
                 {"works": works, "findings": [asdict(finding) for finding in findings]}, indent=1, ensure_ascii=False
             )
         )
     else:
-        click.echo("\n".join(doctor.lines(findings)))
+        terminal.echo("\n".join(doctor.lines(findings)))
     sys.exit(0 if works else 1)

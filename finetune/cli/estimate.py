@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from finetune import terminal
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.data.sources.webdataset import images_in, shards_of
 from finetune.errors import UserError
@@ -87,12 +88,12 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say what a run will need: memory, hours, money.
+    """Estimate memory, time and cost of a run before it starts.
 
     With RECIPE, that run taken apart. Without, a table of what --images images could train on --gpu, and a recommendation.
     """
     if options["calibrate"]:
-        click.echo(_calibrated())
+        terminal.echo(_calibrated())
         if recipe is None and images is None:
             return
     gpu, group = _gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
@@ -100,7 +101,7 @@ def command(
         overrides += (f"data.resolution={options['resolution']}",)
     if recipe is not None or options["denoiser"]:
         one = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
-        click.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
+        terminal.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
         return
     if options["trace"] or options["plot"]:
         raise UserError(
@@ -126,7 +127,7 @@ def command(
         "not covered": left,
     }
     values["measured"] = quoted(goal)
-    click.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left, goal))
+    terminal.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left, goal))
 
 
 def _rows(

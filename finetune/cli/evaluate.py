@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from finetune.cli.process import quiet_libraries
+from finetune import terminal
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Closeness, Evaluation
@@ -58,23 +58,25 @@ METRICS = (
 def command(
     run: Path, against: str | None, images: int | None, scored: int, features: str, out: Path | None, as_json: bool
 ) -> None:
-    """Measure the quality of a run's images: realism, variety, copying.
+    """Measure a run's images: quality, diversity, novelty.
 
     RUN is the run's folder. Generates images from the captions of real images and compares both by the features of a small
     network trained on emoji, or of a DINOv2. If there are enough images, the same metrics of other real images show what can
     be reached.
     """
-    quiet_libraries()
     from finetune.evaluation.evaluate import evaluate
 
     result = evaluate(run, against, images, features, out, scored)
-    click.echo(json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False) if as_json else as_table(result))
+    if as_json:
+        terminal.echo(json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False))
+        return
+    terminal.echo(result.verdict)
+    terminal.echo(as_table(result))
+    terminal.echo(f"Metrics and image grids: {result.folder}")
 
 
-def as_table(result: Evaluation) -> str:
-    """The result as a table for the terminal, the verdict first."""
-    from finetune.terminal import table
-
+def as_table(result: Evaluation) -> terminal.Table:
+    """The metrics with their meanings."""
     columns = [result.closeness] + ([result.reference] if result.reference is not None else [])
     rows = [(name, f"{values}   {meaning}") for name, values, meaning in _metric_rows(result, columns)]
     heading = f"{'generated':>11}" + (f"{'real':>11}" if result.reference is not None else "")
@@ -86,7 +88,7 @@ def as_table(result: Evaluation) -> str:
         rows.append(("bits/dim", f"{'–':>11}{blank}   {result.no_likelihood}"))
     rows.append(("images/s", f"{1 / max(result.seconds_per_image, 1e-9):>11.3g}"))
     title = f"{result.generated} images by {Path(result.run).name} compared with {result.real} of {result.against}"
-    return f"{result.verdict}\n{table(title, [('', heading), *rows])}\nMetrics and image grids: {result.folder}"
+    return terminal.table(title, [("", heading), *rows])
 
 
 def _metric_rows(result: Evaluation, columns: list[Closeness]) -> Iterator[tuple[str, str, str]]:

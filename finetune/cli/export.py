@@ -7,8 +7,14 @@ from typing import get_args
 
 import click
 
-from finetune.cli.process import quiet_libraries
+from finetune import terminal
 from finetune.export import Format, export
+
+# Format → where the programs that read it look for LoRAs.
+WHERE = {
+    "comfyui": "To use it in ComfyUI, copy the file to ComfyUI/models/loras and load it with a Load LoRA node.",
+    "kohya": "To use it, copy the file to models/Lora (A1111, Forge) or to models/loras (ComfyUI).",
+}
 
 
 @click.command()
@@ -18,25 +24,35 @@ from finetune.export import Format, export
     "layout",
     type=click.Choice(get_args(Format)),
     default="diffusers",
-    help="One LoRA file for ComfyUI, or by kohya's names.",
+    show_default=True,
+    help="comfyui and kohya write one LoRA file for ComfyUI, or with kohya's names (A1111, Forge).",
 )
-@click.option("--merge", is_flag=True, help="Write the whole model with the LoRA worked into its weights.")
+@click.option("--merge", is_flag=True, help="Write the whole model with the LoRA merged into its weights.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
-    help="Numbers of the file; by default as they are.",
+    help="Data type of the weights. Default: unchanged.",
 )
 @click.option(
     "--checkpoint",
     metavar="best|STEPS",
-    help="One that the run keeps: best by validation loss, or by steps taken; by default its end.",
+    help="A checkpoint of the run: best (lowest held-out loss), or its step. Default: the end of the run.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="File or folder to write; by default in the run's folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File or folder to write. Default: inside the run's folder."
+)
 def command(run: Path, layout: str, merge: bool, dtype: str | None, checkpoint: str | None, out: Path | None) -> None:
-    """Write what a run has trained as files for other programs.
+    """Write a run's weights as files for other programs.
 
-    RUN is the run's folder.
+    RUN is the run's folder. Nothing is overwritten.
+
+    \b
+    Examples:
+      ft export runs/lora-mine --format comfyui --out mine.safetensors
+      ft export runs/lora-mine --checkpoint best
+      ft export runs/lora-mine --merge --dtype float16
     """
-    quiet_libraries()
     for file in export(run, layout, merge, dtype, out, checkpoint):
-        click.echo(file)
+        terminal.echo(str(file))
+    if layout != "diffusers":
+        terminal.echo(WHERE[layout])

@@ -1,4 +1,4 @@
-"""`ft gpus`: the GPUs that estimates know, and where their figures come from."""
+"""`ft gpus`: the GPUs that estimates know, and the sources of their figures."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import click
 
+from finetune import terminal
 from finetune.estimate.hardware.gpus import Gpu, find, known
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 BAR = 24  # characters, for the largest memory: 8 GiB each
-KEY = """memory    what torch sees of it; the sum of all that a run keeps on the GPU, and about 0.5 GiB for CUDA, must fit
-TFLOP/s   tensor cores, dense, 16-bit factors summed in float32; bf16 says whether these may be bfloat16
-USD/h     one GPU, from a marketplace's least to on demand; "undated" where the source gives no date
-          yours instead: --prices FILE, or FT_PRICES=FILE, with lines such as `date: 2026-11-22` and `rtx3090: 0.25`
+KEY = """memory    what PyTorch can use; a run and about 0.5 GiB for CUDA must fit into it
+TFLOP/s   tensor cores, dense, 16-bit inputs, float32 accumulation; bf16: whether bfloat16 is supported
+USD/h     one GPU, from the lowest marketplace price to on-demand; "undated" where the source gives no date
+          your own prices: --prices FILE or FT_PRICES=FILE, lines such as `date: 2026-11-22` and `rtx3090: 0.25`
 sources   ft gpus NAME"""
 
 
@@ -25,24 +26,24 @@ sources   ft gpus NAME"""
     "--prices",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Prices in USD/h to use instead: .yaml or .tsv; also FT_PRICES=FILE.",
+    help="Your own prices in USD/h: .yaml or .tsv; also FT_PRICES=FILE.",
 )
-@click.option("as_json", "--json", is_flag=True, help="Print everything that is known as JSON.")
+@click.option("as_json", "--json", is_flag=True, help="Print all figures as JSON.")
 def command(name: str | None, prices: Path | None, as_json: bool) -> None:
-    """List GPUs: memory, speed, price, and where figures come from.
+    """List GPUs: memory, speed, price, and the sources of each figure.
 
-    NAME is one such as rtx3090, "RTX 3090" or a100-80gb.
+    NAME shows one GPU in detail: rtx3090, "RTX 3090", a100-80gb.
     """
-    found = known(prices) if name is None else find(name, prices)
+    gpus = known(prices) if name is None else find(name, prices)
     if as_json:
-        values = dataclasses.asdict(found) if isinstance(found, Gpu) else [dataclasses.asdict(gpu) for gpu in found]
-        click.echo(json.dumps(values, indent=1, ensure_ascii=False))
+        values = dataclasses.asdict(gpus) if isinstance(gpus, Gpu) else [dataclasses.asdict(gpu) for gpu in gpus]
+        terminal.echo(json.dumps(values, indent=1, ensure_ascii=False))
     else:
-        click.echo(one(found) if isinstance(found, Gpu) else listed(found))
+        terminal.echo(details(gpus) if isinstance(gpus, Gpu) else listed(gpus))
 
 
 def listed(gpus: tuple[Gpu, ...]) -> str:
-    """The table, by memory and then speed, and what its columns mean."""
+    """The table, sorted by memory and then speed, and what its columns mean."""
     gpus = tuple(sorted(gpus, key=lambda gpu: (gpu.sold_gb, gpu.tflops)))
     most = max(gpu.visible_gib for gpu in gpus)
     lines = [f"{'':<10} {'':<17} {'memory, GiB':<{BAR + 7}} {'TFLOP/s':>7} {'bf16':>4} {'GB/s':>6}  {'USD/h':<10}"]
@@ -53,16 +54,16 @@ def listed(gpus: tuple[Gpu, ...]) -> str:
     return "\n".join([*lines, "", KEY])
 
 
-def one(gpu: Gpu) -> str:
-    """Every figure of one GPU with its source."""
+def details(gpu: Gpu) -> str:
+    """Every figure of one GPU with its source, as a table."""
     rows = [
         (
             "memory",
-            f"{gpu.visible_gib:g} GiB for torch, of {gpu.total_mib:,} MiB by nvidia-smi, sold as {gpu.sold_gb:g} GB",
+            f"{gpu.visible_gib:g} GiB for PyTorch, {gpu.total_mib:,} MiB in nvidia-smi, sold as {gpu.sold_gb:g} GB",
         ),
         (
             "speed",
-            f"{gpu.tflops:,g} TFLOP/s, dense, {'16-bit' if gpu.bfloat16 else 'float16'} factors summed in float32",
+            f"{gpu.tflops:,g} TFLOP/s, dense, {'16-bit' if gpu.bfloat16 else 'float16'} inputs, float32 accumulation",
         ),
         ("", gpu.tflops_source),
         ("bandwidth", f"{gpu.bandwidth:,g} GB/s"),
@@ -71,9 +72,7 @@ def one(gpu: Gpu) -> str:
         ("", gpu.price.source if gpu.price else ""),
         *(("note", note) for note in gpu.note.split("; ") if note),
     ]
-    from finetune.terminal import table
-
-    return table(f"{gpu.id} · {gpu.name}", [row for row in rows if row[1]])
+    return terminal.table(f"{gpu.id} · {gpu.name}", [row for row in rows if row[1]])
 
 
 def bar(share: float) -> str:

@@ -1,4 +1,4 @@
-"""`ft`: the command. Subcommands are imported only when they are used, so that help answers at once."""
+"""`ft`: the command. Subcommands are imported only when they are used, so that help appears at once."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from typing import final
 
 import click
 
-from finetune.cli.process import told
+from finetune import terminal
+from finetune.cli.process import report_errors
 from finetune.errors import UserError, did_you_mean
 
-# Name of the module in `finetune/cli/` → what `ft --help` says of it: the first line of its own help.
+# Name of the module in `finetune/cli/` → its line in `ft --help`: the first line of its own help.
 COMMANDS = {
-    "recipes": "List the recipes that come with ft, show one, or copy one to edit.",
-    "estimate": "Say what a run will need: memory, hours, money.",
-    "data": "Check images and captions: what trains, what is odd or twice.",
-    "check": "Look at a recipe, its images and its plan, without training.",
-    "train": "Train by a recipe, or go on with a run.",
-    "runs": "List runs: where each stands, how far, and how long to go.",
-    "sample": "Draw images with what a run has trained.",
-    "eval": "Measure a run's images: how real, how varied, how new.",
-    "export": "Write what a run has trained as files for other programs.",
-    "doctor": "Say what of this machine works, and what to do about the rest.",
-    "gpus": "List GPUs: memory, speed, price, and where figures come from.",
+    "recipes": "List the bundled recipes, show one, or copy one to edit.",
+    "estimate": "Estimate memory, time and cost of a run before it starts.",
+    "data": "Check images and captions.",
+    "check": "Check a recipe, its images and its plan without training.",
+    "train": "Train a recipe, or resume a run.",
+    "runs": "List runs: state, progress, time left.",
+    "sample": "Generate images with a trained run.",
+    "eval": "Measure a run's images: quality, diversity, novelty.",
+    "export": "Write a run's weights as files for other programs.",
+    "doctor": "Check this machine, and suggest fixes.",
+    "gpus": "List GPUs: memory, speed, price, and the sources of each figure.",
 }
-
-
 MODULES = {"eval": "evaluate"}  # commands whose module has another name
+EPILOG = """\b
+Shell completion, for bash (zsh and fish likewise):
+  eval "$(_FT_COMPLETE=bash_source ft)"
+"""
 
 
 @final
 class Commands(click.Group):
-    """The commands by name, each imported when it is asked for."""
+    """The commands by name, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,24 +52,30 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
 @click.version_option(package_name="ft-image", prog_name="ft")
 def ft() -> None:
     """Fine-tune image generators with LoRA or fully, or train small ones from scratch.
 
-    Begin with `ft recipes`, then `ft check RECIPE` and `ft train RECIPE`.
+    Start with `ft recipes`, then `ft check RECIPE` and `ft train RECIPE`.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `ft`; always ends by SystemExit: 0 when all is well, 2 for a mistake in what was given."""
-    with told():
+    """Run `ft`; always ends in SystemExit: 0 for success, 2 for a mistake in the arguments, the recipe or the data."""
+    terminal.configure()
+    terminal.silence_libraries()
+    with report_errors():
         try:
             sys.exit(ft.main(arguments, prog_name="ft", standalone_mode=False))
         except click.ClickException as error:
             error.show()
             sys.exit(error.exit_code)
-        except click.Abort:  # click's word for Ctrl-C
+        except click.Abort:  # click's name for Ctrl-C
             raise KeyboardInterrupt from None
 
 

@@ -39,12 +39,12 @@ def report_errors() -> Iterator[None]:
     except Stopped as stopped:
         _end(128 + stopped.number, f"\n{stopped}")
     except KeyboardInterrupt:
-        _end(128 + signal.SIGINT, f"\n{STOPPED}")
+        _end(128 + signal.SIGINT, "\nstopped")
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, SIGTERM and a closed terminal (SIGHUP) stop this process as Ctrl-C does; `nohup` still protects from SIGHUP."""
+    """Within, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) raise `Stopped`; `nohup` still protects from SIGHUP."""
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
@@ -52,6 +52,10 @@ def stoppable() -> Iterator[None]:
     before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         yield
+    except Stopped:
+        raise
+    except KeyboardInterrupt as interrupt:
+        raise Stopped(STOPPED, signal.SIGINT) from interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""`ft recipes`: the recipes that come with the project."""
+"""`ft recipes`: the bundled recipes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import yaml
 
+from finetune import terminal
 from finetune.config import json_schema, reference, renamed
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError, did_you_mean
@@ -17,26 +18,26 @@ from finetune.paths import RECIPES
 @click.group(invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """List the recipes that come with ft, show one, or copy one to edit."""
+    """List the bundled recipes, show one, or copy one to edit."""
     if context.invoked_subcommand is None:
         names = bundled_recipes()
         width = max(map(len, names))
         for name in names:
-            click.echo(f"{name:<{width}}  {whom_for(_text(name))}")
+            terminal.echo(f"{name:<{width}}  {whom_for(_text(name))}")
 
 
 @command.command()
 @click.argument("name")
 def show(name: str) -> None:
     """Print a recipe."""
-    click.echo(_text(name), nl=False)
+    terminal.echo(_text(name).removesuffix("\n"))
 
 
 @command.command()
 @click.argument("name")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 def copy(name: str, file: Path | None) -> None:
-    """Copy a recipe to FILE (by default its own name, here) for editing; never writes over a file."""
+    """Copy a recipe to FILE for editing. Default: its own name, in this folder. Never overwrites a file."""
     target = file or Path(f"{name.replace('/', '-')}.yaml")
     if target.is_dir():
         target = target / f"{name.replace('/', '-')}.yaml"
@@ -45,13 +46,13 @@ def copy(name: str, file: Path | None) -> None:
             opened.write(json_schema.with_header(_text(name), target))
     except FileExistsError:
         raise UserError(
-            f"{target} exists already; it was not touched", remedy=f"name another file: ft recipes copy {name} FILE"
+            f"{target} already exists; it was not changed", remedy=f"name another file: ft recipes copy {name} FILE"
         ) from None
     except OSError as error:
         raise UserError(
             f"{target} cannot be written: {error.strerror}", remedy=f"name another file: ft recipes copy {name} FILE"
         ) from None
-    click.echo(f"copied to {target}; next: ft check {target}")
+    terminal.echo(f"copied to {target}; next: ft check {target}")
 
 
 def whom_for(text: str) -> str:
@@ -63,7 +64,7 @@ def whom_for(text: str) -> str:
 def _text(name: str) -> str:
     names = bundled_recipes()
     if name not in names:
-        raise UserError(f'no recipe that comes with ft is called "{name}"', remedy=did_you_mean(name, names))
+        raise UserError(f'there is no bundled recipe "{name}"', remedy=did_you_mean(name, names))
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -72,10 +73,10 @@ def _text(name: str) -> str:
 def keys(section: str | None) -> None:
     """Explain the keys of a recipe: all sections, or one SECTION (adapter, net.dcgan) or key (adapter.rank)."""
     if section is None:
-        click.echo(reference.overview())
-        click.echo("\n`ft recipes keys SECTION` prints the type, default, range, meaning and effect of each key")
+        terminal.echo(reference.overview())
+        terminal.echo("\n`ft recipes keys SECTION` prints the type, default, range, meaning and effect of each key")
     else:
-        click.echo(reference.text(reference.find(section)))
+        terminal.echo(reference.text(reference.find(section)))
 
 
 @command.command()
@@ -98,6 +99,6 @@ def migrate(files: tuple[Path, ...]) -> None:
         except (UnicodeDecodeError, yaml.YAMLError):
             load_recipe(file)  # says what is wrong, and in which line
             raise
-        click.echo(f"{file}: " + ("nothing to rename" if not lines else f"{len(lines)} renamed"))
+        terminal.echo(f"{file}: " + ("nothing to rename" if not lines else f"{len(lines)} renamed"))
         for line in lines:
-            click.echo(f"  {line}")
+            terminal.echo(f"  {line}")

@@ -1,4 +1,4 @@
-"""`ft runs`: where the runs stand, running or not."""
+"""`ft runs`: the state of runs, live or finished."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from finetune.terminal import duration
+from finetune import terminal
+from finetune.terminal import duration, plural
 from finetune.training.run_list import Seen, all_runs, look
 from finetune.training.watchdog import PATIENCE
 
@@ -18,64 +19,71 @@ MARKS = {"running": "▸", "finished": "✓", "stopped": "‖", "killed": "†",
 
 @click.group(invoke_without_command=True)
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where to look."
+    "--folder", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Folder to search."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(context: click.Context, folder: Path, as_json: bool) -> None:
-    """List runs: where each stands, how far, and how long to go."""
+    """List runs: state, progress, time left."""
     if context.invoked_subcommand is not None:
         return
-    found = all_runs(folder)
+    runs = all_runs(folder)
     if as_json:
-        click.echo(json.dumps([plain(run) for run in found], indent=1, ensure_ascii=False))
-    elif not found:
-        click.echo(f"no runs in {folder.resolve()}")
+        terminal.echo(json.dumps([as_dict(run) for run in runs], indent=1, ensure_ascii=False))
+    elif not runs:
+        terminal.echo(f"no runs in {folder.resolve()}")
     else:
-        width = max(len(str(run.folder)) for run in found)
-        for run in found:
-            click.echo(f"{MARKS[run.state]} {run.folder!s:<{width}}  {f'{run.step}/{run.steps}':>13}  {said(run)}")
+        width = max(len(str(run.folder)) for run in runs)
+        for run in runs:
+            terminal.echo(
+                f"{MARKS[run.state]} {run.folder!s:<{width}}  {f'{run.step}/{run.steps}':>13}  {state_of(run)}"
+            )
 
 
 @command.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(run: Path, as_json: bool) -> None:
-    """Show one run: its state, checkpoints, losses and processes, and how to go on."""
+    """Show one run: state, checkpoints, losses, processes, and how to resume it."""
     seen = look(run)
     if as_json:
-        click.echo(json.dumps(plain(seen), indent=1, ensure_ascii=False))
+        terminal.echo(json.dumps(as_dict(seen), indent=1, ensure_ascii=False))
         return
-    from finetune.terminal import table
-
     losses = [
         f"{name} {value:.4g}" for name, value in seen.record.items() if name.startswith("loss.") or name == "validation"
     ]
     rows = [
-        ("state", said(seen)),
-        ("trains", f"{seen.method}, family {seen.family}"),
+        ("state", state_of(seen)),
+        ("method", f"{seen.method}, family {seen.family}"),
         ("steps", f"{seen.step} of {seen.steps} finished"),
     ]
     if losses:
         rows.append(("last", f"{', '.join(losses)}, {seen.record.get('seconds', 0):.3g} s/step"))
-    rows.append(("saved", f"after steps {', '.join(map(str, seen.saved))}" if seen.saved else "no checkpoint yet"))
+    rows.append(("saved", _saved(seen.saved)))
     if seen.best is not None:
-        rows.append(("best", f"after step {seen.best[0]}, validation loss {seen.best[1]:.4g}"))
+        rows.append(("best", f"step {seen.best[0]}, held-out loss {seen.best[1]:.4g}"))
     now = time.time()
     if seen.state == "running":
-        for one in seen.processes:
-            counted = f" {one.done} of {one.total}" if one.total else ""
-            alive = f"{one.phase or 'starting'}{counted} on {one.host}, process {one.pid}, seen {duration(now - one.beat)} ago"
-            quiet = (
-                f"; nothing has moved for {duration(one.quiet)}, it stands at {one.at}" if one.quiet > PATIENCE else ""
-            )
-            rows.append((f"rank {one.rank}", alive + quiet))
+        for process in seen.processes:
+            count = f" {process.done} of {process.total}" if process.total else ""
+            text = f"{process.phase or 'starting'}{count} on {process.host}, process {process.pid},"
+            text += f" last seen {duration(now - process.beat)} ago"
+            if process.quiet > PATIENCE:
+                text += f"; no progress for {duration(process.quiet)}, at {process.at}"
+            rows.append((f"rank {process.rank}", text))
     elif seen.state != "finished":
-        rows.append(("go on", f"ft train {run / 'recipe.yaml'} --set output.folder={run} --resume"))
-    click.echo(table(run.name, rows))
+        rows.append(("resume", f"ft train {run / 'recipe.yaml'} --set output.folder={run} --resume"))
+    terminal.echo(terminal.table(run.name, rows))
 
 
-def said(run: Seen) -> str:
+def _saved(steps: tuple[int, ...]) -> str:
+    """Which checkpoints are there."""
+    if not steps:
+        return "no checkpoint yet"
+    return f"{plural(len(steps), 'checkpoint')}, after step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
+
+
+def state_of(run: Seen) -> str:
     """The state of a run in a few words."""
     if run.state == "running":
         return " · ".join(
@@ -88,6 +96,6 @@ def said(run: Seen) -> str:
     return f"{run.state}: {run.reason}" if run.reason else run.state
 
 
-def plain(run: Seen) -> dict[str, object]:
-    """For JSON."""
+def as_dict(run: Seen) -> dict[str, object]:
+    """The run as plain values, for JSON."""
     return dataclasses.asdict(run) | {"folder": str(run.folder)}

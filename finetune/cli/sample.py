@@ -1,4 +1,4 @@
-"""`ft sample`: images from what a run has trained."""
+"""`ft sample`: images generated with a trained run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from finetune.cli.process import quiet_libraries
+from finetune import terminal
 from finetune.errors import UserError
+from finetune.terminal import plural
 
 
 @click.command()
@@ -16,36 +17,34 @@ from finetune.errors import UserError
     "prompts",
     "--prompt",
     multiple=True,
-    help="What to draw; give it as often as you like. By default the recipe's prompts.",
+    help="Repeat for several prompts. Default: the recipe's prompts.",
 )
 @click.option(
     "seeds",
     "--seed",
     multiple=True,
     type=click.IntRange(min=0),
-    help="Every prompt is drawn with every seed. By default as the run drew.",
+    help="Every prompt is sampled with every seed. Default: the run's seeds.",
 )
-@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default as the recipe says.")
+@click.option("--steps", type=click.IntRange(min=1), help="Denoising steps. Default: the recipe's.")
 @click.option(
     "--guidance",
     type=click.FloatRange(min=0),
-    help="How strictly to follow the prompt (1: plainly); by default as the recipe says.",
+    help="Classifier-free guidance scale (1: off). Default: the recipe's.",
 )
-@click.option("--negative", help="What not to draw; by default as the recipe says.")
+@click.option("--negative", help="Negative prompt. Default: the recipe's.")
 @click.option(
     "--sampler",
-    help="euler, heun, dpm++, unipc, ddim, …: those valid for the model; by default as the recipe says, or the model's own.",
+    help="euler, heun, dpm++, unipc, ddim, …, if valid for the model. Default: the recipe's, or the model's own.",
 )
-@click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise on the way: 0 adds none, 1 as much as DDPM.")
-@click.option(
-    "--truncation", type=click.FloatRange(0, 2), help="Of a GAN: below 1, images are more alike and better made."
-)
-@click.option("--strengths", help="Of a LoRA, such as 0.4,0.7,1: a sheet a prompt, with a column for each.")
+@click.option("--eta", type=click.FloatRange(0, 1), help="Noise of the DDIM sampler: 0 is deterministic, 1 is DDPM.")
+@click.option("--truncation", type=click.FloatRange(0, 2), help="For GANs: below 1, higher quality and less diversity.")
+@click.option("--strengths", help="LoRA strengths, such as 0.4,0.7,1: one sheet per prompt with a column for each.")
 @click.option("--checkpoints", help="all, or steps such as 500,1000: a row of the sheet for each.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="A new folder for the images; by default in the run's own.",
+    help="A new folder for the images. Default: inside the run's folder.",
 )
 def command(
     run: str,
@@ -61,30 +60,34 @@ def command(
     checkpoints: str | None,
     out: Path | None,
 ) -> None:
-    """Draw images with what a run has trained.
+    """Generate images with a trained run.
 
-    RUN is the run's folder; a diffusers folder or embedded:base are drawn with too. Writes a file for each image, and
-    grid.png with them all. With --strengths or --checkpoints, sheets by which to choose among a LoRA's checkpoints.
+    RUN is the run's folder, a diffusers folder, or embedded:base. Writes one file per image, and grid.png with all.
+    With --strengths or --checkpoints, it writes sheets to compare a LoRA's strengths and checkpoints.
+
+    \b
+    Examples:
+      ft sample runs/lora-mine --prompt "a red fox in snow" --seed 1 --seed 2
+      ft sample runs/lora-mine --prompt "a red fox" --strengths 0.4,0.7,1 --checkpoints all
     """
     several = strengths is not None or checkpoints is not None
-    factors = numbers(strengths or "1", "--strengths", "0.4,0.7,1")
+    factors = parse_numbers(strengths or "1", "--strengths", "0.4,0.7,1")
     chosen = (
         None
         if checkpoints in (None, "all")
-        else [int(step) for step in numbers(checkpoints or "", "--checkpoints", "all, or 500,1000")]
+        else [int(step) for step in parse_numbers(checkpoints or "", "--checkpoints", "all, or 500,1000")]
     )
-    quiet_libraries()
     if several:
         if truncation is not None:
             raise UserError(
-                "sheets are of LoRAs, and only a GAN is truncated",
+                "--truncation is for GANs, and --strengths and --checkpoints are for LoRAs",
                 where="--truncation",
-                remedy="leave out --truncation",
+                remedy="remove --truncation",
             )
         from finetune.inference.lora_sweep import compare
 
         sheets = compare(run, factors, chosen, prompts, seeds or None, steps, guidance, negative, out)
-        click.echo("\n".join(map(str, sheets)))
+        terminal.echo("\n".join(map(str, sheets)))
         return
     from finetune.inference.sample import sample
 
@@ -98,19 +101,23 @@ def command(
         "truncation": truncation,
     }
     files = sample(run, prompts, seeds or None, **asked)  # type: ignore[arg-type]
-    click.echo(f"{len(files)} images and grid.png are in {files[0].parent}")
+    terminal.echo(f"{plural(len(files), 'image')} and grid.png are in {files[0].parent}")
 
 
-def numbers(text: str, option: str, example: str) -> list[float]:
-    """`0.4,0.7,1` as numbers.
+def parse_numbers(text: str, option: str, example: str) -> list[float]:
+    """Parse `0.4,0.7,1`.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is not a list of numbers.
     """
     try:
-        found = [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f'"{text}" is no list of numbers', where=option, remedy=f"write {option} {example}") from None
-    if not all(abs(number) < 1e9 for number in found):
-        raise UserError(f'"{text}" holds no usable number', where=option, remedy=f"write {option} {example}")
-    return found
+        raise UserError(
+            f'"{text}" is not a list of numbers', where=option, remedy=f"write {option} {example}"
+        ) from None
+    if not all(abs(number) < 1e9 for number in numbers):
+        raise UserError(
+            f'"{text}" contains a number that is too large', where=option, remedy=f"write {option} {example}"
+        )
+    return numbers

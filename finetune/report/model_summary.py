@@ -18,27 +18,33 @@ FLOAT32_BYTES = 4
 
 
 def adapted(model: Model) -> str:
-    """How many layers of each kind got an adapter, of which rank where ranks differ, and the share of the weights that train."""
-    ranks = {
+    """Layers with an adapter, trainable parameters, and their share: `adapter: 128 layers, 1.2 M trainable parameters`."""
+    ranks = sorted(set(_ranks(model).values()))
+    trained = _count(model.trained().values())
+    whole = sum(_weights(train_step.net) for train_step in model.train_steps())
+    differ = f" of ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
+    layers = f"{len(_ranks(model))} layers{differ}"
+    return f"adapter: {layers}, {_short(trained)} trainable parameters of {_short(whole)} ({trained / whole:.1%})"
+
+
+def adapted_layers(model: Model) -> str:
+    """How many layers of each kind have an adapter, with the rank where ranks differ."""
+    ranks = _ranks(model)
+    differ = len(set(ranks.values())) > 1
+    kinds = Counter((_ending(name), rank if differ else 0) for name, rank in ranks.items())
+    return ", ".join(
+        f"{count} × {kind}" + (f" (rank {rank})" if rank else "") for (kind, rank), count in sorted(kinds.items())
+    )
+
+
+def _ranks(model: Model) -> dict[str, int]:
+    """Each adapted layer's rank; 0 for OFT, which has none."""
+    return {
         name: 0 if hasattr(module, "oft_block_size") else module.r["default"]
         for train_step in model.train_steps()
         for name, module in train_step.net.named_modules()
         if "default" in getattr(module, "r", ())
     }
-    differ = len(set(ranks.values())) > 1
-    kinds = Counter((_ending(name), rank if differ else 0) for name, rank in ranks.items())
-    trained, whole = (
-        _count(model.trained().values()),
-        sum(_weights(train_step.net) for train_step in model.train_steps()),
-    )
-    layers = ", ".join(
-        f"{count} × {kind}" + (f" (rank {rank})" if rank else "") for (kind, rank), count in sorted(kinds.items())
-    )
-    rows = [
-        ("adapters", f"{len(ranks)} layers: {layers}"),
-        ("train", f"{_short(trained)} of {_short(whole)} parameters ({trained / whole:.1%}); the others are frozen"),
-    ]
-    return table("adapters", rows)
 
 
 def whole(model: Model, plan: Plan) -> str:

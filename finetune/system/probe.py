@@ -97,7 +97,8 @@ def main() -> None:
     """Print a line of JSON for each library or service that the command line names."""
     for name in sys.argv[1:]:
         found = {"torch": torch, "bitsandbytes": bitsandbytes, "hub": hub}[name]()
-        print(json.dumps({name: found}), flush=True)
+        sys.stdout.write(json.dumps({name: found}) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -96,26 +96,22 @@ def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
 
 def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     """That steps take `live` seconds, what was estimated, and what is likely to help."""
-    said = (
-        f"warning: a step takes {_seconds(live)}, and {_seconds(one.speed.seconds)} was estimated for {one.gpu.name}. "
-    )
+    said = f"a step takes {_seconds(live)}, estimated {_seconds(one.speed.seconds)} on {one.gpu.name}. "
     if one.gpu.device == "cpu":
         return (
             said
-            + "Look for other programs on it or a slow disk; if there are none, `ft estimate --calibrate` measures it anew."
+            + "Check for other programs or a slow disk; if there are none, `ft estimate --calibrate` measures the CPU again."
         )
     if memory_left is None or memory_left > FULL:
         if one.speed.launch > WAITING * one.speed.seconds:
-            why = f"The GPU waits for the processor, which launches {one.speed.operators:,} operators a step: one that is faster or less busy helps"
-            return f"{said}{why}, and a larger train.batch_size takes hardly longer."
-        return said + "Look for another process on the GPU, a power limit or a slow disk."
+            why = f"The GPU waits for the CPU, which launches {one.speed.operators:,} operators a step"
+            return f"{said}{why}: a faster or less busy CPU helps; a larger train.batch_size costs hardly any time."
+        return said + "Check for another process on the GPU, a power limit or a slow disk."
     edited = cheapest(one)
-    mend = (
-        f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB"
-        if edited
-        else "take a larger GPU"
+    fix = (
+        f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB" if edited else "use a larger GPU"
     )
-    return said + f"Its memory is nearly full ({memory_left:.0%} is free) and likely spills: {mend}."
+    return said + f"GPU memory is nearly full ({memory_left:.0%} free) and probably spills to the host: {fix}."
 
 
 def typical(seconds: Sequence[float], cycle: int = 1) -> float:

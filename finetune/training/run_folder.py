@@ -58,15 +58,8 @@ class Run:
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan, self.folder = plan, Path(plan.folder)
         self.status = Reporter(self.folder, rank(), plan.steps)
-        try:
-            exists = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        except OSError as error:
-            raise self._unwritable(error) from error
-        if exists and not resume:
-            raise UserError(
-                f"{self.folder} exists already; nothing in it was touched",
-                remedy="add --resume to go on with it, or choose another place: --set output.folder=…",
-            )
+        if not resume:
+            refuse_existing(self.folder)
         if resume and (self.folder / "recipe.yaml").is_file():
             _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
             before = load_plan(self.folder)
@@ -94,12 +87,7 @@ class Run:
             self.write_json("plan.json", describe(self.plan))
             self.write_json("versions.json", versions())
         except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UserError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space and go on with --resume" if full else "choose another place: --set output.folder=…"
-        return UserError(f"the run's folder cannot be used: {error.strerror}", where=str(self.folder), remedy=remedy)
+            raise _unusable(self.folder, error) from error
 
     def write(self, name: str, text: str) -> Path:
         """Write one text file whole or not at all.
@@ -110,7 +98,7 @@ class Run:
         try:
             write_aside(self.folder / name, text.encode())
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise _unusable(self.folder, error) from error
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -139,6 +127,28 @@ class Run:
                 if line.endswith("}") and json.loads(line)["step"] <= step
             ]
             self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+
+def refuse_existing(folder: str | Path) -> None:
+    """Raise if a new run's folder has content already."""
+    folder = Path(folder)
+    try:
+        exists = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    if exists:
+        raise UserError(
+            f"{folder} already exists; nothing in it was changed",
+            remedy="add --resume to continue that run, or choose another folder: --set output.folder=…",
+        )
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = (
+        "free some disk space and continue with --resume" if full else "choose another folder: --set output.folder=…"
+    )
+    return UserError(f"the run's folder cannot be used: {error.strerror}", where=str(folder), remedy=remedy)
 
 
 def versions() -> dict[str, str]:

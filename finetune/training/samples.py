@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from finetune.report.images import enlarged, grid
 from finetune.terminal import Progress
 
 GRID = "grid.png"
+
+log = logging.getLogger(__name__)
 
 
 def request_of(plan: Plan) -> SampleRequest:
@@ -40,32 +42,35 @@ def _size(plan: Plan) -> tuple[int, int]:
     return (shapes[0].width, shapes[0].height) if len(shapes) == 1 else (plan.recipe.data.resolution,) * 2
 
 
-def draw_samples(plan: Plan, opened: Callable[[], Model], folder: Path, done: int) -> None:
-    """Draw the recipe's prompts after `done` steps into `samples/step-N/`, unless a run that was stopped there has.
+def grid_of(folder: Path, done: int) -> Path:
+    """Where the sample grid after `done` steps is, in a run's folder."""
+    return folder / "samples" / f"step-{done:07d}" / GRID
 
-    A failure is told, and training goes on.
+
+def sample_prompts(plan: Plan, open_model: Callable[[], Model], folder: Path, done: int) -> None:
+    """Sample the recipe's prompts after `done` steps into `samples/step-N/`, unless they are there already.
+
+    A failure is logged, and training continues.
 
     Args:
-        opened: gives the model, called if there is something to draw.
+        open_model: returns the model; called only if there is something to sample.
     """
     request = request_of(plan)
-    target = folder / "samples" / f"step-{done:07d}"
+    target = grid_of(folder, done).parent
     if not request.prompts or (done and (target / GRID).is_file()):
         return
-    drawing = Progress("samples")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        model, images = opened(), []
-        for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
-            drawing.show(number, len(request.prompts), prompt)
-            images += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
-        write_samples(images, request, target)
-        for name, image in model.diagnostic_images().items():
-            enlarged(image).save(target / f"{name}.png")
-    except Exception:  # whatever goes wrong in a look must not cost the training
-        traceback.print_exc()
-        print(f"the samples of step {done} could not be drawn (see above); training goes on", flush=True)
-    drawing.end()
+    with Progress("samples") as progress:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            model, samples = open_model(), []
+            for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
+                progress.show(number, len(request.prompts), prompt)
+                samples += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+            write_samples(samples, request, target)
+            for name, image in model.diagnostic_images().items():
+                enlarged(image).save(target / f"{name}.png")
+        except Exception:  # a failure to sample must not end the training
+            log.warning("the samples of step %d failed; training continues", done, exc_info=True)
 
 
 def write_samples(samples: Sequence[Sample], request: SampleRequest, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run trains: the first finishes the step and saves, a second Ctrl-C stops at once."""
+"""Ctrl-C, SIGTERM and a closed terminal during training: the first finishes the step and saves; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finetune.errors import Stopped
 
 
 class CutShort(BaseException):
-    """Raised by a first signal inside `Signals.cut_short`, and caught there. No `Exception`: nothing else is to catch it."""
+    """Raised by a first signal inside `Signals.cut_short`, and caught there. Not an `Exception`: nothing else may catch it."""
 
 
 @final
 class Signals:
-    """The signals that this process, and with `agreed` any of the run's, has heard.
+    """The signals that this process, or with `agreed` any process of the run, has received.
 
-    A repeated SIGTERM is not a second wish: schedulers send it to every process of a job, and `ft train` passes it on.
+    A repeated SIGTERM does not stop at once: schedulers send it to every process of a job, and `ft train` passes it on.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -32,39 +32,35 @@ class Signals:
         self._asked, self._cuts = 0, False
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Within, signals are kept for `agreed`. Python hears them in its main thread only; elsewhere nothing changes."""
+    def handled(self) -> Iterator[None]:
+        """Within, signals are kept for `agreed`. Python handles them in its main thread only; elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        wanted = [
-            number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN
-        ]
-        before = {number: signal.signal(number, self._hear) for number in wanted}
+        candidates = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        wanted = [number for number in candidates if signal.getsignal(number) is not signal.SIG_IGN]  # nohup's stays
+        before = {number: signal.signal(number, self._receive) for number in wanted}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             if number == signal.SIGINT:
-                raise Stopped("stopped at once; --resume goes on from the last checkpoint", number)
+                raise Stopped("stopped at once; --resume continues from the last checkpoint", number)
             return
         self._asked = number
-        if (
-            self._accelerator.is_main_process
-        ):  # written past Python's buffers, in the middle of whose work this may come
-            os.write(
-                2,
-                f"\n{signal.Signals(number).name}: finishing this step and saving; Ctrl-C now stops at once\n".encode(),
-            )
+        if self._accelerator.is_main_process:
+            message = f"\n{signal.Signals(number).name}: finishing this step and saving; Ctrl-C now stops at once\n"
+            with contextlib.suppress(OSError):  # a closed terminal
+                os.write(2, message.encode())  # not through Python's buffers: this may interrupt their own work
         if self._cuts:
             raise CutShort
 
     def cut_short(self, work: Callable[[], None]) -> None:
-        """Do `work`, which a first signal ends: samples take long, and can be drawn again."""
+        """Do `work`, which a first signal ends: samples take long, and can be made again."""
         try:
             self._cuts = not self._asked
             work()
@@ -75,7 +71,7 @@ class Signals:
             self._cuts = False
 
     def agreed(self) -> int:
-        """The signal that any process of the run has heard, or 0: the same in all, so that all stop after the same step."""
+        """The signal that any process of the run received, or 0: the same in all, so that all stop after the same step."""
         if self._accelerator.num_processes == 1:
             return self._asked
         asked = torch.zeros(self._accelerator.num_processes, dtype=torch.int64, device=self._accelerator.device)

@@ -1,8 +1,9 @@
-"""The training loop: the only one in the project. It knows turns and losses, and nothing of any family."""
+"""The training loop, the only one in the project. It knows train steps and losses, and nothing about any family."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,25 +18,29 @@ from finetune.estimate.monitor import Expected
 from finetune.models.base import Model
 from finetune.planning import Plan
 from finetune.rng import Draw, mix
-from finetune.terminal import Progress
 from finetune.training import checkpoint
 from finetune.training.device import from_empty_cache, memory_live
 from finetune.training.failures import memory_explained, not_finite, too_far
 from finetune.training.optimizers import effective_lr, learning_rate
 from finetune.training.pace import Pace
+from finetune.training.progress import TrainingProgress
 from finetune.training.run_folder import Run
+from finetune.training.run_list import validations
+from finetune.training.samples import grid_of
 from finetune.training.signals import Signals
 from finetune.training.state import TrainingState
 from finetune.training.watchdog import Clock, Watchdog
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
     """One run.
 
     Args:
-        observe: called with the number of finished steps when the recipe asks for samples, the averaged weights in place.
-        pace: is told how long each step takes, and warns when that is far from the estimate.
-        watch: called likewise when the recipe asks for it; returns what the step's record is told, and an alarm or "".
+        observe: called with the number of finished steps when samples are due, with the averaged weights in place.
+        pace: gets the time of each step, and warns when it is far from the estimate.
+        watch: called when a collapse check is due; returns values for the step's record, and a warning or "".
     """
 
     def __init__(
@@ -49,25 +54,19 @@ class Trainer:
         pace: Pace | None = None,
         watch: Callable[[int], tuple[dict[str, float], str]] | None = None,
     ) -> None:
-        self.plan, self.data, self.run, self.accelerator, self.observe, self.watch = (
-            plan,
-            data,
-            run,
-            accelerator,
-            observe,
-            watch,
-        )
+        self.plan, self.data, self.run, self.accelerator = plan, data, run, accelerator
+        self.observe, self.watch = observe, watch
         self.state = TrainingState(plan, model, accelerator)
-        self.pace = pace or Pace(Expected(None, "none was asked for"), lambda: None)
+        self.pace = pace or Pace(Expected(None, "none was requested"), lambda: None)
         self.clock = Clock()
-        self.progress = Progress("step", enabled=accelerator.is_main_process)
+        self.progress = TrainingProgress(plan.steps, enabled=accelerator.is_main_process)
 
     def train(self) -> None:
-        """Take every step of the plan that is not yet taken.
+        """Take every step of the plan that has not been taken yet.
 
         Raises:
-            Stopped: a signal came; the steps that were finished are saved.
-            UserError: a loss, a gradient, a disk or a memory that training cannot go on with.
+            Stopped: a signal came; the finished steps are saved.
+            UserError: a loss or gradient is not finite, or the disk or the memory is full.
         """
         signals = Signals(self.accelerator)
         tight = memory_explained(
@@ -75,33 +74,35 @@ class Trainer:
         )
         with (
             self.run.status.phase("training"),
-            Watchdog(self.run.status, self.clock, self._say),
-            signals.heard(),
+            Watchdog(self.run.status, self.clock, log.warning),
+            signals.handled(),
             tight,
         ):
-            self._train(signals)
+            try:
+                self._train(signals)
+            finally:
+                self.progress.end()
 
     def _train(self, signals: Signals) -> None:
         train, steps = self.plan.recipe.train, self.plan.steps
         done = self.resume()
-        self._observe(done, signals)
+        self._sample(done, signals)
         for step in range(done, steps):
             record, done = self.train_step(step), step + 1
             stopping = signals.agreed()
-            saves = done % train.checkpoint_every == 0 or done == steps or self._draws(done) or stopping
+            saves = done % train.checkpoint_every == 0 or done == steps or self._samples_due(done) or stopping
             if self.data.has_validation and not stopping and (done % train.validate_every == 0 or saves):
                 record["validation"] = self.validate()
-            record |= self._watched(done, signals)
+            record |= self._check_collapse(done, signals)
             self._log(record)
             if saves:
                 self.save(done, record.get("validation"))
             if stopping:
-                raise Stopped(f"stopped after step {done}, which is saved; --resume goes on from there", stopping)
-            self._observe(done, signals)
-        self.progress.end()
+                raise Stopped(f"stopped after step {done}, which is saved; --resume continues from there", stopping)
+            self._sample(done, signals)
 
     def train_step(self, step: int) -> dict[str, float]:
-        """Take one step (counted from 0): each turn in order. Returns its line of `metrics.jsonl`."""
+        """Take one step (counted from 0): each train step in order. Returns its line of `metrics.jsonl`."""
         start = time.perf_counter()
         rate = learning_rate(self.plan.recipe.optimizer, step, self.plan.steps)
         record: dict[str, float] = {"step": step + 1, "lr": rate}
@@ -118,10 +119,10 @@ class Trainer:
         return record | {"seconds": time.perf_counter() - start}
 
     def _run_phase(self, step: int, number: int, rate: float) -> tuple[float, float]:
-        """One optimizer step of one turn; returns (mean loss, norm of the gradient before clipping).
+        """One optimizer step of one train step; returns (mean loss, norm of the gradient before clipping).
 
         Raises:
-            UserError: either is not finite; the weights are as they were before the step, but where they step in the backward pass.
+            UserError: either is not finite. The weights are as before the step, except with `train.fused_backward`.
         """
         recipe, accelerator, state = self.plan.recipe, self.accelerator, self.state
         train_step, update = state.train_steps[number], state.updates[number]
@@ -131,7 +132,7 @@ class Trainer:
             draw = Draw(recipe.train.seed, step, self.batch_indices(micro))
             batch = self._moved(self.data.batch(step, draw.places, draw))
             self.clock.lap("data")
-            # Dropout inside the nets draws from torch's global generator: it too becomes a function of the step.
+            # Dropout layers use torch's global generator: this makes them, too, a function of the step.
             torch.manual_seed(mix(recipe.train.seed, "dropout", step, draw.places[0]))
             last = micro == recipe.train.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(train_step.net):
@@ -145,7 +146,7 @@ class Trainer:
             total += loss.detach()
             self.clock.lap("backward")
         mean, size = torch.stack([accelerator.reduce(total, "mean"), update.clip()]).tolist()
-        # A scaler skips float16's overflows by itself, and halves its scale; below 1 it is not the scale that overflows.
+        # A scaler skips float16's overflows itself and halves its scale; below 1, it is not the scale that overflows.
         finite = math.isfinite(size) or (accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1)
         if not (math.isfinite(mean) and finite):
             raise not_finite(
@@ -161,7 +162,7 @@ class Trainer:
         return mean, size
 
     def batch_indices(self, micro: int) -> list[int]:
-        """This process's places in the global batch, for one of its accumulated batches."""
+        """This process's indices in the global batch, for one of its accumulated batches."""
         size = self.plan.recipe.train.batch_size
         start = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
         return list(range(start, start + size))
@@ -175,19 +176,14 @@ class Trainer:
             self.run.log(record)
         if self.plan.recipe.output.trackers:
             self.accelerator.log(record, step=int(record["step"]))
-        losses = [
-            f"{name.partition('.')[2]} loss {value:.4f}" for name, value in record.items() if name.startswith("loss.")
-        ]
         if warning := self.pace.took(record["seconds"]):
-            self._say(warning)
-        self.progress.show(
-            int(record["step"]), self.plan.steps, " · ".join([f"{record['seconds']:.2f} s/step", *losses])
-        )
+            log.warning(warning)
+        self.progress.step(record)
         self.clock.lap("log")
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the held-out images, with the same noise and timesteps at every validation, of the averaged weights."""
+        """Mean loss of the averaged weights over the held-out images, with the same noise and timesteps each time."""
         train_step, device = self.state.train_steps[0], self.accelerator.device
         with self.run.status.phase("validating"), self.state.averaged(), self.accelerator.autocast():
             losses = [
@@ -199,62 +195,59 @@ class Trainer:
     def save(self, done: int, validation: float | None = None) -> None:
         """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""
         with self.run.status.phase("saving"):
-            found = self.state.checkpoint(done, validation)
+            state = self.state.checkpoint(done, validation)
             if self.accelerator.is_main_process:
-                checkpoint.save(self.run.folder / "checkpoints", found, self.plan.recipe.train.keep_checkpoints)
+                checkpoint.save(self.run.folder / "checkpoints", state, self.plan.recipe.train.keep_checkpoints)
             self.accelerator.wait_for_everyone()
         self.clock.lap("checkpoint")
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, if there is one; returns the number of finished steps."""
-        found, said = checkpoint.newest(self.run.folder / "checkpoints")
-        if found is not None:
-            said += [f"going on after step {found.step}", *self.state.restore(found)]
-        for sentence in said:
-            self.accelerator.print(sentence)
-        done = found.step if found is not None else 0
+        folder = self.run.folder / "checkpoints"
+        newest, notes = checkpoint.newest(folder)
+        if newest is not None:
+            notes += [f"resuming after step {newest.step}", *self.state.restore(newest)]
+        for note in notes:
+            log.info(note)
+        done = newest.step if newest is not None else 0
         if done > self.plan.steps:
             raise too_far(done, self.plan.steps, self.run.folder)
+        losses = [(loss, step) for step, loss in validations(folder).items() if loss is not None and step <= done]
+        self.progress.best = min(losses)[::-1] if losses else None
         if self.accelerator.is_main_process:
             self.run.forget_after(done)
         self.run.status.step(done)
         return done
 
-    def _draws(self, done: int) -> bool:
+    def _samples_due(self, done: int) -> bool:
         return self.observe is not None and (done % self.plan.recipe.sample.every == 0 or done == self.plan.steps)
 
-    def _observe(self, done: int, signals: Signals) -> None:
-        """Draw samples when it is time, on the main process; the others wait at the next step's gradients."""
+    def _sample(self, done: int, signals: Signals) -> None:
+        """Write samples when they are due, on the main process; the others wait at the next step's gradients."""
         observe = self.observe
-        if observe is not None and self._draws(done) and self.accelerator.is_main_process:
+        if observe is not None and self._samples_due(done) and self.accelerator.is_main_process:
             self.progress.end()
             with self.run.status.phase("sampling"), self.state.averaged(), from_empty_cache(self.accelerator.device):
                 signals.cut_short(lambda: observe(done))
+            if (grid := grid_of(self.run.folder, done)).is_file():
+                self.progress.sampled(done, grid)
             self.clock.lap("samples")
 
-    def _watched(self, done: int, signals: Signals) -> dict[str, float]:
-        """What `watch` sees when it is time, on the main process; an alarm is said."""
+    def _check_collapse(self, done: int, signals: Signals) -> dict[str, float]:
+        """Run `watch` when it is due, on the main process; logs its warning and returns its values."""
         watch, every = self.watch, self.plan.recipe.sample.collapse_check_every
-        found: dict[str, float] = {}
-        if (
-            watch is None
-            or not every
-            or (done % every and done != self.plan.steps)
-            or not self.accelerator.is_main_process
-        ):
-            return found
+        values: dict[str, float] = {}
+        due = every and (done % every == 0 or done == self.plan.steps)
+        if watch is None or not due or not self.accelerator.is_main_process:
+            return values
 
         def look() -> None:
-            seen, alarm = watch(done)
-            found.update(seen)
-            if alarm:
-                self._say(alarm)
+            seen, warning = watch(done)
+            values.update(seen)
+            if warning:
+                log.warning(warning)
 
         with self.run.status.phase("watching"), self.state.averaged():
             signals.cut_short(look)
         self.clock.lap("watch")
-        return found
-
-    def _say(self, sentence: str) -> None:
-        self.progress.end()
-        self.accelerator.print(sentence, flush=True)
+        return values

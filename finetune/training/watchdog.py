@@ -97,11 +97,11 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
 def stall(processes: Sequence[Status], quiet: float) -> str:
     """Which process keeps all of them waiting, and where it stands."""
     culprits = [one for one in processes if not one.waits] or list(processes)
-    said = f"warning: nothing has moved for {duration(quiet)} in step {processes[0].step + 1}: "
+    stalled = f"no progress for {duration(quiet)} in step {processes[0].step + 1}: "
     if len(processes) == 1:
-        return said + f"the run stands at {processes[0].at}"
+        return stalled + f"the run is at {processes[0].at}"
+    places = "; ".join(f"rank {status.rank} on {status.host} is at {status.at}" for status in culprits)
     if len(culprits) == len(processes):
-        return said + "; ".join(f"rank {one.rank} on {one.host} stands at {one.at}" for one in culprits)
+        return stalled + places
     waiting = len(processes) - len(culprits)
-    standing = "; ".join(f"rank {one.rank} on {one.host} stands at {one.at}" for one in culprits)
-    return said + f"{standing}; {'the other waits' if waiting == 1 else f'the other {waiting} wait'} for it"
+    return stalled + f"{places}; {'the other rank waits' if waiting == 1 else f'the other {waiting} ranks wait'} for it"

@@ -103,7 +103,7 @@ def refused(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> Non
     """Spoil the scene, run the entry script in this process, and see that it refuses as it should."""
     from accelerate.state import AcceleratorState
 
-    from finetune import lora
+    from finetune.cli import launch_target
 
     spoil, said, remedy = case
     spoil(scene)
@@ -112,7 +112,7 @@ def refused(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> Non
     files = {path: path.read_bytes() for path in scene.folder.rglob("*") if path.is_file()}
     scene.patch.setattr(sys, "argv", ["lora.py", *scene.arguments()])
     with pytest.raises(SystemExit) as ended:
-        lora.main()
+        launch_target.main("lora")
     captured = capsys.readouterr()
     check(captured.out, captured.err, said, remedy)
     assert ended.value.code == 2

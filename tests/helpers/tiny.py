@@ -251,7 +251,7 @@ def finish(job: Job) -> None:
     """Write the artifact into the run's folder."""
     from finetune import job as jobs
 
-    jobs.finish(job)
+    jobs.export_result(job)
 
 
 def trained(job: Job) -> dict[str, Tensor]:

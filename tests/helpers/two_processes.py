@@ -36,11 +36,12 @@ def nobody(*given: object) -> NoReturn:
 
 
 def main() -> None:
-    from finetune.cli.process import launched, quiet_libraries
+    from finetune import terminal
+    from finetune.cli.process import training_process
     from finetune.config.loader import load_recipe
 
-    with launched():
-        quiet_libraries()
+    with training_process():
+        terminal.silence_libraries()
         from finetune import job
 
         if os.environ["RANK"] != "0":
@@ -63,7 +64,7 @@ def main() -> None:
             ready.trainer.train()
             if accelerator.is_fsdp2:
                 accelerator.end_training = lambda: None  # which would end the processes' exchange
-                job.finish(ready)
+                job.export_result(ready)
 
 
 if __name__ == "__main__":

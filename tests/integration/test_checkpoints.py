@@ -81,7 +81,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         tiny.prepare(asked, resume=True)
 
 
-def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_makes_resuming_inexact_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
     job = tiny.prepare(recipe)
     job.trainer.train_step(0)
@@ -91,7 +91,7 @@ def test_what_makes_resuming_inexact_is_said(tmp_path: Path, capsys: pytest.Capt
         tiny.prepare(recipe, resume=True).trainer.resume()
     finally:
         torch.set_num_threads(1)
-    assert "1 threads before, 2 now" in capsys.readouterr().out
+    assert "1 threads before, 2 now" in caplog.text
     changed = tiny.prepare(recipe, resume=True)
     changed.trainer.state._tensors.popitem()
     with pytest.raises(UserError, match="holds other weights"):

@@ -43,8 +43,9 @@ HEAVY = {
         "from finetune.cli import main; main.main(['gpus', 'h200'])",
         "from finetune.cli import main; main.main(['train', 'lora/emoji', '--set', 'a=b'])",
         "import finetune; finetune.load_recipe('lora/emoji')",
-        "from finetune import planning, pretrained, seeds, strictyaml; from finetune.data import captions, images, scan, sources",
-        "from finetune.report import html_report, model_summary, tables; "
+        "from finetune import planning, rng; from finetune.config import yaml_reader; from finetune.data import sources",
+        "from finetune.data.audit import audit; from finetune.cli import preflight, launch_target, launcher",
+        "from finetune.report import model_summary, html_report, tables",
         "from finetune.cli import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
@@ -172,7 +173,7 @@ def test_copying_a_recipe_never_overwrites(
     assert Path("lora-emoji.yaml").read_text(encoding="utf-8") == original
     Path("lora-emoji.yaml").write_text("mine")
     assert ft("recipes", "copy", "lora/emoji") == 2
-    assert Path("lora-emoji.yaml").read_text() == "mine" and "not touched" in capsys.readouterr().err
+    assert Path("lora-emoji.yaml").read_text() == "mine" and "not changed" in capsys.readouterr().err
     assert ft("recipes", "copy", "lora/emoji", "other.yaml") == 0
     assert Path("other.yaml").is_file()
     assert ft("recipes", "copy", "lora/emoji", "no/folder/x.yaml") == 2

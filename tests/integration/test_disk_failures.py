@@ -21,13 +21,13 @@ CASES = Cases()
 case = CASES.case
 
 
-@case("run exists already; nothing in it was touched", "--resume.*output.folder")
+@case("run already exists; nothing in it was changed", "--resume.*output.folder")
 def run_folder_that_exists(scene: Scene) -> None:
     (scene.run / "checkpoints").mkdir(parents=True)
     (scene.run / "recipe.yaml").write_text("of another run")
 
 
-@case("run exists already", "output.folder")
+@case("run already exists", "output.folder")
 def file_in_place_of_the_run_folder(scene: Scene) -> None:
     scene.run.write_text("precious")
 

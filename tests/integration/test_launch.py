@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.cli import process, train
+from finetune.cli import launcher, process
 from finetune.errors import UserError
 from finetune.estimate.hardware import cpu
 from finetune.training import run_list
@@ -34,7 +34,7 @@ def test_accelerate_takes_our_flags_without_a_remark(
 
     assert not Path(default_yaml_config_file).exists(), "the tests' own Hugging Face folder is empty"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    environment, arguments = train.launcher("lora", processes, gpu)
+    environment, arguments = launcher.launch_arguments("lora", processes, gpu)
     with caplog.at_level(logging.DEBUG):
         parsed, _, _ = launch._validate_launch_command(
             launch.launch_command_parser().parse_args([*arguments, "recipe", "--set", "a=b"])
@@ -47,7 +47,7 @@ def test_accelerate_takes_our_flags_without_a_remark(
     assert parsed.training_script_args == ["recipe", "--set", "a=b"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in train.CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in launcher.CONFIGS.glob("*.yaml")))
 def test_accelerate_reads_the_configurations_that_come_with_ft(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +57,7 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    file = train.CONFIGS / f"{name}.yaml"
+    file = launcher.CONFIGS / f"{name}.yaml"
     text = file.read_text()
     assert "ntested" in text.partition("\ncompute_environment")[0], "each says that no GPU has seen it"
     config = load_config_from_file(str(file))
@@ -67,29 +67,34 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(
     assert (config.num_processes, parsed.num_processes, parsed.mixed_precision) == (several, several, "no")
     keys = {action.dest for action in parser._actions}
     assert {key if key.startswith("fsdp") else f"fsdp_{key}" for key in config.fsdp_config} <= keys
-    assert config.deepspeed_config.keys() <= keys
-    if config.deepspeed_config:
-        with pytest.raises(UserError, match="DEEPSPEED is not supported"):
-            train.find_config(name)
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(UserError, match="--accelerate fsdp2"):
-            process.refuse_foreign_engines()
-        return
-    assert train.find_config(name) == file
-    assert f"--config_file {file}" in " ".join(train.launcher("lora", None, True, name, ("machine_rank=1",))[1])
+    assert launcher.find_config(name) == file
+    assert f"--config_file {file}" in " ".join(
+        launcher.launch_arguments("lora", None, True, name, ("machine_rank=1",))[1]
+    )
     if config.fsdp_config:
         for key, value in prepare_multi_gpu_env(parsed).items():
             monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        process.refuse_foreign_engines()
+        launcher.refuse_unsupported_engines()
         monkeypatch.setenv("FSDP_VERSION", "1")
         with pytest.raises(UserError, match="FSDP1 is not supported"):
-            process.refuse_foreign_engines()
+            launcher.refuse_unsupported_engines()
         older = tmp_path / "mine.yaml"
         older.write_text(text.replace("fsdp_version: 2", "fsdp_version: 1"))
         with pytest.raises(UserError, match="FSDP1 is not supported"):
-            train.find_config(str(older))
+            launcher.find_config(str(older))
+
+
+def test_deepspeed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 2\n")
+    for name in (str(mine), "deepspeed-zero2"):
+        with pytest.raises(UserError, match=r"DEEPSPEED is not supported.*\n.*\n.*--accelerate fsdp2"):
+            launcher.find_config(name)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--accelerate fsdp2"):
+        launcher.refuse_unsupported_engines()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(
 )
 def test_a_configuration_that_is_not_there_is_said(config: str, extra: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError) as caught:
-        train.launcher("lora", None, True, config, extra)
+        launcher.launch_arguments("lora", None, True, config, extra)
     assert says in str(caught.value)
 
 
@@ -124,15 +129,16 @@ _LAUNCHER = (
     [
         ("pass", 0, ""),
         ("raise UserError('no such thing', remedy='try another')", 2, "error: no such thing\n  fix:  try another\n"),
-        ("raise KeyboardInterrupt", 130, "\nstopped; --resume goes on from the last checkpoint\n"),
+        ("raise KeyboardInterrupt", 130, "\nstopped; --resume continues from the last checkpoint\n"),
         ("os._exit(9)", 1, ""),
     ],
 )
 def test_the_scripts_own_exit_code_and_words_come_through(
     body: str, code: int, says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    script = f"import os\nfrom finetune.cli.process import launched\nfrom finetune.errors import UserError\nwith launched():\n    {body}"
-    assert train.run([sys.executable, "-c", _LAUNCHER, script], {"PYTHONPATH": str(CHECKOUT)}) == code
+    script = "import os\nfrom finetune.cli.process import training_process\nfrom finetune.errors import UserError\n"
+    script += f"with training_process():\n    {body}"
+    assert launcher.run([sys.executable, "-c", _LAUNCHER, script], {"PYTHONPATH": str(CHECKOUT)}) == code
     assert capfd.readouterr().err == says
 
 
@@ -152,9 +158,9 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(
     rank: str, other: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The others lose their exchange with it (on CPUs), or would wait for it (on GPUs); neither is told."""
-    script = "import os, time\nfrom finetune.cli.process import launched\nfrom finetune.errors import UserError\nwith launched():\n"
+    script = "import os, time\nfrom finetune.cli.process import training_process\nfrom finetune.errors import UserError\nwith training_process():\n"
     script += f"    if os.environ['RANK'] == '{rank}': raise UserError('the disk is full')\n    {other}"
-    assert train.run([sys.executable, "-c", _LAUNCHER_OF_TWO, script], {"PYTHONPATH": str(CHECKOUT)}) == 2
+    assert launcher.run([sys.executable, "-c", _LAUNCHER_OF_TWO, script], {"PYTHONPATH": str(CHECKOUT)}) == 2
     assert capfd.readouterr().err == "error: the disk is full\n"
 
 
@@ -163,8 +169,8 @@ def test_a_signal_stops_the_script_and_is_waited_for(number: signal.Signals, cod
     script = f"""
 import time
 from pathlib import Path
-from finetune.cli.process import launched
-with launched():
+from finetune.cli.process import training_process
+with training_process():
     try:
         Path({str(tmp_path / "ready")!r}).touch()
         time.sleep(60)
@@ -172,7 +178,7 @@ with launched():
         time.sleep(0.3)  # such as a checkpoint being written
         Path({str(tmp_path / "finished")!r}).touch()
 """
-    outer = f"import sys; from finetune.cli import train; sys.exit(train.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
+    outer = f"import sys; from finetune.cli import launcher; sys.exit(launcher.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 
     def as_in_a_terminal() -> None:  # whoever runs the tests in the background has made them deaf to Ctrl-C
@@ -190,7 +196,7 @@ with launched():
         told = process.stderr.read()
         assert process.wait(20) == code
     assert (tmp_path / "finished").exists()
-    assert told == "\nstopped; --resume goes on from the last checkpoint\n"
+    assert told == "\nstopped; --resume continues from the last checkpoint\n"
 
 
 @pytest.mark.parametrize("gone", ["accelerate's launcher", "ft train"])
@@ -199,8 +205,8 @@ def test_nothing_outlives_its_launcher(gone: str, tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
-from finetune.cli.process import launched
-with launched():
+from finetune.cli.process import training_process
+with training_process():
     Path({str(tmp_path / "ready")!r}).touch()
     try:
         time.sleep(60)
@@ -208,9 +214,7 @@ with launched():
         Path({str(tmp_path / "stopped")!r}).write_text(str(stopped.number))
 """
     if gone == "ft train":
-        outer = (
-            f"from finetune.cli import train; train.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
-        )
+        outer = f"from finetune.cli import launcher; launcher.run([{sys.executable!r}, '-c', {_LAUNCHER!r}, {script!r}], {{}})"
     else:
         outer = f"import sys; sys.argv = ['', {script!r}]; {_LAUNCHER}"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "ACCELERATE_MIXED_PRECISION": "no"}
@@ -237,14 +241,14 @@ def test_of_several_processes_the_first_speaks(
     before = signal.getsignal(signal.SIGTERM)
     for rank, expected in (("0", []), ("1", [3])):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit), process.told():
+        with pytest.raises(SystemExit), process.report_errors():
             raise UserError("no")
         assert waited == expected, "the launcher ends the others while they wait"
     signal.signal(signal.SIGTERM, before)
     capsys.readouterr()
     monkeypatch.setenv(process.LAST_WORDS, str(tmp_path / "words"))
     for word in ("first", "second"):
-        with pytest.raises(SystemExit), process.told():
+        with pytest.raises(SystemExit), process.report_errors():
             raise UserError(word)
     assert (tmp_path / "words").read_text() == "2\nerror: first"
     assert capsys.readouterr().err == ""
@@ -257,7 +261,7 @@ def test_of_several_processes_the_first_speaks(
 def test_a_script_runs_from_any_folder_and_refuses_other_methods(method: str, tmp_path: Path) -> None:
     other = "scratch/emoji-vae" if method != "scratch" else "lora/emoji"
     found = shell(sys.executable, CHECKOUT / "finetune" / f"{method}.py", other, cwd=tmp_path)
-    assert found.returncode == 2 and "this recipe is of method" in found.stderr and "Traceback" not in found.stderr
+    assert found.returncode == 2 and "this recipe's method is" in found.stderr and "Traceback" not in found.stderr
 
 
 def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None:
@@ -286,7 +290,7 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
         process.terminate()
         assert process.stderr is not None
         assert re.search(
-            r"SIGTERM: finishing this step.*\n\nstopped after step \d+, which is saved; .*--resume goes on",
+            r"SIGTERM: finishing this step.*\n\nstopped after step \d+, which is saved; .*--resume continues",
             process.stderr.read(),
             re.S,
         )
@@ -297,15 +301,15 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     again = python(*asked[1:], "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith("$ accelerate launch --quiet ") and " --num_processes 1 " in again.stdout
-    assert "\ngoing on after step " in again.stdout
-    assert "\n── adapters ─" in again.stdout
+    assert "\nresuming after step " in again.stdout
+    assert "\nadapter: " in again.stdout
     noise = [
         line
         for line in again.stderr.splitlines()
-        if not line.startswith(("step ", "encoding ", "samples ", "looking "))
+        if not line.startswith(("step ", "encoding ", "samples ", "reading images "))
     ]
     assert not noise
-    told = again.stdout.partition("\nwritten\n")[2]
+    told = again.stdout.partition("\n── written ")[2].partition("\n")[2]
     places = [tmp_path / line.split("  ")[-1].strip() for line in told.splitlines()]
     named = [place.relative_to(tmp_path / "run").as_posix() for place in places]
     assert named == ["final/pytorch_lora_weights.safetensors", "before-after.png", "report.html"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks import torture
 from finetune import job as jobs
-from finetune.cli.process import told
+from finetune.cli.process import report_errors
 from finetune.config.loader import to_dict
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
@@ -90,7 +90,7 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "a CPU trains in float32" in done.stdout
-    found = re.search(r"going on after step (\d+)", done.stdout)
+    found = re.search(r"resuming after step (\d+)", done.stdout)
     assert found is not None
     assert 7 <= int(found[1]) < steps
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, steps + 1))
@@ -113,7 +113,7 @@ def test_nan_stops_before_the_weights_take_it(
     with torch.no_grad():
         weight[(0,) * weight.ndim] = torch.nan
     before, average = tiny.trained(job), [tensor.clone() for tensor in job.trainer.state.ema.averages.values()]  # type: ignore[union-attr]
-    with pytest.raises(SystemExit) as ended, told():
+    with pytest.raises(SystemExit) as ended, report_errors():
         job.trainer.train_step(1)
     assert ended.value.code == 2
     said = capsys.readouterr().err

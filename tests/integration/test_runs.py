@@ -148,9 +148,7 @@ def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
     seen = run_list.look(tmp_path / "run").processes[0]
     freeze.set()
     thread.join()
-    assert len(said) == 1 and said[0].startswith(
-        "warning: nothing has moved for 0 s in step 1: the run stands at data/dataset.py:"
-    )
+    assert len(said) == 1 and said[0].startswith("no progress for 0 s in step 1: the run is at data/dataset.py:")
     assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
 
 
@@ -161,9 +159,9 @@ def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
         )
 
     assert watchdog.stall([one(0, True), one(1, False)], 400) == (
-        "warning: nothing has moved for 6 min 40 s in step 12: rank 1 on host stands at file.py:1; the other waits for it"
+        "no progress for 6 min 40 s in step 12: rank 1 on host is at file.py:1; the other rank waits for it"
     )
-    assert "rank 0 on host stands at file.py:0; rank 1 on host" in watchdog.stall([one(0, True), one(1, True)], 400)
+    assert "rank 0 on host is at file.py:0; rank 1 on host" in watchdog.stall([one(0, True), one(1, True)], 400)
 
 
 def test_waiting_for_the_others_is_told_from_work() -> None:
@@ -248,7 +246,7 @@ def test_runs_are_listed_with_their_state(
     assert lines["alive"].startswith("▸") and lines["alive"].endswith("2/6  training · 8 s left")
 
     for name, expected in {
-        "done": ["after steps 4, 6", ", validation loss"],
+        "done": ["2 checkpoints, after steps 4, 6", ", held-out loss"],
         "failing": [
             "failed: the disk is gone",
             f"--set output.folder={tmp_path / 'runs' / 'failing'} --resume",
@@ -256,7 +254,7 @@ def test_runs_are_listed_with_their_state(
         ],
         "alive": [
             "rank 0  training on",
-            "nothing has moved for 6 min 40 s, it stands at data/dataset.py:1 in batch",
+            "no progress for 6 min 40 s, at data/dataset.py:1 in batch",
             "denoiser 0.5, 2 s/step",
         ],
     }.items():

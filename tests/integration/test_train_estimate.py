@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from finetune import job
-from finetune.cli import process, train
+from finetune.cli import launch_target, launcher
 from finetune.cli.main import main
 from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.machine import Machine
@@ -51,19 +51,19 @@ def of(name: str, *overrides: str, gpu: str = "rtx3060") -> Forecast:
 
 
 def test_what_does_not_fit_is_refused_with_advice_that_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"does not fit: it takes [\d.]+ of the 11\.8 GiB that RTX 3060") as refused:
-        job.foretell(plan)
+        job.check_estimate(plan)
     one = expect(plan).forecast
-    assert one is not None and "which does not fit" in capsys.readouterr().out
+    assert one is not None and "which does not fit" in caplog.text
     for saved, text in advice(one):
         assert f"{saved}  {text}" in refused.value.remedy
     assert "--force" in refused.value.remedy and "--set train.ema=null" in refused.value.remedy
-    assert job.foretell(plan, force=True).forecast == one
+    assert job.check_estimate(plan, force=True).forecast == one
     edited = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch, "train.ema=null")
-    assert job.foretell(edited).line == capsys.readouterr().out.splitlines()[-1]
+    assert job.check_estimate(edited).line == caplog.messages[-1]
     with pytest.raises(UserError, match="does not fit"):  # before anything is built or written
         job.prepare(recipe_of("full/sd15", tmp_path))
     assert not (tmp_path / "run").exists()
@@ -112,13 +112,14 @@ def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = job.foretell(planned(name, dataclasses.replace(SMALL_GPU, **changes), tmp_path, monkeypatch, *overrides))  # type: ignore[arg-type]
+    machine = dataclasses.replace(SMALL_GPU, **changes)  # type: ignore[arg-type]
+    found = job.check_estimate(planned(name, machine, tmp_path, monkeypatch, *overrides))
     assert found.forecast is None and found.line.startswith("no estimate: ") and says in found.line
 
 
 def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: Machine("cpu", "A processor", 1, 1, False, 2**16))
-    with pytest.raises(UserError, match="before the first image, and this machine has"):
+    with pytest.raises(UserError, match=r"weights, gradients and optimizer state take .* GiB, and this machine has"):
         job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"), force=True)
@@ -126,14 +127,19 @@ def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 def test_force_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[str]] = []
-    monkeypatch.setattr(train, "run", lambda arguments, environment: launched.append(arguments))
+    monkeypatch.setattr(launcher, "run", lambda arguments, environment: launched.append(arguments))
     with pytest.raises(SystemExit):
-        main(["train", "lora/emoji", "--force"])
+        main(["train", "lora/emoji", "--force", "--processes", "2"])
     script = next(number for number, argument in enumerate(launched[0]) if argument.endswith("lora.py"))
     monkeypatch.setattr(sys, "argv", launched[0][script:])
-    assert process.arguments("lora")[1:] == (False, True)
+    assert launch_target.parse_arguments("lora")[1:] == (False, True)
     monkeypatch.setattr(sys, "argv", ["lora.py", "lora/emoji"])
-    assert process.arguments("lora")[1:] == (False, False)
+    assert launch_target.parse_arguments("lora")[1:] == (False, False)
+    here: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(launch_target, "train", lambda recipe, resume, force: here.append((resume, force)))
+    with pytest.raises(SystemExit):
+        main(["train", "lora/emoji", "--force"])
+    assert here == [(False, True)]
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -155,7 +161,7 @@ def test_the_warning_names_figure_estimate_and_lever() -> None:
     said = warning(one, 7.5, 0.4)
     assert (
         "takes 7.5 s" in said
-        and f"{one.speed.seconds:.3g} s was estimated for RTX 3060" in said
+        and f"estimated {one.speed.seconds:.3g} s on RTX 3060" in said
         and "another process" in said
     )
     assert "--set train.gradient_checkpointing=true would save" in warning(
@@ -165,23 +171,23 @@ def test_the_warning_names_figure_estimate_and_lever() -> None:
         of("lora/sd15", "train.batch_size=8", "train.accumulation=1"), 7.5, 0.0
     )
     assert "another process" in warning(one, 7.5, None)
-    assert "The GPU waits for the processor, which launches 1," in warning(of("lora/emoji"), 7.5, None)
+    assert "The GPU waits for the CPU, which launches 1," in warning(of("lora/emoji"), 7.5, None)
 
 
-def test_a_run_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = tiny.prepare(tiny.recipe("sd15", "lora", f"train.steps={WARM_UP + FEWEST + 4}", folder=tmp_path / "run"))
     one = of("lora/sd15")
     unlikely = dataclasses.replace(one, speed=dataclasses.replace(one.speed, compute=1e-9, bandwidth=0.0, launch=0.0))
     made.trainer.pace = Pace(Expected(unlikely), lambda: 0.5)
     made.trainer.train()
-    assert capsys.readouterr().out.count("warning: a step takes ") == 1
+    assert [record.levelname for record in caplog.records if "a step takes " in record.message] == ["WARNING"]
     assert len(made.trainer.pace.seconds) == WARM_UP + FEWEST + 4
 
 
 # -- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny.recipe("sd15", "lora", "train.steps=5", folder=tmp_path / "run")
     done = tiny.train(recipe)
     found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
@@ -192,7 +198,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, capsys: pytest.CaptureFixt
         and 100 << 20 < held < 64 << 30
     )
     assert found["seconds_per_step"] == {"estimated": None, "measured": typical(done.trainer.pace.seconds), "steps": 5}
-    assert f"  a step            {found['seconds_per_step']['measured']:.3g} s\nwritten" in capsys.readouterr().out
+    assert f"   step    {found['seconds_per_step']['measured']:.3g} s\n" in f"{caplog.text}\n"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert '<section id="estimate">' in page and "There was no estimate: no profile covers this model" in page
     tiny.train(recipe, resume=True)  # takes no step, and leaves what was measured

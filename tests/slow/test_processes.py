@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.cli.train import launcher
+from finetune.cli.launcher import launch_arguments
 from finetune.config.loader import to_dict
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
@@ -107,7 +107,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         )
     files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks"), folder))
 
-    environment, arguments = launcher("lora", None, False, "many-gpus")
+    environment, arguments = launch_arguments("lora", None, False, "many-gpus")
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
     done = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=500
@@ -160,7 +160,7 @@ def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Pa
         port = free.getsockname()[1]
     running = []
     for rank in range(2):
-        environment, arguments = launcher(
+        environment, arguments = launch_arguments(
             "scratch", 2, False, "many-machines", (f"machine_rank={rank}", f"main_process_port={port}")
         )
         command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
@@ -180,8 +180,8 @@ def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launch
     two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
     unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
     assert (
-        launched.out.count("going on after step 1\n1 processes before, 2 now") == 2
-        and "going on after step 2\n" in launched.out
+        launched.out.count("resuming after step 1\n1 processes before, 2 now") == 2
+        and "resuming after step 2\n" in launched.out
     )
     assert unbroken.keys() == broken.keys() and all(
         torch.equal(unbroken[key], tensor) for key, tensor in broken.items()
@@ -228,7 +228,7 @@ def _pairs(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tenso
 
 
 def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
-    assert "going on after step 2\n1 processes before, 2 now: the same images a step" in launched.out
+    assert "resuming after step 2\n1 processes before, 2 now: the same images a step" in launched.out
     resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
     case = CASES["full-sd15"]
     with pytest.raises(

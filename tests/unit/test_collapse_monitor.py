@@ -69,10 +69,10 @@ def records(job: Job) -> list[dict[str, float]]:
     return [json.loads(line) for line in (job.run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = watched(tmp_path / "run", "healthy", "healthy")
     job.trainer.train()
-    assert "What helps" not in capsys.readouterr().out
+    assert "What helps" not in caplog.text
     first, second, third, last = records(job)
     assert "watch.diversity" not in first | third
     assert second["watch.diversity"] == last["watch.diversity"] == pytest.approx(1, abs=0.1)
@@ -81,10 +81,10 @@ def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, capsys: pytest.Captur
     assert "Modes" in page and "mode collapse at step" not in page
 
 
-def test_a_collapse_gets_the_alarm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collapse_gets_the_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = watched(tmp_path / "run", "healthy", "collapsed")
     job.trainer.train()
-    said = capsys.readouterr().out
+    said = caplog.text
     assert (
         "step 4: the samples are nearly all alike: 0% of the real images' diversity. What helps: net.minibatch" in said
         and "step 2: " not in said

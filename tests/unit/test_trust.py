@@ -152,7 +152,7 @@ def test_an_error_of_the_hub_tells_no_token(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
-    with pytest.raises(SystemExit), process.told():
+    with pytest.raises(SystemExit), process.report_errors():
         open_pipeline(Model("sd", "owner/private-model"), "StableDiffusionPipeline", torch.float32)
     said = capsys.readouterr().err
     assert "owner/private-model" in said and SECRETS["HF_TOKEN"] not in said

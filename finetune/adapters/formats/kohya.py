@@ -7,6 +7,7 @@ trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x's and 2
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from finetune.adapters.formats.safetensors_io import cast, hashes, read
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up
 # diffusers writes three spellings of the same, by the layer's kind.
@@ -80,9 +83,7 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
     if dtype is not None:
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):
-        print(
-            "a DoRA in this format is for ComfyUI; A1111 and diffusers would draw another image from it: give them --merge"
-        )
+        log.warning("DoRA in this format is for ComfyUI; A1111 and diffusers read it differently: use --merge for them")
     told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
     save_file(found, target, told | describe(recipe, tensors, settings) | hashes(found))
 

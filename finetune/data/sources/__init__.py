@@ -42,11 +42,22 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
         refuse_folder(data.masks)
         yield from rows(path if path.is_dir() else None, source.path, data)
     else:
-        raise UserError(
-            f'there is no folder "{source.path}"',
-            where="data.path",
-            remedy="check data.path (relative paths start at the working directory)",
-        )
+        raise _missing(source)
+
+
+def refuse_missing(data: Data) -> None:
+    """Raise if a source is neither there nor named like a data set of the hub; reads nothing."""
+    for source in data.sources or (Source(data.path or ""),):
+        if not Path(embedded(source.path)).expanduser().exists() and not looks_like_hub_name(source.path):
+            raise _missing(source)
+
+
+def _missing(source: Source) -> UserError:
+    return UserError(
+        f'there is no folder "{source.path}"',
+        where="data.path",
+        remedy="check data.path (relative paths start at the working directory)",
+    )
 
 
 def refuse_inside(place: Path, data: Data, key: str) -> None:
