@@ -1,8 +1,8 @@
-"""Checkpoints: all that a run needs to go on bit for bit, written so that one is there whole or not at all.
+"""Checkpoints: everything a run needs to resume bit for bit, written whole or not at all.
 
-A checkpoint is a folder `step-N`: `weights.safetensors` (what trains, and the nets' buffers), `ema.safetensors`,
-`optimizer-<turn>.pt`, `state.json` (with the validation loss, where there is one), and last `manifest.json` with the size
-and SHA-256 of each. It is written beside its place, synced and renamed.
+A checkpoint is a folder `step-N`: `weights.safetensors` (trained weights and the networks' buffers), `ema.safetensors`,
+`optimizer-<train step>.pt`, `state.json` (with the held-out loss, if there is one), and last `manifest.json` with the
+size and SHA-256 of each. It is written under a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "step-{:07d}"
 
 @dataclass
 class Checkpoint:
-    """`step` counts finished steps. `facts` are plain values (threads, processes, the gradient scaler's state)."""
+    """The state of a run after `step` finished steps; `facts` are plain values (threads, processes, gradient scaler)."""
 
     step: int
     weights: dict[str, Tensor]
@@ -40,14 +40,14 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` under `folder` and delete all but the newest `keep` and the best by validation loss.
+    """Write `checkpoint` under `folder`, and delete all but the newest `keep` and the one with the lowest held-out loss.
 
     Raises:
-        UserError: the disk is too full; nothing that was there is lost.
+        UserError: the disk is full; earlier checkpoints are untouched.
     """
     target = folder / NAME.format(checkpoint.step)
     aside = folder / f".{target.name}.part"
-    for left in folder.glob(".step-*.part"):  # by a kill in the middle of saving
+    for left in folder.glob(".step-*.part"):  # by a process killed while saving
         shutil.rmtree(left, ignore_errors=True)
     _check_space(folder, checkpoint)
     try:
@@ -65,22 +65,23 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError,
         SafetensorError,
         RuntimeError,
-    ) as error:  # a full disk is the second for safetensors, the third for torch.save
+    ) as error:  # a full disk raises the second from safetensors, the third from torch.save
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(
             f"the checkpoint of step {checkpoint.step} could not be written: {reason}",
             where=str(folder),
-            remedy="free some space and go on with --resume: earlier checkpoints are untouched",
+            remedy="free some disk space and continue with --resume: earlier checkpoints are untouched",
         ) from error
     for old in set(checkpoints(folder)[:-keep]) - {best(folder)}:
-        os.replace(old, aside)  # first, so that a kill leaves no half of one
+        os.replace(old, aside)  # renamed first: a kill must not leave half a checkpoint
         shutil.rmtree(aside)
     return target
 
 
 def publish(aside: Path, target: Path) -> None:
-    """Put the folder `aside` in the place of `target`, all of it on the disk before it has that name."""
+    """Move the folder `aside` to `target`, with everything on disk before it gets that name."""
+    share(aside)
     for path in (*aside.rglob("*"), aside):
         _sync(path)
     shutil.rmtree(target, ignore_errors=True)
@@ -88,8 +89,16 @@ def publish(aside: Path, target: Path) -> None:
     _sync(target.parent)
 
 
+def share(folder: Path) -> None:
+    """Give the files in `folder` the modes that the umask grants: safetensors writes them for their owner only."""
+    mode = folder.stat().st_mode & 0o666  # a new folder's mode follows the umask
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def best(folder: Path) -> Path | None:
-    """The finished checkpoint with the least validation loss, the newer of two equals; None if none was validated."""
+    """The finished checkpoint with the lowest held-out loss, the newer of two equals; None if none was validated."""
     known = [(loss, -step) for step, loss in validations(folder).items() if loss is not None]
     return folder / NAME.format(-min(known)[1]) if known else None
 
@@ -100,36 +109,39 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def kept(run: Path, steps: Sequence[int] | None, where: str) -> list[Path]:
-    """The checkpoints of a run after so many steps, or all that it keeps, in the order of training.
+    """The checkpoints of a run at `steps`, or all, in the order of training.
+
+    Args:
+        where: the option to name in errors.
 
     Raises:
-        UserError: one is not there, or none is; `where` is the option that asked.
+        UserError: one of them does not exist, or none at all.
     """
     there = {int(path.name.removeprefix("step-")): path for path in checkpoints(run / "checkpoints")}
     known = ", ".join(map(str, there)) or "none"
     if missing := [number for number in steps or () if number not in there]:
-        more = "train with a larger train.keep_checkpoints to have more"
+        more = "set a larger train.keep_checkpoints to keep more"
         raise UserError(
-            f"there is no checkpoint of step {missing[0]}", where=where, remedy=f"kept here: {known}; {more}"
+            f"there is no checkpoint of step {missing[0]}", where=where, remedy=f"use one of: {known}; {more}"
         )
     if not there:
         raise UserError(
             "this run has no checkpoint yet",
             where=str(run),
-            remedy=f"go on with it: ft train {run / 'recipe.yaml'} --resume",
+            remedy=f"resume it: ft train {run / 'recipe.yaml'} --resume",
         )
     return [path for number, path in there.items() if steps is None or number in steps]
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a sentence for each damaged one passed over."""
-    said: list[str] = []
+    """The newest intact checkpoint, and a message for each damaged one that was skipped."""
+    skipped: list[str] = []
     for path in reversed(checkpoints(folder)):
         damage = _damage(path)
         if not damage:
-            return load(path), said
-        said.append(f"checkpoint {path.name} is damaged ({damage}): the one before is used")
-    return None, said
+            return load(path), skipped
+        skipped.append(f"checkpoint {path.name} is damaged ({damage}) and is skipped")
+    return None, skipped
 
 
 def load_whole(path: Path) -> Checkpoint:
@@ -139,12 +151,14 @@ def load_whole(path: Path) -> Checkpoint:
         UserError: it is damaged.
     """
     if damage := _damage(path):
-        raise UserError(f"checkpoint {path.name} is damaged ({damage})", where=str(path), remedy="take another")
+        raise UserError(
+            f"checkpoint {path.name} is damaged ({damage})", where=str(path), remedy="use another checkpoint"
+        )
     return load(path)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint, into the machine's own memory: on a GPU there is no room for the weights twice."""
+    """Read one checkpoint into host memory: a GPU has no room for the weights twice."""
     state = json.loads((path / "state.json").read_text())
     averages = path / "ema.safetensors"
     return Checkpoint(
@@ -160,7 +174,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing."""
+    """What is wrong with a checkpoint's files; "" if nothing."""
     try:
         for name, expected in json.loads((path / MANIFEST).read_text()).items():
             file = path / name
@@ -179,14 +193,14 @@ def _check_space(folder: Path, checkpoint: Checkpoint) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"a checkpoint takes {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
+            f"a checkpoint needs {needed / 1e6:.0f} MB of disk space, and {free / 1e6:.0f} MB are free",
             where=str(folder),
-            remedy="free some space and go on with --resume: earlier checkpoints are untouched",
+            remedy="free some disk space and continue with --resume: earlier checkpoints are untouched",
         )
 
 
 def _bytes(value: Any) -> int:
-    """Of a tensor, a plain number, or a dict of these, nested as bitsandbytes nests its state."""
+    """Size of a tensor, a number, or a nested dict of them, as bitsandbytes nests its state."""
     if isinstance(value, dict):
         return sum(map(_bytes, value.values()))
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 8

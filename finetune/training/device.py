@@ -1,4 +1,4 @@
-"""What this process runs on."""
+"""The device of this process and its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LAUNCHER: dict[str, Precision] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def this_machine() -> Machine:
-    """The device that Accelerate will choose, and what `accelerate launch` said of processes and precision."""
+    """The device that Accelerate will choose, and the processes and precision set by `accelerate launch`."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     launcher = _LAUNCHER.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
@@ -35,13 +35,13 @@ def this_machine() -> Machine:
             launcher,
             sharded,
         )
-    if torch.backends.mps.is_available() and not on_cpu:  # untested likewise
+    if torch.backends.mps.is_available() and not on_cpu:  # untested
         return Machine("mps", "Apple GPU", processes, torch.get_num_threads(), False, host_memory(), launcher, sharded)
     return Machine("cpu", cpu_name(), processes, torch.get_num_threads(), False, host_memory(), launcher, sharded)
 
 
 def forget_peak() -> None:
-    """Begin to count the peak of `memory_peak` anew."""
+    """Reset the peak that `memory_peak` returns."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # only Linux counts it
@@ -49,7 +49,7 @@ def forget_peak() -> None:
 
 
 def memory_peak(device: torch.device) -> int | None:
-    """The most bytes that PyTorch has reserved on the device, or on a CPU that this process has held; None where nothing counts them."""
+    """Peak bytes that PyTorch reserved on a GPU, or that this process held on a CPU; None where nothing counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     with contextlib.suppress(OSError, StopIteration):
@@ -59,14 +59,14 @@ def memory_peak(device: torch.device) -> int | None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Give back what PyTorch keeps of a GPU's memory and nothing lives in: the next phase needs blocks of other sizes."""
+    """Release cached GPU memory: the next phase needs blocks of other sizes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def from_empty_cache(device: torch.device) -> Iterator[None]:
-    """A phase that neither finds nor leaves behind blocks of sizes that are of use to itself alone."""
+    """Within, a phase whose block sizes differ from the others' starts from and leaves an empty cache."""
     empty_cache(device)
     try:
         yield
@@ -75,7 +75,7 @@ def from_empty_cache(device: torch.device) -> Iterator[None]:
 
 
 def memory_left(device: torch.device) -> float | None:
-    """The share of the device's memory that no process has taken; None where it is not a GPU's own."""
+    """The share of the GPU's memory that is free; None on other devices."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -83,12 +83,12 @@ def memory_left(device: torch.device) -> float | None:
 
 
 def memory_live(device: torch.device, parts: dict[str, list[Tensor]]) -> dict[str, int]:
-    """Bytes on `device` of each part's tensors, of all other live ones, and of what PyTorch keeps besides; on a CPU of the parts alone."""
+    """Bytes on `device` of each part's tensors, and on a GPU also of all other live tensors and of PyTorch's cache."""
     found = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
-    if device.type == "cuda":  # untested where no GPU is at hand
+    if device.type == "cuda":
         allocated = torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device)
-        found |= {"activations and others": allocated - sum(found.values()), "kept by PyTorch": reserved - allocated}
+        found |= {"activations and others": allocated - sum(found.values()), "cached by PyTorch": reserved - allocated}
         found["other processes and CUDA itself"] = total - free - reserved
     return found

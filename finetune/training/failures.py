@@ -1,4 +1,4 @@
-"""What training cannot go on with, said so that a person knows what to do."""
+"""Errors that stop training, with what to do about them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,32 @@ from finetune.estimate.forecast import forecast, memory_options
 from finetune.estimate.monitor import Expected
 from finetune.training import checkpoint
 
-TIGHTER = 0.9  # the share of what did not suffice in which an edited run is to fit
+TIGHTER = 0.9  # an edited run should fit into this share of the memory that was not enough
+HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # of the RuntimeError that PyTorch raises on a CPU
 
 
 def not_finite(
-    step: int, turn: str, loss: float, norm: float, images: Sequence[str], folder: Path, taken: bool = False
+    step: int, train_step: str, loss: float, norm: float, images: Sequence[str], folder: Path, applied: bool = False
 ) -> UserError:
-    """The loss or the gradient of `step` (counted from 0) of the run in `folder` is NaN or infinite; `taken`: weights have it already."""
+    """The loss or the gradient of `step` (counted from 0) is NaN or infinite.
+
+    Args:
+        folder: of the run.
+        applied: whether the weights have been updated already.
+    """
     before = checkpoint.checkpoints(folder / "checkpoints")
     return UserError(
-        f"step {step + 1}: the {turn} loss is {loss:g} and its gradient's norm {norm:g}; stopped "
-        + ("when the weights had taken it (train.fused_backward)" if taken else "before the weights took it"),
+        f"step {step + 1}: the {train_step} loss is {loss:g} and its gradient norm {norm:g}; stopped "
+        + ("after the weights were updated (train.fused_backward)" if applied else "before the weights were updated"),
         where="; ".join(images),
         remedy=f"the last good checkpoint is {before[-1] if before else 'none yet'}; try a lower optimizer.lr or train.precision: float32",
     )
 
 
 def too_far(done: int, steps: int, folder: Path) -> UserError:
-    """The run in `folder` has taken more steps than it is asked for."""
+    """The run in `folder` has taken more steps than the recipe asks for."""
     return UserError(
-        f"the run has taken {done} steps, and {steps} are asked for",
+        f"the run has taken {done} steps, and the recipe asks for {steps}",
         where=str(folder),
         remedy=f"set train.steps: {done} or more",
     )
@@ -45,25 +51,27 @@ def too_far(done: int, steps: int, folder: Path) -> UserError:
 
 @contextlib.contextmanager
 def memory_explained(recipe: Recipe, expected: Expected, live: Callable[[], dict[str, int]]) -> Iterator[None]:
-    """Within, running out of a device's memory is a `UserError` that says what was estimated, what was live, and the edits that fit.
+    """Within, running out of memory raises a `UserError` with the estimate, what was live, and the edits that fit.
 
     Args:
-        live: bytes on the device by part, asked for while the step that failed still holds its tensors.
+        live: returns bytes on the device by part; called while the failed step still holds its tensors.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or HOST_IS_FULL in str(error)):
+            raise
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         ways = "".join(f"\n         {saved}  {text}" for saved, text in edits(recipe, expected))
         raise UserError(
-            f"the device has no memory left{f' for {wanted[1]} more' if wanted else ''}",
-            where=f"{expected.line}; live: {_listed(live()) or 'nothing that this process counts'}",
-            remedy=f"with an edit that needs less (checkpoints are untouched; --resume goes on where the edit allows it){ways}",
+            f"out of memory{f': {wanted[1]} more could not be allocated' if wanted else ''}",
+            where=f"{expected.line}; live: {_listed(live()) or 'unknown'}",
+            remedy=f"use less memory (checkpoints are untouched; --resume continues if the edit allows it):{ways}",
         ) from error
 
 
 def edits(recipe: Recipe, expected: Expected) -> list[tuple[str, str]]:
-    """As `advice`: what would fit into less than what did not suffice, however the estimate came out."""
+    """As `advice`: edits that fit into less memory than was not enough, whatever the estimate said."""
     one = expected.forecast
     if one is None:
         return [(assignment(option), option.cost) for option in memory_options(recipe)[:MOST_WAYS]] or [

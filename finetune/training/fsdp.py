@@ -1,7 +1,7 @@
-"""Weights shared out among processes by FSDP2 (torch's `fully_shard`), as Accelerate puts it on: each keeps its part of every tensor.
+"""Weights sharded by FSDP2 (torch's `fully_shard`) as Accelerate applies it: each process holds its shard of every tensor.
 
-The trainer steps on the parts. What is written is whole, and the same as without: `whole` gathers what is read off, `shared` takes this
-process's part of what was read.
+The trainer updates the shards. Files are written whole, and are the same as without FSDP: `whole` gathers tensors, and
+`shared` takes this process's shard of a tensor that was read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from finetune.errors import UserError
 
 
 def plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
-    """Block by block; gathered in the precision that autocast computes in. What else there is to say, the launcher's configuration says.
+    """Accelerate's FSDP2 plugin: sharded by block, gathered in autocast's precision; the rest is in the launcher's config.
 
-    Inputs are not cast: in bfloat16, timestep 567 would be 568. Gradients are summed in float32.
+    Inputs are not cast: in bfloat16, timestep 567 would become 568. Gradients are reduced in float32.
     """
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -37,20 +37,20 @@ def plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
 
 
 def check(accelerator: Accelerator) -> None:
-    """Raise if Accelerate did not do what its configuration asks for: where it finds no GPU, it leaves the weights whole and says nothing."""
+    """Raise if Accelerate did not shard as configured: without a GPU, it silently leaves the weights whole."""
     if not accelerator.is_fsdp2:
         raise UserError(
-            "the configuration asks for FSDP, and Accelerate shares weights out among GPUs only: it has found none here",
-            where="the configuration of Accelerate, distributed_type",
-            remedy="take MULTI_GPU (`ft train --accelerate many-gpus`), which CPUs have too",
+            "the configuration selects FSDP, but Accelerate shards weights only across GPUs, and found none",
+            where="the Accelerate configuration, distributed_type",
+            remedy="use MULTI_GPU, which works on CPUs too: ft train --accelerate many-gpus",
         )
 
 
 def settle_strides(net: nn.Module) -> None:
-    """Give tensors of `net` that lie the same in every layout, such as 1×1 kernels, the strides of torch's ordinary one, in place.
+    """Give tensors of `net` whose layout is ambiguous, such as 1×1 kernels, contiguous strides, in place.
 
-    With those of channels last, torch, as it sends weights to other processes, takes its flat copy for another tensor at the same place,
-    and refuses to copy that back.
+    With channels-last strides, torch refuses to copy weights back after broadcasting them to other processes: it takes
+    the flat copy for another tensor at the same address.
     """
     for tensor in (*net.parameters(), *net.buffers()):
         if tensor.is_contiguous():
@@ -58,9 +58,9 @@ def settle_strides(net: nn.Module) -> None:
 
 
 def cut(accelerator: Accelerator, net: nn.Module) -> None:
-    """Name the blocks of `net` that are gathered one at a time: those that diffusers and transformers say not to split.
+    """Set the blocks of `net` that are gathered one at a time: the `_no_split_modules` of diffusers and transformers.
 
-    No smaller units: LoRA layers that go together (`models.fused`) read each other's weights.
+    No smaller units: fused LoRA layers (`kernels.fused_lora`) read each other's weights.
     """
     wanted = {name for module in net.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     there = {type(module).__name__ for module in net.modules()}
@@ -68,10 +68,11 @@ def cut(accelerator: Accelerator, net: nn.Module) -> None:
 
 
 def whole(value: Any, kept: bool = True) -> Any:
-    """`value`, a tensor or a dict or list of such, with every shared tensor gathered; all processes call this together.
+    """`value`, a tensor or a dict or list of tensors, with every sharded tensor gathered; all processes call this together.
 
     Args:
-        kept: whether this process wants them: if not, it gets nothing in their places. They come one by one, and lie on the host.
+        kept: whether this process needs the result; if not, it gets None in place of tensors. Gathered tensors come one
+            by one and are moved to the host.
     """
     if isinstance(value, DTensor):
         found = full(value.detach())
@@ -82,12 +83,12 @@ def whole(value: Any, kept: bool = True) -> Any:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """`tensor` itself, or, of a part, the whole one, on every process's device; all call this together."""
+    """`tensor`, gathered if it is sharded, on every process's device; all processes call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shared(found: Any, like: Tensor) -> Any:
-    """This process's part of a whole tensor that all have read, or of each in a dict, where `like`, of the same shape, is a part; else itself."""
+    """This process's shard of a tensor that all have read, or of each in a dict, if `like`, of its shape, is sharded."""
     if isinstance(found, dict):
         return {key: shared(one, like) for key, one in found.items()}
     if not isinstance(like, DTensor) or not isinstance(found, Tensor) or found.shape != like.shape:
@@ -96,5 +97,5 @@ def shared(found: Any, like: Tensor) -> Any:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What of `tensor` lies on this process's device."""
+    """The local shard of `tensor`, or `tensor` itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,5 @@
-"""How gradients become a step: all tensors at once, or one by one as their gradients come; float32 weights, or bfloat16 rounded at random."""
+"""Applying gradients: all tensors at once, or each as its gradient arrives; to float32 weights, or to stochastically
+rounded bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -16,21 +17,21 @@ from finetune.rng import mix
 from finetune.training.fsdp import full
 from finetune.training.stochastic_rounding import rounded
 
-TINY = 1e-6  # beside a norm that divides, as in torch.nn.utils.clip_grad_norm_
+TINY = 1e-6  # added to a norm before dividing by it, as in torch.nn.utils.clip_grad_norm_
 
 
 @final
 class TensorByTensor(torch.optim.Optimizer):
-    """An optimizer of whose tensors one can step without the others, and whose bfloat16 tensors step in float32.
+    """An optimizer that can step one tensor without the others, and steps bfloat16 tensors in float32.
 
-    Such a tensor is widened, takes its step as a float32 one would, state in float32 included, and is rounded at random: by numbers
-    that are a function of (seed, step, tensor), so that a resumed run rounds as the unbroken one. They are drawn on the device, for
-    they are as many as the weights; so a GPU rounds by others than a CPU.
+    A bfloat16 tensor is widened, stepped as a float32 tensor with float32 state, and rounded stochastically by numbers
+    that are a function of (seed, step, tensor): a resumed run rounds as an unbroken one. They are generated on the
+    device, being as many as the weights, so a GPU rounds differently from a CPU.
 
     Args:
-        inner: steps the tensors of its one group each for itself (so not Prodigy, which judges all of them together).
-        parameters: what trains, one for each of the inner's: the same, or the bfloat16 one that it stands for.
-        key: of the rounding: the run's seed, and the turn.
+        inner: an optimizer with one group that treats each tensor by itself (so not Prodigy).
+        parameters: what trains, one for each of the inner's parameters: the same, or the bfloat16 one it stands for.
+        key: of the rounding: the run's seed, and the train step's name.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, parameters: list[nn.Parameter], key: tuple[int, str]) -> None:
@@ -60,7 +61,7 @@ class TensorByTensor(torch.optim.Optimizer):
             parameter.grad = None
 
     def begin(self, step: int) -> None:
-        """What comes is the update of `step` (counted from 0)."""
+        """Start the update of `step` (counted from 0)."""
         self._now = step
 
     @torch.no_grad()
@@ -70,7 +71,7 @@ class TensorByTensor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_one(self, place: int) -> None:
-        """Step the tensor at this place, if it has a gradient."""
+        """Step the tensor at this index, if it has a gradient."""
         parameter, widened = self._parameters[place], self._widened[place]
         if parameter.grad is None:
             return
@@ -88,30 +89,30 @@ class TensorByTensor(torch.optim.Optimizer):
 
 
 def widened(parameter: nn.Parameter) -> nn.Parameter:
-    """What an optimizer is given for `parameter`: itself, or, for a bfloat16 one, a float32 one that holds nothing between steps."""
+    """The parameter to give to an optimizer: itself, or for bfloat16 a float32 one that is empty between steps."""
     if parameter.dtype != torch.bfloat16:
         return parameter
     return nn.Parameter(torch.empty(0, dtype=torch.float32, device=parameter.device))
 
 
 class Update(ABC):
-    """One turn's step, in this order: `begin`, the backward passes, `clip`, and, if all is finite, `take`."""
+    """One update, in this order: `begin`, the backward passes, `clip`, and, if all is finite, `apply`."""
 
     @abstractmethod
     def begin(self, step: int, rate: float) -> None:
-        """The step (counted from 0) and its learning rate."""
+        """Set the step (counted from 0) and its learning rate."""
 
     @abstractmethod
     def clip(self) -> Tensor:
-        """Bound the gradients as the recipe says; returns the norm of all together before that."""
+        """Clip the gradients as the recipe says; returns the norm of all together before that."""
 
     @abstractmethod
-    def take(self) -> None:
-        """Step, and let the gradients go."""
+    def apply(self) -> None:
+        """Step, and free the gradients."""
 
 
 def make_update(recipe: Recipe, parameters: list[nn.Parameter], optimizer: Any, accelerator: Accelerator) -> Update:
-    """`optimizer` is Accelerate's."""
+    """The update for `optimizer`, which Accelerate has prepared."""
     kind = Fused if recipe.train.fused_backward else AtOnce
     return kind(recipe, parameters, optimizer, accelerator)
 
@@ -141,24 +142,24 @@ class AtOnce(Update):
         norms = [clip_alone(parameter.grad, most) for parameter in self._parameters if parameter.grad is not None]
         return _norm(torch.stack(norms))
 
-    def take(self) -> None:
+    def apply(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
 
 @final
 class Fused(Update):
-    """Each tensor inside the backward pass, as soon as its gradient is there; the gradient goes before the next one comes.
+    """Each tensor inside the backward pass, as soon as its gradient is complete; the gradient is freed at once.
 
-    So there are never all gradients at once, and what would need them (a norm over all to clip by, sums over several batches or
-    processes) is refused by the recipe or the plan. A loss that is not finite is seen when the weights have taken it.
+    All gradients never exist together, so what needs them (a global norm, sums over several batches or processes) is
+    refused by the recipe or the plan. A loss that is not finite is seen only after the weights were updated.
     """
 
     def __init__(
         self, recipe: Recipe, parameters: list[nn.Parameter], optimizer: Any, accelerator: Accelerator
     ) -> None:
         self._most = (recipe.optimizer.clip_norm or math.inf) if recipe.optimizer.clip == "tensor" else math.inf
-        self._optimizer: TensorByTensor = optimizer.optimizer  # within Accelerate's
+        self._optimizer: TensorByTensor = optimizer.optimizer  # inside Accelerate's wrapper
         self._norms: list[Tensor] = []
         self._open = False
         self._section: Callable[[str], None] | None = None
@@ -175,7 +176,7 @@ class Fused(Update):
 
     @torch.no_grad()
     def _arrived(self, place: int, parameter: Tensor) -> None:
-        if self._open and parameter.grad is not None:  # in another turn, the gradient is not this one's
+        if self._open and parameter.grad is not None:  # else the gradient belongs to another train step
             if self._section is not None:
                 self._section("optimizer")
             self._norms.append(clip_alone(parameter.grad, self._most))
@@ -188,8 +189,8 @@ class Fused(Update):
         self._open = False
         return _norm(torch.stack(self._norms))
 
-    def take(self) -> None:
-        """All is done."""
+    def apply(self) -> None:
+        """Nothing is left to do."""
 
 
 def _begin(optimizer: Any, step: int, rate: float) -> None:
@@ -201,7 +202,7 @@ def _begin(optimizer: Any, step: int, rate: float) -> None:
 
 
 def clip_alone(gradient: Tensor, most: float) -> Tensor:
-    """Bound one gradient's norm by `most`, in place; returns the norm before, float32."""
+    """Clip one gradient's norm to `most`, in place; returns the norm before, float32."""
     norm = _norm(gradient)
     if math.isfinite(most):
         gradient.mul_((most / (norm + TINY)).clamp(max=1.0))

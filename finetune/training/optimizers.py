@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, by the recipe's section."""
+"""Optimizers, learning-rate schedules and averaged weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune.config.schema import Optimizer
 from finetune.errors import UserError
 from finetune.replaceable import replaceable
 
-# Weights up to which an update is made of all tensors at once. It has a few launches instead of some a tensor, and holds a few float32
-# copies of what trains: little for an adapter (128 MiB each at most), and more than the gradients for a whole net.
+# Up to this many weights, all tensors are updated at once: a few launches instead of several per tensor, at the cost of a
+# few float32 copies of what trains (at most 128 MiB each for an adapter; more than the gradients for a whole network).
 AT_ONCE = 1 << 25
 CAME_RESIDUAL = 0.9999  # the third β of CAME (arXiv:2307.02047, §4.1)
 
@@ -25,7 +25,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over float32 `parameters`.
 
-    AdamW is torch's fused kernel: one pass over each tensor instead of a dozen. Adafactor is transformers', with the recipe's fixed rate.
+    AdamW is torch's fused kernel: one pass over each tensor instead of a dozen. Adafactor is transformers' with the
+    recipe's fixed learning rate.
     """
     trained = list(parameters)
     betas = section.moments
@@ -48,21 +49,21 @@ def make_optimizer(
 
 @replaceable
 def pages(section: Optimizer, device: torch.device) -> bool:
-    """Whether the optimizer's state lies in memory that CUDA moves between host and GPU as it is used."""
+    """Whether the optimizer's state is in CUDA's unified memory, which is paged between host and GPU."""
     return section.paged and device.type == "cuda"
 
 
 def _eight_bit(trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    """bitsandbytes' 8-bit AdamW, whose tensors under 4,096 elements keep float32 state."""
+    """bitsandbytes' 8-bit AdamW; tensors under 4,096 elements keep float32 state."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(
-            "adamw8bit needs bitsandbytes, which cannot be imported here",
+            "adamw8bit needs bitsandbytes, which cannot be imported",
             remedy="pip install bitsandbytes, or set optimizer.name: adamw",
         ) from error
     for parameter in trained:
-        # bitsandbytes would do so at its first step: a resumed run must find the layout that the unbroken one has.
+        # bitsandbytes does this at its first step: a resumed run must start with the same layout as an unbroken one.
         parameter.data = parameter.data.contiguous()
     return adamw8bit(bitsandbytes, trained, arguments)
 
@@ -77,8 +78,8 @@ def adamw8bit(bitsandbytes: Any, trained: list[nn.Parameter], arguments: dict[st
 def _adaptive(section: Optimizer, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """pytorch-optimizer's Prodigy (arXiv:2306.06101), schedule-free AdamW (2405.15682), Lion (2302.06675) or CAME (2307.02047).
 
-    Prodigy corrects its moments' bias, and a warm-up does not count in the distance it judges, as its authors advise for diffusion
-    models. CAME's own two ε stay as they are.
+    Prodigy uses bias correction and `safeguard_warmup`, as its authors advise for diffusion models. CAME keeps its own
+    two ε.
     """
     import pytorch_optimizer
 
@@ -95,16 +96,16 @@ def _adaptive(section: Optimizer, trained: list[nn.Parameter], arguments: dict[s
 
 
 def effective_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The rate of the last step: Prodigy's is what it found, d times the recipe's."""
+    """The learning rate of the last step; Prodigy's is its own estimate d times the recipe's."""
     group = optimizer.param_groups[0]
     return float(group["lr"] * group.get("d", 1.0))
 
 
 @contextlib.contextmanager
 def schedule_free(optimizer: Any) -> Iterator[None]:
-    """Within, weights are the averages x that a schedule-free optimizer is judged by, not the y at which it takes gradients. Others have none.
+    """Within, a schedule-free optimizer's weights are its averages x instead of y, where it computes gradients.
 
-    The way back by arithmetic would round, and a run would depend on when one looked: y is kept aside, on the host.
+    Computing y back from x would round, and validation would change a run: y is kept aside, on the host.
     """
     if "train_mode" not in optimizer.param_groups[0]:
         yield
@@ -122,11 +123,11 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
 
 
 def average(section: Optimizer, parameters: Iterable[nn.Parameter], state: dict[str, Any]) -> None:
-    """Turn weights as a schedule-free optimizer trains them into the averages that it is judged by, in place, for good; others stay.
+    """Turn the weights y of a schedule-free optimizer into its averages x, in place; for others, do nothing.
 
     Args:
-        parameters: all that it trains, in its order.
-        state: its own, of the same step: it alone knows them.
+        parameters: everything it trains, in its order.
+        state: the optimizer's state of the same step.
     """
     if section.name == "schedulefree":
         optimizer: Any = make_optimizer(section, parameters, torch.device("cpu"))
@@ -135,7 +136,7 @@ def average(section: Optimizer, parameters: Iterable[nn.Parameter], state: dict[
 
 
 def learning_rate(section: Optimizer, step: int, steps: int) -> float:
-    """The rate of `step` (counted from 0) of `steps`: linear warm-up from lr / warm-up, then the schedule, to 0 at the end."""
+    """The rate of `step` (counted from 0) of `steps`: linear warm-up from lr / warmup_steps, then the schedule down to 0."""
     warmup = section.warmup_steps
     if step < warmup:
         return section.lr * (step + 1) / warmup
@@ -148,20 +149,20 @@ def learning_rate(section: Optimizer, step: int, steps: int) -> float:
 
 
 class Ema:
-    """Exponential moving average of what trains: e ← decay·e + (1 − decay)·w after each step.
+    """Exponential moving average of the trained weights: e ← decay·e + (1 − decay)·w after each step.
 
-    The decay grows with the step, min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten
+    The decay grows with the step n, min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten
     (as in TensorFlow's ExponentialMovingAverage).
     """
 
     def __init__(self, trained: dict[str, nn.Parameter], decay: float) -> None:
         self._trained, self._decay = trained, decay
-        # In float32 also of bfloat16 weights: what a step changes in an average is smaller than those could hold.
+        # In float32 for bfloat16 weights too: bfloat16 cannot represent what one step changes in an average.
         self.averages = {name: parameter.detach().float().clone() for name, parameter in trained.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Draw the averages towards the weights as they are after `step` (counted from 0)."""
+        """Move the averages towards the weights after `step` (counted from 0)."""
         decay = min(self._decay, (1 + step) / (10 + step))
         if all(parameter.dtype == torch.float32 for parameter in self._trained.values()):
             torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self._trained.values()], 1 - decay)
@@ -171,7 +172,7 @@ class Ema:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and averages: before sampling and saving, and once more after."""
+        """Exchange weights and averages: before sampling and saving, and again afterwards."""
         for name, parameter in self._trained.items():
             kept = parameter.detach().clone()
             parameter.copy_(self.averages[name])

@@ -15,21 +15,21 @@ from finetune.estimate.monitor import Expected, _seconds, cheapest, saved
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
 WINDOW, FEWEST = 20, 5  # steps whose median is the pace of now, and how many there must be
 SLOW = 2.0  # times the estimate
-FAR = 3.0  # times the estimate, or less than one such part of it: neither the model's error (±25 % at most) nor one more program makes so much
+FAR = 3.0  # times the estimate, or a third of it: neither the estimate's error nor one more program explains that
 WAITING = (
-    0.5  # of a step, from which on the host sets its pace: hosts differ by a factor of three (assets/gpu_runs.tsv)
+    0.5  # share of launches in a step above which the host sets the pace (hosts differ by 3×, assets/gpu_runs.tsv)
 )
-FULL = 0.03  # share of a GPU's memory that is left when it is nearly full
+FULL = 0.03  # free share of a GPU's memory below which it is nearly full
 NO_COUNTER = "PyTorch counts no peak on this device"
 
 
 @final
 class Pace:
-    """Seconds of the steps that this process took, held against the estimate.
+    """Step times of this process, compared with the estimate.
 
     Args:
         expected: of the run.
-        memory_left: the share of the device's memory that is free; None where nothing counts it.
+        memory_left: returns the free share of the device's memory; None where nothing counts it.
     """
 
     def __init__(self, expected: Expected, memory_left: Callable[[], float | None]) -> None:
@@ -37,7 +37,7 @@ class Pace:
         self._memory_left, self._warned = memory_left, False
 
     def took(self, seconds: float) -> str:
-        """Book a step; returns a warning, once, when the run is far slower than was estimated, else ""."""
+        """Add a step; returns a warning, once, when the run is far slower than estimated, else ""."""
         self.seconds.append(seconds)
         one = self.expected.forecast
         if one is None or self._warned:
@@ -49,7 +49,7 @@ class Pace:
         return warning(one, live, self._memory_left())
 
     def disproved(self) -> Calibration | None:
-        """What this machine's CPU was measured to do, if the steps were so far from the estimate that it cannot be true."""
+        """The CPU calibration, if the steps are so far from the estimate that it must be wrong; else None."""
         one = self.expected.forecast
         if (
             one is None
@@ -62,10 +62,10 @@ class Pace:
         return None if 1 / FAR <= off <= FAR else one.gpu.calibration
 
     def compared(self, memory_bytes: int | None) -> dict[str, Any]:
-        """Estimated beside measured, as plain values for `estimate.json`.
+        """Estimated and measured values, for `estimate.json`.
 
         Args:
-            memory_bytes: the peak that PyTorch reserved, in which CUDA's context is not; on a CPU that of the process; None where it is not counted.
+            memory_bytes: the peak that PyTorch reserved, without CUDA's context; on a CPU the process's peak; or None.
         """
         one = self.expected.forecast
         measured = typical(self.seconds, one.variant.cycle if one else 1)
@@ -86,7 +86,7 @@ class Pace:
 
 
 def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
-    """The median of the last steps if it is more than `SLOW` times the estimate; None while there are too few to say."""
+    """The median of the last steps if it exceeds `SLOW` times the estimate; None otherwise, or with too few steps."""
     recent = seconds[max(WARM_UP, len(seconds) - WINDOW) :]
     if len(recent) < FEWEST:
         return None
@@ -95,27 +95,27 @@ def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
 
 
 def warning(one: Forecast, live: float, memory_left: float | None) -> str:
-    """That steps take `live` seconds, what was estimated, and what is likely to help."""
-    said = f"a step takes {_seconds(live)}, estimated {_seconds(one.speed.seconds)} on {one.gpu.name}. "
+    """The warning: steps take `live` seconds, what was estimated, and what probably helps."""
+    text = f"a step takes {_seconds(live)}, estimated {_seconds(one.speed.seconds)} on {one.gpu.name}. "
     if one.gpu.device == "cpu":
         return (
-            said
+            text
             + "Check for other programs or a slow disk; if there are none, `ft estimate --calibrate` measures the CPU again."
         )
     if memory_left is None or memory_left > FULL:
         if one.speed.launch > WAITING * one.speed.seconds:
             why = f"The GPU waits for the CPU, which launches {one.speed.operators:,} operators a step"
-            return f"{said}{why}: a faster or less busy CPU helps; a larger train.batch_size costs hardly any time."
-        return said + "Check for another process on the GPU, a power limit or a slow disk."
+            return f"{text}{why}: a faster or less busy CPU helps; a larger train.batch_size costs hardly any time."
+        return text + "Check for another process on the GPU, a power limit or a slow disk."
     edited = cheapest(one)
     fix = (
         f"a new run with {sets(edited)} would save {saved(one, edited) / GIB:.1f} GiB" if edited else "use a larger GPU"
     )
-    return said + f"GPU memory is nearly full ({memory_left:.0%} free) and probably spills to the host: {fix}."
+    return text + f"GPU memory is nearly full ({memory_left:.0%} free) and probably spills to the host: {fix}."
 
 
 def typical(seconds: Sequence[float], cycle: int = 1) -> float:
-    """The median step once all is warm, the steps of a cycle by their mean; of a run shorter than that, its last."""
+    """The median step after warm-up (the mean step of a cycle); the last step of a shorter run."""
     warm = seconds[WARM_UP:]
     cycles = [statistics.fmean(warm[start : start + cycle]) for start in range(0, len(warm) - cycle + 1, cycle)]
     return statistics.median(cycles or warm or seconds[-1:])

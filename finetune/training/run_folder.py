@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, what was planned, what happened, and what came out.
+"""A run's folder: the recipe, the plan, what happened, and the results.
 
 recipe.yaml  plan.json  versions.json  data.json  metrics.jsonl  samples/step-N/*.png  checkpoints/step-N/  trackers/
 status/  final/  estimate.json  before-after.png  report.html
@@ -23,9 +23,10 @@ from finetune.data.sources.files import write_aside
 from finetune.distributed import rank
 from finetune.errors import UserError
 from finetune.planning import Plan, describe, load_plan
+from finetune.terminal import plural
 from finetune.training.run_status import Reporter
 
-# What may change between a run and its resumption: everything else would change the weights.
+# Keys that may change when a run is resumed: all others would change the weights.
 FREE_TO_CHANGE = {
     "output": None,
     "sample": None,
@@ -34,9 +35,9 @@ FREE_TO_CHANGE = {
         "checkpoint_every",
         "keep_checkpoints",
         "validate_every",
-        "batch_size",
+        "batch_size",  # these two together: see `_refuse_other_batch`
         "accumulation",
-    },  # of these two, see `_refuse_other_batch`
+    },
     "data": {"cache"},
 }
 LIBRARIES = (
@@ -46,13 +47,15 @@ LIBRARIES = (
 
 
 class Run:
-    """Args:
-    plan: of this run.
-    resume: go on in a folder that is there already.
+    """A run's folder.
+
+    Args:
+        plan: of this run.
+        resume: continue in an existing folder.
 
     Raises:
-        UserError: the folder exists and `resume` is not set; or it cannot be made; or the recipe was changed in what
-            would change the weights.
+        UserError: the folder exists and `resume` is not set; or it cannot be used; or the recipe or the data has
+            changed in a way that would change the weights.
     """
 
     def __init__(self, plan: Plan, resume: bool) -> None:
@@ -66,20 +69,20 @@ class Run:
             _refuse_other_batch(before, plan)
             if before.data.digest != plan.data.digest:
                 raise UserError(
-                    "the images or captions have changed since this run was started: going on would draw others than it has drawn",
+                    "the images or captions have changed since this run was started, so it cannot be resumed",
                     where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
-                    remedy="put them back as they were, or start a new run: --set output.folder=…",
+                    remedy="restore them, or start a new run: --set output.folder=…",
                 )
 
     def create(self) -> None:
-        """Make the folder, take it for this process, and write what is known before the first step; the main process calls this.
+        """Create and lock the folder, and write what is known before the first step; the main process calls this.
 
         Raises:
             UserError: the folder cannot be written, or another process trains in it.
         """
         try:
             self.status.lock()
-            for left in self.folder.glob(".*.part"):  # by a kill in the middle of writing
+            for left in self.folder.glob(".*.part"):  # by a process killed while writing
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "checkpoints").mkdir(exist_ok=True)
@@ -102,7 +105,7 @@ class Run:
         return self.folder / name
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write `value` to a file of the run's folder, whole or not at all; what JSON has no word for, as `str` has it. Returns the file."""
+        """Write `value` as JSON, whole or not at all; types that JSON lacks become strings. Returns the file."""
         return self.write(name, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
@@ -114,11 +117,11 @@ class Run:
             raise UserError(
                 f"the record of step {record['step']} could not be written: {error.strerror}",
                 where=str(self.folder / "metrics.jsonl"),
-                remedy="free some space and go on with --resume: checkpoints are untouched",
+                remedy="free some disk space and continue with --resume: checkpoints are untouched",
             ) from error
 
     def forget_after(self, step: int) -> None:
-        """Drop the records of steps that a resumed run takes again."""
+        """Drop the records of steps that a resumed run repeats."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             kept = [
@@ -152,7 +155,7 @@ def _unusable(folder: Path, error: OSError) -> UserError:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the system and the libraries that training stands on."""
+    """Versions of Python, the system and the libraries that training depends on."""
     found = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -162,12 +165,12 @@ def versions() -> dict[str, str]:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             found[library] = "absent"
-    found["threads"] = os.environ.get("OMP_NUM_THREADS", "as torch chose")
+    found["threads"] = os.environ.get("OMP_NUM_THREADS", "torch's default")
     return found
 
 
 def _refuse_other_batch(before: Plan, now: Plan) -> None:
-    """Processes, batch and accumulation may change together: what a step draws depends on places in the global batch alone."""
+    """Processes, batch size and accumulation may change together: noise depends only on the index in the global batch."""
     if before.global_batch == now.global_batch:
         return
     train, processes = now.recipe.train, now.machine.processes
@@ -175,20 +178,20 @@ def _refuse_other_batch(before: Plan, now: Plan) -> None:
     remedy = (
         f"--set train.accumulation={accumulation}"
         if not rest
-        else f"go on with {before.machine.processes} processes and the recipe as it was"
+        else f"resume with {plural(before.machine.processes, 'process', 'processes')} and the unchanged recipe"
     )
     raise UserError(
-        f"this run takes {before.global_batch} images a step, and {processes} × batch {train.batch_size} × accumulation {train.accumulation}"
-        f" would take {now.global_batch}",
+        f"this run takes {plural(before.global_batch, 'image')} a step, but {plural(processes, 'process', 'processes')}"
+        f" × batch {train.batch_size} × accumulation {train.accumulation} would take {now.global_batch}",
         where=now.folder,
         remedy=f"{remedy}, or start a new run: --set output.folder=…",
     )
 
 
 def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
-    """Raise if a key that shapes the weights differs from the recipe the run was started with.
+    """Raise if a key that affects the weights differs from the recipe that the run was started with.
 
-    At a constant rate no step knows how many will follow: such a run may be made longer.
+    With a constant learning rate, no step depends on the number of steps: such a run may be extended.
     """
     changed = []
     endless = before.optimizer.schedule == "constant"
@@ -207,7 +210,7 @@ def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
         ]
     if changed:
         raise UserError(
-            f"this run was started with another {', '.join(changed)}: going on would be neither the one run nor the other",
+            f"this run was started with another {', '.join(changed)}, so it cannot be resumed with this recipe",
             where=str(where),
-            remedy="give the recipe it was started with, or start a new run: --set output.folder=…",
+            remedy="use the recipe it was started with, or start a new run: --set output.folder=…",
         )

@@ -1,4 +1,4 @@
-"""Runs seen from outside, by what their folders hold: where each stands, and how long it has to go. Torch is not imported here."""
+"""The state of runs, read from their folders: progress, checkpoints, time left. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from finetune.errors import UserError
 from finetune.training.run_status import Status, is_locked, read
 
 PLAN = "plan.json"
-TAIL_BYTES = 16 << 10  # of `metrics.jsonl`: some dozens of its lines
-FRESH = (
-    60.0  # seconds after its last beat that a run on another machine, whose lock may not reach here, is taken to live
-)
+TAIL_BYTES = 16 << 10  # of `metrics.jsonl`: a few dozen lines
+FRESH = 60.0  # seconds after its last beat that a run on another machine, whose lock is not visible, counts as alive
 
 
 @final
@@ -28,12 +26,12 @@ class Seen:
     """A run's folder at one moment.
 
     Attributes:
-        state: running, finished, stopped (its user's wish), failed (an error), or killed (it ended without a word).
-        step: of the last record of `metrics.jsonl`.
-        seconds_left: of training, by its last steps; None when it does not run or has taken too few.
-        saved: steps of the checkpoints that are there, oldest first; `--resume` goes on after the last.
-        best: (step, validation loss) of the best of them; None without validation.
-        record: the last one of `metrics.jsonl`.
+        state: running, finished, stopped (by the user), failed (by an error), or killed (it ended without a message).
+        step: of the last record in `metrics.jsonl`.
+        seconds_left: of training, from its last steps; None if it is not running or has taken too few.
+        saved: steps of the existing checkpoints, oldest first; `--resume` continues after the last.
+        best: (step, held-out loss) of the best of them; None without validation.
+        record: the last record in `metrics.jsonl`.
     """
 
     folder: Path
@@ -52,7 +50,7 @@ class Seen:
 
 
 def all_runs(folder: Path) -> list[Seen]:
-    """The runs in `folder` and one level below, the last to change first."""
+    """The runs in `folder` and up to two levels below, newest first."""
     places = [path.parent for pattern in (PLAN, f"*/{PLAN}", f"*/*/{PLAN}") for path in folder.glob(pattern)]
     return [look(place) for place in sorted(places, key=lambda place: (place / PLAN).stat().st_mtime, reverse=True)]
 
@@ -61,7 +59,7 @@ def look(folder: Path) -> Seen:
     """The run in `folder`.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run.
     """
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
@@ -72,11 +70,12 @@ def look(folder: Path) -> Seen:
         )
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is no run's folder: it has no {PLAN}", remedy="give one of those that `ft runs` lists"
+            f"{folder} is not a run's folder: it has no {PLAN}", remedy="choose one that `ft runs` lists"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / PLAN} cannot be read: {error}", remedy="the run's recipe.yaml with --resume writes it anew"
+            f"{folder / PLAN} cannot be read: {error}",
+            remedy="resume the run with its recipe.yaml and --resume, which writes the file again",
         ) from error
     processes = tuple(read(folder))
     records = _records(folder / "metrics.jsonl")
@@ -93,21 +92,21 @@ def look(folder: Path) -> Seen:
 
 
 def _state(folder: Path, processes: tuple[Status, ...]) -> tuple[str, str]:
-    """State and reason. Only a lock, or a fresh word from another machine, says that a run is alive."""
+    """State and reason. Only a lock, or a fresh status from another machine, shows that a run is alive."""
     first = processes[0] if processes else None
     away = first is not None and first.host != socket.gethostname() and time.time() - first.beat < FRESH
     if is_locked(folder) or (away and first is not None and first.state == "running"):
         return "running", ""
-    if first is None:  # of a version that left no status
+    if first is None:  # of a version without status files
         return ("finished" if (folder / "final").is_dir() else "stopped"), ""
     if first.state != "running":
         return first.state, first.reason
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(first.beat))
-    return "killed", f"it ended without a word, {first.phase or 'starting'}, {when}"
+    return "killed", f"it ended without a message while {first.phase or 'starting'}, {when}"
 
 
 def validations(folder: Path) -> dict[int, float | None]:
-    """Step → validation loss, None if it was not taken or is not finite, of each finished checkpoint in `folder`, oldest first."""
+    """Step → held-out loss of each finished checkpoint, oldest first; None if there is none or it is not finite."""
     found: dict[int, float | None] = {}
     for path in sorted(folder.glob("step-*/manifest.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -118,7 +117,7 @@ def validations(folder: Path) -> dict[int, float | None]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The last records of `metrics.jsonl`, whose last line may still be in the writing."""
+    """The last records of `metrics.jsonl`, whose last line may be incomplete."""
     found = []
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(0, 2)

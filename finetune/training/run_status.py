@@ -1,7 +1,7 @@
-"""What a run is doing, for whoever looks from outside: `status/N.json` of each process N, and a lock that dies with the first.
+"""A run's live status for other processes: `status/N.json` of each process N, and a lock held by the first.
 
-A file is rewritten when a phase begins and by the watchdog's beat. The kernel releases the lock of a process that is gone,
-however it went: what says "running" without a lock was killed. Torch is not imported here.
+A file is rewritten when a phase begins and at the watchdog's beat. The kernel releases the lock when the process ends,
+however it ends: a run that is "running" without a lock was killed. Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Status:
     host: str
     pid: int
     started: float
-    since: float  # the phase has lasted
-    beat: float  # this was written
-    quiet: float = 0.0  # seconds since the loop last got on with something
-    at: str = ""  # the line of this package that its main thread is at
-    waits: bool = False  # that line waits for the other processes
+    since: float  # when the phase began
+    beat: float  # when this was written
+    quiet: float = 0.0  # seconds without progress
+    at: str = ""  # the line of this package that the main thread is at
+    waits: bool = False  # whether it waits there for other processes
     reason: str = ""  # why it stopped or failed
-    done: int = 0  # of the phase's `total` images or captions, where it counts them
+    done: int = 0  # of the phase's `total` images or captions, if it counts them
     total: int = 0
 
 
@@ -53,8 +53,8 @@ class Reporter:
 
     Args:
         folder: of the run.
-        rank: of this process among the run's.
-        steps: that the run will take.
+        rank: of this process.
+        steps: of the run.
     """
 
     def __init__(self, folder: Path, rank: int, steps: int) -> None:
@@ -64,29 +64,29 @@ class Reporter:
         self.now = Status("running", "", 0, steps, rank, socket.gethostname(), os.getpid(), now, now, now)
 
     def lock(self) -> None:
-        """Take the run's folder for this process until the run or the process ends.
+        """Lock the run's folder for this process until the run or the process ends.
 
         Raises:
-            UserError: another process trains in it.
+            UserError: another process is training in it.
             OSError: the folder cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         with contextlib.suppress(BlockingIOError, PermissionError):
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for old in self._folder.glob("*.json"):  # of the processes that went before
+            for old in self._folder.glob("*.json"):  # of earlier processes
                 old.unlink(missing_ok=True)
             return
         os.close(self._lock)
         raise UserError(
-            "another process trains in this run's folder",
+            "another process is training in this run's folder",
             where=str(self._folder.parent),
-            remedy="wait for it or end it: `ft runs`",
+            remedy="wait for it or stop it; `ft runs show` names the process",
         )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within, the run is in phase `name`. What ends the outermost phase by an exception ends the run, and is its reason."""
+        """Within, the run is in phase `name`. An exception that ends the outermost phase ends the run, and is its reason."""
         before = self.now
         self._write(phase=name, since=time.time(), done=0, total=0)
         try:
@@ -109,21 +109,21 @@ class Reporter:
             self._write(phase="")
 
     def step(self, done: int) -> None:
-        """So many steps are finished; told with the next beat."""
+        """Set the number of finished steps; written at the next beat."""
         self.now = dataclasses.replace(self.now, step=done)
 
     def progress(self, done: int, total: int) -> None:
-        """So much of the phase is done; told some times a second."""
+        """Set how much of the phase is done; written several times a second."""
         self.now = dataclasses.replace(self.now, done=done, total=total)
         if time.time() - self.now.beat > SECONDS_BETWEEN_COUNTS:
             self._write()
 
     def beat(self, quiet: float, at: str, waits: bool) -> None:
-        """This process is alive; see `Status` for the arguments."""
+        """Write that this process is alive; see `Status` for the arguments."""
         self._write(quiet=quiet, at=at, waits=waits)
 
     def finished(self) -> None:
-        """The run has come to its end; its folder is free again."""
+        """Mark the run as finished, and unlock its folder."""
         self._end("finished")
 
     def _end(self, state: str, reason: str = "") -> None:
@@ -140,14 +140,14 @@ class Reporter:
         self.now = dataclasses.replace(self.now, beat=time.time(), **changes)
         path = self._folder / f"{self.now.rank}.json"
         aside = path.with_suffix(".part")
-        with contextlib.suppress(OSError):  # a full disk or a folder taken away: the status must not cost the training
+        with contextlib.suppress(OSError):  # a full disk or a deleted folder must not stop training
             self._folder.mkdir(exist_ok=True)
             aside.write_text(json.dumps(dataclasses.asdict(self.now)), encoding="utf-8")
             os.replace(aside, path)
 
 
 def read(folder: Path) -> list[Status]:
-    """The processes of the run in `folder`, by rank; what cannot be read is left out."""
+    """The processes of the run in `folder`, by rank; unreadable files are skipped."""
     found = []
     for path in folder.joinpath(FOLDER).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -156,7 +156,7 @@ def read(folder: Path) -> list[Status]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether some process trains in `folder` now."""
+    """Whether a process is training in `folder` now."""
     try:
         descriptor = os.open(folder / FOLDER / LOCK, os.O_RDONLY)
     except OSError:

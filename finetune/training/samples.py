@@ -1,4 +1,4 @@
-"""Samples while training: the same prompts and seeds at every look, so that only the weights change."""
+"""Samples during training: always the same prompts and seeds, so that only the weights change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def request_of(plan: Plan) -> SampleRequest:
-    """What the plan wants drawn at every look."""
+    """What the plan samples each time."""
     sample = plan.recipe.sample
     return SampleRequest(
         prompts=sample.prompts,

@@ -1,4 +1,4 @@
-"""What changes as a run trains: weights, their averages, the optimizers and the gradient scaler, made ready by Accelerate."""
+"""What changes during training: weights, their averages, optimizers and the gradient scaler, prepared by Accelerate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune.errors import UserError
 from finetune.models.base import Model
 from finetune.planning import Plan
+from finetune.terminal import plural
 from finetune.training import fsdp
 from finetune.training.checkpoint import Checkpoint
 from finetune.training.optimizer_step import TensorByTensor, make_update, widened
@@ -19,25 +20,25 @@ from finetune.training.optimizers import Ema, make_optimizer, schedule_free
 
 
 class TrainingState:
-    """The nets on their device, with what trains them. `turns`, `parameters` and `optimizers` go side by side."""
+    """The networks on their device, with their optimizers: `train_steps`, `parameters` and `optimizers` are parallel lists."""
 
     def __init__(self, plan: Plan, model: Model, accelerator: Accelerator) -> None:
         self._plan, self._accelerator = plan, accelerator
         self.train_steps = model.train_steps()
         for train_step in self.train_steps:
-            # To be shared out, weights lie as torch lays them, and come to the device block by block: there may be no room for all.
+            # FSDP needs contiguous weights, and moves them to the device block by block: there may be no room for all.
             train_step.net.to(
                 **{"memory_format": torch.contiguous_format} if accelerator.is_fsdp2 else {"device": accelerator.device}
             )
             if accelerator.num_processes > 1:
                 fsdp.settle_strides(train_step.net)
-        # Taken after the move, which replaces buffers, and before Accelerate's wrapper, which lengthens names.
+        # After the move, which replaces buffers, and before Accelerate's wrapper, which changes names.
         self._tensors, trained = model.state(), model.trained()
         self.optimizers, self.updates = [], []
         for train_step in self.train_steps:
             if accelerator.is_fsdp2:
                 fsdp.cut(accelerator, train_step.net)
-            # Moved once more, to a device that has a number ("cpu:0"), buffers would become copies, and those taken above stay as they began.
+            # A second move, to an indexed device ("cpu:0"), would copy buffers, and those above would go stale.
             placed = [False, True]
             train_step.net, optimizer = accelerator.prepare(
                 train_step.net, self._optimizer(train_step.name, train_step.parameters()), device_placement=placed
@@ -45,7 +46,7 @@ class TrainingState:
             train_step.net.train()
             self.optimizers.append(optimizer)
             self.updates.append(make_update(plan.recipe, train_step.parameters(), optimizer, accelerator))
-        if accelerator.is_fsdp2:  # by the same names, each tensor is now a part of the one that was there
+        if accelerator.is_fsdp2:  # the same names now hold shards
             self._tensors, trained = model.state(), model.trained()
         self.parameters = [train_step.parameters() for train_step in self.train_steps]
         self.ema = Ema(trained, plan.recipe.train.ema) if plan.recipe.train.ema else None
@@ -59,7 +60,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the nets are in evaluation mode and hold their averaged weights, if the run or its optimizer keeps any."""
+        """Within, the networks are in evaluation mode with their averaged weights, if the run or its optimizer keeps any."""
         for train_step in self.train_steps:
             train_step.net.eval()
         if self.ema is not None:
@@ -76,7 +77,7 @@ class TrainingState:
                 train_step.net.train()
 
     def live(self) -> dict[str, list[Tensor]]:
-        """The tensors that stay from step to step, by part."""
+        """The tensors that persist from step to step, by part."""
         weights = [
             tensor
             for train_step in self.train_steps
@@ -96,9 +97,9 @@ class TrainingState:
         return {name: [fsdp.part(tensor) for tensor in tensors] for name, tensors in found.items()}
 
     def checkpoint(self, step: int, validation: float | None = None) -> Checkpoint:
-        """All that a run needs to go on after `step` finished steps; whole on the main process, while all call this together.
+        """Everything a run needs to resume after `step` finished steps. All processes call this; the main one gets the result.
 
-        Its tensors are the living ones where they are not shared out: write them at once.
+        Unless they are sharded, its tensors are the live ones: write them at once.
         """
         scaler, kept = self._accelerator.scaler, self._accelerator.is_main_process
         return Checkpoint(
@@ -122,15 +123,15 @@ class TrainingState:
 
     @torch.no_grad()
     def restore(self, found: Checkpoint) -> list[str]:
-        """Go back to `found`; returns a sentence for each reason why going on will not be exact.
+        """Load a checkpoint; returns a message for each reason why resuming is not bit-exact.
 
         Raises:
-            UserError: the checkpoint is of other weights.
+            UserError: the checkpoint holds other weights.
         """
         facts, machine = found.facts, self._plan.machine
         if self._tensors.keys() != found.weights.keys():
             raise UserError(
-                "the checkpoint holds other weights than this recipe trains",
+                "the checkpoint does not hold the weights that this recipe trains",
                 where=self._plan.folder,
                 remedy="start a new run",
             )
@@ -145,17 +146,19 @@ class TrainingState:
             optimizer.load_state_dict(saved | {"state": states})
         if self._accelerator.scaler is not None and facts["scaler"]:
             self._accelerator.scaler.load_state_dict(facts["scaler"])
-        said = []
+        notes = []
         if facts["threads"] != (threads := torch.get_num_threads()):
-            said.append(
-                f"{facts['threads']} threads before, {threads} now: sums run in another order, so going on is exact no more"
+            notes.append(
+                f"{plural(facts['threads'], 'thread')} before, {threads} now: resuming is not bit-exact,"
+                " because sums are computed in another order"
             )
         if facts["processes"] != machine.processes:
-            said.append(
-                f"{facts['processes']} processes before, {machine.processes} now: the same images a step, summed in another order"
+            notes.append(
+                f"{plural(facts['processes'], 'process', 'processes')} before, {machine.processes} now:"
+                " the same images a step, summed in another order"
             )
         if facts["precision"] != self._plan.precision:
-            said.append(f"{facts['precision']} before, {self._plan.precision} now: going on is exact no more")
+            notes.append(f"{facts['precision']} before, {self._plan.precision} now: resuming is not bit-exact")
         if machine.device != "cpu":
-            said.append("a GPU adds up some gradients in no fixed order: going on is exact but for rounding")
-        return said
+            notes.append("a GPU sums some gradients in no fixed order: resuming is exact except for rounding")
+        return notes

@@ -1,7 +1,7 @@
-"""Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551): up or down at random, so that what is rounded is right on average.
+"""Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551): up or down at random, so that the result is right on average.
 
-A bfloat16 weight has 8 significant bits. A step under a 512th of the weight is lost when it is rounded to the nearest, at every step again;
-rounded at random it is taken as often as it is large (Zamirai et al. 2020, arXiv:2010.06192).
+A bfloat16 weight has 8 significant bits. Rounding to nearest loses every update below 1/512 of the weight; stochastic
+rounding keeps it with a probability proportional to its size (Zamirai et al. 2020, arXiv:2010.06192).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 def rounded(values: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 → bfloat16, up with the probability of what is cut off: E[rounded(x)] = x.
+    """float32 → bfloat16, rounded up with the probability of the part that is cut off: E[rounded(x)] = x.
 
-    A bfloat16 is the upper half of a float32's bits. To the lower half, a uniform 16-bit number is added: it carries into the upper
-    half in (lower half) of 2¹⁶ cases; then it is cut off. Signs are apart from magnitudes, so both are rounded alike. Infinities and
-    the NaN of arithmetic have an empty lower half and stay.
+    A bfloat16 is the upper half of a float32's bits. Adding a uniform 16-bit number to the lower half carries into the
+    upper half in (lower half) of 2¹⁶ cases; then the lower half is cut off. The sign bit is separate, so both signs are
+    rounded alike. Infinities and arithmetic NaNs have an empty lower half and do not change.
     """
     noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))

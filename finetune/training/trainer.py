@@ -156,9 +156,9 @@ class Trainer:
                 size,
                 self.data.names(step),
                 self.run.folder,
-                taken=recipe.train.fused_backward,
+                applied=recipe.train.fused_backward,
             )
-        update.take()
+        update.apply()
         return mean, size
 
     def batch_indices(self, micro: int) -> list[int]:

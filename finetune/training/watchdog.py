@@ -1,4 +1,4 @@
-"""Where a run's wall time goes, and a thread that says so when it goes nowhere."""
+"""Where a run's wall time goes, and a thread that warns when training makes no progress."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from typing import final
 from finetune.terminal import duration
 from finetune.training.run_status import Reporter, Status
 
-BEAT = 5.0  # seconds between two looks
-PATIENCE = (
-    300.0  # seconds in which nothing moves before it is said: longer than a forward pass that compiles its kernels
-)
+BEAT = 5.0  # seconds between two checks
+PATIENCE = 300.0  # seconds without progress before a warning: longer than a forward pass that compiles kernels
 _PACKAGE = Path(__file__).resolve().parent.parent
-# Where a process waits for the others: torch's collectives, and autograd, in whose backward pass DDP exchanges gradients.
+# Where a process waits for others: torch's collectives, and autograd, in whose backward pass DDP reduces gradients.
 _WAITING = ("torch/distributed/", "torch/autograd/graph.py", "accelerate/state.py", "accelerate/utils/operations.py")
 
 
 @final
 class Clock:
-    """Wall seconds by what they went to. On a GPU they show when the host was busy, not when the kernels ran."""
+    """Wall seconds by activity. On a GPU they show when the host was busy, not when the kernels ran."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, what: str) -> None:
-        """Book the time since the last call on `what`."""
+        """Add the time since the last call to `what`."""
         now = time.perf_counter()
         self.seconds[what] = self.seconds.get(what, 0.0) + now - self.last
         self.last = now
@@ -39,24 +37,25 @@ class Clock:
 
 @final
 class Watchdog:
-    """Within, a thread reports that this process lives, and says when its training stands still, and where.
+    """Within, a thread reports that this process is alive, and warns when its training stalls, and where.
 
     Args:
-        reporter: of this process; that of rank 0 speaks for all.
-        clock: whose laps are the signs of life.
-        say: takes the sentence.
-        beat, patience: in seconds.
+        reporter: of this process; only rank 0 warns.
+        clock: each lap of it counts as progress.
+        warn: called with the warning.
+        beat: seconds between two checks.
+        patience: seconds without progress before the warning.
     """
 
     def __init__(
         self,
         reporter: Reporter,
         clock: Clock,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
         beat: float = BEAT,
         patience: float = PATIENCE,
     ) -> None:
-        self._reporter, self._clock, self._say, self._beat, self._patience = reporter, clock, say, beat, patience
+        self._reporter, self._clock, self._warn, self._beat, self._patience = reporter, clock, warn, beat, patience
         self._ended = threading.Event()
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -72,18 +71,20 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        said = 0.0  # the lap that was complained of
+        warned = 0.0  # the lap that was warned about
         while not self._ended.wait(self._beat):
             last = self._clock.last
-            self._reporter.beat(quiet := time.perf_counter() - last, *place(sys._current_frames().get(self._watched)))
+            self._reporter.beat(
+                quiet := time.perf_counter() - last, *place_of(sys._current_frames().get(self._watched))
+            )
             now = self._reporter.now
-            if quiet > self._patience and now.phase == "training" and now.rank == 0 and said != last:
-                said = last
-                self._say(stall(self._reporter.others() or [now], quiet))
+            if quiet > self._patience and now.phase == "training" and now.rank == 0 and warned != last:
+                warned = last
+                self._warn(stall(self._reporter.others() or [now], quiet))
 
 
-def place(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of this package that `frame` stands on, and whether it waits there for other processes."""
+def place_of(frame: FrameType | None) -> tuple[str, bool]:
+    """The innermost line of this package in a stack, and whether it waits there for other processes."""
     waits = False
     while frame is not None:
         file = Path(frame.f_code.co_filename)
@@ -95,7 +96,7 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def stall(processes: Sequence[Status], quiet: float) -> str:
-    """Which process keeps all of them waiting, and where it stands."""
+    """The warning: which process keeps the others waiting, and where it is."""
     culprits = [one for one in processes if not one.waits] or list(processes)
     stalled = f"no progress for {duration(quiet)} in step {processes[0].step + 1}: "
     if len(processes) == 1:

@@ -43,7 +43,7 @@ def test_training_from_python_and_a_report_that_fails(
     assert "the report could not be written" in caplog.text and "no space" in caplog.text and not shown.out
     assert (
         tmp_path / "run" / "final" / "model_index.json"
-    ).is_file() and f"   model   {tmp_path / 'run' / 'final'}" in caplog.text
+    ).is_file() and f"   model  {tmp_path / 'run' / 'final'}" in caplog.text
     with pytest.raises(UserError, match="already exists"):
         job.prepare(recipe)
 

@@ -50,7 +50,7 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
     tiny.train(tiny.recipe("sd15", "lora", "train.steps=4", "sample.prompts=[]", folder=tmp_path / "at-once"))
     longer, at_once = tiny.final_weights(tmp_path / "run"), tiny.final_weights(tmp_path / "at-once")
     assert all(torch.equal(tensor, longer[name]) for name, tensor in at_once.items())
-    with pytest.raises(UserError, match="has taken 4 steps, and 1"):
+    with pytest.raises(UserError, match="has taken 4 steps, and the recipe asks for 1"):
         tiny.train(asked[1], resume=True)
     cosine = [
         tiny.recipe(
@@ -91,10 +91,10 @@ def test_what_makes_resuming_inexact_is_said(tmp_path: Path, caplog: pytest.LogC
         tiny.prepare(recipe, resume=True).trainer.resume()
     finally:
         torch.set_num_threads(1)
-    assert "1 threads before, 2 now" in caplog.text
+    assert "1 thread before, 2 now" in caplog.text
     changed = tiny.prepare(recipe, resume=True)
     changed.trainer.state._tensors.popitem()
-    with pytest.raises(UserError, match="holds other weights"):
+    with pytest.raises(UserError, match="does not hold the weights that this recipe trains"):
         changed.trainer.resume()
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> 
     found, said = checkpoint.newest(tmp_path)
     assert found is not None
     assert (found.step, float(found.weights["w"][0]), found.facts) == (2, 2.0, {"threads": 1})
-    assert said == ["checkpoint step-0000003 is damaged (weights.safetensors has changed): the one before is used"]
+    assert said == ["checkpoint step-0000003 is damaged (weights.safetensors has changed) and is skipped"]
 
 
 def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

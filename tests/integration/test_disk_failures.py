@@ -80,18 +80,18 @@ def disk_full_of_cache(scene: Scene) -> None:
     scene.no_space(lambda file: file.is_relative_to(scene.folder / "cache"))
 
 
-@case("cannot be used: No space left on device", "free some space.*--resume")
+@case("cannot be used: No space left on device", "free some disk space.*--resume")
 def disk_full_at_the_start(scene: Scene) -> None:
     scene.no_space(lambda file: file.is_relative_to(scene.run))
 
 
-@case(r"a checkpoint takes .* MB and 0 MB are free", "free some space.*--resume")
+@case(r"a checkpoint needs .* MB of disk space, and 0 MB are free", "free some disk space.*--resume")
 def disk_too_full_for_a_checkpoint(scene: Scene) -> None:
     usage = namedtuple("usage", "total used free")
     scene.patch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 0))
 
 
-@case("the checkpoint of step 2 could not be written: .*No space left", "free some space.*--resume")
+@case("the checkpoint of step 2 could not be written: .*No space left", "free some disk space.*--resume")
 def disk_full_while_a_checkpoint_is_written(scene: Scene) -> None:
     scene.patch.setattr(
         checkpoint,
@@ -100,7 +100,7 @@ def disk_full_while_a_checkpoint_is_written(scene: Scene) -> None:
     )
 
 
-@case("the record of step 1 could not be written: No space left", "free some space.*--resume")
+@case("the record of step 1 could not be written: No space left", "free some disk space.*--resume")
 def disk_full_at_the_first_record(scene: Scene) -> None:
     create = Run.create
 
@@ -111,7 +111,7 @@ def disk_full_at_the_first_record(scene: Scene) -> None:
     scene.patch.setattr(Run, "create", with_a_full_record)
 
 
-@case("what was trained could not be written: .*No space left", "free some space.*--resume")
+@case("the trained weights could not be written: .*No space left", "free some disk space.*--resume")
 def disk_full_at_the_end(scene: Scene) -> None:
     error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     scene.patch.setattr("finetune.models.pretrained.model.TextToImage.save", raising(error))

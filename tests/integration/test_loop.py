@@ -169,7 +169,7 @@ def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(
     with pytest.raises(UserError) as caught:
         job.trainer.train()
     told = caught.value
-    assert told.problem == "the device has no memory left for 2.00 GiB more"
+    assert told.problem == "out of memory: 2.00 GiB more could not be allocated"
     assert told.where.startswith("estimate: " if estimated else "no estimate: ")
     parts = job.trainer.state.live()
     sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}

@@ -112,7 +112,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=r"no checkpoint of step 3[\s\S]*kept here: 2, 4, 6"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3[\s\S]*use one of: 2, 4, 6"):
         compare(run(), [1], [3])
     with pytest.raises(UserError, match="no run's folder"):
         compare(tmp_path, [1])

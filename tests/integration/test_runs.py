@@ -170,7 +170,7 @@ def test_waiting_for_the_others_is_told_from_work() -> None:
     found: list[tuple[str, bool]] = []
 
     def inside() -> None:
-        found.append(watchdog.place(sys._getframe()))
+        found.append(watchdog.place_of(sys._getframe()))
 
     class Waits(torch.autograd.Function):
         @staticmethod
@@ -207,7 +207,7 @@ with reporter.phase("training"):
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "locked\n"
         assert run_status.is_locked(tmp_path)
-        with pytest.raises(UserError, match="another process trains in this run's folder"):
+        with pytest.raises(UserError, match="another process is training in this run's folder"):
             run_status.Reporter(tmp_path, 0, 10).lock()
         process.kill()
     assert not run_status.is_locked(tmp_path)
@@ -242,7 +242,7 @@ def test_runs_are_listed_with_their_state(
     lines = {line.split()[1].rpartition("/")[2]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["done"].startswith("✓") and lines["done"].endswith("6/6  finished")
     assert lines["failing"].startswith("✗") and lines["failing"].endswith("2/6  failed: the disk is gone")
-    assert lines["killed"].startswith("†") and "killed: it ended without a word, saving, 20" in lines["killed"]
+    assert lines["killed"].startswith("†") and "killed: it ended without a message while saving, 20" in lines["killed"]
     assert lines["alive"].startswith("▸") and lines["alive"].endswith("2/6  training · 8 s left")
 
     for name, expected in {

@@ -180,7 +180,7 @@ def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launch
     two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
     unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
     assert (
-        launched.out.count("resuming after step 1\n1 processes before, 2 now") == 2
+        launched.out.count("resuming after step 1\n1 process before, 2 now") == 2
         and "resuming after step 2\n" in launched.out
     )
     assert unbroken.keys() == broken.keys() and all(
@@ -228,11 +228,11 @@ def _pairs(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tenso
 
 
 def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
-    assert "resuming after step 2\n1 processes before, 2 now: the same images a step" in launched.out
+    assert "resuming after step 2\n1 process before, 2 now: the same images a step" in launched.out
     resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
     case = CASES["full-sd15"]
     with pytest.raises(
-        UserError, match="takes 4 images a step, and 1 × batch 2 × accumulation 1 would take 2"
+        UserError, match="takes 4 images a step, but 1 process × batch 2 × accumulation 1 would take 2"
     ) as refused:
         tiny.prepare(case(resumed, "train.batch_size=2"), resume=True)
     assert "--set train.accumulation=2" in refused.value.remedy
