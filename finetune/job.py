@@ -396,8 +396,9 @@ def _compare(job: Job) -> list[terminal.Row]:
     for (name, estimated, measured, off), key in zip(rows(values), _shown(values), strict=True):
         text = measured
         if off:
-            share = values[key]["measured"] / values[key]["estimated"] - 1
-            text += f", estimated {estimated} ({abs(share):.0%} {more[key][share < 0]} than estimated)"
+            ratio = values[key]["measured"] / values[key]["estimated"]
+            share = f"{abs(ratio - 1):.0%} {more[key][ratio < 1]} than estimated"
+            text += f", estimated {estimated} ({share if ratio < 2 else f'{ratio:.1f} times the estimate'})"
         result.append((name.removeprefix("a "), text))
     return result
 

@@ -292,6 +292,7 @@ class Progress:
         self._terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._start = time.monotonic()
         self._start_done: int | None = None
+        self._done = 0
         self._shown = 0.0 if self._terminal else time.monotonic() - SECONDS_BETWEEN_LINES + 2
         self._display: Live | None = None
 
@@ -309,8 +310,9 @@ class Progress:
             note: follows the count.
             status: a second line, on a terminal only.
         """
-        if self._start_done is None:
+        if self._start_done is None or done < self._done:  # another part of the stage counts from 0 again
             self._start, self._start_done = time.monotonic(), done
+        self._done = done
         now = time.monotonic()
         between = SECONDS_BETWEEN_FRAMES if self._terminal else SECONDS_BETWEEN_LINES
         if not self._enabled or (now - self._shown < between and done != total):
