@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune import terminal
+from finetune.cli.preflight import refuse_existing_output, refuse_missing_run
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Closeness, Evaluation
@@ -64,6 +65,8 @@ def command(
     network trained on emoji, or of a DINOv2. If there are enough images, the same metrics of other real images show what can
     be reached.
     """
+    refuse_missing_run(str(run))
+    refuse_existing_output(out)
     from finetune.evaluation.evaluate import evaluate
 
     result = evaluate(run, against, images, features, out, scored)

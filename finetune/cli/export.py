@@ -8,6 +8,8 @@ from typing import get_args
 import click
 
 from finetune import terminal
+from finetune.cli.preflight import refuse_missing_run
+from finetune.errors import UserError
 from finetune.export import Format, export
 
 # Format → where the programs that read it look for LoRAs.
@@ -52,6 +54,11 @@ def command(run: Path, layout: str, merge: bool, dtype: str | None, checkpoint: 
       ft export runs/lora-mine --checkpoint best
       ft export runs/lora-mine --merge --dtype float16
     """
+    refuse_missing_run(str(run))
+    if out is not None and out.exists():
+        raise UserError(
+            f"{out} already exists; it was not changed", where="--out", remedy="choose another name for --out"
+        )
     for file in export(run, layout, merge, dtype, out, checkpoint):
         terminal.echo(str(file))
     if layout != "diffusers":

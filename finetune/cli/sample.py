@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from finetune import terminal
+from finetune.cli.preflight import refuse_existing_output, refuse_missing_run
 from finetune.errors import UserError
 from finetune.terminal import plural
 
@@ -77,6 +78,8 @@ def command(
         if checkpoints in (None, "all")
         else [int(step) for step in parse_numbers(checkpoints or "", "--checkpoints", "all, or 500,1000")]
     )
+    refuse_missing_run(run)
+    refuse_existing_output(out)
     if several:
         if truncation is not None:
             raise UserError(

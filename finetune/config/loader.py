@@ -22,6 +22,8 @@ def find_recipe(path_or_name: str) -> Path:
     name = renamed.recipe_name(path_or_name.removeprefix("recipes/").removesuffix(".yaml"))
     if (RECIPES / f"{name}.yaml").is_file():
         return RECIPES / f"{name}.yaml"
+    if (file := path.with_name(f"{path.name}.yaml")).is_file():
+        raise UserError(f'there is no recipe "{path_or_name}"', remedy=f'did you mean the file "{file}"?')
     raise UserError(
         f'there is no recipe "{path_or_name}"',
         remedy=f"{did_you_mean(name, bundled_recipes())} (`ft recipes` lists them)",

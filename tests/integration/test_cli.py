@@ -57,6 +57,75 @@ def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:
     assert not HEAVY & set(modules)
 
 
+FAKE_RUN = """
+from pathlib import Path
+for folder in ("run/final", "full"):
+    Path(folder).mkdir(parents=True)
+Path("run/recipe.yaml").write_text(
+    "method: lora\\nmodel: {family: sd, path: embedded:base}\\nadapter: {}\\ntrain: {steps: 1}\\n"
+    "data: {path: embedded:emoji}\\n"
+)
+Path("run/final/pytorch_lora_weights.safetensors").touch()
+Path("full/there.txt").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "lora/emoji", "--set", "output.folder=full"], "full already exists"),
+        (["train", "lora/emoji", "--set", "data.path=/no/images"], 'there is no folder "/no/images"'),
+        (["train", "lora/emoji", "--set", "model.family=sdx"], "sdxl"),
+        (["train", "lora/emoji", "--set", "model.path=/no/model"], "/no/model"),
+        (["check", "lora/emoji", "--set", "data.path=/no/images"], 'there is no folder "/no/images"'),
+        (["data", "check", "/no/images"], 'there is no folder "/no/images"'),
+        (["export", "run", "--out", "full/there.txt"], "full/there.txt already exists"),
+        (["export", "no-run"], 'there is no run "no-run"'),
+        (["sample", "no-run", "--prompt", "a"], 'there is no run "no-run"'),
+        (["sample", "run", "--prompt", "a", "--out", "full"], "full already exists"),
+        (["eval", "no-run"], 'there is no run "no-run"'),
+    ],
+)
+def test_mistake_that_needs_no_torch_is_refused_without_it(arguments: list[str], says: str, tmp_path: Path) -> None:
+    code = FAKE_RUN + "import sys, atexit\n"
+    code += "atexit.register(lambda: print('torch' in sys.modules))\n"
+    code += f"from finetune.cli import main; main.main({arguments!r})"
+    found = python("-c", code, cwd=tmp_path)
+    assert found.returncode == 2 and found.stderr.startswith("error: ") and says in found.stderr, found.stderr
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["gpus", "h200"]])
+def test_module_is_the_command(arguments: list[str], tmp_path: Path) -> None:
+    shown = python("-m", "finetune", *arguments, cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stdout == python("-m", "finetune.cli.main", *arguments, cwd=tmp_path).stdout
+
+
+def test_help_documents_shell_completion(tmp_path: Path) -> None:
+    assert "_FT_COMPLETE=bash_source ft" in python("-m", "finetune", "--help", cwd=tmp_path).stdout
+
+
+def test_recipe_file_without_its_ending_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").touch()
+    assert ft("check", "mine") == 2
+    assert 'did you mean the file "mine.yaml"?' in capsys.readouterr().err
+
+
+def test_launch_target_without_a_recipe_trains_the_bundled_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from finetune.cli import launch_target
+
+    for method, name in launch_target.DEFAULTS.items():
+        monkeypatch.setattr("sys.argv", [f"{method}.py", "--set", "train.steps=2"])
+        recipe, resume, force = launch_target.parse_arguments(method)
+        assert (recipe.method, recipe.train.steps, resume, force) == (method, 2, False, False)
+        assert f"No recipe given: training the bundled {name}" in caplog.messages[-1]
+
+
 def test_help_answers_at_once(tmp_path: Path) -> None:
     wall, processor = [], []
     for _ in range(5):
@@ -205,6 +274,9 @@ def test_sample_and_export_pass_on_what_was_asked(
 ) -> None:
     import finetune.cli.export
     import finetune.inference.sample
+
+    monkeypatch.chdir(tmp_path)
+    Path("runs/x").mkdir(parents=True)
 
     taken: list[object] = []
 

@@ -199,9 +199,9 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
     assert all(name in said for name in FOR_IMAGES)
-    assert sum("lora/flux2-klein-4b " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said, (
-        "QLoRA has a row of its own"
-    )
+    assert (
+        sum("lora/flux2-klein-4b " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said
+    ), "QLoRA has a row of its own"
 
 
 def test_of_several_recipes_for_one_base_the_largest_that_fits_stands_in_the_table(

@@ -142,6 +142,29 @@ def test_the_scripts_own_exit_code_and_words_come_through(
     assert capfd.readouterr().err == says
 
 
+def test_killed_training_process_is_reported_with_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As the kernel does when memory runs out: through Accelerate's and torch's own launchers."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)\n"
+    )
+    environment, arguments = launcher.launch_arguments("lora", 2, False)
+    command = [sys.executable, "-m", "finetune.cli.launcher", *arguments[:-1], str(script)]
+    assert launcher.run(command, environment | {"PYTHONPATH": str(CHECKOUT)}) == 128 + signal.SIGKILL
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == (
+        "error: a training process was killed (signal 9, SIGKILL), probably because the machine ran out of memory"
+    )
+    assert lines[1].startswith("  fix:  continue from the last checkpoint with --resume") and len(lines) == 2
+
+
+@pytest.mark.parametrize(("number", "says"), [(9, "probably because the machine ran out of memory"), (11, "SIGSEGV")])
+def test_launcher_that_a_signal_ended_is_reported(number: int, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"import os; os.kill(os.getpid(), {number})"
+    assert launcher.run([sys.executable, "-c", body], {}) == 128 + number
+    assert says in capfd.readouterr().err
+
+
 # The same with two processes, as torch's launcher starts them.
 _LAUNCHER_OF_TWO = """
 import os, subprocess, sys
@@ -281,8 +304,10 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     ]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     with subprocess.Popen(
-        asked, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        asked, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdout is not None and process.stdout.readline().startswith("$ accelerate launch ")
+        process.stdout.close()  # as `| head` does: training continues
         for _ in range(1200):
             if (tmp_path / "run" / "checkpoints").is_dir() and any((tmp_path / "run" / "checkpoints").glob("step-*")):
                 break
@@ -314,5 +339,7 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     named = [place.relative_to(tmp_path / "run").as_posix() for place in places]
     assert named == ["final/pytorch_lora_weights.safetensors", "before-after.png", "report.html"]
     assert all(place.is_file() for place in places)
+    os.umask(mask := os.umask(0))
+    assert places[0].stat().st_mode & 0o777 == 0o666 & ~mask, "others may read what is made to be shared"
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from benchmarks import torture
 from finetune import job as jobs
 from finetune.cli.process import report_errors
-from finetune.config.loader import to_dict
+from finetune.config.loader import load_recipe, to_dict
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
+from finetune.estimate.monitor import Expected
 from finetune.models.pretrained.model import CaptionAndLatent
+from finetune.training.failures import memory_explained
 from tests.helpers import tiny
 from tests.helpers.commands import CHECKOUT
 
@@ -100,6 +102,16 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
 
 
 # -- what must stop, and what must not --------------------------------------------------------------------------------
+
+
+def test_full_host_memory_is_explained() -> None:
+    recipe, expected = load_recipe("full/emoji"), Expected(None, "no profile")
+    refused = pytest.raises(UserError, match=r"out of memory: \d+ bytes more could not be allocated")
+    with refused as caught, memory_explained(recipe, expected, lambda: {"gradients": 1 << 30}):
+        torch.empty(1 << 50)
+    assert "gradients 1.00 GiB" in caught.value.where and "--set " in caught.value.remedy
+    with pytest.raises(RuntimeError, match="another"), memory_explained(recipe, expected, dict):
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize("poisoned", ["trained", "frozen"])

@@ -167,7 +167,9 @@ def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch
     assert isinstance(generator, AliasFreeGenerator)
     styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
     with_filters = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
-    monkeypatch.setattr(stylegan3, "upsampled", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor))
+    monkeypatch.setattr(
+        stylegan3, "upsampled", lambda maps, _, factor: functional.interpolate(maps, scale_factor=factor)
+    )
     monkeypatch.setattr(stylegan3, "downsampled", lambda maps, _: maps[..., ::2, ::2])
     without = [equivariance(generator, styles, draw, pixels) for pixels in (1, 2, 3)]
     print(f"equivariance {with_filters} dB, without filters {without} dB")
