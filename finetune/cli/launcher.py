@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -186,6 +187,7 @@ def _ignore_interrupts() -> None:
 def main() -> None:
     """Run `accelerate launch`; exit with the code of the first training process that failed, 128 + n for signal n."""
     terminal.silence_libraries()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command, launch_command_parser
