@@ -17,7 +17,7 @@ from tests.helpers.docs import Block, blocks, pages, sample_images
 WRAPPER = """#!/bin/sh
 command="$1"
 case "$command" in
-train) set -- "$@" --set train.steps=4 --set train.epochs=null --set train.batch_size=2 --set train.checkpoint_every=2 \\
+train) set -- "$@" --set train.steps=4 --set train.epochs=null --set train.batch_size=4 --set train.checkpoint_every=2 \\
     --set train.validate_every=2 --set sample.every=4 --set sample.steps=1 --set optimizer.warmup_steps=0 ;;
 sample) set -- "$@" --steps 1 ;;
 eval) set -- "$@" --images 4 ;;
