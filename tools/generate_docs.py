@@ -145,10 +145,17 @@ def _command_section(command: click.Command, context: click.Context) -> list[str
 
 
 def _help(command: click.Command) -> list[str]:
-    """The description of a command: its docstring, one line a paragraph."""
-    text = inspect.cleandoc(command.help or "").partition("\f")[0].replace("\b\n", "")
-    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
-    return [_prose(line) for paragraph in paragraphs for line in (paragraph, "")][:-1]
+    """The description of a command: one line per paragraph; a paragraph after `\\b` is preformatted, as in the terminal."""
+    lines: list[str] = []
+    for paragraph in inspect.cleandoc(command.help or "").partition("\f")[0].split("\n\n"):
+        if paragraph.startswith("\b\n"):
+            head, _, body = paragraph.removeprefix("\b\n").partition("\n")
+            if head.startswith(" "):
+                head, body = "", f"{head}\n{body}"
+            lines += [*([head, ""] if head else []), "```text", inspect.cleandoc(f"\n{body}"), "```", ""]
+        else:
+            lines += [_prose(paragraph), ""]
+    return lines[:-1]
 
 
 def _prose(text: str) -> str:
