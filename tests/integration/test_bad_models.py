@@ -29,7 +29,7 @@ def missing_model(scene: Scene) -> None:
     scene.set(f"model.path={scene.folder / 'no-model'}")
 
 
-@case("no-one/no-model.*hub", "model|folder")
+@case("no-one/no-model.*Hub", "model|folder")
 def model_that_no_hub_gives(scene: Scene) -> None:
     scene.set("model.path=no-one/no-model")
 
@@ -106,7 +106,7 @@ def lora_for_a_base(scene: Scene) -> None:
 
 
 @case(
-    'the hub gives "owner/closed" only to those who have accepted its licence',
+    'access to "owner/closed" on the Hub requires accepting its license',
     "https://huggingface.co/owner/closed.*hf auth login",
 )
 def gated_model(scene: Scene) -> None:
