@@ -32,8 +32,9 @@ from finetune.models.registry import specs
 
 # Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions. What only
 # one family has is in its record (`FamilySpec.lora_targets`).
-ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out", "[qkv]_proj", "out_proj")
-MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)", r"mlp\.fc[12]")
+ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out")
+MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)",)
+CLIP_ATTENTION, CLIP_MLP = ("[qkv]_proj", "out_proj"), (r"mlp\.fc[12]",)
 ADAPTED = (nn.Linear, nn.Conv2d)
 PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
 
@@ -68,13 +69,15 @@ def layers(net: nn.Module, targets: str) -> list[str]:
 def target_patterns(class_name: str) -> dict[str, tuple[str, ...]]:
     """What `adapter.targets: attention` and `attention+mlp` mean for a network's class.
 
-    Of a class that no family has, the patterns of all families.
+    A class that is no family's denoiser (text encoders) gets the patterns of all families and of CLIP.
     """
     known = [spec for spec in specs().values() if spec.denoiser_class]
-    of_class = [spec for spec in known if spec.denoiser_class == class_name] or known
+    of_class = [spec for spec in known if spec.denoiser_class == class_name]
     attention, mlp = (
-        common + tuple(end for spec in of_class for end in spec.lora_targets.get(key, ()))
-        for key, common in (("attention", ATTENTION), ("mlp", MLP))
+        common
+        + (() if of_class else clip)
+        + tuple(end for spec in of_class or known for end in spec.lora_targets.get(key, ()))
+        for key, common, clip in (("attention", ATTENTION, CLIP_ATTENTION), ("mlp", MLP, CLIP_MLP))
     )
     return {"attention": attention, "attention+mlp": attention + mlp}
 

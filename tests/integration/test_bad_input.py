@@ -123,7 +123,7 @@ def noise_schedule_of_a_flow(scene: Scene) -> None:
     scene.set("model.family=flux1", "diffusion={min_snr_gamma: 5}")
 
 
-@case("predicts a velocity: there is no other prediction", "remove it")
+@case("predicts a velocity: its prediction cannot be chosen", "remove it")
 def prediction_of_a_flow(scene: Scene) -> None:
     scene.set("model.family=flux1", "model.prediction=epsilon")
 

@@ -186,7 +186,7 @@ def test_a_mistake_ends_with_code_2_and_says_what_to_do(
         (["model.path=HERE/damaged"], "cannot be read", "copy or download"),
         (["model.path=HERE/sdxl"], "holds a StableDiffusionXLPipeline", "set model.family: sdxl"),
         (["model.path=HERE/other"], "holds a KandinskyV22Pipeline", "give another"),
-        (["model.path=a/b/c"], 'no file or folder "a/b/c"', "hub name"),
+        (["model.path=a/b/c"], 'no file or folder "a/b/c"', "Hub name"),
         (["model.path=a/b", "model.vae=./nowhere"], 'no file or folder "./nowhere"', "VAE"),
         (["model.path=a/b", "model.vae=HERE/empty"], "holds no trained VAE", "config.json"),
     ],

@@ -185,7 +185,7 @@ def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
     save_file(load_file(in_format("sd3", "diffusers")) | layer, tmp_path / "with-text.safetensors")
     said = refused(tmp_path / "with-text.safetensors", tmp_path / "run", name="sd3")
     assert "also adapts the text_encoder" in said
-    assert "give one of the transformer alone" in said
+    assert "give a LoRA of the transformer alone" in said
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run"):
         sample(tmp_path / "nothing", ["a"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no diffusers folder"):
+    with pytest.raises(UserError, match=r"not a diffusers folder"):
         sample(tmp_path / "empty", ["a"])
     with pytest.raises(UserError, match="nothing to draw"):
         sample(tiny.pipeline("sd15"), [])
@@ -162,5 +162,5 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="family autoencoder-kl draws no prompts"):
         sample(vae, ["a"])
     (vae / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match="no diffusers folder"):
+    with pytest.raises(UserError, match="not a diffusers folder"):
         sample(vae, ["a"])
