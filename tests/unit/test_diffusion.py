@@ -209,21 +209,21 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
         ("ddpm", ["sample.sampler=ddmi"], r'no sampler is called "ddmi"[\s\S]*did you mean "dd'),
         ("vae", ["sample.sampler=ddim"], r"family beta-vae has no samplers to choose from"),
         ("edm", ["sample.eta=0.5"], r"eta is DDIM's"),
-        ("ddpm", ["net.channel_multipliers=[1,2,2,2,2]"], r"8×8 pixels cannot be halved 4 times[\s\S]*fewer numbers"),
-        ("ddpm", ["net.channel_multipliers=[]"], r"at least one size"),
+        ("ddpm", ["net.channel_multipliers=[1,2,2,2,2]"], r"8×8 pixels cannot be halved 4 times[\s\S]*fewer net.channel_multipliers"),
+        ("ddpm", ["net.channel_multipliers=[]"], r"at least one number"),
         ("ddpm", ["net.width=10"], r"a multiple of 4"),
-        ("ddpm", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
+        ("ddpm", ["diffusion={zero_terminal_snr: true}"], r"already end in noise"),
         ("ddpm", ["model.prediction=epsilon"], r"remove model.prediction"),
         ("flow-matching", ["flow.shift=3"], r"set net.shift"),
         ("flow-matching", ["diffusion={huber: 0.1}"], r"is for families with a noise schedule"),
-        ("edm", ["net.sigma_min=90"], r"set net.sigma_min below net.sigma_max"),
+        ("edm", ["net.sigma_min=90"], r"net.sigma_min must be less than net.sigma_max"),
         ("cascade", ["model.base_run=null"], r"needs a first[\s\S]*scratch/cascade-low"),
-        ("cascade", ["data.resolution=4"], r"4×4 are no multiple"),
-        ("cascade", ["data.levels=5"], r"other colors, levels or classes"),
+        ("cascade", ["data.resolution=4"], r"4×4 is not a multiple"),
+        ("cascade", ["data.levels=5"], r"other channels, levels or classes"),
         ("ddpm", ["model.base_run=runs/x"], r"draws its images from nothing"),
         ("latent-diffusion", ["model.vae=null"], r"train scratch/emoji-vae first"),
-        ("latent-diffusion", ["data.grayscale=true"], r"reads 3 channels[\s\S]*data.grayscale: false"),
-        ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"end in noise"),
+        ("latent-diffusion", ["data.grayscale=true"], r"has 3 input channels[\s\S]*data.grayscale: false"),
+        ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"already end in noise"),
     ],
 )
 def test_mistakes(name: str, overrides: list[str], told: str, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_sampler_is_chosen_at_drawing(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"sampler": "euller"}, "no sampler is called"),
         ({"sampler": "heun", "eta": 0.5}, "eta is DDIM's"),
-        ({"steps": 51}, "more than the 50"),
+        ({"steps": 51}, "exceed the 50 steps"),
     ]
     for keys, told in refused:
         with pytest.raises(UserError, match=told):

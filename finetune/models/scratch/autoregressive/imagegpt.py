@@ -1,7 +1,7 @@
-"""ImageGPT (Chen et al. 2020): an image as a sequence of tokens, drawn by a transformer one after the other.
+"""ImageGPT (Chen et al. 2020): an autoregressive transformer over an image as a sequence of tokens.
 
-A token is a channel's level, pixel by pixel, so that the likelihood is exact; or a pixel's color out of a palette that
-k-means finds in the data (the paper's has 512), which makes sequences a third as long and gives no likelihood of the image itself.
+A token is the level of one channel of one pixel, with an exact likelihood; or a pixel's color from a palette (found by k-means on
+the data; the paper's has 512 colors), which makes sequences a third as long but gives no likelihood of the original image.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from finetune.models.scratch.base import LikelihoodModel, Space, build_from_scra
 from finetune.rng import Draw
 
 build = build_from_scratch
-PALETTE_IMAGES, PALETTE_ROUNDS = 256, 20
+PALETTE_IMAGES, PALETTE_ROUNDS = 256, 20  # training images and iterations of k-means
 
 
 @final
 class TokenizedImages(nn.Module):
-    """Images ↔ tokens, and the transformer."""
+    """The transformer with conversions between images and tokens."""
 
     palette: Tensor
 
@@ -40,26 +40,26 @@ class TokenizedImages(nn.Module):
         )
 
     def tokens(self, levels: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, length] int64, row by row, the channels of a pixel side by side."""
+        """Levels [B, C, H, W] → tokens [B, length] int64 in raster order, channels innermost."""
         pixels = levels.permute(0, 2, 3, 1)
         if not len(self.palette):
             return pixels.flatten(1).long()
         return torch.cdist(pixels.flatten(1, 2).float(), self.palette).argmin(-1)
 
     def levels(self, tokens: Tensor) -> Tensor:
-        """`tokens` undone, uint8."""
+        """Tokens → levels [B, C, H, W] uint8: the inverse of `tokens`."""
         channels, height, width = self._space.shape
         values = self.palette[tokens].round() if len(self.palette) else tokens
         return values.reshape(-1, height, width, channels).permute(0, 3, 1, 2).to(torch.uint8)
 
     def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
-        """log p of each image's tokens, [B]."""
+        """The log-probability of each image's tokens, [B]."""
         return self.transformer.log_prob(self.tokens(levels), classes)
 
 
 @final
 class TokenStep(TrainStep):
-    """−log p of each image's tokens, in nats."""
+    """Trains the transformer: −log p of each image's tokens, in nats."""
 
     name = "tokens"
 
@@ -73,6 +73,8 @@ class TokenStep(TrainStep):
 
 @final
 class ImageGpt(LikelihoodModel):
+    """ImageGPT, with an exact likelihood if it has no palette."""
+
     exact = True
 
     def __init__(self, space: Space, section: Net) -> None:
@@ -85,16 +87,20 @@ class ImageGpt(LikelihoodModel):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Find the palette among the training images."""
+        """Find the palette of the training images by k-means."""
         if len(self.net.palette):
             pixels = self.examples(PALETTE_IMAGES)["pixels"].permute(0, 2, 3, 1).flatten(0, 2).float()
             self.net.palette.copy_(k_means(pixels, len(self.net.palette)))
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """Raises: UserError: a palette's images have no likelihood to compare."""
+        """−log p of each image in nats, [B].
+
+        Raises:
+            UserError: the model has a palette.
+        """
         if len(self.net.palette):
-            problem = "of images in a palette's colors the likelihood compares with no other"
+            problem = "a model with a palette has no likelihood that is comparable with others"
             raise UserError(problem, where="net.palette", remedy="train with net.palette: 0")
         return self._step.loss(batch, draw)
 
@@ -110,7 +116,7 @@ class ImageGpt(LikelihoodModel):
 
 
 def k_means(points: Tensor, count: int) -> Tensor:
-    """Centers of `points` [N, D], [count, D]: Lloyd's rounds from points far apart (each the farthest from those before)."""
+    """k-means: `count` centers [count, D] of points [N, D] by Lloyd's algorithm, initialized farthest-first."""
     points, weights = points.unique(dim=0, return_counts=True)
     weights = weights.float()
     centers = points[weights.argmax()][None]

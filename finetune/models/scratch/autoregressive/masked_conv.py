@@ -1,9 +1,9 @@
-"""Convolutions that see only what was drawn before, and caches that make drawing cheap.
+"""Causal convolutions, with caches for fast sampling.
 
-An image is drawn row by row. The vertical stream of a PixelCNN reads whole rows above, the horizontal one reads to the
-left as well (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). So when an image is drawn, the vertical
-stream is computed a row at a time and the horizontal a pixel at a time, each convolution keeping what it has read so far:
-Ramachandran et al. 2017 (arXiv:1704.06001). The same forward pass serves all three: `Place` says what is computed.
+Images are generated in raster order. The vertical stream of a PixelCNN sees the rows above, the horizontal stream also pixels to
+the left (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). During sampling, the vertical stream is computed once
+per row and the horizontal one per pixel, and each convolution caches its inputs (Ramachandran et al. 2017, arXiv:1704.06001). The
+same forward pass serves training and sampling: `Place` says what is computed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from torch.nn import functional
 @final
 @dataclass
 class Place:
-    """Where in the image of `height` × `width` a pass computes: row y, and in it pixel x or, if x is None, all of them.
+    """The part of an image that a pass computes: row y, and in it pixel x, or the whole row if x is None.
 
-    `read` holds, for each convolution, what it was given so far, with its padding: [B, C, padded height, padded width].
+    Attributes:
+        height, width: of the image.
+        y, x: the position.
+        read: the inputs of each convolution so far, with padding, [B, C, padded height, padded width].
     """
 
     height: int
@@ -33,13 +36,13 @@ class Place:
 
 @final
 class CausalConv(nn.Module):
-    """A convolution over a window that lies above, or above and to the left.
+    """A convolution over a window above, or above and to the left of a pixel.
 
     Output (y, x) is Σ W[i, j] · input(y − up + i · dilation, x − left + j · dilation).
 
     Args:
         kernel: height and width of the window.
-        up, left: how far the window's first row and column lie above and left of the pixel.
+        up, left: distance of the window's first row and column from the pixel.
     """
 
     def __init__(
@@ -51,15 +54,11 @@ class CausalConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="linear")
         rows, columns = ((size - 1) * dilation for size in kernel)
         self._dilation, self._rows, self._columns = dilation, rows, columns
-        self._padding = (
-            left,
-            columns - left,
-            up,
-            rows - up,
-        )  # negative: cropped, the window ends before the image does
+        # Negative padding crops: the window ends before the image does.
+        self._padding = (left, columns - left, up, rows - up)
 
     def forward(self, features: Tensor, place: Place | None = None) -> Tensor:
-        """[B, C, H, W] → [B, outputs, H, W]; at a place, [B, C, 1, W] or [B, C, 1, 1] → the same of the outputs."""
+        """[B, C, H, W] → [B, outputs, H, W]; for a place, [B, C, 1, W] or [B, C, 1, 1] → outputs of that shape."""
         if place is None:
             return functional.conv2d(
                 functional.pad(features, self._padding), self.weight, self.bias, dilation=self._dilation
@@ -75,7 +74,10 @@ class CausalConv(nn.Module):
         return functional.linear(window.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
     def write(self, features: Tensor, place: Place) -> Tensor:
-        """Keep what is there at the place; returns all that is kept. A first convolution, which reads what is drawn, is told it so."""
+        """Store the inputs at a place in the cache and return the cache.
+
+        Sampling calls this for the first convolutions, whose input is the pixel just generated.
+        """
         left, right, up, down = self._padding
         read = place.read.get(self)
         if read is None:

@@ -1,10 +1,9 @@
-"""PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): an image's pixels one after the other, each given those before.
+"""PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): an autoregressive model of pixels.
 
-Two streams of gated residual blocks; the blocks on the way up also see those on the way down (§2.3). A pixel's levels
-are a mixture of logistics, its channels one after the other (§2.1–2.2), or, for gray, a probability for each level. What
-differs from the paper: instead of halving the image and doubling it again, every second block may read `dilation` pixels
-apart, which sees as far and lets each convolution keep what it has read; and weights are not normalized. Written by hand,
-since no kept library has it.
+Two streams of gated residual blocks with skip connections from the first half to the second (§2.3). The distribution of a pixel
+is a mixture of logistics, autoregressive in its channels (§2.1–2.2), or categorical for gray images. Differences from the paper:
+every second block may be dilated instead of downsampling and upsampling, which has the same receptive field and allows caching;
+and there is no weight normalization. Implemented here because no maintained library has it.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ build = build_from_scratch
 
 
 def concat_elu(features: Tensor) -> Tensor:
-    """ELU of x and of −x, side by side: [B, C, H, W] → [B, 2C, H, W]."""
+    """Concatenate ELU(x) and ELU(−x): [B, C, H, W] → [B, 2C, H, W]."""
     return functional.elu(torch.cat([features, -features], 1))
 
 
 @final
 class Gated(nn.Module):
-    """x + a · σ(b), where a and b are convolutions of x, of what another stream says, and of the class."""
+    """A gated residual block x + a · σ(b), with a and b computed from x, another stream and the class."""
 
     def __init__(
         self, width: int, horizontal: bool, dilation: int, beside: int, dropout: float, conditioned: int
@@ -49,10 +48,10 @@ class Gated(nn.Module):
         self.condition = nn.Linear(conditioned, 2 * width) if conditioned else None
         self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
-            self.second.weight.mul_(0.1)  # a new block all but passes x through
+            self.second.weight.mul_(0.1)  # a new block is nearly the identity
 
     def forward(self, features: Tensor, beside: Tensor | None, condition: Tensor | None, place: Place | None) -> Tensor:
-        """[B, width, H, W] → the same; `beside` [B, beside, H, W]; `condition` [B, conditioned]."""
+        """[B, width, H, W] → the same shape; `beside` [B, beside, H, W] is the other stream, `condition` [B, conditioned]."""
         result: Tensor = self.first(concat_elu(features), place)
         if self.beside is not None and beside is not None:
             result = result + self.beside(concat_elu(beside))
@@ -65,18 +64,19 @@ class Gated(nn.Module):
 
 @final
 class PixelCnn(nn.Module):
-    """Levels, scaled, → for each pixel the parameters of its distribution given the pixels before.
+    """Scaled images → parameters of each pixel's distribution given the previous pixels.
 
     Args:
-        channels: of a scaled image.
-        outputs: parameters a pixel.
-        conditioned: width of a condition [B, conditioned]; 0 is none.
+        channels: of the images.
+        outputs: parameters per pixel.
+        section: the recipe's `net` section.
+        conditioned: width of the condition [B, conditioned]; 0: none.
     """
 
     def __init__(self, channels: int, outputs: int, section: Stack, conditioned: int) -> None:
         super().__init__()
-        width, inputs = section.width, channels + 1  # a channel of ones tells the image from its padding
-        # The window of the vertical stream: two rows above; of the horizontal: the row above, and to the left.
+        width, inputs = section.width, channels + 1  # a channel of ones distinguishes the image from padding
+        # Windows: the vertical stream sees two rows above; the horizontal one the row above, and to the left.
         self.above = CausalConv(inputs, width, (2, 3), 2, 1)
         self.row_above = CausalConv(inputs, width, (1, 3), 1, 1)
         self.left = CausalConv(inputs, width, (2, 1), 1, 1)
@@ -96,7 +96,7 @@ class PixelCnn(nn.Module):
         return self.horizontal(scaled, self.vertical(scaled, condition, None), condition, None)
 
     def vertical(self, scaled: Tensor, condition: Tensor | None, place: Place | None) -> list[Tensor]:
-        """What every block of the vertical stream says, in the order in which the horizontal stream's blocks read it."""
+        """Outputs of the vertical stream's blocks, in the order in which the horizontal stream uses them."""
         down = [self.above(_with_ones(scaled), place)]
         for block in self.down_vertical:
             down.append(block(down[-1], None, condition, place))
@@ -109,7 +109,7 @@ class PixelCnn(nn.Module):
     def horizontal(
         self, scaled: Tensor, vertical: list[Tensor], condition: Tensor | None, place: Place | None
     ) -> Tensor:
-        """What is said of each pixel, [B, out, H, W], by the pixels left of it and by what the `vertical` stream says of the rows above."""
+        """Parameters of each pixel, [B, outputs, H, W], from the pixels to the left and the vertical stream's outputs."""
         ones = _with_ones(scaled)
         down = [self.row_above(ones, place) + self.left(ones, place)]
         half = len(self.down_horizontal)
@@ -123,10 +123,12 @@ class PixelCnn(nn.Module):
 
     @torch.no_grad()
     def generate(self, scaled: Tensor, condition: Tensor | None, pick: Callable[[Tensor, int, int], Tensor]) -> None:
-        """Draw into `scaled` [B, channels, H, W], pixel by pixel, each convolution keeping what it has read.
+        """Sample into `scaled` [B, channels, H, W], pixel by pixel, with cached convolutions.
 
         Args:
-            pick: (parameters [B, outputs, 1, 1], y, x) → what is drawn there, [B, channels, 1, 1].
+            scaled: the images, overwritten.
+            condition: the condition [B, conditioned].
+            pick: (parameters [B, outputs, 1, 1], y, x) → the sampled pixel [B, channels, 1, 1].
         """
         caches = Place(*scaled.shape[2:])
         for y in range(scaled.shape[2]):
@@ -137,7 +139,7 @@ class PixelCnn(nn.Module):
                 above = [features[:, :, :, x : x + 1] for features in vertical]
                 parameters = self.horizontal(scaled[:, :, y : y + 1, x : x + 1], above, condition, caches)
                 scaled[:, :, y : y + 1, x : x + 1] = pick(parameters, y, x)
-                for first in (self.above, self.row_above, self.left):  # those that read the image itself
+                for first in (self.above, self.row_above, self.left):  # their input is the image itself
                     first.write(_with_ones(scaled[:, :, y : y + 1, x : x + 1]), caches)
 
 
@@ -147,7 +149,7 @@ def _with_ones(scaled: Tensor) -> Tensor:
 
 @final
 class Conditioned(nn.Module):
-    """The net, and the embedding of its classes where there are any."""
+    """The network with an embedding of the classes, if any."""
 
     def __init__(self, space: Space, section: Net, outputs: int) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class Conditioned(nn.Module):
 
 @final
 class ExactStep(TrainStep):
-    """−log p of each image, in nats."""
+    """Trains the network: −log p of each image, in nats."""
 
     name = "pixels"
 
@@ -180,13 +182,15 @@ class ExactStep(TrainStep):
 
 @final
 class PixelCnnPlusPlus(LikelihoodModel):
+    """PixelCNN++, with an exact likelihood."""
+
     exact = True
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
         if section.distribution == "categorical" and space.channels > 1:
             raise UserError(
-                "a categorical pixel's channels would not see each other",
+                "a categorical distribution would make the channels of a pixel independent",
                 where="net.distribution",
                 remedy="set net.distribution: logistics, or data.grayscale: true",
             )
@@ -202,7 +206,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return self._step.loss(batch, draw)
 
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Levels uint8, [B, C, H, W], pixel by pixel, what earlier pixels gave being kept."""
+        """Generate levels [B, C, H, W] uint8 pixel by pixel, with cached convolutions."""
         uniform, levels = (
             self.uniform(draw),
             torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device),
@@ -218,7 +222,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return levels
 
     def generate_uncached(self, classes: Tensor | None, draw: Draw) -> Tensor:
-        """The same images by a whole pass a pixel: what `draw` is tested and timed against."""
+        """Generate the same images with a full pass per pixel (the reference for tests and benchmarks)."""
         uniform, levels = (
             self.uniform(draw),
             torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device),
@@ -230,7 +234,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         return levels
 
     def uniform(self, draw: Draw) -> Tensor:
-        """All the chance that an image takes, [B, draws, H, W]."""
+        """All random numbers of an image, [B, draws, H, W]."""
         return draw.uniform("pixels", (self._distribution.draws, *self.space.shape[1:]))
 
 

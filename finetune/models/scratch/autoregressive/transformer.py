@@ -1,4 +1,4 @@
-"""A transformer over sequences of tokens, one after the other: transformers' ImageGPT (Chen et al. 2020), and how it draws."""
+"""An autoregressive transformer over token sequences: transformers' ImageGPT (Chen et al. 2020), with sampling."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from finetune.errors import UserError
 
 @final
 class TokenTransformer(nn.Module):
-    """p(token | tokens before it, class), over `length` tokens of `vocabulary` values.
+    """p(token | previous tokens, class) over `length` tokens of `vocabulary` values.
 
-    A sequence starts with the token of its class, or of none: those follow the vocabulary, `vocabulary + class`.
+    A sequence starts with the token of its class (or of "no class"), whose index is `vocabulary + class`.
     """
 
     def __init__(
@@ -25,9 +25,9 @@ class TokenTransformer(nn.Module):
         super().__init__()
         if width % heads:
             raise UserError(
-                f"{heads} heads cannot share a width of {width} evenly",
+                f"the width {width} is not divisible by {heads} heads",
                 where="net.heads",
-                remedy="make net.width a multiple of it",
+                remedy="set net.width to a multiple of net.heads",
             )
         self.vocabulary, self.length, self._classes = vocabulary, length, classes
         self.gpt = ImageGPTForCausalImageModeling(
@@ -50,17 +50,17 @@ class TokenTransformer(nn.Module):
         return (self.vocabulary + classes)[:, None]
 
     def forward(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
-        """tokens [B, N ≤ length] int64 → the logits of each given those before it, [B, N, vocabulary] float32."""
+        """Tokens [B, N ≤ length] int64 → logits of each given the previous ones, [B, N, vocabulary] float32."""
         before = torch.cat([self.starts(len(tokens), classes, tokens.device), tokens[:, :-1]], 1)
         result: Tensor = self.gpt(before, use_cache=False).logits[:, :, : self.vocabulary].float()
         return result
 
     def log_prob(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
-        """In nats, of each sequence, [B]."""
+        """The log-probability of each sequence in nats, [B]."""
         return self(tokens, classes).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).sum(1)  # type: ignore[no-any-return]
 
     def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        """uniform [B, length] → tokens [B, length]; keys and values of what is drawn are kept."""
+        """Sample tokens [B, length] from uniform values [B, length], with cached keys and values."""
         cache = DynamicCache(config=self.gpt.config)
         result = [self.starts(len(uniform), classes, uniform.device)]
         for place in range(self.length):
@@ -69,7 +69,7 @@ class TokenTransformer(nn.Module):
         return torch.cat(result[1:], 1)
 
     def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        """The same by a whole pass a token: what `draw` is tested and timed against."""
+        """Sample the same tokens with a full pass per token (the reference for tests and benchmarks)."""
         result = self.starts(len(uniform), classes, uniform.device)
         for place in range(self.length):
             logits = self.gpt(result, use_cache=False).logits[:, -1, : self.vocabulary]
@@ -78,6 +78,6 @@ class TokenTransformer(nn.Module):
 
 
 def chosen(logits: Tensor, uniform: Tensor) -> Tensor:
-    """logits [..., V], uniform [...] → the value where the cumulative probability passes it, [...] int64."""
+    """Sample categorically by inverting the CDF: logits [..., V], uniform values [...] → indices [...] int64."""
     cumulative = logits.float().softmax(-1).cumsum(-1)
     return (uniform[..., None] > cumulative[..., :-1]).sum(-1)

@@ -1,9 +1,8 @@
-"""Normalizing flows over images: what RealNVP and Glow share. A family's own file says which steps a scale takes.
+"""What normalizing flows over images (RealNVP, Glow) share; a family's own file defines the steps of a scale.
 
-log p(x) of levels x is bounded through continuous ones: with noise u ~ q(u|x) in [0, 1) for each level,
-log P(x) ≥ E[log p((x + u) / levels) − D · log levels − log q(u|x)], where q is even (Theis et al. 2016, arXiv:1511.01844) or
-learned (Ho et al. 2019, §3.1). p is the flow's density: log N(z; 0, I) + log |det|, over the logit, every squeeze, split,
-normalization and convolution.
+The log-likelihood of levels x is bounded by dequantization with noise u ~ q(u|x) in [0, 1):
+log P(x) ≥ E[log p((x + u) / levels) − D · log levels − log q(u|x)], where q is uniform (Theis et al. 2016, arXiv:1511.01844) or
+learned (Flow++, Ho et al. 2019, arXiv:1902.00275, §3.1). p is the flow's density, log N(z; 0, I) + log |det|.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from finetune.models.scratch.flows.bijections import (
 )
 from finetune.rng import Draw
 
-STARTING_IMAGES = 256  # over which ActNorm starts
-NOISE_STEPS = 4  # couplings of the learned noise
+STARTING_IMAGES = 256  # that initialize ActNorm
+NOISE_STEPS = 4  # couplings of the learned dequantization noise
 
 
 def coupling(section: Section, channels: int, second: bool, context: int = 0) -> Coupling:
-    """By the recipe's word."""
+    """A coupling of the kind that `net.coupling` names."""
     net = (section.width, section.blocks, section.dropout)
     if section.coupling == "mixture":
         return MixtureCdf(channels, second, net, section.mixtures, context)
@@ -47,13 +46,16 @@ def coupling(section: Section, channels: int, second: bool, context: int = 0) ->
 
 
 def log_normal(values: Tensor) -> Tensor:
-    """Of each example, [B]."""
+    """Standard normal log-density of each example, [B]."""
     return (-0.5 * (values.square() + math.log(2 * math.pi))).flatten(1).sum(1)
 
 
 @final
 class MultiScale(nn.Module):
-    """Images in [0, 1] ↔ latents [B, D]. `scales` are the bijections of each; between two, half of the channels is let go."""
+    """Images in [0, 1] ↔ latents [B, D]; after each scale but the last, half of the channels becomes latents.
+
+    Attribute names are stored in checkpoints.
+    """
 
     def __init__(self, space: Space, section: Section, scales: Sequence[Bijection], rests: Sequence[Bijection]) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class MultiScale(nn.Module):
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C, H, W] → (latents [B, D], log |det| [B])."""
         values, total = self.logit(values)
-        gone = []
+        latents = []
         for number, scale in enumerate(self.scales):
             values, log_det = scale(values)
             total = total + log_det
@@ -78,8 +80,8 @@ class MultiScale(nn.Module):
                 values, log_det = self.rests[number](values)
                 total = total + log_det
                 values, rest = values.chunk(2, 1)
-                gone.append(rest.flatten(1))
-        return torch.cat([*gone, values.flatten(1)], 1), total
+                latents.append(rest.flatten(1))
+        return torch.cat([*latents, values.flatten(1)], 1), total
 
     def inverse(self, latent: Tensor) -> Tensor:
         parts = [
@@ -96,7 +98,7 @@ class MultiScale(nn.Module):
 
 @final
 class LearnedNoise(nn.Module):
-    """q(u|x): a flow from normal noise to [0, 1), told the image (Flow++, §3.1)."""
+    """q(u|x): a conditional flow from normal noise to [0, 1) (Flow++, §3.1)."""
 
     def __init__(self, space: Space, section: Section) -> None:
         super().__init__()
@@ -109,11 +111,11 @@ class LearnedNoise(nn.Module):
         self.squeeze = Squeeze()
 
     def forward(self, levels: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """normal [B, C, H, W] → (u in (0, 1), log q(u|x) [B])."""
-        told = self.context(self.squeeze(self._space.scaled(levels).to(normal.dtype))[0])
+        """Levels and normal noise [B, C, H, W] → u in (0, 1) and log q(u|x) [B]."""
+        context = self.context(self.squeeze(self._space.scaled(levels).to(normal.dtype))[0])
         values, total = self.squeeze(normal)[0], log_normal(normal)
         for one in self.couplings:
-            values, log_det = one(values, told)
+            values, log_det = one(values, context)
             total = total - log_det
         values = self.squeeze.inverse(values)
         u = values.sigmoid()
@@ -122,7 +124,7 @@ class LearnedNoise(nn.Module):
 
 @final
 class Dequantized(nn.Module):
-    """The flow, its noise, and where classes' latents lie."""
+    """The flow with dequantization noise and class-conditional means of the latents."""
 
     def __init__(self, space: Space, section: Section, flow: MultiScale) -> None:
         super().__init__()
@@ -136,7 +138,10 @@ class Dequantized(nn.Module):
         return 0.0 if self.means is None else self.means(classes)
 
     def forward(self, levels: Tensor, classes: Tensor | None, chance: Tensor) -> Tensor:
-        """One draw's log P(x) in nats, [B]. `chance` is even in [0, 1), or normal where the noise is learned: [B, C, H, W]."""
+        """One sample of the bound on log P(x) in nats, [B].
+
+        `chance` [B, C, H, W] is uniform in [0, 1), or normal for learned noise.
+        """
         u, log_q = (chance, 0.0) if self.noise is None else self.noise(levels, chance)
         latent, log_det = self.flow((levels.float() + u) / self._space.levels)
         result: Tensor = (
@@ -150,7 +155,7 @@ class Dequantized(nn.Module):
 
 @final
 class FlowStep(TrainStep):
-    """−log P(x) of each image in nats, by one draw of the noise between levels (`Dequantised`)."""
+    """Trains the flow: −log P(x) of each image in nats, with one sample of dequantization noise."""
 
     name = "flow"
 
@@ -163,20 +168,20 @@ class FlowStep(TrainStep):
 
     def chance(self, draw: Draw, which: str) -> Tensor:
         purpose = f"dequantisation{which}"
-        net = getattr(self.net, "module", self.net)  # within another process's wrapper
+        net = getattr(self.net, "module", self.net)  # unwrapped in distributed training
         return (
             draw.uniform(purpose, self._space.shape) if net.noise is None else draw.normal(purpose, self._space.shape)
         )
 
 
 class FlowModel(LikelihoodModel):
-    """A flow: exact for continuous pixels, and for levels a bound."""
+    """A normalizing flow, with a bound on the likelihood of levels."""
 
     exact = False
 
     def __init__(self, space: Space, section: Section) -> None:
         super().__init__(space, section)
-        halved(space.height, space.width, section.scales, "net.scales", "set net.scales lower")
+        halved(space.height, space.width, section.scales, "net.scales", "lower net.scales")
         channels, scales, rests = space.channels, [], []
         for number in range(section.scales):
             scales.append(Chain(self.steps(section, channels, number)))
@@ -189,14 +194,14 @@ class FlowModel(LikelihoodModel):
 
     @abstractmethod
     def steps(self, section: Section, channels: int, number: int) -> list[Bijection]:
-        """The bijections of a scale, one of them a squeeze: [B, channels, H, W] → [B, 4 · channels, H/2, W/2]."""
+        """The bijections of a scale, including one squeeze: [B, channels, H, W] → [B, 4 · channels, H/2, W/2]."""
 
     def train_steps(self) -> tuple[TrainStep, ...]:
         return (self._step,)
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set every ActNorm by some training images, one after the other as they pass through."""
+        """Initialize each ActNorm in turn from some training images."""
         batch = self.examples(STARTING_IMAGES)
         norms = [module for module in self.net.modules() if isinstance(module, ActNorm)]
         for norm in norms:

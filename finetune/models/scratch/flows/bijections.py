@@ -1,7 +1,7 @@
-"""Invertible maps of images with the logarithm of their determinant: what normalizing flows are built of.
+"""Bijections: invertible layers of normalizing flows with the log-determinant of their Jacobian.
 
-Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019
-(Flow++, arXiv:1902.00275). Written by hand, since normflows has been still since 2023; tested against it and autograd.
+From Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019 (Flow++,
+arXiv:1902.00275). Implemented here because normflows has not been maintained since 2023; tested against it and autograd.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch.nn import functional
 
 from finetune.models.scratch.blocks import Residual
 
-BISECTIONS = 60
-SCALE_BOUND = 3.0  # of a coupling's log-scale: no single one can stretch or shrink by more than e³
+BISECTIONS = 60  # steps to invert a mixture's cumulative distribution
+SCALE_BOUND = 3.0  # bound of a coupling's log-scale: a single one scales by at most e³
 
 
 class Bijection(nn.Module, ABC):
-    """An invertible map of a batch, each example by itself."""
+    """An invertible map of each example of a batch."""
 
     @abstractmethod
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, …] → (mapped, log |det| of each example's Jacobian [B])."""
+        """Values [B, …] → mapped values, and log |det| of each example's Jacobian [B]."""
 
     @abstractmethod
     def inverse(self, values: Tensor) -> Tensor:
-        """What `forward` maps to `values`."""
+        """The inverse of `forward`, without the determinant."""
 
 
 def _zeros(values: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _zeros(values: Tensor) -> Tensor:
 
 @final
 class Chain(Bijection):
-    """One after the other."""
+    """A composition of bijections."""
 
     def __init__(self, parts: Sequence[Bijection]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Chain(Bijection):
 
 @final
 class Logit(Bijection):
-    """[0, 1] → ℝ: logit(margin + (1 − 2 · margin) · x) (Dinh et al. 2017, §4.1); with margin 0, x − ½ alone."""
+    """[0, 1] → ℝ: logit(margin + (1 − 2 · margin) · x) (Dinh et al. 2017, §4.1); with margin 0 it is x − ½."""
 
     def __init__(self, margin: float) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Logit(Bijection):
 
 @final
 class Squeeze(Bijection):
-    """[B, C, H, W] → [B, 4C, H/2, W/2]: each 2×2 square becomes channels."""
+    """[B, C, H, W] → [B, 4C, H/2, W/2]: moves each 2×2 block into channels."""
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         return functional.pixel_unshuffle(values, 2), _zeros(values)
@@ -90,9 +90,9 @@ class Squeeze(Bijection):
 
 @final
 class Checkerboard(Bijection):
-    """[B, C, H, W] → [B, 2C, H, W/2]: the black squares, then the white, so that a coupling of halves is RealNVP's checkerboard.
+    """[B, C, H, W] → [B, 2C, H, W/2]: the black squares of a checkerboard, then the white ones.
 
-    `undone`: the other way round.
+    A coupling of the two halves of the channels is then RealNVP's checkerboard coupling. `inverted` swaps the directions.
     """
 
     def __init__(self, inverted: bool = False) -> None:
@@ -113,7 +113,7 @@ class Checkerboard(Bijection):
         return torch.stack([even, odd], -1).flatten(-2)
 
     def _swap_odd_rows(self, values: Tensor) -> Tensor:
-        """In every second row the two halves of the channels change places."""
+        """Swap the halves of the channels in every second row."""
         first, second = values.chunk(2, 1)
         odd = (torch.arange(values.shape[2], device=values.device) % 2).bool()[:, None]
         return torch.cat([torch.where(odd, second, first), torch.where(odd, first, second)], 1)
@@ -121,7 +121,7 @@ class Checkerboard(Bijection):
 
 @final
 class ActNorm(Bijection):
-    """Scale and shift of each channel, which start so that a batch of the data comes out with mean 0 and deviation 1 (Glow, §3.1)."""
+    """Scale and shift of each channel, initialized so that a batch of data gets mean 0 and standard deviation 1 (Glow, §3.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class ActNorm(Bijection):
             nn.Parameter(torch.zeros(channels, 1, 1)),
             nn.Parameter(torch.zeros(channels, 1, 1)),
         )
-        self.initializing = False  # while it is, the next batch sets both
+        self.initializing = False  # if set, the next batch initializes both
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.initializing:
@@ -145,7 +145,7 @@ class ActNorm(Bijection):
 
 @final
 class InvertibleConv(Bijection):
-    """A 1×1 convolution by P L (U + diag s), from a random rotation on (Glow, §3.2)."""
+    """An invertible 1×1 convolution P L (U + diag s), initialized to a random rotation (Glow, §3.2)."""
 
     permutation: Tensor
     signs: Tensor
@@ -173,7 +173,7 @@ class InvertibleConv(Bijection):
 
 @final
 class Conditioner(nn.Module):
-    """What a coupling reads its numbers from: [B, inputs, H, W] → [B, outputs, H, W], zero at the start."""
+    """The network of a coupling: [B, inputs, H, W] → [B, outputs, H, W], initialized to output 0."""
 
     def __init__(self, inputs: int, outputs: int, width: int, blocks: int, dropout: float) -> None:
         super().__init__()
@@ -192,14 +192,14 @@ class Conditioner(nn.Module):
 
 
 class Coupling(Bijection):
-    """Half of the channels is changed, by numbers that a net reads off the other half and, where given, a context.
+    """Transforms half of the channels with parameters predicted from the other half and an optional context.
 
     Args:
         channels: of the values, even.
-        second: whether it is the second half that changes.
-        numbers: that the change of one value takes.
+        second: whether the second half is transformed.
+        numbers: parameters per transformed value.
         net: (width, blocks, dropout) of the conditioner.
-        context: channels that the net is given besides.
+        context: channels of the context.
     """
 
     def __init__(
@@ -211,13 +211,14 @@ class Coupling(Bijection):
 
     @abstractmethod
     def transform(self, values: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """values [B, C/2, H, W], numbers [B, numbers, C/2, H, W] → (changed, log-derivative of each)."""
+        """Values [B, C/2, H, W], parameters [B, numbers, C/2, H, W] → transformed values, log-derivative of each."""
 
     @abstractmethod
-    def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor: ...
+    def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """The inverse of `transform`."""
 
     def _halves(self, values: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(kept, to change, numbers)."""
+        """The half to keep, the half to transform, and its parameters."""
         kept, changing = values.chunk(2, 1) if self._second else reversed(values.chunk(2, 1))
         read = kept if context is None else torch.cat([kept, context], 1)
         return kept, changing, self.conditioner(read).unflatten(1, (self._numbers, -1))
@@ -236,13 +237,13 @@ class Coupling(Bijection):
 
 
 def bounded(log_scale: Tensor) -> Tensor:
-    """Soft bounds of a log-scale: s → b·tanh(s / b), b = `SCALE_BOUND`, any shape."""
+    """Softly bound a log-scale of any shape: b·tanh(s / b), b = `SCALE_BOUND`."""
     return SCALE_BOUND * (log_scale / SCALE_BOUND).tanh()
 
 
 @final
 class Affine(Coupling):
-    """x · e^s + t (RealNVP, equation 7)."""
+    """Affine coupling x · e^s + t (RealNVP, equation 7)."""
 
     def __init__(self, channels: int, second: bool, net: tuple[int, int, float], context: int = 0) -> None:
         super().__init__(channels, second, 2, net, context)
@@ -257,14 +258,14 @@ class Affine(Coupling):
 
 @final
 class MixtureCdf(Coupling):
-    """logit(F(x)) · e^s + t, F the cumulative of a mixture of logistics (Flow++, §3.2); inverted by bisection."""
+    """Coupling logit(F(x)) · e^s + t with F the CDF of a mixture of logistics (Flow++, §3.2); inverted by bisection."""
 
     def __init__(
         self, channels: int, second: bool, net: tuple[int, int, float], mixtures: int, context: int = 0
     ) -> None:
         super().__init__(channels, second, 2 + 3 * mixtures, net, context)
         self._mixtures = mixtures
-        # Components start side by side: alike, they would stay so.
+        # Different initial means: equal components would stay equal.
         self.means = nn.Parameter(
             torch.linspace(-1.5, 1.5, mixtures)[:, None, None, None] if mixtures > 1 else torch.zeros(1, 1, 1, 1)
         )
@@ -293,12 +294,12 @@ class MixtureCdf(Coupling):
 
     @torch.no_grad()
     def inverse_transform(self, values: Tensor, numbers: Tensor) -> Tensor:
-        """Invert `change`, [B, …] → the same, by bisection: a mixture's distribution function has no inverse in closed form."""
+        """Invert `transform` by bisection: the CDF of a mixture has no inverse in closed form."""
         log_scale, shift, logits, means, scales = self._parts(numbers)
         wanted = (values - shift) * (-log_scale).exp()
-        # One logistic alone would put it at mean + scale · wanted: the mixture puts it between the least and most of these.
-        alone = means + scales.exp() * wanted[:, None]
-        low, high = alone.amin(1), alone.amax(1)
+        # A single logistic has its quantile at mean + scale · wanted; the mixture's lies between the extremes of these.
+        quantiles = means + scales.exp() * wanted[:, None]
+        low, high = quantiles.amin(1), quantiles.amax(1)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             under = self._logit_cdf(middle, logits, means, scales) < wanted
@@ -308,9 +309,9 @@ class MixtureCdf(Coupling):
 
 @final
 class LearnedPrior(Bijection):
-    """What is let go at the end of a scale, standardized by what a net reads off what stays (Glow, §3.3): a learned prior as a map.
+    """Standardizes the half of the channels that leaves at the end of a scale, given the other half (Glow, §3.3).
 
-    [B, C, H, W] → the same, whose second half is let go by who calls.
+    It is a learned prior as a bijection, [B, C, H, W] → the same shape; the caller splits off the second half.
     """
 
     def __init__(self, channels: int, width: int) -> None:

@@ -1,4 +1,4 @@
-"""Glow (Kingma & Dhariwal 2018, arXiv:1807.03039): at each scale a squeeze, then steps of ActNorm, 1×1 convolution and coupling."""
+"""Glow (Kingma & Dhariwal 2018, arXiv:1807.03039): at each scale a squeeze and steps of ActNorm, 1×1 convolution, coupling."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ build = build_from_scratch
 
 @final
 class Glow(FlowModel):
+    """Glow."""
+
     def steps(self, section: Flow, channels: int, number: int) -> list[Bijection]:
         result: list[Bijection] = [Squeeze()]
         for _ in range(section.steps):

@@ -1,6 +1,6 @@
-"""RealNVP (Dinh et al. 2017, arXiv:1605.08803): couplings of checkerboards, a squeeze, couplings of channels, scale by scale.
+"""RealNVP (Dinh et al. 2017, arXiv:1605.08803): at each scale checkerboard couplings, a squeeze, channel-wise couplings.
 
-Where the paper normalizes by batch, ActNorm does (Kingma & Dhariwal 2018): an image's likelihood then depends on no other.
+ActNorm (Kingma & Dhariwal 2018) replaces batch normalization, so that the likelihood of an image does not depend on others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ build = build_from_scratch
 
 @final
 class RealNvp(FlowModel):
+    """RealNVP."""
+
     def steps(self, section: Flow, channels: int, number: int) -> list[Bijection]:
-        """Half of the couplings, rounded up, over the checkerboard, the others over the squeezed channels."""
+        """Half of the couplings (rounded up) on the checkerboard, the others on the squeezed channels."""
 
         def alternating(channels: int, count: int) -> list[Bijection]:
             pairs: list[tuple[ActNorm, Coupling]] = [

@@ -1,9 +1,8 @@
-"""The convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), diffusers' AutoencoderKL.
+"""The autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752): diffusers' AutoencoderKL.
 
-Kingma & Welling's VAE (arXiv:1312.6114) with a light KL: q(z|x) = N(μ, σ²), and the loss of an image is
-mean |x − x̂| (or squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), with extra weights on
-color and on coarse structure if the recipe wants them. As the terms are means, kl_weight is a β-VAE's β times
-(latent elements ÷ image elements), up to the likelihood's scale.
+A VAE (Kingma & Welling, arXiv:1312.6114) with a small KL weight: q(z|x) = N(μ, σ²), and the loss of an image is mean |x − x̂| (or
+squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), optionally with extra weights on color and on coarse
+structure. As the terms are means, kl_weight is β of a β-VAE times (latent elements / image elements), up to the likelihood's scale.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from finetune.models.pretrained import loading
 from finetune.planning import Plan
 from finetune.rng import Draw, mix
 
-SCALE_IMAGES = 512  # images over which the spread of the latents is measured
+SCALE_IMAGES = 512  # images over which the standard deviation of the latents is measured
 
 
 class Reconstruction(nn.Module):
-    """pixels [B, 3, H, W] and noise [B, C, h, w] → (reconstruction, mean, log-variance)."""
+    """Pixels [B, 3, H, W] and noise [B, C, h, w] → reconstruction, mean, log-variance."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -44,6 +43,8 @@ class Reconstruction(nn.Module):
 
 
 class VaeStep(TrainStep):
+    """Trains an AutoencoderKL."""
+
     name = "autoencoder"
 
     def __init__(self, vae: AutoencoderKL, loss: Autoencoder) -> None:
@@ -52,7 +53,7 @@ class VaeStep(TrainStep):
         self._channels, self._factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """[B] float32: reconstruction, where asked also of averaged pixels, + kl_weight · KL, each a mean over its elements."""
+        """Reconstruction error (optionally also of averaged pixels) + kl_weight · KL, [B] float32."""
         pixels = batch["pixels"].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         latent_shape = (self._channels, pixels.shape[2] // self._factor, pixels.shape[3] // self._factor)
         reconstruction, mean, logvar = self.net(pixels, draw.normal("posterior", latent_shape))
@@ -66,10 +67,10 @@ class VaeStep(TrainStep):
         return result
 
     def _error(self, difference: Tensor) -> Tensor:
-        """[B, 3, H, W] → [B].
+        """The error of a difference [B, 3, H, W], [B].
 
-        The gray axis holds most of an image's variance, so color is learned late if at all: what is left of the
-        difference without its gray part can be counted more.
+        Most of an image's variance is along the gray axis, so color is learned late. `color_weight` increases the weight of the
+        difference without its gray component.
         """
         color = difference - difference.mean(1, keepdim=True)
         of_all, of_color = (
@@ -80,7 +81,7 @@ class VaeStep(TrainStep):
 
 
 class Pixels(ImageTextEncoder):
-    """Images as they are: 8-bit pixels. Captions are not read."""
+    """Encodes images as 8-bit pixels and ignores captions."""
 
     image_key, caption_key, cached = "pixels", "", False
 
@@ -91,10 +92,12 @@ class Pixels(ImageTextEncoder):
         return {}
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no model to release."""
 
 
 class Vae(Model):
+    """An AutoencoderKL trained from scratch."""
+
     def __init__(self, plan: Plan, audit: Audit) -> None:
         torch.manual_seed(plan.recipe.train.seed)
         build = loading.checked(AutoencoderKL, plan.recipe.model.build, "model.build")
@@ -110,13 +113,13 @@ class Vae(Model):
         return Pixels()
 
     def _pixels(self, image: ImageRecord) -> Tensor:
-        """What the encoder sees of `image`, [1, 3, H, W]."""
+        """The encoder's input for an image, [1, 3, H, W]."""
         pixels = numpy.asarray(apply(decode(image.read(), self._audit.background), image.crop))
         return to_tensor(pixels)[None].to(self.vae.device)
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> list[Sample]:
-        """For each seed a pair: the training image that it picks above, its reconstruction from the mean latent below."""
+        """For each seed, a training image above its reconstruction from the mean latent."""
         training = self._audit.training
         result: list[Sample] = []
         for seed in request.seeds:
@@ -129,12 +132,13 @@ class Vae(Model):
     @torch.no_grad()
     def save(self, folder: Path) -> list[Path]:
         """Write the AutoencoderKL with `scaling_factor` = 1 / the latents' measured standard deviation."""
-        spread = self._audit.training[:: max(1, len(self._audit.training) // SCALE_IMAGES)][:SCALE_IMAGES]
-        latents = [self.vae.encode(self._pixels(image)).latent_dist.mode().flatten() for image in spread]
+        records = self._audit.training[:: max(1, len(self._audit.training) // SCALE_IMAGES)][:SCALE_IMAGES]
+        latents = [self.vae.encode(self._pixels(image)).latent_dist.mode().flatten() for image in records]
         self.vae.register_to_config(scaling_factor=round(1 / float(torch.cat(latents).std()), 5))
         self.vae.save_pretrained(folder)
         return [folder / "config.json", folder / "diffusion_pytorch_model.safetensors"]
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the autoencoder with random weights from the run's seed."""
     return Vae(plan, audit)

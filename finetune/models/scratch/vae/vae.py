@@ -1,8 +1,8 @@
-"""The variational autoencoder in pixel space (Kingma & Welling 2014, arXiv:1312.6114) and its β (Higgins et al. 2017).
+"""The variational autoencoder in pixel space (Kingma & Welling 2014, arXiv:1312.6114) and β-VAE (Higgins et al. 2017).
 
-q(z|x) = N(μ, σ²), p(z) = N(0, I), p(x|z) a distribution over levels. The loss of an image is −log p(x|z) + β · KL, in nats:
-summed over its pixels and its latent's numbers, and only then averaged over the batch. With several particles it is the
-importance-weighted bound (Burda et al. 2016, arXiv:1509.00519, equation 8) instead.
+q(z|x) = N(μ, σ²), p(z) = N(0, I), and p(x|z) is a distribution over levels. The loss of an image is −log p(x|z) + β · KL in nats,
+summed over pixels and latent dimensions. With several particles it is the importance-weighted bound (Burda et al. 2016,
+arXiv:1509.00519, equation 8) instead.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from finetune.models.scratch.distributions import PixelDistribution, pixel_distr
 from finetune.rng import Draw
 
 build = build_from_scratch
-SHOWN = 8  # images in a grid's row
+SHOWN = 8  # images per row of a grid
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(μ, σ²) ‖ N(0, 1)) of each number, in nats, [B, latent] (Kingma & Welling 2014, appendix B)."""
+    """KL(N(μ, σ²) ‖ N(0, 1)) of each dimension in nats, [B, latent] (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
 def log_normal(value: Tensor, mean: Tensor | float = 0.0, logvar: Tensor | float = 0.0) -> Tensor:
-    """log N(value; mean, e^logvar) of each number."""
+    """log N(value; mean, e^logvar), elementwise."""
     logvar = torch.as_tensor(logvar)
     return -0.5 * (math.log(2 * math.pi) + logvar + (value - mean).square() * (-logvar).exp())
 
 
 @final
 class Autoencoder(nn.Module):
-    """(levels [B, C, H, W], classes [B] or None) → (μ, log σ²), and latents → the parameters of p(x|z)."""
+    """The encoder q(z|x) and the decoder p(x|z), both optionally class-conditional."""
 
     def __init__(self, space: Space, section: Net, distribution: PixelDistribution) -> None:
         super().__init__()
@@ -58,18 +58,18 @@ class Autoencoder(nn.Module):
         return features if self.classes is None else torch.cat([features, self.classes(classes)], 1)
 
     def encode(self, levels: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(μ, log σ²), [B, latent] each."""
+        """μ and log σ² of q(z|x), [B, latent] each."""
         features = self.encoder(self._space.scaled(levels))
         mean, logvar = self.read(self._with_class(features, classes)).float().chunk(2, 1)
         return mean, logvar.clamp(-20, 20)
 
     def decode(self, latent: Tensor, classes: Tensor | None) -> Tensor:
-        """[B, latent] → parameters [B, P, H, W]."""
+        """Latents [B, latent] → parameters of p(x|z), [B, P, H, W]."""
         result: Tensor = self.decoder(self.write(self._with_class(latent, classes)).unflatten(1, (-1, *self._small)))
         return result
 
     def forward(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """noise [B, K, latent] → (latents [B, K, latent], parameters of p(x|z) [B·K, P, H, W], μ, log σ²)."""
+        """With noise [B, K, latent]: latents [B, K, latent], parameters of p(x|z) [B·K, P, H, W], μ, log σ²."""
         mean, logvar = self.encode(levels, classes)
         latent = mean[:, None] + (0.5 * logvar).exp()[:, None] * noise
         repeated = None if classes is None else classes.repeat_interleave(noise.shape[1])
@@ -78,6 +78,8 @@ class Autoencoder(nn.Module):
 
 @final
 class ElboStep(TrainStep):
+    """Trains a VAE with the negative ELBO, or the importance-weighted bound."""
+
     name = "autoencoder"
 
     def __init__(self, net: Autoencoder, section: Net, distribution: PixelDistribution) -> None:
@@ -91,7 +93,7 @@ class ElboStep(TrainStep):
         return -reconstruction[:, 0] + self._section.beta * kl.sum(1)
 
     def terms(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With noise [B, K, latent]: (log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K]), in nats."""
+        """With noise [B, K, latent]: log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K], in nats."""
         latent, parameters, mean, logvar = self.net(levels, classes, noise)
         repeated = levels.repeat_interleave(noise.shape[1], 0)
         reconstruction = (
@@ -103,6 +105,8 @@ class ElboStep(TrainStep):
 
 @final
 class BetaVae(LikelihoodModel):
+    """A (β-)VAE in pixel space, with a bound on the likelihood."""
+
     exact = False
 
     def __init__(self, space: Space, section: Net) -> None:
@@ -118,47 +122,47 @@ class BetaVae(LikelihoodModel):
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
         """An upper bound on −log p(x) of each image, [B]: −ELBO, or with several particles the tighter −IWAE_K.
 
-        It is the anomaly score too: an image that the model would hardly draw has a high one.
+        It also serves as an anomaly score: unusual images have a high one.
         """
         weights = self._step.terms(*levels_and_classes(batch), draw.normal("posterior", (particles, self._latent)))[2]
         return math.log(particles) - weights.logsumexp(1)
 
     @torch.no_grad()
     def kl_by_dimension(self, batch: Batch) -> Tensor:
-        """Mean KL of each latent number over the batch, in nats, [latent]: those near 0 carry nothing."""
+        """Mean KL of each latent dimension over the batch in nats, [latent]; near 0, a dimension is unused."""
         return gaussian_kl(*self.net.encode(*levels_and_classes(batch))).mean(0)
 
     @torch.no_grad()
     def decoded(self, latent: Tensor, classes: Tensor | None = None) -> Tensor:
-        """E[x|z], rounded to levels [B, C, H, W]."""
+        """E[x|z] rounded to levels [B, C, H, W]."""
         if classes is None and self.space.classes:
             classes = torch.full((len(latent),), len(self.space.classes), device=latent.device)
         return self._distribution.mean(self.net.decode(latent, classes))
 
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """E[x|z] of latents from the prior: pixels drawn one by one from p(x|z) would add grain that no latent asked for."""
+        """E[x|z] for latents from the prior; sampling each pixel from p(x|z) would only add independent noise."""
         return self.decoded(draw.normal("latent", (self._latent,)), classes)
 
     @torch.no_grad()
     def reconstructions(self, batch: Batch) -> Tensor:
-        """Images from their own mean latents, levels [B, C, H, W]."""
+        """Reconstructions of images from their mean latents, levels [B, C, H, W]."""
         levels, classes = levels_and_classes(batch)
         return self.decoded(self.net.encode(levels, classes)[0], classes)
 
     @torch.no_grad()
     def interpolation(self, batch: Batch, steps: int) -> Tensor:
-        """From the batch's first image to its second, straight between their mean latents: levels [steps, C, H, W]."""
+        """Linear interpolation between the mean latents of the batch's first two images: levels [steps, C, H, W]."""
         mean = self.net.encode(*levels_and_classes(batch))[0]
         return self.decoded(torch.lerp(mean[:1], mean[1:2], torch.linspace(0, 1, steps, device=mean.device)[:, None]))
 
     @torch.no_grad()
     def arithmetic(self, batch: Batch, have: Batch, lack: Batch) -> Tensor:
-        """The batch's images given what `have`'s images have and `lack`'s lack: z + mean z(have) − mean z(lack), levels [B, C, H, W]."""
+        """Latent arithmetic, z + mean z(have) − mean z(lack), for the batch's images: levels [B, C, H, W]."""
         mean, with_it, without = (self.net.encode(*levels_and_classes(one))[0] for one in (batch, have, lack))
         return self.decoded(mean + with_it.mean(0) - without.mean(0))
 
     def diagnostic_images(self) -> dict[str, Image.Image]:
-        """Reconstructions under their images; images on the way between two; and, with two classes or more, the step between two added."""
+        """Reconstructions, interpolations, and (with at least two classes) latent arithmetic between two classes."""
         batch = self.examples(2 * SHOWN)
         levels = batch["pixels"]
         result = {

@@ -1,7 +1,7 @@
-"""The second of two stages: a prior over the codes that a trained vector-quantized autoencoder gives images.
+"""The second stage of vector-quantized models: a prior over the codes of a trained autoencoder.
 
-`model.vae` names the first stage's run; its net is frozen, and becomes part of what is saved. With it, −log p(codes) −
-log p(x|codes) is a bound on −log p(x): of all codes that could give x, it counts those that the encoder chooses.
+`model.vae` names the run of the first stage, which is frozen and saved with the prior. −log p(codes) − log p(x|codes) is an upper
+bound on −log p(x), since it counts only the codes that the encoder chooses.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from finetune.rng import Draw
 
 
 class Prior(nn.Module):
-    """p(codes | class)."""
+    """A distribution p(codes | class)."""
 
     @abstractmethod
     def log_prob(self, codes: Tensor, classes: Tensor | None) -> Tensor:
-        """codes [B, h, w] int64 → nats, [B]."""
+        """Log-probabilities of codes [B, h, w] int64 in nats, [B]."""
 
     @abstractmethod
     def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        """uniform [B, h, w] → codes [B, h, w], keeping what was computed for those before."""
+        """Sample codes [B, h, w] from uniform values [B, h, w], with caches."""
 
     @abstractmethod
     def generate_uncached(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        """The same codes by a whole pass each."""
+        """Sample the same codes with a full pass for each."""
 
     def forward(self, codes: Tensor, classes: Tensor | None) -> Tensor:
         return self.log_prob(codes, classes)
@@ -54,7 +54,7 @@ class Prior(nn.Module):
 
 @final
 class Stages(nn.Module):
-    """Both stages, so that one file holds all that draws; the first is frozen, and stays in evaluation mode."""
+    """Both stages in one module, so that one file holds both; the first is frozen and stays in evaluation mode."""
 
     def __init__(self, first: nn.Module, prior: Prior) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Stages(nn.Module):
         return self
 
     def forward(self, levels: Tensor, classes: Tensor | None) -> Tensor:
-        """log p of the images' codes, [B]."""
+        """The log-probability of the images' codes, [B]."""
         with torch.no_grad():
             codes = self.first.codes(levels)  # type: ignore[operator]
         result: Tensor = self.prior(codes, classes)
@@ -75,7 +75,7 @@ class Stages(nn.Module):
 
 @final
 class CodesStep(TrainStep):
-    """−log p of each image's codes, in nats; the first stage stays as it is."""
+    """Trains the prior: −log p of each image's codes, in nats."""
 
     name = "codes"
 
@@ -88,6 +88,8 @@ class CodesStep(TrainStep):
 
 
 class SecondStage(LikelihoodModel):
+    """A prior over codes together with the frozen first stage, with a bound on the likelihood."""
+
     exact = False
 
     def __init__(self, space: Space, section: nets.Section, first: VqVae) -> None:
@@ -97,7 +99,8 @@ class SecondStage(LikelihoodModel):
         self._step = CodesStep(self.net)
 
     @abstractmethod
-    def prior(self, space: Space, section: Any, first: VqVae) -> Prior: ...
+    def prior(self, space: Space, section: Any, first: VqVae) -> Prior:
+        """Build the prior with random weights."""
 
     def train_steps(self) -> tuple[TrainStep, ...]:
         return (self._step,)
@@ -117,39 +120,39 @@ class SecondStage(LikelihoodModel):
 
 
 def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
-    """A second stage over the first that `model.vae` names.
+    """Build a second stage on the first stage that `model.vae` names.
 
     Raises:
-        UserError: there is none, it is no autoencoder of this kind, or one of other images.
+        UserError: there is no first stage, it is not a vector-quantized autoencoder, or it has another kind of images.
     """
     space, given = space_of(plan, audit), plan.recipe.model.vae
     if given is None:
         raise UserError(
-            "a second stage needs a first",
+            "the second stage needs a first stage",
             where="model.vae",
-            remedy="train scratch/vqvae or scratch/vqgan first and name its run",
+            remedy="train scratch/vqvae or scratch/vqgan first and set model.vae to its folder",
         )
     first = open_model(given)
     if not isinstance(first, VqVae):
         raise UserError(
-            f"{given} is no vector-quantized autoencoder",
+            f"{given} is not a vector-quantized autoencoder",
             where="model.vae",
-            remedy="name a run of scratch/vqvae or scratch/vqgan",
+            remedy="set model.vae to a run of scratch/vqvae or scratch/vqgan",
         )
     if dataclasses.replace(first.space, classes=()) != dataclasses.replace(space, classes=()):
         wanted, there = (
-            f"{one.channels} × {one.height} × {one.width} of {one.levels} levels" for one in (space, first.space)
+            f"{one.channels} × {one.height} × {one.width} with {one.levels} levels" for one in (space, first.space)
         )
         raise UserError(
             f"{given} was trained on images of {there}, not {wanted}",
             where="model.vae",
-            remedy="give both stages the same `data`",
+            remedy="use the same data section in both stages",
         )
     return initialize(plan, audit, lambda: make(space, plan.recipe.net, first))
 
 
 def restored(space: Space, section: nets.Section, config: dict[str, Any], make: type[SecondStage]) -> PixelModel:
-    """From what was saved, before its weights are loaded."""
+    """Build the model of a saved configuration."""
     result = config["first"]
     net = nets.from_config(FirstNet, result["net"], "config.json")
     first = VqVae(Space(**result["space"] | {"classes": tuple(result["space"]["classes"])}), net)

@@ -21,7 +21,7 @@ from finetune.planning import Plan
 
 @final
 class GridPrior(Prior):
-    """A code is read as its embedding, and drawn with a probability for each code of the book."""
+    """A PixelCNN with embedded codes as input and a categorical distribution over codes as output."""
 
     def __init__(self, codes: int, space: Space, section: Net) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class GridPrior(Prior):
         return None if self.classes is None else self.classes(classes)
 
     def _read(self, codes: Tensor) -> Tensor:
-        """[B, h, w] → [B, embedding, h, w]."""
+        """Codes [B, h, w] → embeddings [B, embedding, h, w]."""
         result: Tensor = self.embedding(codes).movedim(-1, 1)
         return result
 
     def _logits(self, codes: Tensor, classes: Tensor | None) -> Tensor:
-        """[B, h, w, codes]."""
+        """Logits [B, h, w, codes]."""
         result: Tensor = self.cnn(self._read(codes), self._condition(classes)).movedim(1, -1).float()
         return result
 
@@ -46,7 +46,7 @@ class GridPrior(Prior):
         return self._logits(codes, classes).log_softmax(-1).gather(-1, codes[..., None]).flatten(1).sum(1)
 
     def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
-        """Codes [B, h, w] int64, by `uniform` numbers of the same shape, place by place, what earlier places gave being kept."""
+        """Sample codes [B, h, w] int64 from uniform values of this shape, with cached convolutions."""
         codes = torch.zeros_like(uniform, dtype=torch.long)
 
         def pick(parameters: Tensor, y: int, x: int) -> Tensor:
@@ -66,13 +66,17 @@ class GridPrior(Prior):
 
 @final
 class VqPixelCnn(SecondStage):
+    """A PixelCNN prior."""
+
     def prior(self, space: Space, section: Net, first: VqVae) -> Prior:
         return GridPrior(len(first.net.quantiser.book), space, section)
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the prior on the first stage that `model.vae` names."""
     return built(plan, audit, VqPixelCnn)
 
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    """Build the model of a saved configuration."""
     return restored(space, section, config, VqPixelCnn)

@@ -1,4 +1,4 @@
-"""A transformer over the codes of a vector-quantized autoencoder, row by row (Esser et al. 2021, arXiv:2012.09841, §3.2)."""
+"""A transformer over the codes of a VQ autoencoder in raster order (Esser et al. 2021, arXiv:2012.09841, §3.2)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from finetune.planning import Plan
 
 @final
 class SequencePrior(Prior):
+    """A transformer over codes as a sequence."""
+
     def __init__(self, transformer: TokenTransformer) -> None:
         super().__init__()
         self.transformer = transformer
@@ -35,6 +37,8 @@ class SequencePrior(Prior):
 
 @final
 class VqTransformer(SecondStage):
+    """A transformer prior."""
+
     def prior(self, space: Space, section: Net, first: VqVae) -> Prior:
         codes, (height, width) = len(first.net.quantiser.book), first.net.grid
         net = (section.width, section.layers, section.heads, section.dropout)
@@ -42,8 +46,10 @@ class VqTransformer(SecondStage):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
+    """Build the prior on the first stage that `model.vae` names."""
     return built(plan, audit, VqTransformer)
 
 
 def restore(space: Space, section: nets.Section, config: dict[str, Any]) -> PixelModel:
+    """Build the model of a saved configuration."""
     return restored(space, section, config, VqTransformer)

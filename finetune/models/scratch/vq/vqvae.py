@@ -1,12 +1,13 @@
-"""The vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937), and VQ-GAN's critic (Esser et al. 2021).
+"""The vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937), optionally with VQ-GAN's discriminator.
 
-An image becomes a grid of codes out of a book. The loss of an image, all terms summed over its elements, is
-−log p(x|e) + |sg(z) − e|² + β |z − sg(e)|²: β on the encoder's side (equation 3; taming-transformers' first releases had it on
-the other). With a critic, hinge losses on patches, weighted so that its gradient and the reconstruction's are alike at the
-decoder's last layer (arXiv:2012.09841, equations 5–7; without LPIPS, whose weights are not to be had offline).
+An image becomes a grid of codes from a codebook. The loss of an image, with all terms summed over its elements, is −log p(x|e) +
+|sg(z) − e|² + β |z − sg(e)|², with β on the encoder's side (equation 3; the first releases of taming-transformers had it on the
+other). With a discriminator (Esser et al. 2021), a hinge loss on patches is added, weighted so that its gradient matches the
+reconstruction's at the decoder's last layer (arXiv:2012.09841, equations 5–7; without LPIPS, whose weights need a download).
 
-The quantizer is written by hand: vector-quantize-pytorch moves its book inside the forward pass by averages, draws from the
-global generator when it moves dead codes, has a straight-through gradient that is no identity unless told so, and takes 5 s to import.
+The quantizer is implemented here because vector-quantize-pytorch updates its codebook inside the forward pass, uses the global
+random generator when it replaces dead codes, has a straight-through gradient that is not the identity by default, and takes 5 s
+to import.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from finetune.models.scratch.distributions import PixelDistribution, pixel_distr
 from finetune.rng import Draw
 
 build = build_from_scratch
-SHOWN = 16  # images in a grid's row
-STARTING_IMAGES = 256  # whose codes the book starts with
+SHOWN = 16  # images per row of a grid
+STARTING_IMAGES = 256  # that initialize the codebook
 
 
 def perplexity(indices: Tensor, codes: int) -> Tensor:
-    """e to the entropy of how often each code is used: `codes` if all alike, 1 if one alone."""
+    """The perplexity of code usage: `codes` if all are used equally, 1 if only one is used."""
     shares = torch.bincount(indices.flatten(), minlength=codes).float() / indices.numel()
     entropy: Tensor = torch.special.entr(shares).sum()
     return entropy.exp()
@@ -41,7 +42,10 @@ def perplexity(indices: Tensor, codes: int) -> Tensor:
 
 @final
 class Quantizer(nn.Module):
-    """The book. A code that no vector of `revive_after` training steps fell to is moved onto the vector that fits worst."""
+    """The codebook; a code unused for `revive_after` training steps is moved to the worst-fitting vector.
+
+    Attribute names are stored in checkpoints.
+    """
 
     idle: Tensor
     usage: Tensor
@@ -49,40 +53,38 @@ class Quantizer(nn.Module):
     def __init__(self, codes: int, width: int, revive_after: int) -> None:
         super().__init__()
         self.book = nn.Parameter(torch.randn(codes, width))
-        self.register_buffer("idle", torch.zeros(codes))  # steps since a code was used
-        self.register_buffer("usage", torch.ones(codes))  # how often it was, of late
+        self.register_buffer("idle", torch.zeros(codes))  # steps since each code was used
+        self.register_buffer("usage", torch.ones(codes))  # running mean of the usage
         self._revive_after = revive_after
 
     def indices(self, latent: Tensor) -> Tensor:
-        """[B, D, h, w] → the nearest code of each place, [B, h, w] int64."""
+        """The nearest code of each latent [B, D, h, w], [B, h, w] int64."""
         flat = latent.detach().movedim(1, -1).flatten(0, -2).float()
         return torch.cdist(flat, self.book.detach()).argmin(1).view(len(latent), *latent.shape[2:])
 
     def vectors(self, indices: Tensor) -> Tensor:
-        """[B, h, w] → [B, D, h, w]."""
+        """Vectors [B, D, h, w] of codes [B, h, w]."""
         return functional.embedding(indices, self.book).movedim(-1, 1)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, D, h, w] → (the nearest codes, [B, D, h, w], whose gradient is the latent's as it is; |sg z − e|² and |z − sg e|², [B] each)."""
+        """Quantize latents [B, D, h, w] with a straight-through gradient; also returns |sg z − e|² and |z − sg e|², [B] each."""
         if self.training:
             self._keep_alive(gathered(latent.detach().movedim(1, -1).flatten(0, -2).float()))
         nearest = self.vectors(self.indices(latent))
         to_book = (latent.detach() - nearest).square().flatten(1).sum(1)
-        to_latent = (
-            (latent - nearest.detach()).square().flatten(1).sum(1)
-        )  # before the straight-through, which has no distance left
+        to_latent = (latent - nearest.detach()).square().flatten(1).sum(1)  # before the straight-through estimator
         return nearest.detach() + (latent - latent.detach()), to_book, to_latent
 
     @torch.no_grad()
     def _keep_alive(self, vectors: Tensor) -> None:
-        """Count the codes that the vectors [N, D] of all processes fall to, and move the dead."""
+        """Update the usage of codes by vectors [N, D] of all processes, and replace dead codes."""
         distance, nearest = torch.cdist(vectors, self.book).min(1)
         used = torch.zeros_like(self.usage).index_add_(0, nearest, torch.ones_like(distance))
         self.usage.mul_(0.99).add_(used, alpha=0.01)
         self.idle.add_(1).masked_fill_(used > 0, 0)
         dead = self.idle >= self._revive_after
         worst = vectors[distance.argsort(descending=True)[torch.arange(len(dead), device=dead.device) % len(vectors)]]
-        # The n-th dead code takes the n-th worst.
+        # The n-th dead code gets the n-th worst vector.
         taken = worst[(dead.cumsum(0) - 1).clamp(min=0)]
         self.book.copy_(torch.where(dead[:, None], taken, self.book))
         self.idle.masked_fill_(dead, 0)
@@ -90,7 +92,7 @@ class Quantizer(nn.Module):
 
 @final
 class VqAutoencoder(nn.Module):
-    """Levels [B, C, H, W] → codes [B, h, w] → the parameters of p(x|codes)."""
+    """Levels [B, C, H, W] → codes [B, h, w] → parameters of p(x|codes)."""
 
     def __init__(self, space: Space, section: Net, distribution: PixelDistribution) -> None:
         super().__init__()
@@ -105,31 +107,31 @@ class VqAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*upsampling(widths, distribution.parameters, section.blocks, section.dropout))
 
     def latent(self, levels: Tensor) -> Tensor:
-        """[B, D, h, w], each place's vector of length √D (Yu et al. 2022, arXiv:2110.04627, §3.2).
+        """Latents [B, D, h, w], normalized to length √D (Yu et al. 2022, arXiv:2110.04627, §3.2).
 
-        Vectors free to grow run away from a book that follows by small steps, until one code is nearest to all.
+        Without normalization, latents can grow faster than the codebook follows, until one code is nearest to all.
         """
         result: Tensor = self.encoder(self._space.scaled(levels))
         return functional.normalize(result, dim=1).mul(math.sqrt(result.shape[1]))
 
     def codes(self, levels: Tensor) -> Tensor:
-        """[B, h, w] int64."""
+        """The codes of images, [B, h, w] int64."""
         return self.quantiser.indices(self.latent(levels))
 
     def decode(self, vectors: Tensor) -> Tensor:
-        """[B, D, h, w] → parameters [B, P, H, W]."""
+        """Vectors [B, D, h, w] → parameters [B, P, H, W]."""
         result: Tensor = self.decoder(self.read(vectors))
         return result
 
     def forward(self, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(parameters [B, P, H, W], |sg z − e|² [B], |z − sg e|² [B])."""
+        """Parameters [B, P, H, W], |sg z − e|² [B] and |z − sg e|² [B]."""
         vectors, to_book, to_latent = self.quantiser(self.latent(levels))
         return self.decode(vectors), to_book, to_latent
 
 
 @final
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): scaled images [B, C, H, W] → a logit for each patch, [B, 1, h, w]."""
+    """PatchGAN discriminator (Isola et al. 2017): scaled images [B, C, H, W] → logits of patches [B, 1, h, w]."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class PatchDiscriminator(nn.Module):
 
 @final
 class AutoencoderStep(TrainStep):
-    """Reconstruction, book and commitment (equation 3), and with a critic what that takes for true."""
+    """Trains the autoencoder: reconstruction, codebook and commitment (equation 3), and an adversarial loss if there is one."""
 
     name = "autoencoder"
 
@@ -170,21 +172,19 @@ class AutoencoderStep(TrainStep):
         )
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """[B] float32, nats: −log p + the codebook's two terms (arXiv:1711.00937, eq. 3), and a critic's share (arXiv:2012.09841, eq. 7)."""
+        """The loss in nats, [B] float32 (arXiv:1711.00937, equation 3; adversarial term: arXiv:2012.09841, equation 7)."""
         levels, _ = levels_and_classes(batch)
         parameters, to_book, to_latent = self.net(levels)
         reconstruction = -self._distribution.log_prob(parameters, levels).flatten(1).sum(1)
         result: Tensor = reconstruction + to_book + self._section.beta * to_latent
-        if (
-            self._discriminator is None or not result.requires_grad
-        ):  # a validation leaves the critic out: it is another each time
+        if self._discriminator is None or not result.requires_grad:  # the validation loss excludes the adversarial term
             return result
         adversarial = -detached_forward(self._discriminator, self._distribution.expected(parameters)).flatten(1).mean(1)
         result = result + self._section.discriminator_weight * self._balance(reconstruction, adversarial) * adversarial
         return result.float()
 
     def _balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        """|∇ reconstruction| ÷ |∇ fooled| at the decoder's last layer (equation 7), []."""
+        """The adaptive weight |∇ reconstruction| / |∇ adversarial| at the decoder's last layer (equation 7), a scalar."""
         last = list(self._unwrapped.decoder.parameters())[-2]
         first, second = (
             torch.autograd.grad(part.mean(), last, retain_graph=True)[0].norm()
@@ -196,7 +196,9 @@ class AutoencoderStep(TrainStep):
 
 @final
 class DiscriminatorStep(TrainStep):
-    name = "critic"
+    """Trains the discriminator to tell images from reconstructions."""
+
+    name = "critic"  # as in checkpoints and `metrics.jsonl` of earlier runs
 
     def __init__(
         self,
@@ -208,7 +210,7 @@ class DiscriminatorStep(TrainStep):
         self.net, self._autoencoder, self._space, self._distribution = discriminator, autoencoder, space, distribution
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Hinge: max(0, 1 − D(x)) + max(0, 1 + D(x̂)), the mean over patches."""
+        """The hinge loss max(0, 1 − D(x)) + max(0, 1 + D(x̂)), averaged over patches, [B]."""
         levels, _ = levels_and_classes(batch)
         with torch.no_grad():
             net = self._autoencoder
@@ -219,6 +221,8 @@ class DiscriminatorStep(TrainStep):
 
 @final
 class VqVae(PixelModel):
+    """A VQ-VAE, or a VQ-GAN if `net.discriminator_weight` is set."""
+
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
         self._distribution = pixel_distribution(section.distribution, space, section.mixtures)
@@ -233,7 +237,7 @@ class VqVae(PixelModel):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Begin the book with latents of training images: codes anywhere else would never be nearest."""
+        """Initialize the codebook with latents of training images: other codes would never be the nearest."""
         latent = self.net.latent(self.examples(STARTING_IMAGES)["pixels"])
         vectors, book = latent.movedim(1, -1).flatten(0, -2), self.net.quantiser.book
         book.copy_(
@@ -243,17 +247,17 @@ class VqVae(PixelModel):
 
     @torch.no_grad()
     def reconstruction_nats(self, levels: Tensor) -> Tensor:
-        """−log p(x|its codes), [B]: with −log p(codes) of a second stage, a bound on −log p(x)."""
+        """−log p(x|codes), [B]; plus −log p(codes) of a second stage, it bounds −log p(x)."""
         parameters: Tensor = self.net(levels)[0]
         return -self._distribution.log_prob(parameters, levels).flatten(1).sum(1)
 
     @torch.no_grad()
     def decoded(self, codes: Tensor) -> Tensor:
-        """codes [B, h, w] → E[x|codes], levels [B, C, H, W]."""
+        """Codes [B, h, w] → E[x|codes], levels [B, C, H, W]."""
         return self._distribution.mean(self.net.decode(self.net.quantiser.vectors(codes)))
 
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
-        """Of codes drawn each by itself, as often as they are used: what a second stage is better than."""
+        """Generate images from independent codes by their usage: the baseline for a second stage."""
         cumulative = (self.net.quantiser.usage / self.net.quantiser.usage.sum()).cumsum(0)[:-1].contiguous()
         return self.decoded(torch.searchsorted(cumulative, draw.uniform("codes", self.net.grid)))
 
