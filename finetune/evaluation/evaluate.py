@@ -94,8 +94,8 @@ class Evaluation:
         seconds_per_image: wall time per generated image.
         cpu_seconds_per_image: processor time per generated image.
         closeness: metrics of the generated images.
-        reference: the same metrics of equally many other real images, which no generator beats except by chance; None if there
-            are too few.
+        reference: the same metrics of equally many other real images, which no generator beats except by chance; None
+            if there are too few.
         likelihood: None if the model has none.
         no_likelihood: why there is no likelihood.
         folder: where the metrics and image grids are.
@@ -126,8 +126,8 @@ def evaluate(
 ) -> Evaluation:
     """Generate images with a run and compare them with real images.
 
-    Writes `figures.json`, `samples.png`, `nearest.png` (generated images next to their nearest training images), for models
-    with a likelihood `unlikely.png` (the least likely images), and the family's diagnostic images.
+    Writes `figures.json`, `samples.png`, `nearest.png` (generated images next to their nearest training images), for
+    models with a likelihood `unlikely.png` (the least likely images), and the family's diagnostic images.
 
     Args:
         run: the folder of a finished run.
@@ -242,7 +242,7 @@ def _reference(
 
 
 def _audits(plan: Plan, against: str | None) -> tuple[Audit | None, Audit]:
-    """Audit the run's training data (None if it is missing but not needed) and the images to compare with, as squares."""
+    """Audit the training data (None if missing but not needed) and the images to compare with, as squares."""
     own = replace(plan.recipe.data, buckets=False)
     judged = _audit(replace(own, path=against, sources=(), held_out=0.0, masks=None)) if against is not None else None
     try:
@@ -288,7 +288,8 @@ def _halves(images: Sequence[ImageRecord], count: int) -> tuple[list[ImageRecord
 def request_for(request: SampleRequest, opened: sample.Opened, captions: Sequence[str], count: int) -> SampleRequest:
     """`request` for `count` images that cycle through the captions.
 
-    For models in pixel space, captions that are not among their classes are left out (if none remain, all classes are used).
+    For models in pixel space, captions that are not among their classes are left out (if none remain, all classes are
+    used).
     """
     if isinstance(opened, PixelModel):
         classes = opened.space.classes

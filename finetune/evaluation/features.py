@@ -1,8 +1,8 @@
 """Feature extractors for `ft eval`: emoji-net, which is bundled, or a DINOv2.
 
-InceptionV3, whose distances are called FID, is not offered: its weights come with torchvision or in formats that can execute
-code. DINOv2's features agree better with human judgment (Stein et al. 2023, arXiv:2306.04675). Every result is labeled with
-the name of the network that it was computed with.
+InceptionV3, whose distances are called FID, is not offered: its weights come with torchvision or in formats that can
+execute code. DINOv2's features agree better with human judgment (Stein et al. 2023, arXiv:2306.04675). Every result is
+labeled with the name of the network that it was computed with.
 """
 
 from __future__ import annotations

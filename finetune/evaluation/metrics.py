@@ -1,7 +1,8 @@
 """Distances between generated and real images, computed from features [N, D] (one row per image) in float64.
 
-They are implemented here because torchmetrics takes seconds to import and needs torch-fidelity, and prdc needs scikit-learn
-and SciPy, while each metric is a few lines. Tests compare them with closed forms and with values that prdc publishes.
+They are implemented here because torchmetrics takes seconds to import and needs torch-fidelity, and prdc needs
+scikit-learn and SciPy, while each metric is a few lines. Tests compare them with closed forms and with values that prdc
+publishes.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ NEIGHBORS = 5  # as in Naeem et al. 2020
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """The Fréchet distance between Gaussians fitted to both sets of features.
 
-    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The eigenvalues of Σ₁ Σ₂ are
-    those of the symmetric matrix Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed. The distance decreases with the
-    number of images: compare only distances of equally many.
+    |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017, arXiv:1706.08500, equation 6). The eigenvalues of Σ₁ Σ₂
+    are those of the symmetric matrix Σ₁^½ Σ₂ Σ₁^½, so no root of a general matrix is needed. The distance decreases
+    with the number of images: compare only distances of equally many.
     """
     (mean_one, covariance_one), (mean_other, covariance_other) = _fitted(one), _fitted(other)
     values, vectors = torch.linalg.eigh(covariance_one)
@@ -39,8 +40,8 @@ def _fitted(features: Tensor) -> tuple[Tensor, Tensor]:
 def kernel_distance(one: Tensor, other: Tensor) -> float:
     """The kernel distance (KID): the unbiased squared MMD with the kernel (x·y / D + 1)³.
 
-    Bińkowski et al. 2018, arXiv:1801.01401, equation 4. It is about 0 for equal distributions. All images enter at once instead
-    of random subsets, which is as unbiased and deterministic.
+    Bińkowski et al. 2018, arXiv:1801.01401, equation 4. It is about 0 for equal distributions. All images enter at once
+    instead of random subsets, which is as unbiased and deterministic.
     """
     one, other = one.double(), other.double()
 
@@ -61,10 +62,10 @@ class Neighborhoods:
 
     Attributes:
         precision: share of generated images in the neighborhood of a real image (fidelity).
-        recall: share of real images in the neighborhood of a generated image (diversity). Both are from Kynkäänniemi et al.
-            2019, arXiv:1904.06991.
-        density: mean number of real neighborhoods that a generated image lies in, divided by k. Unlike precision, a single
-            outlier does not inflate it.
+        recall: share of real images in the neighborhood of a generated image (diversity). Both are from Kynkäänniemi et
+            al. 2019, arXiv:1904.06991.
+        density: mean number of real neighborhoods that a generated image lies in, divided by k. Unlike precision, a
+            single outlier does not inflate it.
         coverage: share of real images with a generated image in their neighborhood. Both are from Naeem et al. 2020,
             arXiv:2002.09797; for equal distributions 1 − 2^−k is expected.
     """
@@ -78,7 +79,8 @@ class Neighborhoods:
 def neighborhoods(real: Tensor, generated: Tensor, neighbors: int = NEIGHBORS) -> Neighborhoods:
     """Compute precision, recall, density and coverage.
 
-    The neighborhood of an image is the ball up to its `neighbors`-th nearest neighbor in its own set (fewer in small sets).
+    The neighborhood of an image is the ball up to its `neighbors`-th nearest neighbor in its own set (fewer in small
+    sets).
     """
     real, generated = real.double(), generated.double()
     distances = torch.cdist(real, generated)
@@ -113,10 +115,10 @@ def copies(generated: Tensor, training: Tensor) -> tuple[Tensor, Tensor, float]:
     """Compare generated images with the training images to detect copying.
 
     Returns:
-        The index of the nearest training image of each generated image [N], the distance to it [N], and the share of generated
-        images that are closer to it than any other training image is: 1 − authenticity (Alaa et al. 2022, arXiv:2102.08921,
-        §4.2). New images of the same distribution have such a share too (lower in more dimensions), so only a higher one
-        indicates copying.
+        The index of the nearest training image of each generated image [N], the distance to it [N], and the share of
+        generated images that are closer to it than any other training image is: 1 − authenticity (Alaa et al. 2022,
+        arXiv:2102.08921, §4.2). New images of the same distribution have such a share too (lower in more dimensions),
+        so only a higher one indicates copying.
     """
     generated, training = generated.double(), training.double()
     distances, nearest = torch.cdist(generated, training).min(1)

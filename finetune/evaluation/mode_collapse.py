@@ -12,8 +12,8 @@ DROP = 0.5  # a warning is due below this fraction of the best earlier value
 MIN_DIVERSITY, MIN_COVERAGE = 0.5, 0.1  # best values below these are too low for a drop to mean anything
 
 REMEDIES = {
-    "GAN": "net.minibatch: stddev, which lets the discriminator see how similar a batch is; net.r1 or net.discriminator_norm:"
-    " spectral, which regularize it; net.ada_target for few images; a lower optimizer.lr",
+    "GAN": "net.minibatch: stddev, which lets the discriminator see how similar a batch is; net.r1 or"
+    " net.discriminator_norm: spectral, which regularize it; net.ada_target for few images; a lower optimizer.lr",
     "VAE": "a lower net.beta or more steps: latents without information all decode to the same image",
 }
 DEFAULT_REMEDY = "a lower optimizer.lr, an earlier checkpoint, or more steps"
@@ -66,7 +66,8 @@ def problem(history: Sequence[Check], steps: int) -> str:
         fell = f"diversity fell from {best_diversity:.0%} to {last.diversity:.0%} of the real images'"
         return f"the samples are becoming alike: {fell}"
     if best_coverage >= MIN_COVERAGE and last.coverage < DROP * best_coverage:
-        return f"some kinds of images are no longer generated: coverage fell from {best_coverage:.0%} to {last.coverage:.0%}"
+        fell = f"coverage fell from {best_coverage:.0%} to {last.coverage:.0%}"
+        return f"some kinds of images are no longer generated: {fell}"
     return ""
 
 

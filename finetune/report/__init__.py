@@ -1,1 +1,1 @@
-"""What people read and look at: the tables before a run, the page after it."""
+"""Tables, image grids, charts and HTML pages about data and runs."""

@@ -108,7 +108,7 @@ def _records(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-# -- sections, each a dictionary for the template -------------------------------------------------------------------------
+# -- sections, each a dictionary for the template --------------------------------------------------------------------
 
 
 def _head(run: _RunFiles) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _result(run: _RunFiles) -> dict[str, Any]:
     }
 
 
-# -- small parts ----------------------------------------------------------------------------------------------------------
+# -- small parts -----------------------------------------------------------------------------------------------------
 
 
 def _picture(sample: images.SampleFile, side: int) -> dict[str, Any]:

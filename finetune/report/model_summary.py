@@ -1,4 +1,4 @@
-"""The third table before a run: which weights train, by method. Torch is not imported here."""
+"""The table of the trained weights, printed before a run. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT32_BYTES = 4
 
 
 def adapted(model: Model) -> str:
-    """Layers with an adapter, trainable parameters, and their share: `adapter: 128 layers, 1.2 M trainable parameters`."""
+    """One line with the number of adapted layers, and the number and share of trainable parameters."""
     ranks = sorted(set(_ranks(model).values()))
     trained = _count(model.trained().values())
     whole = sum(_weights(train_step.net) for train_step in model.train_steps())
@@ -48,22 +48,22 @@ def _ranks(model: Model) -> dict[str, int]:
 
 
 def whole(model: Model, plan: Plan) -> str:
-    """For full fine-tuning: how many weights train, and the memory that they take before the first image comes."""
+    """The table for full fine-tuning: trained parameters, and their memory without activations."""
     parts = of_what_trains(model, plan)
     summed = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     rows = [
         ("train", f"{_short(_count(model.trained().values()))} parameters, all in {plan.recipe.train.weights}"),
-        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, before the first image"),
+        ("memory", f"{summed} = {gigabytes(sum(parts.values()))}, plus activations"),
     ]
     return table("weights", rows)
 
 
 def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
-    """The bytes that what trains takes, whatever the batch: its weights, and what is kept beside each of them."""
+    """Bytes of trained weights, gradients, optimizer state and EMA, which do not depend on the batch size."""
     trained, optimizer = _count(model.trained().values()), plan.recipe.optimizer.name
     width = FLOAT32_BYTES if plan.recipe.train.weights == "float32" else 2
     parts: dict[str, float] = {"weights": width, "gradients": width, optimizer: bytes_a_weight(optimizer)}
-    if plan.recipe.train.fused_backward:  # one tensor's at a time
+    if plan.recipe.train.fused_backward:  # only one tensor's gradient exists at a time
         del parts["gradients"]
     if plan.recipe.train.ema:
         parts["averages"] = FLOAT32_BYTES
@@ -71,17 +71,17 @@ def of_what_trains(model: Model, plan: Plan) -> dict[str, int]:
 
 
 def built(model: Model) -> str:
-    """For a model from scratch: the nets that were built, and their sizes."""
+    """The table of a model trained from scratch: its networks and their sizes."""
     rows = []
     for train_step in model.train_steps():
         for name, net in train_step.net.named_children():
             if count := _count(net.parameters()):
-                rows.append((name, f"{type(net).__name__}, {_short(count)} parameters, at random"))
-    return table("nets", rows)
+                rows.append((name, f"{type(net).__name__}, {_short(count)} parameters, randomly initialized"))
+    return table("networks", rows)
 
 
 def _ending(place: str) -> str:
-    """`…transformer_blocks.0.ff.net.0.proj` → `ff.net.0.proj`: a layer's name without the (plural, numbered) blocks it stands in."""
+    """A layer's name within its block: `…transformer_blocks.0.ff.net.0.proj` → `ff.net.0.proj`."""
     return re.sub(r"^.*s\.\d+\.", "", place)
 
 
@@ -90,12 +90,12 @@ def _count(tensors: Iterable[object]) -> int:
 
 
 def _weights(net: Any) -> int:
-    """Of a net, those too that are packed in fewer elements, or wait elsewhere."""
+    """The number of weights of a network, including packed (quantized) and offloaded ones."""
     return _count(net.parameters()) + sum(getattr(module, "packed_away", 0) for module in net.modules())
 
 
 def _short(count: int) -> str:
-    """Of parameters: `61.4 k`, `5.61 M`, `2.57 B`."""
+    """Format a number of parameters: `61.4 k`, `5.61 M`, `2.57 B`."""
     size, unit = next(
         (size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if count >= size or size == 1
     )
@@ -103,5 +103,5 @@ def _short(count: int) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as `5.61 GiB`."""
+    """Format bytes as `5.61 GiB`."""
     return f"{size / 2**30:.2f} GiB"

@@ -217,7 +217,8 @@ def _trains(plan: Plan) -> str:
 
 
 def _distilled(every: int) -> str:
-    return f"1 in {every} steps is a self-distillation step at high noise: the adapter is held to the base model's prediction"
+    target = "the adapter is held to the base model's prediction"
+    return f"1 in {every} steps is a self-distillation step at high noise: {target}"
 
 
 def _loss_weights(plan: Plan) -> str:

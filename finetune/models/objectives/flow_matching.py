@@ -1,7 +1,7 @@
 """The flow matching objective (Lipman et al. 2022, arXiv:2210.02747) for rectified flows.
 
-Notation of Esser et al. 2024 (arXiv:2403.03206) with σ for their t: x_σ = (1−σ) x_0 + σ ε, and the network predicts the velocity
-dx/dσ = ε − x_0. The distribution of σ is from §3.1, its shift towards noise for large images from §5.3.2.
+Notation of Esser et al. 2024 (arXiv:2403.03206) with σ for their t: x_σ = (1−σ) x_0 + σ ε, and the network predicts the
+velocity dx/dσ = ε − x_0. The distribution of σ is from §3.1, its shift towards noise for large images from §5.3.2.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FlowMatching(Objective):
         self._sampling = loss.sampling or sampling
 
     def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
-        """Noise `clean` [B, C, H, W] at levels σ in (0, 1] within `part`; t = σ × the scheduler's training steps, float32."""
+        """Noise `clean` [B, C, H, W] at levels σ in (0, 1] within `part`; t = σ × training timesteps, float32."""
         sigma = self._shifted(self._levels(draw, part), tokens=clean.shape[2] * clean.shape[3] // self._patch**2)
         noise = draw.normal("noise", clean.shape[1:])
         share = sigma.view(-1, *[1] * (clean.dim() - 1))
@@ -78,8 +78,8 @@ class FlowMatching(Objective):
 def shift(schedule: Mapping[str, Any], tokens: int) -> float:
     """The shift α of a scheduler's configuration for an image with `tokens` tokens.
 
-    With dynamic shifting (diffusers' `calculate_shift` and `time_shift`), μ grows linearly with the number of tokens, and α is
-    exp(μ), or μ for linear time shifts. `shift_terminal` only affects sampling.
+    With dynamic shifting (diffusers' `calculate_shift` and `time_shift`), μ grows linearly with the number of tokens,
+    and α is exp(μ), or μ for linear time shifts. `shift_terminal` only affects sampling.
     """
     if schedule.get("use_flow_sigmas"):  # DPM-Solver++ on a flow
         return float(schedule["flow_shift"])

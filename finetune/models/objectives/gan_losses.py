@@ -31,7 +31,8 @@ class AdversarialLoss:
 
 
 ADVERSARIAL_LOSSES = {
-    # Non-saturating: −log σ(D(real)) − log σ(−D(fake)) and −log σ(D(fake)) (Goodfellow et al. 2014, arXiv:1406.2661, §3).
+    # Non-saturating: −log σ(D(real)) − log σ(−D(fake)) and −log σ(D(fake)).
+    # Goodfellow et al. 2014, arXiv:1406.2661, §3.
     "logistic": AdversarialLoss(lambda real, fake: softplus(-real) + softplus(fake), lambda _, fake: softplus(-fake)),
     # Lim & Ye 2017, arXiv:1705.02894.
     "hinge": AdversarialLoss(lambda real, fake: relu(1 - real) + relu(1 + fake), lambda _, fake: -fake),

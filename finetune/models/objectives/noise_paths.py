@@ -57,8 +57,8 @@ class Path(ABC):
 def alphas_cumprod(steps: int, schedule: Literal["linear", "cosine"]) -> list[float]:
     """ᾱ_t = Π (1 − β) for t = 0 … T − 1.
 
-    Linear: β from 10⁻⁴ to 0.02 for 1000 steps, scaled by 1000 / T for other T. Cosine: ᾱ is cos² (π/2 · (t/T + 0.008) / 1.008)
-    relative to its value at 0, with β ≤ 0.999 (arXiv:2102.09672, equation 17).
+    Linear: β from 10⁻⁴ to 0.02 for 1000 steps, scaled by 1000 / T for other T. Cosine: ᾱ is cos² (π/2 · (t/T + 0.008) /
+    1.008) relative to its value at 0, with β ≤ 0.999 (arXiv:2102.09672, equation 17).
     """
     if schedule == "linear":
         kept = [1 - (1e-4 + (0.02 - 1e-4) * step / (steps - 1)) * 1000 / steps for step in range(steps)]
@@ -94,7 +94,7 @@ class VariancePreserving(Path):
         return Level(alpha, sigma, math.atan2(sigma, alpha), -sigma, alpha, float(step))
 
     def levels(self, steps: int) -> list[Level]:
-        """Evenly spaced levels that include the last one (`trailing` spacing), so that sampling starts from pure noise."""
+        """Evenly spaced levels that include the last one (`trailing` spacing): sampling starts from pure noise."""
         if steps > len(self):
             raise UserError(
                 f"{steps} sampling steps exceed the {len(self)} steps of the noise schedule",
@@ -136,7 +136,9 @@ class LinearPath(Path):
 
 @final
 class EdmObjective(Objective):
-    """EDM's preconditioning D(x) = c_skip x + c_out F(c_in x, c_noise) and loss λ |D − x_0|² (arXiv:2206.00364, table 1).
+    """EDM's preconditioning D(x) = c_skip x + c_out F(c_in x, c_noise) and loss λ |D − x_0|².
+
+    arXiv:2206.00364, table 1.
 
     As λ c_out² = 1, this is the squared error of F against (x_0 − c_skip x) / c_out, which has variance 1 at every σ.
 
@@ -164,7 +166,10 @@ class EdmObjective(Objective):
 
 @final
 class VarianceExploding(Path):
-    """A variance-exploding path, whose time is σ: from `sigma_max` to `sigma_min` in equal steps of σ^(1/ρ), then 0 (eq. 5)."""
+    """A variance-exploding path, whose time is σ.
+
+    Sampling levels go from `sigma_max` to `sigma_min` in equal steps of σ^(1/ρ), then to 0 (equation 5).
+    """
 
     def __init__(self, objective: EdmObjective, sigma_min: float, sigma_max: float, rho: float) -> None:
         self.objective: EdmObjective = objective

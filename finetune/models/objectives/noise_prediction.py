@@ -51,7 +51,8 @@ class Objective(ABC):
     def error(self, predicted: Tensor, noised: Noised, mask: Tensor | None = None) -> Tensor:
         """The weighted loss of each example, [B] float32: the mean over its elements.
 
-        `mask` [B, 1, h, w] weights each position; the mean still runs over all of them, so small masked areas count less.
+        `mask` [B, 1, h, w] weights each position; the mean still runs over all of them, so small masked areas count
+        less.
         """
         element = self.element(predicted.float() - noised.target)
         return (element if mask is None else element * mask).flatten(1).mean(1) * noised.weight
@@ -85,8 +86,8 @@ class Denoising(Objective):
     def _shifted(self, timestep: Tensor, part: Part) -> Tensor:
         """Map timesteps into `part` and shift them.
 
-        The center u of each timestep's interval in [0, 1] becomes s u / (1 + (s − 1) u), as in flow matching (arXiv:2403.03206,
-        equation 23).
+        The center u of each timestep's interval in [0, 1] becomes s u / (1 + (s − 1) u), as in flow matching
+        (arXiv:2403.03206, equation 23).
         """
         count, factor = len(self.alphas_cumprod), self._loss.shift
         if factor == 1 and part == WHOLE:

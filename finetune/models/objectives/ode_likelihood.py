@@ -1,9 +1,9 @@
 """Log-likelihood of continuous images under the probability flow ODE, by the instantaneous change of variables.
 
-Chen et al. 2018, arXiv:1806.07366, theorem 1. The ODE dx/dt = f(x, t) maps images to noise, with d log p/dt = −tr ∂f/∂x (Song et
-al. 2021, arXiv:2011.13456, equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v = ±1 (Hutchinson; equation 40), and the
-ODE is integrated with Heun's method. For any noise path, the variable is y = x / √(α² + σ²) and the time is the angle with
-tangent σ/α, for which f has the magnitude of y throughout.
+Chen et al. 2018, arXiv:1806.07366, theorem 1. The ODE dx/dt = f(x, t) maps images to noise, with d log p/dt = −tr ∂f/∂x
+(Song et al. 2021, arXiv:2011.13456, equation 39). The trace is estimated by vᵀ (∂f/∂x) v with v = ±1 (Hutchinson;
+equation 40), and the ODE is integrated with Heun's method. For any noise path, the variable is y = x / √(α² + σ²) and
+the time is the angle with tangent σ/α, for which f has the magnitude of y throughout.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Samplers: from noise to images along a decreasing sequence of noise levels with x = α x_0 + σ ε, for any noise path.
 
-All of them evaluate D(x), the expectation of x_0 given x, and use ε̂ = (x − α D) / σ. The last level has σ = 0, where x = D.
+All of them evaluate D(x), the expectation of x_0 given x, and use ε̂ = (x − α D) / σ. The last level has σ = 0, where x
+= D.
 
     ddpm   Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, for any step size: samples q(x' | x, x_0 = D)
-    ddim   Song et al. 2020 (arXiv:2010.02502), equations 12 and 16: η = 0 is deterministic, η = 1 is DDPM (posterior variance)
-    dpm++  Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M): second-order multistep in λ = ln(α/σ)
+    ddim   Song et al. 2020 (arXiv:2010.02502), equations 12 and 16: η = 0 is deterministic, η = 1 is DDPM (posterior
+    variance) dpm++  Lu et al. 2022 (arXiv:2211.01095), algorithm 2 (2M): second-order multistep in λ = ln(α/σ)
     heun   Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without churn: second order, two evaluations per step
     euler  first order, for the ODE dx/dt = α̇ D + σ̇ ε̂ in the path's own time t
 """
@@ -52,7 +53,7 @@ StepNoise = Callable[[int], Tensor]  # step number → standard normal [B, …],
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) for a step to a cleaner level; `large` is the variance of q(x | x')."""
+    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) of a step to a cleaner level; `large`: variance of q(x | x')."""
 
     noisy: float
     clean: float

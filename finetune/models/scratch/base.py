@@ -1,8 +1,8 @@
 """The base classes of models that are trained from scratch in pixel space.
 
 Images are grids of integer levels, 0 … levels − 1 per channel. A family's module defines a model over a `Space` and a
-function `create(space, section)` that builds it from the space and the recipe's `net` section alone, so a run's files are
-enough to open it again:
+function `create(space, section)` that builds it from the space and the recipe's `net` section alone, so a run's files
+are enough to open it again:
 
     model = finetune.open_model("runs/scratch-vae")      # or the run's final/, or the result of `ft export`
     images = model.sample(SampleRequest(prompts=("",) * 4, seeds=(0, 1, 2, 3), steps=1, guidance=1.0))
@@ -66,7 +66,7 @@ class Space:
         return self.channels * self.height * self.width
 
     def levels_of(self, pixels: Tensor) -> Tensor:
-        """Convert pixels [3, H, W] in [-1, 1] to levels [channels, H, W] uint8; gray is ITU-R 601 luma, as in Pillow."""
+        """Convert pixels [3, H, W] in [-1, 1] to levels [channels, H, W] uint8; gray is ITU-R 601 luma as in Pillow."""
         if self.channels == 1:
             pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
         return pixels.add(1).mul((self.levels - 1) / 2).round().clamp(0, self.levels - 1).to(torch.uint8)
@@ -184,7 +184,7 @@ class PixelModel(Model):
         """
 
     def start(self) -> None:
-        """Initialize weights that depend on the data, from some training images: the same in every process, before EMA."""
+        """Initialize weights that depend on the data from training images: the same in every process, before EMA."""
 
     def encoder(self) -> Encoder:
         return LevelEncoder(self.space)

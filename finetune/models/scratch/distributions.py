@@ -1,6 +1,7 @@
 """Distributions over the levels of a pixel, parametrized by a network's outputs.
 
-Both give probabilities of discrete levels, not densities, so −log₂ p / dimensions is bits/dim and comparable between families.
+Both give probabilities of discrete levels, not densities, so −log₂ p / dimensions is bits/dim and comparable between
+families.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PixelDistribution(ABC):
 
     @abstractmethod
     def sample(self, parameters: Tensor, uniform: Tensor) -> Tensor:
-        """Sample levels [B, C, H, W] uint8 from parameters [B, parameters, H, W] and uniform values [B, draws, H, W]."""
+        """Sample levels [B, C, H, W] uint8, given parameters [B, parameters, H, W] and uniform [B, draws, H, W]."""
 
     @abstractmethod
     def expected(self, parameters: Tensor) -> Tensor:
@@ -77,9 +78,9 @@ class Categorical(PixelDistribution):
 class Logistics(PixelDistribution):
     """A discretized mixture of logistic distributions (Salimans et al. 2017, arXiv:1701.05517, §2.1–2.2).
 
-    A level's probability is the mass between its edges, half a step to either side; the lowest and the highest level include
-    the tails. A channel's mean depends linearly on the previous channels of the pixel. Each component has a logit, C means,
-    C log-scales and C(C − 1)/2 coefficients. In units of [-1, 1] a step is 2 / (levels − 1).
+    A level's probability is the mass between its edges, half a step to either side; the lowest and the highest level
+    include the tails. A channel's mean depends linearly on the previous channels of the pixel. Each component has a
+    logit, C means, C log-scales and C(C − 1)/2 coefficients. In units of [-1, 1] a step is 2 / (levels − 1).
     """
 
     def __init__(self, space: Space, mixtures: int) -> None:
@@ -159,8 +160,8 @@ class Logistics(PixelDistribution):
 def log_mass(space: Space, levels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Log of the mass of N(mean, std²) between each level's edges, in nats, float64, shaped like `mean`.
 
-    The lowest and the highest level include the tails. Masses in the upper tail are mirrored into the lower one, to avoid
-    subtracting numbers near 1.
+    The lowest and the highest level include the tails. Masses in the upper tail are mirrored into the lower one, to
+    avoid subtracting numbers near 1.
     """
     scaled, half = space.scaled(levels).double(), 1 / (space.levels - 1)
     upper = torch.where(levels == space.levels - 1, torch.inf, (scaled + half - mean) / std)

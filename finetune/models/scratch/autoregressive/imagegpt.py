@@ -1,7 +1,8 @@
 """ImageGPT (Chen et al. 2020): an autoregressive transformer over an image as a sequence of tokens.
 
-A token is the level of one channel of one pixel, with an exact likelihood; or a pixel's color from a palette (found by k-means on
-the data; the paper's has 512 colors), which makes sequences a third as long but gives no likelihood of the original image.
+A token is the level of one channel of one pixel, with an exact likelihood; or a pixel's color from a palette (found by
+k-means on the data; the paper's has 512 colors), which makes sequences a third as long but gives no likelihood of the
+original image.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Causal convolutions, with caches for fast sampling.
 
-Images are generated in raster order. The vertical stream of a PixelCNN sees the rows above, the horizontal stream also pixels to
-the left (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). During sampling, the vertical stream is computed once
-per row and the horizontal one per pixel, and each convolution caches its inputs (Ramachandran et al. 2017, arXiv:1704.06001). The
+Images are generated in raster order. The vertical stream of a PixelCNN sees the rows above, the horizontal stream also
+pixels to the left (van den Oord et al. 2016, arXiv:1606.05328, §2.3: no blind spot). During sampling, the vertical
+stream is computed once per row and the horizontal one per pixel, and each convolution caches its inputs (Ramachandran
+et al. 2017, arXiv:1704.06001). The
 same forward pass serves training and sampling: `Place` says what is computed.
 """
 

@@ -1,9 +1,10 @@
 """PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): an autoregressive model of pixels.
 
-Two streams of gated residual blocks with skip connections from the first half to the second (§2.3). The distribution of a pixel
-is a mixture of logistics, autoregressive in its channels (§2.1–2.2), or categorical for gray images. Differences from the paper:
-every second block may be dilated instead of downsampling and upsampling, which has the same receptive field and allows caching;
-and there is no weight normalization. Implemented here because no maintained library has it.
+Two streams of gated residual blocks with skip connections from the first half to the second (§2.3). The distribution of
+a pixel is a mixture of logistics, autoregressive in its channels (§2.1–2.2), or categorical for gray images.
+Differences from the paper: every second block may be dilated instead of downsampling and upsampling, which has the same
+receptive field and allows caching; and there is no weight normalization. Implemented here because no maintained library
+has it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Gated(nn.Module):
             self.second.weight.mul_(0.1)  # a new block is nearly the identity
 
     def forward(self, features: Tensor, beside: Tensor | None, condition: Tensor | None, place: Place | None) -> Tensor:
-        """[B, width, H, W] → the same shape; `beside` [B, beside, H, W] is the other stream, `condition` [B, conditioned]."""
+        """[B, width, H, W] → the same shape; `beside` [B, beside, H, W] is the other stream."""
         result: Tensor = self.first(concat_elu(features), place)
         if self.beside is not None and beside is not None:
             result = result + self.beside(concat_elu(beside))
@@ -109,7 +110,7 @@ class PixelCnn(nn.Module):
     def horizontal(
         self, scaled: Tensor, vertical: list[Tensor], condition: Tensor | None, place: Place | None
     ) -> Tensor:
-        """Parameters of each pixel, [B, outputs, H, W], from the pixels to the left and the vertical stream's outputs."""
+        """Parameters of each pixel, [B, outputs, H, W], from pixels to the left and the vertical stream."""
         ones = _with_ones(scaled)
         down = [self.row_above(ones, place) + self.left(ones, place)]
         half = len(self.down_horizontal)

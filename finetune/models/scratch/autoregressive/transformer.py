@@ -57,7 +57,8 @@ class TokenTransformer(nn.Module):
 
     def log_prob(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
         """The log-probability of each sequence in nats, [B]."""
-        return self(tokens, classes).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).sum(1)  # type: ignore[no-any-return]
+        logits: Tensor = self(tokens, classes)
+        return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1).sum(1)
 
     def generate(self, uniform: Tensor, classes: Tensor | None) -> Tensor:
         """Sample tokens [B, length] from uniform values [B, length], with cached keys and values."""

@@ -1,8 +1,8 @@
-"""What all diffusion models in pixel space share; a family's own file chooses the noise path (`objectives.noise_paths`).
+"""What all diffusion models in pixel space share; each family chooses its noise path (`objectives.noise_paths`).
 
-The network is diffusers' UNet2DModel. With classes, `data.caption_dropout` trains the unconditional case too, and sampling uses
-classifier-free guidance: D = D(no class) + s (D(class) − D(no class)), where s = 1 is no guidance (Ho & Salimans 2022,
-arXiv:2207.12598, with s = 1 + w).
+The network is diffusers' UNet2DModel. With classes, `data.caption_dropout` trains the unconditional case too, and
+sampling uses classifier-free guidance: D = D(no class) + s (D(class) − D(no class)), where s = 1 is no guidance (Ho &
+Salimans 2022, arXiv:2207.12598, with s = 1 + w).
 """
 
 from __future__ import annotations

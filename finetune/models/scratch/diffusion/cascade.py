@@ -1,9 +1,10 @@
 """The second stage of a cascade: super-resolution by diffusion (Ho et al. 2022, arXiv:2106.15282; Saharia et al. 2022).
 
-`model.base_run` names the run of the first stage, which generates low-resolution images. It is frozen and saved with the second
-stage. The network's additional input is the upsampled low-resolution image. In training that is the downsampled training image,
-which is better than what a first stage generates: so it is noised to a random level s, which is also an input (noise conditioning
-augmentation of Imagen, arXiv:2205.11487, §2.3).
+`model.base_run` names the run of the first stage, which generates low-resolution images. It is frozen and saved with
+the second stage. The network's additional input is the upsampled low-resolution image. In training that is the
+downsampled training image,
+which is better than what a first stage generates: so it is noised to a random level s, which is also an input (noise
+conditioning augmentation of Imagen, arXiv:2205.11487, §2.3).
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def _check(low: Space, space: Space, given: str) -> None:
     factor = space.height // low.height
     if factor < 2 or (low.height * factor, low.width * factor) != (space.height, space.width):
         raise UserError(
-            f"{given} generates {low.width}×{low.height} pixels, and {space.width}×{space.height} is not a multiple of that",
+            f"{given} generates {low.width}×{low.height} pixels:"
+            f" {space.width}×{space.height} is not a multiple of that",
             where="data.resolution",
             remedy=f"set data.resolution: {2 * low.height}, or train the first stage at {space.height // 2}",
         )

@@ -1,8 +1,9 @@
 """Denoising diffusion in pixel space (DDPM, Ho et al. 2020, arXiv:2006.11239) and its variational bound on −log p.
 
-The bound (equation 5) is KL(q(x_T | x_0) ‖ N(0, I)) + Σ KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) − log p(x_0 | x_1), where p is
-normal with the posterior's mean at D(x_t) and the recipe's variance. The last term is the mass of that normal distribution
-between a level's edges (equation 13), with the posterior variance of the step before, since its own is 0.
+The bound (equation 5) is KL(q(x_T | x_0) ‖ N(0, I)) + Σ KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) − log p(x_0 |
+x_1), where p is normal with the posterior's mean at D(x_t) and the recipe's variance. The last term is the mass of that
+normal distribution between a level's edges (equation 13), with the posterior variance of the step before, since its own
+is 0.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Ddpm(DiffusionModel, LikelihoodModel):
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
         """The variational bound in nats, [B].
 
-        The term of the last step is always included; the T − 1 others are estimated from `particles` of them. Step t is sampled
-        with probability proportional to 1/t, which roughly matches the size of its term, and weighted accordingly, so the
-        estimate is unbiased. With `particles` ≥ T − 1 each step is included once, which gives the exact bound.
+        The term of the last step is always included; the T − 1 others are estimated from `particles` of them. Step t is
+        sampled with probability proportional to 1/t, which roughly matches the size of its term, and weighted
+        accordingly, so the estimate is unbiased. With `particles` ≥ T − 1 each step is included once, which gives the
+        exact bound.
         """
         levels, classes = levels_and_classes(batch)
         clean, others = self.canvas.encode(levels), len(self._steps) - 1

@@ -17,9 +17,12 @@ from finetune.rng import Draw
 
 
 class FlowLikelihood(DiffusionModel, LikelihoodModel):
-    """A diffusion model with a likelihood by uniform dequantization: log P(x) ≥ E[log p(x + u)] + D log (width of a level).
+    """A diffusion model whose likelihood is bounded by uniform dequantization.
 
-    The bound is subject to the errors of the ODE's discretization, of the unbiased trace estimate, and of starting at `MIN_ANGLE`.
+    log P(x) ≥ E[log p(x + u)] + D log (width of a level).
+
+    The bound is subject to the errors of the ODE's discretization, of the unbiased trace estimate, and of starting at
+    `MIN_ANGLE`.
     """
 
     exact = False
@@ -34,7 +37,7 @@ class FlowLikelihood(DiffusionModel, LikelihoodModel):
 
     @torch.no_grad()
     def nats(self, batch: Batch, draw: Draw, particles: int = 1) -> Tensor:
-        """A bound on −log p of each image, [B]: the mean over `particles` samples of dequantization noise and trace probe."""
+        """A bound on −log p of each image, [B]: the mean over `particles` samples of noise and trace probe."""
         levels, classes = levels_and_classes(batch)
         width, along = 2 / (self.space.levels - 1), angles(self.max_angle())
 

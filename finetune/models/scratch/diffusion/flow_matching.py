@@ -1,4 +1,7 @@
-"""Flow matching in pixel space on straight paths (Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003)."""
+"""Flow matching in pixel space on straight paths.
+
+Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Latent diffusion (Rombach et al. 2022, arXiv:2112.10752), unconditional or class-conditional; for captions, see `sd`.
 
-`model.vae` names the run of the autoencoder, which is frozen and saved with the model. Mean latents are normalized per channel to
-mean 0 and standard deviation 1, measured over the run's own images.
+`model.vae` names the run of the autoencoder, which is frozen and saved with the model. Mean latents are normalized per
+channel to mean 0 and standard deviation 1, measured over the run's own images.
 """
 
 from __future__ import annotations

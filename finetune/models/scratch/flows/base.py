@@ -1,8 +1,8 @@
 """What normalizing flows over images (RealNVP, Glow) share; a family's own file defines the steps of a scale.
 
-The log-likelihood of levels x is bounded by dequantization with noise u ~ q(u|x) in [0, 1):
-log P(x) ≥ E[log p((x + u) / levels) − D · log levels − log q(u|x)], where q is uniform (Theis et al. 2016, arXiv:1511.01844) or
-learned (Flow++, Ho et al. 2019, arXiv:1902.00275, §3.1). p is the flow's density, log N(z; 0, I) + log |det|.
+The log-likelihood of levels x is bounded by dequantization with noise u ~ q(u|x) in [0, 1): log P(x) ≥ E[log p((x + u)
+/ levels) − D · log levels − log q(u|x)], where q is uniform (Theis et al. 2016, arXiv:1511.01844) or learned (Flow++,
+Ho et al. 2019, arXiv:1902.00275, §3.1). p is the flow's density, log N(z; 0, I) + log |det|.
 """
 
 from __future__ import annotations

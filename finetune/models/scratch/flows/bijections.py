@@ -1,7 +1,8 @@
 """Bijections: invertible layers of normalizing flows with the log-determinant of their Jacobian.
 
-From Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019 (Flow++,
-arXiv:1902.00275). Implemented here because normflows has not been maintained since 2023; tested against it and autograd.
+From Dinh et al. 2017 (RealNVP, arXiv:1605.08803), Kingma & Dhariwal 2018 (Glow, arXiv:1807.03039) and Ho et al. 2019
+(Flow++, arXiv:1902.00275). Implemented here because normflows has not been maintained since 2023; tested against it and
+autograd.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class Squeeze(Bijection):
 class Checkerboard(Bijection):
     """[B, C, H, W] → [B, 2C, H, W/2]: the black squares of a checkerboard, then the white ones.
 
-    A coupling of the two halves of the channels is then RealNVP's checkerboard coupling. `inverted` swaps the directions.
+    A coupling of the two halves of the channels is then RealNVP's checkerboard coupling. `inverted` swaps the
+    directions.
     """
 
     def __init__(self, inverted: bool = False) -> None:
@@ -121,7 +123,7 @@ class Checkerboard(Bijection):
 
 @final
 class ActNorm(Bijection):
-    """Scale and shift of each channel, initialized so that a batch of data gets mean 0 and standard deviation 1 (Glow, §3.1)."""
+    """Scale and shift of each channel, initialized to normalize a batch of the data (Glow, §3.1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

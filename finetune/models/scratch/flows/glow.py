@@ -1,4 +1,4 @@
-"""Glow (Kingma & Dhariwal 2018, arXiv:1807.03039): at each scale a squeeze and steps of ActNorm, 1×1 convolution, coupling."""
+"""Glow (Kingma & Dhariwal 2018, arXiv:1807.03039): scales of a squeeze and ActNorm, 1×1 convolution, coupling."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""RealNVP (Dinh et al. 2017, arXiv:1605.08803): at each scale checkerboard couplings, a squeeze, channel-wise couplings.
+"""RealNVP (Dinh et al. 2017, arXiv:1605.08803): checkerboard couplings, a squeeze, channel couplings.
 
-ActNorm (Kingma & Dhariwal 2018) replaces batch normalization, so that the likelihood of an image does not depend on others.
+ActNorm (Kingma & Dhariwal 2018) replaces batch normalization, so that the likelihood of an image does not depend on
+others.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Adaptive discriminator augmentation (ADA, Karras et al. 2020, arXiv:2006.06676), for small data sets.
 
-Without it, the discriminator overfits. Real and fake images are augmented alike, and the generator is trained through the
-augmentation, so that it does not learn to generate augmented images as long as each transformation is skipped often enough.
-The probability of each is controlled by the mean sign of the discriminator's logits at real images: near 1 it overfits. Of the
-paper's transformations this includes pixel blitting, geometry and color, which it found to help.
+Without it, the discriminator overfits. Real and fake images are augmented alike, and the generator is trained through
+the augmentation, so that it does not learn to generate augmented images as long as each transformation is skipped often
+enough. The probability of each is controlled by the mean sign of the discriminator's logits at real images: near 1 it
+overfits. Of the paper's transformations this includes pixel blitting, geometry and color, which it found to help.
 """
 
 from __future__ import annotations

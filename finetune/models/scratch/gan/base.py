@@ -1,8 +1,9 @@
 """Generative adversarial networks (Goodfellow et al. 2014, arXiv:1406.2661): what all GANs share.
 
-Each step trains the discriminator on real and fake images, then the generator with the discriminator's weights constant. A
-family provides a `Generator` and a `Discriminator`. The recipe's section chooses the loss (`objectives.gan_losses`), what
-regularizes the discriminator (penalties, augmentation, minibatch statistics) and the number of unrolled steps.
+Each step trains the discriminator on real and fake images, then the generator with the discriminator's weights
+constant. A family provides a `Generator` and a `Discriminator`. The recipe's section chooses the loss
+(`objectives.gan_losses`), what regularizes the discriminator (penalties, augmentation, minibatch statistics) and the
+number of unrolled steps.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Discriminator(nn.Module):
     Args:
         reader: the convolutional part, images → feature maps.
         channels: number of the feature maps.
-        ending: a function of the number of channels (one more with minibatch standard deviation) that returns a module from
-            feature maps to features [B, F], and F.
+        ending: a function of the number of channels (one more with minibatch standard deviation) that returns a module
+            from feature maps to features [B, F], and F.
         linear: makes the last layer from its numbers of inputs and outputs.
     """
 
@@ -187,7 +188,7 @@ class GeneratorStep(TrainStep):
         self._objective = ADVERSARIAL_LOSSES[section.objective]
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The generator's loss against the current (or unrolled) discriminator, plus its penalty if due, [B] float32."""
+        """The generator's loss against the current (or unrolled) discriminator, plus its penalty, [B] float32."""
         levels, classes = levels_and_classes(batch)
         section, discriminator, draw = self._section, self._discriminator, draw.apart("generator")
         fake = discriminator.augmented(self.net(latent_of(draw, section), classes, draw), draw.apart("made"))

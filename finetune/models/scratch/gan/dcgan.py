@@ -1,8 +1,9 @@
 """DCGAN (Radford et al. 2016, arXiv:1511.06434), with options for WGAN-GP and progressive growing.
 
 The generator upsamples a small map with strided transposed convolutions, the discriminator downsamples with strided
-convolutions. As in the paper, the generator's output and the discriminator's input are not normalized. With progressive growing
-(Karras et al. 2018, arXiv:1710.10196) both start at the smallest resolution, and each further resolution is blended in. Images
+convolutions. As in the paper, the generator's output and the discriminator's input are not normalized. With progressive
+growing (Karras et al. 2018, arXiv:1710.10196) both start at the smallest resolution, and each further resolution is
+blended in. Images
 always have the full size: at a lower resolution each pixel is repeated, and the discriminator averages the repeats.
 """
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def stddev(maps: Tensor, group: int) -> Tensor:
     """Append a channel with the minibatch standard deviation (Karras et al. 2018, arXiv:1710.10196, §3).
 
-    The standard deviation of each feature over a group of images (n, n + B/group, n + 2B/group …), averaged over features and
-    positions. A batch that is not a multiple of the group is one group; for a single image it is 0.
+    The standard deviation of each feature over a group of images (n, n + B/group, n + 2B/group …), averaged over
+    features and positions. A batch that is not a multiple of the group is one group; for a single image it is 0.
     """
     count = len(maps)
     size = group if count % group == 0 else count

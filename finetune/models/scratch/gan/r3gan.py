@@ -1,8 +1,8 @@
 """R3GAN (Huang et al. 2024, arXiv:2501.05441): a relativistic pairing loss with R1 and R2, without further tricks.
 
-Generator and discriminator mirror each other: residual blocks at each resolution, bilinear resampling in between, and no
-normalization. A block is a 1×1 convolution, a wider grouped 3×3 one, and a 1×1 one initialized to zero (Fixup, Zhang et al. 2019,
-arXiv:1901.09321). Written from the paper.
+Generator and discriminator mirror each other: residual blocks at each resolution, bilinear resampling in between, and
+no normalization. A block is a 1×1 convolution, a wider grouped 3×3 one, and a 1×1 one initialized to zero (Fixup, Zhang
+et al. 2019, arXiv:1901.09321). Written from the paper.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class R3Body(DiscriminatorBody):
 @final
 class R3gan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """Build both networks (arXiv:2501.05441, §4); the discriminator ends in a depthwise convolution over the whole map."""
+        """Build both networks (arXiv:2501.05441, §4); the discriminator ends in a global depthwise convolution."""
         assert isinstance(section, Net)
         grid = halved(self.space.height, self.space.width, section.halvings)
 

@@ -1,9 +1,11 @@
-"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), written from the paper without the official code, whose license forbids it.
+"""StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), written from the paper.
 
-A latent is mapped to a style that modulates every layer's weights. The generator adds up RGB outputs of all resolutions (skip
-connections), the discriminator is residual (figure 7). Training mixes two styles in most images, noise adds details that no
-style controls, and the path length penalty keeps image changes proportional to style changes (equation 4). `alias_free` uses
-StyleGAN3's layers instead.
+The official code was not used: its license forbids it.
+
+A latent is mapped to a style that modulates every layer's weights. The generator adds up RGB outputs of all resolutions
+(skip connections), the discriminator is residual (figure 7). Training mixes two styles in most images, noise adds
+details that no style controls, and the path length penalty keeps image changes proportional to style changes (equation
+4). `alias_free` uses StyleGAN3's layers instead.
 """
 
 from __future__ import annotations
@@ -160,8 +162,8 @@ class Ending(nn.Module):
 class PathLength(GeneratorPenalty):
     """The path length penalty (‖Jᵀ y‖ − a)² (equation 4).
 
-    y has standard normal pixels, J is the Jacobian of the image with respect to the styles, and a the running mean of the
-    lengths. y is divided by √(H W), so that the weight does not depend on the resolution.
+    y has standard normal pixels, J is the Jacobian of the image with respect to the styles, and a the running mean of
+    the lengths. y is divided by √(H W), so that the weight does not depend on the resolution.
     """
 
     def __init__(self, generator: Styled, section: Net) -> None:

@@ -1,10 +1,10 @@
 """Alias-free layers of StyleGAN3 (Karras et al. 2021, arXiv:2106.12423), written from the paper.
 
-Details move with the objects instead of sticking to pixel coordinates. Nonlinearities create frequencies above what the pixel
-grid can represent, which alias. They are therefore applied at twice the sampling rate between two low-pass filters (§3.2, Kaiser
-filters of appendix C). The input is a set of Fourier features instead of a learned map, every map has a margin that hides the
-borders, and there is no per-pixel noise. Not implemented: the learned transform of the input, cutoffs that rise layer by layer
-(here only at full size), and gains from running magnitudes.
+Details move with the objects instead of sticking to pixel coordinates. Nonlinearities create frequencies above what the
+pixel grid can represent, which alias. They are therefore applied at twice the sampling rate between two low-pass
+filters (§3.2, Kaiser filters of appendix C). The input is a set of Fourier features instead of a learned map, every map
+has a margin that hides the borders, and there is no per-pixel noise. Not implemented: the learned transform of the
+input, cutoffs that rise layer by layer (here only at full size), and gains from running magnitudes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def downsampled(maps: Tensor, kernel: Tensor) -> Tensor:
 
 @final
 class Waves(nn.Module):
-    """The input: Fourier features [1, channels, h, w] within the smallest map's bandwidth, mixed by a learned matrix."""
+    """The input: Fourier features [1, channels, h, w] within the map's bandwidth, mixed by a learned matrix."""
 
     frequencies: Tensor
     phases: Tensor
@@ -148,8 +148,8 @@ class AliasFreeGenerator(Styled):
 def equivariance(generator: AliasFreeGenerator, styles: Tensor, draw: Draw, pixels: int) -> float:
     """Translation equivariance in dB: EQ-T for whole pixels (§2.2), relative to the images' own range.
 
-    10 log₁₀ of the squared range over the mean squared difference between the image of the shifted input and the shifted image,
-    where both are visible.
+    10 log₁₀ of the squared range over the mean squared difference between the image of the shifted input and the
+    shifted image, where both are visible.
     """
     still = generator.synthesis(styles, draw)
     moved = generator.synthesis(styles, draw, (0.0, float(pixels)))

@@ -1,6 +1,7 @@
 """Layers of StyleGAN2 (Karras et al. 2020, arXiv:1912.04958), written from the paper.
 
-Weights are standard normal and scaled at run time (equalized learning rate, Karras et al. 2018, arXiv:1710.10196, §4.1).
+Weights are standard normal and scaled at run time (equalized learning rate, Karras et al. 2018, arXiv:1710.10196,
+§4.1).
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class EqualConv(nn.Module):
 def resampled(maps: Tensor, kernel: Tensor, padding: tuple[int, int], up: int = 1, down: int = 1) -> Tensor:
     """Resample each channel [B, C, H, W] with a separable filter `kernel` [taps] along both axes.
 
-    Inserts up − 1 zeros after each pixel, pads, filters and keeps every `down`-th result. Along each axis that is a matrix, and
-    two matrix products are many times faster than a depthwise convolution, even more so in the backward pass.
+    Inserts up − 1 zeros after each pixel, pads, filters and keeps every `down`-th result. Along each axis that is a
+    matrix, and two matrix products are many times faster than a depthwise convolution, even more so in the backward
+    pass.
     """
     lengthwise, across = (_filtering(kernel, side, padding, up, down) for side in maps.shape[2:])
     result: Tensor = lengthwise @ (maps @ across.T)
@@ -98,10 +100,12 @@ def doubled(maps: Tensor) -> Tensor:
 class Modulated(nn.Module):
     """A modulated convolution: each image's style scales the weights, which are then normalized (equations 1 and 3).
 
-    Scaling the weights per input channel is equivalent to scaling the maps, and normalizing them to dividing the output, so one
-    convolution with shared weights suffices. (A grouped convolution as in appendix B has a slow double backward.)
+    Scaling the weights per input channel is equivalent to scaling the maps, and normalizing them to dividing the
+    output, so one convolution with shared weights suffices. (A grouped convolution as in appendix B has a slow double
+    backward.)
 
-    [B, inputs, H, W] and [B, style] → [B, outputs, H, W], of the same size if `padded`, else smaller by the kernel's side − 1.
+    [B, inputs, H, W] and [B, style] → [B, outputs, H, W], of the same size if `padded`, else smaller by the kernel's
+    side − 1.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """The autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752): diffusers' AutoencoderKL.
 
-A VAE (Kingma & Welling, arXiv:1312.6114) with a small KL weight: q(z|x) = N(μ, σ²), and the loss of an image is mean |x − x̂| (or
-squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), optionally with extra weights on color and on coarse
-structure. As the terms are means, kl_weight is β of a β-VAE times (latent elements / image elements), up to the likelihood's scale.
+A VAE (Kingma & Welling, arXiv:1312.6114) with a small KL weight: q(z|x) = N(μ, σ²), and the loss of an image is mean |x
+− x̂| (or squared) + kl_weight · mean over latent elements of ½(μ² + σ² − 1 − log σ²), optionally with extra weights on
+color and on coarse structure. As the terms are means, kl_weight is β of a β-VAE times (latent elements / image
+elements), up to the likelihood's scale.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class VaeStep(TrainStep):
     def _error(self, difference: Tensor) -> Tensor:
         """The error of a difference [B, 3, H, W], [B].
 
-        Most of an image's variance is along the gray axis, so color is learned late. `color_weight` increases the weight of the
-        difference without its gray component.
+        Most of an image's variance is along the gray axis, so color is learned late. `color_weight` increases the
+        weight of the difference without its gray component.
         """
         color = difference - difference.mean(1, keepdim=True)
         of_all, of_color = (

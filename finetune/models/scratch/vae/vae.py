@@ -1,8 +1,8 @@
 """The variational autoencoder in pixel space (Kingma & Welling 2014, arXiv:1312.6114) and β-VAE (Higgins et al. 2017).
 
-q(z|x) = N(μ, σ²), p(z) = N(0, I), and p(x|z) is a distribution over levels. The loss of an image is −log p(x|z) + β · KL in nats,
-summed over pixels and latent dimensions. With several particles it is the importance-weighted bound (Burda et al. 2016,
-arXiv:1509.00519, equation 8) instead.
+q(z|x) = N(μ, σ²), p(z) = N(0, I), and p(x|z) is a distribution over levels. The loss of an image is −log p(x|z) + β ·
+KL in nats, summed over pixels and latent dimensions. With several particles it is the importance-weighted bound (Burda
+et al. 2016, arXiv:1509.00519, equation 8) instead.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ElboStep(TrainStep):
         return -reconstruction[:, 0] + self._section.beta * kl.sum(1)
 
     def terms(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With noise [B, K, latent]: log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K], in nats."""
+        """log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K], in nats, by noise [B, K, latent]."""
         latent, parameters, mean, logvar = self.net(levels, classes, noise)
         repeated = levels.repeat_interleave(noise.shape[1], 0)
         reconstruction = (

@@ -1,7 +1,7 @@
 """The second stage of vector-quantized models: a prior over the codes of a trained autoencoder.
 
-`model.vae` names the run of the first stage, which is frozen and saved with the prior. −log p(codes) − log p(x|codes) is an upper
-bound on −log p(x), since it counts only the codes that the encoder chooses.
+`model.vae` names the run of the first stage, which is frozen and saved with the prior. −log p(codes) − log p(x|codes)
+is an upper bound on −log p(x), since it counts only the codes that the encoder chooses.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class SecondStage(LikelihoodModel):
         return self.first.decoded(self.net.prior.generate_uncached(draw.uniform("codes", self.first.net.grid), classes))
 
     def parts(self) -> dict[str, Any]:
-        return {"first": {"space": dataclasses.asdict(self.first.space), "net": dataclasses.asdict(self.first.section)}}  # type: ignore[call-overload]
+        section: Any = self.first.section
+        return {"first": {"space": dataclasses.asdict(self.first.space), "net": dataclasses.asdict(section)}}
 
 
 def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:

@@ -1,13 +1,14 @@
-"""The vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937), optionally with VQ-GAN's discriminator.
+"""The vector-quantized autoencoder (van den Oord et al. 2017, arXiv:1711.00937), or VQ-GAN with a discriminator.
 
-An image becomes a grid of codes from a codebook. The loss of an image, with all terms summed over its elements, is −log p(x|e) +
-|sg(z) − e|² + β |z − sg(e)|², with β on the encoder's side (equation 3; the first releases of taming-transformers had it on the
-other). With a discriminator (Esser et al. 2021), a hinge loss on patches is added, weighted so that its gradient matches the
-reconstruction's at the decoder's last layer (arXiv:2012.09841, equations 5–7; without LPIPS, whose weights need a download).
+An image becomes a grid of codes from a codebook. The loss of an image, with all terms summed over its elements, is −log
+p(x|e) + |sg(z) − e|² + β |z − sg(e)|², with β on the encoder's side (equation 3; the first releases of
+taming-transformers had it on the other). With a discriminator (Esser et al. 2021), a hinge loss on patches is added,
+weighted so that its gradient matches the reconstruction's at the decoder's last layer (arXiv:2012.09841, equations 5–7;
+without LPIPS, whose weights need a download).
 
-The quantizer is implemented here because vector-quantize-pytorch updates its codebook inside the forward pass, uses the global
-random generator when it replaces dead codes, has a straight-through gradient that is not the identity by default, and takes 5 s
-to import.
+The quantizer is implemented here because vector-quantize-pytorch updates its codebook inside the forward pass, uses the
+global random generator when it replaces dead codes, has a straight-through gradient that is not the identity by
+default, and takes 5 s to import.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Quantizer(nn.Module):
         return functional.embedding(indices, self.book).movedim(-1, 1)
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize latents [B, D, h, w] with a straight-through gradient; also returns |sg z − e|² and |z − sg e|², [B] each."""
+        """Quantize latents [B, D, h, w] with a straight-through gradient; also |sg z − e|² and |z − sg e|² [B]."""
         if self.training:
             self._keep_alive(gathered(latent.detach().movedim(1, -1).flatten(0, -2).float()))
         nearest = self.vectors(self.indices(latent))
@@ -152,7 +153,7 @@ class PatchDiscriminator(nn.Module):
 
 @final
 class AutoencoderStep(TrainStep):
-    """Trains the autoencoder: reconstruction, codebook and commitment (equation 3), and an adversarial loss if there is one."""
+    """Trains the autoencoder: reconstruction, codebook and commitment (equation 3), optionally an adversarial loss."""
 
     name = "autoencoder"
 
@@ -172,7 +173,7 @@ class AutoencoderStep(TrainStep):
         )
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """The loss in nats, [B] float32 (arXiv:1711.00937, equation 3; adversarial term: arXiv:2012.09841, equation 7)."""
+        """The loss in nats, [B] float32 (arXiv:1711.00937, eq. 3; adversarial term: arXiv:2012.09841, eq. 7)."""
         levels, _ = levels_and_classes(batch)
         parameters, to_book, to_latent = self.net(levels)
         reconstruction = -self._distribution.log_prob(parameters, levels).flatten(1).sum(1)
@@ -184,7 +185,7 @@ class AutoencoderStep(TrainStep):
         return result.float()
 
     def _balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        """The adaptive weight |∇ reconstruction| / |∇ adversarial| at the decoder's last layer (equation 7), a scalar."""
+        """The adaptive weight |∇ reconstruction| / |∇ adversarial| at the decoder's last layer (equation 7)."""
         last = list(self._unwrapped.decoder.parameters())[-2]
         first, second = (
             torch.autograd.grad(part.mean(), last, retain_graph=True)[0].norm()
