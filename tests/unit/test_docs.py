@@ -80,6 +80,13 @@ def test_documented_overrides_load(page: str) -> None:
             load_recipe(name, overrides)
 
 
+@pytest.mark.parametrize("page", pages())
+def test_documented_recipe_names_exist(page: str) -> None:
+    text = (CHECKOUT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"\b(?:lora|full|scratch)/[a-z][a-z0-9+-]*(?![\w./*<])", text))
+    assert names <= set(bundled_recipes()), names - set(bundled_recipes())
+
+
 def _check_keys(value: Any, declared: Any, where: str) -> None:
     """Fail if a mapping in a YAML block has a key that the schema does not declare."""
     options = [option for option in (declared, *typing.get_args(declared)) if dataclasses.is_dataclass(option)]
