@@ -215,6 +215,11 @@ def lora_configuration(net: Any) -> dict[str, Any]:
     }
 
 
+def saved_as_folders(pipeline: Any, adapter: Adapter) -> bool:
+    """Whether an adapter is saved as PEFT's folders: kinds other than LoRA, and pipelines that load no LoRA file."""
+    return not kind_of(adapter).has_lora_file or not hasattr(pipeline, "save_lora_weights")
+
+
 def save_peft(net: Any, folder: Path) -> Path:
     """Write the adapter as PEFT's own folder; returns the file of its weights."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from finetune import kernels
-from finetune.adapters import peft
 from finetune.adapters.kinds import kind_of
 from finetune.data.media.sample import Sample
 from finetune.errors import UserError
@@ -19,9 +17,9 @@ from finetune.inference.sample import dtype_of, free_folder, placed, request_for
 from finetune.models.base import SampleRequest
 from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.family import Family, family_of
-from finetune.models.pretrained.init_lora import load_initial_lora
 from finetune.models.pretrained.loading import open_pipeline
 from finetune.models.pretrained.model import generate_from_prompt, set_schedule
+from finetune.models.pretrained.trainable import ADAPTER_PASSES, Trainable, make_trainable
 from finetune.planning import Plan, load_plan
 from finetune.report.images import enlarged, sheet
 from finetune.terminal import Progress
@@ -111,12 +109,10 @@ def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
     new = textual_inversion.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
     nets = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
-    adapted = load_initial_lora(pipeline, nets, recipe.adapter) if recipe.adapter.init_lora else {}
-    for name, net in nets.items():
-        if name not in adapted:
-            peft.add_adapter(net, recipe.adapter)
-        kernels.apply("unet_blocks", net)
-        kernels.apply("fused_lora", net)
+    model = Trainable(
+        recipe, nets, family.spec.denoiser, dtype_of(plan.precision), torch.device("cpu"), pipeline, family
+    )
+    make_trainable(model, only=ADAPTER_PASSES)
     nets |= {name: getattr(pipeline, name) for name in new}
     for net in nets.values():
         net.eval()

@@ -18,19 +18,16 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from finetune import kernels
-from finetune.adapters.peft import add_adapter
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.errors import UserError
 from finetune.estimate.architecture import DENOISERS
 from finetune.estimate.tracing.cuda_mode import Routing
 from finetune.estimate.tracing.denoiser_inputs import INPUTS, Config, Inputs
 from finetune.estimate.tracing.recorder import reading
-from finetune.memory import apply
-from finetune.memory.activation_checkpointing import checkpoint_activations
 from finetune.memory.quantization import dtype_of
 from finetune.models.base import Model, SampleRequest, TrainStep
 from finetune.models.pretrained.model import DTYPES
+from finetune.models.pretrained.trainable import Trainable, make_trainable
 from finetune.planning import Plan
 from finetune.rng import Draw
 
@@ -216,24 +213,19 @@ class DenoiserModel(Model):
         net, full = denoiser.net(), recipe.method != "lora"
         self._inputs = denoiser.inputs(size)
         nn.Module.to(net, DTYPES[recipe.train.weights if full else plan.precision])
-        net.requires_grad_(full)
-        apply.quantize_base(net, recipe, DTYPES[plan.precision], torch.device("cpu"))
-        if adapt is not None:
-            adapt(net)
-        else:
-            kernels.apply("rope", net)
-            if recipe.adapter is not None:
-                add_adapter(net, recipe.adapter)
-                kernels.apply("unet_blocks", net)
-                kernels.apply("fused_lora", net)
         if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
             raise UserError(
-                "UVit2DModel cannot recompute its blocks: in diffusers 0.42 they are called by names that its checkpoint does not take",
+                "UVit2DModel cannot recompute its blocks: diffusers 0.42 calls them by names that its checkpointing does not take",
                 where="train.gradient_checkpointing",
                 remedy="--set train.gradient_checkpointing=false",
             )
-        checkpoint_activations(net, recipe.train.checkpointed)
-        apply.offload_base(net, recipe, torch.device("cpu"))
+        model = Trainable(recipe, {"denoiser": net}, "denoiser", DTYPES[plan.precision], torch.device("cpu"))
+        if adapt is None:
+            make_trainable(model)
+        else:
+            make_trainable(model, only=("freeze", "unfreeze", "quantize"))
+            adapt(net)
+            make_trainable(model, only=("activation_checkpointing", "offload"))
         self._turn = DenoiserTurn(net, self._inputs)
 
     def train_steps(self) -> tuple[TrainStep, ...]:

@@ -34,7 +34,7 @@ from finetune.models.pretrained.denoising import Denoiser, DenoiseStep, objectiv
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
 from finetune.models.pretrained.schedulers import sampling_with
 from finetune.models.pretrained.tokenizer import spelled
-from finetune.models.pretrained.trainable import Trainable, make_trainable, saves_peft_folders
+from finetune.models.pretrained.trainable import Trainable, make_trainable
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
 from finetune.planning import Plan
 from finetune.rng import key_of
@@ -194,27 +194,29 @@ class TextToImage(Model):
         self.pipeline.set_progress_bar_config(disable=True)
         check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
         set_schedule(self.pipeline, recipe)
-        self.denoiser: nn.Module = getattr(self.pipeline, family.spec.denoiser).to(memory_format=torch.channels_last)
+        self.denoiser: nn.Module = getattr(self.pipeline, family.spec.denoiser)
         self._tokens = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)
         trained_encoders = (
             {name: getattr(self.pipeline, name) for _, name in family.encoders} if self._trains_text else {}
         )
+        # With new tokens, only their embeddings train in the text encoders, unless `model.train_text_encoder` is set.
+        whole = trained_encoders if not self._tokens or recipe.model.train_text_encoder else {}
         self.adapted = make_trainable(
             Trainable(
-                self.pipeline,
-                family,
                 recipe,
-                self.denoiser,
-                trained_encoders,
-                self._tokens,
+                {family.spec.denoiser: self.denoiser, **whole},
+                family.spec.denoiser,
                 self.dtype,
                 self.device,
+                self.pipeline,
+                family,
+                trained_encoders,
+                tuple(self._tokens.values()),
             )
         )
         net = Denoiser(family, self.denoiser, trained_encoders, self._guidance(recipe.flow or Flow()))
         distill_every = recipe.adapter.distill_every if recipe.adapter else None
         self._train_steps = (DenoiseStep(net, objective_of(family, self.pipeline.scheduler, recipe), distill_every),)
-        apply.tile(self.pipeline.vae, recipe.model)
         self._encoders = CaptionAndLatent(
             family, self.pipeline, self.device, self.dtype, recipe.model, tokens_only=self._trains_text
         )
@@ -319,15 +321,12 @@ class TextToImage(Model):
         forget_places(folder)
         return [folder / "model_index.json"]
 
-    @property
-    def _peft_folders(self) -> bool:
-        return saves_peft_folders(self.pipeline, self.plan.recipe.adapter)
-
     def _save_adapters(self, folder: Path) -> list[Path]:
         nets = {name: getattr(self.pipeline, name) for name in self.adapted}
         if changes_schedule(self.plan.recipe):  # with the base's own scheduler, the adapter would give other images
             self.pipeline.scheduler.save_pretrained(folder / "scheduler")
-        if self._peft_folders:
+        adapter = self.plan.recipe.adapter
+        if adapter is not None and peft.saved_as_folders(self.pipeline, adapter):
             return [peft.save_peft(net, folder / name) for name, net in nets.items()]
         arguments: dict[str, Any] = {}
         for name, net in nets.items():
