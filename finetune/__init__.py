@@ -1,15 +1,16 @@
-"""Fine-tune image generators with LoRA, fully, or train small ones from scratch, knowing beforehand what it takes.
+"""Fine-tune image generators with LoRA or fully, or train small ones from scratch, with a reliable estimate first.
 
     import finetune
 
     recipe = finetune.load_recipe("lora/emoji", ["train.steps=20", "output.folder=runs/try"])
     print(finetune.plan(recipe).arithmetic)  # images ÷ batch … = steps
     run = finetune.train(recipe)  # the run's folder
-    finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the files drawn
-    model = finetune.open_model("runs/scratch-vae")  # of families in pixel space: the model itself, to draw with and to ask
+    finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the image files
+    model = finetune.open_model("runs/scratch-vae")  # pixel-space families: the model itself
 
-A mistake in what was given raises `finetune.UserError`. Nothing is imported before it is used, so `import finetune` costs
-nothing.
+Mistakes in recipes, data and arguments raise `finetune.UserError`. Messages go to `logging.getLogger("finetune")`, which
+shows them only if you configure logging (`finetune.terminal.configure()` does, as the commands do). Modules are imported
+when they are used, so `import finetune` is cheap.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import os
 
 
 def rank() -> int:
-    """Of this process among the run's; known before Accelerate is there to ask."""
+    """The global rank of this process, from the launcher's environment; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all of a run's."""
+    """Whether this is the process that writes files and messages."""
     return rank() == 0

@@ -16,6 +16,7 @@ from finetune.config.schema import Precision, Recipe
 from finetune.data.buckets import buckets, fit
 from finetune.data.shape import Shape, shape_of
 from finetune.errors import UserError
+from finetune.terminal import plural
 
 if TYPE_CHECKING:
     from finetune.data.audit.audit import Audit
@@ -53,14 +54,15 @@ class Plan:
     def arithmetic(self) -> str:
         """How the number of steps comes about, in one line that a person can check."""
         train, machine = self.recipe.train, self.machine
-        processes = f" ÷ {machine.processes} processes" if machine.processes > 1 else ""
-        length = f"→ {self.steps} steps = {self.steps / self.steps_per_epoch:.4g} epochs"
+        processes = f" ÷ {plural(machine.processes, 'process', 'processes')}" if machine.processes > 1 else ""
+        length = f"→ {plural(self.steps, 'step')} = {self.steps / self.steps_per_epoch:.4g} epochs"
         if train.epochs:
-            length = f"× {train.epochs:g} epochs = {self.steps} steps"
+            length = f"× {train.epochs:g} epochs = {plural(self.steps, 'step')}"
         repeats = "" if self.data.examples == self.data.images else f" with repeats = {self.data.examples} examples"
+        an_epoch = f"{self.steps_per_epoch:g} step{'' if self.steps_per_epoch == 1 else 's'} an epoch"
         return (
-            f"{self.data.images} images{repeats} ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{processes}"
-            f" = {self.steps_per_epoch:g} steps an epoch {length}"
+            f"{plural(self.data.images, 'image')}{repeats} ÷ batch {train.batch_size}"
+            f" ÷ accumulation {train.accumulation}{processes} = {an_epoch} {length}"
         )
 
 

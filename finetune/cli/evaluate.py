@@ -12,6 +12,7 @@ import click
 
 from finetune import terminal
 from finetune.cli.preflight import refuse_existing_output, refuse_missing_run
+from finetune.terminal import plural
 
 if TYPE_CHECKING:
     from finetune.evaluation.evaluate import Closeness, Evaluation
@@ -90,7 +91,7 @@ def as_table(result: Evaluation) -> terminal.Table:
     else:
         rows.append(("bits/dim", f"{'–':>11}{blank}   {result.no_likelihood}"))
     rows.append(("images/s", f"{1 / max(result.seconds_per_image, 1e-9):>11.3g}"))
-    title = f"{result.generated} images by {Path(result.run).name} compared with {result.real} of {result.against}"
+    title = f"{plural(result.generated, 'image')} by {Path(result.run).name} compared with {result.real} of {result.against}"
     return terminal.table(title, [("", heading), *rows])
 
 

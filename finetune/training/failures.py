@@ -16,6 +16,7 @@ from finetune.estimate.advice import MOST_WAYS, advice, assignment
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import forecast, memory_options
 from finetune.estimate.monitor import Expected
+from finetune.terminal import plural
 from finetune.training import checkpoint
 
 TIGHTER = 0.9  # an edited run should fit into this share of the memory that was not enough
@@ -43,7 +44,7 @@ def not_finite(
 def too_far(done: int, steps: int, folder: Path) -> UserError:
     """The run in `folder` has taken more steps than the recipe asks for."""
     return UserError(
-        f"the run has taken {done} steps, and the recipe asks for {steps}",
+        f"the run has taken {plural(done, 'step')}, and the recipe asks for {steps:,}",
         where=str(folder),
         remedy=f"set train.steps: {done} or more",
     )
