@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from finetune import terminal
+from finetune.cli import completion
 from finetune.config.loader import load_recipe
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completion.recipes)
 @click.option(
     "overrides",
     "--set",

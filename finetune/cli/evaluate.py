@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from finetune import terminal
+from finetune.cli import completion
 from finetune.cli.preflight import refuse_existing_output, refuse_missing_run
 from finetune.terminal import plural
 
@@ -31,7 +32,7 @@ METRICS = (
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--against", help="Folder of images to compare with; default: the run's training images.")
 @click.option(
     "--images",

@@ -8,6 +8,7 @@ from typing import get_args
 import click
 
 from finetune import terminal
+from finetune.cli import completion
 from finetune.cli.preflight import refuse_missing_run
 from finetune.errors import UserError
 from finetune.export import Format, export
@@ -20,7 +21,7 @@ WHERE = {
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option(
     "--format",
     "layout",

@@ -41,7 +41,9 @@ class Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if ctx.resilient_parsing and cmd_name not in COMMANDS:  # the shell completes a line
+            return None
         if cmd_name not in COMMANDS:
             raise UserError(f'ft has no command "{cmd_name}"', remedy=did_you_mean(cmd_name, COMMANDS))
         command: click.Command = importlib.import_module(f"finetune.cli.{MODULES.get(cmd_name, cmd_name)}").command

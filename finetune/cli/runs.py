@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from finetune import terminal
+from finetune.cli import completion
 from finetune.terminal import duration, plural
 from finetune.training.run_list import Seen, all_runs, look
 from finetune.training.watchdog import PATIENCE
@@ -41,7 +42,7 @@ def command(context: click.Context, folder: Path, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), shell_complete=completion.runs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(run: Path, as_json: bool) -> None:
     """Show one run: state, checkpoints, losses, processes, and how to resume it."""

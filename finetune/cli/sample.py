@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from finetune import terminal
+from finetune.cli import completion
 from finetune.cli.preflight import refuse_existing_output, refuse_missing_run
 from finetune.errors import UserError
 from finetune.terminal import plural
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.runs)
 @click.option(
     "prompts",
     "--prompt",

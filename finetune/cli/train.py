@@ -9,7 +9,7 @@ import sys
 import click
 
 from finetune import terminal
-from finetune.cli import launch_target, launcher
+from finetune.cli import completion, launch_target, launcher
 from finetune.cli.preflight import refuse_early
 from finetune.cli.process import report_errors, stoppable
 from finetune.config.loader import load_recipe
@@ -17,7 +17,7 @@ from finetune.estimate.hardware.cpu import threads
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completion.recipes)
 @click.option(
     "overrides",
     "--set",

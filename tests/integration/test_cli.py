@@ -105,6 +105,25 @@ def test_help_documents_shell_completion(tmp_path: Path) -> None:
     assert "_FT_COMPLETE=bash_source ft" in python("-m", "finetune", "--help", cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("ft tr", ["plain,train"]),
+        ("ft train lora/emo", ["plain,lora/emoji"]),
+        ("ft train min", ["file,min"]),
+        ("ft export runs/a", ["plain,runs/a", "plain,runs/ab"]),
+        ("ft nothing --re", []),
+    ],
+)
+def test_shell_completes_commands_recipes_and_runs(line: str, completed: list[str], tmp_path: Path) -> None:
+    for run in ("a", "ab", "b"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "plan.json").touch()
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_FT_COMPLETE": "bash_complete"}
+    found = python("-m", "finetune", cwd=tmp_path, **words)
+    assert (found.stdout.split(), found.stderr) == (completed, "")
+
+
 def test_recipe_file_without_its_ending_is_suggested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
