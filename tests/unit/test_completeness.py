@@ -141,3 +141,10 @@ def test_recipes_are_named_as_their_models() -> None:
         if recipe.method != "scratch" and recipe.model.path != "embedded:base":
             assert any(stem == slug or stem.startswith(f"{slug}-") for slug in (spec.slug, *spec.variants)), name
     assert all(load_recipe(old) == load_recipe(new) for old, new in renamed.RECIPES.items() if new in bundled_recipes())
+
+
+def test_saved_model_of_an_earlier_name_is_found() -> None:
+    """`config.json` of a saved model says its family by the name it had then."""
+    for alias, slug in registry.aliases().items():
+        assert registry.load_implementation(alias) is registry.load_implementation(slug)
+        assert nets.section(alias) is nets.section(slug)

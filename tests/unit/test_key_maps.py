@@ -6,6 +6,7 @@ all the same.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,20 +17,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.adapters import peft
 from finetune.adapters.formats.metadata import PEFT
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.errors import UserError
 from finetune.export import export
 from finetune.models.registry import specs
+from finetune.paths import ASSETS
+from tests.helpers import tiny
 
 Layers = dict[str, tuple[int, int]]  # path → (outputs, inputs)
 CLASSES = {
-    "sd3": "StableDiffusion3Pipeline",
-    "flux1": "FluxPipeline",
-    "flux2": "Flux2KleinPipeline",
-    "qwen-image": "QwenImagePipeline",
-    "z-image": "ZImagePipeline",
-    "lumina2": "Lumina2Pipeline",
+    slug: spec.pipeline
+    for slug, spec in specs().items()
+    if slug in tiny.FLOWS and spec.lora_formats and hasattr(getattr(diffusers, spec.pipeline), "lora_state_dict")
 }
 
 
@@ -89,13 +90,29 @@ LAYERS: dict[str, Layers] = {
 }
 
 
+@functools.cache
+def layers_of(family: str) -> Layers:
+    """Layers of one block of each kind that a LoRA on attention and MLP adapts, with the shapes of the published network."""
+    if family in LAYERS:
+        return LAYERS[family]
+    spec = specs()[family]
+    config = ASSETS / "configs" / next(iter(spec.variants)) / spec.denoiser / "config.json"
+    with torch.device("meta"):
+        network = getattr(diffusers, spec.denoiser_class).from_config(json.loads(config.read_text(encoding="utf-8")))
+    return {
+        name: (network.get_submodule(name).out_features, network.get_submodule(name).in_features)
+        for name in peft.layers(network, "attention+mlp")
+        if ".0." in name
+    }
+
+
 def run_of(
     family: str, folder: Path, alpha: float = 2.0, layers: Layers | None = None
 ) -> tuple[Path, dict[str, Tensor]]:
     """A run's folder with a LoRA of rank 2, and its tensors."""
     torch.manual_seed(0)
     tensors = {}
-    for path, (outputs, inputs) in (layers or LAYERS[family]).items():
+    for path, (outputs, inputs) in (layers or layers_of(family)).items():
         tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(2, inputs)
         tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(outputs, 2)
     (folder / "final").mkdir(parents=True)
@@ -132,7 +149,7 @@ def test_diffusers_reads_back_what_was_trained(family: str, layout: str, tmp_pat
         for name in back
         if name.endswith(".lora_A.weight")
     }
-    assert paths == set(LAYERS[family])
+    assert paths == set(layers_of(family))
     for path in paths:
         torch.testing.assert_close(change(back, path), change(tensors, path), rtol=1e-12, atol=1e-12)
 
@@ -142,7 +159,7 @@ def test_a_scale_is_worked_into_the_weights(family: str, layout: str, tmp_path: 
     run, tensors = run_of(family, tmp_path / "run", alpha=3.0)
     (file,) = export(run, layout)
     back = read_back(family, file)
-    for path in LAYERS[family]:
+    for path in layers_of(family):
         torch.testing.assert_close(change(back, path), 1.5 * change(tensors, path), rtol=1e-5, atol=1e-4)
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata()["ss_network_alpha"] == opened.metadata()["ss_network_dim"] == "2"
