@@ -47,17 +47,17 @@ class Lumina2(Family):
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
         """Second-to-last hidden states and the mask of padding, [1, 256, …]. A negative prompt has no system prompt."""
-        found = pipeline.encode_prompt(caption, negative, caption, device=device, max_sequence_length=self.tokens)
-        embeddings, mask = found[2:] if negative else found[:2]
+        encoded = pipeline.encode_prompt(caption, negative, caption, device=device, max_sequence_length=self.tokens)
+        embeddings, mask = encoded[2:] if negative else encoded[:2]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`. The network's time runs from noise, 0, to image, 1, so its velocity has the opposite sign."""
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             hidden_states=noisy,
             timestep=1 - timestep / 1000,
             encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),
             encoder_attention_mask=batch["prompt_attention_mask"],
             return_dict=False,
         )[0]
-        return -found
+        return -predicted

@@ -48,12 +48,12 @@ class PixArtSigma(Family):
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
         """Hidden states of T5 and the mask of padding, [1, 300, …]."""
-        found = pipeline.encode_prompt(caption, False, device=device, max_sequence_length=self.tokens)
-        return {"prompt_embeds": found[0], "prompt_attention_mask": found[1]}
+        encoded = pipeline.encode_prompt(caption, False, device=device, max_sequence_length=self.tokens)
+        return {"prompt_embeds": encoded[0], "prompt_attention_mask": encoded[1]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`. Only the predicted noise: samplers do not use the predicted variance."""
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             noisy,
             encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),
             encoder_attention_mask=batch["prompt_attention_mask"],
@@ -61,4 +61,4 @@ class PixArtSigma(Family):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return found[:, : noisy.shape[1]]
+        return predicted[:, : noisy.shape[1]]

@@ -90,10 +90,10 @@ class QwenImage(Family):
         """With masks of ones: without them the pipeline warns about possible padding."""
         import torch
 
-        found = super().call(positive, negative, guidance)
+        arguments = super().call(positive, negative, guidance)
         masks = {
-            f"{name}_mask": torch.ones(found[name].shape[:2], dtype=torch.int64, device=found[name].device)
-            for name in list(found)
+            f"{name}_mask": torch.ones(arguments[name].shape[:2], dtype=torch.int64, device=arguments[name].device)
+            for name in list(arguments)
             if "embeds" in name
         }
-        return found | masks
+        return arguments | masks

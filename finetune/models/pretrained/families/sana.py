@@ -39,8 +39,8 @@ SPEC = FamilySpec(
 
 def instruction_of(pipeline: Any) -> list[str]:
     """What the pipeline puts before a prompt, as the original training did (§2.3, "complex human instruction")."""
-    found: list[str] = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-    return found
+    instruction: list[str] = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    return instruction
 
 
 class Sana(Family):
@@ -58,7 +58,7 @@ class Sana(Family):
 
         A negative prompt has no instruction.
         """
-        found = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             caption,
             negative,
             caption,
@@ -66,7 +66,7 @@ class Sana(Family):
             max_sequence_length=self.tokens,
             complex_human_instruction=instruction_of(pipeline),
         )
-        embeddings, mask = found[2:] if negative else found[:2]
+        embeddings, mask = encoded[2:] if negative else encoded[:2]
         return {"prompt_embeds": embeddings, "prompt_attention_mask": mask}
 
     def caption_tokens(self, pipeline: Any, caption: str) -> tuple[int, int]:
@@ -81,11 +81,11 @@ class Sana(Family):
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """As in `Family`. The network takes the timestep times its `timestep_scale`."""
         config: Any = denoiser.config
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             noisy,
             encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),
             encoder_attention_mask=batch["prompt_attention_mask"],
             timestep=timestep * config.timestep_scale,
             return_dict=False,
         )[0]
-        return found
+        return predicted

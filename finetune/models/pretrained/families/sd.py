@@ -69,5 +69,5 @@ class StableDiffusion(ClipFamily):
         return {"prompt_embeds": encoders["text_encoder"](ids["tokenizer"])[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        found: Tensor = denoiser(noisy, timestep, batch["prompt_embeds"].to(noisy.dtype), return_dict=False)[0]
-        return found
+        predicted: Tensor = denoiser(noisy, timestep, batch["prompt_embeds"].to(noisy.dtype), return_dict=False)[0]
+        return predicted

@@ -50,20 +50,20 @@ class StableDiffusion3(Family):
 
     def conditions(self, pipeline: Any, caption: str, negative: bool, device: torch.device) -> Batch:
         """Hidden states of the CLIPs side by side, then T5's: [1, 77 + 256, width]; and pooled projections."""
-        found = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             caption, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=self.tokens
         )
-        return {"prompt_embeds": found[0], "pooled_prompt_embeds": found[2]}
+        return {"prompt_embeds": encoded[0], "pooled_prompt_embeds": encoded[2]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             hidden_states=noisy,
             timestep=timestep,
             encoder_hidden_states=batch["prompt_embeds"].to(noisy.dtype),
             pooled_projections=batch["pooled_prompt_embeds"].to(noisy.dtype),
             return_dict=False,
         )[0]
-        return found
+        return predicted
 
     def untrained(self, denoiser: Any) -> list[nn.Module]:
         """Text queries of the last block: their result is not used."""

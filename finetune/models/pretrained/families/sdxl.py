@@ -67,7 +67,7 @@ class StableDiffusionXL(ClipFamily):
             "text_embeds": batch["pooled_prompt_embeds"].to(noisy.dtype),
             "time_ids": batch["geometry"].to(noisy.dtype),
         }
-        found: Tensor = denoiser(
+        predicted: Tensor = denoiser(
             noisy, timestep, batch["prompt_embeds"].to(noisy.dtype), added_cond_kwargs=added, return_dict=False
         )[0]
-        return found
+        return predicted

@@ -69,8 +69,10 @@ class ZImage(Family):
                 caption[:length]
                 for caption, length in zip(captions, batch["prompt_embeds.lengths"].tolist(), strict=True)
             )
-        found = denoiser(list(noisy[:, :, None].unbind()), 1 - timestep / 1000, list(captions), return_dict=False)[0]
-        return -torch.stack(found)[:, :, 0]
+        predicted = denoiser(list(noisy[:, :, None].unbind()), 1 - timestep / 1000, list(captions), return_dict=False)[
+            0
+        ]
+        return -torch.stack(predicted)[:, :, 0]
 
     def argument(self, condition: Tensor) -> Any:
         return list(condition.unbind())
