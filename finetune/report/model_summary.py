@@ -43,7 +43,7 @@ def _ranks(model: Model) -> dict[str, int]:
         name: 0 if hasattr(module, "oft_block_size") else module.r["default"]
         for train_step in model.train_steps()
         for name, module in train_step.net.named_modules()
-        if "default" in getattr(module, "r", ())
+        if isinstance(ranks := getattr(module, "r", None), dict) and "default" in ranks
     }
 
 
