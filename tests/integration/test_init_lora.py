@@ -26,8 +26,12 @@ from finetune.models.registry import specs
 from tests.helpers import tiny
 
 LAYERS = "adapter.targets='to_q, to_v, conv1, q_proj, out_proj'"
-# Of a transformer; diffusers' converter of kohya's FLUX.1 knows the single blocks of the real width only.
-OF_TRANSFORMERS = {"flux1": "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"}
+# Of a transformer; diffusers' converter of kohya's FLUX.1 (and Chroma) knows the single blocks of the real width only.
+OF_TRANSFORMERS = {
+    slug: "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"
+    for slug in tiny.FLOWS
+    if specs()[slug].lora_formats.get("kohya", "").endswith(":FLUX")
+}
 FLOW_FORMATS = [(name, layout) for name in tiny.FLOWS for layout in ("diffusers", *specs()[name].lora_formats)]
 TEXT = "model.train_text_encoder=true"
 
