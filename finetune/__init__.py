@@ -3,7 +3,7 @@
     import finetune
 
     recipe = finetune.load_recipe("lora/emoji", ["train.steps=20", "output.folder=runs/try"])
-    print(finetune.plan(recipe).arithmetic)  # images ÷ batch … = steps
+    print(finetune.plan(recipe).arithmetic)  # 380 images / batch 8 = 47.5 steps per epoch; …
     run = finetune.train(recipe)  # the run's folder
     finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the image files
     model = finetune.open_model("runs/scratch-vae")  # pixel-space families: the model itself

@@ -1,4 +1,4 @@
-"""`Plan`: recipe + data + machine, resolved to every number of the run. Printed before training; the trainer reads nothing else."""
+"""`Plan`: recipe, data and machine resolved to every number of the run. Printed before training; the trainer reads only it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.adapters.lora_file import initialized
-from finetune.config import memory_options, validation
+from finetune.config import validation
 from finetune.config.loader import load_recipe, to_dict
 from finetune.config.machine import Machine
-from finetune.config.schema import Precision, Recipe
+from finetune.config.schema import Precision, Recipe, Train
 from finetune.data.buckets import buckets, fit
 from finetune.data.shape import Shape, shape_of
 from finetune.errors import UserError
@@ -38,13 +38,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every number of a run. Trainer and estimate take theirs from here alone."""
+    """Every number of a run; the trainer and the estimate take theirs from here."""
 
     recipe: Recipe
     data: DataFacts
     machine: Machine
     precision: Precision  # of the activations; what trains stays float32
-    global_batch: int  # examples an optimizer step: batch × accumulation × processes
+    global_batch: int  # examples per optimizer step: batch × accumulation × processes
     steps_per_epoch: float
     steps: int
     folder: str
@@ -52,47 +52,53 @@ class Plan:
 
     @property
     def arithmetic(self) -> str:
-        """How the number of steps comes about, in one line that a person can check."""
-        train, machine = self.recipe.train, self.machine
-        processes = f" ÷ {plural(machine.processes, 'process', 'processes')}" if machine.processes > 1 else ""
-        length = f"→ {plural(self.steps, 'step')} = {self.steps / self.steps_per_epoch:.4g} epochs"
-        if train.epochs:
-            length = f"× {train.epochs:g} epochs = {plural(self.steps, 'step')}"
-        repeats = "" if self.data.examples == self.data.images else f" with repeats = {self.data.examples} examples"
-        an_epoch = f"{self.steps_per_epoch:g} step{'' if self.steps_per_epoch == 1 else 's'} an epoch"
-        return (
-            f"{plural(self.data.images, 'image')}{repeats} ÷ batch {train.batch_size}"
-            f" ÷ accumulation {train.accumulation}{processes} = {an_epoch} {length}"
-        )
+        """How the number of steps comes about."""
+        data = self.data
+        return step_arithmetic(data.images, data.examples, self.recipe.train, self.steps, self.machine.processes)
 
 
-def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) -> Plan:
+def step_arithmetic(
+    images: int, examples: int, train: Train, steps: int, devices: int = 1, device_noun: str = "processes"
+) -> str:
+    """The arithmetic from images to steps, such as `380 images / batch 4 = 95 steps per epoch; 300 steps = 3.158 epochs`.
+
+    Args:
+        examples: images × repeats.
+        devices: how many processes or GPUs train, each on batches of its own.
+    """
+    parts = [plural(images, "image")]
+    if examples != images:
+        parts[0] += f" with repeats = {examples:,} examples"
+    parts.append(f"batch {train.batch_size}")
+    if train.accumulation > 1:
+        parts.append(f"accumulation {train.accumulation}")
+    if devices > 1:
+        parts.append(f"{devices} {device_noun}")
+    per_epoch = examples / (train.batch_size * train.accumulation * devices)
+    epoch = f"{per_epoch:.6g} step{'' if per_epoch == 1 else 's'} per epoch"
+    length = plural(steps, "step")
+    length = f"{train.epochs:g} epochs = {length}" if train.epochs else f"{length} = {steps / per_epoch:.4g} epochs"
+    return f"{' / '.join(parts)} = {epoch}; {length}"
+
+
+def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_generate: int = 0) -> Plan:
     """Resolve everything that the recipe left open.
 
     Args:
-        to_draw: class images that count, and are not in the audit since the base has not drawn them yet.
+        to_generate: class images that the base model has yet to generate: they count, and are not in the audit.
+
+    Raises:
+        UserError: a rule about the recipe or the machine is broken.
     """
-    recipe, begun_from = initialized(recipe)
-    data = _facts(recipe, audit, to_draw)
+    recipe, init_notes = initialized(recipe)
+    validation.check(recipe)
+    data = _facts(recipe, audit, to_generate)
     train = recipe.train
     global_batch = train.batch_size * train.accumulation * machine.processes
     steps_per_epoch = data.examples / global_batch
-    steps = train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9)
-    precision, notes = _precision(recipe, machine)
-    memory_options.check_machine(recipe, machine, precision)
-    if machine.sharded:
-        validation.check_sharded(recipe, precision)
-    notes += begun_from + memory_options.notes(recipe, machine)
-    if recipe.optimizer.warmup_steps >= steps:
-        notes += (
-            f"warm-up takes {recipe.optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",
-        )
-    notes += _optimizer_notes(recipe) + _class_notes(recipe, data, to_draw)
-    diffusion = recipe.diffusion
-    if diffusion is not None and diffusion.zero_terminal_snr and diffusion.min_snr_gamma is not None:
-        notes += (
-            "min-SNR gives no weight to pure noise, which zero_terminal_snr adds: without min_snr_gamma it is learned",
-        )
+    steps = max(1, train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9))
+    precision, precision_notes = _precision(recipe, machine)
+    validation.check_machine(recipe, machine, precision, steps)
     return Plan(
         recipe=recipe,
         data=data,
@@ -100,29 +106,34 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_draw: int = 0) 
         precision=precision,
         global_batch=global_batch,
         steps_per_epoch=steps_per_epoch,
-        steps=max(1, steps),
+        steps=steps,
         folder=folder_of(recipe),
-        notes=notes,
+        notes=(
+            *precision_notes,
+            *init_notes,
+            *validation.notes(recipe, machine, precision, steps),
+            *_prior_notes(recipe, data, to_generate),
+        ),
     )
 
 
 def folder_of(recipe: Recipe) -> str:
-    """Where the run's folder is: `output.folder`, or `runs/METHOD-NAME`."""
+    """The run's folder: `output.folder`, or `runs/METHOD-NAME`."""
     return recipe.output.folder or f"runs/{recipe.method}-{recipe.name}"
 
 
-def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
-    """What the audit counted, and the class images that are still to be drawn, which will be squares."""
+def _facts(recipe: Recipe, audit: Audit, to_generate: int) -> DataFacts:
+    """The audit's counts, plus the class images that are still to be generated, which will be squares."""
     counts = audit.bucket_counts()
-    if to_draw:
+    if to_generate:
         data = recipe.data
         square = fit(
             (data.resolution, data.resolution),
             buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets),
         ).shape
-        counts[square] = counts.get(square, 0) + to_draw
+        counts[square] = counts.get(square, 0) + to_generate
     return DataFacts(
-        images=len(audit.training) + to_draw,
+        images=len(audit.training) + to_generate,
         examples=sum(counts.values()),
         held_out=len(audit.held_out),
         buckets=tuple(counts.items()),
@@ -130,43 +141,31 @@ def _facts(recipe: Recipe, audit: Audit, to_draw: int) -> DataFacts:
     )
 
 
-def _class_notes(recipe: Recipe, data: DataFacts, to_draw: int) -> tuple[str, ...]:
-    """What is to be known of the class images: that they will be drawn, and whether they outnumber the subject's."""
+def _prior_notes(recipe: Recipe, data: DataFacts, to_generate: int) -> tuple[str, ...]:
+    """Notes on the class images: that they will be generated, and that they outnumber the subject's, or the reverse."""
     prior = recipe.prior
     if prior is None:
         return ()
-    said = [f'{to_draw} images of "{prior.prompt}" are drawn by the base first, and are counted in'] if to_draw else []
+    notes = []
+    if to_generate:
+        notes.append(f'the base model first generates {to_generate} images of "{prior.prompt}"; they are counted above')
     own = data.examples - prior.images
     if own and not 0.5 <= prior.images / own <= 2:
         times = max(1, round(prior.images / (own or 1)))
-        mend = f"repeats {times} times as many" if prior.images > own else f"prior.images: {own}"
-        said.append(
-            f"{prior.images} class images stand beside {own} examples of the subject; DreamBooth takes as many of each: {mend}"
+        fix = f"set repeats to {times} times its value" if prior.images > own else f"set prior.images: {own}"
+        notes.append(
+            f"there are {prior.images} class images and {own} examples of the subject; DreamBooth uses equal numbers: {fix}"
         )
-    return tuple(said)
-
-
-def _optimizer_notes(recipe: Recipe) -> tuple[str, ...]:
-    """Settings that an optimizer takes and that are hardly meant."""
-    optimizer = recipe.optimizer
-    if optimizer.name == "prodigy" and optimizer.lr != 1:
-        return (
-            f"Prodigy finds the learning rate itself: optimizer.lr multiplies it, and {optimizer.lr:g} is given where 1 is usual",
-        )
-    if optimizer.name == "schedulefree" and optimizer.schedule != "constant":
-        return (
-            f"schedule-free AdamW averages instead of lowering the rate: with schedule {optimizer.schedule} the late steps count less still",
-        )
-    return ()
+    return tuple(notes)
 
 
 def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, ...]]:
-    """The launcher's word goes first, then the recipe's, then what the device is good at."""
+    """Resolve the precision: the launcher's first, then the recipe's, then the device's best."""
     wanted = machine.launcher_precision or recipe.train.precision
     if wanted == "float16" and machine.device == "cpu":
-        return "float32", ("float16 was asked for, but a CPU trains in float32",)
+        return "float32", ("float16 is not available on CPUs: training in float32",)
     if wanted == "bfloat16" and machine.device == "cuda" and not machine.bfloat16:
-        return "float16", (f"bfloat16 was asked for, but {machine.name} has none: float16",)
+        return "float16", (f"{machine.name} has no bfloat16: training in float16",)
     if wanted is not None:
         return wanted, ()
     if recipe.train.weights == "bfloat16" and (machine.device == "cpu" or machine.bfloat16):
@@ -177,7 +176,7 @@ def _precision(recipe: Recipe, machine: Machine) -> tuple[Precision, tuple[str, 
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as plain values, for `plan.json` and the report."""
+    """Return the plan as plain values, for `plan.json` and the report."""
     numbers = {field.name: getattr(plan, field.name) for field in fields(plan)}
     return numbers | {
         "recipe": to_dict(plan.recipe),

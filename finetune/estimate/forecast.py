@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, final
 
 from finetune.config.loader import located
-from finetune.config.memory_options import ONE_BY_ONE, TILE
+from finetune.config.memory_options import PER_TENSOR, TILE
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.estimate import profiles
@@ -21,6 +21,7 @@ from finetune.estimate.memory import Memory, memory
 from finetune.estimate.profiles import Profile, Variant
 from finetune.estimate.step_time import Speed, speed
 from finetune.models.registry import has_unet
+from finetune.planning import step_arithmetic
 
 MOST_OPTIONS = 3  # edits that are proposed at once
 MOST_IMAGES = 100_000_000
@@ -114,13 +115,7 @@ def forecast(
     batch = train.batch_size * train.accumulation * gpus
     trained = max(1, round(images * (1 - recipe.data.held_out)))
     steps = train.steps or max(1, math.ceil(trained / batch * (train.epochs or 0) - 1e-9))
-    length = (
-        f"× {train.epochs:g} epochs = {steps:,} steps"
-        if train.epochs
-        else f"→ {steps:,} steps = {steps * batch / trained:.3g} epochs"
-    )
-    shared = f" ÷ {gpus} GPUs" if gpus > 1 else ""
-    arithmetic = f"{trained:,} images ÷ batch {train.batch_size} ÷ accumulation {train.accumulation}{shared} {length}"
+    arithmetic = step_arithmetic(trained, trained, train, steps, gpus, "GPUs")
     hours = (steps * pace.seconds + _outside(recipe, profile, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
@@ -199,7 +194,7 @@ def _of_weights(recipe: Recipe) -> list[MemoryOption]:
         if not train.offload_blocks and not has_unet(model.family):
             also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
             found.append(MemoryOption("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
-    elif recipe.method == "full" and optimizer.name in ONE_BY_ONE:
+    elif recipe.method == "full" and optimizer.name in PER_TENSOR:
         if train.weights == "float32" and train.precision in (None, "bfloat16"):
             found.append(MemoryOption("train.weights", "bfloat16", "steps are rounded at random: right on average"))
         if not train.fused_backward and train.precision != "float16":

@@ -33,7 +33,7 @@ def test_training_from_python_and_a_report_that_fails(
     monkeypatch.setattr("finetune.report.html_report.write_report", fail)
     recipe: Recipe = tiny.recipe("sd15", "full", folder=tmp_path / "run")
     planned = finetune.plan(recipe)
-    assert planned.arithmetic == "5 images ÷ batch 2 ÷ accumulation 1 = 2.5 steps an epoch → 2 steps = 0.8 epochs"
+    assert planned.arithmetic == "5 images / batch 2 = 2.5 steps per epoch; 2 steps = 0.8 epochs"
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
     from accelerate.state import AcceleratorState
 

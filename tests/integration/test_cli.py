@@ -283,7 +283,7 @@ def test_check_shows_data_and_plan_and_writes_nothing(
     ]
     assert ft(*asked) == 0
     out = capsys.readouterr().out
-    assert "380 images ÷ batch 4 ÷ accumulation 1 = 95 steps an epoch → 300 steps = 3.158 epochs" in out
+    assert "380 images / batch 4 = 95 steps per epoch; 300 steps = 3.158 epochs" in out
     assert "train.batch_size=4" in out.splitlines()[-1], "the command that comes next"
     assert not list(tmp_path.iterdir())
 

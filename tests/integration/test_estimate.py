@@ -236,7 +236,7 @@ def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("lora/emoji", "--gpu", "rtx3060") == 0
     said = capsys.readouterr().out
     assert "fits" in said
-    assert "380 images ÷ batch 8" in said  # counted in the folder, those held out taken off
+    assert "380 images / batch 8" in said  # counted in the folder, those held out taken off
     assert "CUDA context" in said
 
 

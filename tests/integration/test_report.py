@@ -175,7 +175,7 @@ def test_the_page_stands_alone_and_shows_everything(finished: Plan) -> None:
     sections = [attributes["id"] for tag, attributes, _ in page.found if tag == "section"]
     assert sections == ["before-after", "data", "plan", "curves", "samples", "results"]
     assert "LoRA of sd on some/base · finished after 40 steps" in page.text[""]
-    assert "6 images ÷ batch 2 ÷ accumulation 3 = 1 step an epoch → 40 steps = 40 epochs" in page.text["plan"]
+    assert "6 images / batch 2 / accumulation 3 = 1 step per epoch; 40 steps = 40 epochs" in page.text["plan"]
     assert "pytorch_lora_weights.safetensors" in page.text["results"]
     assert "2.34 MB" in page.text["results"]
     assert "diffusers" in page.text["results"]
@@ -395,7 +395,7 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
 def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run", diffusion={"min_snr_gamma": 5, "zero_terminal_snr": True}))
     rows = dict(tables.plan_rows(plan))
-    assert rows["steps"] == "6 images ÷ batch 2 ÷ accumulation 3 = 1 step an epoch → 40 steps = 40 epochs"
+    assert rows["steps"] == "6 images / batch 2 / accumulation 3 = 1 step per epoch; 40 steps = 40 epochs"
     assert rows["trains"] == "LoRA, rank-stabilized on attention of the denoiser: rank 16, alpha 8 (scale 8/√16 = 2)"
     assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, zero terminal SNR"
     text = tables.plan(plan).splitlines()

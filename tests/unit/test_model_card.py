@@ -97,7 +97,7 @@ def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
         assert image.tobytes() == last.tobytes()
     assert r"a \[red\] \*circle\* \| \`&lt;script>\`" in card.text
     assert "pipeline.load_lora_weights('FOLDER-OF-THIS-FILE')" in card.text
-    assert "| steps | 5 images ÷ batch 2" in card.text
+    assert "| steps | 5 images / batch 2" in card.text
     assert "| train | 5 images |" in card.text
 
 

@@ -191,36 +191,6 @@ def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
     assert assignment in error.problem or error.where.startswith("--set ") or error.where.startswith("my.yaml:1")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["train.epochs=2"], "train.steps or train.epochs"),
-        (["train.steps=null"], "train.steps or train.epochs"),
-        (["data.sources=[{path: x}]"], "data.path or in data.sources"),
-        (["adapter=null"], "needs an `adapter` section"),
-        (["method=full"], "has no adapter"),
-        (["method=scratch", "adapter=null", "model.path=null"], "needs model.build"),
-        (["method=scratch", "adapter=null", "model.build={unet: {}}"], "starts from no model"),
-        (["model.build={unet: {}}"], "for method: scratch only"),
-        (["model.path=null"], "model.path is missing"),
-        (["optimizer.betas=[0.9]"], "two numbers"),
-        (["adapter.kind=loha", "adapter.dora=true"], "adapter.dora does not exist for LoHa, only for LoRA"),
-        (["adapter.kind=oft", "adapter.alpha=2"], "adapter.alpha does not exist for OFT"),
-        (["adapter.dora=true", "adapter.pissa=true"], "cannot be exported"),
-        (["adapter.distill_every=5", "adapter.pissa=true"], "no base left to distill from"),
-        (["adapter.kind=lokr", "model.quantize=nf4"], "nf4 weights cannot be changed"),
-        (["adapter.pissa=true", "model.quantize=int8"], "PiSSA changes the base's weights"),
-        (["adapter.pissa=true", "adapter.init_lora=x.safetensors"], "takes ranks and alphas from its file"),
-        (["optimizer.name=schedulefree", "optimizer.betas=[0, 0.9]"], "nothing to average"),
-        (["optimizer.name=schedulefree", "train.ema=0.9"], "averages the weights itself"),
-        (["diffusion.zero_terminal_snr=true", "model.prediction=epsilon"], "needs v_prediction"),
-    ],
-)
-def test_rules_between_keys(overrides: list[str], says: str) -> None:
-    error = refusal(MINIMAL, *overrides)
-    assert says in error.problem and error.where == "my.yaml" and error.remedy
-
-
 def test_an_error_found_later_still_names_the_line() -> None:
     """A key that the file leaves out, and what is no key, have none."""
     for where, expected in (

@@ -1,4 +1,4 @@
-"""Checks of the model that a recipe names, without loading it: its family, and whether its files look right.
+"""Checks of the files that a recipe names, without loading them. Rules between keys are in `finetune.config.rules`.
 
 Torch-free.
 """
@@ -22,12 +22,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check(recipe: Recipe) -> None:
-    """Check the model section of a recipe. Only the form of a Hub name is checked: nothing is downloaded.
+    """Check the files of the model section. Only the form of a Hub name is checked: nothing is downloaded.
 
     Raises:
         UserError: the family is unknown, or a path does not exist or holds another kind of model.
     """
-    _check_objective(recipe, spec_of(recipe.model.family).objective)
+    spec_of(recipe.model.family)
     if recipe.model.path is not None:
         _check_pipeline(recipe.model)
     if recipe.adapter is not None and recipe.adapter.init_lora is not None:
@@ -38,40 +38,8 @@ def check(recipe: Recipe) -> None:
         _check_vae(recipe.model.vae)
 
 
-def _check_objective(recipe: Recipe, objective: str) -> None:
-    """Refuse settings of another objective than the family's: noise (ε or v), flow (a velocity), or none."""
-    family = recipe.model.family
-    predicts = {"noise": "predicts noise", "flow": "predicts a velocity"}.get(objective, "is not a denoising model")
-    if recipe.diffusion is not None and objective != "noise":
-        remedy = "remove the section" + (", or see `flow`" if objective == "flow" else "")
-        raise UserError(
-            f"family {family} {predicts}: the `diffusion` section is for families with a noise schedule",
-            where="diffusion",
-            remedy=remedy,
-        )
-    if recipe.flow is not None and objective != "flow":
-        remedy = "remove the section" + (", or see `diffusion`" if objective == "noise" else "")
-        raise UserError(
-            f"family {family} {predicts}: the `flow` section is for families that predict a velocity",
-            where="flow",
-            remedy=remedy,
-        )
-    if recipe.model.prediction is not None and objective != "noise":
-        raise UserError(
-            f"family {family} {predicts}: its prediction cannot be chosen",
-            where="model.prediction",
-            remedy="remove it",
-        )
-
-
 def _check_pipeline(section: Model) -> None:
     given, wanted = section.path or "", spec_of(section.family).pipeline
-    if not wanted:  # it starts from random weights and would ignore the path
-        raise UserError(
-            f"family {section.family} can only be trained from scratch",
-            where="model.family",
-            remedy="set method: scratch, or another family",
-        )
     path = Path(embedded(given)).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":

@@ -19,7 +19,6 @@ from torch.nn import functional
 from finetune.config.nets.pixelcnnpp import Net
 from finetune.config.nets.transformer import Stack
 from finetune.data.batch import Batch
-from finetune.errors import UserError
 from finetune.models.base import SampleRequest, TrainStep
 from finetune.models.scratch.autoregressive.masked_conv import CausalConv, Place
 from finetune.models.scratch.base import LikelihoodModel, Space, build_from_scratch, class_embedding, levels_and_classes
@@ -189,12 +188,6 @@ class PixelCnnPlusPlus(LikelihoodModel):
 
     def __init__(self, space: Space, section: Net) -> None:
         super().__init__(space, section)
-        if section.distribution == "categorical" and space.channels > 1:
-            raise UserError(
-                "a categorical distribution would make the channels of a pixel independent",
-                where="net.distribution",
-                remedy="set net.distribution: logistics, or data.grayscale: true",
-            )
         self._distribution = pixel_distribution(section.distribution, space, section.mixtures)
         self.net: Conditioned = Conditioned(space, section, self._distribution.parameters)
         self._step = ExactStep(self.net, self._distribution)

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 from transformers.cache_utils import DynamicCache
 
-from finetune.errors import UserError
-
 
 @final
 class TokenTransformer(nn.Module):
@@ -23,12 +21,6 @@ class TokenTransformer(nn.Module):
         self, vocabulary: int, length: int, classes: int, width: int, layers: int, heads: int, dropout: float
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise UserError(
-                f"the width {width} is not divisible by {heads} heads",
-                where="net.heads",
-                remedy="set net.width to a multiple of net.heads",
-            )
         self.vocabulary, self.length, self._classes = vocabulary, length, classes
         self.gpt = ImageGPTForCausalImageModeling(
             ImageGPTConfig(

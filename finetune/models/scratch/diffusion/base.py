@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from finetune.config.nets.unet import UNet as Section
 from finetune.data.batch import Batch
-from finetune.errors import UserError
 from finetune.models.base import SampleRequest, TrainStep
 from finetune.models.objectives.noise_paths import Path
 from finetune.models.objectives.samplers import SAMPLERS, Level, Options
@@ -155,18 +154,6 @@ class Denoiser(nn.Module):
 
 def _check(height: int, width: int, section: Section) -> None:
     """Raise a UserError if the network cannot be built."""
-    if section.width % 4:
-        raise UserError(
-            f"{section.width} channels are not divisible by the group size 4",
-            where="net.width",
-            remedy="set net.width to a multiple of 4",
-        )
-    if not section.channel_multipliers or min(section.channel_multipliers) < 1:
-        raise UserError(
-            "net.channel_multipliers needs at least one number, each at least 1",
-            where="net.channel_multipliers",
-            remedy="set it to, for example, [1, 2, 2]",
-        )
     halved(
         height,
         width,

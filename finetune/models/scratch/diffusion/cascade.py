@@ -85,12 +85,7 @@ def build(plan: Plan, audit: Audit) -> Model:
         UserError: there is no first stage, or it does not fit.
     """
     space, recipe = space_of(plan, audit), plan.recipe
-    if recipe.model.base_run is None:
-        raise UserError(
-            "the second stage of a cascade needs a first stage",
-            where="model.base_run",
-            remedy="train scratch/cascade-low first and set model.base_run to its folder",
-        )
+    assert recipe.model.base_run is not None  # a rule of `config.rules.networks`
     first = open_model(recipe.model.base_run)
     _check(first.space, space, recipe.model.base_run)
     return initialize(plan, audit, lambda: Cascade(space, recipe.net, first, recipe.diffusion))

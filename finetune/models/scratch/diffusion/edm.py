@@ -6,7 +6,6 @@ import math
 from typing import final
 
 from finetune.config.nets.edm import Net
-from finetune.errors import UserError
 from finetune.models.objectives.noise_paths import EdmObjective, VarianceExploding
 from finetune.models.objectives.samplers import Level
 from finetune.models.scratch.base import Space, build_from_scratch
@@ -20,12 +19,6 @@ class Edm(FlowLikelihood):
     """EDM: a preconditioned denoiser on the variance-exploding path."""
 
     def __init__(self, space: Space, section: Net) -> None:
-        if section.sigma_min >= section.sigma_max:
-            raise UserError(
-                "net.sigma_min must be less than net.sigma_max",
-                where="net.sigma_min, net.sigma_max",
-                remedy="lower net.sigma_min or raise net.sigma_max",
-            )
         learned = EdmObjective(section.sigma_data, section.log_sigma_mean, section.log_sigma_std)
         self._exploding = VarianceExploding(learned, section.sigma_min, section.sigma_max, section.rho)
         super().__init__(space, section, self._exploding)

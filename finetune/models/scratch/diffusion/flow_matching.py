@@ -11,7 +11,6 @@ from typing import final
 from finetune.config.nets.flow_matching import Net
 from finetune.config.schema import Flow
 from finetune.data.audit.audit import Audit
-from finetune.errors import UserError
 from finetune.models.base import Model
 from finetune.models.objectives.noise_paths import LinearPath
 from finetune.models.objectives.samplers import Level
@@ -36,20 +35,8 @@ class RectifiedFlow(FlowLikelihood):
 
 
 def build(plan: Plan, audit: Audit) -> Model:
-    """Build the model with random weights, and the recipe's `flow` section as its loss.
-
-    Raises:
-        UserError: a key of `flow` that only pretrained models have.
-    """
+    """Build the model with random weights, and the recipe's `flow` section as its loss."""
     loss = plan.recipe.flow
-    for name in ("shift", "guidance"):
-        if loss is not None and getattr(loss, name) is not None:
-            remedy = (
-                "set net.shift, which applies to training and sampling"
-                if name == "shift"
-                else "remove it: this network has no guidance input"
-            )
-            raise UserError(f"flow.{name} applies to pretrained models only", where=f"flow.{name}", remedy=remedy)
     space = space_of(plan, audit)
     return initialize(plan, audit, lambda: RectifiedFlow(space, plan.recipe.net, loss))
 

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from finetune.config.nets.gan import Adversarial as Section
-from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch
-from finetune.errors import UserError
-from finetune.models.base import Model, SampleRequest, TrainStep, detached_forward
+from finetune.models.base import SampleRequest, TrainStep, detached_forward
 from finetune.models.objectives.gan_losses import ADVERSARIAL_LOSSES, one_centered_penalty, zero_centered_penalty
-from finetune.models.scratch.base import PixelModel, Space, build_from_scratch, class_embedding, levels_and_classes
+from finetune.models.scratch.base import PixelModel, Space, class_embedding, levels_and_classes
 from finetune.models.scratch.gan.ada import Augmentation
 from finetune.models.scratch.gan.minibatch_stats import MinibatchDiscrimination, stddev
-from finetune.planning import Plan
 from finetune.rng import Draw
 
 
@@ -275,26 +272,3 @@ class Adversarial(PixelModel):
 
     def generate(self, classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         return self.space.quantized(self.net(latent_of(draw, self._section), classes, draw, request.truncation))
-
-
-def build(plan: Plan, audit: Audit) -> Model:
-    """Build the plan's GAN: `build` of each GAN's module.
-
-    Raises:
-        UserError: the batch size does not fit the section.
-    """
-    section, batch = plan.recipe.net, plan.recipe.train.batch_size
-    if section.minibatch == "stddev" and batch % section.stddev_group:
-        divisible = max(1, round(batch / section.stddev_group)) * section.stddev_group
-        raise UserError(
-            f"a batch of {batch} images makes no whole groups of {section.stddev_group}",
-            where="net.stddev_group, train.batch_size",
-            remedy=f"set train.batch_size: {divisible}, or net.stddev_group to a divisor of {batch}",
-        )
-    if section.minibatch == "discrimination" and batch < 2:
-        raise UserError(
-            "one image a batch has no company",
-            where="net.minibatch",
-            remedy="set train.batch_size: 2 or more, or net.minibatch: none",
-        )
-    return build_from_scratch(plan, audit)

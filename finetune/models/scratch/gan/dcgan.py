@@ -19,10 +19,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from finetune.config.nets.dcgan import Net
 from finetune.config.nets.gan import Adversarial as Section
-from finetune.errors import UserError
-from finetune.models.scratch.base import Space, class_embedding
+from finetune.models.scratch.base import Space, build_from_scratch, class_embedding
 from finetune.models.scratch.blocks import halved
-from finetune.models.scratch.gan import base
 from finetune.models.scratch.gan.base import (
     Adversarial,
     Discriminator,
@@ -33,7 +31,7 @@ from finetune.models.scratch.gan.base import (
 )
 from finetune.rng import Draw
 
-build = base.build
+build = build_from_scratch
 
 
 @final
@@ -168,18 +166,8 @@ class DcganBody(DiscriminatorBody):
 @final
 class Dcgan(Adversarial):
     def pair(self, section: Section) -> tuple[Generator, Discriminator, GeneratorPenalty | None]:
-        """Build both networks.
-
-        Raises:
-            UserError: a gradient penalty with batch normalization, which couples the images of a batch.
-        """
+        """Build both networks."""
         assert isinstance(section, Net)
-        if section.discriminator_norm == "batch" and (section.gradient_penalty or section.r1 or section.r2):
-            raise UserError(
-                "gradient penalties are incompatible with batch normalization in the discriminator",
-                where="net.discriminator_norm",
-                remedy="set net.discriminator_norm: none",
-            )
         grid, channels = halved(self.space.height, self.space.width, section.halvings), widths_by_size(section)[0]
         discriminator = Discriminator(
             self.space,

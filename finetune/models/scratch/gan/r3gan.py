@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from finetune.config.nets.gan import Adversarial as Section
 from finetune.config.nets.r3gan import Net
-from finetune.models.scratch.base import Space, class_embedding
+from finetune.models.scratch.base import Space, build_from_scratch, class_embedding
 from finetune.models.scratch.blocks import halved
-from finetune.models.scratch.gan import base
 from finetune.models.scratch.gan.base import (
     Adversarial,
     Discriminator,
@@ -28,7 +27,7 @@ from finetune.models.scratch.gan.base import (
 )
 from finetune.rng import Draw
 
-build = base.build
+build = build_from_scratch
 SLOPE = 0.2  # of the leaky ReLU
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 

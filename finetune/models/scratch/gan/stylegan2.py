@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from finetune.config.nets.gan import Adversarial as Section
 from finetune.config.nets.stylegan2 import Net
 from finetune.models.base import gathered
-from finetune.models.scratch.base import Space
+from finetune.models.scratch.base import Space, build_from_scratch
 from finetune.models.scratch.blocks import halved
-from finetune.models.scratch.gan import base
 from finetune.models.scratch.gan.base import (
     Adversarial,
     Discriminator,
@@ -43,7 +42,7 @@ from finetune.models.scratch.gan.stylegan_layers import (
 )
 from finetune.rng import Draw
 
-build = base.build
+build = build_from_scratch
 
 
 class Styled(Generator):

@@ -127,12 +127,7 @@ def built(plan: Plan, audit: Audit, make: type[SecondStage]) -> Model:
         UserError: there is no first stage, it is not a vector-quantized autoencoder, or it has another kind of images.
     """
     space, given = space_of(plan, audit), plan.recipe.model.vae
-    if given is None:
-        raise UserError(
-            "the second stage needs a first stage",
-            where="model.vae",
-            remedy="train scratch/vqvae or scratch/vqgan first and set model.vae to its folder",
-        )
+    assert given is not None  # a rule of `config.rules.networks`
     first = open_model(given)
     if not isinstance(first, VqVae):
         raise UserError(
