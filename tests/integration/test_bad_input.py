@@ -128,7 +128,7 @@ def prediction_of_a_flow(scene: Scene) -> None:
     scene.set("model.family=flux1", "model.prediction=epsilon")
 
 
-@case("only encode, and here they train", "model.train_text_encoder: false")
+@case("is for frozen text encoders; here they train", "model.train_text_encoder: false")
 def quantised_encoders_that_train(scene: Scene) -> None:
     scene.set("model.text_encoder_placement=nf4", "model.train_text_encoder=true")
 
@@ -143,32 +143,32 @@ def fused_backward_clipped_by_the_global_norm(scene: Scene) -> None:
     full(scene, "train.fused_backward=true")
 
 
-@case("fused_backward would free none", "train.accumulation: 1")
+@case("train.fused_backward saves nothing with train.accumulation", "train.accumulation: 1")
 def fused_backward_with_accumulation(scene: Scene) -> None:
     full(scene, "train.fused_backward=true", "optimizer.clip_norm=null", "train.accumulation=2")
 
 
-@case("would free next to nothing", "remove train.fused_backward")
+@case("saves next to nothing with a LoRA", "remove train.fused_backward")
 def fused_backward_of_an_adapter(scene: Scene) -> None:
     scene.set("train.fused_backward=true", "optimizer.clip_norm=null")
 
 
-@case("bfloat16 weights are for full fine-tuning", "model.quantize")
+@case("train.weights: bfloat16 is for full fine-tuning", "model.quantize")
 def adapter_in_bfloat16(scene: Scene) -> None:
     scene.set("train.weights=bfloat16")
 
 
-@case("compute in bfloat16, not in float32", "train.precision: bfloat16")
+@case("computes in bfloat16, not in float32", "train.precision: bfloat16")
 def bfloat16_weights_in_float32(scene: Scene) -> None:
     full(scene, "train.weights=bfloat16", "train.precision=float32")
 
 
-@case("steps tensor by tensor, and prodigy", "optimizer.name to one of adamw")
+@case("updates one tensor at a time; prodigy needs all", "optimizer.name to one of adamw")
 def bfloat16_weights_by_an_optimizer_that_needs_all(scene: Scene) -> None:
     full(scene, "train.weights=bfloat16", "optimizer.name=prodigy")
 
 
-@case("paging is bitsandbytes' own", "adamw8bit")
+@case("a feature of bitsandbytes' adamw8bit; adafactor", "adamw8bit")
 def paged_adafactor(scene: Scene) -> None:
     scene.set("optimizer.paged=true", "optimizer.name=adafactor")
 

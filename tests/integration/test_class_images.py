@@ -38,11 +38,11 @@ def test_class_images_are_the_bases_and_train_with_their_weight(
     planned = job.plan(asked)
     assert not folder(asked).exists(), "a plan draws nothing"
     assert (planned.data.images, planned.data.examples, planned.data.buckets) == (8, 8, ((ImageShape(32, 32), 8),))
-    assert any("3 images" in note and "drawn by the base first" in note for note in planned.notes)
+    assert any("first generates 3 images" in note for note in planned.notes)
 
     done = tiny.train(asked)
     assert done.plan.arithmetic == planned.arithmetic
-    assert not any("drawn by the base first" in note for note in done.plan.notes)
+    assert not any("first generates" in note for note in done.plan.notes)
     drawn = sorted(folder(asked).glob("*.png"))
     assert len(drawn) == 3
     by_hand = sample(
@@ -85,4 +85,4 @@ def test_a_resumed_run_draws_what_the_cache_has_lost(tmp_path: Path) -> None:
 
 def test_a_share_that_dreambooth_would_not_take_is_said(tmp_path: Path) -> None:
     many = job.plan(recipe(tmp_path, "run", images=40))
-    assert any("40 class images stand beside 5 examples" in note and "8 times" in note for note in many.notes)
+    assert any("40 class images and 5 examples of the subject" in note and "8 times" in note for note in many.notes)

@@ -36,7 +36,7 @@ def test_what_cannot_be_shared_out_is_refused_by_the_plan(
     name = "sd" if method == "scratch" else "flux2"
     gpus = Machine("cuda", "NVIDIA H100", 2, 1, True, 80 << 30, sharded=True)
     monkeypatch.setattr(job, "this_machine", lambda: dataclasses.replace(gpus, processes=1))
-    with pytest.raises(UserError, match=f"{key} cannot be with weights shared out by FSDP") as caught:
+    with pytest.raises(UserError, match=f"{key} is incompatible with FSDP") as caught:
         job.plan(tiny.recipe(name, method, *overrides, folder=tmp_path / "run"))
     assert caught.value.where is not None and key in caught.value.where and "many-gpus" in caught.value.remedy
 

@@ -146,7 +146,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert 'the tokenizer already has the token "e</w>"' in refused(
         "tokens=[{token: e</w>}]", "data.path=null", source("e</w>")
     )
-    assert "is not one word" in refused("tokens=[{token: my dog}]")
+    assert "must be one word" in refused("tokens=[{token: my dog}]")
     assert "given twice" in refused("tokens=[{token: <it>}, {token: <it>}]")
     assert "together with a LoRA" in refused("tokens=[{token: <it>}]", method="full")
     assert 'did you mean "vectors"' in refused("tokens=[{token: <it>, vector: 2}]")

@@ -270,12 +270,15 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["net.latent=0"], r"net\.latent must be between 1 and"),
         (["net.halvings=4"], r"cannot be halved 4 times"),
-        (["net.discriminator_norm=batch"], r"batch norm ties its images together"),
+        (["net.discriminator_norm=batch"], r"gradient penalties are incompatible with batch normalization"),
         (
             ["net.minibatch=stddev", "net.stddev_group=3"],
-            r"a batch of 4 images makes no whole groups of 3[\s\S]*train\.batch_size: 3",
+            r"3 does not divide 4[\s\S]*train\.batch_size: 3",
         ),
-        (["net.minibatch=discrimination", "train.batch_size=1"], r"one image a batch has no company"),
+        (
+            ["net.minibatch=discrimination", "train.batch_size=1"],
+            r"discrimination compares the images of a batch, and train.batch_size is 1",
+        ),
         (["net.objective=minimax"], r"net\.objective"),
     ],
 )

@@ -160,5 +160,5 @@ def test_settings_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
 
     assert "1 is usual" in notes("optimizer.name=prodigy")
     assert not notes("optimizer.name=prodigy", "optimizer.lr=1")
-    assert "averages instead" in notes("optimizer.name=schedulefree", "optimizer.schedule=cosine")
+    assert "averages the weights instead" in notes("optimizer.name=schedulefree", "optimizer.schedule=cosine")
     assert not notes("optimizer.name=schedulefree")

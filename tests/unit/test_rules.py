@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from finetune.config import validation
-from finetune.config.rules import Context, Rule
 from finetune.config.loader import load_recipe, parse_recipe
 from finetune.config.machine import Machine
+from finetune.config.rules import Context, Rule
 from finetune.config.schema import Precision, Recipe
 from finetune.errors import UserError
 
@@ -137,7 +137,7 @@ def parse(*overrides: str) -> Recipe:
 def load(case: tuple[str, ...] | tuple[str, tuple[str, ...]]) -> Recipe:
     if len(case) == 2 and isinstance(case[1], tuple):
         return load_recipe(case[0], case[1])
-    return parse(*case)  # type: ignore[arg-type]
+    return parse(*case)
 
 
 def rule(name: str) -> Rule:
@@ -194,9 +194,7 @@ def test_models_from_scratch_do_not_train_with_fsdp() -> None:
 
 
 def test_a_fused_backward_pass_is_refused_with_fsdp() -> None:
-    context = Context(
-        parse(*FULL, "train.fused_backward=true", "optimizer.clip=tensor"), SHARDED, "bfloat16", 10
-    )
+    context = Context(parse(*FULL, "train.fused_backward=true", "optimizer.clip=tensor"), SHARDED, "bfloat16", 10)
     assert rule("fsdp-fused-backward").broken(context)
 
 

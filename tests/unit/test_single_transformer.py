@@ -218,5 +218,5 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             tiny.prepare(tiny.recipe("sd3", "lora", given, folder=tmp_path / "run"))
-    with pytest.raises(UserError, match="takes the place of the transformer"):
+    with pytest.raises(UserError, match="replaces the transformer"):
         tiny.recipe("sd15", "lora", f"model.transformer={file}", folder=tmp_path / "run")

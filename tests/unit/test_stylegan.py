@@ -157,7 +157,7 @@ def test_truncation_leads_to_the_mean_image() -> None:
         for share in (1.0, 0.3)
     }
     assert not torch.equal(drawn[1.0], drawn[0.3])
-    with pytest.raises(UserError, match=r"sample\.truncation is for GANs, and beta-vae is none"):
+    with pytest.raises(UserError, match=r"sample\.truncation is for GANs, and beta-vae is not one"):
         load_recipe("scratch/vae", ["sample.truncation=0.7"])
 
 

@@ -19,7 +19,8 @@ def _second_stage_over_codes(context: Context) -> bool:
 def _halvings(context: Context) -> int:
     """How many times the network halves the sides of the images; 0 if it does not, or not of the images themselves."""
     if _has(context, "halvings"):
-        return int(context.net.halvings)
+        halvings: int = context.net.halvings
+        return halvings
     if _has(context, "channel_multipliers") and context.model.vae is None:
         multipliers: tuple[int, ...] = context.net.channel_multipliers
         return len(multipliers) - 1
@@ -27,7 +28,9 @@ def _halvings(context: Context) -> int:
 
 
 def _nearest_batch(net: Any, batch: int) -> int:
-    return max(1, round(batch / net.stddev_group)) * int(net.stddev_group)
+    """The multiple of the group that is nearest to the batch size."""
+    group: int = net.stddev_group
+    return max(1, round(batch / group)) * group
 
 
 RULES: tuple[Rule, ...] = (
