@@ -27,7 +27,8 @@ from torch import Tensor
 
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Data
-from finetune.data.audit.audit import ImageRecord, scan
+from finetune.data.audit.audit import scan
+from finetune.data.example import Example
 from finetune.evaluation.likelihood import nats
 from finetune.job import prepare
 from finetune.models.scratch.base import LikelihoodModel, Space
@@ -77,7 +78,7 @@ CONTENDERS: dict[str, tuple[str, float, str, tuple[str, ...]]] = {
 PARTICLES = 256
 
 
-def images_of(split: str) -> Sequence[ImageRecord]:
+def images_of(split: str) -> Sequence[Example]:
     data = Data(path=f"embedded:digits/{split}", resolution=8, buckets=False, missing_captions="empty")
     return scan(data).images
 
@@ -87,7 +88,7 @@ def bits(of_images: Tensor) -> float:
     return float(of_images.mean()) / (DIMENSIONS * math.log(2))
 
 
-def levels_of(images: Sequence[ImageRecord]) -> Tensor:
+def levels_of(images: Sequence[Example]) -> Tensor:
     """[N, 64] int64."""
     import io
 

@@ -34,8 +34,10 @@ if __name__ == "__main__":
 from finetune.config.loader import parse_recipe
 from finetune.config.machine import Machine
 from finetune.data import dataset as ours
+from finetune.data import example_store
 from finetune.data.audit.audit import scan
 from finetune.data.batch import Batch, ImageTextEncoder
+from finetune.data.decoding import decode_role
 from finetune.data.prefetch import threads
 from finetune.planning import make_plan
 from finetune.rng import Draw
@@ -177,7 +179,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    ours.MEMORY_BYTES = 0  # every draw is a new one
+    example_store.MEMORY_BYTES = 0  # every draw is a new one
     with tempfile.TemporaryDirectory(prefix="ft-loader-") as name:
         folder = Path(name)
         (folder / "data").mkdir()
@@ -186,7 +188,8 @@ def main() -> None:
         files = [image.name for image in data.images]
         plain = Plain(files)
         apart = max(
-            float((data._pixels(image, False) - plain[place]).abs().max()) for place, image in enumerate(data.images)
+            float((decode_role(image, "target", "white", False) - plain[place]).abs().max())
+            for place, image in enumerate(data.images)
         )
         print(f"largest difference between the two ways' images: {apart * 127.5:.3f} of 255 levels")
         ways = {

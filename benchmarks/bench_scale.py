@@ -41,10 +41,11 @@ from finetune.config.machine import Machine
 from finetune.config.schema import Data
 from finetune.data.audit import duplicates, inspect
 from finetune.data.audit.audit import Audit, scan
-from finetune.data.audit.index import ImageRecord, Index
+from finetune.data.audit.index import Index
 from finetune.data.batch import Batch, ImageTextEncoder
 from finetune.data.buckets import buckets, fit
 from finetune.data.dataset import Dataset
+from finetune.data.example import Example
 from finetune.data.media.image import canonical_color
 from finetune.data.sources.captions import TABLES, Captions
 from finetune.planning import make_plan
@@ -150,11 +151,7 @@ def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> 
             functools.partial(bitmap, number),
         )
         caption = beside.of(name).text or ""
-        index.append(
-            ImageRecord(
-                str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, "", None, read
-            )
-        )
+        index.append(Example(str(below / name), caption, digest.hex(), crops[number % len(crops)], 1, False, 1.0, read))
         fingerprints += digest[: inspect.FINGERPRINT_BYTES]
     lap("index")
     twice = [*duplicates.groups(index.copies()), *duplicates.groups(duplicates.near(fingerprints))]

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.config.loader import load_recipe
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.evaluation.emoji_net import EmojiNet
 from finetune.memory.quantization import quantize
 from finetune.models.pretrained.loading import open_pipeline

@@ -41,7 +41,7 @@ from finetune import kernels
 from finetune.adapters import peft
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Recipe
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.estimate.hardware import cpu
 from finetune.job import Job, audit_and_plan, prepare

@@ -35,6 +35,7 @@ from finetune.export import from_checkpoint
 from finetune.inference import class_images
 from finetune.models.base import Model
 from finetune.models.pretrained import check
+from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan, make_plan
 from finetune.report import model_summary, tables
@@ -116,7 +117,9 @@ def audit_data(job: Job) -> None:
             )
     with Progress("reading images", enabled=not job.quiet) as progress:
         data = class_images.with_class(recipe)
-        job.audit = _in_main_process(lambda: scan(data, lambda done, name: progress.show(done, None, name)))
+        job.audit = _in_main_process(
+            lambda: scan(data, lambda done, name: progress.show(done, None, name), spec_of(recipe.model.family))
+        )
     if not job.quiet:
         log.info(tables.data(job.audit))
     job.audit.raise_if_stopped()

@@ -25,7 +25,7 @@ from torch.nn import functional
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.data.media.image import decode
 from finetune.evaluation.emoji_net import SIDE, WEIGHTS, EmojiNet
 from finetune.rng import key_of

@@ -247,6 +247,9 @@ class Sample:
     """Images generated during training, and how."""
 
     prompts: tuple[str, ...] = field((), "One image is generated for each prompt.")
+    references: tuple[str, ...] = field(
+        (), "Image editing: the reference image of each prompt, or one for all prompts.", since="0.2"
+    )
     negative: str = field("", "Negative prompt of all samples.")
     every: int = field(500, "Steps between sample grids.", unit="steps", minimum=1, maximum=MAX_COUNT)
     collapse_check_every: int | None = field(

@@ -79,6 +79,14 @@ class Data:
         minimum=1,
         maximum=100.0,
     )
+    frames: int = field(1, "Video families: frames of a clip.", unit="frames", minimum=1, maximum=10_000, since="0.2")
+    fps: float = field(
+        0.0,
+        "Video families: frames per second at which clips are sampled; 0: every frame of the file.",
+        minimum=0,
+        maximum=1000.0,
+        since="0.2",
+    )
     streaming: bool = field(
         False,
         "Read a Hugging Face data set over the network while training instead of downloading it.",

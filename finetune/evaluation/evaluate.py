@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.config.schema import Data
-from finetune.data.audit.audit import Audit, ImageRecord, scan
-from finetune.data.dataset import to_tensor
+from finetune.data.audit.audit import Audit, scan
+from finetune.data.decoding import to_tensor
+from finetune.data.example import Example
 from finetune.data.media.image import apply, decode
 from finetune.data.sources.files import write_aside
 from finetune.errors import UserError
@@ -149,7 +150,7 @@ def evaluate(
     real, other = _halves(judged.training, count)
     generated, seconds, cpu_seconds = _generate(plan, opened, [image.caption for image in real], count)
 
-    def extract(records: Sequence[ImageRecord], audit: Audit) -> Tensor:
+    def extract(records: Sequence[Example], audit: Audit) -> Tensor:
         return network.features(as_generated(records, audit.background, space))
 
     of_generated, of_real = network.features(generated), extract(real, judged)
@@ -230,8 +231,8 @@ def _reference(
     features: Tensor,
     real: Tensor,
     training: Tensor | None,
-    other: Sequence[ImageRecord],
-    of_training: Sequence[ImageRecord],
+    other: Sequence[Example],
+    of_training: Sequence[Example],
 ) -> Closeness:
     """`_closeness` of other real images, compared with the training images without themselves."""
     own = {record.digest for record in other}
@@ -262,12 +263,12 @@ def _audit(data: Data) -> Audit:
     return audit
 
 
-def evenly_spaced(images: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
+def evenly_spaced(images: Sequence[Example], count: int) -> list[Example]:
     """`count` of the images, evenly spaced from first to last."""
     return [images[index * len(images) // count] for index in range(count)]
 
 
-def _halves(images: Sequence[ImageRecord], count: int) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def _halves(images: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
     """Choose `count` images (or all if there are fewer) and as many others (none if there are too few).
 
     Raises:
@@ -299,7 +300,7 @@ def request_for(request: SampleRequest, opened: sample.Opened, captions: Sequenc
     )
 
 
-def as_generated(images: Sequence[ImageRecord], background: str, space: Space | None = None) -> Iterator[Image.Image]:
+def as_generated(images: Sequence[Example], background: str, space: Space | None = None) -> Iterator[Image.Image]:
     """Yield real images as a perfect model would generate them: cropped to its size, with its levels and channels."""
     for record in images:
         image = apply(decode(record.read(), background), record.crop)
@@ -308,7 +309,7 @@ def as_generated(images: Sequence[ImageRecord], background: str, space: Space | 
 
 def _likelihood(
     opened: sample.Opened, training: Audit | None, judged: Audit, against: str | None, count: int
-) -> tuple[Likelihood | None, str, list[ImageRecord]]:
+) -> tuple[Likelihood | None, str, list[Example]]:
     """Compute the likelihood of the run's held-out images, or of those compared with if there are none.
 
     Returns:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import Dinov2Model
 
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.errors import UserError
 from finetune.evaluation import emoji_net
 from finetune.training.device import this_machine

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from finetune.data.audit.audit import ImageRecord
 from finetune.data.batch import Batch
+from finetune.data.example import Example
 from finetune.models.scratch.base import LikelihoodModel
 from finetune.rng import Draw
 
 BATCH = 128
 
 
-def batches(model: LikelihoodModel, images: Sequence[ImageRecord], background: str) -> Iterator[Batch]:
+def batches(model: LikelihoodModel, images: Sequence[Example], background: str) -> Iterator[Batch]:
     """Yield the images as batches for `model`, in order."""
     for start in range(0, len(images), BATCH):
         yield model.batch_of(images[start : start + BATCH], background)
@@ -23,7 +23,7 @@ def batches(model: LikelihoodModel, images: Sequence[ImageRecord], background: s
 
 @torch.no_grad()
 def nats(
-    model: LikelihoodModel, images: Sequence[ImageRecord], background: str = "white", particles: int = 1, seed: int = 0
+    model: LikelihoodModel, images: Sequence[Example], background: str = "white", particles: int = 1, seed: int = 0
 ) -> Tensor:
     """Compute −log p of each image, or an upper bound on it, in nats: [N] float64.
 

@@ -9,6 +9,7 @@ from finetune.data.audit.audit import scan
 from finetune.errors import UserError
 from finetune.export import from_checkpoint
 from finetune.inference import class_images
+from finetune.models.registry import spec_of
 from finetune.planning import load_plan
 from finetune.training import checkpoint
 from finetune.training.device import this_machine
@@ -48,7 +49,7 @@ def write_artefact(run: Path, path: Path, folder: Path) -> None:
         UserError: the images are not those that the run saw, the base is gone, or the checkpoint is damaged.
     """
     plan, found = load_plan(run), checkpoint.load_whole(path)
-    audit = scan(class_images.with_class(plan.recipe))
+    audit = scan(class_images.with_class(plan.recipe), family=spec_of(plan.recipe.model.family))
     if audit.digest() != plan.data.digest:
         raise UserError(
             "the images or captions have changed since this run was started",

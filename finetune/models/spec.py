@@ -65,6 +65,8 @@ class FamilySpec:
         aliases: earlier names of the family; recipes and saved models with these still load.
         kind: what kind of generative model it is; `ft estimate --goal` chooses by it.
         medium: what it generates.
+        required_roles: what an example must have besides its target, such as "reference" (see `finetune.data.example`).
+        optional_roles: what else it may have.
         tasks: what it is trained for.
         paper: arXiv number or address of the publication.
         pipeline: class of the diffusers pipeline; "" for families that are only trained from scratch.
@@ -90,6 +92,8 @@ class FamilySpec:
     aliases: tuple[str, ...] = ()
     kind: Kind = "diffusion"
     medium: Literal["image", "video", "audio"] = "image"
+    required_roles: tuple[str, ...] = ()
+    optional_roles: tuple[str, ...] = ("caption", "mask")
     tasks: tuple[str, ...] = ("text-to-image",)
     paper: str = ""
     pipeline: str = ""

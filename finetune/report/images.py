@@ -14,7 +14,7 @@ from finetune.data.media.sample import SUFFIXES, open_sample
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
-    from finetune.data.audit import audit
+    from finetune.data.example import Example
 
 CELL = 192  # pixels; smaller images are enlarged by the largest integer factor that fits
 LARGEST_CELL = 512  # pixels; wider images are scaled down (the originals lie next to the grid)
@@ -176,7 +176,7 @@ def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]
     return shown
 
 
-def of_training(image: audit.ImageRecord, background: str) -> str:
+def of_training(image: Example, background: str) -> str:
     """A training image as the model sees it (scaled and cropped), as a data URI."""
     from finetune.data.media.image import apply, decode
 

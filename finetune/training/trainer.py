@@ -184,13 +184,16 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the averaged weights over the held-out images, with the same noise and timesteps each time."""
-        train_step, device = self.state.train_steps[0], self.accelerator.device
-        with self.run.status.phase("validating"), self.state.averaged(), self.accelerator.autocast():
+        train_step, accelerator, device = self.state.train_steps[0], self.accelerator, self.accelerator.device
+        with self.run.status.phase("validating"), self.state.averaged(), accelerator.autocast():
             losses = [
-                train_step.loss(self._moved(batch), draw.on(device)).mean() for batch, draw in self.data.validation()
+                train_step.loss(self._moved(batch), draw.on(device)).mean()
+                for batch, draw in self.data.validation(accelerator.process_index, accelerator.num_processes)
             ]
+        # Example i was computed by process i mod P: put in order, and drop those that only filled the last round.
+        of_all = accelerator.gather(torch.stack(losses)).view(accelerator.num_processes, -1).T.flatten()
         self.clock.lap("validation")
-        return float(torch.stack(losses).mean())
+        return float(of_all[: self.data.held_out_count].mean())
 
     def save(self, done: int, validation: float | None = None) -> None:
         """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""

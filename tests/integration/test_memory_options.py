@@ -20,7 +20,7 @@ from transformers import T5Config, T5EncoderModel
 from finetune.adapters.peft import add_adapter
 from finetune.config.loader import load_recipe
 from finetune.config.schema import Adapter, Quantization
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.data.media.image import decode
 from finetune.errors import UserError
 from finetune.job import Job

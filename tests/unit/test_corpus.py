@@ -10,6 +10,7 @@ import pytest
 
 from finetune.config.schema import Data
 from finetune.data.audit.audit import Audit, scan
+from finetune.data.decoding import decode_role
 from finetune.errors import UserError
 from finetune.report import tables
 from tests.helpers import corpus
@@ -81,7 +82,7 @@ def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
         data={"resolution": 64, "missing_captions": "skip", "unreadable_images": "skip"},
     )
     for image in data.images:
-        pixels = ((data._pixels(image, mirrored=False) + 1) * 127.5).round()
+        pixels = ((decode_role(image, "target", audit.background, False) + 1) * 127.5).round()
         left, right = pixels[:, 32, 4].tolist(), pixels[:, 32, 60].tolist()
         if image.name.endswith("deep.tif"):
             assert (left, right) == ([76] * 3, [29] * 3)

@@ -18,8 +18,9 @@ from PIL import Image
 
 from finetune.config.schema import Data, Source
 from finetune.data.audit.audit import Audit, scan
-from finetune.data.audit.index import ImageRecord, Index
+from finetune.data.audit.index import Index
 from finetune.data.buckets import fit
+from finetune.data.example import Example
 from finetune.data.media.image import decode, upright
 from finetune.data.shape import ImageShape
 from finetune.errors import UserError
@@ -259,12 +260,11 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
 def test_held_out_images_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [ImageShape(16, 16)]), len(digests)
     images = [
-        ImageRecord(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, "", None, bytes)
-        for n, digest in enumerate(sorted(digests))
+        Example(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, bytes) for n, digest in enumerate(sorted(digests))
     ]
     random.shuffle(images)
 
-    def held_out(images: list[ImageRecord], share: float) -> list[str]:
+    def held_out(images: list[Example], share: float) -> list[str]:
         index = Index()
         for image in images:
             index.append(image)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.config.loader import parse_recipe
 from finetune.config.machine import Machine
-from finetune.data import dataset
+from finetune.data import example_store
 from finetune.data.audit.audit import scan
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder
 from finetune.data.dataset import Dataset
@@ -203,7 +203,7 @@ def test_a_image_that_changes_after_the_audit_is_not_kept_under_the_old_digest(f
     assert caught.value.where == str(folder / "5.png")
     data = opened(folder, Counting())
     (folder / "5.png").unlink()
-    with pytest.raises(UserError, match="cannot be read any more"):
+    with pytest.raises(UserError, match="can no longer be read"):
         data.encode()
 
 
@@ -279,7 +279,7 @@ def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -
     assert data.has_validation
     assert len(held) == 2
     assert not held & {Path(name).stem for step in range(20) for name in data.names(step)}
-    looks = [data.validation() for _ in range(2)]
+    looks = [list(data.validation()) for _ in range(2)]
     assert {text(batch)[0] for batch, _ in looks[0]} == {f"number {stem}" for stem in held}
     for (batch, draw), (batch_again, draw_again) in zip(*looks, strict=True):
         assert same(batch, batch_again)
@@ -291,11 +291,11 @@ def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -
 def test_memory_is_bounded_and_what_does_not_fit_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = encoded(folder)
     expected = [batch for _, batch in batches(whole, 12)]
-    monkeypatch.setattr(dataset, "MEMORY_BYTES", 7000)  # two images of 3072 bytes
+    monkeypatch.setattr(example_store, "MEMORY_BYTES", 7000)  # two images of 3072 bytes
     data, encoders = encoded(folder)
     for (_, batch), wanted in zip(batches(data, 12), expected, strict=True):
         assert same(batch, wanted)
-        assert sum(t.nbytes for entry in data._memory.values() for t in entry.values()) <= 7000
+        assert sum(t.nbytes for entry in data._encoding._store._memory.values() for t in entry.values()) <= 7000
     assert (encoders.images, encoders.captions) == (0, [])
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from finetune.config.schema import Data
-from finetune.data.audit.inspect import look
+from finetune.data.audit.inspect import inspect
 from finetune.data.latent_cache import Store, _header, _read
 from finetune.data.media.image import Unreadable
 from finetune.data.sources.captions import Captions
@@ -131,7 +131,7 @@ WHOLE = {
 @example(kind="png", cut=30, changes=[])
 def test_images(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
     try:
-        found = look(damaged(WHOLE[kind], cut, changes), "#ffffff")
+        found = inspect(damaged(WHOLE[kind], cut, changes), "#ffffff")
     except Unreadable as error:
         assert str(error)
     else:

@@ -51,14 +51,14 @@ def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: P
     assert job.plan.data.images == 5, "masks are no images"
     names = [Path(image.name).name for image in job.data.images]
     image = job.data.images[names.index("zero.png")]
-    left = job.data._mask(image, False)["mask"]
+    left = job.data._encoding.mask(image, False)["mask"]
     assert left.shape == (1, 8, 8)
     assert left[0, 0].tolist() == [1.0] * 4 + [0.25] * 4
-    assert torch.equal(job.data._mask(image, True)["mask"], left.flip(-1))
-    assert (job.data._mask(job.data.images[names.index("four.jpg")], False)["mask"] == 1).all()
+    assert torch.equal(job.data._encoding.mask(image, True)["mask"], left.flip(-1))
+    assert (job.data._encoding.mask(job.data.images[names.index("four.jpg")], False)["mask"] == 1).all()
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
     assert (
-        job.data._mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
+        job.data._encoding.mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
     )
     assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
 
@@ -118,12 +118,14 @@ def test_masks_of_every_kind_of_source_are_those_of_the_folder(kind: str, tmp_pa
     plain: dict[str, Any] = {"resolution": 32, "buckets": False, "masks": "beside"}
     expected, found = scan(Data(path=str(folder), **plain)), scan(Data(path=str(place), **plain, **more))
     assert not [problem for problem in found.problems if problem.kind != "unused caption"]
-    assert {image.digest: image.mask_digest for image in found.images} == {
-        image.digest: image.mask_digest for image in expected.images
-    }
+    digests, wanted = (
+        {image.digest: image.others["mask"].digest for image in audit.images if "mask" in image.others}
+        for audit in (found, expected)
+    )
+    assert digests == wanted
     assert {finding.kind: finding.count for finding in found.findings}["no mask"] == 2
     for image in pickle.loads(pickle.dumps(found)).images:  # as one process hands them to the others
-        if image.mask is not None:
+        if "mask" in image.others:
             assert masks.read(image, False)[:, :12].min() == 1 and masks.read(image, False)[:, 20:].max() == 0
 
 
@@ -206,7 +208,11 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
         file.rename(apart / file.name.replace(".mask", ""))
     data = Data(path=str(folder), resolution=32, buckets=False, masks=str(apart))
     plain, masked = scan(Data(path=str(folder), resolution=32, buckets=False)), scan(data)
-    assert sorted(Path(image.name).stem for image in masked.images if image.mask) == ["one", "three", "zero"]
+    assert sorted(Path(image.name).stem for image in masked.images if "mask" in image.others) == [
+        "one",
+        "three",
+        "zero",
+    ]
     assert plain.digest() != masked.digest()
     Image.new("L", (10, 32)).save(apart / "one.png")
     (problem,) = [problem for problem in scan(data).problems if problem.stops]

@@ -18,7 +18,7 @@ from transformers import get_scheduler
 
 from finetune.adapters.peft import layers
 from finetune.config.schema import Diffusion, Optimizer
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
 from finetune.data.media.image import apply, decode
 from finetune.errors import UserError
 from finetune.models.objectives.noise_prediction import Denoising, Prediction

@@ -1,7 +1,7 @@
-"""The audit before a run: every image and caption of the sources, what trains, and what does not and why.
+"""The audit before a run: every image and caption of the sources, which ones train, and why others do not.
 
-A folder is read, never written; each image is read and decoded once, by threads, and not again while the memo knows it.
-Torch is not imported here.
+A folder is read, never written. Each image is read and decoded once, by threads, and not again while the audit's cache
+has it. Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -9,52 +9,39 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from finetune.config.schema import Data, Source
-from finetune.data.audit import duplicates
-from finetune.data.audit.cache import Memo, stamp_of
-from finetune.data.audit.index import ImageRecord, Index, Part
-from finetune.data.audit.inspect import TRAITS, Look, look
-from finetune.data.buckets import Crop, buckets, fit
+from finetune.data.audit.cache import AuditCache
+from finetune.data.audit.examine import Examined, Examiner, refuse_medium
+from finetune.data.audit.findings import Finding, Findings
+from finetune.data.audit.index import Index, Part
+from finetune.data.audit.inspect import Inspection
+from finetune.data.buckets import Crop, buckets, clips
 from finetune.data.cache_dir import cache_folder
-from finetune.data.media.image import Unreadable, canonical_color
+from finetune.data.media.image import canonical_color
 from finetune.data.prefetch import ahead
-from finetune.data.shape import ImageShape, Shape
+from finetune.data.shape import Frame, Medium, Shape
 from finetune.data.sources import entries, refuse_inside
 from finetune.data.sources.entry import REMEDIES, Entry, Problem
-from finetune.data.sources.masks import digest_of
 from finetune.errors import UserError
+from finetune.models.spec import FamilySpec
 
-__all__ = ["Audit", "Finding", "ImageRecord", "Problem", "scan"]
+__all__ = ["Audit", "Finding", "Problem", "scan"]
 
-CHUNK = 8  # images that a thread looks at before it hands them over
-TINY = 2.0  # an image enlarged by more is called tiny
-EXTREME = 1 / 3  # one that loses more than this share of its area to the crop has an extreme aspect ratio
-LONG_CAPTION = 1000  # characters: no text encoder in use reads so many
-EXAMPLES = 20  # of a finding, with places
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something odd about images that train all the same. `examples` are groups of places in `Audit.images`: of
-    duplicates those that belong together, else one each."""
-
-    kind: str
-    detail: str
-    count: int  # images, also those not among the examples
-    examples: tuple[tuple[int, ...], ...]
+CHUNK = 8  # images that a thread reads before it hands them over
+OWN_SETTINGS = ("caption", "mask")  # roles that the recipe's own keys find
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a look at all the data found.
+    """The examples of all sources, and what is wrong or unusual about them.
 
     Attributes:
         images: those that can train, held out or not.
         problems: what cannot be used, and why.
-        findings: what is odd about images that train all the same.
+        findings: what is unusual about images that train anyway.
         background: the CSS color that transparent images are laid over.
     """
 
@@ -95,8 +82,12 @@ class Audit:
                     ("\x1f" if number else "") + f"str:{p.digest} {p.crop.key} {p.repeats} {p.held_out} {p.caption}"
                 ).encode()
             )
-            if (p.weight, p.mask_digest) != (1, ""):
-                found.update(f" {p.weight} {p.mask_digest}".encode())
+            mask = p.others["mask"].digest if "mask" in p.others else ""
+            if (p.weight, mask) != (1, ""):
+                found.update(f" {p.weight} {mask}".encode())
+            for role, asset in p.others.items():
+                if role != "mask":
+                    found.update(f" {role} {asset.digest}".encode())
         return found.hexdigest()
 
     def raise_if_stopped(self) -> None:
@@ -119,71 +110,85 @@ class Audit:
             )
 
 
-def scan(data: Data, progress: Callable[[int, str], None] | None = None) -> Audit:
-    """Look at every image of every source.
+def scan(data: Data, progress: Callable[[int, str], None] | None = None, family: FamilySpec | None = None) -> Audit:
+    """Inspect every example of every source.
 
     Args:
         data: the recipe's section.
         progress: called for each image with (images seen before it, its name).
+        family: whose examples these are: its medium, and the roles that it needs and may use; None: captioned images.
 
     Raises:
-        UserError: a source that is not there or holds no image, a metadata file that cannot be read, a cache inside a
+        UserError: a source that does not exist or holds no image, a metadata file that cannot be read, a cache inside a
             source, or a setting that no image could satisfy.
     """
     background = canonical_color(data.background)
-    choices = buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)
-    if not choices:
+    medium: Medium = family.medium if family is not None else "image"
+    required = family.required_roles if family is not None else ()
+    roles = {role for role in (*required, *(family.optional_roles if family else ())) if role not in OWN_SETTINGS}
+    refuse_medium(medium)
+    choices = _choices(data, medium)
+    refuse_inside(cache_folder(data.cache), data, "data.cache")
+    index, findings = Index(), Findings()
+    problems: list[Problem] = []
+    cache = AuditCache(cache_folder(data.cache), background)
+    examiner = Examiner(data, background, choices, cache, medium, required)
+    try:
+        for source, entry, examined in _examined(data, examiner, roles, medium):
+            if isinstance(entry, Problem):
+                problems.append(entry)
+                continue
+            if progress is not None:
+                progress(len(index), entry.name)
+            example = examiner.example(entry, examined, source)
+            if isinstance(example, Problem):
+                problems.append(example)
+                continue
+            assert examined is not None and isinstance(examined.outcome, Inspection)
+            kinds = ["no caption"] if not entry.caption else []
+            kinds += ["no mask"] if data.masks and "mask" not in entry.others else []
+            findings.add(len(index), example, examined.outcome, kinds)
+            index.append(example)
+    finally:
+        cache.close()
+    if data.masks and index and not any("mask" in image.others for image in index):
+        column = f'a column "{data.mask_column}" (data.mask_column)'
+        remedy = f"NAME.mask.png beside NAME.jpg, {column}, or masks of the images' names in a folder"
+        raise UserError("no image has a mask", where="data.masks", remedy=remedy)
+    index.hold_out(data.held_out)
+    return Audit(index, tuple(problems), findings.of(index), background)
+
+
+def _choices(data: Data, medium: Medium) -> Sequence[Frame]:
+    """The shapes that examples may train at."""
+    sizes = buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)
+    if not sizes:
         raise UserError(
             f"no bucket has sides that are multiples of {data.bucket_step} and an area of at most {data.resolution}²",
             where="data.bucket_step",
             remedy=f"set data.bucket_step to at most {data.resolution}",
         )
-    refuse_inside(cache_folder(data.cache), data, "data.cache")
-    index, odd = Index(), _Oddities()
-    problems: list[Problem] = []
-    memo = Memo(cache_folder(data.cache), background)
-    try:
-        for source, found, seen in _looked_at(data, background, memo):
-            if isinstance(found, Problem):
-                problems.append(found)
-                continue
-            if progress is not None:
-                progress(len(index), found.name)
-            outcome = _image(found, seen, source, data, choices)
-            if isinstance(outcome, Problem):
-                problems.append(outcome)
-                continue
-            told = (["no caption"] if not found.caption else []) + (
-                ["no mask"] if data.masks and found.mask is None else []
-            )
-            odd.note(len(index), outcome, seen, told)
-            index.append(outcome)
-    finally:
-        memo.close()
-    if data.masks and index and not any(image.mask for image in index):
-        remedy = f'NAME.mask.png beside NAME.jpg, a column "{data.mask_column}" (data.mask_column), or masks of the images\' names in a folder'
-        raise UserError("no image has a mask", where="data.masks", remedy=remedy)
-    index.hold_out(data.held_out)
-    return Audit(index, tuple(problems), odd.findings(index), background)
+    if medium == "video":
+        return clips(sizes, data.frames, data.fps)
+    if data.frames != 1:
+        raise UserError("this family trains on images, not clips", where="data.frames", remedy="remove data.frames")
+    return sizes
 
 
-Seen = (
-    tuple[bytes, Look | str] | None
-)  # digest, and the look or why it cannot be one; None: not looked at, for want of a caption
+def _examined(
+    data: Data, examiner: Examiner, roles: set[str], medium: Medium
+) -> Iterator[tuple[Source, Entry | Problem, Examined | None]]:
+    """Every entry of every source, in order, with its target read by threads."""
 
-
-def _looked_at(data: Data, background: str, memo: Memo) -> Iterator[tuple[Source, Entry | Problem, Seen]]:
-    """Every entry of every source, in order, with what a look at it told."""
-
-    def looked(chunk: list[tuple[Source, Entry | Problem]]) -> list[tuple[Source, Entry | Problem, Seen]]:
-        return [(source, found, _seen(found, data, background, memo)) for source, found in chunk]
+    def examined(chunk: list[tuple[Source, Entry | Problem]]) -> list[tuple[Source, Entry | Problem, Examined | None]]:
+        return [(source, entry, examiner.read(entry)) for source, entry in chunk]
 
     found = (
         (source, entry)
         for source in data.sources or (Source(data.path or ""),)
-        for entry in _limited(entries(source, data), source.limit)
+        for entry in _limited(entries(source, data, roles, medium), source.limit)
     )
-    return itertools.chain.from_iterable(ahead(looked, iter(lambda: list(itertools.islice(found, CHUNK)), [])))
+    return itertools.chain.from_iterable(ahead(examined, iter(lambda: list(itertools.islice(found, CHUNK)), [])))
 
 
 def _limited(found: Iterator[Entry | Problem], limit: int | None) -> Iterator[Entry | Problem]:
@@ -194,97 +199,3 @@ def _limited(found: Iterator[Entry | Problem], limit: int | None) -> Iterator[En
                 return
             limit -= 1
         yield entry
-
-
-def _seen(entry: Entry | Problem, data: Data, background: str, memo: Memo) -> Seen:
-    if isinstance(entry, Problem) or (not entry.caption and data.missing_captions != "empty"):
-        return None
-    stamp = stamp_of(entry.file) if entry.file else None
-    if (remembered := memo.find(stamp)) is not None:
-        return remembered
-    outcome: Look | str | None
-    try:
-        content = entry.read() if entry.content is None else entry.content
-    except (Unreadable, OSError) as error:
-        return b"", (error.strerror if isinstance(error, OSError) and error.strerror else str(error))
-    digest = hashlib.sha256(content).digest()
-    if (outcome := memo.find_digest(digest)) is None:
-        try:
-            outcome = look(content, background)
-        except Unreadable as error:
-            outcome = str(error)
-    memo.keep(stamp if stamp is not None and stamp == stamp_of(entry.file) else None, digest, outcome)
-    return digest, outcome
-
-
-def _image(entry: Entry, seen: Seen, source: Source, data: Data, choices: list[ImageShape]) -> ImageRecord | Problem:
-    if seen is None:
-        why = "no caption was found" if entry.caption is None else "its caption is empty"
-        return Problem(
-            entry.name, "missing caption", f"{why}, so it does not train", stops=data.missing_captions == "stop"
-        )
-    digest, outcome = seen
-    if isinstance(outcome, str):
-        return Problem(entry.name, "unreadable image", outcome, stops=data.unreadable_images == "stop")
-    # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
-    caption = f"{source.prefix} {entry.caption or ''}".strip()
-    mask = ""
-    if entry.mask is not None:
-        try:
-            mask = digest_of(entry.mask, outcome.size)
-        except Unreadable as error:
-            return Problem(entry.name, "unreadable mask", str(error), stops=data.unreadable_images == "stop")
-    crop = fit(outcome.size, choices)
-    return ImageRecord(
-        entry.name, caption, digest.hex(), crop, source.repeats, False, source.weight, mask, entry.mask, entry.read
-    )
-
-
-class _Oddities:
-    """Collects findings, a few examples of each."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, list[tuple[int, ...]]] = {}
-        self._fingerprints = bytearray()
-
-    def note(self, place: int, image: ImageRecord, seen: Seen, told: list[str]) -> None:
-        """Count what is odd about the image at `place` of the index, besides what is `told`."""
-        assert seen is not None and isinstance(seen[1], Look)
-        self._fingerprints += seen[1].fingerprint
-        crop = image.crop
-        kinds = [*told, *seen[1].traits, *(["tiny"] if crop.scaled[0] > TINY * crop.original[0] else [])]
-        kinds += (["extreme aspect ratio"] if crop.share_lost > EXTREME else []) + (
-            ["long caption"] if len(image.caption) > LONG_CAPTION else []
-        )
-        for kind in kinds:
-            self._counts[kind] += 1
-            if self._counts[kind] <= EXAMPLES:
-                self._examples.setdefault(kind, []).append((place,))
-
-    def findings(self, index: Index) -> tuple[Finding, ...]:
-        """All that is odd, kind by kind, and which of the images in `index` are there twice or nearly."""
-        details = TRAITS | {
-            "tiny": f"enlarged more than {TINY:g} times",
-            "extreme aspect ratio": "more than a third is cropped away",
-            "long caption": f"more than {LONG_CAPTION} characters, of which the end will not be read",
-            "no caption": "trains with an empty one, or with its source's prefix alone",
-            "no mask": "its loss counts everywhere",
-        }
-        found = [
-            Finding(kind, detail, self._counts[kind], tuple(self._examples[kind]))
-            for kind, detail in details.items()
-            if self._counts[kind]
-        ]
-        copies, alike = index.copies(), duplicates.near(self._fingerprints)
-        same = list(duplicates.groups(copies))
-        # A group whose images are all copies is no news.
-        near = [group for group in duplicates.groups(alike) if len({int(copies[place]) for place in group}) > 1]
-        for kind, detail, several in (
-            ("exact duplicate", "the same file again", same),
-            ("near duplicate", "nearly the same image", near),
-        ):
-            if several:
-                examples = tuple(tuple(group[:EXAMPLES]) for group in several[:EXAMPLES])
-                found.append(Finding(kind, detail, sum(map(len, several)), examples))
-        return tuple(found)

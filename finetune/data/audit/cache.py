@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from finetune.data.audit import inspect
-from finetune.data.audit.inspect import Look
+from finetune.data.audit.inspect import Inspection
 
 SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT's)
 PENDING = 2048  # looks written in one transaction
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS looks (key BLOB PRIMARY KEY, found TEXT NOT NULL) WIT
 """
 
 
-class Memo:
+class AuditCache:
     """Args:
     folder: of the cache; made if missing.
     background: looks depend on it.
@@ -60,24 +60,24 @@ class Memo:
             except OSError:
                 return
 
-    def find(self, stamp: bytes | None) -> tuple[bytes, Look | str] | None:
+    def find(self, stamp: bytes | None) -> tuple[bytes, Inspection | str] | None:
         """(digest, look or why it cannot be one) of the file with this stamp, if it is remembered."""
         row = self._one("SELECT digest FROM files WHERE stamp = ?", stamp) if stamp is not None else None
         outcome = self.find_digest(row) if isinstance(row, bytes) else None
         return (row, outcome) if isinstance(row, bytes) and outcome is not None else None
 
-    def find_digest(self, digest: bytes) -> Look | str | None:
+    def find_digest(self, digest: bytes) -> Inspection | str | None:
         """What is remembered of these bytes, whatever file they are in."""
         row = self._one("SELECT found FROM looks WHERE key = ?", self._key(digest))
         try:
             found = json.loads(row) if isinstance(row, str) else None
             if isinstance(found, str):
                 return found
-            return Look(tuple(found[0]), tuple(found[1]), bytes.fromhex(found[2])) if found else None
+            return Inspection(tuple(found[0]), tuple(found[1]), bytes.fromhex(found[2])) if found else None
         except (ValueError, LookupError, TypeError):  # a byte of the file has rotted
             return None
 
-    def keep(self, stamp: bytes | None, digest: bytes, outcome: Look | str) -> None:
+    def keep(self, stamp: bytes | None, digest: bytes, outcome: Inspection | str) -> None:
         """Remember; on disk from time to time, and at `close`."""
         found = outcome if isinstance(outcome, str) else [outcome.size, outcome.traits, outcome.fingerprint.hex()]
         with self._lock:

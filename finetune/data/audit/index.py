@@ -8,11 +8,11 @@ import hashlib
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final, overload
 
 from finetune.data.audit import duplicates
 from finetune.data.buckets import Crop
+from finetune.data.example import Asset, Example
 from finetune.data.sources.table import Rows
 
 if TYPE_CHECKING:
@@ -21,42 +21,21 @@ if TYPE_CHECKING:
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image that trains. `read` gives the file's bytes; `digest` is their SHA-256, in hexadecimal.
-
-    A `read` that is a `functools.partial` of one function and plain values costs no memory, others do.
-    """
-
-    name: str
-    caption: str
-    digest: str
-    crop: Crop
-    repeats: int
-    held_out: bool
-    weight: float  # factor on its loss
-    mask_digest: str
-    mask: Callable[[], bytes] | None = field(
-        repr=False, compare=False
-    )  # gives the image that says where its loss counts; none: everywhere
-    read: Callable[[], bytes] = field(repr=False, compare=False)
+_FIELDS = tuple(f.name for f in dataclasses.fields(Example) if f.name != "others")
 
 
-_FIELDS = tuple(f.name for f in dataclasses.fields(ImageRecord))
-
-
-class Images(Sequence[ImageRecord]):
+class Images(Sequence[Example]):
     """A sequence whose slices are tuples."""
 
     @abstractmethod
-    def image(self, place: int) -> ImageRecord:
+    def image(self, place: int) -> Example:
         """The one at a place of `range(len(self))`."""
 
     @overload
-    def __getitem__(self, place: int) -> ImageRecord: ...
+    def __getitem__(self, place: int) -> Example: ...
     @overload
-    def __getitem__(self, place: slice) -> tuple[ImageRecord, ...]: ...
-    def __getitem__(self, place: int | slice) -> ImageRecord | tuple[ImageRecord, ...]:
+    def __getitem__(self, place: slice) -> tuple[Example, ...]: ...
+    def __getitem__(self, place: int | slice) -> Example | tuple[Example, ...]:
         if isinstance(place, slice):
             return tuple(self.image(number) for number in range(len(self))[place])
         return self.image(range(len(self))[place])
@@ -77,9 +56,10 @@ class Index(Images):
         self._digests = bytearray()
         self._held_out = bytearray()
 
-    def append(self, image: ImageRecord) -> None:
+    def append(self, image: Example) -> None:
         """Add an image at the end: its row to the file, and to memory what drawing batches reads."""
-        self._rows.append([self._plain(getattr(image, name)) for name in _FIELDS])
+        others = [[role, a.medium, a.digest, self._plain(a.read)] for role, a in image.others.items()]
+        self._rows.append([*(self._plain(getattr(image, name)) for name in _FIELDS), others])
         self._crops.append(self._place(image.crop))
         self._repeats.append(image.repeats)
         self._digests += bytes.fromhex(image.digest)
@@ -88,12 +68,12 @@ class Index(Images):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def image(self, place: int) -> ImageRecord:
+    def image(self, place: int) -> Example:
         """The one at `place`, counted from 0, read from the file and put together again."""
-        values: dict[str, Any] = {
-            name: self._rich(value) for name, value in zip(_FIELDS, self._rows[place], strict=True)
-        }
-        return ImageRecord(**values | {"held_out": bool(self._held_out[place])})
+        *row, others = self._rows[place]
+        values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, row, strict=True)}
+        assets = {role: Asset(medium, digest, self._read(read)) for role, medium, digest, read in others}
+        return Example(**values | {"held_out": bool(self._held_out[place]), "others": assets})
 
     def hold_out(self, share: float) -> None:
         """Mark the share of images with the smallest digests: the same ones whatever their names and order.
@@ -159,6 +139,10 @@ class Index(Images):
         shared = self._shared[value[0]]
         return functools.partial(shared, *value[1:]) if len(value) > 1 else shared
 
+    def _read(self, value: Any) -> Callable[[], bytes]:
+        found: Callable[[], bytes] = self._rich(value)  # type: ignore[assignment]
+        return found
+
     def _place(self, value: Any) -> int:
         place = self._place_of.setdefault(value, len(self._shared))
         if place == len(self._shared):
@@ -176,6 +160,6 @@ class Part(Images):
     def __len__(self) -> int:
         return len(self.places)
 
-    def image(self, place: int) -> ImageRecord:
+    def image(self, place: int) -> Example:
         """The one at `place`, counted from 0 within the part."""
         return self._index.image(int(self.places[place]))

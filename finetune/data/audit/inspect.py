@@ -28,7 +28,7 @@ FINGERPRINT_BYTES = HASH_BYTES + COLOR_BYTES
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """`size` is (width, height) of the upright image, `traits` are of `TRAITS`."""
 
     size: tuple[int, int]
@@ -36,7 +36,7 @@ class Look:
     fingerprint: bytes
 
 
-def look(content: bytes, background: str) -> Look:
+def inspect(content: bytes, background: str) -> Inspection:
     """Decode an image and describe it.
 
     Raises:
@@ -48,7 +48,7 @@ def look(content: bytes, background: str) -> Look:
     except Exception as error:  # Pillow's readers raise many kinds of errors on damaged files
         raise Unreadable(f"damaged or truncated ({error})") from error
     seen = upright(image, background)
-    return Look(seen.size, traits, fingerprint(seen))
+    return Inspection(seen.size, traits, fingerprint(seen))
 
 
 def _traits(image: PillowImage.Image, content: bytes) -> tuple[str, ...]:

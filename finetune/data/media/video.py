@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -21,6 +22,41 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 10.0  # of files that give no duration, as browsers play them
 MAXIMUM_FRAMES = 100_000
+FRAMES = ".frames"  # ending of a folder whose images, by name, are the frames of one clip
+
+
+def read_frames(folder: str) -> bytes:
+    """The files of a folder of frames as one uncompressed tar, equal for equal contents.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for file in sorted(Path(folder).iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                content = file.read_bytes()
+                member = tarfile.TarInfo(file.name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _files(content: bytes) -> list[bytes]:
+    """The frames of a folder that `read_frames` has read; none for any other content."""
+    if content[257:262] != b"ustar":
+        return []
+    found = []
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            opened = archive.extractfile(member)
+            found.append(opened.read() if opened is not None else b"")
+    return found
+
+
+def first_frame(content: bytes) -> bytes:
+    """A file that opens as the first frame."""
+    return next(iter(_files(content)), content)
 
 
 def size_of(content: bytes) -> tuple[int, int, int]:
@@ -29,11 +65,21 @@ def size_of(content: bytes) -> tuple[int, int, int]:
     Raises:
         Unreadable: it is no clip or image, or has more frames than anyone means to train on.
     """
-    image = open_image(content)
-    frames = int(getattr(image, "n_frames", 1))
+    files = _files(content)
+    image = open_image(files[0] if files else content)
+    frames = len(files) or int(getattr(image, "n_frames", 1))
     if frames > MAXIMUM_FRAMES:
         raise Unreadable(f"{frames:,} frames: more than {MAXIMUM_FRAMES:,} are taken for a mistake: cut the clip")
     return frames, image.width, image.height
+
+
+def check(content: bytes, frames: int, fps: float = 0.0) -> None:
+    """Raise unless a clip has the frames that `decode` would return; nothing is decoded.
+
+    Raises:
+        Unreadable: it has fewer.
+    """
+    _wanted(content, frames, fps)
 
 
 def decode(content: bytes, background: str, frames: int, fps: float = 0.0) -> list[PillowImage]:
@@ -44,20 +90,32 @@ def decode(content: bytes, background: str, frames: int, fps: float = 0.0) -> li
     Raises:
         Unreadable: damaged, or shorter than that.
     """
-    image = open_image(content)
-    available = int(getattr(image, "n_frames", 1))
-    wanted = range(frames) if not fps else _at_rate(image, available, frames, fps)
-    if max(wanted) >= available:
-        at = f" at {fps:g} frames per second" if fps else ""
-        raise Unreadable(f"the clip has {available} frames, too few for {frames}{at}")
+    wanted, image, files = _wanted(content, frames, fps)
     found: list[PillowImage] = []
     try:
         for number in wanted:
+            if files:
+                found.append(upright(open_image(files[number]), background))
+                continue
             image.seek(number)
             found.append(upright(image.copy(), background))
     except (EOFError, OSError, ValueError) as error:
         raise Unreadable(f"damaged or truncated ({error})") from error
     return found
+
+
+def _wanted(content: bytes, frames: int, fps: float) -> tuple[Sequence[int], PillowImage, list[bytes]]:
+    """(numbers of the frames that are sampled, the opened clip, its files if it is a folder of frames)."""
+    files = _files(content)
+    image = open_image(files[0] if files else content)
+    available = len(files) or int(getattr(image, "n_frames", 1))
+    if files:
+        fps = 0.0  # each file is a frame
+    wanted = range(frames) if not fps else _at_rate(image, available, frames, fps)
+    if max(wanted) >= available:
+        at = f" at {fps:g} frames per second" if fps else ""
+        raise Unreadable(f"the clip has {available} frames, too few for {frames}{at}")
+    return wanted, image, files
 
 
 def _at_rate(image: PillowImage, available: int, frames: int, fps: float) -> list[int]:

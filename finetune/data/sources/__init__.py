@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from finetune.config.schema import Data, Source
+from finetune.data.shape import Medium
 from finetune.data.sources.entry import Entry, Problem
 from finetune.data.sources.files import is_inside
 from finetune.data.sources.folder import OTHER_SUFFIXES, READ_SUFFIXES, folder_entries, printable
@@ -17,8 +18,13 @@ from finetune.errors import UserError
 from finetune.paths import embedded
 
 
-def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
-    """Every image of a source, in an order that is the same each time.
+def entries(
+    source: Source, data: Data, roles: Collection[str] = (), medium: Medium = "image"
+) -> Iterator[Entry | Problem]:
+    """Every image (or clip) of a source with its partners, in the same order each time.
+
+    Args:
+        roles: of partners that the family reads: reference, control, first_frame.
 
     Raises:
         UserError: there is no such source, or it holds no image.
@@ -26,12 +32,12 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
     path = Path(embedded(source.path)).expanduser()
     shards = shards_of(path)
     if shards and (path.is_file() or not (is_saved(path) or _has_images(path))):
-        yield from _shards(shards, path, data)
+        yield from _shards(shards, path, data, roles)
     elif path.is_file():
         problem = f'"{source.path}" is a file; a source is a folder of images, .tar shards, or a data set'
         raise UserError(problem, where="data.path", remedy="give the folder it lies in")
     elif path.is_dir() and not is_saved(path):
-        yield from folder_entries(path, data)
+        yield from folder_entries(path, data, roles, medium)
     elif path.is_dir() or looks_like_hub_name(source.path):
         if data.classes == "folders":
             raise UserError(
@@ -40,7 +46,7 @@ def entries(source: Source, data: Data) -> Iterator[Entry | Problem]:
                 remedy="set data.classes: captions, and data.caption_column",
             )
         refuse_folder(data.masks)
-        yield from rows(path if path.is_dir() else None, source.path, data)
+        yield from rows(path if path.is_dir() else None, source.path, data, roles)
     else:
         raise _missing(source)
 
@@ -75,7 +81,7 @@ def _has_images(folder: Path) -> bool:
     return any(Path(name).suffix.lower() in READ_SUFFIXES for _, _, names in os.walk(folder) for name in names)
 
 
-def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Problem]:
+def _shards(shards: list[Path], path: Path, data: Data, roles: Collection[str]) -> Iterator[Entry | Problem]:
     refuse_folder(data.masks)
     for shard in shards:
         if not is_inside(shard, path):
@@ -86,4 +92,4 @@ def _shards(shards: list[Path], path: Path, data: Data) -> Iterator[Entry | Prob
                 data.unreadable_images == "stop",
             )
         else:
-            yield from samples(shard, printable(shard), data, READ_SUFFIXES | OTHER_SUFFIXES)
+            yield from samples(shard, printable(shard), data, READ_SUFFIXES | OTHER_SUFFIXES, roles)

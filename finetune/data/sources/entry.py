@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 REMEDIES = {
@@ -10,6 +10,8 @@ REMEDIES = {
     "missing image": "put the file there or remove the line, or set data.unreadable_images: skip",
     "missing caption": "write a .txt file beside each image or a metadata.jsonl, or set data.missing_captions: empty (or skip)",
     "missing class": "move it into the folder of its class, or set data.classes: captions",
+    "missing partner": "add the file or remove the image, or set data.unreadable_images: skip",
+    "unreadable partner": "repair or remove the file, or set data.unreadable_images: skip",
     "unreadable mask": "repair the mask or remove it, or set data.unreadable_images: skip",
     "unreadable caption": "save the caption as UTF-8 text",
     "damaged shard": "make or download the shard again",
@@ -29,7 +31,7 @@ class Entry:
     read: Callable[[], bytes]
     file: str = ""
     content: bytes | None = field(default=None, repr=False)
-    mask: Callable[[], bytes] | None = None  # gives the image that says where its loss counts; none: everywhere
+    others: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)  # files of other roles, such as mask
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from heapq import merge
 from pathlib import Path
 from typing import final
 
 from finetune.config.schema import Data
+from finetune.data.media.video import FRAMES, read_frames
+from finetune.data.shape import Medium
 from finetune.data.sources.captions import TABLES, Captions
 from finetune.data.sources.entry import Entry, Problem
 from finetune.data.sources.files import is_inside, read_bytes
 from finetune.data.sources.masks import BESIDE, Masks
+from finetune.data.sources.partners import Partners
 from finetune.errors import UserError
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -21,14 +24,20 @@ READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tif
 OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".jfif", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 
 
-def folder_entries(folder: Path, data: Data) -> Iterator[Entry | Problem]:
-    """Every image in a folder and below.
+def folder_entries(
+    folder: Path, data: Data, roles: Collection[str] = (), medium: Medium = "image"
+) -> Iterator[Entry | Problem]:
+    """Every image (or clip) in a folder and below.
+
+    Args:
+        roles: of partners that the family reads.
 
     Raises:
         UserError: there is none, or a metadata file cannot be read.
     """
-    source = _Folder(folder, data)
+    source = _Folder(folder, data, roles, medium)
     yield from source.below(folder, None)
+    yield from source.unused()
     if not source.found:
         raise UserError(
             f"the folder {folder} holds no image",
@@ -41,11 +50,13 @@ def folder_entries(folder: Path, data: Data) -> Iterator[Entry | Problem]:
 class _Folder:
     """`found`: whether there was any image, or what could have been one."""
 
-    def __init__(self, top: Path, data: Data) -> None:
-        self._top, self._data, self._masks = top, data, Masks(data.masks, top)
+    def __init__(self, top: Path, data: Data, roles: Collection[str], medium: Medium) -> None:
+        self._top, self._data, self._masks, self._video = top, data, Masks(data.masks, top), medium == "video"
+        self._partners = Partners(roles, top, READ_SUFFIXES)
         self._strict = data.unreadable_images == "stop"
         self._mask_column = data.mask_column if data.masks == BESIDE else None
         self.found = False
+        self.partners: list[tuple[Path, str]] = []
 
     def below(self, folder: Path, above: Captions | None) -> Iterator[Entry | Problem]:
         """What `folder` and those in it give; `above` are the captions of the one that it lies in."""
@@ -60,7 +71,7 @@ class _Folder:
         names, lower = [] if by_folder else files, set(folders)
         captions = Captions(folder, names, self._data.caption_column, above, self._mask_column)
         for name in merge(files, folders):
-            if name in lower:
+            if name in lower and not (self._video and name.endswith(FRAMES)):
                 yield from self.below(folder / name, captions)
             elif (found := self._entry(folder / name, files, captions)) is not None:
                 yield found
@@ -72,13 +83,16 @@ class _Folder:
         if file.suffix == ".tar" and not by_folder:
             return Problem(printable(file), "unused shard", "lies among images: name it in data.sources", False)
         if (
-            file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES
+            file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES | ({FRAMES} if self._video else set())
             or self._masks.has(file)
             or captions.name_as_mask(file)
         ):
             return None
+        if (role := self._partners.role(file)) is not None:
+            self.partners.append((file, role))
+            return None
         self.found = True
-        read = functools.partial(read_bytes, str(file))
+        read = functools.partial(read_frames if file.suffix == FRAMES else read_bytes, str(file))
         if by_folder:
             if file.parent == self._top:
                 return Problem(printable(file), "missing class", "lies in no folder of its class", True)
@@ -94,7 +108,15 @@ class _Folder:
                 self._strict,
             )
         mask = functools.partial(read_bytes, caption.mask) if caption.mask else self._masks.of(file, beside)
-        return Entry(printable(file), caption.text, read, str(file), mask=mask)
+        others = self._partners.of(file, beside) | ({"mask": mask} if mask is not None else {})
+        own_file = "" if file.suffix == FRAMES else str(file)
+        return Entry(printable(file), caption.text, read, own_file, others=others)
+
+    def unused(self) -> Iterator[Problem]:
+        """Partners that no target has asked for."""
+        for file, role in self.partners:
+            if self._partners.unused(file):
+                yield Problem(printable(file), "unused partner", f"a {role} without a target of its name", False)
 
 
 def _listed(folder: Path, top: Path) -> tuple[list[str], list[str], list[tuple[Path, str]]]:

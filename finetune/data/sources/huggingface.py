@@ -14,11 +14,13 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finetune.config.schema import Data
+from finetune.data.example import role_of
 from finetune.data.media.image import Unreadable
 from finetune.data.sources.captions import one_line
 from finetune.data.sources.entry import Entry, Problem
@@ -43,7 +45,7 @@ def looks_like_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def rows(folder: Path | None, name: str, data: Data) -> Iterator[Entry | Problem]:
+def rows(folder: Path | None, name: str, data: Data, roles: Collection[str] = ()) -> Iterator[Entry | Problem]:
     """The rows of the data set in `folder`, or of a name on the hub.
 
     Raises:
@@ -56,19 +58,32 @@ def rows(folder: Path | None, name: str, data: Data) -> Iterator[Entry | Problem
         yield Problem(
             f"{name}[{split}]", "unused split", f"{count} rows do not train, only those of {chosen} do", False
         )
-    table = _checked(splits[chosen], data)
+    columns = _columns(splits[chosen], data, roles)
+    table = _checked(splits[chosen], data, columns)
     place = _Place(folder, name)
     if data.streaming:
-        yield from _streamed(_Stream(table, place), name, data)
+        yield from _streamed(_Stream(table, place), name, data, columns)
         return
     captions = table[data.caption_column] if data.caption_column in table.column_names else [None] * len(table)
     read = _Table(table.select_columns([data.image_column]), place, data.image_column).read
-    masked = data.masks == BESIDE and data.mask_column in table.column_names
-    of_masks = table.select_columns([data.mask_column]) if masked else None
-    read_mask = _Table(of_masks, place, data.mask_column).read
-    for row, (caption, has_mask) in enumerate(zip(captions, _filled(of_masks, len(table)), strict=True)):
-        mask = functools.partial(read_mask, row) if has_mask else None
-        yield _entry(f"{name}[{row}]", caption, functools.partial(read, row), data, mask=mask)
+    others = {role: table.select_columns([column]) for role, column in columns.items()}
+    readers = {role: _Table(found, place, columns[role]).read for role, found in others.items()}
+    filled = {role: _filled(found, len(table)) for role, found in others.items()}
+    for row, caption in enumerate(captions):
+        given = {role for role, there in filled.items() if next(there)}
+        read_others = {role: functools.partial(readers[role], row) for role in readers if role in given}
+        yield _entry(f"{name}[{row}]", caption, functools.partial(read, row), data, others=read_others)
+
+
+def _columns(table: Any, data: Data, roles: Collection[str]) -> dict[str, str]:
+    """Role → column, of the columns that hold partners of the image: the mask, if masks are used, and columns named by a role."""
+    names = _names(table)
+    found = {role: role for role in names if role_of(role, roles) is not None}
+    return found | ({"mask": data.mask_column} if data.masks == BESIDE and data.mask_column in names else {})
+
+
+def _names(table: Any) -> list[str]:
+    return list(table.column_names or (table.features or next(iter(table), {})).keys())
 
 
 def _filled(table: Any, length: int) -> Iterator[bool]:
@@ -80,15 +95,17 @@ def _filled(table: Any, length: int) -> Iterator[bool]:
         yield from (not nothing for nothing in batch.column(0).is_null().to_pylist())
 
 
-def _streamed(stream: _Stream, name: str, data: Data) -> Iterator[Entry | Problem]:
+def _streamed(stream: _Stream, name: str, data: Data, columns: dict[str, str]) -> Iterator[Entry | Problem]:
     number = 0
     while (row := stream.row(number)) is not None:
         read = functools.partial(stream.read, number, data.image_column)
-        has_mask = data.masks == BESIDE and row.get(data.mask_column) is not None
-        mask = functools.partial(stream.read, number, data.mask_column) if has_mask else None
-        yield _entry(
-            f"{name}[{number}]", row.get(data.caption_column), read, data, content(row[data.image_column]), mask
-        )
+        others = {
+            role: functools.partial(stream.read, number, column)
+            for role, column in columns.items()
+            if row.get(column) is not None
+        }
+        cell = content(row[data.image_column])
+        yield _entry(f"{name}[{number}]", row.get(data.caption_column), read, data, cell, others)
         number += 1
 
 
@@ -104,10 +121,10 @@ def _entry(
     read: functools.partial[bytes],
     data: Data,
     content: bytes | None = None,
-    mask: functools.partial[bytes] | None = None,
+    others: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),
 ) -> Entry | Problem:
     if caption is None or isinstance(caption, str):
-        return Entry(place, None if caption is None else one_line(caption), read, content=content, mask=mask)
+        return Entry(place, None if caption is None else one_line(caption), read, content=content, others=others)
     return Problem(
         place, "unreadable caption", f'column "{data.caption_column}" holds {type(caption).__name__}, not text', True
     )
@@ -331,18 +348,19 @@ def _on_the_hub(name: str) -> Any:
     return builder
 
 
-def _checked(table: Any, data: Data) -> Any:
+def _checked(table: Any, data: Data, columns: dict[str, str]) -> Any:
     """The data set with the recipe's columns, its images as bytes, not decoded."""
     import datasets
 
-    names = table.column_names or list((table.features or next(iter(table), {})).keys())
+    names = _names(table)
     there = f"columns there: {', '.join(names)}"
     for column, key in ((data.image_column, "image_column"), (data.caption_column, "caption_column")):
         if column not in names and not (key == "caption_column" and data.missing_captions == "empty"):
             raise UserError(f'the data set has no column "{column}"', where=f"data.{key}", remedy=there)
-    masks = ["mask_column"] if data.masks == BESIDE and data.mask_column in names else []
-    for key in ("image_column", *masks):
-        column = getattr(data, key)
+    keys = {data.image_column: "image_column"} | {
+        column: "mask_column" if role == "mask" else "path" for role, column in columns.items()
+    }
+    for column, key in keys.items():
         try:
             table = table.cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # pyarrow's

@@ -20,7 +20,7 @@ from finetune.paths import embedded
 if TYPE_CHECKING:
     import numpy
 
-    from finetune.data.audit.index import ImageRecord
+    from finetune.data.example import Example
 
 BESIDE = "beside"  # the setting for NAME.mask.png beside NAME.jpg
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -87,7 +87,7 @@ def digest_of(mask: Callable[[], bytes], size: tuple[int, int]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read(image: ImageRecord, mirrored: bool) -> numpy.ndarray:
+def read(image: Example, mirrored: bool) -> numpy.ndarray:
     """What of an image's mask lies over what the model sees, [H, W] float32 in [0, 1].
 
     Raises:
@@ -96,11 +96,10 @@ def read(image: ImageRecord, mirrored: bool) -> numpy.ndarray:
     import numpy
 
     try:
-        assert image.mask is not None
-        content = _read(image.mask)
+        content = _read(image.others["mask"].read)
     except Unreadable as error:
         raise UserError(f"{error} any more", where=image.name, remedy="put it back, and start again") from error
-    if hashlib.sha256(content).hexdigest() != image.mask_digest:
+    if hashlib.sha256(content).hexdigest() != image.others["mask"].digest:
         raise UserError(
             "its mask has changed since the run began",
             where=image.name,

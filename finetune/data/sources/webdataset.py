@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config.schema import Data
+from finetune.data.example import role_of
 from finetune.data.media.image import Unreadable
 from finetune.data.sources.captions import Caption, one_line
 from finetune.data.sources.entry import Entry, Problem
@@ -55,8 +56,15 @@ def images_in(shard: Path, image_suffixes: set[str]) -> int:
     return sum(isinstance(member, _Member) and member.kind in image_suffixes for member in _members(shard, "", False))
 
 
-def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Iterator[Entry | Problem]:
-    """The images of one shard with their captions; `name` is what messages call the shard."""
+def samples(
+    shard: Path, name: str, data: Data, image_suffixes: set[str], roles: Collection[str] = ()
+) -> Iterator[Entry | Problem]:
+    """The images of one shard with their captions and partners (`NAME.reference.png`).
+
+    Args:
+        name: what messages call the shard.
+        roles: of partners that the family reads.
+    """
     strict = data.unreadable_images == "stop"
     by_folder = data.classes == "folders"
     captions = set() if by_folder else CAPTIONS
@@ -67,7 +75,7 @@ def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Ite
         if isinstance(member, Problem):
             yield member
             continue
-        if member.kind not in read:
+        if member.kind not in read and _role(member.kind, roles) is None:
             if by_folder and member.kind in CAPTIONS:
                 continue
             if member.kind not in others:
@@ -75,23 +83,23 @@ def samples(shard: Path, name: str, data: Data, image_suffixes: set[str]) -> Ite
             others.add(member.kind)
             continue
         if group and member.key != group[0].key:
-            yield from _sample(shard, name, group, data, image_suffixes)
+            yield from _sample(shard, name, group, data, image_suffixes, roles)
             group = []
         group.append(member)
-    yield from _sample(shard, name, group, data, image_suffixes)
+    yield from _sample(shard, name, group, data, image_suffixes, roles)
 
 
 def _sample(
-    shard: Path, name: str, group: list[_Member], data: Data, image_suffixes: set[str]
+    shard: Path, name: str, group: list[_Member], data: Data, image_suffixes: set[str], roles: Collection[str]
 ) -> Iterator[Entry | Problem]:
     """The files of one sample, which lie side by side."""
     images = [member for member in group if member.kind in image_suffixes]
     words = {member.kind: member for member in group if member.kind in CAPTIONS}
-    masks = [
-        functools.partial(_read, str(shard), member.start, member.size)
+    others = {
+        role: functools.partial(_read, str(shard), member.start, member.size)
         for member in group
-        if member.kind.startswith(f"{MARK}.")
-    ]
+        if (role := _role(member.kind, {MARK[1:], *roles})) is not None
+    }
     for member in images:
         place = f"{name}/{member.name}"
         folder = member.name.rpartition("/")[0]
@@ -104,10 +112,16 @@ def _sample(
             yield Problem(place, "unreadable caption", caption.problem, True)
         else:
             read = functools.partial(_read, str(shard), member.start, member.size)
-            yield Entry(place, caption.text, read, mask=masks[0] if masks else None)
+            yield Entry(place, caption.text, read, others=others)
     if not images:
         for member in words.values():
             yield Problem(f"{name}/{member.name}", "unused caption", "no image has its name", False)
+
+
+def _role(kind: str, roles: Collection[str]) -> str | None:
+    """The role that a file's kind names: `.reference.png` → reference."""
+    word, dot, _ = kind.removeprefix(".").partition(".")
+    return role_of(word, roles) if dot else None
 
 
 def _caption(shard: Path, words: dict[str, _Member], column: str) -> Caption:

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.config import nets
-from finetune.data.audit.audit import Audit, ImageRecord
+from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder, stack
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
+from finetune.data.example import Example
 from finetune.data.media.image import ImageSample, apply, decode
 from finetune.data.media.sample import Sample
 from finetune.data.shape import ImageShape
@@ -238,7 +239,7 @@ class PixelModel(Model):
             raise ValueError("a model opened from a file has no training images")
         return self.audit
 
-    def batch_of(self, images: Sequence[ImageRecord], background: str) -> Batch:
+    def batch_of(self, images: Sequence[Example], background: str) -> Batch:
         """Encode images of an audit as a batch."""
         encoder, result = self.encoder(), []
         for image in images:

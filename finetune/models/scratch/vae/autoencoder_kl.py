@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.config.schema import Autoencoder
-from finetune.data.audit.audit import Audit, ImageRecord
+from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoder, ImageTextEncoder
-from finetune.data.dataset import to_tensor
+from finetune.data.decoding import to_tensor
+from finetune.data.example import Example
 from finetune.data.media.image import ImageSample, apply, decode
 from finetune.data.media.sample import Sample
 from finetune.models.base import Model, SampleRequest, TrainStep, check_sizes
@@ -113,7 +114,7 @@ class Vae(Model):
     def encoder(self) -> Encoder:
         return Pixels()
 
-    def _pixels(self, image: ImageRecord) -> Tensor:
+    def _pixels(self, image: Example) -> Tensor:
         """The encoder's input for an image, [1, 3, H, W]."""
         pixels = numpy.asarray(apply(decode(image.read(), self._audit.background), image.crop))
         return to_tensor(pixels)[None].to(self.vae.device)

@@ -1,0 +1,207 @@
+"""`ExampleEncoder`: encodes examples part by part, before training (the encoding pass) and whenever a batch needs it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.data.batch import Batch, Encoder, Inputs, Part
+from finetune.data.cache_dir import cache_folder
+from finetune.data.decoding import decode_role, to_bytes, to_floats
+from finetune.data.example import Example
+from finetune.data.example_store import ExampleStore
+from finetune.data.prefetch import ahead
+from finetune.data.sources import masks
+from finetune.errors import UserError
+from finetune.planning import Plan
+from finetune.rng import key_of
+
+PIXELS = "pixels"  # the cache of decoded images from streams, which cannot be read in any order
+
+Progress = Callable[[str, int, int], None]
+
+
+class ExampleEncoder:
+    """Args:
+    encoder: the family's; not used after `encode_all` without `share` has returned, unless it has `cached = False`.
+    background: CSS color that transparent images are laid over.
+    """
+
+    def __init__(self, plan: Plan, encoder: Encoder, background: str) -> None:
+        self.encoder = encoder
+        self._plan, self._background = plan, background
+        self._parts = encoder.parts
+        self._target = next(part for part in self._parts if "target" in part.roles)
+        self._streamed = plan.recipe.data.streaming
+        self._store = ExampleStore(encoder.cached)
+        self._lock = threading.Lock()  # tokenizers do not allow two callers at once
+        self.variants = (False, True) if plan.recipe.data.flip else (False,)
+
+    # -- the encoding pass ----------------------------------------------------------------------------------------
+
+    def encode_all(
+        self, examples: Sequence[Example], masked: bool, progress: Progress | None, share: tuple[int, int] | None
+    ) -> None:
+        """Compute what the cache lacks. Each example is encoded alone, so its tensors do not depend on the others.
+
+        Args:
+            masked: whether there are masks to encode too.
+            progress: called with (what, its number, of how many).
+            share: (number of this process, processes): encode only its share, and do not release the encoder.
+
+        Raises:
+            UserError: the cache cannot be written, or a file has changed since the audit.
+        """
+        cached = self.encoder.cached
+        if not (cached or self._streamed):
+            return
+        keys = {part.key for part in self._parts} if cached else {PIXELS}
+        self._store.open(cache_folder(self._plan.recipe.data.cache), keys)
+        number, processes = share or (0, 1)
+        mine = range(len(examples) * number // processes, len(examples) * (number + 1) // processes)
+        try:
+            if cached:
+                for part in self._parts:
+                    if part.roles == ("caption",):
+                        self._encode_captions(examples, mine, part, progress)
+                for part in self._parts:
+                    if part.roles != ("caption",):
+                        self._encode_part(examples, mine, part, progress)
+            else:
+                self._keep_pixels(examples, mine, progress)
+            for place, mirror in itertools.product(mine if masked else (), self.variants):
+                self.mask(examples[place], mirror, keep=False)
+        finally:  # also what was encoded before Ctrl-C
+            self._store.flush()
+        if share is None and cached:
+            self.encoder.release()
+            self._store.sealed = True
+
+    def _encode_captions(
+        self, examples: Sequence[Example], places: range, part: Part, progress: Progress | None
+    ) -> None:
+        for number, caption in enumerate(itertools.chain([""], (examples[place].caption for place in places))):
+            if progress is not None:
+                progress("captions", number, len(places) + 1)
+            self._store.get(part.key, key_of(caption), lambda caption=caption: self._encode(caption=caption), False)  # type: ignore[misc]
+
+    def _encode_part(self, examples: Sequence[Example], places: range, part: Part, progress: Progress | None) -> None:
+        store, dropped = self._store.on_disk(part.key), "caption" in part.roles
+
+        def missing() -> Iterator[tuple[str, Example, bool, str]]:
+            """What is not in the cache: with its caption and, where the part reads captions, with the dropped one."""
+            for number, (place, mirror) in enumerate(itertools.product(places, self.variants)):
+                if progress is not None:
+                    progress("images", number, len(places) * len(self.variants))
+                example = examples[place]
+                for caption in dict.fromkeys((example.caption, "")) if dropped else (example.caption,):
+                    if (key := self._key(part, example, mirror, caption)) not in store:
+                        yield key, example, mirror, caption
+
+        def decoded(wanted: tuple[str, Example, bool, str]) -> tuple[str, Example, Inputs]:
+            return wanted[0], wanted[1], self._inputs(part, *wanted[1:])
+
+        for key, example, inputs in ahead(decoded, missing()):
+            if key not in store:  # a copy of an example that was just encoded is
+                with torch.no_grad():
+                    store.put(key, _finite(self.encoder.encode(inputs), example))
+
+    def _keep_pixels(self, examples: Sequence[Example], places: range, progress: Progress | None) -> None:
+        store = self._store.on_disk(PIXELS)
+
+        def missing() -> Iterator[tuple[str, Example, bool]]:
+            for number, (place, mirror) in enumerate(itertools.product(places, self.variants)):
+                if progress is not None:
+                    progress("images", number, len(places) * len(self.variants))
+                if (key := self._key(self._target, examples[place], mirror)) not in store:
+                    yield key, examples[place], mirror
+
+        for key, pixels in ahead(lambda wanted: (wanted[0], self._pixels(*wanted[1:])), missing()):
+            if key not in store:
+                store.put(key, {PIXELS: to_bytes(pixels)})
+
+    # -- one example ----------------------------------------------------------------------------------------------
+
+    def parts(self, example: Example, mirror: bool, caption: str) -> Batch:
+        """Every part's tensors of an example, with `caption` for its text."""
+        found: Batch = {}
+        for part in self._parts:
+            if not part.key:
+                continue
+
+            def compute(part: Part = part) -> Batch:
+                inputs = self._inputs(part, example, mirror, caption)
+                with self._lock:
+                    encoded = self.encoder.encode(inputs)
+                return encoded if part.roles == ("caption",) else _finite(encoded, example)
+
+            found |= self._store.get(part.key, self._key(part, example, mirror, caption), compute)
+        return found
+
+    def mask(self, example: Example, mirror: bool, keep: bool = True) -> Batch:
+        """Weight of the loss at each position, [1, h, w] float32: the mask's mean over what the position covers."""
+        factor, outside = self.encoder.mask_factor or 1, self._plan.recipe.data.unmasked_weight
+        asset = example.others.get("mask")
+
+        def compute() -> Batch:
+            shape = example.crop.shape
+            if asset is None:
+                return {"mask": torch.ones(1, shape.height // factor, shape.width // factor)}
+            seen = torch.from_numpy(masks.read(example, mirror))
+            return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
+
+        digest = asset.digest if asset is not None else ""
+        key = key_of("mask", digest, example.crop.key, int(mirror), f"{outside} {factor}")
+        return self._store.get(self._target.key, key, compute, keep)
+
+    def _encode(self, **inputs: Tensor | str) -> Batch:
+        with self._lock:
+            return self.encoder.encode(inputs)
+
+    def _key(self, part: Part, example: Example, mirror: bool, caption: str = "") -> str:
+        """Cache key of a part. Those of images and captions alone are as version 0.1 wrote them."""
+        if part.roles == ("caption",):
+            return key_of(caption)
+        place = (example.crop.key, int(mirror), self._background)
+        if part.roles == ("target",):
+            return key_of(example.digest, *place)
+        assets = example.assets
+        contents = [
+            f"{role}:{caption if role == 'caption' else assets[role].digest if role in assets else ''}"
+            for role in part.roles
+        ]
+        return key_of("part", *contents, *place)
+
+    def _inputs(self, part: Part, example: Example, mirror: bool, caption: str) -> Inputs:
+        """The decoded roles of a part; optional ones that the example lacks are left out."""
+        assets = example.assets
+        return {
+            role: caption if role == "caption" else self._decoded(example, role, mirror)
+            for role in part.roles
+            if role in assets
+        }
+
+    def _decoded(self, example: Example, role: str, mirror: bool) -> Tensor:
+        if role != "target" or self.encoder.cached or not self._streamed:
+            return decode_role(example, role, self._background, mirror)
+        key, store = self._key(self._target, example, mirror), self._store.on_disk(PIXELS)
+        return to_floats(store.get(key)[PIXELS]) if key in store else self._pixels(example, mirror)
+
+    def _pixels(self, example: Example, mirror: bool) -> Tensor:
+        return decode_role(example, "target", self._background, mirror)
+
+
+def _finite(encoded: Batch, example: Example) -> Batch:
+    """The tensors, if they are finite: NaN in the cache would stop every run that uses it."""
+    for name, tensor in encoded.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"the VAE encodes the image to {name} that are not finite",
+                where=example.name,
+                remedy="the VAE's weights are damaged or do not fit: give another model.vae (nothing of this image was cached)",
+            )
+    return encoded
