@@ -1,4 +1,4 @@
-"""Train all weights of a pretrained model: audit → plan → estimate → build → encode → train → export (`finetune/job.py`).
+"""Fine-tune a whole pretrained model: audit → plan → estimate → build → encode → train → export (`finetune/job.py`).
 
     accelerate launch finetune/full.py [RECIPE] [--set KEY=VALUE ...] [--resume] [--force]
 

@@ -375,7 +375,7 @@ def _save(job: Job) -> list[Path]:
 
 
 def _from_newest(job: Job) -> Model:
-    """The model rebuilt with the newest checkpoint's weights on one device: for samples and the artifact of sharded runs.
+    """The model rebuilt on one device with the newest checkpoint's weights, for samples and artifacts of sharded runs.
 
     A checkpoint precedes all samples and the end. If the device has no room for the whole model, sampling fails and
     the failure is logged.

@@ -63,9 +63,9 @@ def command(
 ) -> None:
     """Measure a run's images: quality, diversity, novelty.
 
-    RUN is the run's folder. Generates images from the captions of real images and compares both by the features of a small
-    network trained on emoji, or of a DINOv2. If there are enough images, the same metrics of other real images show what can
-    be reached.
+    RUN is the run's folder. Generates images from the captions of real images and compares both by the features of a
+    small network trained on emoji, or of a DINOv2. If there are enough images, the same metrics of other real images
+    show what can be reached.
     """
     refuse_missing_run(str(run))
     refuse_existing_output(out)
@@ -92,7 +92,8 @@ def as_table(result: Evaluation) -> terminal.Table:
     else:
         rows.append(("bits/dim", f"{'–':>11}{blank}   {result.no_likelihood}"))
     rows.append(("images/s", f"{1 / max(result.seconds_per_image, 1e-9):>11.3g}"))
-    title = f"{plural(result.generated, 'image')} by {Path(result.run).name} compared with {result.real} of {result.against}"
+    title = f"{plural(result.generated, 'image')} by {Path(result.run).name}"
+    title += f" compared with {result.real} of {result.against}"
     return terminal.table(title, [("", heading), *rows])
 
 

@@ -31,7 +31,7 @@ _ending = threading.Event()  # this process has left its last message, or is abo
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Print a `UserError` as its message, without a traceback, and exit with code 2; exit with 128 + n after signal n."""
+    """Print a `UserError` without a traceback and exit with code 2; after signal n, exit with 128 + n."""
     try:
         yield
     except UserError as error:

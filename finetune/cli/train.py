@@ -62,7 +62,8 @@ def command(
     """Train a recipe, or resume a run.
 
     RECIPE is a YAML file, or the name of a bundled recipe. A run that does not fit into GPU memory is refused, with the
-    edits that make it fit. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once. --resume continues.
+    edits that make it fit. Ctrl-C finishes the step, saves and stops; a second Ctrl-C stops at once. --resume
+    continues.
 
     \b
     Examples:

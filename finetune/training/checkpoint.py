@@ -30,7 +30,7 @@ NAME = "step-{:07d}"
 
 @dataclass
 class Checkpoint:
-    """The state of a run after `step` finished steps; `facts` are plain values (threads, processes, gradient scaler)."""
+    """The state of a run after `step` finished steps; `facts` are plain values (threads, processes, …)."""
 
     step: int
     weights: dict[str, Tensor]
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` under `folder`, and delete all but the newest `keep` and the one with the lowest held-out loss.
+    """Write `checkpoint` under `folder`; delete all but the newest `keep` and the one with the lowest held-out loss.
 
     Raises:
         UserError: the disk is full; earlier checkpoints are untouched.

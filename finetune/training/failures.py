@@ -37,7 +37,8 @@ def not_finite(
         f"step {step + 1}: the {train_step} loss is {loss:g} and its gradient norm {norm:g}; stopped "
         + ("after the weights were updated (train.fused_backward)" if applied else "before the weights were updated"),
         where="; ".join(images),
-        remedy=f"the last good checkpoint is {before[-1] if before else 'none yet'}; try a lower optimizer.lr or train.precision: float32",
+        remedy=f"the last good checkpoint is {before[-1] if before else 'none yet'};"
+        " try a lower optimizer.lr or train.precision: float32",
     )
 
 

@@ -1,4 +1,4 @@
-"""Weights sharded by FSDP2 (torch's `fully_shard`) as Accelerate applies it: each process holds its shard of every tensor.
+"""Weights sharded by FSDP2 (torch's `fully_shard`) through Accelerate: each process holds a shard of every tensor.
 
 The trainer updates the shards. Files are written whole, and are the same as without FSDP: `whole` gathers tensors, and
 `shared` takes this process's shard of a tensor that was read.
@@ -19,7 +19,7 @@ from finetune.errors import UserError
 
 
 def plugin(precision: Precision) -> FullyShardedDataParallelPlugin:
-    """Accelerate's FSDP2 plugin: sharded by block, gathered in autocast's precision; the rest is in the launcher's config.
+    """Accelerate's FSDP2 plugin: sharded by block, gathered in autocast's precision; the launcher configures the rest.
 
     Inputs are not cast: in bfloat16, timestep 567 would become 568. Gradients are reduced in float32.
     """
@@ -68,7 +68,7 @@ def cut(accelerator: Accelerator, net: nn.Module) -> None:
 
 
 def whole(value: Any, kept: bool = True) -> Any:
-    """`value`, a tensor or a dict or list of tensors, with every sharded tensor gathered; all processes call this together.
+    """`value` (a tensor, or a dict or list of them) with sharded tensors gathered; all processes call this together.
 
     Args:
         kept: whether this process needs the result; if not, it gets None in place of tensors. Gathered tensors come one
@@ -88,7 +88,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def shared(found: Any, like: Tensor) -> Any:
-    """This process's shard of a tensor that all have read, or of each in a dict, if `like`, of its shape, is sharded."""
+    """This process's shard of a tensor that all have read (or of each in a dict), if `like` is sharded."""
     if isinstance(found, dict):
         return {key: shared(one, like) for key, one in found.items()}
     if not isinstance(like, DTensor) or not isinstance(found, Tensor) or found.shape != like.shape:

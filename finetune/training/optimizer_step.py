@@ -171,7 +171,7 @@ class Fused(Update):
         self._norms, self._open = [], True
 
     def watch(self, section: Callable[[str], None]) -> None:
-        """Report each change between the backward pass and the optimizer: `section("optimizer")`, `section("backward")`."""
+        """Call `section("optimizer")` and `section("backward")` at each change between the two."""
         self._section = section
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ from finetune.config.schema import Optimizer
 from finetune.errors import UserError
 from finetune.replaceable import replaceable
 
-# Up to this many weights, all tensors are updated at once: a few launches instead of several per tensor, at the cost of a
-# few float32 copies of what trains (at most 128 MiB each for an adapter; more than the gradients for a whole network).
+# Up to this many weights, all tensors are updated at once: a few launches instead of several per tensor, at the cost
+# of a few float32 copies of what trains (at most 128 MiB each here; more than the gradients for a whole network).
 AT_ONCE = 1 << 25
 CAME_RESIDUAL = 0.9999  # the third β of CAME (arXiv:2307.02047, §4.1)
 
@@ -76,7 +76,7 @@ def adamw8bit(bitsandbytes: Any, trained: list[nn.Parameter], arguments: dict[st
 
 
 def _adaptive(section: Optimizer, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    """pytorch-optimizer's Prodigy (arXiv:2306.06101), schedule-free AdamW (2405.15682), Lion (2302.06675) or CAME (2307.02047).
+    """Prodigy (arXiv:2306.06101), schedule-free AdamW (2405.15682), Lion (2302.06675) or CAME (2307.02047).
 
     Prodigy uses bias correction and `safeguard_warmup`, as its authors advise for diffusion models. CAME keeps its own
     two ε.
@@ -136,7 +136,7 @@ def average(section: Optimizer, parameters: Iterable[nn.Parameter], state: dict[
 
 
 def learning_rate(section: Optimizer, step: int, steps: int) -> float:
-    """The rate of `step` (counted from 0) of `steps`: linear warm-up from lr / warmup_steps, then the schedule down to 0."""
+    """The rate of `step` (from 0) of `steps`: linear warm-up from lr / warmup_steps, then the schedule down to 0."""
     warmup = section.warmup_steps
     if step < warmup:
         return section.lr * (step + 1) / warmup

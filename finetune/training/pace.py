@@ -100,7 +100,8 @@ def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     if one.gpu.device == "cpu":
         return (
             text
-            + "Check for other programs or a slow disk; if there are none, `ft estimate --calibrate` measures the CPU again."
+            + "Check for other programs or a slow disk; if there are none, `ft estimate --calibrate` measures the CPU"
+            " again."
         )
     if memory_left is None or memory_left > FULL:
         if one.speed.launch > WAITING * one.speed.seconds:

@@ -29,7 +29,7 @@ class Smoothed:
 
 @final
 class TrainingProgress:
-    """The progress line of a run, such as `step 40/300 · 0.18 s/step · loss 0.41 · held-out 0.39 (best) · ETA 2 min 10 s`.
+    """The progress line of a run: `step 40/300 · 0.18 s/step · loss 0.41 · held-out 0.39 (best so far) · ETA 1 min`.
 
     Args:
         steps: that the run takes in all.

@@ -170,7 +170,7 @@ def versions() -> dict[str, str]:
 
 
 def _refuse_other_batch(before: Plan, now: Plan) -> None:
-    """Processes, batch size and accumulation may change together: noise depends only on the index in the global batch."""
+    """Processes, batch size and accumulation may change together: noise depends on the global batch's index only."""
     if before.global_batch == now.global_batch:
         return
     train, processes = now.recipe.train, now.machine.processes

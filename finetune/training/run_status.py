@@ -86,7 +86,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within, the run is in phase `name`. An exception that ends the outermost phase ends the run, and is its reason."""
+        """Within, the run is in phase `name`. An exception that ends the outermost phase ends the run."""
         before = self.now
         self._write(phase=name, since=time.time(), done=0, total=0)
         try:

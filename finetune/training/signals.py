@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal during training: the first finishes the step and saves; a second Ctrl-C stops at once."""
+"""Signals during training: the first (Ctrl-C, SIGTERM, SIGHUP) finishes the step and saves; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.errors import Stopped
 
 
 class CutShort(BaseException):
-    """Raised by a first signal inside `Signals.cut_short`, and caught there. Not an `Exception`: nothing else may catch it."""
+    """Raised by a first signal inside `Signals.cut_short` and caught there; not an `Exception`, so nothing else does."""
 
 
 @final
@@ -33,7 +33,7 @@ class Signals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Within, signals are kept for `agreed`. Python handles them in its main thread only; elsewhere nothing changes."""
+        """Within, signals are kept for `agreed`. Outside Python's main thread, nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -71,7 +71,7 @@ class Signals:
             self._cuts = False
 
     def agreed(self) -> int:
-        """The signal that any process of the run received, or 0: the same in all, so that all stop after the same step."""
+        """The signal that any process received, or 0: the same in all, so that all stop after the same step."""
         if self._accelerator.num_processes == 1:
             return self._asked
         asked = torch.zeros(self._accelerator.num_processes, dtype=torch.int64, device=self._accelerator.device)

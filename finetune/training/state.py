@@ -20,7 +20,7 @@ from finetune.training.optimizers import Ema, make_optimizer, schedule_free
 
 
 class TrainingState:
-    """The networks on their device, with their optimizers: `train_steps`, `parameters` and `optimizers` are parallel lists."""
+    """The networks with their optimizers: `train_steps`, `parameters` and `optimizers` are parallel lists."""
 
     def __init__(self, plan: Plan, model: Model, accelerator: Accelerator) -> None:
         self._plan, self._accelerator = plan, accelerator
@@ -60,7 +60,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the networks are in evaluation mode with their averaged weights, if the run or its optimizer keeps any."""
+        """Within, the networks are in evaluation mode with averaged weights, if the run or its optimizer keeps any."""
         for train_step in self.train_steps:
             train_step.net.eval()
         if self.ema is not None:
@@ -97,7 +97,7 @@ class TrainingState:
         return {name: [fsdp.part(tensor) for tensor in tensors] for name, tensors in found.items()}
 
     def checkpoint(self, step: int, validation: float | None = None) -> Checkpoint:
-        """Everything a run needs to resume after `step` finished steps. All processes call this; the main one gets the result.
+        """Everything a run needs to resume after `step` finished steps; all processes call this, the main one gets it.
 
         Unless they are sharded, its tensors are the live ones: write them at once.
         """

@@ -1,4 +1,4 @@
-"""Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551): up or down at random, so that the result is right on average.
+"""Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551): up or down at random, and right on average.
 
 A bfloat16 weight has 8 significant bits. Rounding to nearest loses every update below 1/512 of the weight; stochastic
 rounding keeps it with a probability proportional to its size (Zamirai et al. 2020, arXiv:2010.06192).
