@@ -1,4 +1,4 @@
-"""Training in several processes: the arguments of `accelerate launch`, and running it with exact exit codes and signals.
+"""Training in several processes: the arguments of `accelerate launch`, and running it with exact exit codes.
 
 `python -m finetune.cli.launcher` is `accelerate launch`, except that its exit code tells how a training process ended.
 """

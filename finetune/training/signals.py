@@ -1,4 +1,4 @@
-"""Signals during training: the first (Ctrl-C, SIGTERM, SIGHUP) finishes the step and saves; a second Ctrl-C stops at once."""
+"""Signals during training: the first one finishes the step and saves; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.errors import Stopped
 
 
 class CutShort(BaseException):
-    """Raised by a first signal inside `Signals.cut_short` and caught there; not an `Exception`, so nothing else does."""
+    """Raised by a first signal inside `Signals.cut_short` and caught there: no `Exception`, so by nothing else."""
 
 
 @final
