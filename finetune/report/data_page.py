@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,8 @@ def write_page(audit: Audit, facts: dict[str, Any], source: str, path: Path) -> 
         source: the data's folder or name, as the user gave it.
         path: the page's file.
     """
+    tokens = {shown["name"]: shown["tokens"] for shown in facts.get("images", ()) if shown.get("tokens")}
+    thumbnails = [shown | {"tokens": tokens.get(shown["name"])} for shown in tables.thumbnails(audit, MAX_IMAGES)]
     page = render(
         "data_check.html.j2",
         title=f"{source} · ft data check",
@@ -97,18 +98,20 @@ def write_page(audit: Audit, facts: dict[str, Any], source: str, path: Path) -> 
         verdict=_verdict(audit, facts),
         problems=[_problem(kind, problems) for kind, problems in _by_kind(audit).items()],
         warnings=[_warning(audit, finding) for finding in audit.findings],
-        data=summary(facts),
+        data=summary(facts | {"images": thumbnails}),
     )
     path.write_text(page, encoding="utf-8")
 
 
 def _verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
     """Whether training can start on this data, why not, and what to do."""
-    kinds = Counter({kind: len(group) for kind, group in _by_kind(audit).items()})
-    details = [f"{number} × {kind}" for kind, number in kinds.items()]
+    stopping = sorted({problem.kind for problem in audit.problems if problem.stops})
+    details = [
+        tables.count(len(group), kind) + ("" if kind in stopping else " (ignored)")
+        for kind, group in _by_kind(audit).items()
+    ]
     if facts.get("cut_captions"):
         details.append(f"{tables.count(facts['cut_captions'], 'caption')} longer than the text encoder reads")
-    stopping = sorted({problem.kind for problem in audit.problems if problem.stops})
     ready = f"Ready to train on {tables.count(facts['training'], 'image')}."
     if stopping:
         level, headline = "bad", "Not ready: training would stop at these problems."
@@ -118,8 +121,13 @@ def _verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
         level, headline = "warn", f"{ready} Some files are not used."
     else:
         level, headline = "good", ready + (" Some images have warnings." if audit.findings else "")
-    fixes = [{"kind": kind, "advice": f"{REMEDIES[kind]}.", "flags": FLAGS.get(kind, "")} for kind in stopping]
-    return {"level": level, "headline": headline, "details": details, "fixes": fixes}
+    return {
+        "level": level,
+        "headline": headline,
+        "details": details,
+        "fixes": [{"kind": kind, "advice": f"{REMEDIES[kind]}."} for kind in stopping],
+        "flags": " ".join(dict.fromkeys(FLAGS[kind] for kind in stopping if kind in FLAGS)),
+    }
 
 
 def _by_kind(audit: Audit) -> dict[str, list[Problem]]:
@@ -141,7 +149,7 @@ def _problem(kind: str, problems: Sequence[Problem]) -> dict[str, Any]:
             shown.append(label | (preview or {}))
     left = len(problems) - MAX_PROBLEM_IMAGES
     return {
-        "title": f"{len(problems)} × {kind}",
+        "title": tables.count(len(problems), kind),
         "images": shown,
         "others": others,
         "more": f"and {left:,} more; `ft data check --json` names all" if left > 0 else "",

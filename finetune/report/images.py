@@ -187,7 +187,7 @@ def preview(path: Path) -> dict[str, Any] | None:
     """A thumbnail of an image file as far as it can be decoded, or None: truncated files show their first rows."""
     from PIL import Image, ImageFile
 
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():  # links are not followed, as in the audit
         return None
     strict = ImageFile.LOAD_TRUNCATED_IMAGES
     try:
