@@ -100,13 +100,13 @@ class Together(Draw):
         return torch.Generator().manual_seed(mix(self._seed, self.step, purpose))
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        return torch.randn(len(self.places), *shape, generator=self._generator(purpose))
+        return torch.randn(len(self.batch_indices), *shape, generator=self._generator(purpose))
 
     def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
-        return torch.rand(len(self.places), *shape, generator=self._generator(purpose))
+        return torch.rand(len(self.batch_indices), *shape, generator=self._generator(purpose))
 
     def apart(self, use: str) -> Together:
-        return Together(mix(self._seed, use), self.step, self.places)
+        return Together(mix(self._seed, use), self.step, self.batch_indices)
 
 
 def layers(inputs: int, outputs: int | None) -> nn.Sequential:

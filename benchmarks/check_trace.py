@@ -133,7 +133,10 @@ def cases(folder: Path) -> Iterator[Case]:
     yield Case("base, full, every second block", recipe("full/emoji", 4, True, every), 64)
     yield Case("small SD 3, LoRA, every second block", recipe("lora/sd15", 2, True, every), 256, small_sd3)
     yield Case(
-        "small SD 3, LoRA, blocks offloaded", recipe("lora/sd35-medium", 2, True, "train.offload_blocks=true"), 256, small_sd3
+        "small SD 3, LoRA, blocks offloaded",
+        recipe("lora/sd35-medium", 2, True, "train.offload_blocks=true"),
+        256,
+        small_sd3,
     )
     inside = ("train.fused_backward=true", "optimizer.clip=tensor")
     half = "train.weights=bfloat16"

@@ -1,4 +1,4 @@
-"""Errors meant for people: what is wrong, where, and the edit that mends it. They end a command with exit code 2."""
+"""Errors for users: what is wrong, where, and the edit that fixes it. They end a command with exit code 2."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, told without a traceback.
+    """A mistake in the user's input, reported without a traceback.
 
     Args:
-        problem: one sentence that says what is wrong.
+        problem: what is wrong, in one sentence.
         where: the place to look at, such as `my.yaml:12, train.batch_size` or the path of an image.
-        remedy: the edit or the command that mends it.
+        remedy: the edit or the command that fixes it.
     """
 
     def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
@@ -20,32 +20,32 @@ class UserError(Exception):
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
-        """The message, one line a part, as the terminal shows it."""
-        found = [f"error: {self.problem}"]
+        """Return the message as the terminal shows it: the problem, the place and the fix, one line each."""
+        lines = [f"error: {self.problem}"]
         if self.where:
-            found.append(f"  where: {self.where}")
+            lines.append(f"  where: {self.where}")
         if self.remedy:
-            found.append(f"  fix:  {self.remedy}")
-        return found
+            lines.append(f"  fix:  {self.remedy}")
+        return lines
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended what was running, as its user wished: no failure.
+    """A signal stopped the command, as the user wished. This is not a failure.
 
     Args:
-        words: what was stopped, and how to go on.
-        number: of the signal; a command ends with 128 + `number`.
+        message: what was stopped, and how to resume it.
+        number: of the signal; the command ends with exit code 128 + `number`.
     """
 
-    def __init__(self, words: str, number: int) -> None:
+    def __init__(self, message: str, number: int) -> None:
         self.number = number
-        super().__init__(words)
+        super().__init__(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean "x"?` for the nearest known word, else the list of what is known."""
+    """Return `did you mean "x"?` with the most similar known word, or the list of known words if none is similar."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f'did you mean "{near[0]}"?'
+    similar = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if similar:
+        return f'did you mean "{similar[0]}"?'
     return "known here: " + ", ".join(known)

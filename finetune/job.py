@@ -20,7 +20,7 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from safetensors import SafetensorError
 
 from finetune import terminal
-from finetune.config.loader import located
+from finetune.config.loader import error_location
 from finetune.config.schema import Recipe
 from finetune.data.audit.audit import Audit, scan
 from finetune.data.dataset import Dataset
@@ -86,7 +86,7 @@ def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
         UserError: for whatever cannot work, before anything is computed or written.
     """
     job = Job(recipe, resume, force, quiet=not is_main_process())
-    with located(recipe):
+    with error_location(recipe):
         audit_data(job)
         plan_run(job)
         if class_images.missing(recipe):
@@ -157,7 +157,7 @@ def audit_and_plan(recipe: Recipe, quiet: bool = False) -> tuple[Audit, Plan]:
         UserError: for a model that cannot be there, or data that the recipe does not allow.
     """
     job = Job(recipe, quiet=quiet)
-    with located(recipe):
+    with error_location(recipe):
         audit_data(job)
         plan_run(job)
     return job.audit, job.plan

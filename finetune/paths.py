@@ -26,13 +26,13 @@ def embedded(path: str) -> str:
         return path
     inside = ASSETS / path.removeprefix("embedded:")
     if not inside.resolve().is_relative_to(ASSETS):
-        raise UserError(f"{path} leads out of what comes with ft", remedy="name the folder itself")
+        raise UserError(f"{path} leads out of the package", remedy="give the folder's own path")
     archive = inside.with_name(f"{inside.name}.tar")
     return str(archive if archive.is_file() else inside)
 
 
 def public_name(path: str) -> str:
-    """What a model or folder is called among strangers: a hub's or an embedded name as it is, of a path on this machine its end."""
+    """Return the name of a model or folder for published files: a Hub or embedded name as it is, of a local path the last part."""
     given = Path(path).expanduser()
     if path.startswith("embedded:") or (
         path.count("/") == 1 and not path.startswith((".", "/", "~")) and not given.exists()
@@ -42,5 +42,5 @@ def public_name(path: str) -> str:
 
 
 def run_of(name: str) -> str:
-    """The folder of a bundled recipe's run, if no other is named."""
+    """Return the default folder of a bundled recipe's run."""
     return f"runs/{name.replace('/', '-')}"

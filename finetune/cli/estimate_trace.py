@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.config.loader import located
+from finetune.config.loader import error_location
 from finetune.config.schema import Precision, Recipe
 from finetune.errors import UserError
 from finetune.estimate import profiles
@@ -34,7 +34,7 @@ def traced_profile(recipe: Recipe, gpu: Gpu, denoiser: str | None) -> tuple[Prof
     if denoiser is not None:
         given, size = load(denoiser), (recipe.data.resolution, recipe.data.resolution)
         return point(given.title, recipe, precision, gpu.device, build=lambda plan: DenoiserModel(plan, given, size))
-    with located(recipe):
+    with error_location(recipe):
         return point(
             recipe.name, recipe, precision, gpu.device, scan(recipe.data) if recipe.method == "scratch" else None
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.config.loader import located
+from finetune.config.loader import error_location
 from finetune.config.schema import Recipe
 from finetune.data.sources import refuse_missing
 from finetune.errors import UserError
@@ -20,7 +20,7 @@ def refuse_early(recipe: Recipe, resume: bool = True) -> None:
     Raises:
         UserError: with the file and line of the key.
     """
-    with located(recipe):
+    with error_location(recipe):
         check.check(recipe)
         refuse_missing(recipe.data)
         if not resume:

@@ -15,7 +15,7 @@ from finetune.paths import RECIPES
 
 
 def find_recipe(path_or_name: str) -> Path:
-    """A recipe by its file, or a bundled one by name: `lora/emoji`, `recipes/lora/emoji.yaml`."""
+    """Find a recipe by its file, or a bundled one by its name: `lora/emoji`, `recipes/lora/emoji.yaml`."""
     path = Path(path_or_name)
     if path.is_file():
         return path
@@ -24,19 +24,22 @@ def find_recipe(path_or_name: str) -> Path:
         return RECIPES / f"{name}.yaml"
     if (file := path.with_name(f"{path.name}.yaml")).is_file():
         raise UserError(f'there is no recipe "{path_or_name}"', remedy=f'did you mean the file "{file}"?')
-    raise UserError(
-        f'there is no recipe "{path_or_name}"',
-        remedy=f"{did_you_mean(name, bundled_recipes())} (`ft recipes` lists them)",
-    )
+    beside = path.with_name(f"{path.name}.yaml")
+    if beside.is_file():
+        remedy = f"did you mean {beside}?"
+    else:
+        similar = did_you_mean(name, bundled_recipes())
+        remedy = f"{similar} (`ft recipes` lists them)" if similar.startswith("did") else "`ft recipes` lists them"
+    raise UserError(f'there is no recipe "{path_or_name}"', remedy=remedy)
 
 
 def bundled_recipes() -> list[str]:
-    """Names of the recipes that come with the project, such as `lora/sdxl`."""
+    """Return the names of the recipes that come with ft, such as `lora/sdxl`."""
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 
 
 def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and check all that can be known without data and machine.
+    """Read a recipe and check everything that can be checked without data and machine.
 
     Args:
         path_or_name: a YAML file, or the name of a bundled recipe.
@@ -54,7 +57,7 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
 
 
 def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """`load_recipe` for text already read; `source` is what errors call it."""
+    """Read a recipe from its text; errors call it `source`."""
     root = renamed.current(yaml_reader.read(text, source))
     for assignment in overrides:
         if assignment.startswith("data.path="):  # the one folder on the command line replaces all of the recipe's
@@ -70,7 +73,7 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
 
 
 def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:
-    """The recipe without its `net` section, and what reads that section for a family: its keys are the family's own."""
+    """Split off the `net` section, whose keys depend on the family: the rest, and a function that reads it for a family."""
     children = dict(root.content) if isinstance(root.content, dict) else {}
     given = children.pop("net", None)
 
@@ -87,8 +90,8 @@ def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], An
 
 
 @contextlib.contextmanager
-def located(recipe: Recipe) -> Iterator[None]:
-    """Within, an error that names a key of the recipe also says in which line of which file the key stands."""
+def error_location(recipe: Recipe) -> Iterator[None]:
+    """Add file and line to errors that are raised inside and name a key of the recipe."""
     try:
         yield
     except UserError as error:
@@ -99,7 +102,7 @@ def located(recipe: Recipe) -> Iterator[None]:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values, for YAML and JSON: what was left out of the recipe stands with its default; absent sections stay absent."""
+    """Return plain values, for YAML and JSON: missing keys get their defaults, missing sections stay missing."""
     sections = {"autoencoder", "diffusion", "flow", "adapter", "prior", "net"}
     return {key: value for key, value in _plain(recipe).items() if not (key in sections and value is None)}
 

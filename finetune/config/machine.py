@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from finetune.config.schema import Precision
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains: `device` is cpu, cuda or mps; `threads` are torch's on a CPU; memory in bytes, of one device."""
+    """The hardware of a run.
+
+    Attributes:
+        device: cpu, cuda or mps.
+        processes: one per device that trains.
+        threads: torch's, on a CPU.
+        memory_bytes: of one device.
+        launcher_precision: given to `accelerate launch --mixed_precision`.
+        sharded: whether weights, gradients and optimizer state are split among the processes (FSDP2).
+    """
 
     device: str
     name: str
@@ -21,5 +26,5 @@ class Machine:
     threads: int
     bfloat16: bool
     memory_bytes: int
-    launcher_precision: Precision | None = None  # given to `accelerate launch --mixed_precision`
-    sharded: bool = False  # weights, gradients and optimizer state shared out among the processes (FSDP2)
+    launcher_precision: Precision | None = None
+    sharded: bool = False

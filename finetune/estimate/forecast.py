@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, final
 
-from finetune.config.loader import located
+from finetune.config.loader import error_location
 from finetune.config.memory_options import PER_TENSOR, TILE
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
@@ -125,7 +125,7 @@ def forecast(
 
 
 def _profile_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Profile, Variant]:
-    with located(recipe):
+    with error_location(recipe):
         if recipe.method == "scratch":
             profile = profiles.profile_of_build(recipe)
         else:

@@ -130,10 +130,10 @@ class Trainer:
         total = torch.zeros((), device=accelerator.device)
         for micro in range(recipe.train.accumulation):
             draw = Draw(recipe.train.seed, step, self.batch_indices(micro))
-            batch = self._moved(self.data.batch(step, draw.places, draw))
+            batch = self._moved(self.data.batch(step, draw.batch_indices, draw))
             self.clock.lap("data")
             # Dropout layers use torch's global generator: this makes them, too, a function of the step.
-            torch.manual_seed(mix(recipe.train.seed, "dropout", step, draw.places[0]))
+            torch.manual_seed(mix(recipe.train.seed, "dropout", step, draw.batch_indices[0]))
             last = micro == recipe.train.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(train_step.net):
                 with accelerator.autocast():

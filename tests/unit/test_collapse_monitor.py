@@ -57,8 +57,8 @@ def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
 
     def generate(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         nonlocal asked
-        how, asked = drawn[asked // LOOKED_AT], asked + len(draw.places)
-        return images[[place % 12 if how == "healthy" else 0 for place in draw.places]]
+        how, asked = drawn[asked // LOOKED_AT], asked + len(draw.batch_indices)
+        return images[[place % 12 if how == "healthy" else 0 for place in draw.batch_indices]]
 
     model.generate = generate  # type: ignore[method-assign]
     job.trainer.observe = None

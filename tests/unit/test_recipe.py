@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.config.loader import bundled_recipes, load_recipe, located, parse_recipe, to_dict
+from finetune.config.loader import bundled_recipes, error_location, load_recipe, parse_recipe, to_dict
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.models.pretrained import check
@@ -198,7 +198,7 @@ def test_an_error_found_later_still_names_the_line() -> None:
         ("data.cache", "data.cache"),
         ("a.png", "a.png"),
     ):
-        with pytest.raises(UserError) as caught, located(parse()):
+        with pytest.raises(UserError) as caught, error_location(parse()):
             raise UserError("wrong", where=where)
         assert caught.value.where == expected
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.config import fields, nets, yaml_reader
-from finetune.config.loader import parse_recipe
+from finetune.config.loader import load_recipe, parse_recipe
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 
@@ -149,3 +150,13 @@ def test_set_reads_other_values_as_yaml() -> None:
     assert parse("sample.prompts=[a cat, 'a: b', emo😀]").sample.prompts == ("a cat", "a: b", "emo😀")
     assert parse("train.ema=null").train.ema is None
     assert parse("data.path=", "data.sources=[{path: 'D/cats #2', repeats: 2}]").data.sources[0].path == "D/cats #2"
+
+
+def test_a_recipe_named_without_its_ending_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(MINIMAL, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "mine")
+    assert caught.value.remedy == f"did you mean {tmp_path / 'mine.yaml'}?"
+    with pytest.raises(UserError) as caught:
+        load_recipe("zzz")
+    assert caught.value.remedy == "`ft recipes` lists them"

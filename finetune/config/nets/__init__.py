@@ -1,7 +1,7 @@
-"""What a recipe's `net` section says, family by family: a frozen dataclass `Net` in the module named as the family's in `models/`.
+"""The `net` sections of recipes: one module per family trained from scratch, with its record `SPEC` and its keys `Net`. Torch-free.
 
-The loader finds it by `model.family`. A family that is built from another library's classes has none: its arguments are
-`model.build`. Torch is not imported here.
+The loader finds the section by `model.family`. Families that are built from another library's classes have none: their
+arguments are `model.build`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from finetune.models import registry
 
 
 class Section(ABC):
-    """What every family's `Net` says of itself besides its keys.
+    """What every `net` section has besides its keys.
 
     Attributes:
-        samplers: ways to draw that the family has to choose from; none: it draws in one way.
-        sampler: the one that it takes where none is named.
-        refines: whether it makes another run's small images large, `model.base_run`'s.
+        samplers: names of the samplers that the family has; empty: it has only one way to sample.
+        sampler: the default sampler.
+        refines: whether the model upsamples the images of another run, `model.base_run`.
     """
 
     samplers: ClassVar[tuple[str, ...]] = ()
@@ -31,17 +31,17 @@ class Section(ABC):
     @property
     @abstractmethod
     def loss(self) -> str:
-        """What is minimized, in words, for the table before a run."""
+        """The loss in words, for the plan's table."""
 
 
 @functools.cache
 def families() -> list[str]:
-    """The families that have a section of their own."""
+    """Return the families that have a `net` section."""
     return [name for name in registry.specs() if section(name) is not None]
 
 
 def section(family: str) -> type[Section] | None:
-    """The `Net` of a family, or None if it has none."""
+    """Return the `Net` class of a family, or None if it has none."""
     module = registry.modules().get(registry.slug_of(family))
     found: type[Section] | None = getattr(importlib.import_module(module), "Net", None) if module else None
     return found

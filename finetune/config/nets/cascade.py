@@ -20,6 +20,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Ddpm):
+    """Keys of the `net` section of Cascaded diffusion."""
+
     refines = True
     augmentation: float = field(
         0.5,

@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
+    """Keys of the `net` section of DCGAN, WGAN-GP."""
+
     width: int = field(
         32,
         "Channels at full size; doubled by each halving, at most 8 times the width.",

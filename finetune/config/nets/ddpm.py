@@ -23,6 +23,8 @@ Prediction = Literal["epsilon", "sample", "v_prediction"]
 
 @dataclass(frozen=True)
 class Net(UNet):
+    """Keys of the `net` section of DDPM."""
+
     sampler = "ddim"
     wording: ClassVar[dict[str, str]] = {
         "epsilon": "the noise ε",

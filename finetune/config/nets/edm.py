@@ -19,6 +19,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(UNet):
+    """Keys of the `net` section of EDM."""
+
     sampler = "heun"
     log_sigma_mean: float = field(-1.2, "Mean of ln σ in training (P_mean).", minimum=-100.0, maximum=100.0)
     log_sigma_std: float = field(1.2, "Standard deviation of ln σ in training (P_std).", above=0, maximum=100.0)

@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(UNet):
+    """Keys of the `net` section of Flow matching (rectified flow)."""
+
     sampler = "euler"
     shift: float = field(
         1.0,

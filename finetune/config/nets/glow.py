@@ -19,4 +19,4 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Flow):
-    """As any flow's."""
+    """Keys of the `net` section of Glow, Flow++."""

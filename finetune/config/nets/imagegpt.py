@@ -19,6 +19,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
+    """Keys of the `net` section of ImageGPT."""
+
     width: int = field(
         96, "Embedding size.", unit="channels", effect="Wider is better and slower.", minimum=4, maximum=65_536
     )

@@ -20,7 +20,7 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Ddpm):
-    """As that of diffusion in pixel space, at the size of the latents."""
+    """Keys of the `net` section of Latent diffusion without text."""
 
     @property
     def loss(self) -> str:

@@ -22,6 +22,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Stack):
+    """Keys of the `net` section of PixelCNN++."""
+
     distribution: Literal["categorical", "logistics"] = field(
         "logistics",
         "Distribution of a pixel.",

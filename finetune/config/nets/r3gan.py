@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
+    """Keys of the `net` section of R3GAN."""
+
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = replaced(
         Adversarial, "objective", "relativistic"
     )

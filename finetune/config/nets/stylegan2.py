@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Adversarial):
+    """Keys of the `net` section of StyleGAN2, alias-free StyleGAN3."""
+
     minibatch: Literal["none", "stddev", "discrimination"] = replaced(Adversarial, "minibatch", "stddev")
     width: int = field(
         32,

@@ -22,6 +22,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
+    """Keys of the `net` section of VAE, β-VAE."""
+
     latent: int = field(32, "Size of the latent vector.", minimum=1, maximum=65_536)
     width: int = field(
         64,

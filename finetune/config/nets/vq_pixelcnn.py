@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Stack):
+    """Keys of the `net` section of PixelCNN++ over VQ-VAE codes."""
+
     embedding_dim: int = field(16, "Size of a code's embedding.", minimum=1, maximum=65_536)
 
     @property

@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
+    """Keys of the `net` section of Transformer over VQ-VAE codes."""
+
     width: int = field(
         96, "Embedding size.", unit="channels", effect="Wider is better and slower.", minimum=4, maximum=65_536
     )

@@ -21,6 +21,8 @@ SPEC = FamilySpec(
 
 @dataclass(frozen=True)
 class Net(Section):
+    """Keys of the `net` section of VQ-VAE, VQGAN."""
+
     width: int = field(
         64,
         "Channels at full size; doubled from the first halving on.",

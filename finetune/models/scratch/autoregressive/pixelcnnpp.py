@@ -203,7 +203,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         """Generate levels [B, C, H, W] uint8 pixel by pixel, with cached convolutions."""
         uniform, levels = (
             self.uniform(draw),
-            torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device),
+            torch.zeros(len(draw.batch_indices), *self.space.shape, dtype=torch.uint8, device=self.device),
         )
 
         def pick(parameters: Tensor, y: int, x: int) -> Tensor:
@@ -219,7 +219,7 @@ class PixelCnnPlusPlus(LikelihoodModel):
         """Generate the same images with a full pass per pixel (the reference for tests and benchmarks)."""
         uniform, levels = (
             self.uniform(draw),
-            torch.zeros(len(draw.places), *self.space.shape, dtype=torch.uint8, device=self.device),
+            torch.zeros(len(draw.batch_indices), *self.space.shape, dtype=torch.uint8, device=self.device),
         )
         for y in range(self.space.height):
             for x in range(self.space.width):
