@@ -113,6 +113,7 @@ def request_for(
         defaults,
         prompts=tuple(prompt for prompt, _ in wanted),
         seeds=tuple(seed for _, seed in wanted),
+        references=defaults.references if tuple(prompt for prompt, _ in wanted) == defaults.prompts else (),
         steps=defaults.steps if steps is None else steps,
         guidance=defaults.guidance if guidance is None else guidance,
         negative=defaults.negative if negative is None else negative,
@@ -150,7 +151,7 @@ def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Gener
         drawing.show(number, len(request.prompts), request.prompts[number])
         if isinstance(opened, PixelModel):
             some = slice(number, number + at_once)
-            images += opened.sample(replace(request, prompts=request.prompts[some], seeds=request.seeds[some]))
+            images += opened.sample(request.part(some))
         else:
             images.append(generate_from_prompt(*opened, request, request.prompts[number], request.seeds[number]))
     drawing.show(len(images), len(images))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,11 @@ class SampleRequest:
     sampler: str | None = None  # a name in `finetune.config.samplers`; None: the model's own
     eta: float = 0.0  # noise that DDIM adds in each step: 0 none, 1 as much as DDPM
     truncation: float = 1.0  # GANs: distance from the mean latent; below 1 better and less varied images
+    references: tuple[Path, ...] = ()  # image editing: the file that each prompt's sample starts from
+
+    def part(self, which: slice) -> SampleRequest:
+        """The request for some of the samples."""
+        return replace(self, prompts=self.prompts[which], seeds=self.seeds[which], references=self.references[which])
 
 
 class Model(ABC):

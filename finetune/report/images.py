@@ -179,8 +179,12 @@ def _wrapped(text: str, width: int, length: Callable[[str], float]) -> list[str]
 def of_training(image: Example, background: str) -> str:
     """A training image as the model sees it (scaled and cropped), as a data URI."""
     from finetune.data.media.image import apply, decode
+    from finetune.data.media.video import first_frame
 
-    return embedded_webp(apply(decode(image.read(), background), image.crop), LOSSLESS_SIDE)
+    return embedded_webp(
+        apply(decode(first_frame(image.read()) if image.medium == "video" else image.read(), background), image.crop),
+        LOSSLESS_SIDE,
+    )
 
 
 def preview(path: Path) -> dict[str, Any] | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from finetune.data.media.sample import Sample
 from finetune.data.shape import Frame
+from finetune.errors import UserError
 from finetune.models.base import Model, SampleRequest
 from finetune.planning import Plan
 from finetune.report.images import enlarged, grid
@@ -33,7 +33,24 @@ def request_of(plan: Plan) -> SampleRequest:
         eta=sample.eta,
         truncation=sample.truncation,
         size=_size(plan),
+        references=references_of(sample.references, len(sample.prompts)),
     )
+
+
+def references_of(files: Sequence[str], count: int) -> tuple[Path, ...]:
+    """The reference of each of `count` prompts.
+
+    Raises:
+        UserError: there is neither one for each nor one for all, or a file does not exist.
+    """
+    if len(files) not in (0, 1, count):
+        problem = f"{len(files)} references for {count} prompts"
+        raise UserError(problem, where="sample.references", remedy="give one for each prompt, or one for all")
+    found = tuple(Path(file).expanduser() for file in (files if len(files) != 1 else tuple(files) * count))
+    for file in found:
+        if not file.is_file():
+            raise UserError(f"there is no file {file}", where="sample.references", remedy="correct the path")
+    return found
 
 
 def _size(plan: Plan) -> tuple[int, int]:
@@ -63,9 +80,9 @@ def sample_prompts(plan: Plan, open_model: Callable[[], Model], folder: Path, do
         try:
             target.mkdir(parents=True, exist_ok=True)
             model, samples = open_model(), []
-            for number, (prompt, seed) in enumerate(zip(request.prompts, request.seeds, strict=True)):
+            for number, prompt in enumerate(request.prompts):
                 progress.show(number, len(request.prompts), prompt)
-                samples += model.sample(replace(request, prompts=(prompt,), seeds=(seed,)))
+                samples += model.sample(request.part(slice(number, number + 1)))
             write_samples(samples, request, target)
             for name, image in model.diagnostic_images().items():
                 enlarged(image).save(target / f"{name}.png")
