@@ -27,7 +27,9 @@ def test_a_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     inside = tmp_path / "installed" / "finetune"
-    assert _files(inside) - {f"recipes/{name}.yaml" for name in bundled_recipes()} == _files(source / "finetune")
+    recipes = {f"recipes/{name}.yaml" for name in bundled_recipes()} | {"recipes/recipe.schema.json"}
+    assert recipes <= _files(inside)
+    assert _files(inside) - recipes == _files(source / "finetune")
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "installed")}
     listed = python("-m", "finetune.cli.main", "recipes", **elsewhere)  # type: ignore[arg-type]
     assert [line.split()[0] for line in listed.stdout.splitlines()] == bundled_recipes()
