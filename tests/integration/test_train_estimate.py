@@ -212,7 +212,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     assert [(name, off) for name, _, _, off in rows(found)] == [("memory", "+5%"), ("a step", "-10%")]
     done.run.write_json("estimate.json", found)
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "The estimate for RTX 3060 before the first step" in page and '<td class="amount">+5%</td>' in page
+    assert f"The estimate for {one.gpu.name} before the first step" in page and '<td class="amount">+5%</td>' in page
 
 
 # -- benchmarks/check_gpu.py ---------------------------------------------------------------------------------------------
