@@ -29,7 +29,7 @@ from finetune.distributed import is_main_process
 from finetune.errors import UserError
 from finetune.estimate.hardware.calibrate import calibrate
 from finetune.estimate.hardware.cpu import calibration, discard, keep, keep_freed_memory
-from finetune.estimate.monitor import Expected, does_not_fit, expect, rows
+from finetune.estimate.monitor import Expected, does_not_fit, expect
 from finetune.evaluation.collapse_monitor import CollapseMonitor
 from finetune.export import from_checkpoint
 from finetune.inference import class_images
@@ -44,7 +44,7 @@ from finetune.training import checkpoint, fsdp
 from finetune.training.checkpoint import publish
 from finetune.training.device import forget_peak, memory_left, memory_live, memory_peak, this_machine
 from finetune.training.failures import memory_explained
-from finetune.training.pace import Pace
+from finetune.training.pace import Pace, measured_rows
 from finetune.training.run_folder import Run
 from finetune.training.samples import sample_prompts
 from finetune.training.trainer import Trainer
@@ -394,22 +394,7 @@ def _compare(job: Job) -> list[terminal.Row]:
         return []
     values = job.trainer.pace.compared(memory_peak(job.accelerator.device))
     job.run.write_json("estimate.json", values)
-    more = {"memory_bytes": ("more", "less"), "seconds_per_step": ("slower", "faster")}
-    result = []
-    for (name, estimated, measured, off), key in zip(rows(values), _shown(values), strict=True):
-        text = measured
-        if off:
-            ratio = values[key]["measured"] / values[key]["estimated"]
-            share = f"{abs(ratio - 1):.0%} {more[key][ratio < 1]} than estimated"
-            text += f", estimated {estimated} ({share if ratio < 2 else f'{ratio:.1f} times the estimate'})"
-        result.append((name.removeprefix("a "), text))
-    return result
-
-
-def _shown(values: dict[str, Any]) -> list[str]:
-    """The keys of `estimate.json` that `monitor.rows` makes a row of."""
-    keys = ("memory_bytes", "seconds_per_step")
-    return [key for key in keys if any(values[key][side] is not None for side in ("estimated", "measured"))]
+    return measured_rows(values)
 
 
 def _report(folder: Path) -> Path | None:

@@ -26,7 +26,7 @@ from finetune.estimate.monitor import Expected, expect, rows
 from finetune.paths import ASSETS
 from finetune.planning import Plan
 from finetune.report.html_report import write_report
-from finetune.training.pace import FEWEST, WARM_UP, WINDOW, Pace, too_slow, typical, warning
+from finetune.training.pace import FEWEST, WARM_UP, WINDOW, Pace, measured_rows, too_slow, typical, warning
 from tests.helpers import tiny
 
 SMALL_GPU = Machine("cuda", "NVIDIA GeForce RTX 3060", 1, 2, True, int(11.8 * GIB))
@@ -213,6 +213,21 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     done.run.write_json("estimate.json", found)
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert f"The estimate for {one.gpu.name} before the first step" in page and '<td class="amount">+5%</td>' in page
+
+
+def test_measured_rows_say_which_side_was_off() -> None:
+    values: dict[str, dict[str, float | None]] = {
+        "memory_bytes": {"estimated": 4 * GIB, "measured": 3 * GIB},
+        "seconds_per_step": {"estimated": 0.255, "measured": 0.354},
+    }
+    assert measured_rows(values) == [
+        ("memory", "3.00 GiB, estimated 4.00 GiB (25% less than estimated)"),
+        ("step", "0.354 s, estimated 0.255 s (39% slower than estimated)"),
+    ]
+    values["seconds_per_step"]["measured"] = 2.55
+    assert measured_rows(values)[1][1] == "2.55 s, estimated 0.255 s (10.0 times the estimate)"
+    values["seconds_per_step"]["estimated"] = None
+    assert measured_rows(values)[1] == ("step", "2.55 s")
 
 
 # -- benchmarks/check_gpu.py ---------------------------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: P
     assert (job.data._encoding.mask(job.data.images[names.index("four.jpg")], False)["mask"] == 1).all()
     # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
     assert (
-        job.data._encoding.mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist() == [1.0] * 4 + [0.25] * 4
+        job.data._encoding.mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist()
+        == [1.0] * 4 + [0.25] * 4
     )
     assert {finding.kind: finding.count for finding in job.audit.findings}["no mask"] == 2
 
