@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +30,11 @@ SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on t
 PIECE = re.compile(
     r"(?P<net>unet|text_encoder|text_encoder_2)\.(?P<path>.+?)"
     r"\.(?P<piece>lora_A|lora_B|lora(?:_linear_layer)?\.(?:down|up)|lora_magnitude_vector)(\.weight)?"
+)
+WEIGHTS = (  # ends of the names of A and B
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
 )
 UP = ("lora_B", "lora.up", "lora_linear_layer.up")
 RESNET = {
@@ -80,12 +87,42 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
         else:
             found[f"{layer}.lora_down.weight"] = tensor
             found[f"{layer}.alpha"] = torch.tensor(folded_alpha(settings, net, path, len(tensor)))
+    found = with_one_alpha(found)
+    alpha = float(next(tensor for name, tensor in found.items() if name.endswith(".alpha")))
     if dtype is not None:
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):
         log.warning("DoRA in this format is for ComfyUI; A1111 and diffusers read it differently: use --merge for them")
     told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
-    save_file(found, target, told | describe(recipe, tensors, settings) | hashes(found))
+    header = told | describe(recipe, tensors, settings) | {"ss_network_alpha": f"{alpha:g}"}
+    save_file(found, target, header | hashes(found))
+
+
+def with_one_alpha(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
+    """The same LoRA with the same alpha in every layer.
+
+    A layer adds (alpha / rank) B A. What its own alpha has beyond the common one is multiplied into B. All programs read
+    such a file alike, but diffusers 0.42 reads alphas that differ by layer as if all were the most frequent one: the keys
+    of the `alpha_pattern` that it makes of them match no layer.
+
+    Args:
+        tensors: by layer, weights of either naming and `.alpha`; a layer without alpha has its rank as alpha.
+        alpha: the common one; None: the most frequent one.
+    """
+    layers: dict[str, tuple[str, float]] = {}  # layer → (name of B, alpha)
+    for name, tensor in tensors.items():
+        for down, up in WEIGHTS:
+            if name.endswith(down) and (layer := name.removesuffix(down)) + up in tensors:
+                layers[layer] = layer + up, float(tensors.get(f"{layer}.alpha", len(tensor)))
+    if alpha is None:
+        alpha = Counter(own for _, own in layers.values()).most_common(1)[0][0]
+    result = dict(tensors)
+    for layer, (up, own) in layers.items():
+        if own != alpha:
+            result[up] = (tensors[up].float() * (own / alpha)).to(tensors[up].dtype)
+        if own != alpha or f"{layer}.alpha" not in tensors:
+            result[f"{layer}.alpha"] = torch.tensor(alpha)
+    return result
 
 
 def layer_name(net: str, path: str, sdxl: bool) -> str:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.adapters.formats.key_maps import CODE, NET, by_diffusers_names, key_map
+from finetune.adapters.formats.kohya import with_one_alpha
 from finetune.adapters.lora_file import KEY, PEFT_FILE, Initial, look
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Adapter
@@ -52,8 +53,9 @@ def load_initial_lora(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Ada
             if state is not None:
                 _inject(pipeline, state, found)
             else:
-                state = _state_dict(pipeline, str(found.file))
-                pipeline.load_lora_weights(str(found.file), adapter_name=ADAPTER_NAME)
+                source = _with_one_alpha(found)
+                state = _state_dict(pipeline, source)
+                pipeline.load_lora_weights(source, adapter_name=ADAPTER_NAME)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise _another_base(name, " ".join(str(error).split())[:160], pipeline) from error
     adapted = {part: _adapted(net) for part, net in pipeline.components.items() if isinstance(net, nn.Module)}
@@ -133,10 +135,20 @@ def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
     )
 
 
-def _state_dict(pipeline: Any, file: str) -> dict[str, Tensor]:
+def _with_one_alpha(found: Initial) -> str | dict[str, Tensor]:
+    """The file's name, or its weights with one alpha where alphas differ by layer, which diffusers reads wrongly."""
+    alphas, layers = found.alphas, found.ranks.total()
+    missing = alphas.total() < layers  # a layer without alpha has its rank as alpha
+    if found.settings or not alphas or (len(alphas) == 1 and not missing):
+        return str(found.file)
+    return with_one_alpha(load_file(found.file), found.alpha)
+
+
+def _state_dict(pipeline: Any, source: str | dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's weights under diffusers' names. (Its loader rounds them to the base's dtype.)"""
     more = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
-    found = type(pipeline).lora_state_dict(file, **more)
+    source = dict(source) if isinstance(source, dict) else source  # diffusers empties it
+    found = type(pipeline).lora_state_dict(source, **more)
     state: dict[str, Tensor] = found[0] if isinstance(found, tuple) else found
     return state
 
