@@ -185,7 +185,7 @@ def test_names_as_other_programs_write_them(tmp_path: Path) -> None:
         ("flux1", "comfyui"): "transformer.single_transformer_blocks.3.proj_mlp.lora_B.weight",
         ("flux2", "comfyui"): "diffusion_model.double_blocks.0.txt_attn.qkv.lora_A.weight",
         ("qwen-image", "kohya"): "lora_unet_transformer_blocks_0_attn_add_q_proj.alpha",
-        ("z-image", "kohya"): "lora_unet_layers_1_attention_to_out_0.lora_up.weight",
+        ("z-image", "comfyui"): "transformer.layers.1.attention.to_out.0.lora_B.weight",
         ("lumina2", "comfyui"): "diffusion_model.layers.0.attention.qkv.lora_B.weight",
         ("pixart", "comfyui"): "transformer.transformer_blocks.2.attn.to_q.lora_A.weight",
     }
@@ -195,6 +195,8 @@ def test_names_as_other_programs_write_them(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
+    assert "kohya" not in specs()["z-image"].lora_formats  # ComfyUI would load none of its layers
+
     def refused(family: str, layout: str, layers: Layers | None = None) -> str:
         with pytest.raises(UserError) as caught:
             export(run_of(family, tmp_path / f"{family}-{layout}-{len(layers or ())}", layers=layers)[0], layout)
