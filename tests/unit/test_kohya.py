@@ -80,9 +80,7 @@ def trained(name: str, section: Adapter, folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys() and len(expected) > 4
     for layer, delta in expected.items():
-        torch.testing.assert_close(
-            found[layer], delta, rtol=1e-4, atol=1e-5, msg=lambda text, layer=layer: f"{layer}: {text}"
-        )
+        torch.testing.assert_close(found[layer], delta, rtol=1e-4, atol=1e-5, msg=layer)
 
 
 def continued(name: str, file: Path) -> dict[str, Tensor]:
