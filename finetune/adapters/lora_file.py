@@ -1,8 +1,9 @@
-"""A LoRA to go on from, known from its file's header: what it is and how large, without torch and without reading its weights.
+"""Read what a LoRA file contains from its header: format, ranks and alphas. Torch-free; weights are not read.
 
-diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (once also `….lora.down.weight` and others), and has alpha in its
-metadata, or none, which means the rank; kohya's sd-scripts name it `….lora_down.weight`, `….lora_up.weight`, and keep alpha as a
-tensor beside each (networks/lora.py). PEFT's own folder for a net has diffusers' names, and alpha in `adapter_config.json`.
+diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (formerly also `….lora.down.weight` and others) and stores
+alpha in its metadata; without, alpha is the rank. kohya's sd-scripts name it `….lora_down.weight`, `….lora_up.weight` and
+store alpha as a tensor beside each pair (networks/lora.py). PEFT's folder for a network has diffusers' names, and alpha in
+`adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -35,39 +36,46 @@ SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
 
 @dataclass(frozen=True)
 class Initial:
-    """`ranks` counts layers by rank, `alphas` by alpha; `settings` are PEFT's, of files that have them."""
+    """A LoRA file to continue from.
+
+    Attributes:
+        format: diffusers, kohya or PEFT.
+        ranks: number of layers by rank.
+        alphas: number of layers by alpha, of layers that have one.
+        settings: PEFT's configuration, in files that have it, such as `unet.r`.
+    """
 
     file: Path
-    format: str  # diffusers, kohya or PEFT
+    format: str
     ranks: Counter[int]
     alphas: Counter[float]
     settings: dict[str, Any]
 
     @property
     def layers(self) -> int:
-        """How many layers the file adapts."""
+        """Number of adapted layers."""
         return self.ranks.total()
 
     @property
     def rank(self) -> int:
-        """Of most layers."""
+        """That of most layers."""
         return self.ranks.most_common(1)[0][0]
 
     @property
     def alpha(self) -> float:
-        """Of most layers."""
+        """That of most layers."""
         return self.alphas.most_common(1)[0][0] if self.alphas else float(self.rank)
 
     def setting(self, name: str) -> Any:
-        """Of PEFT's settings: what any net's say, if it is not nothing."""
+        """The first value of a PEFT setting, over all networks, that is not empty; None if there is none."""
         return next((value for key, value in self.settings.items() if key.endswith(f".{name}") and value), None)
 
 
 def find(given: str) -> Path:
-    """The LoRA's file: itself, in its folder, or in a run's `final`; of PEFT's, also in the folder of folders for each net.
+    """Find the LoRA file at a path: the file, a folder with it, a run, or a folder of PEFT's folders for each network.
 
     Raises:
-        UserError: nothing is there, or no .safetensors file.
+        UserError: there is none, or it is not a .safetensors file.
     """
     path = Path(given).expanduser()
     of_peft = (
@@ -79,9 +87,9 @@ def find(given: str) -> Path:
         if place.is_file():
             if place.suffix != ".safetensors":
                 raise UserError(
-                    f"{place.name} is no .safetensors file, and others may run any code when they are opened",
+                    f"{place.name} is not a .safetensors file; other formats can run arbitrary code when they are loaded",
                     where=KEY,
-                    remedy="convert it",
+                    remedy="convert it to .safetensors",
                 )
             return place
     raise UserError(
@@ -90,17 +98,17 @@ def find(given: str) -> Path:
 
 
 def look(given: str) -> Initial:
-    """Read a LoRA's header, and the scalars that alpha is in kohya's files.
+    """Read a LoRA's header, and in kohya's files the scalars that hold alpha.
 
     Raises:
-        UserError: it is no LoRA, or of a kind that training does not go on from.
+        UserError: it is not a LoRA, or of a kind that training cannot continue from.
     """
     file = find(given)
     try:
         with open(file, "rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
             if size > LARGEST_HEADER:
-                raise ValueError("its header has no end")
+                raise ValueError("its header is too large")
             header = json.loads(opened.read(size))
             metadata = header.pop("__metadata__", {})
             alphas = [_scalar(opened, 8 + size, entry) for name, entry in header.items() if name.endswith(".alpha")]
@@ -118,16 +126,16 @@ def look(given: str) -> Initial:
     for sign, kind in OTHER_KINDS.items():
         if any(sign in name for name in shapes):
             raise UserError(
-                f"{file.name} is a {kind}: training goes on from a LoRA only",
+                f"{file.name} is a {kind}, and training can only continue from a LoRA",
                 where=str(file),
-                remedy="give a LoRA, or leave out --init",
+                remedy="give a LoRA, or remove --init",
             )
     ranks = Counter(shape[0] for name, shape in shapes.items() if name.endswith(DOWN))
     if not ranks:
         raise UserError(
-            f"{file.name} holds no LoRA",
+            f"{file.name} contains no LoRA",
             where=str(file),
-            remedy="give a LoRA in diffusers' or kohya's format; a base goes into model.path",
+            remedy="give a LoRA in diffusers' or kohya's format; a base model belongs in model.path",
         )
     known = Counter(float(value) for key, value in settings.items() if key.endswith(".lora_alpha")) or Counter(alphas)
     kohya = any(name.endswith(".lora_down.weight") for name in shapes)
@@ -146,10 +154,10 @@ def _scalar(opened: Any, start: int, entry: dict[str, Any]) -> float:
 
 
 def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with the rank, alpha and kind of the LoRA that it goes on from, and what is to be said of it.
+    """Return the recipe with the rank, alpha and kind of its `adapter.init_lora`, and notes for the user.
 
     Raises:
-        UserError: as of `look`.
+        UserError: as in `look`.
     """
     adapter = recipe.adapter
     if adapter is None or adapter.init_lora is None:
@@ -159,17 +167,14 @@ def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     of_file |= {"dora": bool(found.setting("use_dora"))}
     of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
     ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
-    said = [
-        f"goes on from {public_name(str(found.file))} in the format of {found.format}, {ranks}; targets are the file's"
-    ]
+    notes = [f"continues from {public_name(str(found.file))} ({found.format} format, {ranks}); targets are the file's"]
     for name, value in of_file.items():
         if f"adapter.{name}" in recipe.lines and getattr(adapter, name) not in (None, value):
-            said.append(
-                f"adapter.{name} is {_said(getattr(adapter, name))} in the recipe and {_said(value)} in the file: the file's is taken"
-            )
+            own, other = _text(getattr(adapter, name)), _text(value)
+            notes.append(f"adapter.{name}: using {other}, as in the file, instead of the recipe's {own}")
     whole = dataclasses.replace(adapter, **of_file)
-    return dataclasses.replace(recipe, adapter=whole), tuple(said)
+    return dataclasses.replace(recipe, adapter=whole), tuple(notes)
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() or "nothing"

@@ -1,4 +1,4 @@
-"""An adapter's whole pipeline, with W + scale · B A, or what else its kind makes of W, in place of W."""
+"""Write a whole pipeline with an adapter merged into its weights: W + scale · B A, or what its kind computes from W."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune.adapters import peft
-from finetune.adapters.formats.safetensors_io import copy_folder, forget_places
+from finetune.adapters.formats.safetensors_io import copy_folder, remove_local_paths
 from finetune.config.schema import Recipe
 from finetune.models.pretrained import textual_inversion
 from finetune.models.pretrained.loading import open_pipeline
@@ -17,12 +17,12 @@ from finetune.models.registry import spec_of
 
 
 def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
-    """Write the recipe's base with the adapter in `final` added to its weights, and the schedule it was trained with.
+    """Write the recipe's base with the adapter in `final` merged, and the noise schedule it was trained with.
 
-    Added in float32, cast after: the sum is rounded once. What lies beside `target` is the caller's to clear away.
+    Merging is done in float32 and cast afterwards, so the sum is rounded once. The caller removes what lies beside `target`.
 
     Raises:
-        UserError: the base is gone; or a weight does not fit in `dtype`.
+        UserError: the base is missing, or a weight is too large for `dtype`.
     """
     pipeline: Any = open_pipeline(recipe.model, spec_of(recipe.model.family).pipeline, torch.float32)
     set_schedule(pipeline, recipe)
@@ -37,10 +37,10 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
     textual_inversion.load(pipeline, final, recipe)
     if dtype is None:
         pipeline.save_pretrained(target)
-        forget_places(target)
+        remove_local_paths(target)
         return
-    # Not pipeline.to(dtype): transformers writes that into the text encoder's configuration and opens it so, diffusers opens
-    # the UNet beside it in float32, and the two do not fit.
+    # Not pipeline.to(dtype): transformers would write the dtype into the text encoder's configuration and load it so, while
+    # diffusers loads the UNet in float32, and the two would not match.
     whole = target.with_name("float32")
     pipeline.save_pretrained(whole)
     copy_folder(whole, dtype, target)

@@ -1,7 +1,7 @@
-"""Adapters through PEFT: which layers get one, of which kind and rank, and what is handed out of them.
+"""Add adapters to networks through PEFT, and save and load them.
 
-A LoRA leaves as diffusers and all who read its files know it. LoHa, LoKr and OFT have no such form: they leave as PEFT's own folder for
-each net, `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads.
+A LoRA is saved in diffusers' file format. LoHa, LoKr and OFT have no such format: they are saved as one PEFT folder per
+network, `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` reads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from finetune.errors import UserError, did_you_mean
 from finetune.kernels import ADAPTER_NAME
 from finetune.models.registry import specs
 
-# Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions. What only
-# one family has is in its record (`FamilySpec.lora_targets`).
+# Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions.
+# What only one family has is in its record (`FamilySpec.lora_targets`).
 ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out")
 MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)",)
 CLIP_ATTENTION, CLIP_MLP = ("[qkv]_proj", "out_proj"), (r"mlp\.fc[12]",)
@@ -40,13 +40,13 @@ PEFT_PREFIX = "base_model.model."  # of names in PEFT's own files
 
 
 def layers(net: nn.Module, targets: str) -> list[str]:
-    """Names of the layers of `net` that `targets` means, in the net's order.
+    """Names of the layers of `net` that `targets` selects, in the network's order.
 
     Args:
         targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (`to_q, mid_block.*conv1`).
 
     Raises:
-        UserError: nothing matches, with the nearest name; or an end is no regular expression.
+        UserError: nothing matches (with the nearest name), or an end is not a regular expression.
     """
     adaptable = {name: module for name, module in net.named_modules() if isinstance(module, ADAPTED)}
     if targets == "all-linear":
@@ -83,12 +83,12 @@ def target_patterns(class_name: str) -> dict[str, tuple[str, ...]]:
 
 
 def _ends(name: str, end: str, where: str) -> bool:
-    """Whether a layer's name ends so, as PEFT matches the keys of its patterns (`get_pattern_key`)."""
+    """Whether a layer's name ends with the pattern, as PEFT matches the keys of its patterns (`get_pattern_key`)."""
     try:
         return re.match(rf"(.*\.)?({end})$", name) is not None
     except re.error as error:
         raise UserError(
-            f'"{end}" is no regular expression: {error}',
+            f'"{end}" is not a regular expression: {error}',
             where=where,
             remedy="give the end of a layer's name, such as to_q",
         ) from error
@@ -100,12 +100,13 @@ def _no_match(what: str, given: str, where: str, names: Iterable[str], besides: 
 
 
 def add_adapter(net: Any, adapter: Adapter) -> list[str]:
-    """Put adapters on `net` in place; only they train, in float32 whatever the base's dtype. Returns the adapted layers.
+    """Add adapters to `net` in place and make only them trainable. Returns the adapted layers.
 
-    float32, because the gradients of float16 weights cannot be unscaled, and bfloat16 weights round small updates away.
+    They are float32 whatever the base's dtype: gradients of float16 weights cannot be unscaled, and bfloat16 rounds small
+    updates away.
 
     Raises:
-        UserError: nothing matches; a layer is too narrow for its rank; or PEFT has no such adapter for a layer.
+        UserError: nothing matches, a layer is too narrow for its rank, or the kind does not exist for a layer.
     """
     names = layers(net, adapter.targets)
     kind = kind_of(adapter)
@@ -122,14 +123,14 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if adapter.pissa:
-        # PiSSA takes W = W′ + B₀ A₀ apart and changes the base to W′. Others have W: what is handed out needs B₀ A₀ too.
+        # PiSSA decomposes W = W′ + B₀ A₀ and changes the base to W′. Users of the file have W, so the file needs B₀ A₀ too.
         net.pissa_start = {name: tensor.clone() for name, tensor in _weights(net).items()}
     return names
 
 
 @contextlib.contextmanager
 def switched_off(net: nn.Module) -> Iterator[None]:
-    """Within, the adapters of `net` add nothing. (PEFT's `enable_adapters` would also say anew which of their weights train.)"""
+    """Disable the adapters of `net` inside this context. (PEFT's `enable_adapters` would also change which weights train.)"""
     tuned = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
     for layer in tuned:
         layer._disable_adapters = True
@@ -141,7 +142,7 @@ def switched_off(net: nn.Module) -> Iterator[None]:
 
 
 def check_patterns(adapter: Adapter, names: list[str]) -> None:
-    """Refuse a pattern that is of none of the adapted layers, `names` of all nets."""
+    """Raise if a pattern matches none of the adapted layers, `names` of all networks."""
     for key in ("rank_pattern", "alpha_pattern"):
         for end in getattr(adapter, key):
             if not any(_ends(name, end, f"adapter.{key}") for name in names):
@@ -173,13 +174,13 @@ def _layer(name: str, layer: Any) -> Layer:
 
 
 def named_as_in_files(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIP text encoder's weights as `text_model.…`: transformers 5 dropped this from its class, but all that reads files knows it."""
+    """Prefix a CLIP text encoder's weights with `text_model.`: transformers 5 dropped it, but programs that read files expect it."""
     prefix = "text_model." if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model") else ""
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
 def _weights(net: nn.Module) -> dict[str, Tensor]:
-    """The adapters' weights under PEFT's names, contiguous float32 on the CPU."""
+    """The adapters' weights under PEFT's names, as contiguous float32 on the CPU."""
     return {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in get_peft_model_state_dict(net).items()
@@ -187,10 +188,10 @@ def _weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_weights(net: Any) -> dict[str, Tensor]:
-    """A LoRA's weights under PEFT's names, contiguous float32 on the CPU, for the base as everyone has it.
+    """A LoRA's weights under PEFT's names, as contiguous float32 on the CPU, relative to the original base.
 
-    Not under diffusers' older names: it knows those for some layers only, and of a file with both kinds it reads one. PiSSA's is
-    B A − B₀ A₀ = [B, −B₀] [A; A₀], of twice the rank.
+    diffusers' older names are not used: they exist for some layers only, and of a file with both, diffusers reads one kind.
+    After PiSSA, the change is B A − B₀ A₀ = [B, −B₀] [A; A₀], of twice the rank.
     """
     found = _weights(net)
     for name, start in getattr(net, "pissa_start", {}).items():
@@ -200,9 +201,9 @@ def lora_weights(net: Any) -> dict[str, Tensor]:
 
 
 def lora_configuration(net: Any) -> dict[str, Any]:
-    """PEFT's configuration as plain values: alpha, rank, rsLoRA and DoRA travel in the file, or the image is wrong.
+    """PEFT's configuration as plain values. Without alpha, rank, rsLoRA and DoRA in the file, images would be wrong.
 
-    Dropout is for training and stays behind: diffusers puts loaded adapters in training mode, and each image would differ.
+    Dropout is left out: diffusers puts loaded adapters in training mode, and every image would differ.
     """
     found: dict[str, Any] = net.peft_config[ADAPTER_NAME].to_dict()
     if hasattr(net, "pissa_start"):  # twice the rank at the same scale, alpha / rank or alpha / √rank
@@ -221,7 +222,7 @@ def saved_as_folders(pipeline: Any, adapter: Adapter) -> bool:
 
 
 def save_peft(net: Any, folder: Path) -> Path:
-    """Write the adapter as PEFT's own folder; returns the file of its weights."""
+    """Write the adapter as PEFT's folder; returns the file with its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(net.peft_config[ADAPTER_NAME])
     config.inference_mode = True
@@ -232,14 +233,14 @@ def save_peft(net: Any, folder: Path) -> Path:
 
 
 def read_peft(file: Path, net: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_peft` wrote: (weights as diffusers names them, `unet.….lora_A.weight`; PEFT's settings, `unet.r` and the like)."""
+    """Read what `save_peft` wrote: weights under diffusers' names (`unet.….lora_A.weight`), PEFT's settings (`unet.r`, …)."""
     config: dict[str, Any] = json.loads(file.with_name(PEFT_CONFIG).read_text(encoding="utf-8"))
     tensors = {f"{net}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in load_file(file).items()}
     return tensors, {f"{net}.{key}": value for key, value in config.items()}
 
 
 def load(pipeline: Any, folder: Path) -> dict[str, PeftModel]:
-    """Put what a run left in `folder` on a pipeline of its base. Returns the nets that PEFT wrapped, by name: none for a LoRA."""
+    """Load a run's adapter from `folder` into a pipeline of its base. Returns the networks that PEFT wrapped: none for a LoRA."""
     saved = sorted(folder.glob(f"*/{PEFT_CONFIG}"))
     if not saved:
         pipeline.load_lora_weights(str(folder))

@@ -1,4 +1,4 @@
-"""What a run leaves, in the form that other programs load. Importing this package imports no torch."""
+"""Export a run's result in formats that other programs load. Importing this package imports no torch."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def export(
     out: Path | None = None,
     checkpoint: str | None = None,
 ) -> list[Path]:
-    """Write a run's artifact anew, whole or not at all; nothing that exists is overwritten.
+    """Write a run's result in another format. Nothing that exists is overwritten, and a failed export leaves nothing behind.
 
     Args:
         run: the run's folder.
-        format: `diffusers` (a LoRA file or a pipeline's folder), or one LoRA file by the names of `kohya` or of `comfyui`.
-        merge: a LoRA's whole pipeline, the LoRA added to its weights.
-        dtype: float32, float16 or bfloat16 for every weight; none keeps them as they are.
-        out: the folder to make, or for the others the `.safetensors` file; none: inside the run, under `export/`.
-        checkpoint: `best` (by validation loss), or the steps that the run had taken; none: its end.
+        format: `diffusers` (a LoRA file or a pipeline's folder), or `kohya` or `comfyui` (one LoRA file).
+        merge: write the whole pipeline with the LoRA merged into its weights.
+        dtype: float32, float16 or bfloat16 for every weight; None keeps their dtypes.
+        out: the folder, or the `.safetensors` file; None: inside the run, under `export/`.
+        checkpoint: `best` (lowest validation loss) or a number of steps; None: the end of the run.
 
     Returns:
         The weight files written.
 
     Raises:
-        UserError: the run is not there or not finished, has no such checkpoint, `out` exists, or the run cannot be written in this form.
+        UserError: the run does not exist, is not finished or has no such checkpoint; `out` exists; or the format does not
+            exist for this run.
     """
     from safetensors import SafetensorError
 
@@ -51,13 +52,13 @@ def export(
     target = out or run / "export" / f"{recipe.name}-{name}{suffix}"
     if target.exists():
         raise UserError(
-            f"{target} exists already; nothing in it was touched",
+            f"{target} already exists; it was not changed",
             where="--out",
-            remedy="choose another place with --out, or remove it yourself",
+            remedy="choose another path with --out, or remove it",
         )
     if suffix and target.suffix != suffix:
         raise UserError(
-            f'a LoRA of this format is one file, and "{target.name}" does not end in {suffix}',
+            f'this format is one file, and "{target.name}" does not end in {suffix}',
             where="--out",
             remedy=f"--out {target}{suffix}",
         )
@@ -66,29 +67,29 @@ def export(
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
             if checkpoint:
-                from finetune.export.checkpoint import write_artefact
+                from finetune.export.checkpoint import write_artifact
 
                 chosen, path = Path(tempfile.mkdtemp(dir=aside)), chosen
-                write_artefact(run, path, chosen)
+                write_artifact(run, path, chosen)
             _write(chosen, recipe, format, merge, dtype, aside / target.name)
             os.replace(aside / target.name, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the second is what safetensors makes of a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error when the disk is full
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{target} could not be written: {reason}",
             where="--out",
-            remedy="free some space, or choose another place with --out",
+            remedy="free some space, or choose another path with --out",
         ) from error
     files = [target] if target.is_file() else sorted(target.rglob("*.safetensors"))
     for file in files:
-        file.chmod(0o644)  # safetensors writes for the owner alone, and these are made to be given away
+        file.chmod(0o644)  # safetensors makes files readable by the owner only, and exports are made to be shared
     return files
 
 
 def _write(final: Path, recipe: Recipe, format: str, merge: bool, dtype: str | None, target: Path) -> None:
-    if format != "diffusers" and has_unet(recipe.model.family):  # ComfyUI knows their layers by kohya's names
+    if format != "diffusers" and has_unet(recipe.model.family):  # ComfyUI uses kohya's names for them
         from finetune.adapters.formats.kohya import write_kohya
 
         write_kohya(final, recipe, dtype, target)
@@ -109,20 +110,20 @@ def _write(final: Path, recipe: Recipe, format: str, merge: bool, dtype: str | N
 def _recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise UserError(
-            f"{run} is no run's folder: it has no recipe.yaml",
-            remedy="give the folder that `ft train` made, such as runs/lora-emoji",
+            f"{run} is not a run's folder: it has no recipe.yaml",
+            remedy="give a folder written by `ft train`, such as runs/lora-emoji",
         )
     return load_recipe(run / "recipe.yaml")
 
 
 def _chosen(run: Path, checkpoint: str | None) -> Path:
-    """The folder of the run's artifact, or of a checkpoint."""
+    """The folder with the run's final weights, or of a checkpoint."""
     if checkpoint:
         from finetune.export.checkpoint import choose
 
         return choose(run, checkpoint)
     if not any((run / "final").rglob("*.safetensors")):
-        remedy = f"finish it: ft train {run / 'recipe.yaml'} --resume; or export a --checkpoint"
+        remedy = f"finish it (ft train {run / 'recipe.yaml'} --resume), or export a checkpoint (--checkpoint best)"
         raise UserError(f"{run} has no final weights yet", remedy=remedy)
     return run / "final"
 
@@ -138,18 +139,18 @@ def _check(recipe: Recipe, format: str, merge: bool, dtype: str | None) -> None:
         )
     if recipe.method != "lora" and (merge or format != "diffusers"):
         raise UserError(
-            f"this run is of method {recipe.method}: its weights are whole, there is no LoRA in it",
-            remedy=f"export it without --merge and --format {format}",
+            f"a run of method {recipe.method} trains all weights and contains no LoRA",
+            remedy=f"export it without --merge and without --format {format}",
         )
     if format != "diffusers" and recipe.adapter is not None and not (kind := kind_of(recipe.adapter)).has_lora_file:
-        problem = f"{format}'s format is for LoRAs, and this run trained {kind.title}"
+        problem = f"the {format} format is for LoRA only, and this run trained {kind.title}"
         raise UserError(problem, where="--format", remedy="export it with --merge, or as diffusers")
     known = tuple(spec_of(recipe.model.family).lora_formats)
     if format not in ("diffusers", *known):
-        problem = f"{format} has no names for the layers of {recipe.model.family}"
+        problem = f"the {format} format does not exist for family {recipe.model.family}"
         raise UserError(
             problem, where="--format", remedy=f"export it as {' or '.join(('diffusers', *known))}, or with --merge"
         )
     if merge and format != "diffusers":
-        problem = f"a merged model is a diffusers folder, and {format}'s format is for LoRAs"
-        raise UserError(problem, where=f"--merge, --format {format}", remedy="leave one of them out")
+        problem = f"a merged model is a diffusers folder, and the {format} format is for LoRA only"
+        raise UserError(problem, where=f"--merge, --format {format}", remedy="use one of the two")

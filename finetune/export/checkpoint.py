@@ -1,4 +1,4 @@
-"""The artifact of one of a run's checkpoints, as the run's end would have written it."""
+"""Export a checkpoint as if the run had ended there."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ BEST = "best"
 
 
 def choose(run: Path, asked: str) -> Path:
-    """The checkpoint with the least validation loss, or the one after so many steps.
+    """The folder of the checkpoint with the lowest validation loss, or of the one at a step.
 
     Args:
         asked: `best`, or a number of steps.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     option = "--checkpoint"
     if asked == BEST:
         found = checkpoint.best(run / "checkpoints")
         if found is None:
-            remedy = "give the steps of a checkpoint; with data.held_out, a run validates"
-            raise UserError("no checkpoint of this run was validated: none is the best", where=option, remedy=remedy)
+            remedy = "give the steps of a checkpoint, such as --checkpoint 500; with data.held_out, runs are validated"
+            raise UserError("no checkpoint of this run has a validation loss", where=option, remedy=remedy)
         return found
     if not asked.isdecimal():
         raise UserError(
-            f'"{asked}" is no checkpoint',
+            f'"{asked}" is not a checkpoint',
             where=option,
-            remedy=f"write {option} {BEST}, or the steps taken, such as {option} 500",
+            remedy=f"give {option} {BEST}, or a number of steps such as {option} 500",
         )
     return checkpoint.kept(run, [int(asked)], option)[0]
 
 
-def write_artefact(run: Path, path: Path, folder: Path) -> None:
-    """Write what the checkpoint at `path` holds into `folder`. The run's images are looked at, for their captions and classes.
+def write_artifact(run: Path, path: Path, folder: Path) -> None:
+    """Write the result of the checkpoint at `path` into `folder`. The run's data is audited again for captions and classes.
 
     Raises:
-        UserError: the images are not those that the run saw, the base is gone, or the checkpoint is damaged.
+        UserError: the data have changed since the run, the base is missing, or the checkpoint is damaged.
     """
     plan, found = load_plan(run), checkpoint.load_whole(path)
     audit = scan(class_images.with_class(plan.recipe), family=spec_of(plan.recipe.model.family))
     if audit.digest() != plan.data.digest:
         raise UserError(
-            "the images or captions have changed since this run was started",
+            "the images or captions have changed since this run started",
             where="data",
-            remedy="put them back as they were",
+            remedy="restore them",
         )
     from_checkpoint.write(dataclasses.replace(plan, machine=this_machine()), audit, found, run, folder)

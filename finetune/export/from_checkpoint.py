@@ -1,4 +1,7 @@
-"""A run's model built anew with the weights of one of its checkpoints: to write or to draw what the trainer's own nets, shared out, cannot."""
+"""Rebuild a run's model with the weights of a checkpoint, to export it or to generate samples.
+
+Also used where the trainer's own networks are sharded and cannot do that.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +21,27 @@ from finetune.training.optimizers import average
 
 
 def build(plan: Plan, audit: Audit) -> Model:
-    """The model of the plan's family, as it is before the first step, on the host."""
+    """Build the model of the plan's family, as before the first step, on the CPU."""
     return registry.build(plan, audit)
 
 
 @torch.no_grad()
 def rebuilt(plan: Plan, audit: Audit, found: Checkpoint | None) -> Model:
-    """The model in evaluation mode, with the weights by which the run would be judged at a checkpoint: averaged, if it keeps averages.
+    """Build the model in evaluation mode with the weights of a checkpoint: the averaged ones, if the run averages.
 
     Args:
-        found: none: before the first step.
+        found: the checkpoint; None: before the first step.
 
     Raises:
-        UserError: the checkpoint is of other weights.
+        UserError: the checkpoint has other weights.
     """
     model = build(plan, audit)
     tensors = model.state()
     if found is not None and tensors.keys() != found.weights.keys():
         raise UserError(
-            "the checkpoint holds other weights than this recipe trains",
+            "the checkpoint has other weights than this recipe trains",
             where=plan.folder,
-            remedy="give the recipe of its run",
+            remedy="use the recipe of the run that wrote it",
         )
     for train_step in model.train_steps():
         if found is not None:
@@ -50,12 +53,12 @@ def rebuilt(plan: Plan, audit: Audit, found: Checkpoint | None) -> Model:
 
 
 def write(plan: Plan, audit: Audit, found: Checkpoint, run: Path, folder: Path) -> list[Path]:
-    """Write the artifact of one checkpoint into `folder`; returns its files."""
+    """Write the result of a checkpoint into `folder`; returns its files."""
     return write_of(rebuilt(plan, audit, found), plan, found.step, run, folder)
 
 
 def write_of(model: Model, plan: Plan, steps: int, run: Path, folder: Path) -> list[Path]:
-    """Write the artifact of a model after so many steps, with its card, into `folder`; returns its files."""
+    """Write the result of a model after `steps` steps, with its model card, into `folder`; returns its files."""
     files = model.save(folder)
     stamp(folder, plan, steps)
     write_card(folder, run, plan, steps)

@@ -1,6 +1,6 @@
-"""A model card: `final/README.md` with the hub's front matter and the images it shows. Nothing in it names a place on this machine.
+"""Write a model card: `final/README.md` with the hub's front matter and sample images. It contains no local paths.
 
-Front matter: https://huggingface.co/docs/hub/model-cards. No licence is named: the base's rules, and its trainer chooses.
+Front matter: https://huggingface.co/docs/hub/model-cards. It names no license: that depends on the base and the author.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from finetune.report import images, tables
 
 MOST_IMAGES = 8
 HERE = "FOLDER-OF-THIS-FILE"
-PRIVATE = ("folder", "base", "note")  # rows of the plan that may name places
+PRIVATE = ("folder", "base", "note")  # rows of the plan that may contain local paths
 COMFYUI = (
-    "`ft export RUN --format comfyui` writes the LoRA under the names that ComfyUI knows; put that file into `ComfyUI/models/loras`,"
-    " and load it with the node *Load LoRA* between the checkpoint and the sampler."
+    "`ft export RUN --format comfyui` writes the LoRA with ComfyUI's layer names. Put that file into `ComfyUI/models/loras` and"
+    " load it with the node *Load LoRA* between the checkpoint and the sampler."
 )
-WORDS = "The files in `embeddings` go into `ComfyUI/models/embeddings`; in prompts they are called `embedding:NAME`."
+WORDS = "Put the files in `embeddings` into `ComfyUI/models/embeddings`; in prompts, write `embedding:NAME`."
 METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}
 
 
@@ -36,10 +36,10 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
     """Write the card into `final`, with the last samples of the run beside it; returns its path.
 
     Args:
-        final: the folder with what was trained.
-        run: the run's folder, for its samples, data and versions.
-        plan: of the run.
-        steps: that it has taken.
+        final: the folder with the result.
+        run: the run's folder, with its samples, data and versions.
+        plan: the run's plan.
+        steps: steps trained.
     """
     shown = _copied(final, run, plan)
     recipe, parts = plan.recipe, []
@@ -75,7 +75,7 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
 
 
 def _front_matter(plan: Plan, base: str, shown: list[tuple[str, str]]) -> dict[str, Any]:
-    """The keys by which the hub files a model. A base that is no name on the hub is left out: it would lead nowhere."""
+    """The hub's metadata. A base that is not on the hub is left out."""
     recipe = plan.recipe
     draws = spec_of(recipe.model.family).pretrained
     found: dict[str, Any] = {}
@@ -96,18 +96,18 @@ def _front_matter(plan: Plan, base: str, shown: list[tuple[str, str]]) -> dict[s
 
 
 def _copied(final: Path, run: Path, plan: Plan) -> list[tuple[str, str]]:
-    """(file as the card names it, prompt) of the run's last samples, copied into `final`."""
+    """Copy the run's last samples into `final`; returns (file as the card names it, prompt)."""
     looks = images.sample_files(run, plan.recipe.sample.prompts)
     found = []
     for drawn in looks[max(looks)][:MOST_IMAGES] if looks else ():
         (final / "images").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(drawn.path, final / "images" / drawn.path.name)
-        found.append((f"images/{drawn.path.name}", str(drawn.prompt)))  # Pillow's text is of a class of its own
+        found.append((f"images/{drawn.path.name}", str(drawn.prompt)))  # Pillow's text has a class of its own
     return found
 
 
 def _data(found: dict[str, Any]) -> Iterable[terminal.Row]:
-    """Counts and sizes; what was wrong with which files stays at home."""
+    """Counts and sizes; names of problematic files are left out."""
     return tables.data_rows(found | {"problems": []})
 
 
@@ -121,6 +121,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _line(text: str) -> str:
-    """Other people's text as one line of Markdown that means nothing but itself."""
+    """Escape text as one line of Markdown."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in text)

@@ -1,4 +1,4 @@
-"""The lines of Python that draw with what a run wrote, in plain diffusers. Torch-free."""
+"""Python code that generates an image with a run's result, in plain diffusers. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune.planning import Plan
 
 
 def usage(plan: Plan, base: str, weights: str) -> str:
-    """The lines, the last of which draws; "" for a family that diffusers has no pipeline for.
+    """The code; "" if diffusers has no pipeline for the family.
 
     Args:
-        base: what a LoRA is loaded on, as the reader of the lines is to name it.
-        weights: the folder with what was trained, likewise.
+        base: the base model of a LoRA, as the code shall name it.
+        weights: the folder with the trained weights, likewise.
     """
     recipe = plan.recipe
     if recipe.model.family == "autoencoder-kl":
@@ -43,7 +43,7 @@ def usage(plan: Plan, base: str, weights: str) -> str:
     lines[2:2] = [
         line for new in recipe.tokens for line in _word(new.token, f"{weights}/{new.file}", recipe.model.family)
     ]
-    if changes := _schedule(plan):  # a LoRA's file cannot carry the schedule that it was trained with
+    if changes := _schedule(plan):  # a LoRA file cannot contain the noise schedule that it was trained with
         imported = f"DDIMScheduler, {name}"
         told = ", ".join(f"{key}={value!r}" for key, value in changes.items())
         lines.insert(1, f"pipeline.scheduler = DDIMScheduler.from_config(\n    pipeline.scheduler.config, {told}\n)")
@@ -52,7 +52,7 @@ def usage(plan: Plan, base: str, weights: str) -> str:
 
 
 def _word(token: str, file: str, family: str) -> list[str]:
-    """Lines that teach the pipeline a new word; SDXL's two text encoders each have their own vectors of it."""
+    """Lines that load a new token; SDXL's two text encoders have separate embeddings."""
     if len(load_implementation(family).encoders) == 1:
         return [f"pipeline.load_textual_inversion({file!r}, token={token!r})"]
     second = "text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2"
@@ -64,7 +64,7 @@ def _word(token: str, file: str, family: str) -> list[str]:
 
 
 def _schedule(plan: Plan) -> dict[str, object]:
-    """What the recipe changes in the base's scheduler, where the base is not so already as far as can be seen."""
+    """Settings that the recipe changes in the base's scheduler; {} if a local base is known to have them already."""
     recipe = plan.recipe
     wanted: dict[str, object] = {"prediction_type": recipe.model.prediction} if recipe.model.prediction else {}
     if recipe.diffusion is not None and recipe.diffusion.zero_terminal_snr:

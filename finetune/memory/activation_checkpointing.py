@@ -1,7 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): blocks forget what they computed and compute it again in the backward pass.
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): blocks recompute their activations in the backward pass.
 
-Of every block, or of every n-th: diffusers' nets hand each of their blocks to one function, which decides here by the
-block's place in the order of the first forward pass.
+For every block, or every n-th: diffusers' networks pass each of their blocks to one function, which here decides by the
+block's position in the first forward pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 def checkpoint_activations(net: Any, every: int) -> None:
-    """Let `net` recompute its first block of each `every` blocks; 0: none. A text encoder of transformers recomputes all or none."""
+    """Make `net` recompute the first of each `every` blocks; 0: none. Text encoders of transformers recompute all or none."""
     if not every:
         return
     if isinstance(net, PreTrainedModel):
@@ -26,14 +26,14 @@ def checkpoint_activations(net: Any, every: int) -> None:
 
 @final
 class EveryNth:
-    """diffusers' `gradient_checkpointing_func`: called with a block and its arguments, returns what the block returns."""
+    """diffusers' `gradient_checkpointing_func`: calls a block with its arguments and returns its output."""
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._places: dict[int, int] = {}  # block → its place
+        self._positions: dict[int, int] = {}  # block → its position
 
     def __call__(self, block: Any, *arguments: Any) -> Any:
-        place = self._places.setdefault(id(block), len(self._places))
-        if place % self._every:
+        position = self._positions.setdefault(id(block), len(self._positions))
+        if position % self._every:
             return block(*arguments)
         return torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""What a recipe does to a loaded pipeline so that it takes less memory: quantized or waiting weights, a VAE that works in tiles."""
+"""Apply a recipe's memory options to a loaded pipeline: quantization, offloading, VAE tiling."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from finetune.memory.quantization import quantize
 
 
 def quantize_base(denoiser: nn.Module, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> None:
-    """Before adapters are put on. Where samples will be drawn, the whole weights are kept for them."""
+    """Quantize the denoiser; call it before adapters are added. If samples will be generated, full weights are kept for them."""
     kind = recipe.model.quantize
     if kind is not None and not quantize(denoiser, kind, dtype, device, keep_whole=bool(recipe.sample.prompts)):
-        problem = f"{type(denoiser).__name__} has no linear layer large enough to quantize"
-        raise UserError(problem, where="model.quantize", remedy="remove it: nothing would be saved")
+        problem = f"{type(denoiser).__name__} has no linear layer that is large enough to quantize"
+        raise UserError(problem, where="model.quantize", remedy="remove it; it would save no memory")
 
 
 def offload_base(denoiser: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """After adapters are put on: they stay on the device."""
+    """Offload the denoiser's blocks; call it after adapters are added, which stay on the device."""
     if recipe.train.offload_blocks:
         offload_blocks(denoiser, device)
 
 
 def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.device) -> None:
-    """Text encoders as they encode."""
+    """Place text encoders for encoding as `model.text_encoder_placement` says."""
     for encoder in encoders.values():
         if section.text_encoder_placement == "offload":
             offload_blocks(encoder, device)
@@ -38,7 +38,7 @@ def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.d
 
 
 def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
-    """A pipeline that only draws: what was too large for the device in training is so again, and its blocks wait in host memory."""
+    """Prepare a pipeline that only generates: if it was too large for the device in training, its blocks are offloaded."""
     tile(pipeline.vae, recipe.model)
     large = (
         recipe.model.quantize is not None
@@ -52,11 +52,9 @@ def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
 
 
 def tile(vae: Any, section: Model) -> None:
-    """Let the VAE encode and decode in tiles, where the recipe says so; images of one tile are as they were."""
+    """Make the VAE encode and decode in tiles if the recipe says so. Images that fit in one tile do not change."""
     if not section.vae_tiling:
         return
     vae.enable_tiling()
-    if hasattr(
-        vae, "tile_latent_min_size"
-    ):  # AutoencoderKL takes tiles of the size it was trained at, which saves nothing there
+    if hasattr(vae, "tile_latent_min_size"):  # AutoencoderKL's tiles have its training size, which would save nothing
         vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)

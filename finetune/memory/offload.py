@@ -1,7 +1,8 @@
-"""Frozen blocks that wait in host memory and are on the device only while they compute.
+"""Block offloading: frozen weights are kept in host memory and copied to the device only while their block computes.
 
-diffusers has hooks for this too (`apply_group_offloading`). They move all of a block, what trains included, copy back what has not
-changed, and exchange the data of parameters that the backward pass still refers to; these bring frozen weights, one way.
+diffusers has hooks for this too (`apply_group_offloading`). They move the whole block, trained weights included, copy back
+what has not changed, and replace the data of parameters that the backward pass still refers to. These hooks copy frozen
+weights, one way.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from torch import nn
 
 
 def offload_blocks(net: nn.Module, device: torch.device) -> int:
-    """Let the frozen weights of `net`'s blocks wait in host memory; returns the bytes that do so. All else is left where it is.
+    """Keep the frozen weights of `net`'s blocks in host memory; returns their bytes. Everything else stays where it is.
 
-    For nets whose blocks stand in one row (transformers, text encoders). In training, the weights of a block that is not checkpointed
-    stay on the device until the backward pass has read them: nothing wrong, and nothing saved.
+    For networks with one sequence of blocks (transformers, text encoders). In training, the weights of a block without
+    activation checkpointing stay on the device until the backward pass has read them, so nothing is saved.
     """
     blocks = list(blocks_of(net))
     for block in blocks:
-        _Waiting(block, device)
+        _Offloaded(block, device)
     return sum(cast(int, block.waiting_bytes) for block in blocks)
 
 
 def blocks_of(net: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules."""
+    """The members of the outermost `ModuleList`s."""
     for child in net.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -35,11 +36,11 @@ def blocks_of(net: nn.Module) -> Iterator[nn.Module]:
 
 
 @final
-class _Waiting:
-    """The hooks of one block. Between calls empty parameters stand in its weights' places, so that `.to` moves nothing.
+class _Offloaded:
+    """The hooks of one block. Between calls its weights are empty parameters, so that `.to` moves nothing.
 
-    The parameters themselves are exchanged, not their data: a checkpoint keeps frozen ones by reference, and the backward pass
-    would read what stands in them by then.
+    The parameters themselves are replaced, not their data: activation checkpointing keeps frozen ones by reference, and the
+    backward pass would read whatever data they have by then.
     """
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
@@ -49,7 +50,7 @@ class _Waiting:
         ]
         self._places = [(module, name) for module, name in self._places if not module._parameters[name].requires_grad]  # type: ignore[union-attr]
         self._host = [module.get_parameter(name).data.to("cpu") for module, name in self._places]
-        if device.type == "cuda":  # pinned memory is copied while the host goes on
+        if device.type == "cuda":  # copies from pinned memory are asynchronous
             self._host = [tensor.pin_memory() for tensor in self._host]
         self._empty = [
             nn.Parameter(torch.empty(0, dtype=tensor.dtype, device=device), requires_grad=False)

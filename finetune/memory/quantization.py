@@ -1,10 +1,10 @@
-"""Frozen linear layers in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(), 2022, arXiv:2208.07339).
+"""Quantized frozen linear layers, in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(), 2022, arXiv:2208.07339).
 
-The kernels are bitsandbytes'; the layers are swapped after loading, on any device (diffusers' own loader of such weights wants a GPU).
-Only weights are rounded, products are in the run's own precision, so gradients are those of what was computed.
+The kernels are bitsandbytes'. Layers are replaced after loading, on any device (diffusers' own loader needs a GPU). Only
+weights are rounded; products are computed in the run's precision, and gradients are exact for what was computed.
 
-A quantized base is not quite the base, and what is drawn on it looks better there than where the LoRA is used. So images are drawn
-on the whole weights (`whole_weights`), which wait in host memory.
+A quantized base differs from the base that the LoRA will be used with, so samples on it would look better than what users
+get. Samples are therefore generated with the full weights (`whole_weights`), which are kept in host memory.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.nn import functional
 
 from finetune.config.schema import Quantization
 
-SMALLEST = 4096  # weights; in a smaller layer there is nothing to save
+SMALLEST = 4096  # weights; quantizing smaller layers saves nothing
 BLOCK = 64  # weights of NF4 that share a scale
 
 
 def quantize(
     net: nn.Module, kind: Quantization, dtype: torch.dtype, device: torch.device | str = "cpu", keep_whole: bool = False
 ) -> list[str]:
-    """Put the linear layers of a net's repeated blocks into `kind`, in place and frozen; returns their names.
+    """Quantize the linear layers of a network's repeated blocks, in place; returns their names.
 
-    Kept as they are: what stands outside the blocks (embeddings of patches, time and text, the last norm and projection), since
-    every token passes through it and it is a percent or two of the weights; convolutions, for which there are no kernels; layers of
-    fewer than `SMALLEST` weights.
+    Not quantized: layers outside the blocks (embeddings of patches, time and text, the last norm and projection), which
+    every token passes through and which are a percent or two of the weights; convolutions, for which there are no kernels;
+    layers with fewer than `SMALLEST` weights.
 
     Args:
-        dtype: of the products.
-        device: where they are quantized, and stay: a GPU takes milliseconds a layer where a CPU takes a second.
-        keep_whole: also keep the weights as they were, in host memory, for `whole_weights`.
+        dtype: dtype of the products.
+        device: where they are quantized and stay: a GPU takes milliseconds per layer, a CPU a second.
+        keep_whole: also keep the original weights in host memory, for `whole_weights`.
     """
     names = quantizable(net)
     for name in names:
@@ -46,7 +46,7 @@ def quantize(
 
 
 def quantizable(net: nn.Module) -> list[str]:
-    """Names of the layers that `quantize` would swap: never an adapter's own."""
+    """Names of the layers that `quantize` would replace. An adapter's own layers are never among them."""
     large = [
         name for name, layer in net.named_modules() if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST
     ]
@@ -54,14 +54,14 @@ def quantizable(net: nn.Module) -> list[str]:
 
 
 def _in_blocks(net: nn.Module, name: str) -> bool:
-    """Whether a layer stands in a list of blocks."""
+    """Whether a layer is inside a list of blocks."""
     parts = name.split(".")
     return any(isinstance(net.get_submodule(".".join(parts[:end])), nn.ModuleList) for end in range(1, len(parts)))
 
 
 @contextlib.contextmanager
 def whole_weights(net: nn.Module) -> Iterator[None]:
-    """Within, the net computes as if it had never been quantized; each layer's weights come from host memory for as long as they are used."""
+    """Compute with the original weights inside this context. Each layer copies them from host memory while it computes."""
     layers = [layer for layer in net.modules() if isinstance(layer, QuantizedLinear)]
     for layer in layers:
         layer.computes_whole = layer.whole is not None
@@ -73,17 +73,18 @@ def whole_weights(net: nn.Module) -> Iterator[None]:
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:
-    """That a net takes: of its first parameter that is no quantized weight."""
+    """The dtype that a network computes in: that of its first floating-point parameter."""
     return next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
 
 
 @final
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer.
+    """A frozen, quantized linear layer.
 
-    `weight` holds int8: a row's weights over their largest, × 127; or two of NF4's four bits a byte (as int8, which other classes
-    take for quantized). `scales` are float32: one a row, or, of NF4, one for `BLOCK` weights, 4.5 bits a weight in all. (Scales
-    in 8 bits themselves, QLoRA's double quantization, would make that 4.13: a twelfth less memory for one kernel more at each use.)
+    `weight` is int8: a row's weights divided by the largest of them, × 127; or two NF4 values per byte (as int8, by which other
+    classes recognize quantized weights). `scales` are float32: one per row, or with NF4 one per `BLOCK` weights, 4.5 bits per
+    weight in total. (8-bit scales, QLoRA's double quantization, would make that 4.13: a twelfth less memory for one more
+    kernel at each use.)
     """
 
     weight: nn.Parameter
@@ -99,9 +100,9 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scales", scales, persistent=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
-        self.whole = whole.to("cpu") if keep_whole else None  # no buffer: `.to` would move it
+        self.whole = whole.to("cpu") if keep_whole else None  # not a buffer: `.to` would move it
         self.computes_whole = False
-        self.packed_away = whole.numel() - weight.numel()  # weights that it stands for beyond its own elements
+        self.packed_away = whole.numel() - weight.numel()  # weights that it represents beyond its own elements
 
     def forward(self, values: Tensor) -> Tensor:
         """[…, in] → […, out] in the layer's dtype."""
@@ -114,7 +115,7 @@ class QuantizedLinear(nn.Linear):
         return found
 
     def dequantize(self) -> Tensor:
-        """The weights as they are multiplied, [out, in]."""
+        """The dequantized weights, [out, in]."""
         return dequantized(self.weight, self.scales, (self.out_features, self.in_features), self.dtype)
 
     @property
@@ -133,7 +134,7 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weights [out, in] that a quantized layer's tensors stand for; int8 has the shape, NF4 two of them a byte."""
+    """The weights [out, in] that a quantized layer's tensors represent. int8 has that shape; NF4 has two weights per byte."""
     if weight.shape == shape:
         return weight.to(dtype).mul_((scales / 127).unsqueeze(1))
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
@@ -144,7 +145,7 @@ def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: t
 
 @final
 class _Product(torch.autograd.Function):
-    """values × weightᵀ + bias, which keeps neither the input nor the dequantised weights: the backward pass makes them again."""
+    """values × weightᵀ + bias. It saves neither the input nor the dequantized weights; the backward pass computes them again."""
 
     @staticmethod
     def forward(

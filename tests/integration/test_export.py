@@ -245,7 +245,7 @@ def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path
     best = min(losses, key=lambda step: losses[step])
     (file,) = export(run, "kohya", checkpoint="best")
     assert file.name == f"tiny-step-000000{best}-kohya.safetensors"
-    for asked, says in (("4", "there is no checkpoint of step 4"), ("last", '"last" is no checkpoint')):
+    for asked, says in (("4", "there is no checkpoint of step 4"), ("last", '"last" is not a checkpoint')):
         with pytest.raises(UserError, match=says):
             export(run, checkpoint=asked)
     with pytest.raises(UserError, match="no final weights yet"):
@@ -283,13 +283,13 @@ def test_refusals(tmp_path: Path) -> None:
     existing = tmp_path / "existing"
     existing.mkdir()
     (existing / "mine.txt").write_text("mine")
-    assert "exists already" in refused(run, out=existing)
+    assert "already exists" in refused(run, out=existing)
     assert [path.name for path in existing.iterdir()] == ["mine.txt"]
     assert 'did you mean "kohya"' in refused(run, "khoya")
     assert 'did you mean "float16"' in refused(run, dtype="flaot16")
-    assert "weights are whole" in refused(run, "kohya")
-    assert "weights are whole" in refused(run, merge=True)
-    assert "is no run's folder" in refused(existing)
+    assert "contains no LoRA" in refused(run, "kohya")
+    assert "contains no LoRA" in refused(run, merge=True)
+    assert "is not a run's folder" in refused(existing)
     assert "could not be written" in refused(run, out=existing / "mine.txt" / "below")
 
     weights = run / "final" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -304,5 +304,5 @@ def test_refusals(tmp_path: Path) -> None:
     assert "no final weights yet" in refused(tmp_path / "unfinished")
 
     lora = run_of("sd15", tmp_path / "lora")
-    assert "leave one of them out" in refused(lora, "kohya", merge=True)
+    assert "use one of the two" in refused(lora, "kohya", merge=True)
     assert "does not end in .safetensors" in refused(lora, "kohya", out=tmp_path / "file")

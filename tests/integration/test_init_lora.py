@@ -78,9 +78,9 @@ def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> N
     assert (adapter.rank, adapter.alpha, adapter.rslora) == (
         (4, 3, True) if layout == "diffusers" else (4, 6, False)
     )  # 3 / √4 = 6 / 4
-    (said,) = [note for note in job.plan.notes if "goes on from" in note]
-    assert f"in the format of {layout}, {len(load_file(in_format('sd15', 'diffusers'))) // 2} layers of rank 4" in said
-    assert "adapter.rank is 16 in the recipe and 4 in the file: the file's is taken" in job.plan.notes
+    (text,) = [note for note in job.plan.notes if "continues from" in note]
+    assert f"({layout} format, {len(load_file(in_format('sd15', 'diffusers'))) // 2} layers of rank 4)" in text
+    assert "adapter.rank: using 4, as in the file, instead of the recipe's 16" in job.plan.notes
     old, new = (load_file(folder / "final" / LORA_FILE) for folder in (before("sd15"), tmp_path / "run"))
     assert {key: tensor.shape for key, tensor in old.items()} == {key: tensor.shape for key, tensor in new.items()}
     assert not any(torch.equal(new[key], old[key]) for key in old)
@@ -214,10 +214,10 @@ def test_refusals(tmp_path: Path) -> None:
     assert "also adapts the text_encoder" in refused(in_format("sd15", "kohya"), run)
     assert "there is no LoRA at" in refused(tmp_path / "nowhere.safetensors", run)
     (tmp_path / "lora.pt").write_bytes(b"pickle")
-    assert "is no .safetensors file" in refused(tmp_path / "lora.pt", run)
+    assert "is not a .safetensors file" in refused(tmp_path / "lora.pt", run)
     (tmp_path / "cut.safetensors").write_bytes(in_format("sd15", "kohya").read_bytes()[:300])
     assert "cannot be read" in refused(tmp_path / "cut.safetensors", run)
-    assert "holds no LoRA" in refused(tiny.pipeline("sd15") / "unet" / "diffusion_pytorch_model.safetensors", run)
+    assert "contains no LoRA" in refused(tiny.pipeline("sd15") / "unet" / "diffusion_pytorch_model.safetensors", run)
     save_file({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
     assert "is a LoHa" in refused(tmp_path / "loha.safetensors", run)
 

@@ -28,7 +28,7 @@ def test_ends_are_regular_expressions_as_pefts_patterns() -> None:
         f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{letter}" for letter in ("k", "v")
     ]
     assert peft.layers(net, "o_q, conv_in") == ["conv_in"], "an end begins at a dot"
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="is not a regular expression"):
         peft.layers(net, "to_(q")
 
 

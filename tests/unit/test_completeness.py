@@ -95,7 +95,7 @@ def test_implementation_is_what_the_record_says(slug: str) -> None:
         assert hasattr(diffusers, spec.pipeline)
         for layout in spec.lora_formats:
             key_map = key_maps.key_map(spec, layout)
-            assert key_map is None or isinstance(key_map, key_maps.Convention)
+            assert key_map is None or isinstance(key_map, key_maps.KeyMap)
     else:
         assert callable(implementation.build)
         assert registry.family_of_module(implementation.__name__) == slug

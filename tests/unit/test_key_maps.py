@@ -202,6 +202,6 @@ def test_refusals(tmp_path: Path) -> None:
             export(run_of(family, tmp_path / f"{family}-{layout}-{len(layers or ())}", layers=layers)[0], layout)
         return str(caught.value)
 
-    assert "comfyui has no names for the layers of sana" in refused("sana", "comfyui", SD3)
+    assert "the comfyui format does not exist for family sana" in refused("sana", "comfyui", SD3)
     assert "export it as diffusers or comfyui" in refused("sd3", "kohya")
     assert 'no name for the layer "norm_out.linear"' in refused("flux1", "kohya", {"norm_out.linear": (8, 8)})

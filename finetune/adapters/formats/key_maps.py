@@ -1,14 +1,15 @@
-"""A transformer's LoRA under the names by which other programs know its layers.
+"""Write and read a transformer's LoRA under other programs' layer names.
 
-`kohya`: `lora_unet_` and the path with underscores, as sd-scripts (networks/lora_flux.py) and musubi-tuner (convert_lora.py) write;
-`comfyui`: dots, and `lora_A`, `lora_B`. Either goes by the names of the model's first code where the tables below have them, and by
-diffusers' where these are the ones in use. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path for
-SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every model); diffusers,
-loaders/lora_conversion_utils.py, which reads all of these back except as the families' records say (`lora_formats`);
-`by_diffusers_names` reads whatever has dots.
+`kohya`: `lora_unet_` and the path with underscores, as sd-scripts (networks/lora_flux.py) and musubi-tuner (convert_lora.py)
+write. `comfyui`: dots, and `lora_A`, `lora_B`. Both use the names of the model's original code where the tables below have
+them, and otherwise diffusers' names. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path
+for SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every
+model); diffusers, loaders/lora_conversion_utils.py, which reads all of these back except as the families' records say
+(`lora_formats`). `by_diffusers_names` reads whatever has dots.
 
-Where the first code computes several of diffusers' layers at once (q, k and v), their LoRAs become one: A's stacked, B's along a diagonal,
-B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale that is not 1 is worked into B: programs differ in how they read alpha.
+Where the original code computes several of diffusers' layers at once (q, k and v), their LoRAs are joined: A's are stacked, B's
+are placed along a diagonal, B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale other than 1 is multiplied into B, since
+programs differ in how they read alpha.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ from finetune.errors import UserError
 from finetune.models import registry
 from finetune.models.spec import FamilySpec
 
-NET, CODE = "transformer", "diffusion_model"  # what paths begin with: diffusers', the first code's
-Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and how wide each is beside the others
+NET, CODE = "transformer", "diffusion_model"  # first part of paths: diffusers', the original code's
+Shares = tuple[tuple[str, int], ...]  # members of a fused layer, in order, and their relative widths
 
 
 @dataclass(frozen=True)
 class Block:
-    """One kind of block: its name in the first code, its layers there by diffusers' names, and layers that are computed at once."""
+    """One kind of block.
+
+    Attributes:
+        name: in the original code.
+        layers: diffusers' names → the original names.
+        fused: original names of layers that are several of diffusers' → those.
+    """
 
     name: str
     layers: Mapping[str, str]
@@ -46,8 +53,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Convention:
-    """`blocks` by diffusers' names of them, `outside` the layers in none."""
+class KeyMap:
+    """Layer names: `blocks` by diffusers' names, `outside` the layers outside of blocks."""
 
     blocks: Mapping[str, Block]
     outside: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +65,7 @@ _QKV = {
     "img_attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
     "txt_attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
 }
-FLUX = Convention(
+FLUX = KeyMap(
     {
         "transformer_blocks": Block(
             "double_blocks",
@@ -80,7 +87,7 @@ FLUX = Convention(
     },
     {"x_embedder": "img_in", "context_embedder": "txt_in"},
 )
-FLUX2 = Convention(
+FLUX2 = KeyMap(
     {
         "transformer_blocks": Block(
             "double_blocks",
@@ -104,7 +111,7 @@ _LUMINA2_BLOCK = {
     "norm1.linear": "adaLN_modulation.1",
     **{f"feed_forward.linear_{number}": f"feed_forward.w{number}" for number in (1, 2, 3)},
 }
-LUMINA2 = Convention(
+LUMINA2 = KeyMap(
     {
         name: Block(name, _LUMINA2_BLOCK, {"attention.qkv": (("attn.to_q", 3), ("attn.to_k", 1), ("attn.to_v", 1))})
         for name in ("layers", "noise_refiner", "context_refiner")
@@ -112,29 +119,29 @@ LUMINA2 = Convention(
 )
 
 
-def key_map(spec: FamilySpec, layout: str) -> Convention | None:
+def key_map(spec: FamilySpec, layout: str) -> KeyMap | None:
     """How a format renames a family's layers; None where it uses diffusers' own names, or does not know the family."""
     target = spec.lora_formats.get(layout)
     return registry.load(target) if target else None
 
 
 def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | None, target: Path) -> None:
-    """Write the LoRA in `final` as `target` in the format `layout`.
+    """Write the LoRA in `final` to the file `target` in the format `layout`.
 
     Raises:
-        UserError: a layer that the format has no name for, or a DoRA.
+        UserError: the format has no name for a layer, or it is a DoRA.
     """
     file = final / LORA_FILE
     if file.is_file():
         tensors, metadata = read(file)
         settings = settings_of(metadata)
-    else:  # of a pipeline that reads no LoRA
+    else:  # of a pipeline that loads no LoRA
         file = final / NET / PEFT_FILE
         (tensors, settings), metadata = read_peft(file, NET), read(file)[1]
-    convention = key_map(registry.spec_of(recipe.model.family), layout)
+    names = key_map(registry.spec_of(recipe.model.family), layout)
     plain, parts = dict[str, tuple[Tensor, Tensor]](), dict[tuple[str, Shares], dict[str, tuple[Tensor, Tensor]]]()
     for path, pair in _pairs(tensors, settings, file).items():
-        name, shares = (path, ()) if convention is None else _renamed(path, convention, file)
+        name, shares = (path, ()) if names is None else _renamed(path, names, file)
         if shares:
             parts.setdefault((name, shares), {})[
                 next(member for member, _ in shares if path.endswith(f".{member}"))
@@ -142,18 +149,18 @@ def write_transformer(final: Path, recipe: Recipe, layout: str, dtype: str | Non
         else:
             plain[name] = pair
     plain |= {name: _fused(pairs, shares) for (name, shares), pairs in parts.items()}
-    found = _spelled(plain, layout, CODE if convention is not None else NET)
+    found = _spelled(plain, layout, CODE if names is not None else NET)
     if dtype is not None:
         found = cast(found, dtype, file)
-    told = {key: value for key, value in metadata.items() if key != PEFT}
-    header = told | describe(recipe, tensors, settings)
+    training = {key: value for key, value in metadata.items() if key != PEFT}
+    header = training | describe(recipe, tensors, settings)
     save_file(
         found, target, header | {"ss_network_alpha": header["ss_network_dim"]} | hashes(found)
-    )  # the scale is worked into the weights
+    )  # the scale is in the weights
 
 
 def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer's path → (A [r, in], scale · B [out, r])."""
+    """Path of each layer → (A [r, in], scale · B [out, r])."""
     found = {}
     for name, down in tensors.items():
         match = re.fullmatch(rf"{NET}\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight", name)
@@ -170,13 +177,13 @@ def _pairs(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], file: Pat
     return found
 
 
-def _renamed(path: str, convention: Convention, file: Path) -> tuple[str, Shares]:
-    """The first code's path of a layer of diffusers', and the shares of the layer there that it is a part of (none: it is whole)."""
-    if path in convention.outside:
-        return convention.outside[path], ()
+def _renamed(path: str, names: KeyMap, file: Path) -> tuple[str, Shares]:
+    """The original path for one of diffusers', and the shares of the fused layer that it is part of (empty: none)."""
+    if path in names.outside:
+        return names.outside[path], ()
     kind, _, rest = path.partition(".")
     number, _, layer = rest.partition(".")
-    block = convention.blocks.get(kind)
+    block = names.blocks.get(kind)
     if block is not None and layer in block.layers:
         return f"{block.name}.{number}.{block.layers[layer]}", ()
     for name, shares in block.fused.items() if block is not None else ():
@@ -189,16 +196,16 @@ def _renamed(path: str, convention: Convention, file: Path) -> tuple[str, Shares
     )
 
 
-def by_diffusers_names(tensors: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
-    """A LoRA by the first code's names with dots → by diffusers', its scale worked into B, [out, r].
+def by_diffusers_names(tensors: Mapping[str, Tensor], names: KeyMap) -> dict[str, Tensor]:
+    """Rename a LoRA from the original names (with dots) to diffusers', with its scale multiplied into B, [out, r].
 
-    Of layers that are computed at once each gets its own rows of B, and of A what these multiply: what `_fused` joined comes apart.
+    Fused layers are split: each member gets its rows of B, and the rows of A that these multiply. The inverse of `_fused`.
 
     Raises:
-        KeyError: a layer that the table does not have.
+        KeyError: the key map lacks a layer.
     """
-    kinds = {block.name: (kind, block) for kind, block in convention.blocks.items()}
-    outside = {theirs: ours for ours, theirs in convention.outside.items()}
+    kinds = {block.name: (kind, block) for kind, block in names.blocks.items()}
+    outside = {theirs: ours for ours, theirs in names.outside.items()}
     found: dict[str, Tensor] = {}
     for path in sorted({name.removeprefix(f"{CODE}.").partition(".lora_")[0] for name in tensors if ".lora_" in name}):
         down, up = (
@@ -230,7 +237,7 @@ def _one_of(tensors: Mapping[str, Tensor], path: str, ends: tuple[str, ...]) -> 
 
 
 def _apart(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, Tensor]]:
-    """Member → (A, B) of those that the LoRA of a fused layer changes."""
+    """Member → (A, B), of members that the LoRA of a fused layer changes."""
     width, row = len(up) // sum(share for _, share in shares), 0
     found = {}
     for member, share in shares:
@@ -243,7 +250,7 @@ def _apart(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, 
 
 
 def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]], shares: Shares) -> tuple[Tensor, Tensor]:
-    """(A, B) of layers that are computed at once; rows of those without a LoRA are zero."""
+    """(A, B) of a fused layer; rows of members without a LoRA are zero."""
     width = next(len(up) // share for member, share in shares if member in pairs for up in [pairs[member][1]])
     present = [pairs[member] for member, _ in shares if member in pairs]
     down = torch.cat([pair[0] for pair in present])

@@ -1,8 +1,8 @@
-"""A LoRA as one file by the conventions of kohya-ss/sd-scripts, which ComfyUI and A1111 read.
+"""Write a LoRA in the format of kohya-ss/sd-scripts, which ComfyUI and A1111 read.
 
 Layers are named by their path with underscores, after `lora_unet_`, `lora_te_` (SDXL: `lora_te1_`, `lora_te2_`); the scale
-is alpha / rank, layer by layer (networks/lora.py). SDXL's UNet goes by the names of the original SGM code, as sd-scripts
-trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x's and 2.x's go by diffusers' names.
+is alpha / rank, layer by layer (networks/lora.py). SDXL's UNet uses the names of the original SGM code, as sd-scripts
+trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x and 2.x use diffusers' names.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from finetune.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SDXL_LAYERS = 2  # resnets a level of SDXL's UNet on the way down; one more on the way up
-# diffusers writes three spellings of the same, by the layer's kind.
+SDXL_LAYERS = 2  # residual blocks per level of SDXL's UNet on the way down; one more on the way up
+# diffusers has three spellings, depending on the kind of layer.
 PIECE = re.compile(
     r"(?P<net>unet|text_encoder|text_encoder_2)\.(?P<path>.+?)"
     r"\.(?P<piece>lora_A|lora_B|lora(?:_linear_layer)?\.(?:down|up)|lora_magnitude_vector)(\.weight)?"
@@ -57,13 +57,14 @@ OUTSIDE_BLOCKS = {
 
 
 def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
-    """Write the LoRA in `final` as `target`.
+    """Write the LoRA in `final` to the file `target`.
 
-    DoRA's magnitudes go in as `dora_scale`, one a row of the weight. ComfyUI reads them so; A1111 takes scales a column,
-    and diffusers drops them, so these two would draw another image: a merged pipeline is for them.
+    DoRA's magnitudes are written as `dora_scale`, one per row of the weight. ComfyUI divides by ‖W‖ where PEFT divides by
+    ‖W + s B A‖, so its result differs by up to 2 % of the change; A1111 expects one scale per column, and diffusers drops
+    them. For these two, merge the LoRA instead.
 
     Raises:
-        UserError: the LoRA has a layer that this format has no name for.
+        UserError: the format has no name for a layer.
     """
     tensors, metadata = read(final / LORA_FILE)
     settings = settings_of(metadata)
@@ -93,8 +94,10 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
         found = cast(found, dtype, final / LORA_FILE)
     if any(name.endswith(".dora_scale") for name in found):
         log.warning("DoRA in this format is for ComfyUI; A1111 and diffusers read it differently: use --merge for them")
-    told = {key: value for key, value in metadata.items() if key != PEFT}  # how it was trained, if the file says so
-    header = told | describe(recipe, tensors, settings) | {"ss_network_alpha": f"{alpha:g}"}
+    training = {
+        key: value for key, value in metadata.items() if key != PEFT
+    }  # how it was trained, if the file has that
+    header = training | describe(recipe, tensors, settings) | {"ss_network_alpha": f"{alpha:g}"}
     save_file(found, target, header | hashes(found))
 
 
@@ -136,7 +139,7 @@ def layer_name(net: str, path: str, sdxl: bool) -> str:
 
 
 def sgm_path(path: str) -> str:
-    """A layer of SDXL's UNet: diffusers' path → the original code's, `down_blocks.1.attentions.0` → `input_blocks.4.1`."""
+    """The original code's path for a layer of SDXL's UNet: `down_blocks.1.attentions.0` → `input_blocks.4.1`."""
     if path in OUTSIDE_BLOCKS:
         return OUTSIDE_BLOCKS[path]
     parts = path.split(".")

@@ -1,10 +1,9 @@
-"""What a LoRA's file says of itself in its header, for the programs that list, filter and check such files.
+"""Metadata in the header of a LoRA file, for programs that list, filter and check such files.
 
 `ss_…` are the keys of kohya-ss/sd-scripts (train_network.py), which A1111 and model managers show; `sshs_model_hash` is its
 hash (library/train_util.py, precalculate_safetensors_hashes); `modelspec.…` follow ModelSpec 1.0.1
 (https://github.com/Stability-AI/ModelSpec; the names of architectures as sd-scripts' and musubi-tuner's sai_model_spec.py have
-them). Diffusers' own entry, `lora_adapter_metadata`, stands beside and is not touched. Nothing here names a place on the machine
-that trained.
+them). Diffusers' own entry, `lora_adapter_metadata`, is left as it is. No paths of this machine are written.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ PEFT = "lora_adapter_metadata"  # diffusers' entry: PEFT's configuration of each
 
 
 def stamp(folder: Path, plan: Plan, steps: int) -> None:
-    """Write into the LoRA file in `folder` what it is and how it was trained, if there is one; of PEFT's, too.
+    """Write the metadata into the LoRA file in `folder`, or into PEFT's files, if there are any.
 
     Args:
-        plan: of the run.
-        steps: that it has taken.
+        plan: the run's plan.
+        steps: steps trained.
     """
     adapter = plan.recipe.adapter
     if adapter is None or not kind_of(adapter).has_lora_file:
@@ -52,13 +51,13 @@ def stamp(folder: Path, plan: Plan, steps: int) -> None:
 
 
 def settings_of(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's configuration of each net, `unet.r` and the like."""
+    """PEFT's configuration of each network, with keys such as `unet.r`."""
     found: dict[str, Any] = json.loads(metadata.get(PEFT, "{}"))
     return found
 
 
 def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, str]:
-    """What the LoRA is: base, architecture, rank, alpha, resolution, trigger words. What is not known is left out.
+    """Describe the LoRA: base, architecture, rank, alpha, resolution, trigger words. Unknown entries are left out.
 
     Args:
         tensors: under PEFT's names, before any conversion.
@@ -91,7 +90,7 @@ def describe(recipe: Recipe, tensors: Mapping[str, Tensor], settings: Mapping[st
 
 
 def trained(plan: Plan, steps: int) -> dict[str, str]:
-    """How it was trained, as numbers under sd-scripts' keys and as ModelSpec's description."""
+    """Describe the training: numbers under sd-scripts' keys, and ModelSpec's description."""
     recipe, data = plan.recipe, plan.data
     train, optimizer = recipe.train, recipe.optimizer
     mixed = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}[plan.precision]
@@ -123,7 +122,7 @@ def trained(plan: Plan, steps: int) -> dict[str, str]:
 
 
 def summary(plan: Plan, steps: int) -> str:
-    """The training in one sentence."""
+    """Describe the training in one sentence."""
     recipe, images = plan.recipe, f"{plan.data.images} image" + ("s" if plan.data.images > 1 else "")
     return (
         f"Trained by ft on {images}, {steps} steps of {plan.global_batch} at about {recipe.data.resolution}×{recipe.data.resolution}"
@@ -135,7 +134,7 @@ def folded_alpha(settings: Mapping[str, Any], net: str, path: str = "", rank: in
     """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank.
 
     Args:
-        path, rank: of a layer, which may have an alpha by pattern; without, what the other layers have.
+        path, rank: of a layer, which may match an alpha pattern; without them, the default.
     """
     own = settings.get(f"{net}.alpha_pattern") or {}
     alpha = float(next((own[end] for end in own if re.match(rf"(.*\.)?({end})$", path)), settings[f"{net}.lora_alpha"]))

@@ -1,4 +1,4 @@
-"""A run's artifact as it is, a folder that diffusers loads, its weights in another dtype if wanted."""
+"""Copy a run's result, and read, cast and hash .safetensors files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ HASH = "sshs_model_hash"
 
 
 def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
-    """Copy `source` to `target`, the floating-point tensors of every .safetensors file cast to `dtype`.
+    """Copy `source` to `target`, with the floating-point tensors of every .safetensors file cast to `dtype`.
 
-    Files are cast one by one, never opened as a pipeline: what is in them and beside them stays as it is, LoRA
-    metadata and all. Configurations keep naming the dtype they were trained in, and so float32 is what loads unless
-    one asks otherwise, in the text encoder as in the UNet.
+    Files are cast one by one, not loaded as a pipeline, so metadata and other files stay as they are. Configurations keep
+    the dtype of training, so all networks load in float32 unless asked otherwise.
     """
     for path in sorted(source.rglob("*")):
         destination = target / path.relative_to(source)
@@ -37,11 +36,11 @@ def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
             save_file(tensors, destination, metadata | (hashes(tensors) if HASH in metadata else {}))
         else:
             shutil.copyfile(path, destination)
-    forget_places(target)
+    remove_local_paths(target)
 
 
-def forget_places(folder: Path) -> None:
-    """Take out of every configuration in `folder` where on this machine it was loaded from; the hub's names stay."""
+def remove_local_paths(folder: Path) -> None:
+    """Remove paths of this machine from every configuration in `folder`; names on the hub stay."""
     for path in folder.rglob("*.json"):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -59,13 +58,13 @@ def _is_local(name: object) -> bool:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a .safetensors file, and its metadata."""
+    """Read all tensors of a .safetensors file, and its metadata."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
 
 
 def cast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
-    """`tensors` with the floating-point ones in `dtype`.
+    """Cast the floating-point tensors to `dtype`.
 
     Raises:
         UserError: a finite weight would become infinite (float16 ends at 65,504).
@@ -82,7 +81,7 @@ def cast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tenso
 
 
 def hashes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of a safetensors file's bytes after its header, under the names of both conventions; the header may change then."""
+    """SHA-256 of a safetensors file's bytes after its header, as both sd-scripts and ModelSpec name it."""
     content = save(tensors)
     found = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     return {HASH: found, "modelspec.hash_sha256": f"0x{found}"}

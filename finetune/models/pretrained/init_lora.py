@@ -102,13 +102,13 @@ def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
     if found.file.name == PEFT_FILE:
         return read_peft(found.file, NET)[0]
     spec = family_of_pipeline(type(pipeline).__name__)
-    convention = key_map(spec, "comfyui") if spec is not None else None
-    if convention is None and hasattr(pipeline, "load_lora_weights"):
+    names = key_map(spec, "comfyui") if spec is not None else None
+    if names is None and hasattr(pipeline, "load_lora_weights"):
         return None
     tensors: dict[str, Tensor] = load_file(found.file)
-    if convention is None:
+    if names is None:
         return tensors
-    return by_diffusers_names(tensors, convention) if all(name.startswith(f"{CODE}.") for name in tensors) else None
+    return by_diffusers_names(tensors, names) if all(name.startswith(f"{CODE}.") for name in tensors) else None
 
 
 def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:

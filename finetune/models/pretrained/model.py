@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from finetune.adapters import peft
-from finetune.adapters.formats.safetensors_io import forget_places
+from finetune.adapters.formats.safetensors_io import remove_local_paths
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Flow, Recipe
 from finetune.config.schema import Model as ModelSection
@@ -318,7 +318,7 @@ class TextToImage(Model):
         if recipe.method == "scratch":  # under the names that other programs know
             for name, encoder in self._encoders.text_encoders.items():
                 encoder.save_pretrained(folder / name, state_dict=peft.named_as_in_files(encoder, encoder.state_dict()))
-        forget_places(folder)
+        remove_local_paths(folder)
         return [folder / "model_index.json"]
 
     def _save_adapters(self, folder: Path) -> list[Path]:
