@@ -1,10 +1,11 @@
 """Kinds of adapter and variants of LoRA: everything that depends on which one a recipe asks for. Torch-free to import.
 
-`AdapterKind` says what a kind accepts, what it cannot be combined with, how PEFT builds it, in which files it exists and how
-tables describe it. `LoraVariant` does the same for an option of LoRA that is one key in the recipe (`adapter.dora`, …).
+`AdapterKind` says what a kind accepts, what it cannot be combined with, how PEFT builds it, in which files it exists
+and how tables describe it. `LoraVariant` does the same for an option of LoRA that is one key in the recipe
+(`adapter.dora`, …).
 
-To add a kind: a subclass of `AdapterKind` here, its name in `KindName` and the class in `KINDS`. To add a LoRA variant: a
-subclass of `LoraVariant`, listed in `VARIANTS`, and its key in `config.schema.Adapter`.
+To add a kind: a subclass of `AdapterKind` here, its name in `KindName` and the class in `KINDS`. To add a LoRA
+variant: a subclass of `LoraVariant`, listed in `VARIANTS`, and its key in `config.schema.Adapter`.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ class AdapterKind:
     def check_layer(self, layer: Layer, adapter: Adapter, rank: int) -> None:
         """Raise UserError if PEFT cannot adapt `layer`, or would waste memory on it.
 
-        A product of rank r through a narrower matrix has more weights than the matrix and can express no more. Convolutions
-        may be narrower: those at a network's two ends have few channels and few weights.
+        A product of rank r through a narrower matrix has more weights than the matrix and can express no more.
+        Convolutions may be narrower: those at a network's two ends have few channels and few weights.
         """
         if not layer.is_conv and rank > (width := min(layer.inputs, layer.outputs)):
             raise UserError(

@@ -1,9 +1,9 @@
 """Read what a LoRA file contains from its header: format, ranks and alphas. Torch-free; weights are not read.
 
-diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (formerly also `….lora.down.weight` and others) and stores
-alpha in its metadata; without, alpha is the rank. kohya's sd-scripts name it `….lora_down.weight`, `….lora_up.weight` and
-store alpha as a tensor beside each pair (networks/lora.py). PEFT's folder for a network has diffusers' names, and alpha in
-`adapter_config.json`.
+diffusers names a matrix pair `….lora_A.weight`, `….lora_B.weight` (formerly also `….lora.down.weight` and others) and
+stores alpha in its metadata; without, alpha is the rank. kohya's sd-scripts name it `….lora_down.weight`,
+`….lora_up.weight` and store alpha as a tensor beside each pair (networks/lora.py). PEFT's folder for a network has
+diffusers' names, and alpha in `adapter_config.json`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from finetune.models.registry import spec_of
 def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
     """Write the recipe's base with the adapter in `final` merged, and the noise schedule it was trained with.
 
-    Merging is done in float32 and cast afterwards, so the sum is rounded once. The caller removes what lies beside `target`.
+    Merging is done in float32 and cast afterwards, so the sum is rounded once. The caller removes what lies beside
+    `target`.
 
     Raises:
         UserError: the base is missing, or a weight is too large for `dtype`.
@@ -39,8 +40,8 @@ def write_merged(final: Path, recipe: Recipe, dtype: str | None, target: Path) -
         pipeline.save_pretrained(target)
         remove_local_paths(target)
         return
-    # Not pipeline.to(dtype): transformers would write the dtype into the text encoder's configuration and load it so, while
-    # diffusers loads the UNet in float32, and the two would not match.
+    # Not pipeline.to(dtype): transformers would write the dtype into the text encoder's configuration and load it so,
+    # while diffusers loads the UNet in float32, and the two would not match.
     whole = target.with_name("float32")
     pipeline.save_pretrained(whole)
     copy_folder(whole, dtype, target)

@@ -30,8 +30,8 @@ from finetune.errors import UserError, did_you_mean
 from finetune.kernels import ADAPTER_NAME
 from finetune.models.registry import specs
 
-# Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular expressions.
-# What only one family has is in its record (`FamilySpec.lora_targets`).
+# Ends of layer names that most denoisers of diffusers and CLIP text encoders of transformers have, as regular
+# expressions. What only one family has is in its record (`FamilySpec.lora_targets`).
 ATTENTION = ("to_[qkv]", r"to_out(\.0)?", "add_[qkv]_proj", "to_add_out")
 MLP = (r"(ff|ff_context)\.net\.(0\.proj|2)",)
 CLIP_ATTENTION, CLIP_MLP = ("[qkv]_proj", "out_proj"), (r"mlp\.fc[12]",)
@@ -43,7 +43,8 @@ def layers(net: nn.Module, targets: str) -> list[str]:
     """Names of the layers of `net` that `targets` selects, in the network's order.
 
     Args:
-        targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (`to_q, mid_block.*conv1`).
+        targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (`to_q,
+        mid_block.*conv1`).
 
     Raises:
         UserError: nothing matches (with the nearest name), or an end is not a regular expression.
@@ -102,8 +103,8 @@ def _no_match(what: str, given: str, where: str, names: Iterable[str], besides: 
 def add_adapter(net: Any, adapter: Adapter) -> list[str]:
     """Add adapters to `net` in place and make only them trainable. Returns the adapted layers.
 
-    They are float32 whatever the base's dtype: gradients of float16 weights cannot be unscaled, and bfloat16 rounds small
-    updates away.
+    They are float32 whatever the base's dtype: gradients of float16 weights cannot be unscaled, and bfloat16 rounds
+    small updates away.
 
     Raises:
         UserError: nothing matches, a layer is too narrow for its rank, or the kind does not exist for a layer.
@@ -123,7 +124,8 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if adapter.pissa:
-        # PiSSA decomposes W = W′ + B₀ A₀ and changes the base to W′. Users of the file have W, so the file needs B₀ A₀ too.
+        # PiSSA decomposes W = W′ + B₀ A₀ and changes the base to W′. Users of the file have W, so the file needs B₀
+        # A₀ too.
         net.pissa_start = {name: tensor.clone() for name, tensor in _weights(net).items()}
     return names
 
@@ -190,8 +192,8 @@ def _weights(net: nn.Module) -> dict[str, Tensor]:
 def lora_weights(net: Any) -> dict[str, Tensor]:
     """A LoRA's weights under PEFT's names, as contiguous float32 on the CPU, relative to the original base.
 
-    diffusers' older names are not used: they exist for some layers only, and of a file with both, diffusers reads one kind.
-    After PiSSA, the change is B A − B₀ A₀ = [B, −B₀] [A; A₀], of twice the rank.
+    diffusers' older names are not used: they exist for some layers only, and of a file with both, diffusers reads one
+    kind. After PiSSA, the change is B A − B₀ A₀ = [B, −B₀] [A; A₀], of twice the rank.
     """
     found = _weights(net)
     for name, start in getattr(net, "pissa_start", {}).items():
@@ -240,7 +242,10 @@ def read_peft(file: Path, net: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load(pipeline: Any, folder: Path) -> dict[str, PeftModel]:
-    """Load a run's adapter from `folder` into a pipeline of its base. Returns the networks that PEFT wrapped: none for a LoRA."""
+    """Load a run's adapter from `folder` into a pipeline of its base.
+
+    Returns the networks that PEFT wrapped: none for a LoRA.
+    """
     saved = sorted(folder.glob(f"*/{PEFT_CONFIG}"))
     if not saved:
         pipeline.load_lora_weights(str(folder))

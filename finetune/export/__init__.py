@@ -25,7 +25,9 @@ def export(
     out: Path | None = None,
     checkpoint: str | None = None,
 ) -> list[Path]:
-    """Write a run's result in another format. Nothing that exists is overwritten, and a failed export leaves nothing behind.
+    """Write a run's result in another format.
+
+    Nothing that exists is overwritten, and a failed export leaves nothing behind.
 
     Args:
         run: the run's folder.
@@ -39,7 +41,8 @@ def export(
         The weight files written.
 
     Raises:
-        UserError: the run does not exist, is not finished or has no such checkpoint; `out` exists; or the format does not
+        UserError: the run does not exist, is not finished or has no such checkpoint; `out` exists; or the format does
+        not
             exist for this run.
     """
     from safetensors import SafetensorError

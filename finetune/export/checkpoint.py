@@ -43,7 +43,9 @@ def choose(run: Path, asked: str) -> Path:
 
 
 def write_artifact(run: Path, path: Path, folder: Path) -> None:
-    """Write the result of the checkpoint at `path` into `folder`. The run's data is audited again for captions and classes.
+    """Write the result of the checkpoint at `path` into `folder`.
+
+    The run's data is audited again for captions and classes.
 
     Raises:
         UserError: the data have changed since the run, the base is missing, or the checkpoint is damaged.

@@ -12,7 +12,8 @@ Every patch of another library's class lives in this package.
 | `onednn_conv` | PyTorch's convolutions with frozen weights on a CPU | inside `fused_lora`'s convolutions |
 
 A kernel's module is imported when a network that it covers is built. If what it replaces is missing or has another
-signature in the installed library, the library's own code runs, and one warning on the logger `finetune.kernels` says so.
+signature in the installed library, the library's own code runs, and one warning on the logger `finetune.kernels` says
+so.
 
 Switches: `FT_KERNELS=off` turns all kernels off, `FT_KERNELS=rope,fused_lora` keeps only these, `FT_KERNELS=-rope`
 turns one off; in code, `with kernels.without("rope"): …`. Estimates and cost profiles assume that all are on.

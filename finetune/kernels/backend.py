@@ -1,4 +1,7 @@
-"""What kernels ask of the machine they run on. The estimate overrides it to trace a step as another device would run it."""
+"""What kernels ask of the machine they run on.
+
+The estimate overrides it to trace a step as another device would run it.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """LoRA layers in fewer kernel launches than PEFT's: same weights, same names, same results up to rounding.
 
-At batch 1 a step of a large network waits for the host, and a LoRA layer of PEFT launches some twenty kernels beside its base
-layer's three: the input is cast to float32 and back, A and B are cast one by one, the product is scaled and added, and the
-backward pass mirrors all that. Here layers that read the same tensor (q, k and v of an attention) share one cast of it and
-one product with their A's, which are concatenated; scale · B and the sum are part of one product; gradients of the input
-are accumulated inside products.
+At batch 1 a step of a large network waits for the host, and a LoRA layer of PEFT launches some twenty kernels beside
+its base layer's three: the input is cast to float32 and back, A and B are cast one by one, the product is scaled and
+added, and the backward pass mirrors all that. Here layers that read the same tensor (q, k and v of an attention)
+share one cast of it and one product with their A's, which are concatenated; scale · B and the sum are part of one
+product; gradients of the input are accumulated inside products.
 
-For a convolution, PEFT's B is a 1×1 convolution, for which PyTorch rearranges memory on a CPU (im2col). Here it is a matrix
-product that adds to the base's output, since channels are last in memory; where the base convolution is 1×1 as well, the whole
-layer is matrix products of pixels.
+For a convolution, PEFT's B is a 1×1 convolution, for which PyTorch rearranges memory on a CPU (im2col). Here it is a
+matrix product that adds to the base's output, since channels are last in memory; where the base convolution is 1×1 as
+well, the whole layer is matrix products of pixels.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ def _computes_base_and_lora(layer: Any, device: str) -> bool:
 
 @final
 class Group:
-    """Layers that read the same tensor. The first layer called computes for all; a layer called with another tensor, alone."""
+    """Layers that read the same tensor.
+
+    The first layer called computes for all; a layer called with another tensor, alone.
+    """
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
         self._layers = list(layers)
@@ -157,8 +160,8 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype, joined: int) -> tuple[T
 class _Products(torch.autograd.Function):
     """y_i = x W_iᵀ + b_i + s_i (x A_iᵀ) B_iᵀ for layers i, in the dtype of W.
 
-    A and B are usually float32, and so are their gradients. With g_i the gradient of y_i: h_i = s_i g_i B_i, ∂A_i = h_iᵀ x,
-    ∂B_i = s_i g_iᵀ (x A_iᵀ), ∂x = Σ (g_i W_i + h_i A_i).
+    A and B are usually float32, and so are their gradients. With g_i the gradient of y_i: h_i = s_i g_i B_i, ∂A_i =
+    h_iᵀ x, ∂B_i = s_i g_iᵀ (x A_iᵀ), ∂x = Σ (g_i W_i + h_i A_i).
     """
 
     @staticmethod
@@ -240,8 +243,8 @@ def _rows(pixels: Tensor) -> Tensor:
 class _Convolution(torch.autograd.Function):
     """y = W * x + b + s B (A * x), with * a convolution and B a matrix at each pixel, in the dtype of W.
 
-    With g the gradient of y and h = s Bᵀ g: ∂B = s Σ g (A * x)ᵀ over the pixels, ∂A is the gradient of A * x for h, and ∂x
-    the sum of those of W * x for g and of A * x for h.
+    With g the gradient of y and h = s Bᵀ g: ∂B = s Σ g (A * x)ᵀ over the pixels, ∂A is the gradient of A * x for h,
+    and ∂x the sum of those of W * x for g and of A * x for h.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Convolutions with frozen weights on a CPU: the weights are reordered for oneDNN once instead of at every call.
 
-PyTorch reorders them in each forward and backward pass, which takes up to a quarter of the convolution's time where there
-are few pixels. Two reordered copies stay in memory. The sums are the same, in the same order.
+PyTorch reorders them in each forward and backward pass, which takes up to a quarter of the convolution's time where
+there are few pixels. Two reordered copies stay in memory. The sums are the same, in the same order.
 """
 
 from __future__ import annotations

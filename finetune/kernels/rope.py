@@ -1,10 +1,10 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) of FLUX.1 and FLUX.2 as one complex product each way.
 
-diffusers rotates queries and keys with real numbers: a negation, a stack, two products and a sum, and as many operators
-in the backward pass, twice in every block. It also leaves them in float32, where autocast's norms put them, until attention
-casts them; attention's output is then cast back to float32, concatenated with the MLP's values, and rounded again by the next
-layer. Here queries and keys are rounded as soon as they are rotated. Results are equal: the rotation up to float32 rounding,
-the earlier cast exactly.
+diffusers rotates queries and keys with real numbers: a negation, a stack, two products and a sum, and as many
+operators in the backward pass, twice in every block. It also leaves them in float32, where autocast's norms put them,
+until attention casts them; attention's output is then cast back to float32, concatenated with the MLP's values, and
+rounded again by the next layer. Here queries and keys are rounded as soon as they are rotated. Results are equal: the
+rotation up to float32 rounding, the earlier cast exactly.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def attention_dtype(values: Tensor) -> torch.dtype:
 class _Rotation(torch.autograd.Function):
     """y = z e^{iθ} in `dtype`; with g the gradient of y, ∂z = g e^{-iθ}.
 
-    Autograd of the plain product would copy the gradient, which attention returns transposed, and conjugate the rotations
-    each time.
+    Autograd of the plain product would copy the gradient, which attention returns transposed, and conjugate the
+    rotations each time.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Blocks of diffusers' frozen U-Nets without operators that change nothing: same results, fewer kernel launches.
 
-While training, diffusers makes the input of a residual block's shortcut contiguous, so that the gradients of the shortcut's
-weights have the weights' layout; and always the output of an attention block. In a channels-last network, the next layer
-converts them back, and so does the backward pass. diffusers also divides sums by factors that are 1, and every attention
-inspects the signature of its processor at each call.
+While training, diffusers makes the input of a residual block's shortcut contiguous, so that the gradients of the
+shortcut's weights have the weights' layout; and always the output of an attention block. In a channels-last network,
+the next layer converts them back, and so does the backward pass. diffusers also divides sums by factors that are 1,
+and every attention inspects the signature of its processor at each call.
 """
 
 from __future__ import annotations

@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 
 
 def checkpoint_activations(net: Any, every: int) -> None:
-    """Make `net` recompute the first of each `every` blocks; 0: none. Text encoders of transformers recompute all or none."""
+    """Make `net` recompute the first of each `every` blocks; 0: none.
+
+    Text encoders of transformers recompute all or none.
+    """
     if not every:
         return
     if isinstance(net, PreTrainedModel):

@@ -15,7 +15,10 @@ from finetune.memory.quantization import quantize
 
 
 def quantize_base(denoiser: nn.Module, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize the denoiser; call it before adapters are added. If samples will be generated, full weights are kept for them."""
+    """Quantize the denoiser; call it before adapters are added.
+
+    If samples will be generated, full weights are kept for them.
+    """
     kind = recipe.model.quantize
     if kind is not None and not quantize(denoiser, kind, dtype, device, keep_whole=bool(recipe.sample.prompts)):
         problem = f"{type(denoiser).__name__} has no linear layer that is large enough to quantize"

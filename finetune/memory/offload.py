@@ -1,8 +1,8 @@
 """Block offloading: frozen weights are kept in host memory and copied to the device only while their block computes.
 
-diffusers has hooks for this too (`apply_group_offloading`). They move the whole block, trained weights included, copy back
-what has not changed, and replace the data of parameters that the backward pass still refers to. These hooks copy frozen
-weights, one way.
+diffusers has hooks for this too (`apply_group_offloading`). They move the whole block, trained weights included, copy
+back what has not changed, and replace the data of parameters that the backward pass still refers to. These hooks copy
+frozen weights, one way.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def blocks_of(net: nn.Module) -> Iterator[nn.Module]:
 class _Offloaded:
     """The hooks of one block. Between calls its weights are empty parameters, so that `.to` moves nothing.
 
-    The parameters themselves are replaced, not their data: activation checkpointing keeps frozen ones by reference, and the
-    backward pass would read whatever data they have by then.
+    The parameters themselves are replaced, not their data: activation checkpointing keeps frozen ones by reference,
+    and the backward pass would read whatever data they have by then.
     """
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:

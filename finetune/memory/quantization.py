@@ -1,10 +1,10 @@
 """Quantized frozen linear layers, in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(), 2022, arXiv:2208.07339).
 
-The kernels are bitsandbytes'. Layers are replaced after loading, on any device (diffusers' own loader needs a GPU). Only
-weights are rounded; products are computed in the run's precision, and gradients are exact for what was computed.
+The kernels are bitsandbytes'. Layers are replaced after loading, on any device (diffusers' own loader needs a GPU).
+Only weights are rounded; products are computed in the run's precision, and gradients are exact for what was computed.
 
-A quantized base differs from the base that the LoRA will be used with, so samples on it would look better than what users
-get. Samples are therefore generated with the full weights (`whole_weights`), which are kept in host memory.
+A quantized base differs from the base that the LoRA will be used with, so samples on it would look better than what
+users get. Samples are therefore generated with the full weights (`whole_weights`), which are kept in host memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def quantize(
 ) -> list[str]:
     """Quantize the linear layers of a network's repeated blocks, in place; returns their names.
 
-    Not quantized: layers outside the blocks (embeddings of patches, time and text, the last norm and projection), which
-    every token passes through and which are a percent or two of the weights; convolutions, for which there are no kernels;
-    layers with fewer than `SMALLEST` weights.
+    Not quantized: layers outside the blocks (embeddings of patches, time and text, the last norm and projection),
+    which every token passes through and which are a percent or two of the weights; convolutions, for which there are
+    no kernels; layers with fewer than `SMALLEST` weights.
 
     Args:
         dtype: dtype of the products.
@@ -61,7 +61,10 @@ def _in_blocks(net: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def whole_weights(net: nn.Module) -> Iterator[None]:
-    """Compute with the original weights inside this context. Each layer copies them from host memory while it computes."""
+    """Compute with the original weights inside this context.
+
+    Each layer copies them from host memory while it computes.
+    """
     layers = [layer for layer in net.modules() if isinstance(layer, QuantizedLinear)]
     for layer in layers:
         layer.computes_whole = layer.whole is not None
@@ -81,10 +84,10 @@ def dtype_of(net: nn.Module) -> torch.dtype:
 class QuantizedLinear(nn.Linear):
     """A frozen, quantized linear layer.
 
-    `weight` is int8: a row's weights divided by the largest of them, × 127; or two NF4 values per byte (as int8, by which other
-    classes recognize quantized weights). `scales` are float32: one per row, or with NF4 one per `BLOCK` weights, 4.5 bits per
-    weight in total. (8-bit scales, QLoRA's double quantization, would make that 4.13: a twelfth less memory for one more
-    kernel at each use.)
+    `weight` is int8: a row's weights divided by the largest of them, × 127; or two NF4 values per byte (as int8, by
+    which other classes recognize quantized weights). `scales` are float32: one per row, or with NF4 one per `BLOCK`
+    weights, 4.5 bits per weight in total. (8-bit scales, QLoRA's double quantization, would make that 4.13: a twelfth
+    less memory for one more kernel at each use.)
     """
 
     weight: nn.Parameter
@@ -145,7 +148,10 @@ def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: t
 
 @final
 class _Product(torch.autograd.Function):
-    """values × weightᵀ + bias. It saves neither the input nor the dequantized weights; the backward pass computes them again."""
+    """values × weightᵀ + bias.
+
+    It saves neither the input nor the dequantized weights; the backward pass computes them again.
+    """
 
     @staticmethod
     def forward(

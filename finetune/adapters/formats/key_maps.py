@@ -1,15 +1,16 @@
 """Write and read a transformer's LoRA under other programs' layer names.
 
-`kohya`: `lora_unet_` and the path with underscores, as sd-scripts (networks/lora_flux.py) and musubi-tuner (convert_lora.py)
-write. `comfyui`: dots, and `lora_A`, `lora_B`. Both use the names of the model's original code where the tables below have
-them, and otherwise diffusers' names. Sources: ComfyUI, comfy/lora.py, model_lora_keys_unet (`transformer.` + diffusers' path
-for SD 3, FLUX.1, Qwen-Image, PixArt and, through z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every
-model); diffusers, loaders/lora_conversion_utils.py, which reads all of these back except as the families' records say
-(`lora_formats`). `by_diffusers_names` reads whatever has dots.
+`kohya`: `lora_unet_` and the path with underscores, as sd-scripts (networks/lora_flux.py) and musubi-tuner
+(convert_lora.py) write. `comfyui`: dots, and `lora_A`, `lora_B`. Both use the names of the model's original code
+where the tables below have them, and otherwise diffusers' names. Sources: ComfyUI, comfy/lora.py,
+model_lora_keys_unet (`transformer.` + diffusers' path for SD 3, FLUX.1, Qwen-Image, PixArt and, through
+z_image_to_diffusers, Z-Image; `diffusion_model.` + its own path for every model); diffusers,
+loaders/lora_conversion_utils.py, which reads all of these back except as the families' records say (`lora_formats`).
+`by_diffusers_names` reads whatever has dots.
 
-Where the original code computes several of diffusers' layers at once (q, k and v), their LoRAs are joined: A's are stacked, B's
-are placed along a diagonal, B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale other than 1 is multiplied into B, since
-programs differ in how they read alpha.
+Where the original code computes several of diffusers' layers at once (q, k and v), their LoRAs are joined: A's are
+stacked, B's are placed along a diagonal, B A = diag(B_q, B_k, B_v) [A_q; A_k; A_v]. A scale other than 1 is
+multiplied into B, since programs differ in how they read alpha.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ def _renamed(path: str, names: KeyMap, file: Path) -> tuple[str, Shares]:
 def by_diffusers_names(tensors: Mapping[str, Tensor], names: KeyMap) -> dict[str, Tensor]:
     """Rename a LoRA from the original names (with dots) to diffusers', with its scale multiplied into B, [out, r].
 
-    Fused layers are split: each member gets its rows of B, and the rows of A that these multiply. The inverse of `_fused`.
+    Fused layers are split: each member gets its rows of B, and the rows of A that these multiply. The inverse of
+    `_fused`.
 
     Raises:
         KeyError: the key map lacks a layer.

@@ -1,8 +1,8 @@
 """Write a LoRA in the format of kohya-ss/sd-scripts, which ComfyUI and A1111 read.
 
-Layers are named by their path with underscores, after `lora_unet_`, `lora_te_` (SDXL: `lora_te1_`, `lora_te2_`); the scale
-is alpha / rank, layer by layer (networks/lora.py). SDXL's UNet uses the names of the original SGM code, as sd-scripts
-trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x and 2.x use diffusers' names.
+Layers are named by their path with underscores, after `lora_unet_`, `lora_te_` (SDXL: `lora_te1_`, `lora_te2_`); the
+scale is alpha / rank, layer by layer (networks/lora.py). SDXL's UNet uses the names of the original SGM code, as
+sd-scripts trains it (library/sdxl_model_util.py, make_unet_conversion_map); SD 1.x and 2.x use diffusers' names.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ OUTSIDE_BLOCKS = {
 def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) -> None:
     """Write the LoRA in `final` to the file `target`.
 
-    DoRA's magnitudes are written as `dora_scale`, one per row of the weight. ComfyUI divides by ‖W‖ where PEFT divides by
-    ‖W + s B A‖, so its result differs by up to 2 % of the change; A1111 expects one scale per column, and diffusers drops
-    them. For these two, merge the LoRA instead.
+    DoRA's magnitudes are written as `dora_scale`, one per row of the weight. ComfyUI divides by ‖W‖ where PEFT
+    divides by ‖W + s B A‖, so its result differs by up to 2 % of the change; A1111 expects one scale per column, and
+    diffusers drops them. For these two, merge the LoRA instead.
 
     Raises:
         UserError: the format has no name for a layer.
@@ -104,9 +104,9 @@ def write_kohya(final: Path, recipe: Recipe, dtype: str | None, target: Path) ->
 def with_one_alpha(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Tensor]:
     """The same LoRA with the same alpha in every layer.
 
-    A layer adds (alpha / rank) B A. What its own alpha has beyond the common one is multiplied into B. All programs read
-    such a file alike, but diffusers 0.42 reads alphas that differ by layer as if all were the most frequent one: the keys
-    of the `alpha_pattern` that it makes of them match no layer.
+    A layer adds (alpha / rank) B A. What its own alpha has beyond the common one is multiplied into B. All programs
+    read such a file alike, but diffusers 0.42 reads alphas that differ by layer as if all were the most frequent one:
+    the keys of the `alpha_pattern` that it makes of them match no layer.
 
     Args:
         tensors: by layer, weights of either naming and `.alpha`; a layer without alpha has its rank as alpha.

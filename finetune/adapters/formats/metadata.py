@@ -1,9 +1,10 @@
 """Metadata in the header of a LoRA file, for programs that list, filter and check such files.
 
-`ss_…` are the keys of kohya-ss/sd-scripts (train_network.py), which A1111 and model managers show; `sshs_model_hash` is its
-hash (library/train_util.py, precalculate_safetensors_hashes); `modelspec.…` follow ModelSpec 1.0.1
-(https://github.com/Stability-AI/ModelSpec; the names of architectures as sd-scripts' and musubi-tuner's sai_model_spec.py have
-them). Diffusers' own entry, `lora_adapter_metadata`, is left as it is. No paths of this machine are written.
+`ss_…` are the keys of kohya-ss/sd-scripts (train_network.py), which A1111 and model managers show; `sshs_model_hash`
+is its hash (library/train_util.py, precalculate_safetensors_hashes); `modelspec.…` follow ModelSpec 1.0.1
+(https://github.com/Stability-AI/ModelSpec; the names of architectures as sd-scripts' and musubi-tuner's
+sai_model_spec.py have them). Diffusers' own entry, `lora_adapter_metadata`, is left as it is. No paths of this
+machine are written.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def folded_alpha(settings: Mapping[str, Any], net: str, path: str = "", rank: in
 
 
 def _modelspec(recipe: Recipe, tensors: Mapping[str, Tensor]) -> ModelSpec:
-    """The record's names of the base. The width of the text conditions tells Stable Diffusion 1.5 and 2.1 apart, if an adapted
+    """The record's names of the base.
+
+    The width of the text conditions tells Stable Diffusion 1.5 and 2.1 apart, if an adapted
     layer reads them.
     """
     known = spec_of(recipe.model.family).modelspec

@@ -21,8 +21,8 @@ HASH = "sshs_model_hash"
 def copy_folder(source: Path, dtype: str | None, target: Path) -> None:
     """Copy `source` to `target`, with the floating-point tensors of every .safetensors file cast to `dtype`.
 
-    Files are cast one by one, not loaded as a pipeline, so metadata and other files stay as they are. Configurations keep
-    the dtype of training, so all networks load in float32 unless asked otherwise.
+    Files are cast one by one, not loaded as a pipeline, so metadata and other files stay as they are. Configurations
+    keep the dtype of training, so all networks load in float32 unless asked otherwise.
     """
     for path in sorted(source.rglob("*")):
         destination = target / path.relative_to(source)
