@@ -197,7 +197,7 @@ class AdapterKind:
         return self.title
 
     def describe(self, adapter: Adapter, where: str) -> str:
-        """What trains, for the plan table, such as `LoRA on attention of the denoiser: rank 16, alpha 16 (scale 16/16 = 1)`.
+        """What trains, for the plan table, such as `LoRA on attention: rank 16, alpha 16 (scale 16/16 = 1)`.
 
         Args:
             where: the networks, in words.
@@ -341,7 +341,7 @@ def kind_of(adapter: Adapter) -> AdapterKind:
 
 
 def rules(adapter: Adapter, model: Model) -> Iterator[Rule]:
-    """What the keys of the `adapter` section cannot be combined with; `recipe.model` is the other section they depend on."""
+    """What the keys of the `adapter` section cannot be combined with, also in the `model` section."""
     kind = kind_of(adapter)
     optional = dict.fromkeys(key for other in KINDS.values() for key in other.keys)
     for key in optional:

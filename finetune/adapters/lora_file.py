@@ -87,7 +87,7 @@ def find(given: str) -> Path:
         if place.is_file():
             if place.suffix != ".safetensors":
                 raise UserError(
-                    f"{place.name} is not a .safetensors file; other formats can run arbitrary code when they are loaded",
+                    f"{place.name} is not a .safetensors file; other formats can run code when they are loaded",
                     where=KEY,
                     remedy="convert it to .safetensors",
                 )

@@ -43,8 +43,8 @@ def layers(net: nn.Module, targets: str) -> list[str]:
     """Names of the layers of `net` that `targets` selects, in the network's order.
 
     Args:
-        targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (`to_q,
-        mid_block.*conv1`).
+        targets: attention, attention+mlp, all-linear, or comma-separated ends of layer names (such as
+            `to_q, mid_block.*conv1`).
 
     Raises:
         UserError: nothing matches (with the nearest name), or an end is not a regular expression.
@@ -124,15 +124,15 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if adapter.pissa:
-        # PiSSA decomposes W = W′ + B₀ A₀ and changes the base to W′. Users of the file have W, so the file needs B₀
-        # A₀ too.
+        # PiSSA decomposes W = W′ + B₀ A₀ and changes the base to W′. Users of the file have W, so the file
+        # needs B₀ A₀ too.
         net.pissa_start = {name: tensor.clone() for name, tensor in _weights(net).items()}
     return names
 
 
 @contextlib.contextmanager
 def switched_off(net: nn.Module) -> Iterator[None]:
-    """Disable the adapters of `net` inside this context. (PEFT's `enable_adapters` would also change which weights train.)"""
+    """Disable the adapters of `net` in this context. (PEFT's `enable_adapters` would also change which weights train.)"""
     tuned = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
     for layer in tuned:
         layer._disable_adapters = True
@@ -176,7 +176,10 @@ def _layer(name: str, layer: Any) -> Layer:
 
 
 def named_as_in_files(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Prefix a CLIP text encoder's weights with `text_model.`: transformers 5 dropped it, but programs that read files expect it."""
+    """Prefix a CLIP text encoder's weights with `text_model.`.
+
+    transformers 5 dropped it, but programs that read files expect it.
+    """
     prefix = "text_model." if isinstance(net, CLIPTextModel) and not hasattr(net, "text_model") else ""
     return {prefix + name: tensor for name, tensor in weights.items()}
 
@@ -235,7 +238,7 @@ def save_peft(net: Any, folder: Path) -> Path:
 
 
 def read_peft(file: Path, net: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_peft` wrote: weights under diffusers' names (`unet.….lora_A.weight`), PEFT's settings (`unet.r`, …)."""
+    """Read what `save_peft` wrote: weights (`unet.….lora_A.weight`) and PEFT's settings (`unet.r`, …)."""
     config: dict[str, Any] = json.loads(file.with_name(PEFT_CONFIG).read_text(encoding="utf-8"))
     tensors = {f"{net}.{name.removeprefix(PEFT_PREFIX)}": tensor for name, tensor in load_file(file).items()}
     return tensors, {f"{net}.{key}": value for key, value in config.items()}

@@ -41,9 +41,8 @@ def export(
         The weight files written.
 
     Raises:
-        UserError: the run does not exist, is not finished or has no such checkpoint; `out` exists; or the format does
-        not
-            exist for this run.
+        UserError: the run does not exist, is not finished or has no such checkpoint; `out` exists; or the format
+            does not exist for this run.
     """
     from safetensors import SafetensorError
 

@@ -25,8 +25,8 @@ MOST_IMAGES = 8
 HERE = "FOLDER-OF-THIS-FILE"
 PRIVATE = ("folder", "base", "note")  # rows of the plan that may contain local paths
 COMFYUI = (
-    "`ft export RUN --format comfyui` writes the LoRA with ComfyUI's layer names. Put that file into `ComfyUI/models/loras` and"
-    " load it with the node *Load LoRA* between the checkpoint and the sampler."
+    "`ft export RUN --format comfyui` writes the LoRA with ComfyUI's layer names. Put that file into "
+    "`ComfyUI/models/loras` and load it with the node *Load LoRA* between the checkpoint and the sampler."
 )
 WORDS = "Put the files in `embeddings` into `ComfyUI/models/embeddings`; in prompts, write `embedding:NAME`."
 METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}

@@ -55,10 +55,11 @@ def _word(token: str, file: str, family: str) -> list[str]:
     """Lines that load a new token; SDXL's two text encoders have separate embeddings."""
     if len(load_implementation(family).encoders) == 1:
         return [f"pipeline.load_textual_inversion({file!r}, token={token!r})"]
+    first = "text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer"
     second = "text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2"
     return [
         f"words = load_file({file!r})",
-        f"pipeline.load_textual_inversion(words['clip_l'], token={token!r}, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)",
+        f"pipeline.load_textual_inversion(words['clip_l'], token={token!r}, {first})",
         f"pipeline.load_textual_inversion(words['clip_g'], token={token!r}, {second})",
     ]
 

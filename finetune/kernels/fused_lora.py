@@ -146,7 +146,7 @@ def products(
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype, joined: int) -> tuple[Tensor, list[Tensor]]:
-    """The first `joined` of `tensors` concatenated by rows, and each of the others, in `dtype`, by one kernel launch."""
+    """The first `joined` of `tensors` concatenated by rows, and the others, in `dtype`, by one kernel launch."""
     rows = [tensor.shape[0] for tensor in tensors[:joined]]
     if all(tensor.dtype == dtype for tensor in tensors):
         return (torch.cat(tuple(tensors[:joined])) if joined > 1 else tensors[0]), list(tensors[joined:])

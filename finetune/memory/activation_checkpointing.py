@@ -1,4 +1,4 @@
-"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): blocks recompute their activations in the backward pass.
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): blocks recompute activations in the backward pass.
 
 For every block, or every n-th: diffusers' networks pass each of their blocks to one function, which here decides by the
 block's position in the first forward pass.

@@ -41,7 +41,7 @@ def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.d
 
 
 def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
-    """Prepare a pipeline that only generates: if it was too large for the device in training, its blocks are offloaded."""
+    """Prepare a pipeline for inference: if it was too large for the device in training, its blocks are offloaded."""
     tile(pipeline.vae, recipe.model)
     large = (
         recipe.model.quantize is not None

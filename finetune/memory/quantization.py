@@ -1,4 +1,6 @@
-"""Quantized frozen linear layers, in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(), 2022, arXiv:2208.07339).
+"""Quantized frozen linear layers, in 4 or 8 bits.
+
+QLoRA: Dettmers et al. 2023, arXiv:2305.14314; LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339.
 
 The kernels are bitsandbytes'. Layers are replaced after loading, on any device (diffusers' own loader needs a GPU).
 Only weights are rounded; products are computed in the run's precision, and gradients are exact for what was computed.
@@ -137,7 +139,7 @@ def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weights [out, in] that a quantized layer's tensors represent. int8 has that shape; NF4 has two weights per byte."""
+    """Dequantize a layer's tensors to weights [out, in]. int8 has that shape; NF4 has two weights per byte."""
     if weight.shape == shape:
         return weight.to(dtype).mul_((scales / 127).unsqueeze(1))
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(

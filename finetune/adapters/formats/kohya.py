@@ -129,7 +129,10 @@ def with_one_alpha(tensors: Mapping[str, Tensor], alpha: float | None = None) ->
 
 
 def layer_name(net: str, path: str, sdxl: bool) -> str:
-    """`unet`, `mid_block.attentions.0.proj_in` → `lora_unet_mid_block_attentions_0_proj_in` (SDXL: `…_middle_block_1_proj_in`)."""
+    """kohya's name of a layer.
+
+    `unet`, `mid_block.attentions.0.proj_in` → `lora_unet_mid_block_attentions_0_proj_in` (SDXL: `…_middle_block_1_proj_in`).
+    """
     if net == "unet":
         return "lora_unet_" + (sgm_path(path) if sdxl else path).replace(".", "_")
     prefix = {"text_encoder": "lora_te1_" if sdxl else "lora_te_", "text_encoder_2": "lora_te2_"}[net]

@@ -126,13 +126,14 @@ def summary(plan: Plan, steps: int) -> str:
     """Describe the training in one sentence."""
     recipe, images = plan.recipe, f"{plan.data.images} image" + ("s" if plan.data.images > 1 else "")
     return (
-        f"Trained by ft on {images}, {steps} steps of {plan.global_batch} at about {recipe.data.resolution}×{recipe.data.resolution}"
+        f"Trained by ft on {images}, {steps} steps of {plan.global_batch} at about "
+        f"{recipe.data.resolution}×{recipe.data.resolution}"
         f" pixels, {recipe.optimizer.name} at a rate of {recipe.optimizer.lr:g}"
     )
 
 
 def folded_alpha(settings: Mapping[str, Any], net: str, path: str = "", rank: int | None = None) -> float:
-    """The alpha that gives the trained scale when divided by the rank: rsLoRA's alpha / √rank becomes alpha·√rank / rank.
+    """The alpha whose quotient by the rank is the trained scale: for rsLoRA, alpha · √rank.
 
     Args:
         path, rank: of a layer, which may match an alpha pattern; without them, the default.

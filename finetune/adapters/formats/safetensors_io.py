@@ -60,7 +60,8 @@ def _is_local(name: object) -> bool:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read all tensors of a .safetensors file, and its metadata."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
+        names = file.keys()  # not a mapping
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
 def cast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
