@@ -24,12 +24,8 @@ def find_recipe(path_or_name: str) -> Path:
         return RECIPES / f"{name}.yaml"
     if (file := path.with_name(f"{path.name}.yaml")).is_file():
         raise UserError(f'there is no recipe "{path_or_name}"', remedy=f'did you mean the file "{file}"?')
-    beside = path.with_name(f"{path.name}.yaml")
-    if beside.is_file():
-        remedy = f"did you mean {beside}?"
-    else:
-        similar = did_you_mean(name, bundled_recipes())
-        remedy = f"{similar} (`ft recipes` lists them)" if similar.startswith("did") else "`ft recipes` lists them"
+    similar = did_you_mean(name, bundled_recipes())
+    remedy = f"{similar} (`ft recipes` lists them)" if similar.startswith("did") else "`ft recipes` lists them"
     raise UserError(f'there is no recipe "{path_or_name}"', remedy=remedy)
 
 

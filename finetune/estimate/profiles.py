@@ -51,7 +51,7 @@ NOT_BUILT = (
     "output",
     "adapter",
     "name",
-    "places",
+    "lines",
     "vae",
     "base_run",
 )  # what says nothing of a net from scratch

@@ -152,11 +152,12 @@ def test_set_reads_other_values_as_yaml() -> None:
     assert parse("data.path=", "data.sources=[{path: 'D/cats #2', repeats: 2}]").data.sources[0].path == "D/cats #2"
 
 
-def test_a_recipe_named_without_its_ending_is_suggested(tmp_path: Path) -> None:
+def test_a_recipe_named_without_its_ending_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text(MINIMAL, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        load_recipe(tmp_path / "mine")
-    assert caught.value.remedy == f"did you mean {tmp_path / 'mine.yaml'}?"
+        load_recipe("mine")
+    assert caught.value.remedy == 'did you mean the file "mine.yaml"?'
     with pytest.raises(UserError) as caught:
         load_recipe("zzz")
     assert caught.value.remedy == "`ft recipes` lists them"
