@@ -121,7 +121,7 @@ def _head(run: _RunFiles) -> dict[str, Any]:
     if seconds := [second for _, second in run.series("seconds")]:
         facts += [("training", duration(sum(seconds))), ("per step", f"{statistics.median(seconds):.2g} s")]
     for train_step in run.train_steps:
-        name = "loss" if len(run.train_steps) == 1 else f"{train_step} loss"
+        name = "loss" if len(run.train_steps) == 1 else f"{_label(run, train_step)} loss"
         facts.append((name, f"{svg_charts.smoothed(run.series(f'loss.{train_step}'))[-1][1]:.3g}"))
     if run.files:
         name = "file" if len(run.files) == 1 else f"{len(run.files)} files"
@@ -188,7 +188,7 @@ def _loss_lines(run: _RunFiles) -> list[Line]:
         raw = run.series(f"loss.{train_step}")
         lines.append(Line(raw, "raw", "" if several else "each step"))
         style = "other" if number else "smooth"
-        lines.append(Line(svg_charts.smoothed(raw), style, train_step if several else "smoothed"))
+        lines.append(Line(svg_charts.smoothed(raw), style, _label(run, train_step) if several else "smoothed"))
     if validation := run.series("validation"):
         lines.append(Line(validation, "dots", "held-out images"))
     return lines
@@ -261,6 +261,12 @@ def _result(run: _RunFiles) -> dict[str, Any]:
 
 
 # -- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _label(run: _RunFiles, train_step: str) -> str:
+    """A train step's name for people: metrics of every GAN are logged as `critic`, which is a WGAN's term."""
+    wasserstein = getattr(run.plan.recipe.net, "objective", "") == "wasserstein"
+    return "discriminator" if train_step == "critic" and not wasserstein else train_step
 
 
 def _picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
