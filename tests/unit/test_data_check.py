@@ -137,6 +137,6 @@ def test_with_a_recipe_captions_are_shown_as_its_models_tokens() -> None:
 
 
 def test_nothing_to_look_at_and_a_page_among_the_images(tmp_path: Path) -> None:
-    assert "nothing to look at" in str(check().exception)
+    assert "no data given" in str(check().exception)
     assert "nothing is ever written" in str(check(tiny.images(), "--html", tiny.images() / "page.html").exception)
     assert "cannot be written" in str(check(tiny.images(), "--html", tmp_path / "no" / "page.html").exception)
