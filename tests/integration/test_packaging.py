@@ -35,12 +35,12 @@ def test_a_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
     assert [line.split()[0] for line in listed.stdout.splitlines()] == bundled_recipes()
     script = python(
         "-c",
-        "from finetune.cli.train import launcher; print(launcher('full', 1, False)[1][-1])",
+        "from finetune.cli.launcher import launch_arguments; print(launch_arguments('full', 1, False)[1][-1])",
         **elsewhere,  # type: ignore[arg-type]
     )
     assert script.stdout.strip() == str(inside / "full.py")
     refused = shell(sys.executable, inside / "full.py", "lora/emoji", cwd=tmp_path, PYTHONPATH="")
-    assert refused.returncode == 2 and "method lora" in refused.stderr
+    assert refused.returncode == 2 and "this recipe's method is lora, not full" in refused.stderr
 
 
 def _files(folder: Path) -> set[str]:
