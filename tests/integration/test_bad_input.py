@@ -82,7 +82,7 @@ def missing_recipe(scene: Scene) -> None:
     scene.recipe.unlink()
 
 
-@case("of method full", "finetune/full.py")
+@case("method is full, not lora", "finetune/full.py")
 def recipe_of_another_method(scene: Scene) -> None:
     scene.recipe.write_text(tiny.text("sd15", "full", scene.run))
 
@@ -97,18 +97,18 @@ def two_lengths(scene: Scene) -> None:
     scene.set("train.epochs=2")
 
 
-@case("nf4 weights cannot be trained themselves", "method: lora")
+@case("nf4 weights cannot be trained", "method: lora")
 def full_fine_tuning_of_four_bits(scene: Scene) -> None:
     scene.recipe.write_text(tiny.text("sd15", "full", scene.run))
     scene.set("model.quantize=nf4")
 
 
-@case("offloading would save nothing", "train.gradient_checkpointing: true")
+@case("saves nothing without gradient checkpointing", "train.gradient_checkpointing: true")
 def offloaded_blocks_that_are_kept(scene: Scene) -> None:
     scene.set("train.offload_blocks=true", "train.gradient_checkpointing=2")
 
 
-@case("blocks hold blocks", "it is for transformers")
+@case("is for transformers such as FLUX", "remove train.offload_blocks")
 def offloaded_blocks_of_a_unet(scene: Scene) -> None:
     scene.set("train.offload_blocks=true", "train.gradient_checkpointing=true")
 
@@ -123,7 +123,7 @@ def noise_schedule_of_a_flow(scene: Scene) -> None:
     scene.set("model.family=flux1", "diffusion={min_snr_gamma: 5}")
 
 
-@case("predicts a velocity: its prediction cannot be chosen", "remove it")
+@case("predicts a velocity: its prediction cannot be chosen", "remove model.prediction")
 def prediction_of_a_flow(scene: Scene) -> None:
     scene.set("model.family=flux1", "model.prediction=epsilon")
 
