@@ -287,10 +287,10 @@ def test_too_few_images(tmp_path: Path) -> None:
         for number, file in enumerate(images):
             (lonely / name / f"{number}.png").write_bytes(file.read_bytes())
     (lonely / "stray.png").write_bytes(files[0].read_bytes())
-    with pytest.raises(UserError, match="one image only"):
+    with pytest.raises(UserError, match="only one distinct image"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "a", f"data.path={tmp_path / 'one'}"))
     with pytest.raises(UserError, match="lies in no folder of its class"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "b", f"data.path={lonely}"))
     (lonely / "stray.png").unlink()
-    with pytest.raises(UserError, match="1 of 2 classes have one image only"):
+    with pytest.raises(UserError, match="1 of 2 classes have only one image"):
         tiny.prepare(scratch.recipe("vae", tmp_path / "c", f"data.path={lonely}"))
