@@ -18,7 +18,7 @@ from finetune.estimate.hardware.cpu import keep, threads
 from finetune.estimate.hardware.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
 from finetune.estimate.hardware.parallelism import Group
 from finetune.estimate.recommend import GOALS, Data, choose, considered, for_one_base
-from finetune.estimate.text import apart, compared
+from finetune.estimate.text import compared, details
 from finetune.paths import embedded
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -26,58 +26,58 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--images", type=int, help="How many images you have.")
+@click.option("--images", type=int, help="Number of images in your dataset.")
 @click.option(
     "--gpu",
     "gpu_name",
     metavar="NAME",
-    help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu; else the one here, else the CPU.",
+    help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu. Default: this machine's GPU, else its CPU.",
 )
-@click.option("--vram", type=float, help="A GPU that is not listed: its memory in GiB, with --tflops and --bandwidth.")
-@click.option("--tflops", type=float, help="Its dense 16-bit TFLOP/s.")
-@click.option("--bandwidth", type=float, help="Its memory's GB/s.")
+@click.option("--vram", type=float, help="Memory in GiB of a GPU that is not listed; requires --tflops and --bandwidth.")
+@click.option("--tflops", type=float, help="Dense 16-bit TFLOP/s of that GPU.")
+@click.option("--bandwidth", type=float, help="Memory bandwidth of that GPU in GB/s.")
 @click.option(
-    "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="How many of them train together."
+    "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of GPUs that train together."
 )
 @click.option(
     "--sharding",
     type=click.Choice(["ddp", "fsdp"]),
     default="ddp",
     show_default=True,
-    help="ddp: each holds all; fsdp: all shared out.",
+    help="ddp: every GPU holds the whole model; fsdp: the model is sharded.",
 )
-@click.option("--price", type=float, help="USD per hour, instead of the listed price.")
-@click.option("--budget", type=float, help="The most USD that the run may cost.")
-@click.option("--hours", type=float, help="The most hours that it may take.")
-@click.option("--resolution", type=int, help="Side of the images, instead of each recipe's.")
-@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
+@click.option("--price", type=float, help="USD per GPU hour, instead of the listed price.")
+@click.option("--budget", type=float, help="Highest cost in USD.")
+@click.option("--hours", type=float, help="Longest run in hours.")
+@click.option("--resolution", type=int, help="Image size in pixels, instead of each recipe's.")
+@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most to you.")
 @click.option(
     "--data",
     type=click.Choice(["images", "small-images"]),
     default="images",
     show_default=True,
-    help="small-images: unlike what bases know.",
+    help="small-images: small images unlike those that base models were trained on.",
 )
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of RECIPE.")
 @click.option(
-    "--trace", is_flag=True, help="Run the step on fake tensors: any configuration, in a minute instead of at once."
+    "--trace", is_flag=True, help="Run the training step on fake tensors: covers any configuration, takes about a minute."
 )
 @click.option(
     "--denoiser",
     metavar="CONFIG.json",
-    help="Trace this denoiser of diffusers with RECIPE's settings (lora/sdxl's if none is named).",
+    help="Trace this diffusers denoiser with the settings of RECIPE (default: lora/sdxl).",
 )
 @click.option(
     "--plot",
     type=click.Path(path_type=Path),
     metavar="FILE.html",
-    help="Draw memory over one step, and time against batch.",
+    help="Plot memory over one step, and time against batch size.",
 )
 @click.option(
     "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit."
 )
 @click.option(
-    "--calibrate", is_flag=True, help="Measure this machine's CPU first, three seconds, and keep the outcome."
+    "--calibrate", is_flag=True, help="Measure this machine's CPU first (3 seconds) and save the result."
 )
 @click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
 def command(
@@ -90,7 +90,7 @@ def command(
 ) -> None:
     """Estimate memory, time and cost of a run before it starts.
 
-    With RECIPE, that run taken apart. Without, a table of what --images images could train on --gpu, and a recommendation.
+    With RECIPE, show that run in detail. Without, compare the recipes that --images images could train on --gpu and recommend one.
     """
     if options["calibrate"]:
         terminal.echo(_calibrated())
@@ -101,19 +101,19 @@ def command(
         overrides += (f"data.resolution={options['resolution']}",)
     if recipe is not None or options["denoiser"]:
         one = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
-        terminal.echo(json.dumps(_values(one), indent=1) if as_json else apart(one))
+        terminal.echo(json.dumps(_values(one), indent=1) if as_json else details(one))
         return
     if options["trace"] or options["plot"]:
         raise UserError(
-            "which run?",
+            "--trace needs a recipe" if options["trace"] else "--plot needs a recipe",
             where="--trace" if options["trace"] else "--plot",
-            remedy="name a recipe: ft estimate lora/sdxl --trace",
+            remedy="for example: ft estimate lora/sdxl --trace",
         )
     if images is None:
         raise UserError(
-            "how many images are there?",
+            "ft estimate needs a recipe or --images",
             where="--images",
-            remedy="for example: ft estimate --images 3000 --gpu rtx3090",
+            remedy="for example: ft estimate lora/sdxl, or ft estimate --images 3000 --gpu rtx3090",
         )
     goal, data, budget = options["goal"], options["data"], options["budget"]
     found, left = _rows(overrides, goal, data, budget, gpu, group, images)
@@ -133,8 +133,11 @@ def command(
 def _rows(
     overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
 ) -> tuple[list[Forecast], dict[str, list[str]]]:
-    """The bundled recipes that are worth considering, of several for one base the one for the largest GPU that fits this one, each with
-    the edits that make it fit, LoRA also on quantized weights; and those that no profile tells of, by the reason."""
+    """Forecasts of the bundled recipes worth considering, and the recipes that no cost profile covers, by the reason.
+
+    Of several recipes for one base model, the one for the largest GPU that fits. Each has the memory options that make
+    it fit; a LoRA has a second row on quantized weights.
+    """
     found: list[Forecast] = []
     left: dict[str, list[str]] = {}
     for names in for_one_base(bundled_recipes()):
@@ -156,16 +159,16 @@ def _rows(
     if not found:
         figures = f" ({said})" if (said := quoted(goal)) else ""
         raise UserError(
-            f"{GOALS[goal].reason}{figures}; no recipe here that a profile tells of is one yet",
+            f"no recipe with a cost profile serves --goal {goal}: {GOALS[goal].reason}{figures}",
             where="--goal",
-            remedy="quality or diversity",
+            remedy="use --goal quality or --goal diversity",
         )
     return found, left
 
 
 def _calibrated() -> str:
-    """Measure this machine's CPU and keep the outcome."""
-    import diffusers  # so that what a process holds is what a training process holds
+    """Measure this machine's CPU and save the result; returns the line to print."""
+    import diffusers  # so that the process has the memory of a training process
     import torch
 
     from finetune.estimate.hardware.calibrate import calibrate
@@ -176,25 +179,25 @@ def _calibrated() -> str:
         f"{kind} {getattr(found, kind).rate / 1e9:.0f} GFLOP/s" for kind in ("matmul", "conv", "attention")
     )
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s ({versions})\nkept in {keep(found)}"
+    return f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s ({versions})\nsaved to {keep(found)}"
 
 
 def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
-    """What trains: the GPU that is named or described, else this machine's, else its CPU."""
+    """The GPU that is named or described, else this machine's GPU, else its CPU."""
     given = [options[key] for key in ("vram", "tflops", "bandwidth")]
     if name and any(given):
         raise UserError(
-            "the GPU is named and described",
+            "--gpu cannot be combined with --vram, --tflops or --bandwidth",
             where="--gpu",
-            remedy="give --gpu alone, or --vram, --tflops and --bandwidth",
+            remedy="use --gpu alone, or --vram, --tflops and --bandwidth",
         )
     if any(given) and not all(given):
-        raise UserError("a GPU is described by three figures", remedy=f"--gpu NAME, or {DESCRIBED}")
+        raise UserError("--vram, --tflops and --bandwidth must be given together", remedy=f"use --gpu NAME, or {DESCRIBED}")
     name = name or (None if any(given) else local_gpu() or "cpu")
     if name and name.lower() == "cpu":
         if options["gpus"] > 1 or options["price"] is not None:
             raise UserError(
-                "this machine has one CPU, and no price", where="--gpus, --price", remedy="name a GPU: --gpu rtx3090"
+                "--gpus and --price do not apply to a CPU", where="--gpu cpu", remedy="name a GPU: --gpu rtx3090"
             )
         return this_cpu()
     gpu = find(name) if name else described(*given)
@@ -202,7 +205,7 @@ def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
 
 
 def local_gpu() -> str | None:
-    """The name of this machine's first NVIDIA GPU, as its driver says it."""
+    """The name of this machine's first NVIDIA GPU, as its driver reports it."""
     for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("Model:"):
@@ -213,7 +216,7 @@ def local_gpu() -> str | None:
 def _one(
     name: str, gpu: Gpu, group: Group, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]
 ) -> Forecast:
-    """The forecast of one recipe, from its profile or, where that is asked for, from a trace."""
+    """The forecast of one recipe, from its cost profile or, if requested, from a trace."""
     recipe = load_recipe(name, overrides)
     images = images if images is not None else _count(recipe)
     if not (options["trace"] or options["denoiser"] or options["plot"]):
@@ -228,7 +231,7 @@ def _one(
 
 
 def _count(recipe: Any) -> int:
-    """Images in the recipe's folders, by their endings; each as often as it is repeated."""
+    """Number of images in the recipe's folders, by suffix, with repeats."""
     sources = (
         [(recipe.data.path, 1)]
         if recipe.data.path
@@ -242,15 +245,15 @@ def _count(recipe: Any) -> int:
             count += repeats * sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
     if not count:
         raise UserError(
-            "there are no images at data.path to be counted",
+            "there are no images at data.path to count",
             where=f"data.path: {sources[0][0]}",
-            remedy="say how many there will be: --images 3000",
+            remedy="give the number of images, for example --images 3000",
         )
     return count
 
 
 def _brought_in(one: Forecast) -> Forecast:
-    """As it is if it fits, else with the cheapest edits that make it fit."""
+    """The forecast itself if it fits, else with the fastest memory options that make it fit."""
     if one.fits:
         return one
     found = fitting(one)
@@ -258,7 +261,7 @@ def _brought_in(one: Forecast) -> Forecast:
 
 
 def _rounded(plain: Forecast) -> list[Forecast]:
-    """A LoRA on weights in 4 bits (QLoRA) beside the one on whole weights, where the profile tells of it and a GPU trains."""
+    """The LoRA on 4-bit weights (QLoRA), if the cost profile covers it and a GPU trains; else nothing."""
     edits = tuple(
         option for option in covered_options(plain) if option.key == "model.quantize" and plain.gpu.device == "cuda"
     )
@@ -272,7 +275,7 @@ def _rounded(plain: Forecast) -> list[Forecast]:
 
 
 def _edits_of(one: Forecast) -> frozenset[str]:
-    """What was edited, whatever came first."""
+    """The memory options applied, in any order."""
     return frozenset(option.words for option in one.edits)
 
 
@@ -285,10 +288,10 @@ def _write(one: Forecast, file: Path) -> None:
         with open(file, "x", encoding="utf-8") as opened:
             opened.write(edits + text)
     except FileExistsError:
-        raise UserError(f"{file} exists already", where="--write", remedy="name another file") from None
+        raise UserError(f"{file} already exists", where="--write", remedy="choose another file") from None
     except OSError as error:
         raise UserError(
-            f"{file} cannot be written: {error.strerror}", where="--write", remedy="name another file"
+            f"{file} cannot be written: {error.strerror}", where="--write", remedy="choose another file"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Which architecture a recipe trains, told without loading anything: by where its model is."""
+"""Find the architecture that a recipe trains from the location of its model, without loading it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HEADER_MOST = 100 << 20  # bytes of a safetensors header: the format's own limit
 
 
 def configs_of(section: Model) -> tuple[Path, str]:
-    """The folder with the pipeline's configurations that `model.path` means, and the name of the profile that covers it.
+    """The folder with the pipeline's configuration for `model.path`, and the name of its cost profile.
 
     Raises:
-        UserError: it is on the hub and not one that is known.
+        UserError: `model.path` is a repository that is not known.
     """
     given, spec = section.path or "", spec_of(section.family)
     path = Path(embedded(given)).expanduser()
@@ -55,7 +55,7 @@ def _repositories() -> dict[str, str]:
 
 
 def _named(config: dict[str, Any]) -> str:
-    """The profile whose UNet has just this configuration; "" if none has."""
+    """The profile whose UNet has exactly this configuration; "" if none has."""
     for name in text_widths().values():
         known = json.loads((CONFIGS / name / "unet" / "config.json").read_text(encoding="utf-8"))
         shape = (
@@ -80,7 +80,7 @@ def _named(config: dict[str, Any]) -> str:
 
 
 def _named_transformer(config: dict[str, Any]) -> str:
-    """The architecture whose transformer has just this configuration (what either leaves out is the class's own value); "" if none has."""
+    """The architecture whose transformer has exactly this configuration (missing keys have the class's default); "" if none."""
     for name in sorted(name for name, (spec, _) in variants().items() if spec.denoiser == "transformer"):
         known = _read(CONFIGS / name / "transformer" / "config.json")
         if all(config.get(key, known[key]) == known[key] for key in known):
@@ -94,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _width_of_file(path: Path) -> int:
-    """The width of cross-attention by a .safetensors file's header alone; 0 where there is none."""
+    """The width of cross-attention, from the header of a .safetensors file; 0 if there is none."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if length > HEADER_MOST:
@@ -107,10 +107,10 @@ def _width_of_file(path: Path) -> int:
 
 
 def vae_config(given: str) -> dict[str, Any]:
-    """The configuration of the VAE that `model.vae` names; SDXL's, which all of them share in shape, where it is on the hub.
+    """The configuration of the VAE that `model.vae` names; for a repository SDXL's, since all have its shape.
 
     Raises:
-        UserError: it is a path at which nothing is, nor will be once a bundled recipe has run.
+        UserError: the path does not exist, and no bundled recipe creates it.
     """
     path = Path(embedded(given)).expanduser()
     for folder in (path / "final" / "vae", path / "vae", path / "final", path):
@@ -122,7 +122,7 @@ def vae_config(given: str) -> dict[str, Any]:
             return load_recipe(name).model.build
     if given.count("/") != 1 or given.startswith((".", "~", "runs/")):
         raise UserError(
-            f"there is no VAE at {given} yet", where="model.vae", remedy="train it first, or name one that is there"
+            f"there is no VAE at {given}", where="model.vae", remedy="train it first, or name an existing one"
         )
     shared: dict[str, Any] = json.loads((CONFIGS / "sdxl" / "vae" / "config.json").read_text(encoding="utf-8"))
     return shared

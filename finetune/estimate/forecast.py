@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: memory, hours and money of a recipe on a GPU; and the edits that make it fit."""
+"""Forecast of a run: memory, hours and cost of a recipe on a GPU, and the memory options that make it fit."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ from finetune.estimate.step_time import Speed, speed
 from finetune.models.registry import has_unet
 from finetune.planning import step_arithmetic
 
-MOST_OPTIONS = 3  # edits that are proposed at once
+MOST_OPTIONS = 3  # memory options that are proposed together
 MOST_IMAGES = 100_000_000
 
 
 @final
 @dataclass(frozen=True)
 class MemoryOption:
-    """An edit of a recipe that saves memory: `key: value`, and what it costs besides time."""
+    """An edit of a recipe that saves memory.
+
+    Attributes:
+        key, value: the edit.
+        cost: what it costs besides time.
+        also: further edits that it requires.
+    """
 
     key: str
     value: Any
     cost: str
-    also: tuple[tuple[str, Any], ...] = ()  # without which it would be refused
+    also: tuple[tuple[str, Any], ...] = ()
 
     @property
     def words(self) -> str:
-        """As a recipe has it: `key: value`."""
-        said = (
-            {True: "true", False: "false", None: "null"}.get(self.value, self.value)
-            if not isinstance(self.value, int | float)
-            else self.value
-        )
-        return f"{self.key}: {str(said).lower() if isinstance(said, bool) else said}"
+        """The edit as a recipe writes it: `key: value`."""
+        value = "null" if self.value is None else self.value
+        return f"{self.key}: {str(value).lower() if isinstance(value, bool) else value}"
 
 
 @final
@@ -54,13 +56,13 @@ class Forecast:
     """A recipe on a GPU.
 
     Attributes:
-        group: how many train together, and how; all else but `usd` is of each.
-        edits: memory options that were apply_options beyond what the recipe says.
-        images: images that train.
-        steps: of the optimizer.
-        hours: of training, samples and encoding; not of downloads.
-        usd: (least, most) for these hours; None where the GPU has no price.
-        limit: bytes that the GPU has.
+        group: number of GPUs and how they share the work; every figure except `usd` is per GPU.
+        edits: memory options applied to the recipe as given.
+        images: images in the dataset.
+        steps: optimizer steps.
+        hours: training, sampling and encoding; downloads excluded.
+        usd: (lowest, highest) cost; None if the GPU has no price.
+        limit: bytes of GPU memory.
     """
 
     recipe: Recipe
@@ -81,7 +83,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak of all phases is within the GPU's memory."""
+        """Whether the peak over all phases is within the GPU's memory."""
         return self.memory.peak <= self.limit
 
 
@@ -94,18 +96,21 @@ def forecast(
     group: Group = ALONE,
     traced: Profile | None = None,
 ) -> Forecast:
-    """What `recipe` needs on `gpu` for `images` images.
+    """Forecast `recipe` on `gpu` for `images` images.
 
     Args:
-        group: how many of them train together, each on its own batches.
-        traced: a profile of this very configuration, instead of the one of its architecture.
+        edits: memory options already applied to `recipe`.
+        group: the GPUs that train together, each on its own batches.
+        traced: a profile of exactly this configuration, to use instead of its architecture's.
 
     Raises:
-        UserError: no profile covers the recipe, or the number of images is none.
+        UserError: no cost profile covers the recipe, or `images` is out of range.
     """
     if not 1 <= images <= MOST_IMAGES:
         raise UserError(
-            f"{images:,} images are nothing to train on", where="--images", remedy=f"give 1 to {MOST_IMAGES:,}"
+            f"--images must be between 1 and {MOST_IMAGES:,}, got {images:,}",
+            where="--images",
+            remedy="give the number of images in the dataset",
         )
     profile, variant = (traced, traced.variants[0]) if traced else _profile_and_variant(recipe, gpu)
     found = memory(profile, variant, recipe, gpu, group)
@@ -134,23 +139,23 @@ def _profile_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Profile, Variant]:
         if profile is None:
             known = ", ".join(profiles.known())
             raise UserError(
-                "no profile covers this model yet", where="model.family", remedy=f"add --trace; covered are {known}"
+                "no cost profile covers this model", where="model.family", remedy=f"add --trace; profiles exist for {known}"
             )
         return profile, profiles.variant_of(profile, recipe, gpu.device)
 
 
 def _outside(recipe: Recipe, profile: Profile, gpu: Gpu, images: int, steps: int) -> float:
-    """Seconds of encoding every image once, in float32, and of the samples while training."""
+    """Seconds to encode every image once, in float32, and to generate the samples during training."""
     area, out = (recipe.data.resolution / profile.resolution) ** 2, profile.outside[gpu.device]
     rate = gpu.calibration.conv.rate if gpu.calibration else gpu.tflops * 1e12 * PACE.conv
     encoding = rate if gpu.calibration else rate * PACE.float32
-    looks = steps // recipe.sample.every + 2
-    drawn = looks * len(recipe.sample.prompts) * recipe.sample.steps * out.sample_flops
-    return area * (images * out.encode_flops / encoding + drawn / rate)
+    grids = steps // recipe.sample.every + 2
+    sampling = grids * len(recipe.sample.prompts) * recipe.sample.steps * out.sample_flops
+    return area * (images * out.encode_flops / encoding + sampling / rate)
 
 
 def memory_options(recipe: Recipe) -> list[MemoryOption]:
-    """The edits that save memory and that this recipe has not made yet."""
+    """The memory options that the recipe does not use yet."""
     train, found = recipe.train, []
     if not train.gradient_checkpointing:
         found.append(MemoryOption("train.gradient_checkpointing", True, "the same result"))
@@ -160,61 +165,61 @@ def memory_options(recipe: Recipe) -> list[MemoryOption]:
         )
     elif train.accumulation > 1 and recipe.method == "full":
         found.append(
-            MemoryOption("train.accumulation", 1, "gradients are kept for one batch only, and each step is noisier")
+            MemoryOption("train.accumulation", 1, "each step sees one batch only, so gradients are noisier")
         )
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
         found.append(
-            MemoryOption("optimizer.name", "adamw8bit", "a rounded optimizer state, rarely seen in the result")
+            MemoryOption("optimizer.name", "adamw8bit", "rounds the optimizer state, which rarely shows in the result")
         )
     if recipe.optimizer.name == "adamw8bit" and not recipe.optimizer.paged:
-        found.append(MemoryOption("optimizer.paged", True, "slow while the GPU's memory is full"))
-    if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # others' rates would not suit it
-        found.append(MemoryOption("optimizer.name", "adafactor", "less steady than AdamW"))
+        found.append(MemoryOption("optimizer.paged", True, "slow while GPU memory is full"))
+    if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # the learning rates of other optimizers would not suit it
+        found.append(MemoryOption("optimizer.name", "adafactor", "less stable than AdamW"))
     if train.ema:
-        found.append(MemoryOption("train.ema", None, "samples less smooth"))
+        found.append(MemoryOption("train.ema", None, "samples vary more from step to step"))
     found += _of_weights(recipe)
     if recipe.adapter and recipe.adapter.rank > 4:
-        found.append(MemoryOption("adapter.rank", 4, "the adapter holds less"))
+        found.append(MemoryOption("adapter.rank", 4, "less adapter capacity"))
     smaller = int(recipe.data.resolution * 0.75) // 64 * 64
     if smaller >= 256:
-        found.append(MemoryOption("data.resolution", smaller, "less detail than the base was made for"))
+        found.append(MemoryOption("data.resolution", smaller, "less detail than the base model was trained for"))
     return found
 
 
 def _of_weights(recipe: Recipe) -> list[MemoryOption]:
-    """The edits that make weights or gradients smaller, or let them be elsewhere."""
+    """The options that shrink weights or gradients, or move them to host memory."""
     model, train, optimizer, found = recipe.model, recipe.train, recipe.optimizer, list[MemoryOption]()
     if recipe.method == "lora":
         if model.quantize is None:
             found.append(
                 MemoryOption(
-                    "model.quantize", "nf4", "the base is rounded to 4 bits while it trains; samples show the whole one"
+                    "model.quantize", "nf4", "trains on the base model rounded to 4 bits; samples use full weights"
                 )
             )
         if not train.offload_blocks and not has_unet(model.family):
             also = (("train.gradient_checkpointing", True),) if train.checkpointed != 1 else ()
-            found.append(MemoryOption("train.offload_blocks", True, "the same result, in host memory meanwhile", also))
+            found.append(MemoryOption("train.offload_blocks", True, "the same result; needs host memory", also))
     elif recipe.method == "full" and optimizer.name in PER_TENSOR:
         if train.weights == "float32" and train.precision in (None, "bfloat16"):
-            found.append(MemoryOption("train.weights", "bfloat16", "steps are rounded at random: right on average"))
+            found.append(MemoryOption("train.weights", "bfloat16", "stochastic rounding: unbiased, slightly noisier"))
         if not train.fused_backward and train.precision != "float16":
             clip = (("optimizer.clip", "tensor"),) if optimizer.clip_norm and optimizer.clip == "global" else ()
             single = (("train.accumulation", 1),) if train.accumulation > 1 else ()
             cost = (
-                "each step is noisier" if single else "gradients are bounded one by one" if clip else "the same result"
+                "each step is noisier" if single else "clips each gradient by itself" if clip else "the same result"
             )
             found.append(MemoryOption("train.fused_backward", True, cost, (*clip, *single)))
     if recipe.method != "scratch" and not model.train_text_encoder and model.text_encoder_placement == "device":
         found.append(
-            MemoryOption("model.text_encoder_placement", "offload", "the same result, captions encoded more slowly")
+            MemoryOption("model.text_encoder_placement", "offload", "the same result; captions are encoded more slowly")
         )
     if not model.vae_tiling and recipe.data.resolution > TILE:
-        found.append(MemoryOption("model.vae_tiling", True, "seams between tiles that are hardly seen"))
+        found.append(MemoryOption("model.vae_tiling", True, "barely visible seams between tiles"))
     return found
 
 
 def apply_options(recipe: Recipe, edits: tuple[MemoryOption, ...]) -> Recipe:
-    """The recipe with `edits` made. A smaller batch is made up for by accumulation."""
+    """Apply memory options to a recipe. Accumulation makes up for a smaller batch."""
     for option in edits:
         if option.key == "train.batch_size":
             train = recipe.train
@@ -230,14 +235,14 @@ def _set(recipe: Recipe, key: str, value: Any) -> Recipe:
 
 
 def fitting(first: Forecast) -> list[Forecast]:
-    """What makes a run fit, cheapest in time first: single edits, else pairs, else three together, beside those that it has had.
+    """Forecasts that fit, fastest first: with one more memory option, else with two, else with three.
 
-    Empty: nothing does, or it was traced.
+    Empty if none fits, or if the forecast comes from a trace.
     """
     known = covered_options(first) if len(first.profile.variants) > 1 else []
     for count in range(1, MOST_OPTIONS + 1):
         tried = [edits for edits in combinations(known, count) if len({option.key for option in edits}) == count]
-        if fit := [edits for edits in tried if (peak := _told(first, edits)) is not None and peak <= first.limit]:
+        if fit := [edits for edits in tried if (peak := _peak_with(first, edits)) is not None and peak <= first.limit]:
             found = [
                 forecast(
                     apply_options(first.recipe, edits),
@@ -256,12 +261,26 @@ def fitting(first: Forecast) -> list[Forecast]:
 
 
 def covered_options(first: Forecast) -> list[MemoryOption]:
-    """Those memory options of a run that its profile tells of."""
-    return [option for option in memory_options(first.recipe) if _told(first, (option,)) is not None]
+    """The memory options of a run that its cost profile covers."""
+    return [option for option in memory_options(first.recipe) if _peak_with(first, (option,)) is not None]
 
 
-def _told(first: Forecast, edits: tuple[MemoryOption, ...]) -> int | None:
-    """The peak with these edits; None where the profile does not tell of them."""
+def exhausted(first: Forecast) -> bool:
+    """Whether a run exceeds its GPU's memory even with every memory option, all of which its cost profile covers."""
+    recipe, options = first.recipe, memory_options(first.recipe)
+    while options:  # one option may make another possible: 8-bit AdamW can be paged
+        recipe = apply_options(recipe, tuple({option.key: option for option in options}.values()))
+        options = [option for option in memory_options(recipe) if option.key != "data.resolution"]
+    try:
+        variant = profiles.variant_of(first.profile, recipe, first.gpu.device)
+    except UserError:
+        return False
+    peak = memory(first.profile, variant, recipe, first.gpu, first.group).peak
+    return len(covered_options(first)) == len(memory_options(first.recipe)) and peak > first.limit
+
+
+def _peak_with(first: Forecast, edits: tuple[MemoryOption, ...]) -> int | None:
+    """Peak bytes with these options; None if the cost profile does not cover them."""
     recipe = apply_options(first.recipe, edits)
     try:
         variant = profiles.variant_of(first.profile, recipe, first.gpu.device)

@@ -1,4 +1,4 @@
-"""What `ft train` makes of the estimate: a line and a refusal before the run, a warning while it runs, a comparison at its end."""
+"""The estimate inside `ft train`: a line or a refusal before the run, and a comparison with measurements at its end."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from finetune.estimate.hardware.parallelism import Group
 from finetune.planning import Plan
 from finetune.terminal import duration
 
-WORTHWHILE = 0.05  # share of a GPU's memory that an edit has to save to be named against spilling
+WORTHWHILE = 0.05  # the share of GPU memory that a memory option must save to be suggested when memory spills
 
 
 @final
 @dataclass(frozen=True)
 class Expected:
-    """The forecast of a plan on its own machine; or None, and the reason why there is none."""
+    """The forecast of a plan on its own machine, or None and the reason why there is none."""
 
     forecast: Forecast | None
     reason: str = ""
 
     @property
     def line(self) -> str:
-        """Memory, seconds of a step and length of the run, or why there is no estimate: said before the first step."""
+        """One line before the first step: memory, seconds per step and duration, or why there is no estimate."""
         one = self.forecast
         if one is None:
             return f"no estimate: {self.reason}"
-        fits = "" if one.fits else ", which does not fit"
-        time = f"{_seconds(one.speed.seconds)} a step, {duration(3600 * one.hours)} with encoding and samples"
+        fits = "" if one.fits else ", does not fit"
+        time = f"{_seconds(one.speed.seconds)} per step, {duration(3600 * one.hours)} including encoding and samples"
         return f"estimate: {_memory(one)} of {one.gpu.name}{fits}; {time}"
 
 
 def expect(plan: Plan) -> Expected:
-    """What `plan` will need of the device that it names, whose memory is the machine's own figure."""
+    """The estimate of `plan` on its device, with the memory that this machine reports."""
     machine, train = plan.machine, plan.recipe.train
     if reason := _out_of_reach(plan):
         return Expected(None, reason)
@@ -55,31 +55,31 @@ def expect(plan: Plan) -> Expected:
 
 
 def _out_of_reach(plan: Plan) -> str:
-    """Why no profile can tell of this plan; "" if one may."""
+    """Why no cost profile can cover this plan; "" if one can."""
     machine = plan.machine
     if machine.device not in ("cuda", "cpu"):
-        return f"the estimates are for NVIDIA GPUs and CPUs, and this run takes {machine.device}"
+        return f"estimates cover NVIDIA GPUs and CPUs, and this run uses {machine.device}"
     if machine.device == "cuda" and plan.precision == "float32":
-        return "the profiles of GPUs are of 16-bit arithmetic, and this run computes in float32"
+        return "cost profiles of GPUs are for 16-bit precision, and this run computes in float32"
     if machine.device == "cpu" and plan.precision != "float32":
-        return f"the profiles of CPUs are of float32, and this run computes in {plan.precision}"
+        return f"cost profiles of CPUs are for float32, and this run computes in {plan.precision}"
     if machine.device == "cpu" and machine.processes > 1:
         return "several processes share one CPU"
     return ""
 
 
 def does_not_fit(one: Forecast) -> UserError:
-    """The refusal of a run, with the edits that `ft estimate` would name."""
+    """The error for a run that does not fit, with the memory options that `ft estimate` lists."""
     ways = "".join(f"\n         {saved}  {text}" for saved, text in advice(one))
     return UserError(
-        f"this run does not fit: it takes {_memory(one)} that {one.gpu.name} has",
-        where=f"the peak is in the phase {one.memory.largest} (`ft estimate` takes it apart)",
-        remedy=f"with an edit that makes it fit, or --force to train all the same{ways}",
+        f"this run does not fit: it needs {_memory(one)} of {one.gpu.name}",
+        where=f"memory peaks in the phase {one.memory.largest} (see `ft estimate`)",
+        remedy=f"use one of these memory options, or --force to train anyway{ways}",
     )
 
 
 def cheapest(one: Forecast) -> Forecast | None:
-    """The single edit that saves steps memory worth naming at the least hours; a smaller resolution only if nothing else does."""
+    """The single memory option that saves a worthwhile amount at the least cost in time; a smaller resolution comes last."""
     made = [
         forecast(apply_options(one.recipe, (option,)), one.name, one.gpu, one.images, (option,), one.group)
         for option in covered_options(one)
@@ -89,12 +89,12 @@ def cheapest(one: Forecast) -> Forecast | None:
 
 
 def saved(one: Forecast, edited: Forecast) -> int:
-    """Bytes that a step takes less, whatever else the run does."""
+    """Bytes that the training phase needs less."""
     return one.memory.phases["train"] - edited.memory.phases["train"]
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Name, estimated, measured and how far the estimate is off, of `estimate.json`: for the terminal and the report."""
+    """Rows (name, estimated, measured, error) of `estimate.json`, for the terminal and the report."""
     table = []
     shown: Callable[[float], str]
     for name, key, shown in (("memory", "memory_bytes", _gibibytes), ("a step", "seconds_per_step", _seconds)):

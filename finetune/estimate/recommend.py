@@ -1,6 +1,6 @@
-"""The field's rules of choice as data one can read and change: by images, money, device and goal, each with its reason.
+"""Rules that recommend a recipe, as data: by number of images, budget, device and goal, each with its reason.
 
-The rules say what is sensible; the estimate then says which of it fits, in the time, for the money.
+The rules say what is sensible; the forecasts say which of it fits the GPU, the time limit and the budget.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Data = Literal["images", "small-images"]
 INFINITE = float("inf")
 PROMISE = re.compile(r"-(\d+)gb$")
 LARGE = 80  # GB
-LAST = 10_000  # rank of bases without a preference, such as the bundled one
+LAST = 10_000  # rank of base models without a preference, such as the bundled one
 
 
 @final
 @dataclass(frozen=True)
 class Rule:
-    """From `least` images, USD or pixels up to under `most`, `methods` are what the field does, the first first, because of `reason`."""
+    """From `least` (included) to `most` (excluded) images or USD: the usual `methods`, best first, and the reason."""
 
     least: float
     most: float
@@ -40,26 +40,26 @@ class Rule:
 @final
 @dataclass(frozen=True)
 class Goal:
-    """What matters most, and the kinds of model that are best at it (`FamilySpec.kind`), because of `reason`."""
+    """The kinds of model (`FamilySpec.kind`) that serve a goal best, and the reason."""
 
     kinds: tuple[str, ...]
     reason: str
 
 
 BY_IMAGES = (
-    Rule(1, 1_000, ("lora",), "under 1,000 images full fine-tuning learns by heart: LoRA"),
-    Rule(1_000, 10_000, ("lora",), "1,000–10,000 images call for LoRA"),
+    Rule(1, 1_000, ("lora",), "with fewer than 1,000 images full fine-tuning overfits, and a LoRA less so"),
+    Rule(1_000, 10_000, ("lora",), "LoRA suits 1,000–10,000 images"),
     Rule(
         10_000,
         1_000_000,
         ("full", "lora"),
-        "from 10,000 images on, full fine-tuning learns more than a LoRA can hold",
+        "with 10,000 images or more, full fine-tuning learns more than a LoRA can hold",
     ),
     Rule(
         1_000_000,
         INFINITE,
         ("full", "lora"),
-        "even millions of images fine-tune: pretraining took Stable Diffusion 150,000 A100 hours, $600,000",
+        "even millions of images are best used for fine-tuning: pretraining Stable Diffusion took 150,000 A100 hours ($600,000)",
     ),
 )
 BY_BUDGET = (
@@ -67,9 +67,9 @@ BY_BUDGET = (
         0,
         10,
         ("lora", "scratch"),
-        "under $10 pay for a short LoRA, or for a small VAE, flow or diffusion model from scratch",
+        "less than $10 pays for a short LoRA run or a small VAE, flow or diffusion model from scratch",
     ),
-    Rule(10, 100, ("lora", "scratch"), "tens of dollars pay for LoRA (10–100 hours of a consumer GPU)"),
+    Rule(10, 100, ("lora", "scratch"), "tens of dollars pay for a LoRA (10–100 hours on a consumer GPU)"),
     Rule(
         100, INFINITE, ("full", "lora", "scratch"), "hundreds of dollars pay for full fine-tuning (100–1,000 GPU hours)"
     ),
@@ -78,24 +78,24 @@ SMALL_IMAGES = Rule(
     1,
     INFINITE,
     ("scratch",),
-    "small images far from what bases were trained on are learned from scratch, a VAE first",
+    "small images unlike the base models' training data are best learned from scratch, starting with a VAE",
 )
-ON_CPU = Rule(0, INFINITE, ("scratch", "lora"), "a CPU is enough for a small VAE, flow or diffusion model from scratch")
+ON_CPU = Rule(0, INFINITE, ("scratch", "lora"), "a CPU can train a small VAE, flow or diffusion model from scratch")
 GOALS = {
-    "quality": Goal(("diffusion",), "quality and steady training: diffusion"),
-    "speed": Goal(("GAN",), "speed: a GAN draws in one pass"),
-    "latent": Goal(("VAE",), "a latent space: a VAE"),
-    "likelihood": Goal(("autoregressive", "flow"), "exact likelihood: an autoregressive model or a flow"),
-    "diversity": Goal(("diffusion", "VAE"), "diversity: diffusion or a VAE, which leave no kind of image out"),
+    "quality": Goal(("diffusion",), "diffusion models give the best quality and train stably"),
+    "speed": Goal(("GAN",), "a GAN generates an image in one pass"),
+    "latent": Goal(("VAE",), "a VAE has a latent space"),
+    "likelihood": Goal(("autoregressive", "flow"), "autoregressive models and flows compute exact likelihoods"),
+    "diversity": Goal(("diffusion", "VAE"), "diffusion models and VAEs cover the whole dataset"),
 }
-# Pixels of a side from which a kind is out of the question, and why.
-TOO_LARGE = {"autoregressive": (96, "pixel after pixel, an autoregressive model never draws large images")}
+# The largest side in pixels for which a kind of model makes sense, and why.
+TOO_LARGE = {"autoregressive": (96, "autoregressive models generate pixel by pixel, which is too slow for large images")}
 
 
 @final
 @dataclass(frozen=True)
 class Choice:
-    """The recommended one of several forecasts, why, and the bundled recipe whose run it starts from ("" if none)."""
+    """The recommended forecast, the reason, and the bundled recipe that has to run first ("" if none)."""
 
     forecast: Forecast
     reason: str
@@ -103,14 +103,14 @@ class Choice:
 
 
 def rule(rules: tuple[Rule, ...], amount: float) -> Rule:
-    """The one whose range holds `amount`, its lower end included."""
+    """The rule whose range holds `amount`."""
     return next(one for one in rules if one.least <= amount < one.most)
 
 
 def for_one_base(names: Iterable[str]) -> list[list[str]]:
-    """Recipes that differ only in the GPU that they are for stand together, the one for the largest first.
+    """Group recipes that differ only in the GPU they are made for, the largest GPU first.
 
-    A name such as `lora/flux1-12gb` promises that GPU. Plain ones promise none, and stand below those for `LARGE` ones.
+    A name such as `lora/flux1-12gb` gives the GPU's memory. Names without one rank just below `LARGE`.
     """
     found: dict[str, list[tuple[int, str]]] = {}
     for name in names:
@@ -120,25 +120,23 @@ def for_one_base(names: Iterable[str]) -> list[list[str]]:
 
 
 def considered(recipe: Recipe, goal: str, data: Data, gpu: Gpu, budget: float | None) -> bool:
-    """Whether a recipe is worth a row: its method may be called for, and its kind is one of the goal's."""
+    """Whether a recipe belongs in the table: its method may be recommended, and its kind serves the goal."""
     kind, kinds = spec_of(recipe.model.family).kind, GOALS[goal].kinds
     small = data == "small-images" or "diffusion" not in kinds
     cheap = gpu.device == "cpu" or (budget is not None and budget < BY_BUDGET[0].most)
     if recipe.method == "scratch":
         return (small or cheap) and (kind in kinds or goal == "quality")
-    tries = (recipe.model.path or "").startswith(
-        "embedded:"
-    )  # the bundled base shows how things go; it draws emoji of 64 pixels
-    return data == "images" and kind in kinds and (gpu.device == "cpu" or not tries)
+    demo = (recipe.model.path or "").startswith("embedded:")  # the bundled base model: emoji of 64 pixels
+    return data == "images" and kind in kinds and (gpu.device == "cpu" or not demo)
 
 
 def choose(
     found: list[Forecast], images: int, budget: float | None, hours: float | None, goal: str, data: Data = "images"
 ) -> Choice:
-    """Of what fits, in the time, for the money: the method that the rules call for, and of it the best that serves the goal.
+    """Recommend one of the forecasts that fit: by the method that the rules name, the best for the goal.
 
     Raises:
-        UserError: nothing does; says what the least would be.
+        UserError: no forecast is within the limits; the message names the closest one.
     """
     aim = GOALS[goal]
     serving = [one for one in found if spec_of(one.recipe.model.family).kind in aim.kinds and not _too_large(one)]
@@ -152,9 +150,9 @@ def choose(
             "",
         )
         raise UserError(
-            large or f"{aim.reason}; no recipe here is one yet",
+            large or f"no bundled recipe serves --goal {goal}: {aim.reason}",
             where="--goal",
-            remedy="a smaller --resolution" if large else "quality or diversity",
+            remedy="use a smaller --resolution" if large else "use --goal quality or --goal diversity",
         )
     affordable = _affordable(serving, budget, hours)
     methods, reason = called_for(images, budget, affordable[0].gpu, data, {one.recipe.method for one in serving})
@@ -163,11 +161,11 @@ def choose(
     method = next((one for one in methods if any(each.recipe.method == one for each in affordable)), None)
     among = [one for one in affordable if one.recipe.method == method] or affordable
     if method != methods[0]:
-        reason += f", but no {methods[0]} fits what was given"
+        reason += f", but no {methods[0]} recipe is within the limits"
     best = min(among, key=lambda one: _rank(one, goal))
     return Choice(
         best,
-        f"{reason}, and it is the best {'base' if best.recipe.method != 'scratch' else 'of them'} that fits",
+        f"{reason}, and it is the best {'base model' if best.recipe.method != 'scratch' else 'of them'} that fits",
         _first(best.recipe),
     )
 
@@ -175,7 +173,11 @@ def choose(
 def called_for(
     images: int, budget: float | None, gpu: Gpu, data: Data, there: set[Method]
 ) -> tuple[tuple[Method, ...], str]:
-    """The methods that the rules call for, the first first, and the reason; of those that are there at all."""
+    """The methods that the rules recommend, best first, and the reason.
+
+    Args:
+        there: methods of the recipes to choose from.
+    """
     by_data = (
         SMALL_IMAGES
         if data == "small-images" or there == {"scratch"}
@@ -184,7 +186,7 @@ def called_for(
         else rule(BY_IMAGES, images)
     )
     if there == {"scratch"} and data == "images":
-        return ("scratch",), "such models are trained from scratch"
+        return ("scratch",), "these models are trained from scratch"
     if budget is None:
         return by_data.methods, by_data.reason
     by_money = rule(BY_BUDGET, budget)
@@ -195,39 +197,42 @@ def called_for(
 
 
 def _affordable(found: list[Forecast], budget: float | None, hours: float | None) -> list[Forecast]:
-    """Those that fit, in the time, for the money.
+    """The forecasts that fit the GPU, the time limit and the budget.
 
     Raises:
-        UserError: none does.
+        UserError: there are none.
     """
     fits = [one for one in found if one.fits]
     if not fits:
         least = min(found, key=lambda one: one.memory.peak)
         raise UserError(
-            f"nothing here fits {least.gpu.name}: the least is {least.name} with {least.memory.peak / 2**30:.1f} GiB",
+            f"no recipe fits {least.gpu.name}: the smallest, {least.name}, needs {least.memory.peak / 2**30:.1f} GiB",
             where=f"{least.limit / 2**30:.1f} GiB usable",
-            remedy="name a larger GPU; `ft gpus` lists them",
+            remedy="choose a larger GPU; `ft gpus` lists them",
         )
     timely = [one for one in fits if hours is None or one.hours <= hours]
     if not timely:
         least = min(fits, key=lambda one: one.hours)
         raise UserError(
-            f"nothing ends within {hours:g} hours: the least is {least.name} with {least.hours:.1f}",
-            remedy="allow more hours, or a faster GPU",
+            f"no recipe finishes within {hours:g} hours: the shortest, {least.name}, takes {least.hours:.1f} hours",
+            where="--hours",
+            remedy="raise --hours, or choose a faster GPU",
         )
     paid = [one for one in timely if budget is None or one.usd is None or one.usd[1] <= budget]
     if not paid:
         least = min(timely, key=lambda one: one.usd[1] if one.usd else 0.0)
         cost = f"${least.usd[1]:.2f}" if least.usd else "nothing"
         raise UserError(
-            f"${budget:g} pay for nothing here: the least is {least.name} with {cost}",
-            remedy="allow more, or fewer epochs",
+            f"no recipe costs ${budget:g} or less: the cheapest, {least.name}, costs {cost}",
+            where="--budget",
+            remedy="raise --budget, or train for fewer epochs",
         )
     return paid
 
 
 def _rank(one: Forecast, goal: str) -> tuple[int, float, int, float]:
-    """The best base first; of what is from scratch, what was measured to do best at the goal, then what holds most; then what takes least time."""
+    """Sort key: preferred base models first; from scratch, the best measured figure for the goal, then the most
+    parameters; then the shortest run."""
     known = variants()[one.profile.name][1].preference if one.profile.name in variants() else LAST
     if one.recipe.method != "scratch":
         return known, 0.0, 0, one.hours

@@ -1,4 +1,4 @@
-"""How long a step takes on a GPU, from a profile: its kernels compute or move bytes, and the host has to launch each of them."""
+"""Time of a step on a GPU, from a cost profile: kernels compute or move bytes, and the host launches each of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finetune.estimate.profiles import Profile, Variant, Work
 @final
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one optimizer step.
+    """Seconds of one optimizer step, by cause.
 
     Attributes:
-        compute, bandwidth: of kernels bound by arithmetic and by memory.
-        launch: in which the GPU waits for the host, which launches kernels one after another.
-        exchange: of gradients between GPUs.
-        transfer: of blocks that wait in host memory: each comes twice, forward and when it is computed again.
-        operators: of the step.
+        compute, bandwidth: kernels bound by arithmetic and by memory bandwidth.
+        launch: the GPU waits for the host, which launches kernels one by one.
+        exchange: gradients between GPUs.
+        transfer: offloaded blocks, copied from host memory twice: for the forward pass and for its recomputation.
+        operators: number of operators in the step.
     """
 
     compute: float
@@ -36,14 +36,14 @@ class Speed:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return self.compute + self.bandwidth + self.launch + self.exchange + self.transfer
 
 
 def speed(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Speed:
-    """The step of `recipe` on one of `group`: as many forward and backward passes as it accumulates, and one update.
+    """The step of `recipe` on one GPU of `group`: one forward and backward pass per accumulated batch, and one update.
 
-    That a part of what is exchanged goes on beside the computing is left out.
+    The overlap of gradient exchange and computation is ignored.
     """
     load = (recipe.data.resolution / profile.resolution) ** 2, recipe.train.batch_size
     found = step(variant.micro, variant.update, recipe.train.accumulation, gpu, PACE, *load)
@@ -64,10 +64,10 @@ def step(
     area: float = 1.0,
     batch: int = 1,
 ) -> Speed:
-    """A step of `times` passes and an update, for `batch` images of `area` native ones each.
+    """A step of `times` passes and an update, for `batch` images of `area` times the native area each.
 
-    A kernel takes the longer of computing and of moving its bytes. A GPU's host runs ahead of it until the step's end,
-    so that the step takes the longer of all kernels and of all launches; a CPU does both itself.
+    A kernel takes the longer of its arithmetic and its memory traffic. The host runs ahead of the GPU until the end of
+    the step, so the step takes the longer of all kernels and all launches; a CPU does both itself.
     """
     host: Pace | Calibration = gpu.calibration or pace
     compute = bandwidth = launch = 0.0
@@ -87,7 +87,7 @@ def step(
 
 
 def seconds(work: Work, gpu: Gpu, pace: Pace, area: float, batch: int) -> tuple[float, float]:
-    """Seconds of one of these operators' arithmetic, and of its bytes."""
+    """Seconds of one operator's arithmetic, and of its memory traffic."""
     # Attention's FLOPs grow with the square of the image's area, all else with the area.
     flops = work.flops[0] + work.flops[1] * batch * area * (area if work.kind == "attention" else 1.0)
     moved = work.bytes[0] + work.bytes[1] * batch * area

@@ -1,4 +1,6 @@
-"""What of this machine works, and what to do about the rest: `ft doctor`. Torch-free: what must import torch is `finetune.system.probe`'s.
+"""`ft doctor`: checks this machine and says how to fix what does not work.
+
+Torch-free: checks that import torch run in another process (`finetune.system.probe`).
 
 Each finding is `works`, `limited` (training works, something else does not) or `fails` (`ft train` will not work).
 """
@@ -23,17 +25,15 @@ State = Literal["works", "limited", "fails"]
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 GIB, GB = 2**30, 10**9
 PROBE_SECONDS = 120  # importing torch from a slow disk takes most of a minute
-LEAST_MEMORY = 4 * GIB  # the bundled base trains in 1.5; torch and diffusers alone take one
-MODELS_DISK, RUN_DISK = (
-    20 * GB,
-    2 * GB,
-)  # SDXL in float16 is 7 GB and comes with float32 beside it; a LoRA's run is some hundred MB
-INSTALL_TORCH = "install the build that https://pytorch.org/get-started/locally/ names for this machine"
+LEAST_MEMORY = 4 * GIB  # the bundled base model trains in 1.5; torch and diffusers alone take one
+MODELS_DISK = 20 * GB  # SDXL is 7 GB in float16, and downloads include a float32 copy
+RUN_DISK = 2 * GB  # a LoRA run is a few hundred MB
+INSTALL_TORCH = "install the build for this machine from https://pytorch.org/get-started/locally/"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one part, in a sentence, and what mends it where something is to be mended."""
+    """The result of one check in a sentence, and the fix if one is needed."""
 
     name: str
     state: State
@@ -43,17 +43,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi says: the driver's version, and name and MiB of each GPU. No GPU is named where the tool is not there or fails."""
+    """What nvidia-smi reports: the driver version, and name and MiB of each GPU; no GPUs if the tool is missing or fails."""
 
     version: str
     gpus: tuple[tuple[str, int], ...]
 
 
 def examine() -> list[Finding]:
-    """Look at everything. Never raises: what cannot be looked at is a finding."""
+    """Run all checks. Never raises: a check that fails is a finding."""
     probed = _probe("torch", "bitsandbytes") | _probe("hub")
     checks: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("Python", python_version),
+        ("package", package),
         ("libraries", lambda: libraries(requirements(), tested())),
         ("torch", lambda: torch_build(probed["torch"])),
         ("GPU", lambda: gpus(driver(), probed["torch"])),
@@ -66,21 +67,21 @@ def examine() -> list[Finding]:
     for name, check in checks:
         try:
             found += check()
-        except Exception as error:  # a machine in any state at all is looked at to its end
+        except Exception as error:  # the remaining checks still run
             found.append(
                 Finding(
                     name,
                     "fails",
-                    f"could not be looked at: {type(error).__name__}: {error}",
-                    "tell us; the line above is all we need",
+                    f"the check failed: {type(error).__name__}: {error}",
+                    "please report this line as a bug",
                 )
             )
     return found
 
 
 def _probe(*names: str) -> dict[str, dict[str, Any]]:
-    """`finetune.system.probe`'s answers, or, of what its process died of, {"died": its last words}."""
-    # -P: the script's own folder stays off the path, where its modules' names would shadow others'.
+    """The results of `finetune.system.probe`, or {"died": the last line of its error output}."""
+    # -P keeps the script's own folder off sys.path, where its modules would shadow others.
     command = [sys.executable, "-P", str(Path(__file__).with_name("probe.py")), *names]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=False)
@@ -95,16 +96,31 @@ def _probe(*names: str) -> dict[str, dict[str, Any]]:
     return {name: found.get(name, {"died": died}) for name in names}
 
 
-# -- what Python stands on ------------------------------------------------------------------------------------------------
+# -- Python and libraries -------------------------------------------------------------------------------------------------
 
 
 def python_version() -> list[Finding]:
-    """Python, and the system that it runs on."""
+    """The versions of Python and the operating system."""
     return [Finding("Python", "works", f"{platform.python_version()}, {platform.platform()}")]
 
 
+def package() -> list[Finding]:
+    """Whether the unrelated PyPI package `finetune`, which has the same import name as `ft-image`, is installed."""
+    if "finetune" not in metadata.packages_distributions().get("finetune", ()):
+        return []
+    version = metadata.version("finetune")
+    return [
+        Finding(
+            "package",
+            "fails",
+            f"the unrelated PyPI package finetune {version} is installed: `import finetune` may import it instead of ft",
+            "pip uninstall finetune, then reinstall ft: pip install --force-reinstall --no-deps ft-image",
+        )
+    ]
+
+
 def requirements() -> list[str]:
-    """The ranges of versions that ft needs: a checkout's pyproject.toml, else as it was installed."""
+    """The required version ranges, from the checkout's pyproject.toml or from the installed package."""
     project = CHECKOUT / "pyproject.toml"
     if project.is_file():
         import tomllib
@@ -115,14 +131,14 @@ def requirements() -> list[str]:
 
 
 def tested() -> dict[str, str]:
-    """Library → the version that the tests pass with; empty where there is no checkout to read it from."""
+    """Library → tested version, from the checkout; empty if there is none."""
     constraints = CHECKOUT / "scripts" / "constraints.txt"
     lines = constraints.read_text(encoding="utf-8").splitlines() if constraints.is_file() else []
     return {name.lower(): version for name, equals, version in (line.partition("==") for line in lines) if equals}
 
 
 def libraries(needed: Sequence[str], passed: dict[str, str]) -> list[Finding]:
-    """Installed versions against ranges, and against those that the tests pass with."""
+    """Compare installed versions with the required ranges and the tested versions."""
     from packaging.requirements import Requirement
 
     wrong, other, right = [], [], 0
@@ -138,7 +154,7 @@ def libraries(needed: Sequence[str], passed: dict[str, str]) -> list[Finding]:
             wrong.append(
                 (
                     f"{requirement.name}{requirement.specifier}",
-                    f"{requirement.name} is {version}, and {requirement.specifier} is needed",
+                    f"{requirement.name} is {version}, but {requirement.specifier} is required",
                 )
             )
             continue
@@ -148,20 +164,20 @@ def libraries(needed: Sequence[str], passed: dict[str, str]) -> list[Finding]:
             other.append(f"{requirement.name} {version} ({known})")
     if wrong:
         install = "pip install " + " ".join(f'"{wanted}"' for wanted, _ in wrong)
-        return [Finding("libraries", "fails", "; ".join(said for _, said in wrong), install)]
+        return [Finding("libraries", "fails", "; ".join(problem for _, problem in wrong), install)]
     if other:
-        said = f"{right} are in their ranges, and these are not the versions that were tested: {', '.join(other)}"
+        text = f"{right} in the required ranges; not the tested versions: {', '.join(other)}"
         return [
             Finding(
                 "libraries",
                 "works",
-                said,
-                "should something fail, install the tested ones: pip install -c scripts/constraints.txt -e .",
+                text,
+                "if something fails, install the tested versions: pip install -c scripts/constraints.txt -e .",
             )
         ]
     return [
         Finding(
-            "libraries", "works", f"{right} are in their ranges" + (", all in the tested versions" if passed else "")
+            "libraries", "works", f"{right} in the required ranges" + (", all in the tested versions" if passed else "")
         )
     ]
 
@@ -186,7 +202,7 @@ def torch_build(probed: dict[str, Any]) -> list[Finding]:
 
 
 def driver() -> Driver | None:
-    """NVIDIA's driver; None where there is no sign of one."""
+    """The NVIDIA driver; None if there is no sign of one."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return (
@@ -208,7 +224,7 @@ def driver() -> Driver | None:
 
 
 def gpus(there: Driver | None, probed: dict[str, Any]) -> list[Finding]:
-    """What the driver has, what torch sees of it, and whether it computes there."""
+    """The GPUs that the driver and torch see, and whether torch computes on them."""
     if "died" in probed:
         return []
     if probed["gpus"]:
@@ -219,23 +235,23 @@ def gpus(there: Driver | None, probed: dict[str, Any]) -> list[Finding]:
             Finding(
                 "GPU",
                 "limited",
-                "an Apple GPU, on which ft was never tested",
-                "accelerate launch --cpu … trains on the CPU instead",
+                "an Apple GPU, on which ft is untested",
+                "to train on the CPU instead: accelerate launch --cpu …",
             )
         ]
     if there is None:
-        remedy = "for larger models rent or add an NVIDIA card: `ft estimate --images N` says which"
+        remedy = "for larger models rent or add an NVIDIA GPU: `ft estimate --images N` recommends one"
         return [
             Finding(
-                "GPU", "limited", "there is none: the bundled base trains in minutes here, and SD 1.5 in days", remedy
+                "GPU", "limited", "none found: the bundled base model trains in minutes on this CPU, SD 1.5 in days", remedy
             )
         ]
     names = ", ".join(f"{name} ({size / 1024:.0f} GiB)" for name, size in there.gpus) or "an NVIDIA device"
-    version = f", driver {there.version}" if there.version else ", and nvidia-smi cannot speak to its driver"
+    version = f", driver {there.version}" if there.version else ", and nvidia-smi cannot reach its driver"
     if probed["cuda"] is None:
         return [
             Finding(
-                "GPU", "fails", f"{names}{version}; torch is a build without CUDA and does not see it", INSTALL_TORCH
+                "GPU", "fails", f"{names}{version}; torch is a build without CUDA and cannot use it", INSTALL_TORCH
             )
         ]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -243,44 +259,44 @@ def gpus(there: Driver | None, probed: dict[str, Any]) -> list[Finding]:
             Finding(
                 "GPU",
                 "fails",
-                f"{names}{version}; the environment's CUDA_VISIBLE_DEVICES hides it",
+                f"{names}{version}; the environment variable CUDA_VISIBLE_DEVICES hides it",
                 "unset CUDA_VISIBLE_DEVICES",
             )
         ]
-    said = f" ({probed['warnings'][0]})" if probed["warnings"] else ""
+    text = f" ({probed['warnings'][0]})" if probed["warnings"] else ""
     remedy = f"install a newer driver, or a torch built for an older CUDA than {probed['cuda']}; in a container, start it with --gpus all"
-    return [Finding("GPU", "fails", f"{names}{version}; torch for CUDA {probed['cuda']} does not see it{said}", remedy)]
+    return [Finding("GPU", "fails", f"{names}{version}; torch for CUDA {probed['cuda']} does not see it{text}", remedy)]
 
 
 def _gpu(number: int, gpu: dict[str, Any], probed: dict[str, Any], version: str) -> Finding:
     name = f"GPU {number}" if len(probed["gpus"]) > 1 else "GPU"
-    said = f"{gpu['name']}{version}, compute capability {'.'.join(map(str, gpu['capability']))}"
+    text = f"{gpu['name']}{version}, compute capability {'.'.join(map(str, gpu['capability']))}"
     if "error" in gpu or not gpu.get("computes"):
         own = f"sm_{gpu['capability'][0]}{gpu['capability'][1]}"
         old = probed["cuda"] and own not in probed["compiled_for"]
         cause = (
             f"torch was compiled for {', '.join(probed['compiled_for'])}, not for its {own}"
             if old
-            else gpu.get("error", "sums come out wrong")
+            else gpu.get("error", "results are wrong")
         )
         return Finding(
             name,
             "fails",
-            f"{said}: it does not compute: {cause}",
-            INSTALL_TORCH if old else "see nvidia-smi; restart the machine or its driver",
+            f"{text}: computing fails: {cause}",
+            INSTALL_TORCH if old else "check nvidia-smi; restart the machine or the driver",
         )
-    said += f", {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free, {'bfloat16' if gpu['bfloat16'] else 'float16 only, no bfloat16'}"
+    text += f", {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free, {'bfloat16' if gpu['bfloat16'] else 'float16 only, no bfloat16'}"
     if gpu["free"] < 0.85 * gpu["total"]:
         return Finding(
-            name, "limited", said, "nvidia-smi names the programs that hold its memory; end those that you can"
+            name, "limited", text, "nvidia-smi lists the programs that use GPU memory; close those you do not need"
         )
-    return Finding(name, "works", said)
+    return Finding(name, "works", text)
 
 
 def bitsandbytes(probed: dict[str, Any]) -> list[Finding]:
-    """Whether 4-bit layers and 8-bit AdamW compute."""
+    """Whether 4-bit layers and 8-bit AdamW work."""
     name = "bitsandbytes"
-    remedy = "pip install -U bitsandbytes; without it leave out adamw8bit and 4-bit bases"
+    remedy = "pip install -U bitsandbytes; without it, do not use adamw8bit or 4-bit base models"
     if "died" in probed:
         return [Finding(name, "limited", f"does not work here: {probed['died']}", remedy)]
     wrong = [
@@ -293,36 +309,36 @@ def bitsandbytes(probed: dict[str, Any]) -> list[Finding]:
             Finding(
                 name,
                 "limited",
-                f"{probed['version']}, {' and '.join(wrong)} come out wrong on {probed['device']}",
+                f"{probed['version']}, {' and '.join(wrong)} give wrong results on {probed['device']}",
                 remedy,
             )
         ]
-    return [Finding(name, "works", f"{probed['version']}, 4-bit layers and 8-bit AdamW compute on {probed['device']}")]
+    return [Finding(name, "works", f"{probed['version']}, 4-bit layers and 8-bit AdamW work on {probed['device']}")]
 
 
-# -- where things are kept ------------------------------------------------------------------------------------------------
+# -- memory and disk ------------------------------------------------------------------------------------------------------
 
 
 def memory() -> list[Finding]:
-    """How much of the machine's own memory is free."""
+    """Free host memory."""
     import psutil
 
     found = psutil.virtual_memory()
-    said = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB of the machine's own are free"
+    text = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB of host memory free"
     if found.available < LEAST_MEMORY:
         return [
             Finding(
                 "memory",
                 "limited",
-                said,
-                "close other programs: importing the libraries and loading a small model takes some 4 GiB",
+                text,
+                "close other programs: importing the libraries and loading a small model takes about 4 GiB",
             )
         ]
-    return [Finding("memory", "works", said)]
+    return [Finding("memory", "works", text)]
 
 
 def disk(probed: dict[str, Any]) -> list[Finding]:
-    """Free space, and leave to write, where runs, encoded images and downloaded models go; the last place is as the hub's library says."""
+    """Free space and write access where runs, encoded images and downloaded models are stored."""
     places: tuple[tuple[str, Path, int, State, str], ...] = (
         ("runs", Path("runs"), RUN_DISK, "fails", "start ft in another folder, or set output.folder"),
         (
@@ -330,47 +346,47 @@ def disk(probed: dict[str, Any]) -> list[Finding]:
             cache_folder(None),
             RUN_DISK,
             "fails",
-            "name another place: the environment's FT_CACHE, or data.cache",
+            "set the environment variable FT_CACHE, or data.cache",
         ),
         (
             "models",
             Path(probed.get("cache", "~/.cache/huggingface/hub")).expanduser(),
             MODELS_DISK,
             "limited",
-            "name another place for downloads: the environment's HF_HOME",
+            "set the environment variable HF_HOME to another folder",
         ),
     )
     return [place(name, folder.absolute(), least, worst, remedy) for name, folder, least, worst, remedy in places]
 
 
 def place(name: str, folder: Path, least: int, worst: State, remedy: str) -> Finding:
-    """A folder, or where it would be made: the room there, and whether one may write."""
+    """Free space and write access of a folder, or of the folder it would be created in."""
     there = next(above for above in (folder, *folder.parents) if above.exists())
-    said = f"{folder}: {shutil.disk_usage(there).free / GB:,.0f} GB free"
+    text = f"{folder}: {shutil.disk_usage(there).free / GB:,.0f} GB free"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Finding(name, worst, f"{folder}: nothing can be written there", remedy)
+        return Finding(name, worst, f"{folder}: not writable", remedy)
     if shutil.disk_usage(there).free < least:
         return Finding(
-            name, "limited", f"{said}, and {least / GB:.0f} are soon needed", f"free some space, or {remedy}"
+            name, "limited", f"{text}; about {least / GB:.0f} GB are needed", f"free some space, or {remedy}"
         )
-    return Finding(name, "works", said)
+    return Finding(name, "works", text)
 
 
 # -- the hub --------------------------------------------------------------------------------------------------------------
 
 
 def hub(probed: dict[str, Any]) -> list[Finding]:
-    """Whether models come from the hub by name, and whether gated ones can. A token is never shown."""
-    offline = "models by hub name do not load unless they were downloaded before; folders and .safetensors files do"
+    """Whether models can be downloaded from the hub, including gated ones. Never shows a token."""
+    offline = "models on the hub load only if already downloaded; folders and .safetensors files still load"
     if "died" in probed:
-        return [Finding("hub", "limited", f"cannot be asked: {probed['died']}", "pip install -U huggingface_hub")]
+        return [Finding("hub", "limited", f"check failed: {probed['died']}", "pip install -U huggingface_hub")]
     if probed["offline"]:
         return [
             Finding("hub", "limited", f"HF_HUB_OFFLINE is set: {offline}", "unset HF_HUB_OFFLINE to download"),
             _token(probed),
         ]
     if not probed["answers"]:
-        reason = probed.get("error", "its server has an error")
+        reason = probed.get("error", "server error")
         remedy = "check the network, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT)"
         return [
             Finding("hub", "limited", f"{probed['endpoint']} does not answer ({reason}): {offline}", remedy),
@@ -380,36 +396,36 @@ def hub(probed: dict[str, Any]) -> list[Finding]:
 
 
 def _token(probed: dict[str, Any]) -> Finding:
-    get = "accept the licence on the model's page, then `hf auth login` with a token from https://huggingface.co/settings/tokens"
+    get = "accept the license on the model's page, then `hf auth login` with a token from https://huggingface.co/settings/tokens"
     if not probed["token"]:
         return Finding(
             "token",
             "limited",
-            "none is kept: models that ask for a licence (SD 3.5, FLUX.1-dev) cannot be downloaded",
+            "none stored: gated models (SD 3.5, FLUX.1-dev) cannot be downloaded",
             get,
         )
     if probed["answers"] and not probed["known"]:
-        return Finding("token", "limited", "one is kept, and the hub does not accept it", get)
+        return Finding("token", "limited", "stored, but the hub does not accept it", get)
     return Finding(
         "token",
         "works",
-        "one is kept" + (", and the hub knows it" if probed["known"] else ", unchecked while the hub is out of reach"),
+        "stored" + (", accepted by the hub" if probed["known"] else ", not checked: the hub is unreachable"),
     )
 
 
-# -- told -----------------------------------------------------------------------------------------------------------------
+# -- output ---------------------------------------------------------------------------------------------------------------
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """What all of it means for training, in one sentence."""
+    """The overall result in one sentence."""
     failing = [finding.name for finding in findings if finding.state == "fails"]
     if failing:
-        return f"ft train will not work here before this is mended: {', '.join(failing)}"
+        return f"ft train will not work until this is fixed: {', '.join(failing)}"
     return "ft train works here: try `ft train lora/emoji`"
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """For a terminal: a sign and a sentence each, and under it what mends it."""
+    """Lines for a terminal: a sign and a sentence for each finding, and its fix below."""
     width = max(len(finding.name) for finding in findings)
     signs = {"works": "✓", "limited": "!", "fails": "✗"}
     shown = []

@@ -1,4 +1,4 @@
-"""What only importing the heavy libraries can tell of a machine, asked in a process that may die of it: one line of JSON a question.
+"""Checks that import the heavy libraries, run in a process of their own, which may crash: one line of JSON per check.
 
 python -P finetune/system/probe.py NAME …       names: torch, bitsandbytes, hub
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def torch() -> dict[str, Any]:
-    """The build, what it was compiled for, and every GPU it sees, with what each has free and whether it computes."""
+    """The torch build, its compile targets, and every visible GPU with its free memory and whether it computes."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -29,7 +29,7 @@ def torch() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [],
     }
-    for number in range(torch.cuda.device_count() if available else 0):  # untested where no GPU is at hand
+    for number in range(torch.cuda.device_count() if available else 0):  # untested without a GPU
         gpu: dict[str, Any] = {
             "name": torch.cuda.get_device_name(number),
             "capability": list(torch.cuda.get_device_capability(number)),
@@ -39,14 +39,14 @@ def torch() -> dict[str, Any]:
             gpu["bfloat16"] = torch.cuda.is_bf16_supported(including_emulation=False)
             ones = torch.ones(64, 64, device=f"cuda:{number}")
             gpu["computes"] = bool((ones @ ones == 64).all())
-        except RuntimeError as error:  # CUDA's own errors are these, out of memory among them
+        except RuntimeError as error:  # CUDA errors, including out of memory
             gpu["error"] = str(error).strip().partition("\n")[0]
         found["gpus"].append(gpu)
     return found
 
 
 def bitsandbytes() -> dict[str, Any]:
-    """Whether a 4-bit layer and a step of 8-bit AdamW compute, on the GPU if torch sees one."""
+    """Whether a 4-bit layer and a step of 8-bit AdamW work, on the GPU if torch sees one."""
     import bitsandbytes
     import torch
 
@@ -63,7 +63,7 @@ def bitsandbytes() -> dict[str, Any]:
 
 
 def hub() -> dict[str, Any]:
-    """Whether the hub answers, whether a token is kept, and whether the hub knows whose it is. The token itself goes nowhere."""
+    """Whether the hub answers, whether a token is stored, and whether the hub accepts it. Never returns the token."""
     from huggingface_hub import constants, get_session, get_token, whoami
 
     token = get_token()
@@ -75,7 +75,7 @@ def hub() -> dict[str, Any]:
     found |= {"token": token is not None, "answers": False, "known": False}
     if found["offline"]:
         return found
-    # The library's HTTP client, and so the kind of its errors, is another from version to version: any of them is an answer here.
+    # The library's HTTP client, and with it the error types, changes between versions: catch them all.
     try:
         found["answers"] = get_session().head(constants.ENDPOINT, timeout=10).status_code < 500
     except Exception as error:
@@ -89,12 +89,12 @@ def hub() -> dict[str, Any]:
 
 
 def _public(text: str) -> str:
-    """Without the name and password that an address may carry."""
+    """Remove a user name and password from URLs."""
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def main() -> None:
-    """Print a line of JSON for each library or service that the command line names."""
+    """Print one line of JSON for each check named on the command line."""
     for name in sys.argv[1:]:
         found = {"torch": torch, "bitsandbytes": bitsandbytes, "hub": hub}[name]()
         sys.stdout.write(json.dumps({name: found}) + "\n")

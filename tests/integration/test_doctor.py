@@ -12,7 +12,7 @@ from finetune.cli.main import main
 from finetune.system import doctor
 from finetune.system.doctor import Driver, Finding
 
-CARD = {
+GPU = {
     "name": "RTX 3090",
     "capability": [8, 6],
     "free": 23 * 2**30,
@@ -28,7 +28,7 @@ TORCH: dict[str, Any] = {
     "compiled_for": ["sm_80", "sm_86", "sm_90"],
     "warnings": [],
     "threads": 8,
-    "gpus": [CARD],
+    "gpus": [GPU],
 }
 DRIVER = Driver("580.10", (("RTX 3090", 24576),))
 UNSEEN = TORCH | {"gpus": []}
@@ -40,24 +40,24 @@ UNSEEN = TORCH | {"gpus": []}
         (DRIVER, TORCH, "works", "driver 580.10, compute capability 8.6, 23.0 of 24.0 GiB free, bfloat16", ""),
         (
             DRIVER,
-            TORCH | {"gpus": [CARD | {"free": 2**30}]},
+            TORCH | {"gpus": [GPU | {"free": 2**30}]},
             "limited",
             "1.0 of 24.0 GiB free",
-            "nvidia-smi names the programs",
+            "nvidia-smi lists the programs",
         ),
-        (None, UNSEEN, "limited", "there is none", "ft estimate"),
+        (None, UNSEEN, "limited", "none found", "ft estimate"),
         (None, UNSEEN | {"mps": True}, "limited", "Apple", "CPU"),
         (DRIVER, UNSEEN | {"cuda": None}, "fails", r"RTX 3090 \(24 GiB\).*without CUDA", "pytorch.org"),
         (DRIVER, UNSEEN | {"warnings": ["driver too old (found version 11040)"]}, "fails", "too old", "newer driver"),
-        (Driver("", ()), UNSEEN, "fails", "nvidia-smi cannot speak", "newer driver"),
+        (Driver("", ()), UNSEEN, "fails", "nvidia-smi cannot reach", "newer driver"),
         (
             DRIVER,
-            TORCH | {"gpus": [CARD | {"capability": [12, 0], "error": "no kernel image", "computes": False}]},
+            TORCH | {"gpus": [GPU | {"capability": [12, 0], "error": "no kernel image", "computes": False}]},
             "fails",
             "not for its sm_120",
             "pytorch.org",
         ),
-        (DRIVER, TORCH | {"gpus": [CARD | {"error": "an ECC error"}]}, "fails", "an ECC error", "nvidia-smi"),
+        (DRIVER, TORCH | {"gpus": [GPU | {"error": "an ECC error"}]}, "fails", "an ECC error", "nvidia-smi"),
     ],
 )
 def test_gpu(
@@ -89,14 +89,30 @@ def test_libraries() -> None:
     assert wrong.state == "fails"
     assert_says(
         wrong,
-        "pytest is .*and >=999 is needed; no-such-thing is not installed",
+        "pytest is .*but >=999 is required; no-such-thing is not installed",
         'pip install "pytest>=999" "no-such-thing>=1"',
     )
     (other,) = doctor.libraries(["numpy>=1"], {"numpy": "0.1"})
     assert other.state == "works"
-    assert_says(other, r"not the versions that were tested: numpy .*\(0.1\)", "constraints.txt")
+    assert_says(other, r"not the tested versions: numpy .*\(0.1\)", "constraints.txt")
     (right,) = doctor.libraries(doctor.requirements(), {})
     assert right.state == "works"
+
+
+def test_package_of_another_project_with_the_same_import_name_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.package() == []
+    info = tmp_path / "finetune-0.10.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: finetune\nVersion: 0.10.0\n")
+    (info / "top_level.txt").write_text("finetune\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    (finding,) = doctor.package()
+
+    assert finding.state == "fails"
+    assert_says(finding, r"unrelated PyPI package finetune 0\.10\.0", "pip uninstall finetune")
 
 
 def test_hub() -> None:
@@ -122,7 +138,7 @@ def test_disk(tmp_path: Path) -> None:
     assert doctor.place("runs", tmp_path / "a" / "b", 1, "fails", "elsewhere").state == "works"
     assert_says(
         doctor.place("runs", tmp_path / "a", 10**18, "fails", "elsewhere"),
-        "GB free, and .* are soon needed",
+        "GB free; about .* are needed",
         "free some space, or elsewhere",
     )
     (tmp_path / "file").write_text("")
@@ -172,4 +188,4 @@ def test_a_broken_torch_is_told_and_does_not_break_the_doctor(
     code, shown = ft_doctor(capsys)
     assert code == 1
     assert "✗ torch" in shown and "cannot be imported: ImportError: libcudart.so.12" in shown
-    assert shown.rstrip().endswith("before this is mended: torch")
+    assert shown.rstrip().endswith("until this is fixed: torch")

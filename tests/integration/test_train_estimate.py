@@ -54,10 +54,10 @@ def test_what_does_not_fit_is_refused_with_advice_that_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"does not fit: it takes [\d.]+ of the 11\.8 GiB that RTX 3060") as refused:
+    with pytest.raises(UserError, match=r"does not fit: it needs [\d.]+ of the 11\.8 GiB of RTX 3060") as refused:
         job.check_estimate(plan)
     one = expect(plan).forecast
-    assert one is not None and "which does not fit" in caplog.text
+    assert one is not None and "does not fit" in caplog.text
     for saved, text in advice(one):
         assert f"{saved}  {text}" in refused.value.remedy
     assert "--force" in refused.value.remedy and "--set train.ema=null" in refused.value.remedy
@@ -101,7 +101,7 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
         ("lora/sd15", {}, ("train.precision=float32",), "computes in float32"),
         ("lora/sd15", {}, ("adapter.dora=true",), "does not cover DoRA"),
         ("lora/sd15", {"device": "mps"}, (), "this run takes mps"),
-        ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "the profiles of CPUs are of float32"),
+        ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "cost profiles of CPUs are for float32"),
     ],
 )
 def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
@@ -191,7 +191,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     recipe = tiny.recipe("sd15", "lora", "train.steps=5", folder=tmp_path / "run")
     done = tiny.train(recipe)
     found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
-    assert found["gpu"] is None and "no profile covers" in found["no_estimate"]
+    assert found["gpu"] is None and "no cost profile covers" in found["no_estimate"]
     held = found["memory_bytes"]["measured"]
     assert (
         found["memory_bytes"] == {"estimated": None, "measured": held, "not_measured": None}
@@ -200,7 +200,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     assert found["seconds_per_step"] == {"estimated": None, "measured": typical(done.trainer.pace.seconds), "steps": 5}
     assert f"   step    {found['seconds_per_step']['measured']:.3g} s\n" in f"{caplog.text}\n"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert '<section id="estimate">' in page and "There was no estimate: no profile covers this model" in page
+    assert '<section id="estimate">' in page and "There was no estimate: no cost profile covers this model" in page
     tiny.train(recipe, resume=True)  # takes no step, and leaves what was measured
     assert json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8")) == found
 

@@ -1,8 +1,8 @@
-"""Several GPUs that train together: what each keeps, and what they exchange in a step. All figures are bytes of one of them.
+"""Several GPUs that train together: what each holds and exchanges per step. All figures are bytes per GPU.
 
-DDP (PyTorch's DistributedDataParallel) keeps all on each. FSDP (its FullyShardedDataParallel, `FULL_SHARD`) is stage 3 of ZeRO
-(Rajbhandari et al. 2020, arXiv:1910.02054): each of n keeps 1/n of weights, gradients and optimizer state (section 5.3), and a unit's weights
-are gathered before they are used and freed behind it, forward and backward.
+DDP (PyTorch's DistributedDataParallel) keeps everything on each GPU. FSDP (its FullyShardedDataParallel, `FULL_SHARD`) is stage 3 of ZeRO
+(Rajbhandari et al. 2020, arXiv:1910.02054): each of n GPUs keeps 1/n of weights, gradients and optimizer state
+(section 5.3); the weights of a unit are gathered before each use and freed after it, forward and backward.
 """
 
 from __future__ import annotations
@@ -15,31 +15,29 @@ from finetune.estimate.profiles import Profile
 
 Sharding = Literal["ddp", "fsdp"]
 GATHERED = 2  # bytes of a gathered weight: `MixedPrecision(param_dtype=torch.bfloat16)`
-PREFETCHED = (
-    2  # units at once: the next is gathered while one computes (FSDP's `BackwardPrefetch.BACKWARD_PRE`, its default)
-)
+PREFETCHED = 2  # units at once: the next is gathered while one computes (`BackwardPrefetch.BACKWARD_PRE`, the default)
 
 
 @final
 @dataclass(frozen=True)
 class Group:
-    """`count` GPUs that share the work by `sharding`."""
+    """`count` GPUs that train together with DDP or FSDP."""
 
     count: int = 1
     sharding: Sharding = "ddp"
 
     @property
     def sharded(self) -> bool:
-        """Whether each keeps a part only of weights, gradients and optimizer state."""
+        """Whether each GPU keeps only a shard of weights, gradients and optimizer state."""
         return self.sharding == "fsdp" and self.count > 1
 
     @property
     def share(self) -> float:
-        """Of weights, gradients and optimizer state, what each keeps."""
+        """The fraction of weights, gradients and optimizer state that each GPU keeps."""
         return 1 / self.count if self.sharded else 1.0
 
     def gathered(self, profile: Profile) -> float:
-        """The most gathered weights at once: what belongs to no unit, which stays, and the largest unit twice."""
+        """Peak of gathered weights: those outside any unit, which stay, and twice the largest unit."""
         return (
             GATHERED * (profile.parameters["outside units"] + PREFETCHED * profile.parameters["largest unit"])
             if self.sharded
@@ -47,14 +45,15 @@ class Group:
         )
 
     def spared(self, recipe: Recipe, trained: float) -> float:
-        """The 16-bit copies of all trained weights that autocast keeps through a step, where units gather 16 bits and free them."""
+        """The 16-bit copies of trained weights that autocast would keep through a step: FSDP units gather 16 bits and free them."""
         return GATHERED * trained if self.sharded and recipe.method != "lora" else 0.0
 
     def exchanged(self, profile: Profile, recipe: Recipe, trained: float) -> float:
-        """Bytes that each GPU sends in a step.
+        """Bytes that each GPU sends per step.
 
-        A ring all-reduce sends each gradient 2 (n − 1) / n times, once a step. Stage 3 gathers all weights twice for each accumulated
-        batch, forward and backward, and reduce-scatters the gradients: (n − 1) / n times each (arXiv:1910.02054, section 7.2.2: 1.5 times as much).
+        A ring all-reduce sends each gradient 2 (n − 1) / n times per step. Stage 3 gathers all weights twice for each
+        accumulated batch, forward and backward, and reduce-scatters the gradients: (n − 1) / n times each
+        (arXiv:1910.02054, section 7.2.2: 1.5 times as much).
         """
         passed = (self.count - 1) / self.count
         if not self.sharded:
