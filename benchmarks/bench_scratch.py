@@ -16,12 +16,16 @@ import copy
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.models.base import SampleRequest
 from finetune.models.scratch.base import PixelModel, Space, model_from_config

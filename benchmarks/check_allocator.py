@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The replayed allocator (finetune/estimate/allocator/caching.py) against what PyTorch documents: `python -m benchmarks.check_allocator`.
+"""The replayed allocator (finetune/estimate/allocator/caching.py) against what PyTorch documents: benchmarks/check_allocator.py
 
 Short sequences, the figures worked out by hand from the source named beside them. Prints each with what was expected and what the
 replay gave, then how long a million events take; exits with 1 on any difference. `.cpp` is c10/cuda/CUDACachingAllocator.cpp, `.h` is
@@ -8,11 +8,15 @@ c10/core/AllocatorConfig.h, "notes" is pytorch.org/docs/stable/notes/cuda.html.
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import final
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.estimate.allocator.caching import EMPTY_CACHE, Event, allocate, free, replay
 
@@ -306,6 +310,9 @@ def million(seed: int = 0, live: int = 3000) -> list[Event]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0]).parse_args(
+        [] if __name__ != "__main__" else None
+    )
     wrong = 0
     for case in CASES:
         got = case.got()

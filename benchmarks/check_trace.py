@@ -13,6 +13,7 @@ a new tensor, where a real run reuses the older one.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import shutil
@@ -92,6 +93,7 @@ class Case(NamedTuple):
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         missed = sum(not compared(case) for case in cases(Path(folder)))
     sys.exit(f"{missed} off by more than {MOST:.1%}" if missed else 0)

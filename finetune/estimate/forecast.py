@@ -139,7 +139,9 @@ def _profile_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Profile, Variant]:
         if profile is None:
             known = ", ".join(profiles.known())
             raise UserError(
-                "no cost profile covers this model", where="model.family", remedy=f"add --trace; profiles exist for {known}"
+                "no cost profile covers this model",
+                where="model.family",
+                remedy=f"add --trace; profiles exist for {known}",
             )
         return profile, profiles.variant_of(profile, recipe, gpu.device)
 
@@ -164,16 +166,16 @@ def memory_options(recipe: Recipe) -> list[MemoryOption]:
             MemoryOption("train.batch_size", 1, f"train.accumulation × {train.batch_size} keeps the result the same")
         )
     elif train.accumulation > 1 and recipe.method == "full":
-        found.append(
-            MemoryOption("train.accumulation", 1, "each step sees one batch only, so gradients are noisier")
-        )
+        found.append(MemoryOption("train.accumulation", 1, "each step sees one batch only, so gradients are noisier"))
     if recipe.optimizer.name == "adamw" and recipe.method != "scratch":
         found.append(
             MemoryOption("optimizer.name", "adamw8bit", "rounds the optimizer state, which rarely shows in the result")
         )
     if recipe.optimizer.name == "adamw8bit" and not recipe.optimizer.paged:
         found.append(MemoryOption("optimizer.paged", True, "slow while GPU memory is full"))
-    if recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full":  # the learning rates of other optimizers would not suit it
+    if (
+        recipe.optimizer.name in ("adamw", "adamw8bit") and recipe.method == "full"
+    ):  # the learning rates of other optimizers would not suit it
         found.append(MemoryOption("optimizer.name", "adafactor", "less stable than AdamW"))
     if train.ema:
         found.append(MemoryOption("train.ema", None, "samples vary more from step to step"))
@@ -205,9 +207,7 @@ def _of_weights(recipe: Recipe) -> list[MemoryOption]:
         if not train.fused_backward and train.precision != "float16":
             clip = (("optimizer.clip", "tensor"),) if optimizer.clip_norm and optimizer.clip == "global" else ()
             single = (("train.accumulation", 1),) if train.accumulation > 1 else ()
-            cost = (
-                "each step is noisier" if single else "clips each gradient by itself" if clip else "the same result"
-            )
+            cost = "each step is noisier" if single else "clips each gradient by itself" if clip else "the same result"
             found.append(MemoryOption("train.fused_backward", True, cost, (*clip, *single)))
     if recipe.method != "scratch" and not model.train_text_encoder and model.text_encoder_placement == "device":
         found.append(

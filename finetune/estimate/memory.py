@@ -1,4 +1,4 @@
-"""How much of a GPU a run takes, by part and by phase, from a profile. All figures are bytes."""
+"""GPU memory of a run by part and by phase, from a cost profile. All figures are bytes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HOPPER = ("h100", "h200", "gh200")
 @final
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of one process.
+    """Peak memory of one process.
 
     Attributes:
-        parts: of the training phase, by what they are; they add up to its peak.
-        phases: the peak of each phase. All hold CUDA's context and cuBLAS's workspace.
+        parts: the training phase by kind of memory; they add up to its peak.
+        phases: the peak of each phase, each with the CUDA context and cuBLAS's workspace.
     """
 
     parts: dict[str, int]
@@ -31,7 +31,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """Bytes, of all phases."""
+        """Peak bytes over all phases."""
         return max(self.phases.values())
 
     @property
@@ -41,10 +41,10 @@ class Memory:
 
 
 def memory(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Memory:
-    """What `recipe` takes on one of `group`: the peak that PyTorch reserves (what it cached and cannot use is in it), context and workspace.
+    """Peak memory of `recipe` on one GPU of `group`: what PyTorch reserves (fragmentation included), context and workspace.
 
-    DistributedDataParallel keeps every gradient once more, in buckets (`gradient_as_bucket_view` is off in Accelerate). A CPU caches
-    nothing, so there it is what is allocated; and the VAE stays where it is.
+    DistributedDataParallel keeps a second copy of every gradient in buckets (`gradient_as_bucket_view` is off in
+    Accelerate). A CPU has no caching allocator, so there it is what is allocated, and the VAE stays in memory.
     """
     on_cpu, out = gpu.device == "cpu", profile.outside[gpu.device]
     area = (recipe.data.resolution / profile.resolution) ** 2
@@ -57,7 +57,7 @@ def memory(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: 
     more = variant.rank_bytes * higher + state - variant.state * grown
     allocated, reserved = (line[0] + line[1] * load + more for line in lines)
     width = 2 if recipe.train.weights == "bfloat16" else 4
-    # Of a fused step's gradients there is one at a time, which counts as an activation here.
+    # A fused step holds one gradient at a time, which counts as an activation here.
     gradients = (
         0.0 if recipe.train.fused_backward else min(width * trained, allocated - variant.weights - adapters - state)
     )
@@ -91,9 +91,9 @@ def memory(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: 
 
 
 def spared_by_encoders(profile: Profile, recipe: Recipe, on_cpu: bool) -> float:
-    """How much less the text encoders take while they encode than they were measured to: whole, in 16 bits (on a CPU in 32).
+    """Bytes that the text encoders need less than in the measurement, which had them whole in 16 bits (32 on a CPU).
 
-    In full fine-tuning CLIP text encoders have the width of what trains, trained or not (`models.text_to_image`).
+    In full fine-tuning, CLIP text encoders have the dtype of the trained weights, trained or not.
     """
     kind, of = recipe.model.text_encoder_placement, profile.parameters
     there, measured = float(of.get("text encoders", 0)), 4 if on_cpu else 2
@@ -113,21 +113,21 @@ def spared_by_encoders(profile: Profile, recipe: Recipe, on_cpu: bool) -> float:
 
 
 def tiled(area: float, profile: Profile, recipe: Recipe, out: Outside) -> float:
-    """The area, in native images, that the VAE sees at once."""
+    """The area that the VAE processes at once, in native images."""
     return min(area, (TILE / profile.resolution) ** 2) if recipe.model.vae_tiling and not out.tiled else area
 
 
 def around(gpu: Gpu) -> dict[str, float]:
-    """What is there whatever trains: CUDA's context and cuBLAS's workspace; on a CPU, Python and its libraries."""
+    """Memory independent of the model: the CUDA context and cuBLAS's workspace; on a CPU, Python and its libraries."""
     if gpu.calibration:
         return {"Python, PyTorch": gpu.calibration.held}
     return {"cuBLAS workspace": WORKSPACE_HOPPER if gpu.model in HOPPER else WORKSPACE, "CUDA context": CONTEXT}
 
 
 def state_bytes(profile: Profile, recipe: Recipe, variant: Variant) -> float:
-    """The optimizer's state for what trains at the rank of the measurement."""
+    """Bytes of optimizer state, at the rank of the measurement."""
     name = recipe.optimizer.name
-    paged = 2.0 * variant.trained  # of 8-bit AdamW, its two moments; their scales stay
+    paged = 2.0 * variant.trained  # the two moments of 8-bit AdamW; their scales are not paged
     if variant.settings["optimizer.name"] == name:
         return float(variant.state - paged * (recipe.optimizer.paged - variant.settings.get("optimizer.paged", False)))
     factored = next(
@@ -139,20 +139,20 @@ def state_bytes(profile: Profile, recipe: Recipe, variant: Variant) -> float:
         ),
         None,
     )
-    # Matrices of an adapter of rank r have about one row or column for r weights; of whole nets, Adafactor's measurement tells.
+    # Matrices of an adapter of rank r have about one row or column per r weights; for full networks, use Adafactor's measurement.
     sums = 1 / variant.rank if variant.rank else factored.state / 4 / factored.trained if factored else 0.0
     return variant.trained * bytes_a_weight(name, sums) - paged * recipe.optimizer.paged
 
 
 def bytes_a_weight(name: str, sums: float = 0.0) -> float:
-    """What an optimizer keeps for each weight that trains.
+    """Bytes of optimizer state per trained weight.
 
-    All is float32 but bitsandbytes' two moments of a byte each, with a scale for 256 of them. Prodigy keeps both moments, where it
-    started from and the sum that its rate is judged by; schedule-free AdamW the second moment and the point that it averages; Lion
-    one moment. Adafactor keeps sums over rows and columns, CAME those of two quantities, and a moment.
+    State is float32, except for bitsandbytes' two moments of one byte each with a scale per 256 values. Prodigy keeps both
+    moments, the initial weights and the sum for its learning rate; schedule-free AdamW the second moment and the averaged
+    point; Lion one moment. Adafactor keeps row and column sums, CAME those of two quantities and a moment.
 
     Args:
-        sums: rows and columns for each weight.
+        sums: rows and columns per weight.
     """
     return {
         "adamw": 8.0,

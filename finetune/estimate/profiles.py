@@ -1,8 +1,8 @@
-"""Cards: what one architecture's step needs, measured once by running it on fake tensors (`tools/measure_profiles.py`).
+"""Cost profiles: the cost of one architecture's training step, measured on fake tensors (`tools/measure_profiles.py`).
 
-A profile answers without torch. It holds *variants*, the settings of a recipe that change what a step is made of (method, what carries
-the adapter, checkpointing, optimizer, …), each measured at two batches; what a step allocates and each operator's FLOPs and
-bytes are linear in batch × area, but for attention, whose FLOPs grow with the square of the area.
+Reading a profile needs no torch. It holds *variants*: the recipe settings that change the operators of a step (method,
+adapter targets, checkpointing, optimizer, …), each measured at two batch sizes. Allocations and each operator's FLOPs and
+bytes are linear in batch × area, except for attention, whose FLOPs grow with the square of the area.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from finetune.paths import ASSETS
 
 PROFILES = ASSETS / "profiles"
 Device = Literal["cuda", "cpu"]
-# Keys of a recipe that tell variants apart, what goes without saying, and how the lack of a variant is told. All else (batch, resolution,
-# rank, averages, …) is arithmetic.
+# Recipe keys that distinguish variants, their defaults, and the words for an error if a profile lacks the variant. Everything
+# else (batch, resolution, rank, averages, …) is arithmetic.
 KEYS: dict[str, tuple[Any, str]] = {
     "method": ("", "method {}"),
     "adapter.kind": ("lora", "adapters of kind {}"),
@@ -32,16 +32,16 @@ KEYS: dict[str, tuple[Any, str]] = {
     "adapter.dora": (False, "DoRA"),
     "adapter.distill_every": (None, "adapter.distill_every: {}"),
     "model.train_text_encoder": (False, "a trained text encoder"),
-    "tokens": (None, "words that are learned"),
-    "model.quantize": (None, "a base in {}"),
-    "train.offload_blocks": (False, "blocks that wait in host memory"),
-    "train.fused_backward": (False, "steps inside the backward pass"),
+    "tokens": (None, "learned tokens"),
+    "model.quantize": (None, "a base model in {}"),
+    "train.offload_blocks": (False, "offloaded blocks"),
+    "train.fused_backward": (False, "fused backward"),
     "train.weights": ("float32", "trained weights in {}"),
     "train.gradient_checkpointing": (False, "train.gradient_checkpointing: {}"),
     "optimizer.name": ("", "the optimizer {}"),
-    "optimizer.paged": (False, "a paged state"),
+    "optimizer.paged": (False, "paged optimizer state"),
 }
-# What an optimizer keeps adds up with the rest (`memory.state_bytes`), so one's measurement serves those without one.
+# Optimizer state is additive (`memory.state_bytes`), so a variant measured with one optimizer serves the others.
 ADDS_UP = ("optimizer.name", "optimizer.paged")
 NOT_BUILT = (
     "data",
@@ -54,7 +54,7 @@ NOT_BUILT = (
     "lines",
     "vae",
     "base_run",
-)  # what says nothing of a net from scratch
+)  # do not change a network from scratch
 
 
 @final
@@ -64,10 +64,10 @@ class Work:
 
     Attributes:
         kind: matmul, conv, attention, random or other.
-        width: bytes of a factor: 2 is what tensor cores are fast at.
-        eager: whether Python runs them and autograd records them; the host takes longer then.
-        flops, bytes: each operator's, as (what does not grow, what one native image more adds).
-        count: how many of them a step runs, on average.
+        width: bytes per operand element; tensor cores are fast at 2.
+        eager: whether Python runs them and autograd records them, which takes the host longer.
+        flops, bytes: per operator, as (constant part, increase per image at the native resolution).
+        count: average number of them in a step.
     """
 
     kind: str
@@ -85,16 +85,16 @@ class Variant:
 
     Attributes:
         device: whose autocast, kernels and optimizers were traced: "cuda" in bfloat16, "cpu" in float32.
-        settings: of the recipe: what it says for `KEYS`.
-        rank: at which it was measured; 0 without an adapter.
-        trained: parameters that train, at that rank.
-        weights, adapters, state: bytes of what stays frozen, of what trains, and of the optimizer's state.
-        allocated, reserved: peaks of a step, bytes, as (at batch 0, more for each native image): without averages.
-        accumulating: (allocated, reserved) likewise, from the second accumulated batch on: the gradients of the first are there.
-        rank_bytes: allocated bytes that one rank more adds (what is reserved jumps in segments).
-        waiting: bytes of blocks that wait in host memory.
-        cycle: steps over which operators are averaged: GANs have some that compute more than others.
-        micro_lines: operators of a forward and a backward pass, as the profile's file holds them; `update_lines`: of what comes once a step.
+        settings: the recipe's values for `KEYS`, defaults left out.
+        rank: LoRA rank of the measurement; 0 without an adapter.
+        trained: number of trained parameters, at that rank.
+        weights, adapters, state: bytes of frozen weights, trained weights and optimizer state.
+        allocated, reserved: peak bytes of a step, as (at batch 0, increase per native image), without EMA.
+        accumulating: (allocated, reserved) from the second accumulated batch on, when gradients exist already.
+        rank_bytes: allocated bytes per additional rank (reserved bytes grow in segments).
+        waiting: bytes of offloaded blocks.
+        cycle: number of steps that operators are averaged over; in a GAN, some steps compute more than others.
+        micro_lines, update_lines: operators of a forward and backward pass, and of the update, as stored in the file.
     """
 
     device: Device
@@ -120,19 +120,19 @@ class Variant:
 
     @property
     def update(self) -> Iterable[Work]:
-        """Operators of what comes once a step."""
+        """Operators of the update."""
         return _works(self.update_lines)
 
 
 @final
 @dataclass(frozen=True)
 class Outside:
-    """What happens outside the loop on one kind of device.
+    """Encoding and sampling on one kind of device.
 
     Attributes:
-        encode, sample: peaks while encoding one image and while drawing one, bytes, as (held throughout, more at the native size).
-        encode_flops, sample_flops: of one image, and of one denoising step of one image with guidance.
-        encoders, tiled: `model.text_encoder_placement` and `model.vae_tiling` as they were.
+        encode, sample: peak bytes while encoding or generating one image, as (constant, increase at the native size).
+        encode_flops, sample_flops: FLOPs to encode one image, and of one denoising step with guidance.
+        encoders, tiled: `model.text_encoder_placement` and `model.vae_tiling` of the measurement.
     """
 
     encode: tuple[float, float]
@@ -146,17 +146,17 @@ class Outside:
 @final
 @dataclass(frozen=True)
 class Profile:
-    """One architecture.
+    """The cost profile of one architecture.
 
     Attributes:
-        name: of its configuration, or `scratch-` and the recipe's name.
-        title: what people call it.
+        name: the name of its configuration, or `scratch-` and the recipe's name.
+        title: the display name.
         family: the recipe's `model.family`.
-        build: of a net from scratch: `build_key` of the recipe that it was measured with.
-        resolution: what it was made for: the side of the native image, pixels.
-        parameters: of each net.
-        outside: by device.
-        versions: of the libraries that it was measured with.
+        build: for a network from scratch, `build_key` of the measured recipe.
+        resolution: the native image side in pixels.
+        parameters: number of parameters per network.
+        outside: encoding and sampling, per device.
+        versions: library versions of the measurement.
     """
 
     name: str
@@ -171,18 +171,18 @@ class Profile:
 
 
 def known() -> tuple[str, ...]:
-    """Names of all profiles."""
+    """The names of all bundled profiles."""
     return tuple(sorted(path.stem for path in PROFILES.glob("*.json")))
 
 
 @functools.cache
 def load(name: str) -> Profile:
-    """The profile of this name."""
+    """Load the profile called `name`."""
     return parsed(json.loads(path_of(name).read_text(encoding="utf-8")))
 
 
 def parsed(found: dict[str, Any]) -> Profile:
-    """A profile from plain values, as its file holds them."""
+    """Build a profile from the plain values of its file."""
     outside = {
         device: Outside(**of | {key: tuple(of[key]) for key in ("encode", "sample")})
         for device, of in found["outside"].items()
@@ -203,13 +203,13 @@ def _works(lines: list[list[Any]]) -> Iterable[Work]:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says for each of `KEYS`, where that does not go without saying."""
+    """The recipe's values for `KEYS`, defaults left out."""
     found = {}
     for key, (usual, _) in KEYS.items():
         value: Any = recipe
         for name in key.split("."):
             value = getattr(value, name, None)
-        if key == "adapter.rank_pattern" and recipe.adapter:  # lower ones take no more than is said
+        if key == "adapter.rank_pattern" and recipe.adapter:  # lower ranks need no more memory
             value = {layer: rank for layer, rank in value.items() if rank > recipe.adapter.rank}
         if value and value != usual:
             found[key] = int(value) if isinstance(value, bool) else value
@@ -217,7 +217,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_key(recipe: Recipe) -> str:
-    """A digest of all that says what net a recipe makes from scratch, and its loss. Weights of terms count as there or not."""
+    """A digest of the network that a recipe builds from scratch, and its loss. Of loss weights, only zero or not counts."""
 
     def shape(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -235,12 +235,12 @@ def build_key(recipe: Recipe) -> str:
 
 
 def _usual(field: dataclasses.Field[Any]) -> Any:
-    """What a field is where a recipe says nothing; keys that came later change no digest."""
+    """The default of a field, so that new keys change no digest."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 def profile_of_build(recipe: Recipe) -> Profile | None:
-    """The profile of the net that a recipe makes from scratch."""
+    """The profile of the network that a recipe builds from scratch; None if there is none."""
     first = f"scratch-{recipe.name}"
     key = build_key(recipe)
     for name in sorted((name for name in known() if name.startswith("scratch-")), key=lambda name: name != first):
@@ -250,16 +250,16 @@ def profile_of_build(recipe: Recipe) -> Profile | None:
 
 
 def variant_of(profile: Profile, recipe: Recipe, device: Device = "cuda") -> Variant:
-    """The variant that a recipe trains.
+    """The variant of `profile` that a recipe trains.
 
     Raises:
-        UserError: the profile does not hold it.
+        UserError: the profile does not cover it.
     """
     wanted = settings_of(recipe)
     there = [one for one in profile.variants if one.device == device]
     if not there:
         where = "a CPU" if device == "cpu" else "GPUs"
-        raise UserError(f"the profile of {profile.title} does not cover {where}", remedy="add --trace")
+        raise UserError(f"the cost profile of {profile.title} does not cover {where}", remedy="add --trace")
 
     def differs(one: Variant, but: tuple[str, ...] = ()) -> list[str]:
         return [key for key in KEYS if key not in but and one.settings.get(key) != wanted.get(key)]
@@ -267,11 +267,13 @@ def variant_of(profile: Profile, recipe: Recipe, device: Device = "cuda") -> Var
     if alike := [one for one in there if not differs(one, ADDS_UP)]:
         return min(alike, key=lambda one: [key in differs(one) for key in ADDS_UP])
     nearest = min((differs(one, ADDS_UP) for one in there), key=len)
-    said = [key for key in nearest if wanted.get(key)] or nearest  # that a method has no adapter need not be told
+    said = [key for key in nearest if wanted.get(key)] or nearest  # the lack of an adapter need not be mentioned
     what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in said)
-    raise UserError(f"the profile of {profile.title} does not cover {what}", where=nearest[0], remedy="add --trace")
+    raise UserError(
+        f"the cost profile of {profile.title} does not cover {what}", where=nearest[0], remedy="add --trace"
+    )
 
 
 def path_of(name: str) -> Path:
-    """The file of the profile called `name`, whether it is there or not."""
+    """The file of the profile called `name`, which may not exist."""
     return PROFILES / f"{name}.json"

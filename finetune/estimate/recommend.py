@@ -89,7 +89,9 @@ GOALS = {
     "diversity": Goal(("diffusion", "VAE"), "diffusion models and VAEs cover the whole dataset"),
 }
 # The largest side in pixels for which a kind of model makes sense, and why.
-TOO_LARGE = {"autoregressive": (96, "autoregressive models generate pixel by pixel, which is too slow for large images")}
+TOO_LARGE = {
+    "autoregressive": (96, "autoregressive models generate pixel by pixel, which is too slow for large images")
+}
 
 
 @final

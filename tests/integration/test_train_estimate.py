@@ -86,7 +86,7 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
     one = expect(plan).forecast
     assert one is not None
     assert (one.steps, one.group.count, one.images, one.limit) == (plan.steps, 2, 5, int(7.6 * GIB))
-    assert "of the 7.6 GiB of RTX 4060 Ti" in Expected(one).line and "a step, " in Expected(one).line
+    assert "of the 7.6 GiB of RTX 4060 Ti" in Expected(one).line and " per step, " in Expected(one).line
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
             "lora/sd15",
             {"name": "NVIDIA RTX 6000 Ada Generation"},
             (),
-            'no GPU here is called "NVIDIA RTX 6000 Ada Generation"',
+            'unknown GPU "NVIDIA RTX 6000 Ada Generation"',
         ),
         ("lora/sd15", {}, ("train.precision=float32",), "computes in float32"),
         ("lora/sd15", {}, ("adapter.dora=true",), "does not cover DoRA"),
-        ("lora/sd15", {"device": "mps"}, (), "this run takes mps"),
+        ("lora/sd15", {"device": "mps"}, (), "this run uses mps"),
         ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "cost profiles of CPUs are for float32"),
     ],
 )

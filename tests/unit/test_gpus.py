@@ -108,28 +108,28 @@ def test_names_are_forgiven(name: str, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("name", "problem", "remedy"),
     [
-        ("a100", '"a100" may be a100-40gb or a100-80gb', "say which"),
-        ("H100 80GB", "h100-pcie or h100-sxm", "say which"),
-        # other cards, with other figures, than those of the same number
-        ("RTX 4060", "no GPU here", "rtx4060ti"),
-        ("RTX 4070 Ti SUPER", "no GPU here", "rtx4070"),
-        ("RTX 3080 12GB", "no GPU here", "rtx3080"),
-        ("RTX 3070 Laptop GPU", "no GPU here", "rtx3070"),
-        ("L40", "no GPU here", "l40s"),
-        ("A10", "no GPU here", "a10g"),
-        ("h100 nvl", "no GPU here", "h100-pcie, h100-sxm"),
-        ("V100 32GB", "no GPU here", "v100"),
-        ("rtx309", "no GPU here", "rtx3090"),
-        ("abacus", "no GPU here", "ft gpus"),
-        ("16gb", "no GPU here", "ft gpus"),
-        ("", "no GPU here", "ft gpus"),
+        ("a100", '"a100" is ambiguous: a100-40gb or a100-80gb', "give the full id"),
+        ("H100 80GB", "h100-pcie or h100-sxm", "give the full id"),
+        # other GPUs, with other figures, than those of the same number
+        ("RTX 4060", "unknown GPU", "rtx4060ti"),
+        ("RTX 4070 Ti SUPER", "unknown GPU", "rtx4070"),
+        ("RTX 3080 12GB", "unknown GPU", "rtx3080"),
+        ("RTX 3070 Laptop GPU", "unknown GPU", "rtx3070"),
+        ("L40", "unknown GPU", "l40s"),
+        ("A10", "unknown GPU", "a10g"),
+        ("h100 nvl", "unknown GPU", "h100-pcie, h100-sxm"),
+        ("V100 32GB", "unknown GPU", "v100"),
+        ("rtx309", "unknown GPU", "rtx3090"),
+        ("abacus", "unknown GPU", "ft gpus"),
+        ("16gb", "unknown GPU", "ft gpus"),
+        ("", "unknown GPU", "ft gpus"),
     ],
 )
 def test_a_name_of_none_or_several_is_told(name: str, problem: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
         find(name)
     assert problem in caught.value.problem and remedy in caught.value.remedy
-    assert DESCRIBED in caught.value.remedy or "say which" in remedy
+    assert DESCRIBED in caught.value.remedy or "give the full id" in remedy
 
 
 def test_a_gpu_described_by_hand() -> None:
@@ -197,7 +197,7 @@ def test_a_price_given_by_hand_is_todays() -> None:
     assert price is not None and price.low == price.high == 0.00005
     assert date.fromisoformat(price.date) <= date.today()
     for wrong in (-1, float("nan"), float("inf"), 5_000):
-        with pytest.raises(UserError, match="no price of one GPU"):
+        with pytest.raises(UserError, match="not a price per GPU hour"):
             at_price(find("t4"), wrong)
 
 
@@ -205,21 +205,21 @@ def test_a_price_given_by_hand_is_todays() -> None:
     ("name", "text", "says"),
     [
         ("p.yaml", "rtx3090: 0.25\n", ["the price has no date", "p.yaml:1", "2026-11-22"]),
-        ("p.yaml", "date: soon\nrtx3090: 0.25\n", ['"soon" is no date', "p.yaml:2"]),
-        ("p.yaml", "date: 2026-13\nrtx3090: 0.25\n", ['"2026-13" is no date']),
-        ("p.yaml", "date: 2026-11\nrtx3090: cheap\n", ['"cheap" is no price', "p.yaml:2", "0.17-0.39"]),
-        ("p.yaml", "date: 2026-11\nrtx3090: -1\n", ['"-1" is no price']),
-        ("p.yaml", "date: 2026-11\nrtx3090: 0.4-0.2\n", ['"0.4-0.2" is no price']),
+        ("p.yaml", "date: soon\nrtx3090: 0.25\n", ['"soon" is not a date', "p.yaml:2"]),
+        ("p.yaml", "date: 2026-13\nrtx3090: 0.25\n", ['"2026-13" is not a date']),
+        ("p.yaml", "date: 2026-11\nrtx3090: cheap\n", ['"cheap" is not a price', "p.yaml:2", "0.17-0.39"]),
+        ("p.yaml", "date: 2026-11\nrtx3090: -1\n", ['"-1" is not a price']),
+        ("p.yaml", "date: 2026-11\nrtx3090: 0.4-0.2\n", ['"0.4-0.2" is not a price']),
         ("p.yaml", "date: 2026-11\nrtx3090: 5000\n", ["1,000"]),
-        ("p.yaml", "date: 2026-11\nrtx3090: [1, 2]\n", ["one value each", "p.yaml:2"]),
-        ("p.yaml", "date: 2026-11\nrtx3091: 1\n", ['no GPU here is called "rtx3091"', "p.yaml:2", "rtx3090"]),
+        ("p.yaml", "date: 2026-11\nrtx3090: [1, 2]\n", ["must be a single value", "p.yaml:2"]),
+        ("p.yaml", "date: 2026-11\nrtx3091: 1\n", ['unknown GPU "rtx3091"', "p.yaml:2", "rtx3090"]),
         ("p.yaml", "date: 2026-11\na100: 1\n", ["a100-40gb or a100-80gb", "p.yaml:2"]),
         ("p.yaml", "date: 2026-11\nrtx3090: 1\n3090: 2\n", ['"rtx3090" has two prices', "p.yaml:3"]),
         ("p.yaml", "- rtx3090\n", ["a file of prices is a list of `key: value` lines", "rtx3090: 0.25"]),
-        ("p.tsv", "gpu\tusd_per_hour\nrtx3090\t1\n", ["lack the column date", "p.tsv:1"]),
-        ("p.tsv", "", ["lack the column date, gpu, usd_per_hour"]),
+        ("p.tsv", "gpu\tusd_per_hour\nrtx3090\t1\n", ["lacks the column date", "p.tsv:1"]),
+        ("p.tsv", "", ["lacks the column date, gpu, usd_per_hour"]),
         ("p.tsv", "gpu\tusd_per_hour\tdate\n\nrtx3090\t1\n", ["the price has no date", "p.tsv:3"]),
-        ("p.csv", "", ["a .yaml or a .tsv file", "p.csv"]),
+        ("p.csv", "", ["must end in .yaml or .tsv", "p.csv"]),
         ("p.tsv", None, ["cannot be read: Is a directory", PRICES]),
     ],
 )

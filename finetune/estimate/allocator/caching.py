@@ -1,13 +1,13 @@
-"""PyTorch's caching allocator replayed on numbers: how much of a GPU a sequence of allocations makes it *reserve*.
+"""A model of PyTorch's caching allocator: how much GPU memory a sequence of allocations makes it *reserve*.
 
-A tensor's bytes are what a step allocates; what the GPU must hold is what PyTorch reserved to serve them. The rules
+A step allocates the bytes of its tensors; the GPU must hold what PyTorch reserves to serve them. The rules
 are those of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`) and of the constants in
-`c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by its name there where it is applied. Not modeled, all off
+`c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by name where it is applied. Not modeled, all off
 by default: `roundup_power2_divisions`, `garbage_collection_threshold`, private pools of CUDA graphs; nor `record_stream`,
 which delays a free until another stream has caught up.
 
-One thing no source fixes: the addresses that the driver gives. Segments get ascending ones here. They matter only where two free
-blocks have the same size: the lower address is taken (`BlockComparatorSize`).
+The addresses that the driver returns are unknown: segments get ascending ones here. Addresses matter only if two free
+blocks have the same size: the lower one is taken (`BlockComparatorSize`).
 
 All sizes are bytes. Torch is not needed.
 """
@@ -34,7 +34,7 @@ from finetune.estimate.allocator.expandable import (
 
 
 class Event(NamedTuple):
-    """One allocation, or, with `size` None, one release. Made by `allocate` and `free`."""
+    """One allocation, or one release if `size` is None. Made by `allocate` and `free`."""
 
     identifier: int
     size: int | None
@@ -42,12 +42,12 @@ class Event(NamedTuple):
 
 
 def allocate(identifier: int, size: int, stream: int = 0) -> Event:
-    """`size` bytes for `identifier`, any number from 0 that is not live already, on a CUDA stream (cached memory stays with its stream)."""
+    """Allocate `size` bytes as `identifier`, a number ≥ 0 that is not live, on a CUDA stream (which keeps its cache)."""
     return Event(identifier, size, stream)
 
 
 def free(identifier: int) -> Event:
-    """The release of what was allocated for `identifier`."""
+    """Release the allocation `identifier`."""
     return Event(identifier, None)
 
 
@@ -57,11 +57,11 @@ EMPTY_CACHE = Event(-1, None)  # torch.cuda.empty_cache()
 @final
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The allocation that found no room, even after every cached segment that could be given back was."""
+    """The allocation that failed after all unused cached segments were released."""
 
-    event: int  # its place in the sequence, from 0
-    size: int  # asked for
-    segment: int  # what the allocator would have had to reserve for it
+    event: int  # index in the sequence
+    size: int  # requested bytes
+    segment: int  # bytes that the allocator would have to reserve
     allocated: int
     reserved: int
     live: dict[int, int]  # identifier → bytes of its block, in the order of allocation
@@ -70,31 +70,35 @@ class OutOfMemory:
 @final
 @dataclass(frozen=True)
 class Reserved:
-    """What a sequence made the allocator hold; the peaks up to the failure if it ran out of memory."""
+    """The result of a replay; if it ran out of memory, peaks up to the failure."""
 
     peak_allocated: int  # torch.cuda.max_memory_allocated()
     peak_reserved: int  # torch.cuda.max_memory_reserved()
-    retries: int  # "num_alloc_retries": how often the GPU was full and the cache was emptied
+    retries: int  # "num_alloc_retries": how often the GPU was full and the cache was released
     out_of_memory: OutOfMemory | None
-    timeline: list[tuple[int, int]] | None  # (allocated, reserved) after each event, if asked for
+    timeline: list[tuple[int, int]] | None  # (allocated, reserved) after each event, if requested
 
     @property
     def fragmentation(self) -> int:
-        """What was reserved beyond the most that was ever allocated."""
+        """Peak reserved minus peak allocated bytes."""
         return self.peak_reserved - self.peak_allocated
 
 
 @final
 class Allocator:
-    """One GPU. `capacity` is what PyTorch may reserve: the GPU's memory less the CUDA context and what others hold; None: no end."""
+    """The allocator of one GPU.
+
+    Args:
+        capacity: bytes that PyTorch may reserve: GPU memory without the CUDA context and other processes; None: unlimited.
+    """
 
     def __init__(
         self, capacity: int | None = None, *, max_split_size: int | None = None, expandable_segments: bool = False
     ) -> None:
-        """The options are those of PYTORCH_CUDA_ALLOC_CONF, `max_split_size_mb` in bytes and over 20 MiB.
+        """The options are those of PYTORCH_CUDA_ALLOC_CONF; `max_split_size_mb` in bytes, over 20 MiB.
 
         Raises:
-            ValueError: PyTorch would refuse the option, or both are used, which is not modeled.
+            ValueError: PyTorch would reject the option, or both are used, which is not modeled.
         """
         if max_split_size is not None and (max_split_size <= LARGE_BUFFER or expandable_segments):
             raise ValueError(
@@ -110,7 +114,7 @@ class Allocator:
         self._live: dict[int, tuple[Pool, int, int]] = {}  # identifier → pool, start, end
 
     def allocate(self, identifier: int, size: int, stream: int = 0) -> int:
-        """`malloc`: 0, or, if the GPU is full, the bytes that would have had to be reserved.
+        """`malloc`: returns 0, or the bytes that could not be reserved if the GPU is full.
 
         Raises:
             ValueError: `identifier` is live, or `size` negative.
@@ -158,16 +162,16 @@ class Allocator:
             pool.put(start, end)
 
     def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache()`: segments with nothing live in them go back to the GPU (`release_cached_blocks`)."""
+        """`torch.cuda.empty_cache()`: release segments without live blocks (`release_cached_blocks`)."""
         for pool in (*self._large.values(), *self._small.values()):
             self.reserved -= pool.release()
 
     def live(self) -> dict[int, int]:
-        """The bytes of every live block, by identifier."""
+        """Bytes of every live block, by identifier."""
         return {identifier: end - start for identifier, (_, start, end) in self._live.items()}
 
     def blocks(self) -> list[tuple[int, int, int | None]]:
-        """Every block in the order of addresses, as `memory_snapshot()` has them: start, end, and who holds it (None: free)."""
+        """All blocks by address, as in `memory_snapshot()`: start, end, and identifier (None: free)."""
         held: list[tuple[int, int, int | None]] = [
             (start, end, identifier) for identifier, (_, start, end) in self._live.items() if end
         ]
@@ -188,7 +192,7 @@ class Allocator:
         return pool
 
     def _grow(self, pool: Pool, size: int) -> tuple[int, int]:
-        """`alloc_block`; when the GPU is full, again after giving back the blocks too large to split, and again after all that is free."""
+        """`alloc_block`; if the GPU is full, retry after releasing blocks too large to split, then after releasing all free ones."""
         start, end = self._alloc(pool, size)
         if not end and self._max_split_size < sys.maxsize and isinstance(pool, Segments):
             released, enough = pool.release_oversize(size)
@@ -216,10 +220,10 @@ def replay(
     expandable_segments: bool = False,
     timeline: bool = False,
 ) -> Reserved:
-    """The events in their order on an empty GPU; stops at the first that finds no memory.
+    """Replay the events on an empty GPU; stops at the first allocation that fails.
 
     Raises:
-        ValueError: an identifier allocated twice, or freed without being live.
+        ValueError: an identifier is allocated twice, or freed while not live.
     """
     allocator = Allocator(capacity, max_split_size=max_split_size, expandable_segments=expandable_segments)
     levels: list[tuple[int, int]] | None = [] if timeline else None

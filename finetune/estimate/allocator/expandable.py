@@ -1,4 +1,4 @@
-"""The memory that PyTorch's caching allocator keeps for one stream: free blocks, found, split off, merged and given back.
+"""The pools of PyTorch's caching allocator for one stream: how free blocks are found, split, merged and released.
 
 The rules of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`); names in backquotes are its functions, and the
 constants are those of `c10/core/AllocatorConfig.h`. All sizes are bytes.
@@ -14,31 +14,33 @@ from typing import final
 MIN_BLOCK_SIZE = 512  # kMinBlockSize: every size is rounded up to a multiple of it (round_size)
 SMALL_SIZE = 1 << 20  # kSmallSize: the largest request that the small pool serves
 SMALL_BUFFER = 2 << 20  # kSmallBuffer: a segment of the small pool
-MIN_LARGE_ALLOC = 10 << 20  # kMinLargeAlloc: from here on a request gets a segment of its own size
+MIN_LARGE_ALLOC = 10 << 20  # kMinLargeAlloc: larger requests get a segment of their own size
 LARGE_BUFFER = (
     20 << 20
 )  # kLargeBuffer, now large_segment_size(): a segment for requests between the two; also max_non_split_rounding_size()
-ROUND_LARGE = 2 << 20  # kRoundLarge: what those own sizes are rounded up to
+ROUND_LARGE = 2 << 20  # kRoundLarge: those sizes are rounded up to a multiple of it
 
-# A free block is one integer, its size before its address, so that a plain sorted list is ordered as BlockComparatorSize orders.
+# A free block is one integer, its size in the high bits, so that a sorted list has BlockComparatorSize's order.
 ADDRESS_BITS = 64
 ADDRESS = (1 << ADDRESS_BITS) - 1
-# Between segments, so that blocks of two of them never touch, and touching free blocks may always merge.
+# Gap between segments: blocks of different segments never touch, so adjacent free blocks can always merge.
 GAP = ROUND_LARGE
-# Between the address spaces of expandable segments: more than any GPU holds.
+# Size of the address space of an expandable segment: more than any GPU has.
 SPACE = 1 << 50
 
 
 def segment_size(size: int) -> int:
-    """What is asked of cudaMalloc for a block of `size` bytes (`get_allocation_size`)."""
+    """Bytes requested from cudaMalloc for a block of `size` bytes (`get_allocation_size`)."""
     if size <= SMALL_SIZE:
         return SMALL_BUFFER
     return LARGE_BUFFER if size < MIN_LARGE_ALLOC else -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
 class Pool(ABC):
-    """The cached memory of one stream, small or large (`BlockPool`). Free blocks are kept three ways: sorted by size and address
-    to find the best fit, and by where they start and end to find neighbors."""
+    """The cached memory of one stream, small or large blocks (`BlockPool`).
+
+    Free blocks are indexed by size and address for the best fit, and by start and end to find neighbors.
+    """
 
     __slots__ = ("blocks", "ends", "split_below", "split_from", "starts")
 
@@ -46,11 +48,11 @@ class Pool(ABC):
         self.blocks: list[int] = []
         self.starts: dict[int, int] = {}  # start → end
         self.ends: dict[int, int] = {}  # end → start
-        self.split_from = split_from  # the smallest remainder that becomes a block of its own (should_split) …
-        self.split_below = split_below  # … where less than this was asked for
+        self.split_from = split_from  # the smallest remainder that becomes a block (should_split) …
+        self.split_below = split_below  # … if the request is smaller than this
 
     def put(self, start: int, end: int) -> None:
-        """A block becomes free: merge it with free neighbors (`free_block`, `try_merge_blocks`)."""
+        """Free a block and merge it with free neighbors (`free_block`, `try_merge_blocks`)."""
         blocks, starts, ends = self.blocks, self.starts, self.ends
         before = ends.pop(start, None)
         if before is not None:
@@ -65,7 +67,7 @@ class Pool(ABC):
         insort(blocks, (end - start) << ADDRESS_BITS | start)
 
     def take(self, start: int, end: int) -> None:
-        """A free block leaves the cache."""
+        """Remove a free block from the cache."""
         blocks = self.blocks
         del blocks[bisect_left(blocks, (end - start) << ADDRESS_BITS | start)]
         del self.starts[start]
@@ -73,15 +75,15 @@ class Pool(ABC):
 
     @abstractmethod
     def find(self, size: int) -> tuple[int, int] | None:
-        """The free block that serves `size` (`get_free_block`), as start and end, out of the cache."""
+        """Take a free block for `size` from the cache (`get_free_block`); returns start and end."""
 
     @abstractmethod
     def grow(self, size: int, room: int) -> tuple[int, int, int]:
-        """A new block for `size` out of at most `room` more bytes: start, end (0 if there is no room), and the bytes newly reserved."""
+        """Get a new block of `size` within `room` more bytes; returns start, end (0 if there is no room) and bytes reserved."""
 
     @abstractmethod
     def release(self) -> int:
-        """Gives back to the GPU all that is wholly free (`release_blocks`): how many bytes."""
+        """Release all unused segments (`release_blocks`); returns bytes."""
 
 
 @final
@@ -92,18 +94,18 @@ class Segments(Pool):
 
     def __init__(self, small: bool, addresses: list[int], max_split_size: int) -> None:
         super().__init__(MIN_BLOCK_SIZE if small else SMALL_SIZE + 1, sys.maxsize if small else max_split_size)
-        self.addresses = addresses  # the next free address, shared by all pools of a GPU
+        self.addresses = addresses  # the next free address, shared by all pools
         self.max_split_size = max_split_size
         self.segments: dict[int, int] = {}  # start → end
 
     def find(self, size: int) -> tuple[int, int] | None:
-        """Take the smallest free block that may serve `size` bytes; returns (start, end), or None where there is none (`get_free_block`)."""
+        """Take the smallest free block that can serve `size` bytes; returns (start, end) or None (`get_free_block`)."""
         blocks = self.blocks
         place = bisect_left(blocks, size << ADDRESS_BITS)
         if place == len(blocks):
             return None
         block = blocks[place]
-        # A block that may not be split serves only requests that may not be either, and that nearly fill it.
+        # A block too large to split serves only requests too large to split that nearly fill it.
         found = block >> ADDRESS_BITS
         if found >= self.max_split_size and (size < self.max_split_size or found >= size + LARGE_BUFFER):
             return None
@@ -127,8 +129,8 @@ class Segments(Pool):
         return sum(self._release(start, end) for start, end in whole)
 
     def release_oversize(self, size: int) -> tuple[int, bool]:
-        """Gives back just enough blocks that may not be split (`release_available_cached_blocks`): how many bytes, and whether enough."""
-        # Blocks this large are whole segments: whatever would have split them was not allowed to.
+        """Release just enough blocks too large to split (`release_available_cached_blocks`); returns bytes, and whether enough."""
+        # Blocks this large are whole segments, since they must not be split.
         wanted = max(size, self.max_split_size)
         place = bisect_left(self.blocks, wanted << ADDRESS_BITS)
         if place < len(self.blocks):
@@ -150,9 +152,9 @@ class Segments(Pool):
 
 @final
 class Expandable(Pool):
-    """One address space whose pages are mapped as they are needed (`ExpandableSegment`, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+    """One address space whose pages are mapped on demand (`ExpandableSegment`, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
 
-    PyTorch's is an eighth larger than the GPU; this one has no end.
+    PyTorch's is an eighth larger than the GPU; this one is unlimited.
     """
 
     __slots__ = ("base", "holes", "page", "unmapped")
@@ -168,12 +170,12 @@ class Expandable(Pool):
         self.holes = [self.base]  # their starts, sorted
 
     def find(self, size: int) -> tuple[int, int] | None:
-        """Take a free block of at least `size` bytes, that which can grow least first; returns (start, end), or None where there is none."""
+        """Take a free block of at least `size` bytes, preferring those that can grow least; returns (start, end) or None."""
         blocks = self.blocks
         place = bisect_left(blocks, size << ADDRESS_BITS)
         if place == len(blocks):
             return None
-        # A block that can grow counts as large as it can get, so that others go first.
+        # A block that can grow counts with its maximal size, so that others are taken first.
         while place + 1 < len(blocks) and self._extent(blocks[place + 1]) < self._extent(blocks[place]):
             place += 1
         start = blocks[place] & ADDRESS
@@ -182,7 +184,7 @@ class Expandable(Pool):
         return start, end
 
     def grow(self, size: int, room: int) -> tuple[int, int, int]:
-        """Map pages for `size` bytes, `room` bytes at most; returns (start, end, bytes added), or (0, 0, bytes added) where room gave out."""
+        """Map pages for `size` bytes, at most `room`; returns (start, end, bytes added), or (0, 0, bytes added) without room."""
         start = self._lowest(size)
         end = self.starts.get(start, start)
         added = 0
@@ -198,7 +200,7 @@ class Expandable(Pool):
         return start, end, added
 
     def release(self) -> int:
-        """Unmaps the pages that are wholly free (`unmap_block`)."""
+        """Unmap unused pages (`unmap_block`)."""
         released = 0
         for start, end in list(self.starts.items()):
             first = self.base + -(-(start - self.base) // self.page) * self.page
@@ -218,7 +220,7 @@ class Expandable(Pool):
         return (block >> ADDRESS_BITS) + self.unmapped.get(end, end) - end
 
     def _lowest(self, size: int) -> int:
-        """The lowest address from which free blocks and holes reach over `size` bytes (`find_expandable_block`)."""
+        """The lowest address from which free blocks and holes span `size` bytes (`find_expandable_block`)."""
         for hole in self.holes:
             start = reach = self.ends.get(hole, hole)
             while reach - start < size and (further := self.starts.get(reach) or self.unmapped.get(reach)):

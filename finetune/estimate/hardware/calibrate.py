@@ -1,7 +1,7 @@
-"""How fast this machine's CPU runs what a training step is made of, measured in three seconds with torch.
+"""Measure in three seconds how fast this machine's CPU runs the operators of a training step, with torch.
 
-A machine that is busy is not measured: threads wait for one another, so that one which has to wait for a core costs all of them its
-time. Kernels of two threads beside another program took up to thirty times as long as alone.
+A busy machine is not measured: threads wait for each other, so one that waits for a core delays all of them. Kernels with
+two threads next to another program took up to thirty times as long as alone.
 """
 
 from __future__ import annotations
@@ -22,36 +22,34 @@ from finetune.estimate.hardware.cpu import Calibration, Curve, keep_freed_memory
 from finetune.estimate.tracing.recorder import Recorder
 from finetune.system.cpu_info import cpu_name
 
-SECONDS = 2.0  # that all of it takes, about
-FEWEST = 3  # times that each is run, however long it takes
-PATIENCE = 1.0  # seconds that other programs may have the processor meanwhile
-AWAY = 1e-4  # seconds without it that spoil a run: a slice of another program's time is longer
+SECONDS = 2.0  # approximate total time
+FEWEST = 3  # runs of each kernel at least
+PATIENCE = 1.0  # seconds of CPU time that other programs may take meanwhile
+AWAY = 1e-4  # seconds off the CPU that invalidate a run: a time slice of another program is longer
 MATMULS = (64, 256, 512)  # sides
 CONVOLUTIONS = (
     (8, 16, 16),
     (8, 16, 64),
     (8, 64, 16),
     (4, 128, 32),
-)  # images, channels, side: thin ones and thick ones
+)  # images, channels, side
 ATTENTIONS = ((8, 64, 32), (16, 256, 32), (8, 512, 64))  # heads of all images, length, width
-ELEMENTS = (1, 16, 64, 128, 256, 384)  # sides of 4 × 16 channels; the last so large that each is given fresh pages
-DRAWN = (16, 128)  # likewise, of drop-out
-BETWEEN = 200  # tensors that pass between one that is written and its use, as when a net goes forward and back
-CACHES = (
-    128 << 20
-)  # bytes: more than a core's own caches and its share of the common one, and than its tables of pages reach
-CHAIN = 4  # layers of a transformer so tiny that it shows what Python and autograd cost
+ELEMENTS = (1, 16, 64, 128, 256, 384)  # sides of 4 × 16 channels; the last is so large that each tensor gets new pages
+DRAWN = (16, 128)  # sides for dropout
+BETWEEN = 200  # tensors between the write of one and its use, as between a forward and a backward pass
+CACHES = 128 << 20  # bytes: more than a core's caches, its share of the last level, and the reach of its TLB
+CHAIN = 4  # layers of a transformer so tiny that it measures the overhead of Python and autograd
 
 Measured = Iterator[tuple[float, float]]  # amount, seconds
 
 
 @final
 class Clock:
-    """Times kernels as a step finds them, by the processor time of the thread that calls them: while others compute, it does too or spins.
+    """Times kernels under the conditions of a step, by the CPU time of the calling thread, which computes or spins throughout.
 
     Args:
-        seconds: for each, about.
-        patience: seconds that other programs may have the processor, over all that is timed.
+        seconds: approximate time for each kernel.
+        patience: seconds of CPU time that other programs may take in total.
     """
 
     def __init__(self, seconds: float, patience: float) -> None:
@@ -59,19 +57,19 @@ class Clock:
         self._start = _now()
 
     def typical(self, run: Callable[[], object], written: Tensor | None = None) -> float:
-        """Seconds of one run: the median of as many as there is time for, after one that warms up.
+        """Seconds of one run: the median of as many runs as there is time for, after one to warm up.
 
-        Runs during which another program had the processor do not count; where there are no others, the shortest does.
+        Runs interrupted by another program do not count; if all were, the shortest counts.
 
         Args:
-            written: what the operator before a run wrote. All else a run finds as a step does, after `BETWEEN` others of this size: of
-                large tensors no cache holds it any more. None: the caches hold what they like.
+            written: the output of the operator before a run. Everything else was used `BETWEEN` tensors of this size ago, as
+                in a step, so caches no longer hold large tensors. None: no control of the caches.
 
         Raises:
-            UserError: other programs have had the processor for longer than `patience`.
+            UserError: other programs took more CPU time than `patience`.
         """
         run()
-        taken: list[tuple[float, float]] = []  # seconds of the thread, and those that it was without the processor
+        taken: list[tuple[float, float]] = []  # seconds on the CPU, and off it
         end = time.perf_counter() + self._seconds
         while len(taken) < FEWEST or time.perf_counter() < end:
             if written is not None:
@@ -83,35 +81,35 @@ class Clock:
             own, away = _since(*self._start)
             if away > self._patience:
                 raise UserError(
-                    f"the processor is too busy to be measured: of {own + away:.1f} s other programs had it for {away:.1f}",
-                    remedy="ft estimate --calibrate, once they are done",
+                    f"the CPU is too busy to calibrate: other programs used it for {away:.1f} of {own + away:.1f} s",
+                    remedy="close them, then run: ft estimate --calibrate",
                 )
         alone = [own for own, away in taken if away < AWAY]
         return statistics.median(alone) if alone else min(taken)[0]
 
 
 def _now() -> tuple[float, float]:
-    """Seconds of the clock on the wall, and of the processor for this thread."""
+    """Wall time, and CPU time of this thread."""
     return time.perf_counter(), time.thread_time()
 
 
 def _since(wall: float, own: float) -> tuple[float, float]:
-    """Seconds of the processor for this thread since `_now` gave these, and those without it."""
+    """CPU seconds of this thread since `_now`, and seconds off the CPU."""
     own = time.thread_time() - own
     return own, time.perf_counter() - wall - own
 
 
 def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibration:
-    """Measure this machine with the threads that torch has now.
+    """Measure this machine with torch's current number of threads.
 
     Args:
-        seconds: about how long it may take.
-        patience: seconds that other programs may have the processor meanwhile.
+        seconds: approximate duration.
+        patience: seconds of CPU time that other programs may take meanwhile.
 
     Raises:
-        UserError: they had it for longer.
+        UserError: they took more.
     """
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()  # as training does
     each = seconds / (
         len(MATMULS) + 2 * len(CONVOLUTIONS) + 2 * len(ATTENTIONS) + len(ELEMENTS) * len(ELEMENTWISE) + len(DRAWN) + 2
     )
@@ -119,7 +117,7 @@ def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibrati
     curves: Any = {kind: _curve(measure(clock)) for kind, measure in MEASURED.items()}
     kernel = curves["other"].points[0][1]
     forward, backward = _chain(clock)
-    del clock  # its memory is no part of what a process holds
+    del clock  # its memory does not count
     return Calibration(
         name=cpu_name(),
         threads=torch.get_num_threads(),
@@ -132,7 +130,7 @@ def calibrate(seconds: float = SECONDS, patience: float = PATIENCE) -> Calibrati
 
 
 def _curve(measured: Measured) -> Curve:
-    """Through the means of what was measured of each amount, made to rise."""
+    """A curve through the mean of each amount, made monotonic."""
     found: dict[float, list[float]] = {}
     for amount, seconds in measured:
         found.setdefault(amount, []).append(seconds)
@@ -149,9 +147,9 @@ def _matmuls(clock: Clock) -> Measured:
 
 
 def _convolutions(clock: Clock) -> Measured:
-    """3 × 3, forward, and backward, which does twice as much."""
+    """3 × 3 convolutions: forward, and backward, which has twice the FLOPs."""
     for images, channels, side in CONVOLUTIONS:
-        layer: Any = nn.Conv2d(channels, channels, 3, padding=1)  # laid out as `pixels` lays out nets
+        layer: Any = nn.Conv2d(channels, channels, 3, padding=1)  # the memory format of models from scratch
         layer.to(memory_format=torch.channels_last)
         values = torch.randn(images, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
         flops = 2.0 * images * side**2 * channels**2 * 9
@@ -165,7 +163,7 @@ def _convolutions(clock: Clock) -> Measured:
 
 
 def _attentions(clock: Clock) -> Measured:
-    """Forward, and backward, which computes the scores again: 2.5 times as much."""
+    """Attention: forward, and backward, which recomputes the scores: 2.5 times the FLOPs."""
     for heads, length, width in ATTENTIONS:
         values = torch.randn(1, heads, length, width, requires_grad=True)
         flops = 4.0 * heads * length**2 * width
@@ -185,7 +183,7 @@ def _both(
     yield flops_backward, clock.typical(lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True), gradient)
 
 
-# Values moved for each value, and what does so to what was just written and to what was kept.
+# (values moved per value, operator on a tensor just written and one written earlier).
 ELEMENTWISE: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = (
     (3, lambda values, kept: values + kept),
     (2, lambda values, _: functional.silu(values)),
@@ -196,7 +194,7 @@ ELEMENTWISE: tuple[tuple[float, Callable[[Tensor, Tensor], Tensor]], ...] = (
 
 
 def _elements(clock: Clock) -> Measured:
-    """What is neither product nor attention: a sum, an activation and its gradient, a norm and a change of layout stand for all."""
+    """Memory-bound operators: a sum, an activation and its gradient, a norm and a layout change represent all."""
     for side in ELEMENTS:
         values, kept = torch.randn(2, 4, 16, side, side)
         for moved, run in ELEMENTWISE:
@@ -208,7 +206,7 @@ def _elements(clock: Clock) -> Measured:
 
 
 def _drawn(clock: Clock) -> Measured:
-    """What drop-out draws: whether to keep each number."""
+    """Dropout: drawing a mask."""
     for side in DRAWN:
         values = torch.empty(4, 16, side, side)
         yield values.nbytes, clock.typical(lambda values=values: values.bernoulli_(0.9), values)  # type: ignore[misc]
@@ -224,7 +222,7 @@ MEASURED: dict[str, Callable[[Clock], Measured]] = {
 
 
 def _chain(clock: Clock) -> tuple[float, float]:
-    """Seconds an operator of a net whose kernels take no time: forward, and backward."""
+    """Seconds per operator of a network with negligible kernels: forward, and backward."""
     net = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0) for _ in range(CHAIN)))
     values = torch.randn(4, 1, 8, requires_grad=True)
     leaves = [values, *net.parameters()]

@@ -1,7 +1,7 @@
-"""The machine's own CPU as something to train on: how fast it is by a calibration, kept in the user's cache folder.
+"""The speed of this machine's CPU: calibrations, stored in the user's cache folder.
 
-A CPU is its own host: its kernels do not overlap, and how fast they are depends on how large they are (small ones fit into
-its caches). So a calibration holds curves: seconds by FLOPs, or by bytes.
+On a CPU, kernels do not overlap with their launches, and their rate depends on their size (small ones fit into the
+caches). So a calibration holds curves: seconds by FLOPs, or by bytes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from finetune.data.cache_dir import cache_folder
 from finetune.paths import ASSETS
 from finetune.system.cpu_info import cpu_name
 
-# Of glibc's <malloc.h>: options of `mallopt`, and the largest blocks that it lets share a heap.
+# From glibc's <malloc.h>: options of `mallopt`, and the largest block it allows on the heap.
 TRIM_THRESHOLD, MMAP_THRESHOLD, LARGEST = -1, -3, 32 << 20
-FILE = "cpu.json"  # in the user's cache folder; and in the assets, where it is what an unmeasured core is taken to be
+FILE = "cpu.json"  # in the user's cache folder; in the assets, the speed assumed for CPUs that are not calibrated
 
 
 @final
 @dataclass(frozen=True)
 class Curve:
-    """Seconds by amount, both rising, in straight lines on logarithmic axes; beyond the ends in proportion."""
+    """Seconds by amount: linear interpolation on logarithmic axes; beyond the largest amount, proportional."""
 
     points: tuple[tuple[float, float], ...]
 
     def seconds(self, amount: float) -> float:
-        """Of one kernel that does this much."""
+        """Seconds of one kernel of this size."""
         points = self.points
         if amount <= points[0][0]:
-            return points[0][1]  # what starting a kernel costs
+            return points[0][1]  # the cost of starting a kernel
         if amount >= points[-1][0]:
             return points[-1][1] * amount / points[-1][0]
         (low, fast), (high, slow) = next(pair for pair in itertools.pairwise(points) if amount < pair[1][0])
@@ -47,24 +47,24 @@ class Curve:
 
     @property
     def rate(self) -> float:
-        """Amount a second, of the largest."""
+        """Amount per second at the largest size."""
         return self.points[-1][0] / self.points[-1][1]
 
 
 @final
 @dataclass(frozen=True)
 class Calibration:
-    """How fast a CPU is.
+    """The measured speed of a CPU.
 
     Attributes:
-        name: of the CPU, as the system says it.
-        threads: that it was measured with.
-        date: of the measurement.
+        name: the CPU's name as the system reports it.
+        threads: number of threads in the measurement.
+        date: date of the measurement.
         matmul, conv, attention: seconds by FLOPs, float32.
-        random: by bytes of what is drawn, one number after another; `other`: by bytes that are read and written.
-        launch: seconds that Python, modules and autograd take for one operator besides; `launch_engine`: where autograd's engine runs it.
-        held: bytes of a process before it holds a model.
-        measured: whether it is this machine that was measured; if not, it is taken to be as fast as the one that the assets hold.
+        random, other: seconds by bytes of random numbers drawn, and by bytes read and written.
+        launch, launch_engine: overhead in seconds per operator run by Python with autograd, and by autograd's engine.
+        held: bytes of a process before it loads a model.
+        measured: whether this machine was measured; if not, the bundled CPU's speed is assumed.
     """
 
     name: str
@@ -86,7 +86,7 @@ KINDS = ("matmul", "conv", "attention", *BY_BYTES)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that a step frees for the next one, so that each step does not take all its pages anew.
+    """Let this process keep memory freed by a step for the next one, so that steps do not request new pages each time.
 
     glibc gives back the end of its heap whenever enough of it is free, and maps large blocks one by one; the kernel then clears every
     page again. A process's peak stays as it was. Other C libraries have other ways, and are left alone.
@@ -97,7 +97,7 @@ def keep_freed_memory() -> None:
 
 
 def threads(processes: int = 1) -> int:
-    """Of each process: as OMP_NUM_THREADS says, else the physical cores that this process may use, shared out."""
+    """Threads per process: OMP_NUM_THREADS, else the available physical cores divided by the number of processes."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
@@ -108,7 +108,7 @@ def threads(processes: int = 1) -> int:
 
 
 def calibration(count: int) -> Calibration:
-    """Of this machine with `count` threads; where it was not measured, of the assets' core, so many times as fast."""
+    """The calibration of this machine with `count` threads; if there is none, the bundled core's, scaled by `count`."""
     name = cpu_name()
     for kept in _read(_kept()):
         if (kept.name, kept.threads) == (name, count):
@@ -122,12 +122,12 @@ def calibration(count: int) -> Calibration:
 
 
 def keep(found: Calibration) -> Path:
-    """Write a calibration to the user's cache folder, beside those of other CPUs and thread counts; returns the file."""
+    """Save a calibration in the user's cache folder, next to those of other CPUs and thread counts; returns the file."""
     return _write([*(one for one in _read(_kept()) if (one.name, one.threads) != (found.name, found.threads)), found])
 
 
 def discard(found: Calibration) -> None:
-    """Take a calibration out of the user's cache folder, so that its CPU is measured anew; one that was kept since stays."""
+    """Delete a calibration from the user's cache folder, so that its CPU is measured again; a newer one stays."""
     _write([one for one in _read(_kept()) if one != found])
 
 
@@ -145,13 +145,13 @@ def _write(calibrations: list[Calibration]) -> Path:
 
 
 def plain(one: Calibration) -> dict[str, object]:
-    """As the file holds it."""
+    """A calibration as plain values for the file."""
     curves = {kind: getattr(one, kind).points for kind in KINDS}
     return {**dataclasses.asdict(one), **curves}
 
 
 def _read(file: Path) -> list[Calibration]:
-    """What a file holds; nothing if it is not there or not whole (it is only a cache)."""
+    """The calibrations in a file; none if it is missing or damaged (it is only a cache)."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         entries = json.loads(file.read_text(encoding="utf-8"))
         return [

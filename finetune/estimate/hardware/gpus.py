@@ -1,12 +1,12 @@
-"""GPUs: what each holds, how fast it counts and moves bytes, and what an hour of it costs. The figures are `assets/gpus.tsv`.
+"""GPUs: memory, speed, bandwidth and price per hour, from `assets/gpus.tsv`.
 
-Prices age and differ by place, so a file can replace them: `--prices FILE`, or its path in the environment variable
-`FT_PRICES`. A `.yaml` file has one date for all, a `.tsv` file (columns gpu, usd_per_hour, date) one for each:
+Prices change and differ by provider, so a file can replace them: `--prices FILE`, or its path in the environment variable
+`FT_PRICES`. A `.yaml` file has one date for all prices, a `.tsv` file (columns gpu, usd_per_hour, date) one per line:
 
     date: 2026-11-22
     rtx3090: 0.25
-    h100-sxm: 1.90-2.40  # the least and the most
-    rtx4070: 0           # one's own
+    h100-sxm: 1.90-2.40  # lowest and highest
+    rtx4070: 0           # your own
 """
 
 from __future__ import annotations
@@ -31,34 +31,33 @@ from finetune.system.cpu_info import cpu_name, host_memory
 PRICES = "FT_PRICES"
 PRICES_REMEDY = "a .yaml file has lines such as `date: 2026-11-22` and `rtx3090: 0.25`; a .tsv file has the columns gpu, usd_per_hour, date"
 DESCRIBED = "--vram 16 --tflops 40 --bandwidth 500"
-VISIBLE_SHARE = (
-    0.98  # of the memory on the box, what torch sees: the median of gpus.tsv (0.91 to 0.99; least where ECC takes some)
-)
-# Words that makers put around a model's name and that tell no two of them apart.
+# The share of the advertised memory that torch sees: the median of gpus.tsv (0.91 to 0.99; lowest with ECC).
+VISIBLE_SHARE = 0.98
+# Brand words that do not distinguish models.
 _MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct", "gpu"}
-# What a person may describe: least, most, unit, and what to write where the unit was likely another.
+# Limits of a described GPU: lowest, highest, unit, and a hint for a likely mistake with units.
 _LIMITS = {
-    "vram": (1.0, 2_000.0, "GiB", "16 for a card sold with 16 GB"),
+    "vram": (1.0, 2_000.0, "GiB", "16 for a GPU sold with 16 GB"),
     "tflops": (
         0.5,
         20_000.0,
         "TFLOP/s, dense, 16-bit, summed in float32",
-        "half of what a maker gives `with sparsity`",
+        "half of a figure `with sparsity`",
     ),
     "bandwidth": (10.0, 100_000.0, "GB/s", "2000 for 2 TB/s"),
 }
-_MOST_PER_HOUR = 1_000.0  # USD; above it someone gave a month's price or another currency
+_MOST_PER_HOUR = 1_000.0  # USD; a higher figure is likely a monthly price or another currency
 
 
 @final
 @dataclass(frozen=True)
 class Price:
-    """What an hour of one GPU costs, in USD.
+    """The price of one GPU hour in USD.
 
     Attributes:
-        low, high: the least and the most that was seen, USD/h; equal where there is one figure.
-        date: of the figures, `2026-03` or `2026-03-28`; empty where the source has none.
-        source: where they come from.
+        low, high: lowest and highest price, USD/h; equal if there is one figure.
+        date: `2026-03` or `2026-03-28`; empty if the source has none.
+        source: where the price comes from.
     """
 
     low: float
@@ -74,18 +73,18 @@ class Gpu:
 
     Attributes:
         id: the short name, such as `a100-80gb`.
-        name: as people write it.
-        sold_gb: the memory on the box. Makers' gigabytes: of most cards GiB, of an H200's 141 and a B200's 180 not.
-        total_mib: the memory that nvidia-smi shows, MiB.
-        visible_gib: the memory that torch sees, GiB: at least, where it was seen to differ. The CUDA context is still in it.
-        tflops: dense tensor TFLOP/s (10¹²) of 16-bit factors summed in float32.
-        bfloat16: whether its tensor cores take bfloat16; if not, `tflops` is float16's.
-        bandwidth: of its memory, GB/s (10⁹ bytes).
-        price: per hour, or None where nothing is known.
-        note: what is approximate, derived or disputed in these figures.
-        tflops_source, other_source: where `tflops`, and memory and bandwidth, come from.
-        calibration: of a CPU, which is then its own host: how fast it is. None of GPUs, whose pace is their figures' (`constants.PACE`).
-        also: words that a full name may add, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
+        name: the display name.
+        sold_gb: the advertised memory; GiB for most GPUs, GB for an H200 (141) and a B200 (180).
+        total_mib: memory shown by nvidia-smi, MiB.
+        visible_gib: memory that torch sees, GiB (the lowest reported), including the CUDA context.
+        tflops: dense tensor-core TFLOP/s, 16-bit operands, float32 accumulation.
+        bfloat16: whether tensor cores support bfloat16; if not, `tflops` is for float16.
+        bandwidth: memory bandwidth, GB/s.
+        price: per hour, or None if unknown.
+        note: which figures are approximate, derived or disputed.
+        tflops_source, other_source: sources of `tflops`, and of memory and bandwidth.
+        calibration: the measured speed of a CPU; None for GPUs, whose speed follows from these figures (`constants.PACE`).
+        also: words that a full name may include, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
     """
 
     id: str
@@ -105,25 +104,25 @@ class Gpu:
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
-        """Whose variants of a card are its own."""
+        """The kind of device, which selects a cost profile's variants."""
         return "cpu" if self.calibration else "cuda"
 
     @property
     def model(self) -> str:
-        """The word of the name that says which chip it is: `3090`, `a100`."""
+        """The word of the name that identifies the chip: `3090`, `a100`."""
         return _words(self.id)[0]
 
     def is_called(self, name: str) -> bool:
-        """Whether `name` names the model and says nothing that this GPU is not: `A100`, `a100 80 GB`, `NVIDIA A100-SXM4-80GB`."""
+        """Whether `name` matches this GPU, such as `A100`, `a100 80 GB` or `NVIDIA A100-SXM4-80GB`."""
         asked, sold = {*_words(name)}, f"{self.sold_gb:g}"
         return self.model in asked and asked <= {*_words(f"{self.id} {self.name} {self.also} {sold}gb"), sold}
 
 
 def known(prices: Path | None = None) -> tuple[Gpu, ...]:
-    """All GPUs of gpus.tsv, with the prices of the file `prices`, or of the one that FT_PRICES names.
+    """All GPUs of gpus.tsv, with prices from the file `prices` or the one that FT_PRICES names.
 
     Raises:
-        UserError: the file cannot be read, or a line of it names no GPU, no price, or a GPU that has one already.
+        UserError: the file cannot be read, or a line has an unknown GPU, an invalid price, or a duplicate.
     """
     if prices is None and os.environ.get(PRICES):
         prices = Path(os.environ[PRICES])
@@ -140,25 +139,25 @@ def known(prices: Path | None = None) -> tuple[Gpu, ...]:
 
 
 def find(name: str, prices: Path | None = None) -> Gpu:
-    """The GPU of this name: an id, or how people and torch write it (`RTX 3090`, `3090`, `NVIDIA A100-SXM4-80GB`).
+    """Find a GPU by its id, or by a name as people and torch write it (`RTX 3090`, `3090`, `NVIDIA A100-SXM4-80GB`).
 
     Raises:
-        UserError: there is none of this name, or several; and what `known` raises.
+        UserError: no GPU or several match; and whatever `known` raises.
     """
     return _match(name, known(prices))
 
 
 def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
-    """A GPU that is in no list: its memory as sold (GiB), dense 16-bit tensor TFLOP/s and GB/s. It has no price.
+    """A GPU that is not listed, from its advertised memory (GiB), dense 16-bit TFLOP/s and GB/s. It has no price.
 
     Raises:
-        UserError: a figure that no GPU has.
+        UserError: a figure is out of range.
     """
     for option, value in {"vram": vram, "tflops": tflops, "bandwidth": bandwidth}.items():
         least, most, unit, hint = _LIMITS[option]
         if not least <= value <= most:
             raise UserError(
-                f"--{option} is in {unit}, {least:g} to {most:g}, not {value:g}",
+                f"--{option} is in {unit} and must be {least:g} to {most:g}, not {value:g}",
                 remedy=f"for example {DESCRIBED} (--{option}: {hint})",
             )
     return Gpu(
@@ -171,20 +170,18 @@ def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
         bfloat16=True,
         bandwidth=bandwidth,
         price=None,
-        note=f"torch is taken to see {VISIBLE_SHARE:.0%} of its memory, and its tensor cores to take bfloat16",
+        note=f"assumes that torch sees {VISIBLE_SHARE:.0%} of its memory, and that tensor cores support bfloat16",
         tflops_source="given by hand",
         other_source="given by hand",
     )
 
 
 def this_cpu(processes: int = 1) -> Gpu:
-    """The CPU of this machine, as something to train on. It has no price."""
+    """This machine's CPU as a device to train on. It has no price."""
     found = calibration(threads(processes))
     gib = host_memory() / 2**30
     measured = (
-        f"measured {found.date}"
-        if found.measured
-        else "not measured: taken to be as fast, core for core, as the one that the assets hold"
+        f"measured {found.date}" if found.measured else "not calibrated: assumes the bundled CPU's speed per core"
     )
     return Gpu(
         id="cpu",
@@ -204,10 +201,10 @@ def this_cpu(processes: int = 1) -> Gpu:
 
 
 def at_price(gpu: Gpu, usd_per_hour: float) -> Gpu:
-    """The same GPU at the price that was given for it today, by `--price`.
+    """The same GPU at a price given with `--price`, dated today.
 
     Raises:
-        UserError: no price.
+        UserError: the price is invalid.
     """
     today = datetime.date.today().isoformat()
     return dataclasses.replace(
@@ -238,53 +235,51 @@ def _bundled() -> tuple[Gpu, ...]:
 
 
 def _match(name: str, gpus: tuple[Gpu, ...], where: str = "") -> Gpu:
-    """The one of `gpus` that `name` can only mean. A GPU that differs in a word (`3080 12GB`, `4070 Ti`, `L40`) is another."""
+    """The only one of `gpus` that `name` matches. A name with another word (`3080 12GB`, `4070 Ti`, `L40`) is another GPU."""
     found = [gpu for gpu in gpus if gpu.is_called(name)]
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(
-            f'"{name}" may be {" or ".join(gpu.id for gpu in found)}',
+            f'"{name}" is ambiguous: {" or ".join(gpu.id for gpu in found)}',
             where=where,
-            remedy=f"say which, for example {found[0].id}",
+            remedy=f"give the full id, for example {found[0].id}",
         )
     models = dict.fromkeys(gpu.model for gpu in gpus)
     near = [model for word in _words(name) for model in difflib.get_close_matches(word, models, cutoff=0.5)]
     nearest = ", ".join(gpu.id for model in dict.fromkeys(near) for gpu in gpus if gpu.model == model)
-    remedy = (
-        f"{f'nearest: {nearest}; ' if nearest else ''}`ft gpus` lists all; or describe it to `ft estimate`: {DESCRIBED}"
-    )
-    raise UserError(f'no GPU here is called "{name}"', where=where, remedy=remedy)
+    remedy = f"{f'nearest: {nearest}; ' if nearest else ''}`ft gpus` lists all; or describe it: ft estimate {DESCRIBED}"
+    raise UserError(f'unknown GPU "{name}"', where=where, remedy=remedy)
 
 
 def _words(name: str) -> list[str]:
-    """What tells a GPU's name from another's: `RTX 4060 Ti 16 GB` → 4060ti, 16gb. A suffix makes another model, so it stays on."""
+    """The words that distinguish GPU names: `RTX 4060 Ti 16 GB` → 4060ti, 16gb. A suffix makes another model, so it is kept."""
     text = name.lower().replace("rtx", " ").replace("gib", "gb")
     text = re.sub(r"(?<=[\di])[\s_-]+(?=(?:ti|super|gb)\b)", "", text)
     return [word for word in re.findall(r"[^\W_]+", text) if word not in _MAKERS]
 
 
 def _read_prices(path: Path) -> Iterator[tuple[str, Price, str]]:
-    """(GPU's name, price, file and line) for each line of a file of prices."""
+    """(GPU name, price, file and line) for each line of a price file."""
     if path.suffix.lower() not in (".yaml", ".yml", ".tsv"):
-        raise UserError("prices are read from a .yaml or a .tsv file", where=str(path), remedy=PRICES_REMEDY)
+        raise UserError("a price file must end in .yaml or .tsv", where=str(path), remedy=PRICES_REMEDY)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
-            f"the prices cannot be read: {error.strerror}",
+            f"the price file cannot be read: {error.strerror}",
             where=str(path),
-            remedy=f"--prices FILE or {PRICES} names the file",
+            remedy=f"check the path given by --prices or {PRICES}",
         ) from None
     except UnicodeDecodeError:
-        raise UserError("the prices are not UTF-8 text", where=str(path), remedy="save the file as UTF-8") from None
+        raise UserError("the price file is not UTF-8 text", where=str(path), remedy="save the file as UTF-8") from None
     lines = _tsv_lines(text, str(path)) if path.suffix.lower() == ".tsv" else _yaml_lines(text, str(path))
     for name, amount, date, where in lines:
         yield name, _price(amount, date, str(path), where), where
 
 
 def _rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number of the line, and its cells by the names in the first, of each line of tab-separated text."""
+    """(line number, cells by column name) for each line of tab-separated text."""
     header, *lines = text.splitlines() or [""]
     for number, line in enumerate(lines, start=2):
         if line.strip():
@@ -294,7 +289,7 @@ def _rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _tsv_lines(text: str, path: str) -> Iterator[tuple[str, str, str, str]]:
     if missing := {"gpu", "usd_per_hour", "date"}.difference(text.partition("\n")[0].rstrip("\r").split("\t")):
         raise UserError(
-            f"the prices lack the column {', '.join(sorted(missing))}", where=f"{path}:1", remedy=PRICES_REMEDY
+            f"the price file lacks the column {', '.join(sorted(missing))}", where=f"{path}:1", remedy=PRICES_REMEDY
         )
     for number, row in _rows(text):
         yield row.get("gpu", ""), row.get("usd_per_hour", ""), row.get("date", ""), f"{path}:{number}"
@@ -306,26 +301,26 @@ def _yaml_lines(text: str, path: str) -> Iterator[tuple[str, str, str, str]]:
     date = lines.pop("date", yaml_reader.Node("", path)).content
     for name, node in lines.items():
         if not isinstance(node.content, str) or not isinstance(date, str):
-            raise UserError("a price and a date are one value each", where=node.where, remedy=PRICES_REMEDY)
+            raise UserError("a price or a date must be a single value", where=node.where, remedy=PRICES_REMEDY)
         yield name, node.content, date, node.where
 
 
 def _price(amount: str, date: str, source: str, where: str) -> Price:
-    """The price that `amount` writes, `0.25` or `0.17-0.39` USD/h, of the day or month `date`."""
+    """Parse a price such as `0.25` or `0.17-0.39` USD/h, with its day or month `date`."""
     found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(?:[-–]\s*(\d*\.?\d+)\s*)?", amount, re.ASCII)
     low, high = (float(found[1]), float(found[2] or found[1])) if found else (0.0, -1.0)
     if not low <= high <= _MOST_PER_HOUR:
-        problem = f'"{amount.strip()}" is no price of one GPU in USD per hour, 0 to {_MOST_PER_HOUR:,.0f}'
-        raise UserError(problem, where=where, remedy="write one such as 0.25, or the least and the most: 0.17-0.39")
+        problem = f'"{amount.strip()}" is not a price per GPU hour in USD, 0 to {_MOST_PER_HOUR:,.0f}'
+        raise UserError(problem, where=where, remedy="write a price such as 0.25, or the lowest and highest: 0.17-0.39")
     try:
         if not re.fullmatch(r"\d{4}-\d\d(-\d\d)?", date, re.ASCII):
             raise ValueError
         datetime.date.fromisoformat(date if len(date) == 10 else f"{date}-01")
     except ValueError:
-        problem = f'"{date}" is no date' if date else "the price has no date"
+        problem = f'"{date}" is not a date' if date else "the price has no date"
         raise UserError(
             problem,
             where=where,
-            remedy=f"prices age: say of which day or month they are, such as {datetime.date.today()}",
+            remedy=f"add the day or month of the prices, such as {datetime.date.today()}",
         ) from None
     return Price(low, high, date, source)
