@@ -1,13 +1,15 @@
 """Likelihood of handwritten digits by our families: bits/dim on scikit-learn's 8×8 digits, 17 levels.
 
-    python benchmarks/bench_digits.py                       # all, three seeds each, in runs/digits; goes on where it was stopped
+    python benchmarks/bench_digits.py                       # all, three seeds each, in runs/digits; goes on where it
+    was stopped
     python benchmarks/bench_digits.py --only vae --seeds 1
-    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings: the test images are not looked at
+    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings: the test images are not
+    looked at
 
 Each contender trains by its recipe of `recipes/scratch/` and the project's own loop on the first 1,000 images. Of its
-checkpoints the one likeliest to give the next 350 is taken, and the last 447 are scored with that one, once. Bits/dim are
-exact for autoregressive models and upper bounds for VAEs (−IWAE of 256 particles, and the −ELBO beside it) and flows (−log of the
-mean over 64 dequantisations). The rows without a net are computed from the training images here.
+checkpoints the one likeliest to give the next 350 is taken, and the last 447 are scored with that one, once. Bits/dim
+are exact for autoregressive models and upper bounds for VAEs (−IWAE of 256 particles, and the −ELBO beside it) and
+flows (−log of the mean over 64 dequantisations). The rows without a net are computed from the training images here.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ def levels_of(images: Sequence[Example]) -> Tensor:
 
 
 def references(split: str) -> dict[str, float]:
-    """Bits/dim of what needs no net: all levels alike; each pixel by its own histogram, every level counted once more."""
+    """Bits/dim of what needs no net: all levels alike; each pixel by its own histogram, every level counted once
+    more.
+    """
     training, others = levels_of(images_of("train")), levels_of(images_of(split))
     counts = torch.nn.functional.one_hot(training, LEVELS).sum(0).double() + 1
     chosen = (

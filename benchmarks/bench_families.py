@@ -3,11 +3,12 @@
     python benchmarks/bench_families.py --minutes 10 --folder /tmp/families    # within three hours on two cores
     python benchmarks/bench_families.py --minutes 0.2 --seeds 0 --images 32 --folder /tmp/quick --only vae glow
 
-Each trains by its recipe and the project's own loop, one thread, at a constant rate (a schedule would have to know how many steps there
-will be), until its process has had its CPU time; a tenth of the images is held out, for bits/dim. Then `ft eval` measures it. Stable are
-those of some more, shorter runs from other seeds whose losses stay finite, whose loss has fallen (a GAN's says nothing), and whose
-images keep at least half of the real ones' diversity. What is done is not done again, and what was killed goes on after its last
-checkpoint. --write keeps the table where `ft estimate --goal` quotes it.
+Each trains by its recipe and the project's own loop, one thread, at a constant rate (a schedule would have to know
+how many steps there will be), until its process has had its CPU time; a tenth of the images is held out, for bits/dim.
+Then `ft eval` measures it. Stable are those of some more, shorter runs from other seeds whose losses stay finite,
+whose loss has fallen (a GAN's says nothing), and whose images keep at least half of the real ones' diversity. What is
+done is not done again, and what was killed goes on after its last checkpoint. --write keeps the table where `ft
+estimate --goal` quotes it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ COLUMNS = (
 
 
 def train(name: str, folder: Path, seed: int, minutes: float) -> dict[str, Any]:
-    """A finished run of so many CPU minutes, its steps and parameters; `failed` says what ended it early, if anything did."""
+    """A finished run of so many CPU minutes, its steps and parameters; `failed` says what ended it early, if anything
+    did.
+    """
     done = folder / "trained.json"
     if done.is_file():
         found: dict[str, Any] = json.loads(done.read_text())
@@ -128,7 +131,9 @@ def train(name: str, folder: Path, seed: int, minutes: float) -> dict[str, Any]:
 
 
 def _until(job: Job, note: Path, spent: float, budget: float) -> None:
-    """Train until the process has had `budget` CPU seconds, `spent` ones before it began; a timer of its CPU time ends it as Ctrl-C would."""
+    """Train until the process has had `budget` CPU seconds, `spent` ones before it began; a timer of its CPU time
+    ends it as Ctrl-C would.
+    """
     initialized, over = time.process_time(), False
 
     def write(done: int = 0) -> None:

@@ -2,11 +2,13 @@
 
     python benchmarks/bench_loader.py [--images 48] [--batch 8] [--steps 12] [--rounds 3]
 
-Photographs of 1600×1200 (JPEG, made here) are drawn at 512², by three ways that take turns in one process: this project's
-`Dataset`; a plain torch `Dataset` with Pillow, doing the same, behind a `DataLoader` with as many workers as this project
-has threads; and the same without workers. All images are compared first: they are equal. Nothing is kept in memory, so
-that each draw reads and decodes. Then steps are taken that, like a GPU's, leave the CPU idle, half as long again as a batch
-takes: printed is the share of the wall time that they spend waiting for a batch, also where batches come from the cache.
+Photographs of 1600×1200 (JPEG, made here) are drawn at 512², by three ways that take turns in one process: this
+project's `Dataset`; a plain torch `Dataset` with Pillow, doing the same, behind a `DataLoader` with as many workers as
+this project has threads; and the same without workers. All images are compared first: they are equal. Nothing is kept
+in memory, so that each draw reads and decodes. Then steps are taken that, like a GPU's, leave the CPU idle, half as
+long again as a batch
+takes: printed is the share of the wall time that they spend waiting for a batch, also where batches come from the
+cache.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
 """How many modes our GANs find, where the answer is known: rings and grids of Gaussians, and stacked digits.
 
-    python benchmarks/bench_modes.py points [--seeds 3]     # 8 Gaussians on a ring and 25 on a grid, by a small net pair with each loss
-    python benchmarks/bench_modes.py digits [--minutes 2]   # three digits stacked as colors, 1,000 modes, by each GAN recipe; for so long each
+    python benchmarks/bench_modes.py points [--seeds 3]     # 8 Gaussians on a ring and 25 on a grid, by a small net
+    pair with each loss
+    python benchmarks/bench_modes.py digits [--minutes 2]   # three digits stacked as colors, 1,000 modes, by each GAN
+    recipe; for so long each
 
-Both go on where they were stopped (runs/modes). Beside each count stands what it hides: the share of samples within three deviations
-of a mode, and the reverse KL, of how the samples fall to the modes against evenly, in nats. The published rows are those of the
-PacGAN paper (Lin et al. 2018, arXiv:1712.04086); sizes of nets and budgets there are others.
+Both go on where they were stopped (runs/modes). Beside each count stands what it hides: the share of samples within
+three deviations of a mode, and the reverse KL, of how the samples fall to the modes against evenly, in nats. The
+published rows are those of the PacGAN paper (Lin et al. 2018, arXiv:1712.04086); sizes of nets and budgets there are
+others.
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ from tools.archive import bundled
 
 RING = torch.tensor([[math.cos(n * math.pi / 4), math.sin(n * math.pi / 4)] for n in range(8)])
 GRID = torch.tensor([[x, y] for x in range(-4, 5, 2) for y in range(-4, 5, 2)]).float()
-# name → (centers, standard deviation), as in the PacGAN paper, but for the grid's unit, a quarter of its: the same penalties suit both
+# name → (centers, standard deviation), as in the PacGAN paper, but for the grid's unit, a quarter of its: the same
+# penalties suit both
 TASKS = {"ring": (RING, 0.01), "grid": (GRID / 4, 0.05 / 4)}
 STEPS, BATCH, WIDTH, DEPTH, DRAWN = 4000, 64, 128, 3, 2500
 RATE = 1e-3  # falls to nothing: what is left of it decides how sharp a mode becomes
@@ -235,7 +239,8 @@ FIXED = (
     ),
     "net.width=32",  # as wide where the nets begin as the recipes are at 32², which halve once more
 )
-# Radford et al. 2015, arXiv:1511.06434, §4: batch norm in both nets, nothing else holds the critic; its rate and momentum.
+# Radford et al. 2015, arXiv:1511.06434, §4: batch norm in both nets, nothing else holds the critic; its rate and
+# momentum.
 PLAIN = (
     *("net.generator_norm=batch", "net.discriminator_norm=batch", "net.minibatch=none", "net.r1=0"),
     *("optimizer.lr=2.0e-4", "optimizer.betas=[0.5,0.999]"),

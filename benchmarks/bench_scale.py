@@ -1,13 +1,14 @@
-"""What a million images cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and 1 M.
+"""What a million images cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and
+1 M.
 
     python benchmarks/bench_scale.py [--entries 10000 100000 1000000] [--uncached | --synthetic] [--folder FOLDER]
 
-Makes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards), and for each size takes,
-in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order; everything
-encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on batches of 16
-drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the way, not the
-encoder. --synthetic writes no shards: a table of captions is read, an index filled with images that are made when they are read, and
-copies and near copies are looked for among them.
+Makes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards), and for each size
+takes, in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order;
+everything encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on
+batches of 16 drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the
+way, not the encoder. --synthetic writes no shards: a table of captions is read, an index filled with images that are
+made when they are read, and copies and near copies are looked for among them.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def bitmap(number: int) -> bytes:
 
 
 def made(folder: Path, entries: int, data: Data, lap: Callable[[str], None]) -> Audit:
-    """The audit of images that are nowhere, each made when it is read, with captions from one table and fingerprints at random."""
+    """The audit of images that are nowhere, each made when it is read, with captions from one table and fingerprints
+    at random.
+    """
     folder.mkdir(parents=True)
     with open(folder / TABLES[0], "w", encoding="utf-8") as table:
         for number in range(entries):

@@ -2,11 +2,12 @@
 
     python benchmarks/bench_scratch.py [--rounds 3] [--only vae glow ddpm imagegpt pixelcnn++]
 
-Above 1 is ours faster. References: pythae's VAE (`pip install pythae`, of which only the model and its loss are used, around the same
-encoder and decoder; left out where it is not installed), normflows' Glow of the same widths, diffusers' own unconditional training
-and DDIM written out around the same UNet, transformers' `generate` of the same ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole
-pass a pixel. A step is loss, gradients and AdamW on the same images at 32×32, in a plain loop on both sides; a whole pass a pixel
-costs every pixel the same, so a few are timed and multiplied.
+Above 1 is ours faster. References: pythae's VAE (`pip install pythae`, of which only the model and its loss are used,
+around the same encoder and decoder; left out where it is not installed), normflows' Glow of the same widths,
+diffusers' own unconditional training and DDIM written out around the same UNet, transformers' `generate` of the same
+ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole pass a pixel. A step is loss, gradients and AdamW on the same
+images at 32×32, in a plain loop on both sides; a whole pass a pixel costs every pixel the same, so a few are timed and
+multiplied.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What a LoRA step launches, moves and computes, ours beside diffusers with PEFT as its training examples put it: benchmarks/bench_step.py
+"""What a LoRA step launches, moves and computes, ours beside diffusers with PEFT as its training examples put it:
+benchmarks/bench_step.py
 
-Counted on fake tensors, as CUDA would take the step: no GPU and no weights are needed, and the minutes it takes say nothing. The
-examples are train_text_to_image_lora_sdxl.py and train_dreambooth_lora_flux2_klein.py, from cached latents and embeddings on, with
-float32 adapters on a bfloat16 base. Each row after them is one change more; the last is what the trainer does.
+Counted on fake tensors, as CUDA would take the step: no GPU and no weights are needed, and the minutes it takes say
+nothing. The examples are train_text_to_image_lora_sdxl.py and train_dreambooth_lora_flux2_klein.py, from cached
+latents and embeddings on, with float32 adapters on a bfloat16 base. Each row after them is one change more; the last
+is what the trainer does.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from finetune.config.schema import Recipe
 from finetune.data.batch import Batch
 from finetune.estimate.tracing import stubs
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
-from finetune.estimate.tracing.denoiser import DenoiserModel, DenoiserTurn, load
+from finetune.estimate.tracing.denoiser import DenoiserModel, DenoiserTrainStep, load
 from finetune.estimate.tracing.recorder import Operator, Recorder, reading
-from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
+from finetune.estimate.tracing.skeletons import skeletons
+from finetune.estimate.tracing.traced_run import FakeDataset, TracedRun
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
 from finetune.models.pretrained.denoising import DenoiseStep
@@ -55,16 +58,17 @@ class Step(NamedTuple):
         return sum(getattr(operator, what) for operators in self.parts.values() for operator in operators)
 
 
-# -- the examples' step ---------------------------------------------------------------------------------------------------
+# -- the examples' step
+# ---------------------------------------------------------------------------------------------------
 
 
-def example(subject: Subject, trained: torch.dtype) -> Step:
+def example(subject: TracedRun, trained: torch.dtype) -> Step:
     """The step of diffusers' examples on the very net that the recipe trains, with PEFT's layers."""
     with _as_on_cuda() as mode, kernels.without(*ALL):
         model = subject.build()
         train_step = model.train_steps()[0]
         _, made = subject.encode(model)
-        batch = MadeUp(made).batch(0, (0,) * subject.plan.recipe.train.batch_size, None)  # type: ignore[arg-type]
+        batch = FakeDataset(made).batch(0, (0,) * subject.plan.recipe.train.batch_size, None)  # type: ignore[arg-type]
         parameters = train_step.parameters()
         for parameter in parameters:
             parameter.data = parameter.data.to(trained)
@@ -88,7 +92,7 @@ def example(subject: Subject, trained: torch.dtype) -> Step:
 
 def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
     """Noising, the net's call and the loss as the examples write them."""
-    latents = batch["latents" if isinstance(train_step, DenoiserTurn) else "mean"].to(torch.bfloat16)
+    latents = batch["latents" if isinstance(train_step, DenoiserTrainStep) else "mean"].to(torch.bfloat16)
     noise = torch.randn_like(latents)
     if isinstance(train_step, DenoiseStep):
         assert isinstance(train_step.objective, Denoising)
@@ -99,7 +103,7 @@ def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
         signal, sigma = table[timesteps] ** 0.5, (1 - table[timesteps]) ** 0.5  # DDPMScheduler.add_noise
         noisy = signal.view(-1, 1, 1, 1) * latents + sigma.view(-1, 1, 1, 1) * noise
         return nn.functional.mse_loss(train_step.net(noisy, timesteps, batch).float(), noise.float(), reduction="mean")
-    assert isinstance(train_step, DenoiserTurn)
+    assert isinstance(train_step, DenoiserTrainStep)
     sigmas = torch.rand(len(latents)).to(torch.bfloat16).view(-1, *(1,) * (latents.dim() - 1))
     noisy = (1.0 - sigmas) * latents + sigmas * noise
     inputs = train_step._inputs
@@ -114,10 +118,11 @@ def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
     ).mean()
 
 
-# -- ours, change by change -----------------------------------------------------------------------------------------------
+# -- ours, change by change
+# -----------------------------------------------------------------------------------------------
 
 
-def ours(subject: Subject, *off: str) -> Step:
+def ours(subject: TracedRun, *off: str) -> Step:
     """The trainer's own step without the kernels and options `off`."""
     with kernels.without(*off):
         sections = subject.phases(only_training=True)["train"].sections
@@ -125,8 +130,10 @@ def ours(subject: Subject, *off: str) -> Step:
     return Step({section.name: section.operators for section in sections[last:] if section.name in PARTS})
 
 
-def without_casts(subject: Subject) -> Step:
-    """The trainer's step with PEFT's layers, whose input stays in the base's precision: autocast would only cast it back."""
+def without_casts(subject: TracedRun) -> Step:
+    """The trainer's step with PEFT's layers, whose input stays in the base's precision: autocast would only cast it
+    back.
+    """
 
     def disable_casts(name: str, net: nn.Module) -> None:
         for module in net.modules():
@@ -138,7 +145,7 @@ def without_casts(subject: Subject) -> Step:
 
 
 ALL = tuple(kernels.KERNELS)
-ROWS: dict[str, Callable[[Subject], Step]] = {
+ROWS: dict[str, Callable[[TracedRun], Step]] = {
     "diffusers + PEFT": lambda subject: example(subject, torch.float32),
     "our loop: one fused AdamW, noise in float32": lambda subject: ours(subject, *ALL),
     "+ no input to float32 and back": without_casts,
@@ -159,15 +166,15 @@ def _as_on_cuda() -> Iterator[Any]:
         yield mode
 
 
-def subjects(checkpointing: bool) -> dict[str, Subject]:
+def subjects(checkpointing: bool) -> dict[str, TracedRun]:
     """SDXL and FLUX.2 klein at 1024², batch 1, LoRA of rank 16 on the layers that the examples adapt."""
     more = ["train.accumulation=1", f"train.gradient_checkpointing={str(checkpointing).lower()}"]
     sdxl, klein = load_recipe("lora/sdxl", more), load("flux2-klein-4b")
     flux: Recipe = dataclasses.replace(sdxl, adapter=dataclasses.replace(sdxl.adapter, targets=FLUX_TARGETS))  # type: ignore[type-var]
     size = (1024, 1024)
     return {
-        "SDXL": Subject(sdxl, "bfloat16", size),
-        klein.title: Subject(flux, "bfloat16", size, build=lambda plan: DenoiserModel(plan, klein, size)),
+        "SDXL": TracedRun(sdxl, "bfloat16", size),
+        klein.title: TracedRun(flux, "bfloat16", size, build=lambda plan: DenoiserModel(plan, klein, size)),
     }
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/bench_style.py RUN [RUN …] [--judged 200] [--out style.png]
 
-RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was quantized while it
-trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a LoRA of a quantized base
-also on that, which shows what is lost on the way from the one to the other. Two small networks judge, both
-trained on both houses' real images of every emoji but the LoRA's 400 and those judged: one says which house drew an image; one embeds
-it so that the two houses' images of one emoji lie close (emoji-net, trained anew: the one that comes with ft has seen what is judged).
-Real images pass through the VAE before the judges learn or are scored, so that the VAE's blur is no clue. Then base and LoRA draw the
-judged names, from equal seeds, with plain diffusers. A real Noto and Twemoji image of every name (1,875 × 2, through the VAE) is the
+RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one whose base was
+quantized while it trained (model.quantize: nf4) beside one whose base was whole. All are drawn on the whole base; a
+LoRA of a quantized base also on that, which shows what is lost on the way from the one to the other. Two small
+networks judge, both trained on both houses' real images of every emoji but the LoRA's 400 and those judged: one says
+which house drew an image; one embeds it so that the two houses' images of one emoji lie close (emoji-net, trained
+anew: the one that comes with ft has seen what is judged). Real images pass through the VAE before the judges learn or
+are scored, so that the VAE's blur is no clue. Then base and LoRA draw the judged names, from equal seeds, with plain
+diffusers. A real Noto and Twemoji image of every name (1,875 × 2, through the VAE) is the
 gallery for retrieval: the nearest one should carry the prompted name.
 """
 
@@ -57,10 +58,12 @@ def through_vae(vae: Any, pixels: Tensor) -> Tensor:
 
 
 class House(nn.Module):
-    """[B, 3, 64, 64] in [-1, 1] → logit of "Twemoji drew it" [B]. Colors and shading tell the houses apart, so both are left as they are.
+    """[B, 3, 64, 64] in [-1, 1] → logit of "Twemoji drew it" [B]. Colors and shading tell the houses apart, so both
+    are left as they are.
 
-    Each house has a palette of its own, and only Noto shades. So each channel is shown beside its sines and cosines, in which close shades
-    lie apart (Fourier features, Tancik et al. 2020, arXiv:2006.10739), at full side, and what is found at every side is read.
+    Each house has a palette of its own, and only Noto shades. So each channel is shown beside its sines and cosines,
+    in which close shades lie apart (Fourier features, Tancik et al. 2020, arXiv:2006.10739), at full side, and what is
+    found at every side is read.
     """
 
     WIDTHS = (16, 32, 64, 128)
@@ -128,7 +131,8 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, gui
 def judged(
     house: House, names: EmojiNet, pixels: Tensor, gallery: Tensor, truth: list[int]
 ) -> tuple[float, float, float]:
-    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five)."""
+    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five).
+    """
     embedding = names(pixels)
     by_name = torch.stack([embedding @ of_house.T for of_house in gallery]).amax(
         0

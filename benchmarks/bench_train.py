@@ -2,13 +2,13 @@
 
     python benchmarks/bench_train.py [--rounds 5] [--steps 4]
 
-Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the
-example's here (no `distill_every`); the share of a step's wall time spent outside forward,
-backward and optimizer; the ratio to the same training written the usual way (diffusers' training example: images and
-captions encoded at every step, torch's default optimizer and memory format, the same batch, resolution, layers, rank),
-at the recipe's batch and at batch 1; and what each of our choices brings, by undoing it. Contenders, each in a process of its
-own, take turns in rounds; the median round's ratio counts, of the processor's time in the thread that steps, since whatever else
-the machine does takes wall time.
+Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the example's here (no
+`distill_every`); the share of a step's wall time spent outside forward, backward and optimizer; the ratio to the same
+training written the usual way (diffusers' training example: images and captions encoded at every step, torch's default
+optimizer and memory format, the same batch, resolution, layers, rank), at the recipe's batch and at batch 1; and what
+each of our choices brings, by undoing it. Contenders, each in a process of its own, take turns in rounds; the median
+round's ratio counts, of the processor's time in the thread that steps, since whatever else the machine does takes wall
+time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def ours(recipe: Recipe, folder: Path, without: str = "") -> Job:
 
 
 class Taken(NamedTuple):
-    """Seconds that some steps took: of the wall clock; of them outside forward, backward and optimizer; of the processor, in this thread."""
+    """Seconds that some steps took: of the wall clock; of them outside forward, backward and optimizer; of the
+    processor, in this thread.
+    """
 
     wall: float
     outside: float

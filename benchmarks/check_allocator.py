@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""The replayed allocator (finetune/estimate/allocator/caching.py) against what PyTorch documents: benchmarks/check_allocator.py
+"""The replayed allocator (finetune/estimate/allocator/caching.py) against what PyTorch documents:
+benchmarks/check_allocator.py
 
-Short sequences, the figures worked out by hand from the source named beside them. Prints each with what was expected and what the
-replay gave, then how long a million events take; exits with 1 on any difference. `.cpp` is c10/cuda/CUDACachingAllocator.cpp, `.h` is
-c10/core/AllocatorConfig.h, "notes" is pytorch.org/docs/stable/notes/cuda.html.
+Short sequences, the figures worked out by hand from the source named beside them. Prints each with what was expected
+and what the replay gave, then how long a million events take; exits with 1 on any difference. `.cpp` is
+c10/cuda/CUDACachingAllocator.cpp, `.h` is c10/core/AllocatorConfig.h, "notes" is
+pytorch.org/docs/stable/notes/cuda.html.
 """
 
 from __future__ import annotations

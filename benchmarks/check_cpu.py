@@ -1,7 +1,9 @@
-"""Recipes' steps on this machine's CPU beside their estimates, after a two-second calibration in the same run: benchmarks/check_cpu.py [NAME …]
+"""Recipes' steps on this machine's CPU beside their estimates, after a two-second calibration in the same run:
+benchmarks/check_cpu.py [NAME …]
 
-Times are the processor's for the thread that calls, so that what else the machine does meanwhile does not count. With --default the
-calibration is also written to finetune/assets/cpu.json: what an unmeasured CPU is taken to be, core for core.
+Times are the processor's for the thread that calls, so that what else the machine does meanwhile does not count. With
+--default the calibration is also written to finetune/assets/cpu.json: what an unmeasured CPU is taken to be, core for
+core.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from finetune.estimate.forecast import forecast
 from finetune.estimate.hardware.calibrate import calibrate
 from finetune.estimate.hardware.cpu import FILE, Calibration, plain, threads
 from finetune.estimate.hardware.gpus import this_cpu
-from finetune.estimate.tracing.traced_run import MadeUp, Subject, skeletons
+from finetune.estimate.tracing.skeletons import skeletons
+from finetune.estimate.tracing.traced_run import FakeDataset, TracedRun
 from finetune.paths import ASSETS
 from finetune.training.pace import WARM_UP, typical
 from finetune.training.run_folder import Run
@@ -80,7 +83,7 @@ def compared(name: str, found: Calibration) -> float:
 def taken(name: str, steps: int) -> list[float]:
     """Seconds of `steps` real steps, on images of zeros."""
     recipe = load_recipe(name)
-    subject = Subject(
+    subject = TracedRun(
         recipe,
         "float32",
         (recipe.data.resolution,) * 2,
@@ -91,7 +94,7 @@ def taken(name: str, steps: int) -> list[float]:
     with skeletons():
         model = subject.build()
         _, example = subject.encode(model)
-        made_up = cast(Dataset, MadeUp(example, torch.zeros))
+        made_up = cast(Dataset, FakeDataset(example, torch.zeros))
         trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
         found = []
         for step in range(steps):

@@ -1,6 +1,7 @@
 """What `ft estimate` says, held against published runs: how far memory and time are off, and which constants fit best.
 
-The runs are finetune/assets/published_runs.tsv, each with its source. A row that cannot be described is named with the reason.
+The runs are finetune/assets/published_runs.tsv, each with its source. A row that cannot be described is named with
+the reason.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def traced(row: dict[str, str]) -> dict[str, Any]:
     from finetune.config.loader import load_recipe
     from finetune.estimate.allocator.caching import replay
     from finetune.estimate.tracing.denoiser import DenoiserModel
-    from finetune.estimate.tracing.traced_run import Subject
+    from finetune.estimate.tracing.traced_run import TracedRun
 
     run = published.described(row)
     sets = [f"train.batch_size={run.batch}", "train.accumulation=1", "train.ema=null", "optimizer.name=adamw"]
     sets += [f"train.gradient_checkpointing={str(run.checkpointed == (1, 1)).lower()}"]
     recipe = load_recipe("full/sd15" if run.full else "lora/sd15", sets)
-    subject = Subject(
+    subject = TracedRun(
         recipe,
         "bfloat16",
         run.size,
@@ -192,9 +193,11 @@ def line_of(one: Found) -> str:
 
 
 def errors(found: list[Found]) -> dict[str, dict[str, float]]:
-    """Medians and 90th percentiles of |predicted ÷ measured − 1|, of all runs and of those that run torch's own operators.
+    """Medians and 90th percentiles of |predicted ÷ measured − 1|, of all runs and of those that run torch's own
+    operators.
 
-    Only on the latter are constants fit; "its model left out" are the errors when they are fit without the row's own model.
+    Only on the latter are constants fit; "its model left out" are the errors when they are fit without the row's own
+    model.
     """
     memory = [one for one in found if one.measured]
     timed = [one for one in found if one.measured_seconds]
@@ -222,7 +225,8 @@ def errors(found: list[Found]) -> dict[str, dict[str, float]]:
 
 
 def ours() -> dict[str, dict[str, float]]:
-    """Runs of this project's own that benchmarks/check_gpu.py measured, beside the estimates from profiles; printed, with their errors.
+    """Runs of this project's own that benchmarks/check_gpu.py measured, beside the estimates from profiles; printed,
+    with their errors.
 
     Constants are not fit on them: their GPU waited for its host, a virtual machine's, most of the time.
     """
@@ -246,11 +250,14 @@ def ours() -> dict[str, dict[str, float]]:
     }
 
 
-# -- the fit ------------------------------------------------------------------------------------------------------------
+# -- the fit
+# ------------------------------------------------------------------------------------------------------------
 
 
 def left_out(found: list[Found]) -> list[float]:
-    """predicted ÷ measured of every row, with constants fit on the rows of all other models; the fit on all of them is printed."""
+    """predicted ÷ measured of every row, with constants fit on the rows of all other models; the fit on all of them
+    is printed.
+    """
     ratios: list[float] = []
     models = sorted({one.row["model"] for one in found})
     if len(models) < 2:

@@ -1,10 +1,11 @@
 """Compare this machine's GPU with the estimates. Takes some minutes on a GPU; without one it prints what it would run.
 
 Each recipe that fits takes a few steps for real, through the project's own data, model and Trainer, on images of noise.
-Where the weights of a base are not on this machine its nets come from the bundled configurations, with random weights: neither
-memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, with a row for each run in
-the columns of finetune/assets/gpu_runs.tsv, which holds those of past runs. --details keeps, a JSON line a run, what a model of
-memory and time can be fit on: each phase's peaks, each step's seconds, every operator's calls and time on the device in one more step.
+Where the weights of a base are not on this machine its nets come from the bundled configurations, with random
+weights: neither memory nor time depends on their values. Nothing is downloaded. Estimated stands beside measured, with
+a row for each run in the columns of finetune/assets/gpu_runs.tsv, which holds those of past runs. --details keeps, a
+JSON line a run, what a model of memory and time can be fit on: each phase's peaks, each step's seconds, every
+operator's calls and time on the device in one more step.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ IMAGES, LEAST_SIDE = 16, 64
 
 
 class Ran(NamedTuple):
-    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights it had; details of a GPU's."""
+    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights
+    it had; details of a GPU's.
+    """
 
     training: int | None
     peak: int | None
@@ -191,7 +194,7 @@ def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
 
 
 def _trained(one: Forecast, steps: int) -> Ran:
-    from finetune.estimate.tracing.traced_run import skeletons
+    from finetune.estimate.tracing.skeletons import skeletons
     from finetune.job import prepare
 
     weights = "its own weights"
@@ -227,7 +230,9 @@ def _trained(one: Forecast, steps: int) -> Ran:
 
 
 def _peak(device: torch.device) -> dict[str, int]:
-    """The most bytes that were allocated and reserved on a GPU since this was asked last; what a process on a CPU holds is something else."""
+    """The most bytes that were allocated and reserved on a GPU since this was asked last; what a process on a CPU
+    holds is something else.
+    """
     if device.type != "cuda":
         return {}
     found = {

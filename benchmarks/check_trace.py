@@ -1,14 +1,17 @@
-"""Real steps on this machine's CPU beside their traces, in bytes: benchmarks/check_trace.py. Under three minutes on one core.
+"""Real steps on this machine's CPU beside their traces, in bytes: benchmarks/check_trace.py. Under three minutes on
+one core.
 
-Both run the project's own Trainer for two steps in float32. What the real run allocates is counted by torch's profiler, which sees every
-allocation and release of torch's CPU allocator, to the byte, oneDNN's and bitsandbytes' temporaries included; the trace says it from
-fake tensors (`Subject(device="cpu")`). Prints the two peaks side by side; exits with 1 if one is off by more than 0.1 %.
+Both run the project's own Trainer for two steps in float32. What the real run allocates is counted by torch's
+profiler, which sees every allocation and release of torch's CPU allocator, to the byte, oneDNN's and bitsandbytes'
+temporaries included; the trace says it from fake tensors (`TracedRun(device="cpu")`). Prints the two peaks side by
+side; exits with 1 if one is off by more than 0.1 %.
 
-The trace knows what convolutions and the fused AdamW of a CPU take for themselves while they run (`standins.recorder`; a GPU's take other
-amounts, of which this says nothing), and leaves out oneDNN's scratchpads and the row sums of norms and attention: some KiB.
-Not counted on either side: what does not go through torch's allocator, such as the buffers of matrix products and Python's own memory.
-One difference is known, and moves none of these peaks: while a mode such as the recorder is on, autograd adds gradients that meet into
-a new tensor, where a real run reuses the older one.
+The trace knows what convolutions and the fused AdamW of a CPU take for themselves while they run
+(`standins.recorder`; a GPU's take other amounts, of which this says nothing), and leaves out oneDNN's scratchpads and
+the row sums of norms and attention: some KiB. Not counted on either side: what does not go through torch's allocator,
+such as the buffers of matrix products and Python's own memory. One difference is known, and moves none of these peaks:
+while a mode such as the recorder is on, autograd adds gradients that meet into a new tensor, where a real run reuses
+the older one.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from finetune.data.dataset import Dataset
 from finetune.estimate.allocator.caching import Event
 from finetune.estimate.tracing.denoiser import Denoiser, DenoiserModel
 from finetune.estimate.tracing.recorder import tensors_of
-from finetune.estimate.tracing.traced_run import STEPS, MadeUp, Subject, skeletons
+from finetune.estimate.tracing.skeletons import STEPS, skeletons
+from finetune.estimate.tracing.traced_run import FakeDataset, TracedRun
 from finetune.models.base import Model
 from finetune.paths import ASSETS
 from finetune.planning import Plan
@@ -186,7 +190,7 @@ def changed(file: Path, **values: Any) -> None:
 def compared(case: Case) -> bool:
     """Print one line; whether the two agree."""
     start = time.perf_counter()
-    subject = Subject(case.recipe, case.recipe.train.weights, (case.side, case.side), device="cpu", build=case.build)
+    subject = TracedRun(case.recipe, case.recipe.train.weights, (case.side, case.side), device="cpu", build=case.build)
     phase = subject.phases(only_training=True)["train"]
     traced = peak_of(phase.events, next(section.start for section in phase.sections if section.name == "state"))
     real, parameters = taken(subject)
@@ -214,15 +218,17 @@ def peak_of(events: list[Event], start: int) -> int:
     return peak
 
 
-def taken(subject: Subject) -> tuple[int, int]:
-    """The peak of a real run, bytes: what the nets hold, and the most that training has allocated on top; and the nets' parameters."""
+def taken(subject: TracedRun) -> tuple[int, int]:
+    """The peak of a real run, bytes: what the nets hold, and the most that training has allocated on top; and the
+    nets' parameters.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, skeletons():
         model = subject.build()
         _, example = subject.encode(model)
         gc.collect()
         with record_function(TRAINING):
-            made_up = cast(Dataset, MadeUp(example, torch.zeros))
+            made_up = cast(Dataset, FakeDataset(example, torch.zeros))
             trainer = Trainer(subject.plan, model, made_up, cast(Run, None), Accelerator(cpu=True))
             for step in range(STEPS):
                 trainer.train_step(step)

@@ -1,14 +1,16 @@
-"""Kills real runs at random moments, goes on with them, and compares what comes out, bit for bit, with runs that nobody killed.
+"""Kills real runs at random moments, goes on with them, and compares what comes out, bit for bit, with runs that
+nobody killed.
 
     python benchmarks/torture.py [--kills 200] [--victims lora full scratch/NAME RECIPE.yaml …] [--seed 0]
 
-A victim is a recipe made tiny (`lora`, `full`; `scratch` or `scratch/NAME`, trained from nothing), or any recipe's file as it is.
-By default the third and the fourth are GANs, whose steps have two turns.
-Each life of a run is a process of its own, forked from this one, which has imported everything and computed nothing; each kill
-is a SIGKILL. What a run is doing is read from its own `status/0.json`, before the kill to aim at a phase, after it to
-count it. A kill in a life that has encoded nothing and finished no step is not counted. A run is killed a dozen times at most
-and then left to finish: weights, averages, optimizer state, the files of `final/` and every recorded loss must be the unkilled
-run's. Prints the kills survived by victim and phase; ends with exit code 1 when anything differs, or a phase was hit too seldom.
+A victim is a recipe made tiny (`lora`, `full`; `scratch` or `scratch/NAME`, trained from nothing), or any recipe's
+file as it is. By default the third and the fourth are GANs, whose steps have two turns. Each life of a run is a
+process of its own, forked from this one, which has imported everything and computed nothing; each kill is a SIGKILL.
+What a run is doing is read from its own `status/0.json`, before the kill to aim at a phase, after it to count it. A
+kill in a life that has encoded nothing and finished no step is not counted. A run is killed a dozen times at most and
+then left to finish: weights, averages, optimizer state, the files of `final/` and every recorded loss must be the
+unkilled run's. Prints the kills survived by victim and phase; ends with exit code 1 when anything differs, or a phase
+was hit too seldom.
 """
 
 from __future__ import annotations
@@ -144,7 +146,9 @@ def phase_of(status: Status | None) -> str:
 
 
 def whole_life(recipe: Recipe, resume: bool, log: Path) -> dict[str, float]:
-    """A life that nobody ends, and which must reach its end; returns how many seconds each of its phases lasted at a time."""
+    """A life that nobody ends, and which must reach its end; returns how many seconds each of its phases lasted at a
+    time.
+    """
     folder = Path(recipe.output.folder or "")
     process, since, was = live(recipe, resume, log), time.monotonic(), "loading"
     lasted: dict[str, list[float]] = {}
@@ -161,7 +165,9 @@ def whole_life(recipe: Recipe, resume: bool, log: Path) -> dict[str, float]:
 
 
 def kill_once(victim: Victim, recipe: Recipe, log: Path, aim: str, dice: random.Random) -> tuple[str, bool] | None:
-    """One life, ended by SIGKILL in phase `aim` if it comes to it; returns (phase, whether it had done anything), or None if it finished."""
+    """One life, ended by SIGKILL in phase `aim` if it comes to it; returns (phase, whether it had done anything), or
+    None if it finished.
+    """
     folder = Path(recipe.output.folder or "")
     initialized = checkpointed(folder), records_of(folder)
     process, started = live(recipe, folder.exists(), log), time.monotonic()
@@ -172,7 +178,9 @@ def kill_once(victim: Victim, recipe: Recipe, log: Path, aim: str, dice: random.
     was = ""
 
     def has_done() -> bool:
-        """Whether this life has. A resumed run first writes its records anew, cut back to its checkpoint: till then they are older."""
+        """Whether this life has. A resumed run first writes its records anew, cut back to its checkpoint: till then
+        they are older.
+        """
         status, (file, steps) = status_of(folder, process), records_of(folder)
         return status is not None and (status.done > 0 or (file != initialized[1][0] and steps > initialized[0]))
 

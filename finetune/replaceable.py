@@ -1,7 +1,7 @@
 """Functions whose implementation can be exchanged for a while.
 
-The estimate runs the real training step on fake tensors (`finetune/estimate/tracing`). What reads files or runs a kernel
-of its own then needs another implementation: such a function is marked `@replaceable` where it is defined, and
+The estimate runs the real training step on fake tensors (`finetune/estimate/tracing`). What reads files or runs a
+kernel of its own then needs another implementation: such a function is marked `@replaceable` where it is defined, and
 `function.replaced_by(other)` exchanges it for all callers, however they imported it. For the few functions of other
 libraries that offer no such hook there is `patched`.
 """

@@ -3,10 +3,10 @@
     pip download --no-deps scikit-learn==1.9.1
     python tools/build_digits.py scikit_learn-1.9.1-*.whl
 
-1,797 images of handwritten digits, 8×8 pixels of 17 grays, appear under `finetune/assets/digits/`: `train.tar` holds the
-first 1,000, `validation.tar` the next 350 and `test.tar` the last 447, the split of published likelihoods
-(github.com/jmtomczak/intro_dgm). Inside, each lies in the folder of its class, as gray PNG in which level n of 16 is
-n · 255 / 16, rounded: `data.levels: 17` gives the level back exactly.
+1,797 images of handwritten digits, 8×8 pixels of 17 grays, appear under `finetune/assets/digits/`: `train.tar` holds
+the first 1,000, `validation.tar` the next 350 and `test.tar` the last 447, the split of published likelihoods
+(github.com/jmtomczak/intro_dgm). Inside, each lies in the folder of its class, as gray PNG in which level n of 16 is n
+· 255 / 16, rounded: `data.levels: 17` gives the level back exactly.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python tools/build_emoji_net.py            # a minute of one core
 
-It learns three things at once from the 1,875 emoji that Noto and Twemoji both drew: to embed the two houses' images of one emoji
-close together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), to say which house drew an image, and whether an image was
-blurred, made noisy or cut up and put together wrongly, as generators do. Images are of 32 pixels, moved and mirrored. 200 emoji take no part: on
-them it is said how well each was learned. Weights are written in float16, with these figures in their metadata.
+It learns three things at once from the 1,875 emoji that Noto and Twemoji both drew: to embed the two houses' images
+of one emoji close together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), to say which house drew an image,
+and whether an image was blurred, made noisy or cut up and put together wrongly, as generators do. Images are of 32
+pixels, moved and mirrored. 200 emoji take no part: on them it is said how well each was learned. Weights are written
+in float16, with these figures in their metadata.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def train_judge(
     what: str,
     length: tuple[int, int] = (STEPS, PAIRS),
 ) -> Net:
-    """`images`: [2, names, 3, side, side]. Each step takes both houses' images of some names, moved, mirrored and tinted at random.
+    """`images`: [2, names, 3, side, side]. Each step takes both houses' images of some names, moved, mirrored and
+    tinted at random.
 
     Args:
         loss_of: of the net and Noto's images and then Twemoji's of the same names.
@@ -114,7 +116,9 @@ def names_loss(embedding: Tensor) -> Tensor:
 
 
 def _jitter(pixels: Tensor, tint: float, generator: torch.Generator) -> Tensor:
-    """Shift by up to a twentieth of the side over white, mirror half of the time, and change each image's colors a little."""
+    """Shift by up to a twentieth of the side over white, mirror half of the time, and change each image's colors a
+    little.
+    """
     side, most = pixels.shape[3], pixels.shape[3] // 20
     padded = functional.pad(pixels, (most,) * 4, value=1.0)
     top, left = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
@@ -126,7 +130,9 @@ def _jitter(pixels: Tensor, tint: float, generator: torch.Generator) -> Tensor:
 
 @final
 class Lessons(nn.Module):
-    """emoji-net and what it is taught by: (its embedding [B, 128]; by its features a logit of "Twemoji drew it" [B], and of each damage [B, 4])."""
+    """emoji-net and what it is taught by: (its embedding [B, 128]; by its features a logit of "Twemoji drew it" [B],
+    and of each damage [B, 4]).
+    """
 
     def __init__(self) -> None:
         super().__init__()

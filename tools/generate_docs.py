@@ -101,7 +101,9 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def cli() -> str:
-    """docs/reference/cli.md: every command of `ft`: usage, description, arguments and options, as `ft COMMAND --help` prints them."""
+    """docs/reference/cli.md: every command of `ft`: usage, description, arguments and options, as `ft COMMAND --help`
+    prints them.
+    """
     lines = [
         "# Command line",
         "",
@@ -145,7 +147,9 @@ def _command_section(command: click.Command, context: click.Context) -> list[str
 
 
 def _help(command: click.Command) -> list[str]:
-    """The description of a command: one line per paragraph; a paragraph after `\\b` is preformatted, as in the terminal."""
+    """The description of a command: one line per paragraph; a paragraph after `\\b` is preformatted, as in the
+    terminal.
+    """
     lines: list[str] = []
     for paragraph in inspect.cleandoc(command.help or "").partition("\f")[0].split("\n\n"):
         if paragraph.startswith("\b\n"):

@@ -1,6 +1,8 @@
-"""Measure the profiles that `ft estimate` answers from, by running each step on fake tensors: tools/measure_profiles.py [NAME …]
+"""Measure the profiles that `ft estimate` answers from, by running each step on fake tensors:
+tools/measure_profiles.py [NAME …]
 
-No GPU and no weights are needed; a profile takes minutes. It writes finetune/assets/profiles/NAME.json. What there is to measure is read off the
+No GPU and no weights are needed; a profile takes minutes. It writes finetune/assets/profiles/NAME.json. What there is
+to measure is read off the
 bundled recipes: one profile for each architecture that they fine-tune, and for each net that they make from scratch.
 """
 
@@ -143,7 +145,9 @@ def key_of(device: Device, settings: dict[str, Any]) -> str:
 
 
 def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
-    """The variants of a recipe on the profile `name`: devices, and the recipe with all that is varied; on a CPU only whether a base is preserved."""
+    """The variants of a recipe on the profile `name`: devices, and the recipe with all that is varied; on a CPU only
+    whether a base is preserved.
+    """
     axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
@@ -202,7 +206,7 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
     """The phases of one run on fake tensors."""
     from finetune.data.audit.audit import scan
     from finetune.estimate.tracing.measure import BATCHES
-    from finetune.estimate.tracing.traced_run import Subject
+    from finetune.estimate.tracing.traced_run import TracedRun
 
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
     if hasattr(
@@ -211,7 +215,7 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
         recipe = dataclasses.replace(recipe, net=dataclasses.replace(recipe.net, group=BATCHES[0]))
     audit = scan(recipe.data) if recipe.method == "scratch" else None
     side = recipe.data.resolution
-    subject = Subject(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device)
+    subject = TracedRun(recipe, "float32" if device == "cpu" else "bfloat16", (side, side), audit, device=device)
     key = recipe.method, recipe.name, device
     found = subject.phases(only_training, EXAMPLES.get(key) if only_training else None)
     EXAMPLES[key] = subject.example

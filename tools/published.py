@@ -1,4 +1,4 @@
-"""Published runs of other trainers, described so that `Subject` can trace them: model, adapter, storage, optimizer.
+"""Published runs of other trainers, described so that `TracedRun` can trace them: model, adapter, storage, optimizer.
 
 What a run's trainer does otherwise than ours is said here once, by the words of finetune/assets/published_runs.tsv.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from finetune.estimate.architecture import CONFIGS
 from finetune.estimate.tracing.cuda_mode import fake_tensors
 from finetune.estimate.tracing.denoiser import Denoiser, load
-from finetune.estimate.tracing.traced_run import STEPS
+from finetune.estimate.tracing.skeletons import STEPS
 
 # Models → the denoiser's name in assets/denoisers, or its folder in assets/configs.
 MODELS = {
@@ -44,8 +44,8 @@ GPUS = {
     "64x L40S 48GB": "l40s",
     "A100 80GB (finetrainers/cogvideox-factory)": "a100-80gb",
 }
-# Operators for a pass of one of SDNQ's layers (`sdnq_operators`): 12.8 and 13.8 by SD 1.5's runs without and with checkpointing, 10.5 and 11.5
-# by SDXL's; PixArt's runs, which something else slows down, say nothing of it.
+# Operators for a pass of one of SDNQ's layers (`sdnq_operators`): 12.8 and 13.8 by SD 1.5's runs without and with
+# checkpointing, 10.5 and 11.5 by SDXL's; PixArt's runs, which something else slows down, say nothing of it.
 SDNQ = 12
 ROWS = 32  # from which on SDNQ's layers round
 GROUP = 128  # values that SDNQ rotates together (SimpleTuner's documentation/experimental/CONVROT.md)
@@ -100,8 +100,9 @@ def why_not(row: dict[str, str]) -> str:
 def sdnq_operators(row: dict[str, str]) -> int:
     """What SDNQ's layers take the host beside their traced operators, in operators that it could launch meanwhile.
 
-    Each pass of a layer, forward, recomputed or backward, goes through a tensor subclass and compiled helpers, whatever its size: on both
-    GPUs and at both sizes of model the published runs take longer than those in bfloat16 by the passes times one constant.
+    Each pass of a layer, forward, recomputed or backward, goes through a tensor subclass and compiled helpers,
+    whatever its size: on both GPUs and at both sizes of model the published runs take longer than those in bfloat16 by
+    the passes times one constant.
     """
     if "sdnq" not in row["weights_dtype"]:
         return 0
@@ -117,8 +118,8 @@ def linear_layers(model: str) -> int:
 
 
 def own_kernels(row: dict[str, str]) -> bool:
-    """Whether a run is of PyTorch's own operators. SDNQ rotates and dequantises by kernels of its own, which are not traced;
-    LyCORIS' Kronecker products take, on an H100 too, several times what their bytes and FLOPs say."""
+    """Whether a run is of PyTorch's own operators. SDNQ rotates and dequantises by kernels of its own, which are not
+    traced; LyCORIS' Kronecker products take, on an H100 too, several times what their bytes and FLOPs say."""
     return "LyCORIS" not in row["method"] and "sdnq" not in row["weights_dtype"]
 
 
@@ -151,8 +152,8 @@ def described(row: dict[str, str]) -> Run:
         checkpointed=checkpointed,
         adapt=lambda net: _adapted(net, row, stored),
         optimizer=OPTIMIZERS[row["optimizer"]],
-        # Full fine-tuning at batch 4 took 27.93 with 8-bit state on the GPU and 27.92 with none on it (the source's tables): one step was
-        # taken, whose passes found no state yet.
+        # Full fine-tuning at batch 4 took 27.93 with 8-bit state on the GPU and 27.92 with none on it (the source's
+        # tables): one step was taken, whose passes found no state yet.
         steps=1 if "memory_before_validation" in row["notes"] else STEPS,
     )
 
@@ -164,7 +165,8 @@ def _denoiser(name: str) -> Denoiser:
     return Denoiser(name, config, resolution=512, tokens=77)
 
 
-# -- adapters -----------------------------------------------------------------------------------------------------------
+# -- adapters
+# -----------------------------------------------------------------------------------------------------------
 
 
 def _adapted(net: nn.Module, row: dict[str, str], stored: torch.dtype) -> None:
@@ -216,7 +218,8 @@ def _lokr(net: Any, method: str) -> None:
                 "module_algo_map": {"Attention": {"factor": 2}, "FeedForward": {"factor": 4}},
             }
         )
-        # examples/pixart.lycoris-lokr/lycoris_config.json: products go beside the layers too (`bypass_mode`), and keep what is between them
+        # examples/pixart.lycoris-lokr/lycoris_config.json: products go beside the layers too (`bypass_mode`), and keep
+        # what is between them
         found = create_lycoris(
             net, 1.0, linear_dim=10_000, linear_alpha=1, algo="lokr", full_matrix=True, bypass_mode=True
         )
@@ -226,11 +229,14 @@ def _lokr(net: Any, method: str) -> None:
     found.requires_grad_(True)
 
 
-# -- storage ------------------------------------------------------------------------------------------------------------
+# -- storage
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Stored(nn.Linear):
-    """A linear layer whose weight is kept in 8 bits with a scale a row, and dequantised at each use: autograd keeps the dequantised one."""
+    """A linear layer whose weight is kept in 8 bits with a scale a row, and dequantised at each use: autograd keeps
+    the dequantised one.
+    """
 
     def quantized(self, dtype: torch.dtype) -> None:
         shape = self._parameters.pop("weight").shape  # type: ignore[union-attr]
@@ -244,10 +250,14 @@ class Stored(nn.Linear):
 
 @final
 class Rotated(Stored):
-    """A layer of SDNQ 0.2.3 (training/layers/linear/linear_int8): autograd keeps the 8-bit weights alone. Few rows go through it plainly."""
+    """A layer of SDNQ 0.2.3 (training/layers/linear/linear_int8): autograd keeps the 8-bit weights alone. Few rows go
+    through it plainly.
+    """
 
     def forward(self, values: Tensor) -> Tensor:
-        """[…, in] → […, out], in the dtype that came in: autocast, which a norm makes float32 of, does not reach inside."""
+        """[…, in] → […, out], in the dtype that came in: autocast, which a norm makes float32 of, does not reach
+        inside.
+        """
         return RotatedProduct.apply(values, self) if values[..., 0].numel() >= ROWS else super().forward(values)  # type: ignore[no-untyped-call]
 
 
@@ -303,7 +313,8 @@ def checkpoint_some(net: Any, step: int, every: int) -> None:
         module._gradient_checkpointing_func = some
 
 
-# -- optimizers ---------------------------------------------------------------------------------------------------------
+# -- optimizers
+# ---------------------------------------------------------------------------------------------------------
 
 
 class OneAfterAnother(torch.optim.Optimizer, ABC):

@@ -90,7 +90,8 @@ def command(
 ) -> None:
     """Estimate memory, time and cost of a run before it starts.
 
-    With RECIPE, show that run in detail. Without, compare the recipes that --images images could train on --gpu and recommend one.
+    With RECIPE, show that run in detail. Without, compare the recipes that --images images could train on --gpu and
+    recommend one.
     """
     if options["calibrate"]:
         terminal.echo(_calibrated())

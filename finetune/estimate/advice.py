@@ -1,4 +1,6 @@
-"""Advice for a run that does not fit: memory options in words and as `--set` arguments, for `ft estimate` and `ft train`."""
+"""Advice for a run that does not fit: memory options in words and as `--set` arguments, for `ft estimate` and `ft
+train`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ MOST_WAYS = 4  # combinations of memory options that are listed
 
 
 def advice(one: Forecast) -> list[tuple[str, str]]:
-    """For a run that does not fit: rows (memory saved, time and quality cost with the `--set` arguments), fastest first."""
+    """For a run that does not fit: rows (memory saved, time and quality cost with the `--set` arguments), fastest
+    first.
+    """
     if len(one.profile.variants) == 1:  # a trace covers this configuration only
         return [(assignment(option), f"not traced; {option.cost}") for option in memory_options(one.recipe)]
     found = fitting(one)[:MOST_WAYS]

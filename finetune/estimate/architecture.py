@@ -80,7 +80,9 @@ def _named(config: dict[str, Any]) -> str:
 
 
 def _named_transformer(config: dict[str, Any]) -> str:
-    """The architecture whose transformer has exactly this configuration (missing keys have the class's default); "" if none."""
+    """The architecture whose transformer has exactly this configuration (missing keys have the class's default); ""
+    if none.
+    """
     for name in sorted(name for name, (spec, _) in variants().items() if spec.denoiser == "transformer"):
         known = _read(CONFIGS / name / "transformer" / "config.json")
         if all(config.get(key, known[key]) == known[key] for key in known):

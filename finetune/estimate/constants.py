@@ -7,13 +7,16 @@ from typing import final
 
 MIB, GIB = 1 << 20, 1 << 30
 
-# cuBLAS's workspace, which PyTorch allocates from its own cache for each handle (aten/src/ATen/cuda/CublasHandlePool.cpp,
-# getChosenWorkspaceSize: `:4096:2:16:8`, and 32 MiB on Hopper). A step uses two handles: the forward and the backward thread's.
+# cuBLAS's workspace, which PyTorch allocates from its own cache for each handle
+# (aten/src/ATen/cuda/CublasHandlePool.cpp,
+# getChosenWorkspaceSize: `:4096:2:16:8`, and 32 MiB on Hopper). A step uses two handles: the forward and the backward
+# thread's.
 WORKSPACE = 2 * (2 * 4096 + 8 * 16) * 1024
 WORKSPACE_HOPPER = 2 * 32 * MIB
 
 # Memory of a process on a GPU outside PyTorch's cache: the CUDA context and loaded kernels. The median of nine reports
-# of 2022–2026, 0.13 to 0.60 GiB (shown by `ft estimate --json` as "CUDA context"); github pytorch/pytorch #16417, diffusers #10994 and others.
+# of 2022–2026, 0.13 to 0.60 GiB (shown by `ft estimate --json` as "CUDA context"); github pytorch/pytorch #16417,
+# diffusers #10994 and others.
 CONTEXT = int(0.49 * GIB)
 
 # Bytes per second that a GPU sends to the next in a ring over PCI Express 4.0 × 16: half of its 32 GB/s.
@@ -43,7 +46,7 @@ class Pace:
     float32: float
 
 
-# Fitted to published runs by benchmarks/check_estimates.py, which prints the fit and the errors with each model left out.
-# Few runs depend on convolutions and attention, so the fit is flat there; these values are from a round where they were
-# physical.
+# Fitted to published runs by benchmarks/check_estimates.py, which prints the fit and the errors with each model left
+# out. Few runs depend on convolutions and attention, so the fit is flat there; these values are from a round where
+# they were physical.
 PACE = Pace(launch=57e-6, launch_engine=6.1e-6, matmul=0.645, conv=0.363, attention=0.382, bandwidth=1.0, float32=0.251)

@@ -41,7 +41,8 @@ class Memory:
 
 
 def memory(profile: Profile, variant: Variant, recipe: Recipe, gpu: Gpu, group: Group = ALONE) -> Memory:
-    """Peak memory of `recipe` on one GPU of `group`: what PyTorch reserves (fragmentation included), context and workspace.
+    """Peak memory of `recipe` on one GPU of `group`: what PyTorch reserves (fragmentation included), context and
+    workspace.
 
     DistributedDataParallel keeps a second copy of every gradient in buckets (`gradient_as_bucket_view` is off in
     Accelerate). A CPU has no caching allocator, so there it is what is allocated, and the VAE stays in memory.
@@ -139,7 +140,8 @@ def state_bytes(profile: Profile, recipe: Recipe, variant: Variant) -> float:
         ),
         None,
     )
-    # Matrices of an adapter of rank r have about one row or column per r weights; for full networks, use Adafactor's measurement.
+    # Matrices of an adapter of rank r have about one row or column per r weights; for full networks, use Adafactor's
+    # measurement.
     sums = 1 / variant.rank if variant.rank else factored.state / 4 / factored.trained if factored else 0.0
     return variant.trained * bytes_a_weight(name, sums) - paged * recipe.optimizer.paged
 
@@ -147,9 +149,9 @@ def state_bytes(profile: Profile, recipe: Recipe, variant: Variant) -> float:
 def bytes_a_weight(name: str, sums: float = 0.0) -> float:
     """Bytes of optimizer state per trained weight.
 
-    State is float32, except for bitsandbytes' two moments of one byte each with a scale per 256 values. Prodigy keeps both
-    moments, the initial weights and the sum for its learning rate; schedule-free AdamW the second moment and the averaged
-    point; Lion one moment. Adafactor keeps row and column sums, CAME those of two quantities and a moment.
+    State is float32, except for bitsandbytes' two moments of one byte each with a scale per 256 values. Prodigy keeps
+    both moments, the initial weights and the sum for its learning rate; schedule-free AdamW the second moment and the
+    averaged point; Lion one moment. Adafactor keeps row and column sums, CAME those of two quantities and a moment.
 
     Args:
         sums: rows and columns per weight.

@@ -79,7 +79,9 @@ def does_not_fit(one: Forecast) -> UserError:
 
 
 def cheapest(one: Forecast) -> Forecast | None:
-    """The single memory option that saves a worthwhile amount at the least cost in time; a smaller resolution comes last."""
+    """The single memory option that saves a worthwhile amount at the least cost in time; a smaller resolution comes
+    last.
+    """
     made = [
         forecast(apply_options(one.recipe, (option,)), one.name, one.gpu, one.images, (option,), one.group)
         for option in covered_options(one)

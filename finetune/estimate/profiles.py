@@ -1,8 +1,9 @@
 """Cost profiles: the cost of one architecture's training step, measured on fake tensors (`tools/measure_profiles.py`).
 
-Reading a profile needs no torch. It holds *variants*: the recipe settings that change the operators of a step (method,
-adapter targets, checkpointing, optimizer, …), each measured at two batch sizes. Allocations and each operator's FLOPs and
-bytes are linear in batch × area, except for attention, whose FLOPs grow with the square of the area.
+Reading a profile needs no torch. It holds *variants*: the recipe settings that change the operators of a step
+(method, adapter targets, checkpointing, optimizer, …), each measured at two batch sizes. Allocations and each
+operator's FLOPs and bytes are linear in batch × area, except for attention, whose FLOPs grow with the square of the
+area.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from finetune.paths import ASSETS
 
 PROFILES = ASSETS / "profiles"
 Device = Literal["cuda", "cpu"]
-# Recipe keys that distinguish variants, their defaults, and the words for an error if a profile lacks the variant. Everything
-# else (batch, resolution, rank, averages, …) is arithmetic.
+# Recipe keys that distinguish variants, their defaults, and the words for an error if a profile lacks the variant.
+# Everything else (batch, resolution, rank, averages, …) is arithmetic.
 KEYS: dict[str, tuple[Any, str]] = {
     "method": ("", "method {}"),
     "adapter.kind": ("lora", "adapters of kind {}"),
@@ -217,7 +218,9 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def build_key(recipe: Recipe) -> str:
-    """A digest of the network that a recipe builds from scratch, and its loss. Of loss weights, only zero or not counts."""
+    """A digest of the network that a recipe builds from scratch, and its loss. Of loss weights, only zero or not
+    counts.
+    """
 
     def shape(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

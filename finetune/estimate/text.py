@@ -1,4 +1,6 @@
-"""What `ft estimate` prints: the table of recipes to choose from, the details of one run, and the accuracy of the estimate."""
+"""What `ft estimate` prints: the table of recipes to choose from, the details of one run, and the accuracy of the
+estimate.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def compared(
 
 
 def details(one: Forecast) -> str:
-    """One run: memory by part and by phase, time by cause, and, if it does not fit, the memory options that make it fit."""
+    """One run: memory by part and by phase, time by cause, and, if it does not fit, the memory options that make it
+    fit.
+    """
     from finetune.terminal import table
 
     peak = max(one.memory.parts.values())

@@ -43,7 +43,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi reports: the driver version, and name and MiB of each GPU; no GPUs if the tool is missing or fails."""
+    """What nvidia-smi reports: the driver version, and name and MiB of each GPU; no GPUs if the tool is missing or
+    fails.
+    """
 
     version: str
     gpus: tuple[tuple[str, int], ...]
@@ -96,7 +98,8 @@ def _probe(*names: str) -> dict[str, dict[str, Any]]:
     return {name: found.get(name, {"died": died}) for name in names}
 
 
-# -- Python and libraries -------------------------------------------------------------------------------------------------
+# -- Python and libraries
+# -------------------------------------------------------------------------------------------------
 
 
 def python_version() -> list[Finding]:
@@ -182,7 +185,8 @@ def libraries(needed: Sequence[str], passed: dict[str, str]) -> list[Finding]:
     ]
 
 
-# -- what computes --------------------------------------------------------------------------------------------------------
+# -- what computes
+# --------------------------------------------------------------------------------------------------------
 
 
 def torch_build(probed: dict[str, Any]) -> list[Finding]:
@@ -243,16 +247,17 @@ def gpus(there: Driver | None, probed: dict[str, Any]) -> list[Finding]:
         remedy = "for larger models rent or add an NVIDIA GPU: `ft estimate --images N` recommends one"
         return [
             Finding(
-                "GPU", "limited", "none found: the bundled base model trains in minutes on this CPU, SD 1.5 in days", remedy
+                "GPU",
+                "limited",
+                "none found: the bundled base model trains in minutes on this CPU, SD 1.5 in days",
+                remedy,
             )
         ]
     names = ", ".join(f"{name} ({size / 1024:.0f} GiB)" for name, size in there.gpus) or "an NVIDIA device"
     version = f", driver {there.version}" if there.version else ", and nvidia-smi cannot reach its driver"
     if probed["cuda"] is None:
         return [
-            Finding(
-                "GPU", "fails", f"{names}{version}; torch is a build without CUDA and cannot use it", INSTALL_TORCH
-            )
+            Finding("GPU", "fails", f"{names}{version}; torch is a build without CUDA and cannot use it", INSTALL_TORCH)
         ]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return [
@@ -316,7 +321,8 @@ def bitsandbytes(probed: dict[str, Any]) -> list[Finding]:
     return [Finding(name, "works", f"{probed['version']}, 4-bit layers and 8-bit AdamW work on {probed['device']}")]
 
 
-# -- memory and disk ------------------------------------------------------------------------------------------------------
+# -- memory and disk
+# ------------------------------------------------------------------------------------------------------
 
 
 def memory() -> list[Finding]:
@@ -372,7 +378,8 @@ def place(name: str, folder: Path, least: int, worst: State, remedy: str) -> Fin
     return Finding(name, "works", text)
 
 
-# -- the hub --------------------------------------------------------------------------------------------------------------
+# -- the hub
+# --------------------------------------------------------------------------------------------------------------
 
 
 def hub(probed: dict[str, Any]) -> list[Finding]:
@@ -413,7 +420,8 @@ def _token(probed: dict[str, Any]) -> Finding:
     )
 
 
-# -- output ---------------------------------------------------------------------------------------------------------------
+# -- output
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune.config.loader import load_recipe
 from finetune.estimate.forecast import Forecast, forecast
 from finetune.estimate.hardware.gpus import Gpu, find
-from finetune.estimate.tracing.traced_run import Phase, Subject
+from finetune.estimate.tracing.traced_run import Phase, TracedRun
 from tests.helpers import commands
 
 
@@ -17,7 +17,7 @@ def ft(*arguments: str) -> int:
 def traced(name: str, *overrides: str) -> dict[str, Phase]:
     """The training step of a bundled recipe on fake tensors."""
     recipe = load_recipe(name, overrides)
-    return Subject(recipe, "bfloat16", (recipe.data.resolution,) * 2).phases(only_training=True)
+    return TracedRun(recipe, "bfloat16", (recipe.data.resolution,) * 2).phases(only_training=True)
 
 
 def of(name: str, *overrides: str, gpu: Gpu | None = None, images: int = 3000) -> Forecast:

@@ -23,7 +23,8 @@ from finetune.estimate.hardware.gpus import described, find
 from finetune.estimate.hardware.parallelism import Group
 from finetune.estimate.recommend import PROMISE
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
-from finetune.estimate.tracing.traced_run import Subject, skeletons
+from finetune.estimate.tracing.skeletons import skeletons
+from finetune.estimate.tracing.traced_run import TracedRun
 from finetune.models.registry import spec_of
 from tests.helpers.estimates import ft, of
 
@@ -101,7 +102,7 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
 def test_what_encodes_takes_what_its_profile_says(edit: str) -> None:
     """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the profile."""
     recipe = load_recipe("lora/sd21", [edit])
-    subject = Subject(recipe, "bfloat16", (768, 768))
+    subject = TracedRun(recipe, "bfloat16", (768, 768))
     with fake_tensors(), skeletons(), cuda():
         phase, _ = subject.encode(subject.build())
     assert phase is not None

@@ -25,7 +25,8 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.errors import UserError
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.measure import MICRO, operators, works
-from finetune.estimate.tracing.traced_run import Subject, skeletons
+from finetune.estimate.tracing.skeletons import skeletons
+from finetune.estimate.tracing.traced_run import TracedRun
 from finetune.inference.sample import sample
 from finetune.job import Job
 from finetune.models import registry
@@ -207,7 +208,7 @@ def test_the_generator_moves_each_so_many_steps() -> None:
 
 def test_a_run_from_scratch_is_traced() -> None:
     job = trained("vae").job
-    phases = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
+    phases = TracedRun(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
     assert phases["train"].held["trained"] == sum(parameter.numel() for parameter in job.model.trained().values()) * 4
     assert any(operator.flops for section in phases["train"].sections for operator in section.operators)
 
@@ -228,7 +229,7 @@ class Products(TorchDispatchMode):
 def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
     """Some steps move the generator or take penalties and others do not; a cycle of real ones computes what is estimated."""
     job = tiny.prepare(scratch.recipe(name, tmp_path / "run"))
-    phase = Subject(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)[  # type: ignore[attr-defined]
+    phase = TracedRun(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)[  # type: ignore[attr-defined]
         "train"
     ]
     found = operators(phase, MICRO)

@@ -16,7 +16,7 @@ from finetune.estimate.tracing import stubs
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.denoiser import Denoiser, DenoiserModel, load
 from finetune.estimate.tracing.recorder import Recorder
-from finetune.estimate.tracing.traced_run import Subject
+from finetune.estimate.tracing.traced_run import TracedRun
 
 # -- the emulation ----------------------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def test_denoiser_traces(name: str) -> None:
     recipe = load_recipe(
         "lora/sdxl", ["train.batch_size=2", "train.accumulation=1", "data.resolution=256", checkpointing]
     )
-    subject = Subject(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))
+    subject = TracedRun(recipe, "bfloat16", (256, 256), build=lambda plan: DenoiserModel(plan, small, (256, 256)))
     train = subject.phases()["train"]
     backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]
     assert sum(operator.kind == "matmul" for operator in backward) >= 2

@@ -3,8 +3,8 @@
 A step allocates the bytes of its tensors; the GPU must hold what PyTorch reserves to serve them. The rules
 are those of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`) and of the constants in
 `c10/core/AllocatorConfig.h`, torch 2.6–2.13; each is cited by name where it is applied. Not modeled, all off
-by default: `roundup_power2_divisions`, `garbage_collection_threshold`, private pools of CUDA graphs; nor `record_stream`,
-which delays a free until another stream has caught up.
+by default: `roundup_power2_divisions`, `garbage_collection_threshold`, private pools of CUDA graphs; nor
+`record_stream`, which delays a free until another stream has caught up.
 
 The addresses that the driver returns are unknown: segments get ascending ones here. Addresses matter only if two free
 blocks have the same size: the lower one is taken (`BlockComparatorSize`).
@@ -89,7 +89,8 @@ class Allocator:
     """The allocator of one GPU.
 
     Args:
-        capacity: bytes that PyTorch may reserve: GPU memory without the CUDA context and other processes; None: unlimited.
+        capacity: bytes that PyTorch may reserve: GPU memory without the CUDA context and other processes; None:
+            unlimited.
     """
 
     def __init__(
@@ -192,7 +193,9 @@ class Allocator:
         return pool
 
     def _grow(self, pool: Pool, size: int) -> tuple[int, int]:
-        """`alloc_block`; if the GPU is full, retry after releasing blocks too large to split, then after releasing all free ones."""
+        """`alloc_block`; if the GPU is full, retry after releasing blocks too large to split, then after releasing
+        all free ones.
+        """
         start, end = self._alloc(pool, size)
         if not end and self._max_split_size < sys.maxsize and isinstance(pool, Segments):
             released, enough = pool.release_oversize(size)

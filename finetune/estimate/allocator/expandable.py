@@ -1,7 +1,7 @@
 """The pools of PyTorch's caching allocator for one stream: how free blocks are found, split, merged and released.
 
-The rules of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`); names in backquotes are its functions, and the
-constants are those of `c10/core/AllocatorConfig.h`. All sizes are bytes.
+The rules of `c10/cuda/CUDACachingAllocator.cpp` (class `DeviceCachingAllocator`); names in backquotes are its
+functions, and the constants are those of `c10/core/AllocatorConfig.h`. All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Pool(ABC):
 
     @abstractmethod
     def grow(self, size: int, room: int) -> tuple[int, int, int]:
-        """Get a new block of `size` within `room` more bytes; returns start, end (0 if there is no room) and bytes reserved."""
+        """Get a new block of `size` within `room` more bytes; returns start, end (0 if there is no room) and bytes
+        reserved.
+        """
 
     @abstractmethod
     def release(self) -> int:
@@ -129,7 +131,9 @@ class Segments(Pool):
         return sum(self._release(start, end) for start, end in whole)
 
     def release_oversize(self, size: int) -> tuple[int, bool]:
-        """Release just enough blocks too large to split (`release_available_cached_blocks`); returns bytes, and whether enough."""
+        """Release just enough blocks too large to split (`release_available_cached_blocks`); returns bytes, and
+        whether enough.
+        """
         # Blocks this large are whole segments, since they must not be split.
         wanted = max(size, self.max_split_size)
         place = bisect_left(self.blocks, wanted << ADDRESS_BITS)
@@ -152,7 +156,8 @@ class Segments(Pool):
 
 @final
 class Expandable(Pool):
-    """One address space whose pages are mapped on demand (`ExpandableSegment`, PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+    """One address space whose pages are mapped on demand (`ExpandableSegment`,
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
 
     PyTorch's is an eighth larger than the GPU; this one is unlimited.
     """
@@ -170,7 +175,9 @@ class Expandable(Pool):
         self.holes = [self.base]  # their starts, sorted
 
     def find(self, size: int) -> tuple[int, int] | None:
-        """Take a free block of at least `size` bytes, preferring those that can grow least; returns (start, end) or None."""
+        """Take a free block of at least `size` bytes, preferring those that can grow least; returns (start, end) or
+        None.
+        """
         blocks = self.blocks
         place = bisect_left(blocks, size << ADDRESS_BITS)
         if place == len(blocks):
@@ -184,7 +191,9 @@ class Expandable(Pool):
         return start, end
 
     def grow(self, size: int, room: int) -> tuple[int, int, int]:
-        """Map pages for `size` bytes, at most `room`; returns (start, end, bytes added), or (0, 0, bytes added) without room."""
+        """Map pages for `size` bytes, at most `room`; returns (start, end, bytes added), or (0, 0, bytes added)
+        without room.
+        """
         start = self._lowest(size)
         end = self.starts.get(start, start)
         added = 0

@@ -1,7 +1,7 @@
 """Measure in three seconds how fast this machine's CPU runs the operators of a training step, with torch.
 
-A busy machine is not measured: threads wait for each other, so one that waits for a core delays all of them. Kernels with
-two threads next to another program took up to thirty times as long as alone.
+A busy machine is not measured: threads wait for each other, so one that waits for a core delays all of them. Kernels
+with two threads next to another program took up to thirty times as long as alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ Measured = Iterator[tuple[float, float]]  # amount, seconds
 
 @final
 class Clock:
-    """Times kernels under the conditions of a step, by the CPU time of the calling thread, which computes or spins throughout.
+    """Times kernels under the conditions of a step, by the CPU time of the calling thread, which computes or spins
+    throughout.
 
     Args:
         seconds: approximate time for each kernel.
@@ -62,8 +63,8 @@ class Clock:
         Runs interrupted by another program do not count; if all were, the shortest counts.
 
         Args:
-            written: the output of the operator before a run. Everything else was used `BETWEEN` tensors of this size ago, as
-                in a step, so caches no longer hold large tensors. None: no control of the caches.
+            written: the output of the operator before a run. Everything else was used `BETWEEN` tensors of this size
+                ago, as in a step, so caches no longer hold large tensors. None: no control of the caches.
 
         Raises:
             UserError: other programs took more CPU time than `patience`.

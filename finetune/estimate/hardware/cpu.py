@@ -88,8 +88,9 @@ KINDS = ("matmul", "conv", "attention", *BY_BYTES)
 def keep_freed_memory() -> None:
     """Let this process keep memory freed by a step for the next one, so that steps do not request new pages each time.
 
-    glibc gives back the end of its heap whenever enough of it is free, and maps large blocks one by one; the kernel then clears every
-    page again. A process's peak stays as it was. Other C libraries have other ways, and are left alone.
+    glibc gives back the end of its heap whenever enough of it is free, and maps large blocks one by one; the kernel
+    then clears every page again. A process's peak stays as it was. Other C libraries have other ways, and are left
+    alone.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)

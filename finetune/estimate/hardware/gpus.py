@@ -1,7 +1,8 @@
 """GPUs: memory, speed, bandwidth and price per hour, from `assets/gpus.tsv`.
 
-Prices change and differ by provider, so a file can replace them: `--prices FILE`, or its path in the environment variable
-`FT_PRICES`. A `.yaml` file has one date for all prices, a `.tsv` file (columns gpu, usd_per_hour, date) one per line:
+Prices change and differ by provider, so a file can replace them: `--prices FILE`, or its path in the environment
+variable `FT_PRICES`. A `.yaml` file has one date for all prices, a `.tsv` file (columns gpu, usd_per_hour, date) one
+per line:
 
     date: 2026-11-22
     rtx3090: 0.25
@@ -83,7 +84,8 @@ class Gpu:
         price: per hour, or None if unknown.
         note: which figures are approximate, derived or disputed.
         tflops_source, other_source: sources of `tflops`, and of memory and bandwidth.
-        calibration: the measured speed of a CPU; None for GPUs, whose speed follows from these figures (`constants.PACE`).
+        calibration: the measured speed of a CPU; None for GPUs, whose speed follows from these figures
+            (`constants.PACE`).
         also: words that a full name may include, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
     """
 
@@ -235,7 +237,9 @@ def _bundled() -> tuple[Gpu, ...]:
 
 
 def _match(name: str, gpus: tuple[Gpu, ...], where: str = "") -> Gpu:
-    """The only one of `gpus` that `name` matches. A name with another word (`3080 12GB`, `4070 Ti`, `L40`) is another GPU."""
+    """The only one of `gpus` that `name` matches. A name with another word (`3080 12GB`, `4070 Ti`, `L40`) is another
+    GPU.
+    """
     found = [gpu for gpu in gpus if gpu.is_called(name)]
     if len(found) == 1:
         return found[0]
@@ -253,7 +257,9 @@ def _match(name: str, gpus: tuple[Gpu, ...], where: str = "") -> Gpu:
 
 
 def _words(name: str) -> list[str]:
-    """The words that distinguish GPU names: `RTX 4060 Ti 16 GB` → 4060ti, 16gb. A suffix makes another model, so it is kept."""
+    """The words that distinguish GPU names: `RTX 4060 Ti 16 GB` → 4060ti, 16gb. A suffix makes another model, so it
+    is kept.
+    """
     text = name.lower().replace("rtx", " ").replace("gib", "gb")
     text = re.sub(r"(?<=[\di])[\s_-]+(?=(?:ti|super|gb)\b)", "", text)
     return [word for word in re.findall(r"[^\W_]+", text) if word not in _MAKERS]

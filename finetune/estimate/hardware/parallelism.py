@@ -1,8 +1,9 @@
 """Several GPUs that train together: what each holds and exchanges per step. All figures are bytes per GPU.
 
-DDP (PyTorch's DistributedDataParallel) keeps everything on each GPU. FSDP (its FullyShardedDataParallel, `FULL_SHARD`) is stage 3 of ZeRO
-(Rajbhandari et al. 2020, arXiv:1910.02054): each of n GPUs keeps 1/n of weights, gradients and optimizer state
-(section 5.3); the weights of a unit are gathered before each use and freed after it, forward and backward.
+DDP (PyTorch's DistributedDataParallel) keeps everything on each GPU. FSDP (its FullyShardedDataParallel,
+`FULL_SHARD`) is stage 3 of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054): each of n GPUs keeps 1/n of weights,
+gradients and optimizer state (section 5.3); the weights of a unit are gathered before each use and freed after it,
+forward and backward.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Group:
         )
 
     def spared(self, recipe: Recipe, trained: float) -> float:
-        """The 16-bit copies of trained weights that autocast would keep through a step: FSDP units gather 16 bits and free them."""
+        """The 16-bit copies of trained weights that autocast would keep through a step: FSDP units gather 16 bits and
+        free them.
+        """
         return GATHERED * trained if self.sharded and recipe.method != "lora" else 0.0
 
     def exchanged(self, profile: Profile, recipe: Recipe, trained: float) -> float:

@@ -1,7 +1,7 @@
-"""What CUDA would do with a step, on a build of torch that has no CUDA: its autocast rules and its attention kernels.
+"""Emulate CUDA's autocast rules and attention kernels on fake CPU tensors, for builds of torch without CUDA.
 
-On fake tensors that say they are on a CPU, torch's CPU rules apply, and they are others: CUDA's autocast computes norms,
-powers and losses in float32, and its fused attention keeps no matrix of scores. Both decide what a step holds and moves.
+On fake CPU tensors, torch applies its CPU rules, which differ: CUDA's autocast computes norms, powers and losses in
+float32, and its fused attention stores no matrix of scores. Both change the memory and the traffic of a step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from finetune.kernels import backend
 from finetune.replaceable import patched
 
-# The lists of torch's ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, …_SET_OPT_DTYPE), by the names under which
-# Python calls them. Python functions that wrap a listed one stand here by their own name: a function mode does not see inside.
+# The lists of torch's ATen/autocast_mode.h (AT_FORALL_LOWER_PRECISION_FP, AT_FORALL_FP32, …_SET_OPT_DTYPE), by the
+# names under which Python calls them. Python functions that wrap a listed one stand here by their own name: a function
+# mode does not see inside.
 LOWER = {
     *(
         "conv1d",
@@ -100,8 +101,8 @@ FLOAT32_RESULT = {
     "cumprod",
     "cumsum",
     "sum",
-}  # computed into float32 without a copy of what goes in
-FLASH_MOST = 256  # the widest head that flash attention takes (torch's sdp_utils.cpp, check_head_dim_size_flash)
+}  # computed in float32 without a copy of the input
+FLASH_MOST = 256  # the widest head that flash attention supports (torch's sdp_utils.cpp, check_head_dim_size_flash)
 
 
 _experts = ContextVar("experts", default=1)
@@ -109,31 +110,33 @@ _experts = ContextVar("experts", default=1)
 
 @final
 class Routing:
-    """Hooks of a module within which each of so many boolean masks takes an equal share of the rows: fake tensors have no values to choose by."""
+    """Forward hooks of a mixture of experts: each boolean mask selects an equal share of rows, since fake tensors
+    have no values.
+    """
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
 
     def begin(self, *_: Any) -> None:
-        """Before its forward pass."""
+        """Pre-hook of the forward pass."""
         _experts.set(self._experts)
 
     def end(self, *_: Any) -> None:
-        """After it."""
+        """Hook after the forward pass."""
         _experts.set(1)
 
 
 def _share(mask: Tensor) -> Tensor:
-    """As many row numbers as an equal share of `mask` would be."""
+    """Row indices for an equal share of `mask`."""
     return torch.arange(-(-len(mask) // _experts.get()))
 
 
 @final
 class Cuda(TorchFunctionMode):
-    """Within, functions of torch do on fake CPU tensors what CUDA's do, autocast included where `autocast` is entered.
+    """Within, torch functions on fake CPU tensors behave as on CUDA, including autocast where `autocast` is entered.
 
     Attributes:
-        dtype: what autocast has products computed in now; None where it is off.
+        dtype: the dtype of autocast; None where it is off.
     """
 
     def __init__(self) -> None:
@@ -141,13 +144,13 @@ class Cuda(TorchFunctionMode):
         self.dtype: torch.dtype | None = None
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self._depth = 0
-        self._backward: torch.dtype | None = (
-            None  # what a backward pass computes again, it computes as the forward pass did
-        )
+        self._backward: torch.dtype | None = None  # recomputation in the backward pass uses the forward pass's dtype
 
     @contextlib.contextmanager
     def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """`torch.autocast("cuda", dtype)`, or switched off: until the outermost ends, each trained float32 leaf is cast once."""
+        """`torch.autocast("cuda", dtype)`; None: off. Casts each trained float32 leaf once until the outermost
+        context ends.
+        """
         before, self.dtype = self.dtype, dtype
         self._depth += 1
         self._backward = self._backward or dtype
@@ -161,10 +164,10 @@ class Cuda(TorchFunctionMode):
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
-        """The mode and the autocast of the forward pass, for a backward pass: checkpointed blocks are computed again as they were."""
+        """The forward pass's mode and autocast for a backward pass, where checkpointed blocks are recomputed."""
         before, self.dtype = self.dtype, self._backward
         try:
-            with self:  # Tensor.backward is itself a function of torch, within which the mode is off
+            with self:  # the mode is off inside Tensor.backward, a torch function
                 yield
         finally:
             self.dtype = before
@@ -232,16 +235,17 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`scaled_dot_product_attention` by the kernel that CUDA chooses (sdp_utils.cpp): flash, else memory-efficient.
+    """`scaled_dot_product_attention` with the kernel that CUDA selects (sdp_utils.cpp): flash, else memory-efficient.
 
-    [B, heads, L, width] each. Flash takes 16-bit values without a mask; the other takes all, with the mask as a bias of [B, heads, L, S].
+    Query, key and value are [B, heads, L, width]. Flash needs 16-bit values and no mask; the other takes the mask as a
+    bias [B, heads, L, S].
     """
     if enable_gqa and key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     width = query.shape[-1]
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16) and width <= FLASH_MOST:
-        missing = -width % 8  # _pad_last_dim: flash wants multiples of 8
+        missing = -width % 8  # _pad_last_dim: flash needs multiples of 8
         if missing:
             query, key, value = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (query, key, value))
         out = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -265,13 +269,15 @@ def attention(
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Within, tensors have shapes and dtypes and no memory; nets can be built, converted and trained as ever."""
+    """Within, tensors have shapes and dtypes but no memory; networks can be built, converted and trained as usual."""
     with FakeTensorMode(allow_non_fake_inputs=True), patched(nn.Module, "_apply", _apply):
         yield
 
 
 def _apply(net: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, which `.to` stands on: torch's own swaps tensors, and of fake ones others hold references."""
+    """`nn.Module._apply`, which implements `.to`: torch's version swaps tensors, which fails for fake ones with
+    references.
+    """
     for child in net.children() if recurse else ():
         child._apply(convert)
     for parameter in net.parameters(recurse=False):
@@ -282,7 +288,9 @@ def _apply(net: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = 
 
 
 def rms_norm(values: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """As CUDA does it, in one kernel each way (aten::_fused_rms_norm): a layer norm's, whose mean of each row is all that is more."""
+    """RMSNorm in one kernel each way, as on CUDA (aten::_fused_rms_norm): a layer norm, which also stores a mean per
+    row.
+    """
     return torch.layer_norm(values, shape, weight, None, 1e-5 if eps is None else eps)
 
 
@@ -292,7 +300,9 @@ def _has_foreach(tensors: list[Tensor], device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def cuda() -> Iterator[Cuda]:
-    """Within, steps are taken as on CUDA: `Cuda`, also for what a backward pass computes again, and foreach gradient clipping."""
+    """Within, steps run as on CUDA: `Cuda`, also for recomputation in the backward pass, and foreach gradient
+    clipping.
+    """
     mode, run_backward = Cuda(), torch.autograd.graph._engine_run_backward
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Any denoiser of diffusers as something to trace: its class and configuration, made-up inputs, and an adapter.
+"""Trace any diffusers denoiser: its class and configuration, fake inputs, and an adapter.
 
-For architectures that have no family in `models/` yet, and for `ft estimate --denoiser CONFIG.json`. What surrounds a
-denoiser (its text encoders, its VAE) is not part of it: only the training phase comes out.
+For architectures without a family in `models/`, and for `ft estimate --denoiser CONFIG.json`. Text encoders and VAE
+are not included, so only the training phase is traced.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Denoiser:
 
     Attributes:
         config: as in the model's `config.json`, with `_class_name`.
-        tokens: length of a caption's embeddings.
-        frames: latent frames, of a video model.
+        tokens: length of caption embeddings.
+        frames: latent frames of a video model.
     """
 
     title: str
@@ -53,14 +53,14 @@ class Denoiser:
         """Built without weights, float32.
 
         Raises:
-            UserError: the configuration is of no denoiser that can be called here.
+            UserError: the class is not supported.
         """
         name = self.config.get("_class_name")
         if name not in INPUTS:
             raise UserError(
-                f"{name or 'a file without _class_name'} is no denoiser that can be traced",
+                f"{name} cannot be traced" if name else "the file has no _class_name",
                 where="--denoiser",
-                remedy=f"give the config.json of one of: {', '.join(sorted(INPUTS))}",
+                remedy=f"use the config.json of one of: {', '.join(sorted(INPUTS))}",
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own classes use parts that diffusers deprecates
@@ -68,15 +68,15 @@ class Denoiser:
             return Controlled(net, self.config) if name == "ControlNetModel" else net
 
     def inputs(self, size: tuple[int, int]) -> Inputs:
-        """What it is called with, for images of (width, height)."""
+        """The denoiser's inputs for images of (width, height)."""
         return INPUTS[self.config["_class_name"]](_Defaults(self), *size)
 
 
 def load(given: str) -> Denoiser:
-    """A denoiser by the name of one in assets/denoisers, or by the path of a configuration file.
+    """Load a denoiser by its name in assets/denoisers, or from a configuration file.
 
     Raises:
-        UserError: there is neither, or the file is no JSON object.
+        UserError: the file cannot be read or is not a JSON object.
     """
     path = DENOISERS / f"{given}.json" if (DENOISERS / f"{given}.json").is_file() else Path(given).expanduser()
     try:
@@ -92,9 +92,9 @@ def load(given: str) -> Denoiser:
         ) from None
     except ValueError:
         raise UserError(
-            f"{path} holds no JSON object", where="--denoiser", remedy="give a denoiser's config.json"
+            f"{path} is not a JSON object", where="--denoiser", remedy="give a denoiser's config.json"
         ) from None
-    if "config" not in found:  # as diffusers wrote it
+    if "config" not in found:  # as written by diffusers
         found = {
             "title": found.get("_class_name", path.stem),
             "config": found,
@@ -107,7 +107,7 @@ def load(given: str) -> Denoiser:
 
 
 class _Defaults:
-    """A denoiser's configuration with the class's own values for what it leaves out."""
+    """A denoiser's configuration, completed with the class's defaults."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         cls = getattr(diffusers, denoiser.config["_class_name"])
@@ -119,12 +119,13 @@ class _Defaults:
         return self._values[name]
 
 
-# -- the model ----------------------------------------------------------------------------------------------------------
+# -- the model
+# ----------------------------------------------------------------------------------------------------------
 
 
 @final
 class Controlled(nn.Module):
-    """A ControlNet (arXiv:2302.05543) beside the frozen UNet that it was copied from; only the first trains."""
+    """A ControlNet (arXiv:2302.05543) with the frozen UNet that it controls; only the ControlNet trains."""
 
     def __init__(self, control: nn.Module, config: Config) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Controlled(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, controlnet_cond: Tensor, **given: Any
     ) -> Any:
-        """As UNet2DConditionModel's, with an image that steers."""
+        """UNet2DConditionModel.forward with a control image."""
         down, middle = self.control(sample, timestep, encoder_hidden_states, controlnet_cond, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return self.unet(sample, timestep, encoder_hidden_states, **residuals, **given)
@@ -148,29 +149,27 @@ class Controlled(nn.Module):
         return self
 
     def enable_gradient_checkpointing(self, function: Any) -> None:
-        """Of both: the backward pass goes through the UNet's second half."""
+        """Enable it in both: the backward pass runs through the UNet's second half."""
         self.control.enable_gradient_checkpointing(function)  # type: ignore[operator]
         self.unet.enable_gradient_checkpointing(function)
 
 
 @final
-class DenoiserTurn(TrainStep):
-    """x_t = (1 − t) x₀ + t ε, and the loss of the denoiser's kind."""
+class DenoiserTrainStep(TrainStep):
+    """x_t = (1 − t) x₀ + t ε, with the denoiser's loss."""
 
     name = "denoiser"
 
     def __init__(self, net: nn.Module, inputs: Inputs) -> None:
         self.net, self._inputs = net, inputs
         for module in net.modules():
-            if inputs.experts > 1 and hasattr(
-                module, "experts"
-            ):  # hooks, since the backward pass computes blocks again
+            if inputs.experts > 1 and hasattr(module, "experts"):  # hooks, since the backward pass recomputes blocks
                 routing = Routing(inputs.experts)
                 module.register_forward_pre_hook(routing.begin)
                 module.register_forward_hook(routing.end, always_call=True)
 
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
-        """Of each image, [B] float32."""
+        """The loss per image, [B] float32."""
         latents = batch["latents"]
         noise, time = draw.normal("noise", latents.shape[1:]), draw.uniform("time")
         names, fixed = self._inputs.names, self._inputs.fixed(len(latents))
@@ -179,11 +178,11 @@ class DenoiserTurn(TrainStep):
         if latents.is_floating_point():
             share = time.view(-1, *(1,) * (latents.ndim - 1))
             given[names[0]] = ((1 - share) * latents + share * noise).to(dtype)
-        else:  # tokens: some are replaced by the mask's
+        else:  # tokens: some become mask tokens
             given[names[0]] = torch.where(noise > 0, latents, torch.zeros_like(latents))
         if names[1]:
             given[names[1]] = time
-        if "encoder_hidden_states_llama3" in given:  # by layer first
+        if "encoder_hidden_states_llama3" in given:  # layers come first
             given["encoder_hidden_states_llama3"] = given["encoder_hidden_states_llama3"].transpose(0, 1)
         with reading(self._inputs.integers):
             returned = (
@@ -200,10 +199,10 @@ def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @final
 class DenoiserModel(Model):
-    """A denoiser with an adapter, or as a whole, as the plan's recipe trains it.
+    """A denoiser trained with an adapter or fully, by the plan's recipe.
 
     Args:
-        adapt: puts an adapter on the net; by default the recipe's.
+        adapt: adds an adapter to the network; default: the recipe's.
     """
 
     def __init__(
@@ -215,7 +214,7 @@ class DenoiserModel(Model):
         nn.Module.to(net, DTYPES[recipe.train.weights if full else plan.precision])
         if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
             raise UserError(
-                "UVit2DModel cannot recompute its blocks: diffusers 0.42 calls them by names that its checkpointing does not take",
+                "UVit2DModel does not support gradient checkpointing: diffusers 0.42 passes keyword arguments that it rejects",
                 where="train.gradient_checkpointing",
                 remedy="--set train.gradient_checkpointing=false",
             )
@@ -226,24 +225,24 @@ class DenoiserModel(Model):
             make_trainable(model, only=("freeze", "unfreeze", "quantize"))
             adapt(net)
             make_trainable(model, only=("activation_checkpointing", "offload"))
-        self._turn = DenoiserTurn(net, self._inputs)
+        self._turn = DenoiserTrainStep(net, self._inputs)
 
     def train_steps(self) -> tuple[TrainStep, ...]:
         return (self._turn,)
 
     def encoder(self) -> Encoder:
-        return _MadeUpEncoders(self._inputs)
+        return _FakeEncoder(self._inputs)
 
     def sample(self, request: SampleRequest) -> NoReturn:
-        raise NotImplementedError("a denoiser alone draws nothing")
+        raise NotImplementedError("a denoiser alone cannot generate images")
 
     def save(self, folder: Path) -> NoReturn:
         raise NotImplementedError("it is traced, not trained")
 
 
 @final
-class _MadeUpEncoders(ImageTextEncoder):
-    """The inputs that stand for what a family's encoders would give."""
+class _FakeEncoder(ImageTextEncoder):
+    """Returns fake inputs in place of encoded examples."""
 
     image_key = caption_key = "made up"
 

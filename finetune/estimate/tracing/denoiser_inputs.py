@@ -1,7 +1,7 @@
-"""What each denoiser of diffusers is called with: made-up latents, conditions and whatever else its forward pass asks for.
+"""Fake inputs of each diffusers denoiser: latents, conditions and the other arguments of its forward pass.
 
-Of architectures that have a family in `models/`, the family's own step is what is traced; these are for the others, and for configurations
-that a person points at.
+Architectures with a family in `models/` are traced with the family's own step; these are for all others, and for
+configuration files given by the user.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ Config = dict[str, Any]
 
 
 def _velocity(predicted: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
-    """Flow matching: the net predicts ε − x₀."""
-    kept = predicted[:, : latents.shape[1]].float()  # what comes after is a variance
+    """The flow-matching loss: the network predicts ε − x₀."""
+    kept = predicted[:, : latents.shape[1]].float()  # the rest is a variance
     return (kept - (noise - latents).reshape(kept.shape)).square().flatten(1).mean(1)
 
 
 @final
 @dataclass(frozen=True)
 class Inputs:
-    """What a denoiser is called with.
+    """The inputs of a denoiser.
 
     Attributes:
-        latents: of one image, without a batch dimension.
-        conditions: of one image, by the name of forward's argument.
-        fixed: arguments that do not grow with the batch, or a function of the batch that makes them.
-        names: of forward's arguments for the noisy latents and the timesteps ("": it takes none).
-        loss: of each image, [B] float32, of what is predicted, the noise and the latents: by default that of flow matching.
-        experts: among which boolean masks share out tokens, each the same number (fake tensors have no values to route by).
-        integers: what reading an integer from a tensor gives (fake tensors have no values), such as a caption's length.
+        latents: one image's latents, without batch dimension.
+        conditions: one image's conditions, by argument name.
+        fixed: function of the batch size that returns the other arguments.
+        names: argument names of the noisy latents and the timesteps ("" if there is none).
+        loss: function of prediction, noise and latents that returns the loss per image, [B] float32.
+        experts: number of experts, each of which gets an equal share of tokens (fake tensors have no values to route
+            by).
+        integers: the value of integers read from fake tensors, such as a caption's length.
     """
 
     latents: Tensor
@@ -48,7 +49,8 @@ class Inputs:
     integers: int = 1
 
 
-# -- by class: (configuration, width, height) → inputs --------------------------------------------------------------------
+# -- by class: (configuration, width, height) → inputs
+# --------------------------------------------------------------------
 
 
 def _flux(config: Any, width: int, height: int) -> Inputs:
@@ -172,7 +174,9 @@ def _controlnet(config: Any, width: int, height: int) -> Inputs:
 
 
 def _hidream(config: Any, width: int, height: int) -> Inputs:
-    """Every layer of Llama's hidden states, T5's, and pooled CLIP's; tokens go to the experts in equal shares. Images are square."""
+    """Every layer of Llama's hidden states, T5's, and pooled CLIP's; tokens go to the experts in equal shares. Images
+    are square.
+    """
     llama, t5 = config.caption_channels
     conditions = {
         "encoder_hidden_states_llama3": torch.empty(max(config.llama_layers) + 1, config.tokens, llama),
@@ -195,7 +199,9 @@ def _ltx(config: Any, width: int, height: int) -> Inputs:
 
 
 def _amused(config: Any, width: int, height: int) -> Inputs:
-    """Masked tokens of a VQ-GAN that compresses 16-fold (arXiv:2401.01808): the loss is the cross-entropy of what was masked."""
+    """Masked tokens of a VQ-GAN that compresses 16-fold (arXiv:2401.01808): the loss is the cross-entropy of what was
+    masked.
+    """
     conditions = {
         "encoder_hidden_states": torch.empty(config.tokens, config.encoder_hidden_size),
         "pooled_text_emb": torch.empty(config.cond_embed_dim),

@@ -1,4 +1,4 @@
-"""What stands in a pipeline without weights for what reads values: tokenizers that no text decides, a scheduler that takes any step."""
+"""Tokenizer and scheduler for pipelines without weights, where values cannot be read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding
 
-LETTERS_A_TOKEN = 4  # of English, about
+LETTERS_A_TOKEN = 4  # approximately, in English
 
 
 @final
-class MadeUpTokenizer:
-    """Every text has as many tokens as may be read."""
+class FakeTokenizer:
+    """A tokenizer that returns the maximum number of tokens for every text."""
 
     model_max_length = 77
     padding_side = "right"
@@ -30,14 +30,14 @@ class MadeUpTokenizer:
         return "?"
 
     def tokenize(self, text: str) -> list[str]:
-        """What might be a learned word: none is."""
+        """No tokens are learned."""
         return []
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return messages[0]["content"]
 
     @property
-    def backend_tokenizer(self) -> MadeUpTokenizer:
+    def backend_tokenizer(self) -> FakeTokenizer:
         return self
 
     def to_str(self) -> str:
@@ -45,8 +45,8 @@ class MadeUpTokenizer:
 
 
 @final
-class MadeUpSteps:
-    """A flow's scheduler: a step is a few operators on latents, whichever it is; the others read values, which fake tensors have not."""
+class FakeScheduler:
+    """A flow-matching scheduler whose steps are a few operators on latents and read no values."""
 
     order, init_noise_sigma = 1, 1.0
 
@@ -59,7 +59,7 @@ class MadeUpSteps:
         self.timesteps = torch.empty(steps or len(sigmas))
 
     def set_begin_index(self, index: int) -> None:
-        """Every step is as the first."""
+        """All steps are alike."""
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
         return latents

@@ -1,4 +1,6 @@
-"""A profile, or a variant of one, from traced phases: what `tools/measure_profiles.py` writes down, and what `ft estimate --trace` answers from."""
+"""Build cost profiles and their variants from traced phases, for `tools/measure_profiles.py` and `ft estimate
+--trace`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,17 @@ from finetune.data.audit.audit import Audit
 from finetune.estimate.allocator.caching import replay
 from finetune.estimate.hardware.cpu import BY_BYTES
 from finetune.estimate.profiles import Device, Profile, build_key, parsed, settings_of
-from finetune.estimate.tracing.traced_run import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, Subject
+from finetune.estimate.tracing.traced_run import DENOISING_STEPS, OF_TEXT_ENCODERS, Phase, TracedRun
 from finetune.models.base import Model
 from finetune.planning import Plan
 
-BATCHES = (2, 4)  # two points of a line; at 1 some operators differ (what is contiguous anyhow needs no copy)
-ALIKE = math.log(1.5)  # operators within this factor of each other are counted as one, by their means
-BYTES_A_TRAINED = 16  # of a float32 weight, its gradient and AdamW's two moments; at rank 16 of SDXL's attention within 2 % of the measured slope
-DIGITS = 5  # of a profile's figures of operators
-UPDATE = ("optimizer",)  # sections of what comes once a step; `MICRO` are those of what is accumulated
+BATCHES = (2, 4)  # two points of a line; at 1 some operators differ (contiguous tensors need no copy)
+ALIKE = math.log(1.5)  # operators within this factor of each other are merged, by their means
+# A float32 weight, its gradient and AdamW's two moments; for rank 16 on SDXL's attention within 2 % of the measured
+# slope.
+BYTES_A_TRAINED = 16
+DIGITS = 5  # significant digits of operator figures
+UPDATE = ("optimizer",)  # sections that run once per step; those of `MICRO` run once per accumulated batch
 MICRO = ("forward", "backward")
 
 
@@ -33,12 +37,12 @@ def point(
     audit: Audit | None = None,
     build: Callable[[Plan], Model] | None = None,
 ) -> tuple[Profile, dict[str, Phase]]:
-    """A profile of this one configuration, and the traced phases that it is made of: a line through one point has no slope."""
+    """A profile of exactly this configuration, and its traced phases. With a single batch size, lines have no slope."""
     side = recipe.data.resolution
     without = dataclasses.replace(
         recipe, train=dataclasses.replace(recipe.train, ema=None)
     )  # averages are added to what a profile says
-    phases = Subject(without, precision, (side, side), audit=audit, build=build, device=device).phases()
+    phases = TracedRun(without, precision, (side, side), audit=audit, build=build, device=device).phases()
     found = {
         "name": "traced",
         "title": title,
@@ -66,9 +70,9 @@ def variant(
     """A variant of a profile.
 
     Args:
-        recipe: as it was traced.
-        first, second: runs at the two `BATCHES`: without accumulation and, where gradients weigh, with it.
-        higher: a higher rank, and a run at it, as the first of `first`; without it, one rank more adds its weights, gradients and state.
+        recipe: the traced recipe.
+        first, second: runs at the two `BATCHES`, without accumulation and, if gradients are large, with it.
+        higher: a higher rank and its run; None: assume weights, gradients and state for each additional rank.
     """
     pairs = [[replay(run["train"].events) for run in runs] for runs in zip(first, second, strict=True)]
     peaks = [
@@ -104,7 +108,7 @@ def variant(
 
 
 def line(low: float, high: float) -> list[float]:
-    """(at batch 0, more for each image) through the figures at BATCHES."""
+    """The line (value at batch 0, slope per image) through the values at BATCHES."""
     slope = (high - low) / (BATCHES[1] - BATCHES[0])
     return [low - BATCHES[0] * slope, slope]
 
@@ -132,9 +136,9 @@ def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
 
 
 def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> list[list[Any]]:
-    """Operators that cost about the same, by their means, with their number in a step.
+    """Merge operators of about the same cost: their mean costs, and their number per step.
 
-    The two lists are of the same `cycle` steps at BATCHES, so they go side by side.
+    The lists are from the same `cycle` steps at the two BATCHES, so they correspond.
     """
     alike: dict[tuple[Any, ...], list[list[float]]] = defaultdict(list)
     first, second = _streams(low), _streams(high)
@@ -145,7 +149,8 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
                 raise RuntimeError(
                     f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}"
                 )
-            # A net that takes its images one by one, or in groups: such operators cost their bytes, so that the means of the smaller batch's serve.
+            # A net that takes its images one by one, or in groups: such operators cost their bytes, so that the means
+            # of the smaller batch's serve.
             mean = [
                 0.0,
                 0.0,
@@ -186,7 +191,9 @@ def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
 
 
 def _sizes(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
-    """A CPU's pace also hangs on how much each operator does; and how that grows, on what it does whatever the batch, in quarters."""
+    """A CPU's pace also hangs on how much each operator does; and how that grows, on what it does whatever the batch,
+    in quarters.
+    """
     flops, moved = (one + BATCHES[0] * more for one, more in ((f0, f1), (b0, b1)))
     return (
         _magnitude(flops),

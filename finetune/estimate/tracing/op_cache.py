@@ -1,6 +1,6 @@
-"""What operators on fake tensors give, remembered: blocks repeat, and with them the shapes that go into each operator.
+"""Cache the results of operators on fake tensors: blocks repeat, and with them the input shapes of each operator.
 
-`FakeTensorMode` remembers too, but looks up more slowly than need be.
+`FakeTensorMode` has a cache too, but its lookups are slower.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 
-RESHAPING = {"set_", "resize_", "resize_as_"}  # in-place operators that change more than values, and are not tagged so
+RESHAPING = {"set_", "resize_", "resize_as_"}  # in-place operators that change shapes without a tag
 UNPREDICTABLE = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view)
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 
 class Shape(NamedTuple):
-    """Of a tensor that an operator gives. `offset`: into the storage of the first argument, which it is a view of; none: it is new."""
+    """A tensor that an operator returns. `offset`: into the storage of the first argument, for views; None for new
+    tensors.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -27,17 +29,17 @@ class Shape(NamedTuple):
     offset: int | None
 
 
-Known = Any  # a Shape, a tuple or list of them, `SAME`: the first argument itself; none: it has to be asked each time
+Known = Any  # a Shape, a tuple or list of them, `SAME` (the first argument); None: cannot be cached
 SAME = "same"
 
 
 @final
-class Outcomes:
-    """Calls operators of PyTorch: for shapes that it has seen, it only makes what they gave."""
+class OpCache:
+    """Calls PyTorch operators; for known input shapes, only creates the outputs."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Known] = {}
-        self._asked: dict[Any, bool] = {}  # operators → whether they may be remembered at all
+        self._asked: dict[Any, bool] = {}  # operators → whether they can be cached
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func not in self._asked:
@@ -68,7 +70,7 @@ class Outcomes:
 
 
 def predictable(func: Any) -> bool:
-    """Whether what an operator gives hangs on shapes alone."""
+    """Whether an operator's result depends on shapes alone."""
     writes = [
         argument
         for argument in func._schema.arguments
@@ -84,7 +86,7 @@ def predictable(func: Any) -> bool:
 
 
 def _describe(value: Any, parts: list[Any]) -> bool:
-    """Append what tells `value` from others to `parts`; whether that can be told."""
+    """Append a cache key of `value` to `parts`; returns whether it has one."""
     if isinstance(value, Tensor):
         if type(value) is not FakeTensor or value.layout is not torch.strided or value.is_conj() or value.is_neg():
             return False
@@ -101,7 +103,7 @@ def _describe(value: Any, parts: list[Any]) -> bool:
 
 
 def _outcome(func: Any, out: Any, first: FakeTensor) -> Known:
-    """What `out` is beside the operator's first argument, if that can be made again."""
+    """The cache entry for `out`, relative to the operator's first argument; None if it cannot be recreated."""
     if out is first:
         return SAME
     if func._schema.is_mutable:

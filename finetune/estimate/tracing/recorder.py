@@ -1,7 +1,7 @@
-"""A step on fake tensors: every allocation, release and operator, with no weights and no GPU.
+"""Record every allocation, release and operator of a step on fake tensors.
 
-`FakeTensorMode` computes shapes and dtypes only. Above it stands `Recorder`, which sees each operator that the dispatcher
-runs: a storage that it has not seen before is an allocation, a storage that dies is a release.
+`FakeTensorMode` computes shapes and dtypes only. `Recorder` sees each operator that the dispatcher runs: a new
+storage is an allocation, a storage that is freed is a release.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from finetune.estimate.allocator.caching import Event, allocate, free
-from finetune.estimate.tracing.op_cache import Outcomes
+from finetune.estimate.tracing.op_cache import OpCache
 
 
 class Operator(NamedTuple):
-    """What one launch costs: `kind` is matmul, conv, attention, random or other; FLOPs; bytes read and written; bytes a factor.
+    """The cost of one kernel launch.
 
-    `eager`: Python ran it and autograd recorded it (forward passes, what a checkpoint computes again); else autograd's engine or an optimizer did.
+    Attributes:
+        kind: matmul, conv, attention, random or other.
+        bytes: bytes read and written.
+        width: bytes per operand element.
+        eager: Python ran it and autograd recorded it (forward passes, recomputation); else autograd's engine or an
+            optimizer.
     """
 
     kind: str
@@ -40,7 +45,7 @@ class Operator(NamedTuple):
 @final
 @dataclass
 class Section:
-    """Part of a step: where its events begin, and its operators, in order."""
+    """A part of a step: index of its first event, and its operators in order."""
 
     name: str
     start: int
@@ -58,7 +63,7 @@ KINDS = {
     ),
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
-# No kernel on the GPU: they make a view, or nothing at all, or draw numbers, which this project does on the host.
+# No kernel on the GPU: views, no-ops, and random numbers, which this project draws on the host.
 NO_LAUNCH = {
     "randn",
     "rand",
@@ -76,15 +81,15 @@ NO_LAUNCH = {
 }
 
 
-DRAWN = "_drawn"  # marks tensors of drawn numbers, and whether they are above others
+DRAWN = "_drawn"  # marks random tensors and comparisons with them
 _integer = ContextVar("integer", default=1)
 
 
 @contextlib.contextmanager
 def reading(integer: int) -> Iterator[None]:
-    """Within, reading an integer's value from a tensor gives this one: fake tensors have no values.
+    """Within, reading an integer from a fake tensor returns this value.
 
-    (A float is 1, a truth is false; but a number that was drawn is above what it is compared with, as adapters ask that drop out seldom.)
+    (A float reads as 1 and a boolean as False, except comparisons with random numbers, which adapters use for dropout.)
     """
     before = _integer.set(integer)
     try:
@@ -95,10 +100,10 @@ def reading(integer: int) -> Iterator[None]:
 
 @final
 class Recorder(TorchDispatchMode):
-    """Events and operators of all that runs within, in order.
+    """Records events and operators in order.
 
     Args:
-        scratch: tells, by an operator's name and arguments, the bytes that its kernel takes for itself while it runs.
+        scratch: returns a kernel's scratch bytes from an operator's name and arguments.
     """
 
     def __init__(self, scratch: Callable[[str, Any], int] | None = None) -> None:
@@ -106,17 +111,17 @@ class Recorder(TorchDispatchMode):
         self._scratch = scratch
         self.events: list[Event] = []
         self.sections: list[Section] = []
-        self._outcome = Outcomes()
+        self._outcome = OpCache()
         self._names: dict[
             int, tuple[int, Any]
         ] = {}  # a living storage's address → its identifier, and the reference that tells of its end
 
     def section(self, name: str) -> None:
-        """What comes now belongs to `name`."""
+        """Start a section called `name`."""
         self.sections.append(Section(name, len(self.events)))
 
     def adopt(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that are there already as allocated now, in this order; returns their bytes."""
+        """Record existing tensors as allocated now, in this order; returns their bytes."""
         return sum(self._see(tensor) for tensor in tensors)
 
     def _see(self, tensor: Tensor) -> int:
@@ -137,11 +142,11 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(
             args[0], FakeTensor
-        ):  # two of three calls: whoever asks for a tensor's device
+        ):  # two of three calls ask for a tensor's device
             return args[0].fake_device
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
-        if name == "_local_scalar_dense":  # a value is read, and fake tensors have none
+        if name == "_local_scalar_dense":  # reads a value, which fake tensors do not have
             return (
                 hasattr(args[0], DRAWN)
                 if args[0].dtype == torch.bool
@@ -168,15 +173,13 @@ def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Ten
     flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
     moved = {id(tensor): tensor.numel() * tensor.element_size() for tensor in (*inputs, *outs)}
     kind = KIND.get(name, "other")
-    factors = (
-        inputs[:1] if kind == "attention" else inputs
-    )  # its backward pass also reads the float32 sums of the softmax
+    factors = inputs[:1] if kind == "attention" else inputs  # the backward pass also reads float32 softmax sums
     width = max((tensor.element_size() for tensor in factors if tensor.is_floating_point()), default=4)
     return Operator(kind, flops, sum(moved.values()), width, torch.is_grad_enabled())
 
 
 def tensors_of(net: nn.Module) -> list[Tensor]:
-    """Parameters and buffers in the order in which `.to(device)` would move them."""
+    """Parameters and buffers in the order in which `.to(device)` moves them."""
     found: list[Tensor] = []
     for module in net.modules():
         found += [*module.parameters(recurse=False), *module.buffers(recurse=False)]

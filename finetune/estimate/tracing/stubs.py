@@ -1,7 +1,8 @@
-"""Byte-exact stand-ins for what fake tensors do not show: bitsandbytes' 8-bit AdamW, packed convolutions, and CPU kernels' own memory.
+"""Stubs for what fake tensors cannot run: bitsandbytes' 8-bit AdamW, packed convolutions, and CPU kernels' scratch
+memory.
 
-The layout of the state is bitsandbytes' (optim/optimizer.py, `Optimizer2State.init_state`), the temporaries those of its kernels;
-tests hold them against the real ones.
+State layout (optim/optimizer.py, `Optimizer2State.init_state`) and temporaries are those of bitsandbytes, to the
+byte; tests compare them with the real ones.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from finetune.kernels import backend
 from finetune.replaceable import patched
 from finetune.training import optimizers
 
-SMALLEST = 4096  # elements; tensors with fewer keep float32 state (bitsandbytes' min_8bit_size)
+SMALLEST = 4096  # elements; smaller tensors keep float32 state (bitsandbytes' min_8bit_size)
 PAGED = 100_000  # elements; smaller tensors' state is not paged (`get_state_buffer`)
-BLOCK = 256  # elements that share one float32 scale: of an optimizer's state
+BLOCK = 256  # elements of optimizer state that share one float32 scale
 
 Device = Literal["cuda", "cpu"]
 
 
 @final
 class AdamW8bit(torch.optim.Optimizer):
-    """The state of bitsandbytes' AdamW8bit: a byte an element and moment, a scale a block, two maps of 256 values for all.
+    """The state of bitsandbytes' AdamW8bit: one byte per element and moment, one scale per block, two maps of 256
+    values.
 
-    Paged moments are no part of PyTorch's memory.
+    Paged moments are not allocated by PyTorch.
     """
 
     def __init__(self, parameters: Any, device: Device = "cuda", is_paged: bool = False, **defaults: Any) -> None:
@@ -41,7 +43,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Allocate, read and write what a step of bitsandbytes' optimizer does; the values mean nothing."""
+        """Allocate, read and write as a step of bitsandbytes' optimizer does; values are meaningless."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -51,7 +53,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     state |= self._layout(parameter)
                 if self._on_cpu:
                     _step_on_cpu(parameter, state["state1"], state["state2"])
-                else:  # one kernel reads the gradient and both moments and writes the weights and both moments
+                else:  # one kernel reads gradient and moments and writes weights and moments
                     parameter.add_(parameter.grad)
 
     def _layout(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -79,9 +81,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _step_on_cpu(parameter: Tensor, state1: Tensor, state2: Tensor) -> None:
-    """The float32 temporaries of bitsandbytes' CPU kernels (backends/cpu/ops.py), which are made of torch's operators."""
+    """The float32 temporaries of bitsandbytes' CPU kernels (backends/cpu/ops.py), which consist of torch operators."""
     assert parameter.grad is not None
-    first, second = state1.float(), state2.float()  # of 8-bit state only: no copies of what is float32
+    first, second = state1.float(), state2.float()  # copies 8-bit state only
     gradient = parameter.grad * 1.0
     denominator = (second.sqrt() / 1.0).add_(0.0)
     parameter.addcdiv_(first.add_(gradient), denominator)
@@ -111,7 +113,7 @@ class PackedConv:
 
 @contextlib.contextmanager
 def in_place(device: Device = "cuda") -> Iterator[None]:
-    """Within, runs use the stubs of `device`: its 8-bit AdamW and whether that pages, and the convolutions that a CPU packs."""
+    """Within, runs use the stubs of `device`: 8-bit AdamW, paged or not, and packed convolutions on a CPU."""
 
     def adamw8bit(bitsandbytes: Any, trained: list[nn.Parameter], arguments: dict[str, Any]) -> torch.optim.Optimizer:
         return AdamW8bit(trained, emulated, **arguments)
@@ -132,9 +134,10 @@ def in_place(device: Device = "cuda") -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorder(device: Device) -> Iterator[Recorder]:
-    """A recorder of a step's events. A CPU's also count what kernels take for themselves, and the random states that checkpointing keeps.
+    """Record a step's events; on a CPU including kernels' scratch memory and the random states that checkpointing
+    stores.
 
-    (On CUDA those states are the host's.)
+    (On CUDA those states are in host memory.)
     """
     found, take_state = Recorder(_cpu_scratch if device == "cpu" else None), torch.get_rng_state
 
@@ -148,13 +151,13 @@ def recorder(device: Device) -> Iterator[Recorder]:
 
 
 def _cpu_scratch(name: str, arguments: Any) -> int:
-    """Bytes that a CPU's float32 kernel takes for itself beside what it returns; none but of convolutions and the fused AdamW are known.
+    """Scratch bytes of a CPU's float32 kernel; known for convolutions and the fused AdamW.
 
-    Left out are oneDNN's scratchpads and the row sums of norms and attention, some KiB each.
+    oneDNN's scratchpads and the row sums of norms and attention, a few KiB each, are left out.
     """
     if name.startswith("convolution"):
         return _convolution_scratch(arguments, name == "convolution_backward")
-    if name == "_fused_adamw_":  # one gradient at a time is laid out plainly
+    if name == "_fused_adamw_":  # one gradient at a time is made contiguous
         return max((gradient.nbytes for gradient in arguments[1] if not gradient.is_contiguous()), default=0)
     return 0
 
@@ -162,8 +165,8 @@ def _cpu_scratch(name: str, arguments: Any) -> int:
 def _convolution_scratch(arguments: Any, backward: bool) -> int:
     """By torch's ATen/native/Convolution.cpp (`use_mkldnn`) and ATen/native/mkldnn/Conv.cpp.
 
-    What lies in another layout than the kernel's is copied. oneDNN reorders the weights, and in the plain layout also what they meet;
-    the gradient of the weights passes through oneDNN's layout and the plain one.
+    What lies in another layout than the kernel's is copied. oneDNN reorders the weights, and in the plain layout also
+    what they meet; the gradient of the weights passes through oneDNN's layout and the plain one.
     """
     tensors: tuple[Tensor, ...] = arguments[: 3 if backward else 2]
     values, weight = tensors[-2:]
