@@ -177,7 +177,8 @@ def _steps(plan: Plan) -> int:
 
 def table(folder: Path, names: Sequence[str], seeds: int) -> None:
     rows = [
-        f"{'':28}{'parameters':>12}{'validation':>12}{'test':>8}{'by one draw':>13}{'± seeds':>9}{'goal':>7}{'CPU min':>9}"
+        f"{'':28}{'parameters':>12}{'validation':>12}{'test':>8}{'by one draw':>13}{'± seeds':>9}{'goal':>7}"
+        f"{'CPU min':>9}"
     ]
     validation, test = references("validation"), references("test")
     rows += [f"{name:28}{'–':>12}{validation[name]:12.3f}{test[name]:8.3f}" for name in test]
@@ -190,7 +191,8 @@ def table(folder: Path, names: Sequence[str], seeds: int) -> None:
         spread = statistics.stdev(one["test_tight"] for one in found) if seeds > 1 else 0.0
         words, goal, recipe, _ = CONTENDERS[name]
         rows.append(
-            f"{words + ', ' + recipe:28}{found[0]['parameters']:12,}{mean['validation']:12.3f}{mean['test_tight']:8.3f}{mean['test']:13.3f}"
+            f"{words + ', ' + recipe:28}{found[0]['parameters']:12,}{mean['validation']:12.3f}"
+            f"{mean['test_tight']:8.3f}{mean['test']:13.3f}"
             f"{spread:9.3f}{goal:7.2f}{mean['cpu_seconds'] / 60:9.1f}"
         )
         print("\n".join(rows), flush=True)

@@ -193,7 +193,8 @@ def points(folder: Path, seeds: int, only: Sequence[str]) -> None:
     )
     deviations = ", ".join(f"{task} {deviation:g}" for task, (_, deviation) in TASKS.items())
     print(
-        f"{STEPS} steps of batch {BATCH}, {DEPTH} layers of {WIDTH}, {seeds} seeds, {DRAWN} samples; deviations: {deviations}\n{head}",
+        f"{STEPS} steps of batch {BATCH}, {DEPTH} layers of {WIDTH}, {seeds} seeds, {DRAWN} samples; deviations: "
+        f"{deviations}\n{head}",
         flush=True,
     )
     for name in only:
@@ -395,7 +396,8 @@ def digits(folder: Path, minutes: float, only: Sequence[str]) -> None:
         place = folder / name.replace(", ", "-").replace(" ", "-")
         found = kept(place / f"result-{minutes:g}.json", functools.partial(train, name, place, data, minutes, reading))
         rows.append(
-            f"{name:28}{found['modes']:>15}{found['reverse_kl']:12.2f}{found['steps']:>9}{found['parameters']:>12,}{found['seconds'] / 60:9.1f}"
+            f"{name:28}{found['modes']:>15}{found['reverse_kl']:12.2f}{found['steps']:>9}"
+            f"{found['parameters']:>12,}{found['seconds'] / 60:9.1f}"
         )
         print("\n".join(rows), flush=True)
     print("published, of 28×28 digits, PacGAN's table")

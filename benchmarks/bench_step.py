@@ -190,7 +190,8 @@ def main(checkpointing: bool, only: str | None) -> None:
             continue
         print(f"\n{title}, 1024², batch 1, rank 16" + (", checkpointing" if checkpointing else ""))
         print(
-            f"{'':54}{'launches':>9}{'of it':>7}{'share':>8}{'forward':>9}{'backward':>9}{'optimizer':>10}{'GB moved':>10}{'TFLOPs':>8}"
+            f"{'':54}{'launches':>9}{'of it':>7}{'share':>8}{'forward':>9}{'backward':>9}{'optimizer':>10}"
+            f"{'GB moved':>10}{'TFLOPs':>8}"
         )
         first = before = 0
         for name, take in ROWS.items():
@@ -198,7 +199,10 @@ def main(checkpointing: bool, only: str | None) -> None:
             first = first or step.launches
             share = f"{(step.launches - before) / first:+.1%}" if before and not name.startswith("for") else ""
             parts = [len(step.parts[part]) for part in PARTS]
-            numbers = f"{parts[0]:>9,}{parts[1]:>9,}{parts[2]:>10,}{step.total('bytes') / 1e9:>10.1f}{step.total('flops') / 1e12:>8.2f}"
+            numbers = (
+                f"{parts[0]:>9,}{parts[1]:>9,}{parts[2]:>10,}{step.total('bytes') / 1e9:>10.1f}"
+                f"{step.total('flops') / 1e12:>8.2f}"
+            )
             print(f"{name:54}{step.launches:>9,}{step.launches / first:>7.1%}{share:>8}{numbers}", flush=True)
             if not name.startswith("for"):
                 before = step.launches

@@ -131,8 +131,7 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, gui
 def judged(
     house: House, names: EmojiNet, pixels: Tensor, gallery: Tensor, truth: list[int]
 ) -> tuple[float, float, float]:
-    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five).
-    """
+    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five)."""
     embedding = names(pixels)
     by_name = torch.stack([embedding @ of_house.T for of_house in gallery]).amax(
         0
@@ -198,7 +197,8 @@ def main() -> None:
 
     seconds = time.monotonic() - start
     print(
-        f"{len(judged_names)} unseen names judged; judges trained on {len(rest)} others; {len(trained)} trained the LoRA; {seconds:.0f} s"
+        f"{len(judged_names)} unseen names judged; judges trained on {len(rest)} others; {len(trained)} trained "
+        f"the LoRA; {seconds:.0f} s"
     )
     apart = f"(Noto {100 * on_real[0]:.1f}, Twemoji {100 * on_real[1]:.1f})"
     print(f"judge's accuracy on real images of the judged names: {100 * sum(on_real) / 2:.1f} % {apart}; goal ≥ 95 %")
@@ -212,7 +212,8 @@ def main() -> None:
         if whole != what:
             lost, learned = (127.5 * float((drawn[one] - drawn[whole]).abs().mean()) for one in (what, "base"))
             print(
-                f"{what}: {lost:.2f} of 255 from what it draws on the whole base, which is {learned:.2f} from the base's own"
+                f"{what}: {lost:.2f} of 255 from what it draws on the whole base, which is {learned:.2f} from the "
+                "base's own"
             )
     shown = [row[:12] for row in (*drawn.values(), pixels[1, truth])]
     tiles = torch.cat(shown).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

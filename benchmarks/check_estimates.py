@@ -240,8 +240,10 @@ def ours() -> dict[str, dict[str, float]]:
         memory.append(reserved / float(row["reserved_gib"]) - 1)
         time.append(one.speed.seconds / float(row["seconds"]) - 1)
         print(
-            f"  {row['recipe']:<18} {row['set']:<22} {row['reserved_gib']:>6} GiB, predicted {reserved:>6.2f} ({memory[-1]:+4.0%})"
-            f"   {row['seconds']} s, predicted {one.speed.seconds:.3f} ({time[-1]:+.0%}); kernels {row['kernel_seconds']} s, predicted {kernels:.4f}"
+            f"  {row['recipe']:<18} {row['set']:<22} {row['reserved_gib']:>6} GiB, predicted {reserved:>6.2f} "
+            f"({memory[-1]:+4.0%})"
+            f"   {row['seconds']} s, predicted {one.speed.seconds:.3f} ({time[-1]:+.0%}); kernels "
+            f"{row['kernel_seconds']} s, predicted {kernels:.4f}"
         )
     said = {"our runs, memory": memory, "our runs, s/step": time}
     return {

@@ -115,7 +115,8 @@ def main(
             print(f"no CUDA GPU is here; on one {gpu.name} this would run:")
         if cpu:
             print(
-                f"measured on {machine.name}, and estimated for one {gpu.name}: what can be held against each other are the operators"
+                f"measured on {machine.name}, and estimated for one {gpu.name}: what can be held against each "
+                "other are the operators"
             )
         for name in names or (BASE if cpu else [name for name in bundled_recipes() if not name.startswith("scratch/")]):
             if time.monotonic() - initialized > 60 * minutes:
@@ -264,7 +265,8 @@ def _estimated(one: Forecast) -> list[tuple[str, str]]:
         ("training", f"{(one.memory.phases['train'] - CONTEXT) / GIB:.2f} GiB reserved"),
         (
             "whole run",
-            f"{(one.memory.peak - CONTEXT) / GIB:.2f} GiB reserved, and CUDA's context; {one.limit / GIB:.2f} GiB are there",
+            f"{(one.memory.peak - CONTEXT) / GIB:.2f} GiB reserved, and CUDA's context; {one.limit / GIB:.2f} GiB "
+            "are there",
         ),
         ("a step", f"{one.speed.seconds:.3f} s"),
         ("operators", f"{one.speed.operators:,}"),

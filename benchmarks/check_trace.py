@@ -196,7 +196,8 @@ def compared(case: Case) -> bool:
     real, parameters = taken(subject)
     off = traced / real - 1
     print(
-        f"{case.name:<40} {parameters / 1e6:>6.1f} M parameters   real {real / MIB:>9.3f} MiB   traced {traced / MIB:>9.3f}"
+        f"{case.name:<40} {parameters / 1e6:>6.1f} M parameters   real {real / MIB:>9.3f} MiB   traced "
+        f"{traced / MIB:>9.3f}"
         f"   {off:+.3%}   {time.perf_counter() - start:.0f} s",
         flush=True,
     )

@@ -89,7 +89,10 @@ def why_not(row: dict[str, str]) -> str:
     if row["gpu"] not in GPUS:
         return f"GPU {row['gpu']}: not in the table"
     if "UNet+TEs" in row["method"] or "?" in row["resolution"]:
-        return f"{row['method']}: {'it trains the text encoders too' if 'TEs' in row['method'] else 'its resolution is not said'}"
+        return (
+            f"{row['method']}: "
+            f"{'it trains the text encoders too' if 'TEs' in row['method'] else 'its resolution is not said'}"
+        )
     if "LyCORIS" in row["method"] and find_spec("lycoris") is None:
         return "LyCORIS: pip install lycoris-lora"
     if "fp8?" in row["compute_dtype"] or row["compute_dtype"].startswith("NeMo"):

@@ -33,7 +33,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
     metavar="NAME",
     help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu. Default: this machine's GPU, else its CPU.",
 )
-@click.option("--vram", type=float, help="Memory in GiB of a GPU that is not listed; requires --tflops and --bandwidth.")
+@click.option("--vram", type=float, help="Memory of an unlisted GPU in GiB; requires --tflops and --bandwidth.")
 @click.option("--tflops", type=float, help="Dense 16-bit TFLOP/s of that GPU.")
 @click.option("--bandwidth", type=float, help="Memory bandwidth of that GPU in GB/s.")
 @click.option(
@@ -50,7 +50,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 @click.option("--budget", type=float, help="Highest cost in USD.")
 @click.option("--hours", type=float, help="Longest run in hours.")
 @click.option("--resolution", type=int, help="Image size in pixels, instead of each recipe's.")
-@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most to you.")
+@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
 @click.option(
     "--data",
     type=click.Choice(["images", "small-images"]),
@@ -60,7 +60,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 )
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of RECIPE.")
 @click.option(
-    "--trace", is_flag=True, help="Run the training step on fake tensors: covers any configuration, takes about a minute."
+    "--trace", is_flag=True, help="Run the training step on fake tensors: for any configuration, takes about a minute."
 )
 @click.option(
     "--denoiser",
@@ -76,9 +76,7 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 @click.option(
     "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the recommended recipe, ready to edit."
 )
-@click.option(
-    "--calibrate", is_flag=True, help="Measure this machine's CPU first (3 seconds) and save the result."
-)
+@click.option("--calibrate", is_flag=True, help="Measure this machine's CPU first (3 seconds) and save the result.")
 @click.option("as_json", "--json", is_flag=True, help="Print everything as JSON.")
 def command(
     recipe: str | None,
@@ -180,7 +178,10 @@ def _calibrated() -> str:
         f"{kind} {getattr(found, kind).rate / 1e9:.0f} GFLOP/s" for kind in ("matmul", "conv", "attention")
     )
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s ({versions})\nsaved to {keep(found)}"
+    return (
+        f"{found.name}, {found.threads} threads: {rates}, memory {found.other.rate / 1e9:.1f} GB/s "
+        f"({versions})\nsaved to {keep(found)}"
+    )
 
 
 def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
@@ -193,7 +194,9 @@ def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
             remedy="use --gpu alone, or --vram, --tflops and --bandwidth",
         )
     if any(given) and not all(given):
-        raise UserError("--vram, --tflops and --bandwidth must be given together", remedy=f"use --gpu NAME, or {DESCRIBED}")
+        raise UserError(
+            "--vram, --tflops and --bandwidth must be given together", remedy=f"use --gpu NAME, or {DESCRIBED}"
+        )
     name = name or (None if any(given) else local_gpu() or "cpu")
     if name and name.lower() == "cpu":
         if options["gpus"] > 1 or options["price"] is not None:

@@ -45,7 +45,10 @@ def configs_of(section: Model) -> tuple[Path, str]:
     raise UserError(
         f'what architecture "{given}" has cannot be told from here',
         where="model.path",
-        remedy=f"give its folder or .safetensors file; known on the hub are all of family sdxl, and {', '.join(sorted(_repositories()))}",
+        remedy=(
+            "give its folder or .safetensors file; known on the hub are all of family sdxl, and "
+            f"{', '.join(sorted(_repositories()))}"
+        ),
     )
 
 

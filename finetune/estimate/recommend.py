@@ -59,7 +59,8 @@ BY_IMAGES = (
         1_000_000,
         INFINITE,
         ("full", "lora"),
-        "even millions of images are best used for fine-tuning: pretraining Stable Diffusion took 150,000 A100 hours ($600,000)",
+        "even millions of images are best used for fine-tuning: pretraining Stable Diffusion took 150,000 A100 "
+        "hours ($600,000)",
     ),
 )
 BY_BUDGET = (

@@ -28,11 +28,13 @@ def compared(
     """
     price = f" · ${gpu.price.low:.2f}–{gpu.price.high:.2f}/h ({gpu.price.date or 'undated'})" if gpu.price else ""
     lines = [
-        f"{images:,} images on {_many(choice.forecast)} · {gpu.visible_gib:.1f} GiB{' usable' if gpu.device == 'cuda' else ''}{price}"
+        f"{images:,} images on {_many(choice.forecast)} · {gpu.visible_gib:.1f} "
+        f"GiB{' usable' if gpu.device == 'cuda' else ''}{price}"
     ]
     width = max(len(one.name) for one in found)
     lines.append(
-        f"   {'recipe':<{width}} {'':<16} {'memory':<{BAR + 13}} {'s/step':>7} {'time':>14} {'cost' if gpu.price else '':>13}"
+        f"   {'recipe':<{width}} {'':<16} {'memory':<{BAR + 13}} {'s/step':>7} {'time':>14} "
+        f"{'cost' if gpu.price else '':>13}"
     )
     best, over = choice.forecast, [one for one in found if not one.fits]
     for one in sorted((one for one in found if one.fits), key=lambda one: one is not best):
@@ -117,7 +119,10 @@ def accuracy(gpu: Gpu) -> str:
     errors = json.loads((ASSETS / "accuracy.json").read_text(encoding="utf-8"))
     if gpu.calibration:
         cpu = errors["s/step on a CPU"]
-        text = f"time within ±{cpu['most']:.0%} for {cpu['rows']} recipes on a calibrated CPU (median ±{cpu['median']:.0%})"
+        text = (
+            f"time within ±{cpu['most']:.0%} for {cpu['rows']} recipes on a calibrated CPU (median "
+            f"±{cpu['median']:.0%})"
+        )
         measured = gpu.calibration.measured
         return text if measured else f"{text}; this CPU is not calibrated: run `ft estimate --calibrate` (3 seconds)"
     memory, time = errors["memory"], errors["s/step, its model left out"]

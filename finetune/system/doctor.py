@@ -116,7 +116,8 @@ def package() -> list[Finding]:
         Finding(
             "package",
             "fails",
-            f"the unrelated PyPI package finetune {version} is installed: `import finetune` may import it instead of ft",
+            f"the unrelated PyPI package finetune {version} is installed: `import finetune` may import it instead "
+            "of ft",
             "pip uninstall finetune, then reinstall ft: pip install --force-reinstall --no-deps ft-image",
         )
     ]
@@ -269,7 +270,10 @@ def gpus(there: Driver | None, probed: dict[str, Any]) -> list[Finding]:
             )
         ]
     text = f" ({probed['warnings'][0]})" if probed["warnings"] else ""
-    remedy = f"install a newer driver, or a torch built for an older CUDA than {probed['cuda']}; in a container, start it with --gpus all"
+    remedy = (
+        f"install a newer driver, or a torch built for an older CUDA than {probed['cuda']}; in a container, "
+        "start it with --gpus all"
+    )
     return [Finding("GPU", "fails", f"{names}{version}; torch for CUDA {probed['cuda']} does not see it{text}", remedy)]
 
 
@@ -290,7 +294,10 @@ def _gpu(number: int, gpu: dict[str, Any], probed: dict[str, Any], version: str)
             f"{text}: computing fails: {cause}",
             INSTALL_TORCH if old else "check nvidia-smi; restart the machine or the driver",
         )
-    text += f", {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free, {'bfloat16' if gpu['bfloat16'] else 'float16 only, no bfloat16'}"
+    text += (
+        f", {gpu['free'] / GIB:.1f} of {gpu['total'] / GIB:.1f} GiB free, "
+        f"{'bfloat16' if gpu['bfloat16'] else 'float16 only, no bfloat16'}"
+    )
     if gpu["free"] < 0.85 * gpu["total"]:
         return Finding(
             name, "limited", text, "nvidia-smi lists the programs that use GPU memory; close those you do not need"
@@ -403,7 +410,10 @@ def hub(probed: dict[str, Any]) -> list[Finding]:
 
 
 def _token(probed: dict[str, Any]) -> Finding:
-    get = "accept the license on the model's page, then `hf auth login` with a token from https://huggingface.co/settings/tokens"
+    get = (
+        "accept the license on the model's page, then `hf auth login` with a token from "
+        "https://huggingface.co/settings/tokens"
+    )
     if not probed["token"]:
         return Finding(
             "token",

@@ -214,7 +214,8 @@ class DenoiserModel(Model):
         nn.Module.to(net, DTYPES[recipe.train.weights if full else plan.precision])
         if recipe.train.checkpointed and isinstance(net, diffusers.UVit2DModel):
             raise UserError(
-                "UVit2DModel does not support gradient checkpointing: diffusers 0.42 passes keyword arguments that it rejects",
+                "UVit2DModel does not support gradient checkpointing: diffusers 0.42 passes keyword arguments "
+                "that it rejects",
                 where="train.gradient_checkpointing",
                 remedy="--set train.gradient_checkpointing=false",
             )

@@ -147,7 +147,8 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
         if len(ones) != len(others):
             if key[0] not in BY_BYTES:
                 raise RuntimeError(
-                    f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch {BATCHES[1]} {len(others)}"
+                    f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch "
+                    f"{BATCHES[1]} {len(others)}"
                 )
             # A net that takes its images one by one, or in groups: such operators cost their bytes, so that the means
             # of the smaller batch's serve.
