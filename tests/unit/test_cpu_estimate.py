@@ -22,6 +22,7 @@ from finetune.estimate.forecast import forecast
 from finetune.estimate.hardware import calibrate, cpu
 from finetune.estimate.hardware.gpus import this_cpu
 from finetune.estimate.monitor import Expected
+from finetune.system.cpu_info import cpu_name
 from finetune.training.pace import FAR, FEWEST, WARM_UP, Pace, warning
 from tests.helpers import tiny
 from tests.helpers.estimates import ft, of
@@ -148,7 +149,8 @@ def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
 def test_a_disproved_measurement_is_discarded_and_the_others_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundled = dataclasses.replace(cpu.calibration(torch.get_num_threads()), measured=True)
+    threads = torch.get_num_threads()
+    bundled = dataclasses.replace(cpu.calibration(threads), name=cpu_name(), measured=True)
     monkeypatch.setattr(job, "calibrate", lambda: bundled)  # this machine's own may be busy, or have a launch time of 0
     run = tiny.prepare(tiny.recipe("sd15", "lora", folder=tmp_path / "run"))
     run.trainer.pace = here(2 * FAR)
