@@ -1,15 +1,13 @@
-"""Likelihood of handwritten digits by our families: bits/dim on scikit-learn's 8×8 digits, 17 levels.
+"""Likelihood of handwritten digits: bits/dim of our families on scikit-learn's 8×8 digits, 17 levels.
 
-    python benchmarks/bench_digits.py                       # all, three seeds each, in runs/digits; goes on where it
-    was stopped
+    python benchmarks/bench_digits.py                       # all, three seeds each, in runs/digits; resumes
     python benchmarks/bench_digits.py --only vae --seeds 1
-    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings: the test images are not
-    looked at
+    python benchmarks/bench_digits.py --validate vae --set net.width=64   # try settings without the test images
 
-Each contender trains by its recipe of `recipes/scratch/` and the project's own loop on the first 1,000 images. Of its
-checkpoints the one likeliest to give the next 350 is taken, and the last 447 are scored with that one, once. Bits/dim
-are exact for autoregressive models and upper bounds for VAEs (−IWAE of 256 particles, and the −ELBO beside it) and
-flows (−log of the mean over 64 dequantisations). The rows without a net are computed from the training images here.
+Each model trains by its recipe in `recipes/scratch/` on the first 1,000 images. The checkpoint with the best likelihood
+on the next 350 is scored once on the last 447. Bits/dim are exact for autoregressive models and upper bounds for VAEs
+(−IWAE with 256 samples, next to the −ELBO) and flows (−log of the mean over 64 dequantizations). The baselines without
+a network are computed from the training images.
 """
 
 from __future__ import annotations

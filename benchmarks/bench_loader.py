@@ -1,14 +1,12 @@
-"""Whether the step ever waits for its images, and how many a second are read, cropped and scaled.
+"""Whether training steps wait for images, and how many images per second are read, cropped and scaled.
 
     python benchmarks/bench_loader.py [--images 48] [--batch 8] [--steps 12] [--rounds 3]
 
-Photographs of 1600×1200 (JPEG, made here) are drawn at 512², by three ways that take turns in one process: this
-project's `Dataset`; a plain torch `Dataset` with Pillow, doing the same, behind a `DataLoader` with as many workers as
-this project has threads; and the same without workers. All images are compared first: they are equal. Nothing is kept
-in memory, so that each draw reads and decodes. Then steps are taken that, like a GPU's, leave the CPU idle, half as
-long again as a batch
-takes: printed is the share of the wall time that they spend waiting for a batch, also where batches come from the
-cache.
+JPEG photographs of 1600×1200, generated here, are prepared at 512² in three ways that alternate in one process: this
+project's `Dataset`; a plain torch `Dataset` with Pillow behind a `DataLoader` with as many workers as this project has
+threads; and the same without workers. The images are compared first: they are equal. Nothing is cached, so every access
+reads and decodes. Then simulated GPU steps leave the CPU idle for half as long again as a batch takes to load; the share
+of wall time spent waiting for a batch is printed, also for batches from the latent cache.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
-"""How many modes our GANs find, where the answer is known: rings and grids of Gaussians, and stacked digits.
+"""How many modes our GANs cover where the answer is known: rings and grids of Gaussians, and stacked digits.
 
-    python benchmarks/bench_modes.py points [--seeds 3]     # 8 Gaussians on a ring and 25 on a grid, by a small net
-    pair with each loss
-    python benchmarks/bench_modes.py digits [--minutes 2]   # three digits stacked as colors, 1,000 modes, by each GAN
-    recipe; for so long each
+    python benchmarks/bench_modes.py points [--seeds 3]     # 8 Gaussians on a ring, 25 on a grid, with each loss
+    python benchmarks/bench_modes.py digits [--minutes 2]   # three stacked digits, 1,000 modes, with each GAN recipe
 
-Both go on where they were stopped (runs/modes). Beside each count stands what it hides: the share of samples within
-three deviations of a mode, and the reverse KL, of how the samples fall to the modes against evenly, in nats. The
-published rows are those of the PacGAN paper (Lin et al. 2018, arXiv:1712.04086); sizes of nets and budgets there are
-others.
+Both resume (runs/modes). Next to each count are the share of samples within three deviations of a mode, and the reverse
+KL divergence of the samples' modes from uniform, in nats. Published rows are from the PacGAN paper (Lin et al. 2018,
+arXiv:1712.04086), which has other network sizes and budgets.
 """
 
 from __future__ import annotations

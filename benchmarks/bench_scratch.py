@@ -1,13 +1,12 @@
-"""Families from scratch against the usual way, in turns in one process: steps and images a second, as ratios.
+"""Our families from scratch against reference implementations: steps and images per second, as ratios.
 
     python benchmarks/bench_scratch.py [--rounds 3] [--only vae glow ddpm imagegpt pixelcnn++]
 
-Above 1 is ours faster. References: pythae's VAE (`pip install pythae`, of which only the model and its loss are used,
-around the same encoder and decoder; left out where it is not installed), normflows' Glow of the same widths,
-diffusers' own unconditional training and DDIM written out around the same UNet, transformers' `generate` of the same
-ImageGPT, and PixelCNN++ and ImageGPT drawn by a whole pass a pixel. A step is loss, gradients and AdamW on the same
-images at 32×32, in a plain loop on both sides; a whole pass a pixel costs every pixel the same, so a few are timed and
-multiplied.
+Above 1, ours is faster. References: pythae's VAE (model and loss only, with the same encoder and decoder; skipped if
+`pythae` is not installed), normflows' Glow of the same widths, diffusers' unconditional training and DDIM with the same
+UNet, transformers' `generate` with the same ImageGPT, and PixelCNN++ and ImageGPT sampled with a full pass per pixel. A
+step is loss, gradients and AdamW on the same 32×32 images in a plain loop on both sides. A full pass per pixel costs the
+same for every pixel, so a few are timed and multiplied.
 """
 
 from __future__ import annotations

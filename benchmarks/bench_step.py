@@ -1,10 +1,10 @@
-"""What a LoRA step launches, moves and computes, ours beside diffusers with PEFT as its training examples put it:
-benchmarks/bench_step.py
+"""Launches, memory traffic and FLOPs of a LoRA step: ours against diffusers' training examples with PEFT.
 
-Counted on fake tensors, as CUDA would take the step: no GPU and no weights are needed, and the minutes it takes say
-nothing. The examples are train_text_to_image_lora_sdxl.py and train_dreambooth_lora_flux2_klein.py, from cached
-latents and embeddings on, with float32 adapters on a bfloat16 base. Each row after them is one change more; the last
-is what the trainer does.
+    python benchmarks/bench_step.py
+
+Counted on fake tensors as CUDA would run the step: needs no GPU and no weights. The examples are
+train_text_to_image_lora_sdxl.py and train_dreambooth_lora_flux2_klein.py, starting from cached latents and embeddings,
+with float32 adapters on a bfloat16 base model. Each further row adds one change; the last is what the trainer does.
 """
 
 from __future__ import annotations

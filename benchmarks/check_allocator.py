@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The replayed allocator (finetune/estimate/allocator/caching.py) against what PyTorch documents:
-benchmarks/check_allocator.py
+"""Check the allocator model (finetune/estimate/allocator/caching.py) against PyTorch's documented behavior.
 
-Short sequences, the figures worked out by hand from the source named beside them. Prints each with what was expected
-and what the replay gave, then how long a million events take; exits with 1 on any difference. `.cpp` is
-c10/cuda/CUDACachingAllocator.cpp, `.h` is c10/core/AllocatorConfig.h, "notes" is
-pytorch.org/docs/stable/notes/cuda.html.
+    python benchmarks/check_allocator.py
+
+Short sequences with figures worked out by hand from the cited source. Prints expected and replayed figures, then how long
+a million events take; the exit code is 1 on any difference. `.cpp` is c10/cuda/CUDACachingAllocator.cpp, `.h` is
+c10/core/AllocatorConfig.h, "notes" is pytorch.org/docs/stable/notes/cuda.html.
 """
 
 from __future__ import annotations

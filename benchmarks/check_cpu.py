@@ -1,9 +1,9 @@
-"""Recipes' steps on this machine's CPU beside their estimates, after a two-second calibration in the same run:
-benchmarks/check_cpu.py [NAME …]
+"""Compare training steps on this machine's CPU with their estimates, after a two-second calibration in the same run.
 
-Times are the processor's for the thread that calls, so that what else the machine does meanwhile does not count. With
---default the calibration is also written to finetune/assets/cpu.json: what an unmeasured CPU is taken to be, core for
-core.
+    python benchmarks/check_cpu.py [NAME …]
+
+Times are CPU times of the calling thread, so other programs do not count. With --default, the calibration is also written
+to finetune/assets/cpu.json: the speed per core that is assumed for CPUs that are not calibrated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `ft estimate` says, held against published runs: how far memory and time are off, and which constants fit best.
+"""Compare the estimates of `ft estimate` with published runs: errors of memory and time, and the best-fitting constants.
 
-The runs are finetune/assets/published_runs.tsv, each with its source. A row that cannot be described is named with
-the reason.
+The runs are finetune/assets/published_runs.tsv, each with its source. Rows that cannot be described are listed with the
+reason.
 """
 
 from __future__ import annotations

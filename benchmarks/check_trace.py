@@ -1,17 +1,16 @@
-"""Real steps on this machine's CPU beside their traces, in bytes: benchmarks/check_trace.py. Under three minutes on
-one core.
+"""Compare peak memory of real steps on this machine's CPU with their traces, to the byte. Takes three minutes on one core.
 
-Both run the project's own Trainer for two steps in float32. What the real run allocates is counted by torch's
-profiler, which sees every allocation and release of torch's CPU allocator, to the byte, oneDNN's and bitsandbytes'
-temporaries included; the trace says it from fake tensors (`TracedRun(device="cpu")`). Prints the two peaks side by
-side; exits with 1 if one is off by more than 0.1 %.
+    python benchmarks/check_trace.py
 
-The trace knows what convolutions and the fused AdamW of a CPU take for themselves while they run
-(`standins.recorder`; a GPU's take other amounts, of which this says nothing), and leaves out oneDNN's scratchpads and
-the row sums of norms and attention: some KiB. Not counted on either side: what does not go through torch's allocator,
-such as the buffers of matrix products and Python's own memory. One difference is known, and moves none of these peaks:
-while a mode such as the recorder is on, autograd adds gradients that meet into a new tensor, where a real run reuses
-the older one.
+Both run the project's own Trainer for two steps in float32. torch's profiler counts the real run's allocations: every
+allocation and release of torch's CPU allocator, including temporaries of oneDNN and bitsandbytes. The trace runs on fake
+tensors (`TracedRun(device="cpu")`). Prints both peaks; the exit code is 1 if one differs by more than 0.1 %.
+
+The trace includes the scratch memory of convolutions and the fused AdamW on a CPU (`stubs.recorder`; a GPU's differs), but
+not oneDNN's scratchpads and the row sums of norms and attention, a few KiB. Neither side counts memory outside torch's
+allocator, such as buffers of matrix products and Python's own memory. One known difference changes none of these peaks:
+under a dispatch mode such as the recorder, autograd accumulates gradients into a new tensor, where a real run reuses the
+older one.
 """
 
 from __future__ import annotations

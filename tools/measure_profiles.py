@@ -1,9 +1,7 @@
-"""Measure the profiles that `ft estimate` answers from, by running each step on fake tensors:
-tools/measure_profiles.py [NAME …]
+"""Measure cost profiles by running training steps on fake tensors: python tools/measure_profiles.py [NAME …]
 
-No GPU and no weights are needed; a profile takes minutes. It writes finetune/assets/profiles/NAME.json. What there is
-to measure is read off the
-bundled recipes: one profile for each architecture that they fine-tune, and for each net that they make from scratch.
+Needs no GPU and no weights; a profile takes minutes. Writes finetune/assets/profiles/NAME.json. There is one profile for
+each architecture that the bundled recipes fine-tune, and for each network that they train from scratch.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from finetune.estimate.architecture import configs_of
 from finetune.estimate.profiles import Device, build_key, path_of, settings_of
 
 RANK, HIGHER_RANK = 16, 64
-# What is varied of a recipe, by method, each with all others: what the advice may name, and what people turn off.
+# Settings varied by method, in all combinations: what the advice suggests, and what people turn off.
 CHECKPOINTING = ("false", "true")
 VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"adapter.targets": ("attention", "attention+mlp"), "train.gradient_checkpointing": CHECKPOINTING},
@@ -35,13 +33,13 @@ VARIED: dict[str, dict[str, tuple[str, ...]]] = {
     "scratch": {},
 }
 FUSED = {"train.fused_backward": "true", "optimizer.clip": "tensor", "train.accumulation": "1"}
-# Further edits of each recipe: LoRA on whole weights, and QLoRA.
+# Further variants of each recipe: LoRA on full weights, and QLoRA.
 BESIDE: dict[str, tuple[dict[str, str], ...]] = {
     "lora": ({"model.quantize": "null"}, {"model.quantize": "nf4"}),
     "full": (),
     "scratch": (),
 }
-# On small nets also the rest of what the advice may name and a recipe can say.
+# Further variants for small networks.
 OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     "lora": ({"model.quantize": "int8"}, {"train.gradient_checkpointing": "2"}),
     "full": (
@@ -52,23 +50,17 @@ OF_SMALL: dict[str, tuple[dict[str, str], ...]] = {
     ),
     "scratch": (),
 }
-PRESERVING = ({"adapter.distill_every": "null"}, {"adapter.distill_every": "5"})  # of LoRA
-WHOLE = (
-    "base",
-    "sd15",
-    "sd21",
-    "sdxl",
-)  # profiles with all of this; of other architectures, as large as they are, what their recipes say
-ON_CPU = ("base",)  # that a CPU may train, besides nets from scratch
-SMALL = (
-    "base",
-)  # on which what stands in OF_SMALL, and a higher rank, are measured: larger nets take minutes for each
+PRESERVING = ({"adapter.distill_every": "null"}, {"adapter.distill_every": "5"})  # for LoRA
+# Profiles with all of these variants; other architectures are large, and only what their recipes say is measured.
+WHOLE = ("base", "sd15", "sd21", "sdxl")
+ON_CPU = ("base",)  # profiles for CPUs, besides networks from scratch
+SMALL = ("base",)  # profiles with the variants of OF_SMALL and a higher rank: larger networks take minutes for each
 DEVICES: tuple[Device, ...] = ("cuda", "cpu")
-EXAMPLES: dict[tuple[str, str, Device], Any] = {}  # of each recipe's batches: its encoders run once
+EXAMPLES: dict[tuple[str, str, Device], Any] = {}  # encoded examples by recipe, so that encoders run once
 
 
-def profiles() -> dict[str, list[str]]:
-    """The recipes of each profile, by its name."""
+def recipes_by_profile() -> dict[str, list[str]]:
+    """Profile name → the recipes that it covers."""
     found: dict[str, list[str]] = {}
     for name in bundled_recipes():
         recipe = load_recipe(name)
@@ -80,13 +72,11 @@ def profiles() -> dict[str, list[str]]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option(
-    "--missing", is_flag=True, help="Keep what the profiles hold, and measure only variants and devices that they lack."
-)
-@click.option("--method", help="Measure only the variants of this method; of others, keep what the profiles hold.")
+@click.option("--missing", is_flag=True, help="Measure only variants and devices that the profiles lack.")
+@click.option("--method", help="Measure only the variants of this method, and keep the others.")
 def main(names: tuple[str, ...], missing: bool, method: str | None) -> None:
-    """Measure the profiles NAMES, or all. Each variant is written down when it is measured."""
-    for name in names or profiles():
+    """Measure the profiles NAMES, or all. Saves after each variant."""
+    for name in names or recipes_by_profile():
         start = time.perf_counter()
         held = (
             json.loads(path_of(name).read_text(encoding="utf-8"))
@@ -100,15 +90,15 @@ def main(names: tuple[str, ...], missing: bool, method: str | None) -> None:
 
 
 def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str | None) -> Iterator[dict[str, Any]]:
-    """One profile as plain values, again after each variant that was measured; `held`: as it was."""
+    """Yield one profile as plain values after each measured variant; `held` is its previous content."""
     import diffusers
     import torch
 
     from finetune.estimate.tracing.measure import BATCHES, outside, parameters
 
     recipes = [
-        load_recipe(one) for one in sorted(profiles()[name], key=lambda one: (one.startswith("full/"), one))
-    ]  # of LoRA's, the base is whole
+        load_recipe(one) for one in sorted(recipes_by_profile()[name], key=lambda one: (one.startswith("full/"), one))
+    ]  # LoRA recipes have the full base model
     counts: dict[str, int] = held["parameters"] if held else {}
     around: dict[str, Any] = held["outside"] if held else {}
     first: dict[Device, dict[str, Any]] = {}
@@ -140,14 +130,12 @@ def measured(name: str, held: dict[str, Any] | None, missing: bool, method: str 
 
 
 def key_of(device: Device, settings: dict[str, Any]) -> str:
-    """What tells a variant from others."""
+    """A key that identifies a variant."""
     return f"{device} {json.dumps(settings, sort_keys=True)}"
 
 
 def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
-    """The variants of a recipe on the profile `name`: devices, and the recipe with all that is varied; on a CPU only
-    whether a base is preserved.
-    """
+    """The variants of a recipe in the profile `name`, as (device, recipe); on a CPU, only distillation varies."""
     axes = dict(VARIED[recipe.method]) if name in WHOLE else {}
     if settings_of(recipe).get("adapter.targets") not in axes.get("adapter.targets", ()):
         axes.pop("adapter.targets", None)
@@ -165,9 +153,9 @@ def wanted(name: str, recipe: Recipe) -> Iterator[tuple[Device, Recipe]]:
 
 
 def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
-    """A bundled recipe with other values, at the rank that is measured, its text encoders whole, without averages.
+    """A bundled recipe with other values, at the measured rank, with full text encoders and without EMA.
 
-    (Averages are added to what a profile says, and what text encoders spare is taken off.)
+    (EMA is added to a profile's figures, and savings of text encoders are subtracted.)
     """
     sets = [f"{key}={json.dumps(value) if key == 'adapter.targets' else value}" for key, value in chosen.items()]
     sets += ["model.text_encoder_placement=device"] if recipe.model.text_encoder_placement != "device" else []
@@ -178,14 +166,14 @@ def varied(recipe: Recipe, chosen: dict[str, str]) -> Recipe:
 
 
 def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One variant of a profile.
+    """Measure one variant of a profile.
 
     Args:
-        first: the run of it at the first of `BATCHES`, if that was traced already.
+        first: its run at the first of `BATCHES`, if traced already.
     """
     from finetune.estimate.tracing.measure import BATCHES, variant
 
-    # An adapter's gradients weigh nothing beside the rest, and fused ones do not stay.
+    # Gradients of adapters are negligible, and fused ones are freed at once.
     accumulations = (1,) if recipe.method == "lora" or recipe.train.fused_backward else (1, 2)
     low, high = (
         [
@@ -203,7 +191,7 @@ def variant_of(name: str, recipe: Recipe, device: Device, first: dict[str, Any] 
 
 
 def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training: bool = True) -> dict[str, Any]:
-    """The phases of one run on fake tensors."""
+    """Trace one run; returns its phases."""
     from finetune.data.audit.audit import scan
     from finetune.estimate.tracing.measure import BATCHES
     from finetune.estimate.tracing.traced_run import TracedRun
@@ -211,7 +199,7 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch_size=batch, accumulation=times))
     if hasattr(
         recipe.net, "group"
-    ):  # of images that a critic compares: it has to divide both batches, and its size costs nothing
+    ):  # the group size of a minibatch discriminator must divide both batches, and costs nothing
         recipe = dataclasses.replace(recipe, net=dataclasses.replace(recipe.net, group=BATCHES[0]))
     audit = scan(recipe.data) if recipe.method == "scratch" else None
     side = recipe.data.resolution
@@ -223,7 +211,7 @@ def traced(recipe: Recipe, device: Device, batch: int, times: int, only_training
 
 
 def encoded(profile: dict[str, Any]) -> str:
-    """JSON with one line for each key and each variant's key, which a diff can show."""
+    """JSON with one line per key, so that diffs are readable."""
     head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in profile.items() if key != "variants"]
     variants = [
         ",\n".join(f"   {json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in entry.items())

@@ -1,6 +1,6 @@
 """Published runs of other trainers, described so that `TracedRun` can trace them: model, adapter, storage, optimizer.
 
-What a run's trainer does otherwise than ours is said here once, by the words of finetune/assets/published_runs.tsv.
+Differences between those trainers and ours are described here, by the terms of finetune/assets/published_runs.tsv.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Expected:
         if one is None:
             return f"no estimate: {self.reason}"
         fits = "" if one.fits else ", does not fit"
-        time = f"{_seconds(one.speed.seconds)} per step, {duration(3600 * one.hours)} including encoding and samples"
+        hours = duration(3600 * one.hours)
+        time = f"{seconds_text(one.speed.seconds)} per step, {hours} including encoding and samples"
         return f"estimate: {_memory(one)} of {one.gpu.name}{fits}; {time}"
 
 
@@ -99,7 +100,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows (name, estimated, measured, error) of `estimate.json`, for the terminal and the report."""
     table = []
     shown: Callable[[float], str]
-    for name, key, shown in (("memory", "memory_bytes", _gibibytes), ("a step", "seconds_per_step", _seconds)):
+    for name, key, shown in (("memory", "memory_bytes", _gibibytes), ("a step", "seconds_per_step", seconds_text)):
         estimated, measured = found[key]["estimated"], found[key]["measured"]
         if estimated is None and measured is None:
             continue
@@ -116,5 +117,5 @@ def _gibibytes(count: float) -> str:
     return f"{count / GIB:.2f} GiB"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s"

@@ -10,7 +10,7 @@ from finetune.estimate.advice import sets
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.hardware.cpu import Calibration
-from finetune.estimate.monitor import Expected, _seconds, cheapest, rows, saved
+from finetune.estimate.monitor import Expected, seconds_text, cheapest, rows, saved
 from finetune.terminal import Row
 
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
@@ -112,7 +112,7 @@ def too_slow(seconds: Sequence[float], estimated: float) -> float | None:
 
 def warning(one: Forecast, live: float, memory_left: float | None) -> str:
     """The warning: steps take `live` seconds, what was estimated, and what probably helps."""
-    text = f"a step takes {_seconds(live)}, estimated {_seconds(one.speed.seconds)} on {one.gpu.name}. "
+    text = f"a step takes {seconds_text(live)}, estimated {seconds_text(one.speed.seconds)} on {one.gpu.name}. "
     if one.gpu.device == "cpu":
         return (
             text

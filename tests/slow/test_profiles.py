@@ -21,7 +21,7 @@ from tools import measure_profiles
 def test_every_profile_holds_what_the_bundled_recipes_ask_for() -> None:
     """A recipe, a option or a key that came later makes profiles stale: tools/measure_profiles.py."""
     lacking = set()
-    for profile_name, recipes in measure_profiles.profiles().items():
+    for profile_name, recipes in measure_profiles.recipes_by_profile().items():
         profile = profiles.load(profile_name) if profile_name in profiles.known() else None
         for name in recipes:
             asked = list(measure_profiles.wanted(profile_name, load_recipe(name)))
@@ -41,7 +41,7 @@ def test_profiles_are_not_stale(name: str, device: profiles.Device) -> None:
         [measure_profiles.traced(recipe, device, batch, accumulation) for accumulation in times] for batch in BATCHES
     )
     found = variant(recipe, device, low, high, None)
-    profile = next(one for one, recipes in measure_profiles.profiles().items() if name in recipes)
+    profile = next(one for one, recipes in measure_profiles.recipes_by_profile().items() if name in recipes)
     held = json.loads(profiles.path_of(profile).read_text())
     entry = next(one for one in held["variants"] if all(one[key] == found[key] for key in ("device", "settings")))
     assert {key: entry[key] for key in found if key != "rank_bytes"} == {
