@@ -1,14 +1,13 @@
-"""The five families from scratch at equal CPU time on the bundled emoji of 32 pixels: one table, and images of each.
+"""The five families from scratch at equal CPU time on the bundled 32-pixel emoji: a table, and images of each.
 
     python benchmarks/bench_families.py --minutes 10 --folder /tmp/families    # within three hours on two cores
     python benchmarks/bench_families.py --minutes 0.2 --seeds 0 --images 32 --folder /tmp/quick --only vae glow
 
-Each trains by its recipe and the project's own loop, one thread, at a constant rate (a schedule would have to know
-how many steps there will be), until its process has had its CPU time; a tenth of the images is held out, for bits/dim.
-Then `ft eval` measures it. Stable are those of some more, shorter runs from other seeds whose losses stay finite,
-whose loss has fallen (a GAN's says nothing), and whose images keep at least half of the real ones' diversity. What is
-done is not done again, and what was killed goes on after its last checkpoint. --write keeps the table where `ft
-estimate --goal` quotes it.
+Each trains by its recipe and the project's own loop on one thread, at a constant learning rate (a schedule would need the
+number of steps), until its process has used its CPU time; a tenth of the images is held out for bits/dim. Then `ft eval`
+measures it. A run counts as stable if its losses stay finite, its loss has fallen (a GAN's says nothing), and its images
+have at least half of the real ones' diversity; that is measured on further, shorter runs with other seeds. Finished work
+is kept, and interrupted runs resume from their last checkpoint. --write saves the table that `ft estimate --goal` quotes.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""What a million images cost: seconds and peak memory of looking, bucketing, caching and training, at 10 k, 100 k and
-1 M.
+"""The cost of a million images: seconds and peak memory to audit, bucket, cache and train, at 10 k, 100 k and 1 M.
 
     python benchmarks/bench_scale.py [--entries 10000 100000 1000000] [--uncached | --synthetic] [--folder FOLDER]
 
-Makes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards), and for each size
-takes, in a process of its own, the way of a run: the audit; the audit again, as at a second start; plan and order;
-everything encoded into the cache by an encoder that costs nothing; the cache opened again; 300 steps of a small net on
-batches of 16 drawn from it (--uncached: drawn from the shards, and nothing is encoded before). What is measured is the
-way, not the encoder. --synthetic writes no shards: a table of captions is read, an index filled with images that are
-made when they are read, and copies and near copies are looked for among them.
+Writes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards). For each size, a process of
+its own goes through a run: the audit; the audit again, as on a second start; plan and order; encoding everything into the
+cache with an encoder that costs nothing; opening the cache again; 300 steps of a small network on batches of 16 from it
+(--uncached: from the shards, without encoding). --synthetic writes no shards: it reads a table of captions, fills an index
+with images created on access, and searches them for duplicates and near duplicates.
 """
 
 from __future__ import annotations

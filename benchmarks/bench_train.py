@@ -1,14 +1,13 @@
-"""How fast the LoRA of the demo trains here, and what makes it so.
+"""Training speed of the demo's LoRA on this machine, and what each optimization contributes.
 
     python benchmarks/bench_train.py [--rounds 5] [--steps 4]
 
-Prints, from one run: steps a second of `recipes/lora/emoji.yaml`, whose steps are all like the example's here (no
-`distill_every`); the share of a step's wall time spent outside forward, backward and optimizer; the ratio to the same
-training written the usual way (diffusers' training example: images and captions encoded at every step, torch's default
-optimizer and memory format, the same batch, resolution, layers, rank), at the recipe's batch and at batch 1; and what
-each of our choices brings, by undoing it. Contenders, each in a process of its own, take turns in rounds; the median
-round's ratio counts, of the processor's time in the thread that steps, since whatever else the machine does takes wall
-time.
+Prints: steps per second of `recipes/lora/emoji.yaml`, without self-distillation (`distill_every`), so that all steps are
+like those of diffusers' example; the share of wall time outside forward, backward and optimizer; the speed relative to the
+usual training script (diffusers' example: images and captions encoded at every step, torch's default optimizer and memory
+format, with the same batch, resolution, layers and rank), at the recipe's batch size and at batch 1; and the contribution
+of each optimization, by turning it off. Variants run in processes of their own and alternate in rounds. Figures are the
+median round's ratio of CPU time of the training thread, since other programs only affect wall time.
 """
 
 from __future__ import annotations

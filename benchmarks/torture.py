@@ -1,16 +1,14 @@
-"""Kills real runs at random moments, goes on with them, and compares what comes out, bit for bit, with runs that
-nobody killed.
+"""Kill real runs at random moments, resume them, and compare the results bit for bit with uninterrupted runs.
 
     python benchmarks/torture.py [--kills 200] [--victims lora full scratch/NAME RECIPE.yaml …] [--seed 0]
 
-A victim is a recipe made tiny (`lora`, `full`; `scratch` or `scratch/NAME`, trained from nothing), or any recipe's
-file as it is. By default the third and the fourth are GANs, whose steps have two turns. Each life of a run is a
-process of its own, forked from this one, which has imported everything and computed nothing; each kill is a SIGKILL.
-What a run is doing is read from its own `status/0.json`, before the kill to aim at a phase, after it to count it. A
-kill in a life that has encoded nothing and finished no step is not counted. A run is killed a dozen times at most and
-then left to finish: weights, averages, optimizer state, the files of `final/` and every recorded loss must be the
-unkilled run's. Prints the kills survived by victim and phase; ends with exit code 1 when anything differs, or a phase
-was hit too seldom.
+A victim is a tiny version of a recipe (`lora`, `full`; `scratch` or `scratch/NAME`, trained from scratch), or any recipe
+file as it is. By default the third and the fourth are GANs, which have two train steps. Each attempt is a process of its
+own, forked from this one, which has imported everything and computed nothing; each kill is a SIGKILL. The current phase is
+read from the run's `status/0.json`, before the kill to aim at a phase, and after it to count it. A kill before anything
+was encoded or any step finished does not count. A run is killed a dozen times at most and then finishes: weights, EMA,
+optimizer state, the files of `final/` and every recorded loss must equal those of the uninterrupted run. Prints survived
+kills by victim and phase; the exit code is 1 if anything differs, or if a phase was hit too rarely.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Build the embedded emoji images from the two npm packages that carry them.
+"""Build the bundled emoji images from the two npm packages that contain them.
 
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/build_emoji.py node_modules
 
-Three WebDataset shards of captioned images appear under `finetune/assets/emoji/` (`NAME.webp`, lossless with
-transparency, and `NAME.json` with the caption as `text`):
+Writes three WebDataset shards of captioned images to `finetune/assets/emoji/` (`NAME.webp`, lossless with transparency, and
+`NAME.json` with the caption as `text`):
 
-- `noto.tar`            every emoji that both houses draw, as Google's Noto draws it: the base model learns these;
-- `twemoji-train.tar`   400 of them as Twemoji draws them: the LoRA of the demo learns these;
-- `twemoji-unseen.tar`  all the others as Twemoji draws them: never shown to a model, they judge the LoRA.
+- `noto.tar`            every emoji that both vendors have, by Google's Noto: training data of the base model;
+- `twemoji-train.tar`   400 of them by Twemoji: training data of the demo's LoRA;
+- `twemoji-unseen.tar`  all others by Twemoji: never shown to a model, used to judge the LoRA.
 
-The sprite sheets are grids of 66-pixel cells, a 64-pixel image with a 1-pixel border, at the positions `emoji.json`
-gives (https://github.com/iamcal/emoji-data#using-the-spritesheets).
+The sprite sheets are grids of 66-pixel cells, a 64-pixel image with a 1-pixel border, at the positions in `emoji.json`
+(https://github.com/iamcal/emoji-data#using-the-spritesheets).
 """
 
 from __future__ import annotations

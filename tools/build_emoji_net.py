@@ -1,12 +1,11 @@
-"""Train emoji-net, the small net by whose features `ft eval` compares images: `finetune/assets/emoji-net/`.
+"""Train emoji-net, the small network whose features `ft eval` uses to compare images: `finetune/assets/emoji-net/`.
 
-    python tools/build_emoji_net.py            # a minute of one core
+    python tools/build_emoji_net.py            # a minute on one core
 
-It learns three things at once from the 1,875 emoji that Noto and Twemoji both drew: to embed the two houses' images
-of one emoji close together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), to say which house drew an image,
-and whether an image was blurred, made noisy or cut up and put together wrongly, as generators do. Images are of 32
-pixels, moved and mirrored. 200 emoji take no part: on them it is said how well each was learned. Weights are written
-in float16, with these figures in their metadata.
+It learns three tasks on the 1,875 emoji that Noto and Twemoji share: embed both vendors' images of one emoji close together
+(InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), predict the vendor, and detect images that were blurred, made noisy
+or cut up and reassembled, as generators do. Images have 32 pixels and are shifted and mirrored. 200 emoji are held out to
+measure each task. Weights are saved in float16, with these figures in their metadata.
 """
 
 from __future__ import annotations
