@@ -3,11 +3,12 @@
     python benchmarks/bench_families.py --minutes 10 --folder /tmp/families    # within three hours on two cores
     python benchmarks/bench_families.py --minutes 0.2 --seeds 0 --images 32 --folder /tmp/quick --only vae glow
 
-Each trains by its recipe and the project's own loop on one thread, at a constant learning rate (a schedule would need the
-number of steps), until its process has used its CPU time; a tenth of the images is held out for bits/dim. Then `ft eval`
-measures it. A run counts as stable if its losses stay finite, its loss has fallen (a GAN's says nothing), and its images
-have at least half of the real ones' diversity; that is measured on further, shorter runs with other seeds. Finished work
-is kept, and interrupted runs resume from their last checkpoint. --write saves the table that `ft estimate --goal` quotes.
+Each trains by its recipe and the project's own loop on one thread, at a constant learning rate (a schedule would need
+the number of steps), until its process has used its CPU time; a tenth of the images is held out for bits/dim. Then
+`ft eval` measures it. A run counts as stable if its losses stay finite, its loss has fallen (a GAN's says nothing),
+and its images have at least half of the real ones' diversity; that is measured on further, shorter runs with other
+seeds. Finished work is kept, and interrupted runs resume from their last checkpoint. --write saves the table that `ft
+estimate --goal` quotes.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/bench_loader.py [--images 48] [--batch 8] [--steps 12] [--rounds 3]
 
 JPEG photographs of 1600×1200, generated here, are prepared at 512² in three ways that alternate in one process: this
-project's `Dataset`; a plain torch `Dataset` with Pillow behind a `DataLoader` with as many workers as this project has
-threads; and the same without workers. The images are compared first: they are equal. Nothing is cached, so every access
-reads and decodes. Then simulated GPU steps leave the CPU idle for half as long again as a batch takes to load; the share
-of wall time spent waiting for a batch is printed, also for batches from the latent cache.
+project's `Dataset`; a plain torch `Dataset` with Pillow behind a `DataLoader` with as many workers as this project
+has threads; and the same without workers. The images are compared first: they are equal. Nothing is cached, so every
+access reads and decodes. Then simulated GPU steps leave the CPU idle for half as long again as a batch takes to load;
+the share of wall time spent waiting for a batch is printed, also for batches from the latent cache.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/bench_scale.py [--entries 10000 100000 1000000] [--uncached | --synthetic] [--folder FOLDER]
 
-Writes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards). For each size, a process of
-its own goes through a run: the audit; the audit again, as on a second start; plan and order; encoding everything into the
-cache with an encoder that costs nothing; opening the cache again; 300 steps of a small network on batches of 16 from it
-(--uncached: from the shards, without encoding). --synthetic writes no shards: it reads a table of captions, fills an index
-with images created on access, and searches them for duplicates and near duplicates.
+Writes shards of tiny captioned images in four shapes (4 GB for a million, deleted afterwards). For each size, a
+process of its own goes through a run: the audit; the audit again, as on a second start; plan and order; encoding
+everything into the cache with an encoder that costs nothing; opening the cache again; 300 steps of a small network on
+batches of 16 from it (--uncached: from the shards, without encoding). --synthetic writes no shards: it reads a table
+of captions, fills an index with images created on access, and searches them for duplicates and near duplicates.
 """
 
 from __future__ import annotations

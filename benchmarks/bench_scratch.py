@@ -3,10 +3,10 @@
     python benchmarks/bench_scratch.py [--rounds 3] [--only vae glow ddpm imagegpt pixelcnn++]
 
 Above 1, ours is faster. References: pythae's VAE (model and loss only, with the same encoder and decoder; skipped if
-`pythae` is not installed), normflows' Glow of the same widths, diffusers' unconditional training and DDIM with the same
-UNet, transformers' `generate` with the same ImageGPT, and PixelCNN++ and ImageGPT sampled with a full pass per pixel. A
-step is loss, gradients and AdamW on the same 32×32 images in a plain loop on both sides. A full pass per pixel costs the
-same for every pixel, so a few are timed and multiplied.
+`pythae` is not installed), normflows' Glow of the same widths, diffusers' unconditional training and DDIM with the
+same UNet, transformers' `generate` with the same ImageGPT, and PixelCNN++ and ImageGPT sampled with a full pass per
+pixel. A step is loss, gradients and AdamW on the same 32×32 images in a plain loop on both sides. A full pass per
+pixel costs the same for every pixel, so a few are timed and multiplied.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     python benchmarks/bench_style.py RUN [RUN …] [--judged 200] [--out style.png]
 
-RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one trained on a quantized base
-model (model.quantize: nf4) and one on the full one. All are sampled on the full base model; a LoRA of a quantized base
-model also on that one, which shows the loss between the two. Two small networks judge, trained on real images of both
-vendors for every emoji except the LoRA's 400 and the judged ones: one predicts the vendor; the other embeds images so that
-both vendors' images of one emoji are close (emoji-net, retrained, since the bundled one has seen the judged emoji). Real
-images pass through the VAE before the judges see them, so that the VAE's blur is no clue. Base model and LoRA generate the
-judged names from equal seeds with plain diffusers. A real Noto and Twemoji image of every name (1,875 × 2, through the VAE)
-form the gallery for retrieval: the nearest one should have the prompted name.
+RUN is a finished run of recipes/lora/emoji.yaml; several are judged side by side, such as one trained on a quantized
+base model (model.quantize: nf4) and one on the full one. All are sampled on the full base model; a LoRA of a
+quantized base model also on that one, which shows the loss between the two. Two small networks judge, trained on real
+images of both vendors for every emoji except the LoRA's 400 and the judged ones: one predicts the vendor; the other
+embeds images so that both vendors' images of one emoji are close (emoji-net, retrained, since the bundled one has
+seen the judged emoji). Real images pass through the VAE before the judges see them, so that the VAE's blur is no
+clue. Base model and LoRA generate the judged names from equal seeds with plain diffusers. A real Noto and Twemoji
+image of every name (1,875 × 2, through the VAE) form the gallery for retrieval: the nearest one should have the
+prompted name.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python benchmarks/bench_train.py [--rounds 5] [--steps 4]
 
-Prints: steps per second of `recipes/lora/emoji.yaml`, without self-distillation (`distill_every`), so that all steps are
-like those of diffusers' example; the share of wall time outside forward, backward and optimizer; the speed relative to the
-usual training script (diffusers' example: images and captions encoded at every step, torch's default optimizer and memory
-format, with the same batch, resolution, layers and rank), at the recipe's batch size and at batch 1; and the contribution
-of each optimization, by turning it off. Variants run in processes of their own and alternate in rounds. Figures are the
-median round's ratio of CPU time of the training thread, since other programs only affect wall time.
+Prints: steps per second of `recipes/lora/emoji.yaml`, without self-distillation (`distill_every`), so that all steps
+are like those of diffusers' example; the share of wall time outside forward, backward and optimizer; the speed
+relative to the usual training script (diffusers' example: images and captions encoded at every step, torch's default
+optimizer and memory format, with the same batch, resolution, layers and rank), at the recipe's batch size and at
+batch 1; and the contribution of each optimization, by turning it off. Variants run in processes of their own and
+alternate in rounds. Figures are the median round's ratio of CPU time of the training thread, since other programs
+only affect wall time.
 """
 
 from __future__ import annotations

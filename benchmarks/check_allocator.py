@@ -3,8 +3,8 @@
 
     python benchmarks/check_allocator.py
 
-Short sequences with figures worked out by hand from the cited source. Prints expected and replayed figures, then how long
-a million events take; the exit code is 1 on any difference. `.cpp` is c10/cuda/CUDACachingAllocator.cpp, `.h` is
+Short sequences with figures worked out by hand from the cited source. Prints expected and replayed figures, then how
+long a million events take; the exit code is 1 on any difference. `.cpp` is c10/cuda/CUDACachingAllocator.cpp, `.h` is
 c10/core/AllocatorConfig.h, "notes" is pytorch.org/docs/stable/notes/cuda.html.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/check_cpu.py [NAME …]
 
-Times are CPU times of the calling thread, so other programs do not count. With --default, the calibration is also written
-to finetune/assets/cpu.json: the speed per core that is assumed for CPUs that are not calibrated.
+Times are CPU times of the calling thread, so other programs do not count. With --default, the calibration is also
+written to finetune/assets/cpu.json: the speed per core that is assumed for CPUs that are not calibrated.
 """
 
 from __future__ import annotations

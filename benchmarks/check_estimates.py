@@ -1,4 +1,4 @@
-"""Compare the estimates of `ft estimate` with published runs: errors of memory and time, and the best-fitting constants.
+"""Compare estimates with published runs: errors of memory and time, and the best-fitting constants.
 
 The runs are finetune/assets/published_runs.tsv, each with its source. Rows that cannot be described are listed with the
 reason.

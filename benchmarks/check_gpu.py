@@ -1,11 +1,11 @@
 """Compare this machine's GPU with the estimates. Takes a few minutes on a GPU; without one, prints what it would run.
 
-Each recipe that fits takes a few real steps with the project's own data pipeline, model and Trainer, on noise images. If
-a base model's weights are not on this machine, its networks are built from the bundled configurations with random
-weights: neither memory nor time depends on their values. Nothing is downloaded. Prints estimated and measured figures,
-one row per run, in the columns of finetune/assets/gpu_runs.tsv, which holds past runs. --details writes one JSON line per
-run with the data to fit a model of memory and time: the peaks of each phase, the seconds of each step, and calls and
-device time of every operator in one more step.
+Each recipe that fits takes a few real steps with the project's own data pipeline, model and Trainer, on noise images.
+If a base model's weights are not on this machine, its networks are built from the bundled configurations with random
+weights: neither memory nor time depends on their values. Nothing is downloaded. Prints estimated and measured
+figures, one row per run, in the columns of finetune/assets/gpu_runs.tsv, which holds past runs. --details writes one
+JSON line per run with the data to fit a model of memory and time: the peaks of each phase, the seconds of each step,
+and calls and device time of every operator in one more step.
 """
 
 from __future__ import annotations

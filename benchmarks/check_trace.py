@@ -1,16 +1,16 @@
-"""Compare peak memory of real steps on this machine's CPU with their traces, to the byte. Takes three minutes on one core.
+"""Compare peak memory of real steps on this machine's CPU with their traces, to the byte (three minutes).
 
     python benchmarks/check_trace.py
 
 Both run the project's own Trainer for two steps in float32. torch's profiler counts the real run's allocations: every
-allocation and release of torch's CPU allocator, including temporaries of oneDNN and bitsandbytes. The trace runs on fake
-tensors (`TracedRun(device="cpu")`). Prints both peaks; the exit code is 1 if one differs by more than 0.1 %.
+allocation and release of torch's CPU allocator, including temporaries of oneDNN and bitsandbytes. The trace runs on
+fake tensors (`TracedRun(device="cpu")`). Prints both peaks; the exit code is 1 if one differs by more than 0.1 %.
 
-The trace includes the scratch memory of convolutions and the fused AdamW on a CPU (`stubs.recorder`; a GPU's differs), but
-not oneDNN's scratchpads and the row sums of norms and attention, a few KiB. Neither side counts memory outside torch's
-allocator, such as buffers of matrix products and Python's own memory. One known difference changes none of these peaks:
-under a dispatch mode such as the recorder, autograd accumulates gradients into a new tensor, where a real run reuses the
-older one.
+The trace includes the scratch memory of convolutions and the fused AdamW on a CPU (`stubs.recorder`; a GPU's
+differs), but not oneDNN's scratchpads and the row sums of norms and attention, a few KiB. Neither side counts memory
+outside torch's allocator, such as buffers of matrix products and Python's own memory. One known difference changes
+none of these peaks: under a dispatch mode such as the recorder, autograd accumulates gradients into a new tensor,
+where a real run reuses the older one.
 """
 
 from __future__ import annotations

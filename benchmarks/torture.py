@@ -2,13 +2,14 @@
 
     python benchmarks/torture.py [--kills 200] [--victims lora full scratch/NAME RECIPE.yaml …] [--seed 0]
 
-A victim is a tiny version of a recipe (`lora`, `full`; `scratch` or `scratch/NAME`, trained from scratch), or any recipe
-file as it is. By default the third and the fourth are GANs, which have two train steps. Each attempt is a process of its
-own, forked from this one, which has imported everything and computed nothing; each kill is a SIGKILL. The current phase is
-read from the run's `status/0.json`, before the kill to aim at a phase, and after it to count it. A kill before anything
-was encoded or any step finished does not count. A run is killed a dozen times at most and then finishes: weights, EMA,
-optimizer state, the files of `final/` and every recorded loss must equal those of the uninterrupted run. Prints survived
-kills by victim and phase; the exit code is 1 if anything differs, or if a phase was hit too rarely.
+A victim is a tiny version of a recipe (`lora`, `full`; `scratch` or `scratch/NAME`, trained from scratch), or any
+recipe file as it is. By default the third and the fourth are GANs, which have two train steps. Each attempt is a
+process of its own, forked from this one, which has imported everything and computed nothing; each kill is a SIGKILL.
+The current phase is read from the run's `status/0.json`, before the kill to aim at a phase, and after it to count it.
+A kill before anything was encoded or any step finished does not count. A run is killed a dozen times at most and then
+finishes: weights, EMA, optimizer state, the files of `final/` and every recorded loss must equal those of the
+uninterrupted run. Prints survived kills by victim and phase; the exit code is 1 if anything differs, or if a phase
+was hit too rarely.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     pip download --no-deps scikit-learn==1.9.1
     python tools/build_digits.py scikit_learn-1.9.1-*.whl
 
-Writes 1,797 images of handwritten digits, 8×8 pixels with 17 gray levels, to `finetune/assets/digits/`: `train.tar` holds
-the first 1,000, `validation.tar` the next 350 and `test.tar` the last 447, the split of published likelihoods
-(github.com/jmtomczak/intro_dgm). Each image is a gray PNG in the folder of its class; level n of 16 is stored as
-n · 255 / 16, rounded, so `data.levels: 17` recovers it exactly.
+Writes 1,797 images of handwritten digits, 8×8 pixels with 17 gray levels, to `finetune/assets/digits/`: `train.tar`
+holds the first 1,000, `validation.tar` the next 350 and `test.tar` the last 447, the split of published likelihoods
+(github.com/jmtomczak/intro_dgm). Each image is a gray PNG in the folder of its class; level n of 16 is stored as n ·
+255 / 16, rounded, so `data.levels: 17` recovers it exactly.
 """
 
 from __future__ import annotations

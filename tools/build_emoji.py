@@ -3,8 +3,8 @@
     npm install emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/build_emoji.py node_modules
 
-Writes three WebDataset shards of captioned images to `finetune/assets/emoji/` (`NAME.webp`, lossless with transparency, and
-`NAME.json` with the caption as `text`):
+Writes three WebDataset shards of captioned images to `finetune/assets/emoji/` (`NAME.webp`, lossless with
+transparency, and `NAME.json` with the caption as `text`):
 
 - `noto.tar`            every emoji that both vendors have, by Google's Noto: training data of the base model;
 - `twemoji-train.tar`   400 of them by Twemoji: training data of the demo's LoRA;

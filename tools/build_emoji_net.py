@@ -2,10 +2,10 @@
 
     python tools/build_emoji_net.py            # a minute on one core
 
-It learns three tasks on the 1,875 emoji that Noto and Twemoji share: embed both vendors' images of one emoji close together
-(InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), predict the vendor, and detect images that were blurred, made noisy
-or cut up and reassembled, as generators do. Images have 32 pixels and are shifted and mirrored. 200 emoji are held out to
-measure each task. Weights are saved in float16, with these figures in their metadata.
+It learns three tasks on the 1,875 emoji that Noto and Twemoji share: embed both vendors' images of one emoji close
+together (InfoNCE, van den Oord et al. 2018, arXiv:1807.03748), predict the vendor, and detect images that were
+blurred, made noisy or cut up and reassembled, as generators do. Images have 32 pixels and are shifted and mirrored.
+200 emoji are held out to measure each task. Weights are saved in float16, with these figures in their metadata.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure cost profiles by running training steps on fake tensors: python tools/measure_profiles.py [NAME …]
 
-Needs no GPU and no weights; a profile takes minutes. Writes finetune/assets/profiles/NAME.json. There is one profile for
-each architecture that the bundled recipes fine-tune, and for each network that they train from scratch.
+Needs no GPU and no weights; a profile takes minutes. Writes finetune/assets/profiles/NAME.json. There is one profile
+for each architecture that the bundled recipes fine-tune, and for each network that they train from scratch.
 """
 
 from __future__ import annotations
