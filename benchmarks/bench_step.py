@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import click
 import torch
@@ -38,6 +37,7 @@ from finetune.estimate.tracing.traced_run import FakeDataset, TracedRun
 from finetune.models.base import TrainStep
 from finetune.models.objectives.noise_prediction import Denoising
 from finetune.models.pretrained.denoising import DenoiseStep
+from finetune.replaceable import patched
 from finetune.terminal import silence_libraries
 
 GOAL = 0.80  # of the examples' launches
@@ -140,7 +140,7 @@ def without_casts(subject: TracedRun) -> Step:
             if isinstance(module, Linear):
                 module.cast_input_dtype_enabled = False
 
-    with mock.patch.object(kernels, "apply", disable_casts):  # the step without kernels, but with this
+    with patched(kernels, "apply", disable_casts):  # the step without kernels, but with this
         return ours(subject, *ALL)
 
 

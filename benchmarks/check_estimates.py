@@ -106,12 +106,12 @@ KEY = (
 
 def traced(row: dict[str, str]) -> dict[str, Any]:
     """What the step of a published run reserves, holds and runs."""
-    from unittest import mock
-
     from finetune.config.loader import load_recipe
     from finetune.estimate.allocator.caching import replay
     from finetune.estimate.tracing.denoiser import DenoiserModel
     from finetune.estimate.tracing.traced_run import TracedRun
+    from finetune.replaceable import patched
+    from finetune.training import state
 
     run = published.described(row)
     sets = [f"train.batch_size={run.batch}", "train.accumulation=1", "train.ema=null", "optimizer.name=adamw"]
@@ -126,9 +126,7 @@ def traced(row: dict[str, str]) -> dict[str, Any]:
         autocast=run.autocast,
         steps=run.steps,
     )
-    with mock.patch(
-        "finetune.training.state.make_optimizer", lambda section, parameters, device: run.optimizer(parameters)
-    ):
+    with patched(state, "make_optimizer", lambda section, parameters, device: run.optimizer(parameters)):
         phase = subject.phases(only_training=True)["train"]
     last = max(number for number, section in enumerate(phase.sections) if section.name == "batch")
     parts = {"micro": ("batch", "forward", "backward"), "update": ("optimizer",)}
