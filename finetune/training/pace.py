@@ -10,7 +10,7 @@ from finetune.estimate.advice import sets
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast
 from finetune.estimate.hardware.cpu import Calibration
-from finetune.estimate.monitor import Expected, seconds_text, cheapest, rows, saved
+from finetune.estimate.monitor import Expected, cheapest, rows, saved, seconds_text
 from finetune.terminal import Row
 
 WARM_UP = 3  # first steps of a process, which choose kernels and fill caches
