@@ -1,1 +1,1 @@
-"""Images and captions: what is there, how it is cropped, in which order it is drawn, and what is kept of it."""
+"""Training data: sources, audit, buckets, encoding, cache and sampling order."""

@@ -48,7 +48,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, inputs: Inputs) -> Batch:
-        """Encode the given roles of one example (those of one part, or all) → named tensors without a batch dimension."""
+        """Encode the given roles of one example (those of one part, or all) as named tensors without a batch dimension."""
 
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
         """(tokens of the caption, most that are read), or None where captions are not read."""

@@ -22,7 +22,7 @@ class Crop:
 
     @property
     def key(self) -> str:
-        """The crop as text in cache keys and data digests: it must never change, or every cache and run would be stale."""
+        """The crop as text in cache keys and data digests. It must never change: all caches and runs depend on it."""
         s = self.shape
         shape = f"Bucket(width={s.width}, height={s.height})" if isinstance(s, ImageShape) else repr(s)
         return (
@@ -42,7 +42,7 @@ class Crop:
 
 
 def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) -> list[ImageShape]:
-    """All sizes whose sides are multiples of `step`, with an area of at most resolution² and no thinner than `maximum_aspect`.
+    """All sizes with sides that are multiples of `step`, an area of at most resolution² and at most `maximum_aspect`.
 
     Of each width only the tallest is kept, so that crops lose little. One square bucket unless `several`.
     """

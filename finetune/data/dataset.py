@@ -1,4 +1,4 @@
-"""`Dataset`: batches of encoded examples, by step and position in the global batch, and the held-out ones for validation."""
+"""`Dataset`: encoded examples by step and position in the global batch, and the held-out ones for validation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ExampleEncoder`: encodes examples part by part, before training (the encoding pass) and whenever a batch needs it."""
+"""`ExampleEncoder`: encodes examples part by part, in a pass before training and whenever a batch needs it."""
 
 from __future__ import annotations
 
@@ -202,6 +202,6 @@ def _finite(encoded: Batch, example: Example) -> Batch:
             raise UserError(
                 f"the VAE encodes the image to {name} that are not finite",
                 where=example.name,
-                remedy="the VAE's weights are damaged or do not fit: give another model.vae (nothing of this image was cached)",
+                remedy="the VAE's weights are damaged or do not fit: give another model.vae; this image was not cached",
             )
     return encoded

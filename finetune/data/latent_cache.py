@@ -1,4 +1,4 @@
-"""Tensors that were dear to compute, kept by what they were computed from.
+"""The latent cache: expensive tensors on disk, by a key of what they were computed from.
 
 A store is a folder of safetensors shards, each named by the SHA-256 of its bytes. A shard is written aside, synced and
 renamed, so a run may be killed anywhere and others may write at the same time. There is no index on disk: a shard's header
@@ -229,7 +229,7 @@ def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"the cache cannot be written: {error.strerror}",
         where=str(folder),
-        remedy="free some space there, or keep the cache elsewhere: --set data.cache=FOLDER, or the environment's FT_CACHE",
+        remedy="free some space there, or move the cache: --set data.cache=FOLDER, or the variable FT_CACHE",
     )
 
 

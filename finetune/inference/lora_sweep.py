@@ -1,4 +1,4 @@
-"""The images by which one chooses: a LoRA run's checkpoints × strengths, from the same prompt and seed. One sheet a prompt."""
+"""Compare a LoRA run's checkpoints × strengths with the same prompt and seed: one sheet for each prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw with what a run wrote: its files, loaded by diffusers as any other program would load them."""
+"""Sample from a run's final files, loaded by diffusers as any other program would load them."""
 
 from __future__ import annotations
 

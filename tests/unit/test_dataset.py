@@ -323,3 +323,11 @@ def test_captions_longer_than_the_model_reads(folder: Path) -> None:
         "long_captions": "truncate",
     }
     assert opened(folder, Counting(), data=with_prefix).long_captions().count("6 of 6") == 1
+
+
+def test_validation_is_shared_out_and_every_process_takes_as_many_steps(folder: Path) -> None:
+    data, _ = encoded(folder, data={"held_out": 0.5})
+    alone = [text(batch)[0] for batch, _ in data.validation()]
+    assert len(alone) == data.held_out_count == 3
+    first, second = ([text(batch)[0] for batch, _ in data.validation(rank, 2)] for rank in (0, 1))
+    assert first == [alone[0], alone[2]] and second == [alone[1], alone[2]], "the last fills the second's last round"

@@ -1,9 +1,9 @@
-"""What the audit has seen of images, remembered from run to run, so that a second start decodes nothing.
+"""The audit's cache: inspections of images, kept from run to run, so that a second start decodes nothing.
 
-Two tables of one SQLite file in the cache folder: a file's stamp → the digest of its bytes, and a digest → what the look
-at them told. A stamp is a hash of path, device, inode, size and both times; the kernel sets the time of change itself, so
-an edit cannot hide. A file that was written moments ago is not remembered: within one tick of the clock, it could change
-again unseen. A memo that cannot be used costs time and nothing else.
+Two tables of one SQLite file in the cache folder: a file's stamp → the digest of its bytes, and a digest → the inspection
+of these bytes. A stamp is a hash of path, device, inode, size and both times; the kernel sets the time of change, so an
+edit is always detected. A file that was just written is not cached: within one tick of the clock it could change again
+unnoticed. If the cache cannot be used, the audit only takes longer.
 """
 
 from __future__ import annotations

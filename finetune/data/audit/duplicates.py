@@ -75,7 +75,7 @@ def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
 
 
 def _pairs(band: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Pairs of places whose values in `band` [M] are equal, each place with at most `COMPARED` others; `BLOCK` at a time."""
+    """Yield pairs of places with equal values in `band` [M], at most `COMPARED` for each place, `BLOCK` pairs at a time."""
     import numpy
 
     order = numpy.argsort(band, kind="stable").astype(numpy.int32)
@@ -105,7 +105,7 @@ def _join(labels: numpy.ndarray, left: numpy.ndarray, right: numpy.ndarray) -> N
 
 
 def _roots(labels: numpy.ndarray, places: numpy.ndarray | None = None) -> numpy.ndarray:
-    """The label that stands for each of `places` (all, if not given): labels point at labels until one points at itself."""
+    """The root of each of `places` (default: all): labels point at labels until one points at itself."""
     found = labels if places is None else labels[places]
     while (found != labels[found]).any():
         found = labels[found]

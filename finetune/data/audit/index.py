@@ -1,4 +1,4 @@
-"""Every image of an audit, as a sequence that holds few bytes of each in memory: a million take some tens of megabytes."""
+"""All examples of an audit, as a sequence with few bytes of each in memory: tens of megabytes for a million."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Index(Images):
         return duplicates.equal(self._digests, DIGEST_BYTES)
 
     def _plain(self, value: object) -> object:
-        """As JSON has it: scalars as they are, others as [their place in `_shared`], partials with their arguments behind."""
+        """The JSON form: scalars as they are, others as [place in `_shared`], partials followed by their arguments."""
         if value is None or isinstance(value, str | int | float):
             return value
         if (

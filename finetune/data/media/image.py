@@ -1,4 +1,4 @@
-"""Images: decode a file into what the model sees (upright, RGB, over a background, scaled and cropped), and show one."""
+"""Images: decode a file into what the model sees (upright, RGB, scaled and cropped), and show one."""
 
 from __future__ import annotations
 

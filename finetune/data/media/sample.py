@@ -28,7 +28,7 @@ class Sample(ABC):
 
     @abstractmethod
     def save(self, path: Path, about: Mapping[str, str] = EMPTY) -> None:
-        """Write the file; `about` says what it was generated from, and is written into it or into a .json file beside it."""
+        """Write the file. `about` says what it was generated from; it goes into the file or a .json file beside it."""
 
     @abstractmethod
     def thumbnail(self) -> PillowImage:

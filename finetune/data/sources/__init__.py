@@ -1,4 +1,4 @@
-"""Where images and captions come from: folders, which are read and never written, shards, and Hugging Face data sets."""
+"""Sources of examples: folders (read, never written), WebDataset shards and Hugging Face data sets."""
 
 from __future__ import annotations
 

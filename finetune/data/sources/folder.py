@@ -1,4 +1,4 @@
-"""A folder of images as a source: its files in the order of their paths, the names of one folder at a time in memory."""
+"""Folders of images as sources: files in the order of their paths, with one folder's names in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks: gray images that say where an image's loss counts, white wholly and black not. They are cropped as their images are.
+"""Masks: gray images that weight the loss, white fully and black not at all. They are cropped as their images are.
 
 A folder's lie beside its images, in another folder, or where a metadata file says; a shard's and a data set's are in it.
 """
