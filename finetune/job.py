@@ -231,6 +231,7 @@ def build_model(job: Job) -> None:
     if plan.machine.sharded:
         fsdp.check(job.accelerator)
     job.model = from_checkpoint.build(plan, job.audit)
+    job.run.read_base()
     if not job.force:
         _refuse_too_large(job.model, plan)
     job.accelerator.wait_for_everyone()  # every process has checked the folder before one creates it

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from finetune.distributed import rank
 from finetune.errors import UserError
 from finetune.planning import Plan, describe, load_plan
 from finetune.terminal import plural
+from finetune.training import base_files
+from finetune.training.run_list import newest_facts
 from finetune.training.run_status import Reporter
 
 # Keys that may change when a run is resumed: all others would change the weights.
@@ -40,6 +43,7 @@ FREE_TO_CHANGE = {
     },
     "data": {"cache"},
 }
+MOST_NAMED = 5  # changed files that an error names
 LIBRARIES = (
     *("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "pytorch-optimizer"),
     *("safetensors", "numpy", "pillow"),
@@ -61,6 +65,7 @@ class Run:
     def __init__(self, plan: Plan, resume: bool) -> None:
         self.plan, self.folder = plan, Path(plan.folder)
         self.status = Reporter(self.folder, rank(), plan.steps)
+        self.base: dict[str, str] = {}
         if not resume:
             refuse_existing(self.folder)
         if resume and (self.folder / "recipe.yaml").is_file():
@@ -73,6 +78,36 @@ class Run:
                     where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
                     remedy="restore them, or start a new run: --set output.folder=…",
                 )
+            if facts := newest_facts(self.folder / "checkpoints"):
+                self.read_base()
+                self.check_base(facts)
+
+    def read_base(self) -> None:
+        """Compute the digest of each file of the base model: once before, and once after it may be downloaded."""
+        self.base = base_files.digest(self.plan.recipe)
+
+    def check_base(self, facts: Mapping[str, Any]) -> list[str]:
+        """Compare the base model with that of a checkpoint; returns a note if the checkpoint does not record it.
+
+        Raises:
+            UserError: it is another one; the error names the files.
+        """
+        before = facts.get("base")
+        if before is None:
+            if not self.base:
+                return []
+            return ["this run's checkpoint does not record its base model: whether the base has changed is not checked"]
+        now = self.base
+        if not now and before:
+            return []  # a model on the Hub that has to be downloaded again; it is compared once it is there
+        if changed := base_files.changes(before, now):
+            more = f", and {plural(len(changed) - MOST_NAMED, 'more file')}" if len(changed) > MOST_NAMED else ""
+            raise UserError(
+                f"the base model has changed since this run was started: {', '.join(changed[:MOST_NAMED])}{more}",
+                where=", ".join(f"{key}: {value}" for key, value in base_files.named(self.plan.recipe).items()),
+                remedy="restore those files, or start a new run on this base: --set output.folder=…",
+            )
+        return []
 
     def create(self) -> None:
         """Create and lock the folder, and write what is known before the first step; the main process calls this.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import socket
@@ -114,6 +115,18 @@ def validations(folder: Path) -> dict[int, float | None]:
             loss = state.get("validation")
             found[int(state["step"])] = loss if isinstance(loss, float) and math.isfinite(loss) else None
     return found
+
+
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """The content of `state.json` of the newest checkpoint in which that file is intact; None if there is none."""
+    for path in sorted(folder.glob("step-*/manifest.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            content = (path.parent / "state.json").read_bytes()
+            expected = json.loads(path.read_text(encoding="utf-8"))["state.json"]["sha256"]
+            facts = json.loads(content)
+            if hashlib.sha256(content).hexdigest() == expected and isinstance(facts, dict):
+                return facts
+    return None
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -199,6 +199,7 @@ class Trainer:
         """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""
         with self.run.status.phase("saving"):
             state = self.state.checkpoint(done, validation)
+            state.facts["base"] = self.run.base
             if self.accelerator.is_main_process:
                 checkpoint.save(self.run.folder / "checkpoints", state, self.plan.recipe.train.keep_checkpoints)
             self.accelerator.wait_for_everyone()
@@ -209,6 +210,7 @@ class Trainer:
         folder = self.run.folder / "checkpoints"
         newest, notes = checkpoint.newest(folder)
         if newest is not None:
+            notes += self.run.check_base(newest.facts)
             notes += [f"resuming after step {newest.step}", *self.state.restore(newest)]
         for note in notes:
             log.info(note)

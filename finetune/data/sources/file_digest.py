@@ -1,0 +1,45 @@
+"""SHA-256 of large files, computed once: a digest is kept in the cache until the file changes. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+
+from finetune.data.audit.cache import stamp_of
+from finetune.data.sources.files import write_aside
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def sha256_of(path: Path, cache: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    The key in the cache is a hash of path, device, inode, size and both times: the kernel sets the time of change
+    itself, so an edit cannot hide. A file of the Hugging Face cache that is named by its SHA-256 is not read.
+
+    Args:
+        path: of the file.
+        cache: folder with the project's caches; digests lie in `digests/`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = path.resolve()
+    if path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
+        return path.name
+    stamp = stamp_of(path)
+    kept = cache / "digests" / stamp.hex() if stamp is not None else None
+    if kept is not None:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            known = kept.read_text(encoding="ascii")
+            if _SHA256.fullmatch(known):
+                return known
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if kept is not None and stamp == stamp_of(path):
+        with contextlib.suppress(OSError):  # a full disk, or a cache that cannot be written
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_aside(kept, found.encode())
+    return found
