@@ -316,6 +316,8 @@ def _trainer(job: Job) -> Trainer:
 
 def train_model(job: Job) -> None:
     """Take every training step, with checkpoints, validation and samples on the way."""
+    if job.accelerator.is_main_process and not (job.run.folder / "estimate.json").exists():
+        job.run.write_json("estimate.json", job.trainer.pace.compared(None))  # for pages that show a running run
     job.trainer.train()
 
 

@@ -58,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "adapters.merge",
     ),
     ("job",),
+    ("ui",),
     ("cli", "lora", "full", "scratch", "__main__", ""),
 )
 

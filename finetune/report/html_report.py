@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shlex
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from finetune.terminal import duration
 MAX_SAMPLE_STEPS = 8  # columns of the sample table: the first step, the last one and some in between
 MAX_PAIRS = 12
 LARGE_SIDE, SMALL_SIDE = 512, 256  # pixels of an image in before/after and in the sample table
+Picture = Callable[[images.SampleFile, int], dict[str, Any]]
 METHODS = {"lora": "LoRA", "full": "Full fine-tuning", "scratch": "Training from scratch"}
 
 
@@ -39,8 +42,11 @@ class _RunFiles:
     data: dict[str, Any] | None
     estimate: dict[str, Any] | None
     versions: dict[str, str]
-    samples: dict[int, list[images.SampleFile]]
     files: list[Path]  # in final/
+
+    @functools.cached_property
+    def samples(self) -> dict[int, list[images.SampleFile]]:
+        return images.sample_files(self.folder, self.plan.recipe.sample.prompts)
 
     @property
     def done(self) -> int:
@@ -68,22 +74,50 @@ def write_report(run_folder: Path) -> Path:
         UserError: the folder is not a run.
     """
     run = _read(run_folder)
-    page = render(
-        "run.html.j2",
-        title=f"{run.plan.recipe.name} · {run.plan.recipe.method}",
-        head=_head(run),
-        comparison=_comparison(run),
-        data=None if run.data is None else data_page.summary(run.data),
-        plan=_plan(run),
-        training=_training(run),
-        estimate=_estimate(run),
-        samples=_samples(run),
-        result=_result(run),
-    )
+    page = render("run.html.j2", **{name: build() for name, build in _builders(run, embedded_picture).items()})
     images.write_before_after(run_folder, run.samples)
     path = run_folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def sections(
+    run_folder: Path, names: Sequence[str], picture: Picture, memory_bytes: int | None = None
+) -> dict[str, Any]:
+    """Some variables of `run.html.j2`, for pages that show a part of it.
+
+    Args:
+        run_folder: the run's folder, of a finished or a running run.
+        names: of the variables.
+        picture: returns the variables of the macro `image` for a sample and its largest side in pixels.
+        memory_bytes: of a running run, what it takes now; its median step is read from its records.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    run = _read(run_folder)
+    if run.estimate is not None:  # a run writes what it measured when it ends
+        seconds = [second for _, second in run.series("seconds")]
+        live = {"memory_bytes": memory_bytes, "seconds_per_step": statistics.median(seconds) if seconds else None}
+        for key, value in live.items():
+            if run.estimate[key]["measured"] is None:
+                run.estimate[key]["measured"] = value
+    builders = _builders(run, picture)
+    return {name: builders[name]() for name in names}
+
+
+def _builders(run: _RunFiles, picture: Picture) -> dict[str, Callable[[], Any]]:
+    return {
+        "title": lambda: f"{run.plan.recipe.name} · {run.plan.recipe.method}",
+        "head": lambda: _head(run),
+        "comparison": lambda: _comparison(run, picture),
+        "data": lambda: None if run.data is None else data_page.summary(run.data),
+        "plan": lambda: _plan(run),
+        "training": lambda: _training(run),
+        "estimate": lambda: _estimate(run),
+        "samples": lambda: _samples(run, picture),
+        "result": lambda: _result(run),
+    }
 
 
 def _read(folder: Path) -> _RunFiles:
@@ -97,7 +131,6 @@ def _read(folder: Path) -> _RunFiles:
         json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
         json.loads(estimate.read_text(encoding="utf-8")) if estimate.is_file() else None,
         json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
-        images.sample_files(folder, plan.recipe.sample.prompts),
         files,
     )
 
@@ -137,7 +170,7 @@ def _head(run: _RunFiles) -> dict[str, Any]:
     }
 
 
-def _comparison(run: _RunFiles) -> dict[str, Any]:
+def _comparison(run: _RunFiles, picture: Picture) -> dict[str, Any]:
     pairs = images.before_and_after(run.samples)[:MAX_PAIRS]
     if not pairs:
         return {"pairs": []}
@@ -150,7 +183,7 @@ def _comparison(run: _RunFiles) -> dict[str, Any]:
         "pairs": [
             {
                 "prompt": pair[1].prompt,
-                "images": [(name, _picture(sample, LARGE_SIDE)) for name, sample in zip(names, pair, strict=True)],
+                "images": [(name, picture(sample, LARGE_SIDE)) for name, sample in zip(names, pair, strict=True)],
             }
             for pair in pairs
         ]
@@ -226,7 +259,7 @@ def _estimate(run: _RunFiles) -> dict[str, Any] | None:
     return {"lead": lead, "rows": monitor.rows(run.estimate)}
 
 
-def _samples(run: _RunFiles) -> dict[str, Any] | None:
+def _samples(run: _RunFiles, picture: Picture) -> dict[str, Any] | None:
     """Rows are the prompts of the last sampled step, columns are steps."""
     if not run.samples:
         return None
@@ -238,7 +271,7 @@ def _samples(run: _RunFiles) -> dict[str, Any] | None:
     rows = []
     for row in run.samples[steps[-1]]:
         cells = [(step, at[step].get((row.prompt, row.seed))) for step in steps]
-        shown = [(f"{step:,}", _picture(cell, SMALL_SIDE) if cell else None) for step, cell in cells]
+        shown = [(f"{step:,}", picture(cell, SMALL_SIDE) if cell else None) for step, cell in cells]
         rows.append({"prompt": row.prompt, "images": shown})
     lead = "Each row keeps its prompt and seed; only the weights change."
     if run.plan.recipe.model.family == "autoencoder-kl":
@@ -269,7 +302,8 @@ def _label(run: _RunFiles, train_step: str) -> str:
     return "discriminator" if train_step == "critic" and not wasserstein else train_step
 
 
-def _picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
+def embedded_picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
+    """A sample as a data URI."""
     return open_sample(sample.path)[0].player(side)
 
 

@@ -69,7 +69,7 @@ class Pace:
             memory_bytes: the peak that PyTorch reserved, without CUDA's context; on a CPU the process's peak; or None.
         """
         one = self.expected.forecast
-        measured = typical(self.seconds, one.variant.cycle if one else 1)
+        measured = typical(self.seconds, one.variant.cycle if one else 1) if self.seconds else None
         return {
             "gpu": one.gpu.name if one else None,
             "no_estimate": None if one else self.expected.reason,

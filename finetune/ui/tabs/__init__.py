@@ -1,0 +1,1 @@
+"""The tabs of `ft ui`: each module has the routes of one tab."""
