@@ -1,4 +1,7 @@
-"""Adapters: which layers get them, at which rank, what is refused of a net's layers, and PiSSA's start. Runs: tests/test_families.py."""
+"""Adapters: selection of layers, ranks, refused layers and the PiSSA initialization.
+
+The runs are in tests/slow/test_families.py.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ def unet() -> Any:
     return UNet2DConditionModel.from_pretrained(tiny.pipeline("sd15"), subfolder="unet")
 
 
-def test_ends_are_regular_expressions_as_pefts_patterns() -> None:
+def test_layers_target_is_a_regular_expression_anchored_at_a_dot() -> None:
     net = unet()
     assert peft.layers(net, "mid_block.*attn2.to_[kv]") == [
         f"mid_block.attentions.0.transformer_blocks.0.attn2.to_{letter}" for letter in ("k", "v")
     ]
-    assert peft.layers(net, "o_q, conv_in") == ["conv_in"], "an end begins at a dot"
+    assert peft.layers(net, "o_q, conv_in") == ["conv_in"], "a target must begin at a dot"
     with pytest.raises(UserError, match="is not a regular expression"):
         peft.layers(net, "to_(q")
 
 
 @pytest.mark.parametrize("alpha", [None, 3.0])
-def test_ranks_and_alphas_by_pattern(alpha: float | None) -> None:
+def test_add_adapter_with_patterns_sets_rank_and_alpha_per_layer(alpha: float | None) -> None:
     net = unet()
     section = Adapter(
         rank=4, alpha=alpha, rank_pattern={"mid_block.*to_q": 8, "to_q": 2}, alpha_pattern={"attn2.to_k": 8}
@@ -50,9 +53,12 @@ def test_ranks_and_alphas_by_pattern(alpha: float | None) -> None:
     assert '"to_q"' in caught.value.remedy
 
 
-def test_pissa_starts_where_the_base_is() -> None:
-    """W′ + B₀ A₀ = W (arXiv:2404.02948, eq. 2–4), B₀ A₀ is the best approximation of its rank, and what is handed out is then nothing."""
-    torch.manual_seed(0)  # where the subspace iteration begins
+def test_pissa_initialization_keeps_the_base_output() -> None:
+    """W′ + B₀ A₀ = W (arXiv:2404.02948, eq. 2–4); B₀ A₀ is the best approximation of its rank.
+
+    The saved LoRA is 0 at first.
+    """
+    torch.manual_seed(0)  # seeds the subspace iteration
     net, base = unet(), unet()
     (name,) = add_adapter(net, Adapter(rank=4, alpha=2, targets="mid_block.*attn1.to_q", pissa=True))
     layer, weight = net.get_submodule(name), base.get_submodule(name).weight
@@ -61,10 +67,10 @@ def test_pissa_starts_where_the_base_is() -> None:
     left = torch.linalg.svdvals(weight.detach())[4:].square().sum().sqrt()
     torch.testing.assert_close(
         layer.base_layer.weight.detach().norm(), left, rtol=5e-3, atol=0
-    )  # 16 rounds come that near
+    )  # accuracy of 16 iterations
     down, up = peft.lora_weights(net).values()
     assert down.shape[0] == 8 and (up @ down).abs().max() < 1e-6
-    assert peft.lora_configuration(net)["lora_alpha"] == 4, "alpha / rank is as it was"
+    assert peft.lora_configuration(net)["lora_alpha"] == 4, "alpha / rank has changed"
 
 
 REFUSED = {
@@ -96,14 +102,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_peft_cannot_do_is_refused(name: str) -> None:
+def test_add_adapter_to_an_unsupported_layer_is_refused(name: str) -> None:
     make, section, says, remedy = REFUSED[name]
     with pytest.raises(UserError, match=says) as caught:
         add_adapter(make(), section)
     assert remedy in caught.value.remedy
 
 
-def test_kinds_are_complete() -> None:
+def test_adapter_kinds_declare_existing_keys_and_trained_parameters() -> None:
     assert tuple(kinds.KINDS) == get_args(kinds.KindName)
     fields = {field.name for field in dataclasses.fields(Adapter)}
     for kind in kinds.KINDS.values():
@@ -129,10 +135,10 @@ def test_kinds_are_complete() -> None:
         (Adapter(kind="oft", rank=4), "OFT on X: block size 4"),
     ],
 )
-def test_a_kind_describes_itself(section: Adapter, text: str) -> None:
+def test_adapter_kind_describe_names_rank_scale_and_options(section: Adapter, text: str) -> None:
     assert kinds.kind_of(section).describe(section, "X") == text
 
 
-def test_kinds_are_read_without_torch() -> None:
+def test_adapter_kinds_import_without_torch() -> None:
     code = "import sys, finetune.adapters.kinds as k; list(k.KINDS); print({'torch', 'peft'} & sys.modules.keys() or 0)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0"

@@ -1,4 +1,4 @@
-"""GANs by themselves: losses and penalties against closed forms, a critic's company, unrolling, growing, augmentation, and who trains when."""
+"""GANs: losses, penalties, minibatch statistics, unrolling, progressive growing, augmentation and training steps."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make(**changes: Any) -> Dcgan:
     return dcgan.create(SPACE, dataclasses.replace(SMALL, **changes))
 
 
-def some_batch(count: int = 4) -> dict[str, Tensor]:
+def make_batch(count: int = 4) -> dict[str, Tensor]:
     return {
         "pixels": torch.randint(
             256, (count, *SPACE.shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
@@ -51,7 +51,7 @@ def train_steps(model: Dcgan) -> tuple[DiscriminatorStep, GeneratorStep]:
     return discriminator, generator
 
 
-def test_losses_are_the_papers_and_stay_finite() -> None:
+def test_adversarial_losses_match_the_papers_and_stay_finite() -> None:
     true, made = torch.linspace(-9, 9, 7, dtype=torch.float64), torch.linspace(5, -7, 7, dtype=torch.float64)
     logistic, relativistic = ADVERSARIAL_LOSSES["logistic"], ADVERSARIAL_LOSSES["relativistic"]
     torch.testing.assert_close(logistic.discriminator(true, made), -true.sigmoid().log() - (1 - made.sigmoid()).log())
@@ -68,11 +68,11 @@ def test_losses_are_the_papers_and_stay_finite() -> None:
             for loss in (objective.discriminator(of_true, of_made), objective.generator(of_true, of_made)):
                 gradients = torch.autograd.grad(loss.sum(), (of_true, of_made), allow_unused=True)
                 assert loss.isfinite().all() and all(g is None or g.isfinite().all() for g in gradients)
-    lost = torch.tensor([-20.0], requires_grad=True)  # where log(1 − σ) would give 2e-9
+    lost = torch.tensor([-20.0], requires_grad=True)  # log(1 − σ) would give a gradient of 2e-9
     assert torch.autograd.grad(logistic.generator(lost, lost).sum(), lost)[0].item() == pytest.approx(-1, abs=1e-6)
 
 
-def test_penalties_of_a_linear_critic() -> None:
+def test_gradient_penalty_of_a_linear_critic_has_its_closed_form() -> None:
     weight = torch.randn(3, 5, 7, dtype=torch.float64)
     weight *= 1.337 / weight.norm()
     images = torch.randn(4, 3, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -84,16 +84,16 @@ def test_penalties_of_a_linear_critic() -> None:
     places = torch.zeros(3, 2, requires_grad=True)
     one_centered_penalty(dead(places).squeeze(1), places).sum().backward()
     assert dead.weight.grad is not None and dead.weight.grad.isfinite().all(), (
-        "a slope of 0 has no direction, and no NaN"
+        "the gradient is 0, and its norm must not give NaN"
     )
 
 
 @pytest.mark.parametrize(("key", "weight"), [("r1", 3.0), ("r2", 3.0), ("gradient_penalty", 10.0)])
-def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: float) -> None:
+def test_lazy_penalty_is_weighted_by_its_interval(key: str, weight: float) -> None:
     plain, each, lazy = (
         train_steps(make(**more))[0] for more in ({}, {key: weight}, {key: weight, "penalty_every": 4})
     )
-    batch = some_batch()
+    batch = make_batch()
 
     def loss(train_step: DiscriminatorStep, step: int) -> Tensor:
         return train_step.loss(batch, Draw(0, step, range(4))).detach()
@@ -104,12 +104,12 @@ def test_a_lazy_penalty_counts_as_often_as_it_is_left_out(key: str, weight: floa
     assert torch.equal(loss(lazy, 3), loss(plain, 3)) and not torch.equal(loss(lazy, 4), loss(plain, 4))
 
 
-def test_each_turn_trains_its_own_net() -> None:
+def test_gan_train_step_trains_only_its_own_network() -> None:
     model = make(objective="relativistic", r1=1.0, r2=1.0, ada_target=0.6)
     discriminator, generator = train_steps(model)
     for train_step, still in ((discriminator, model.net), (generator, model.discriminator)):
         before = {name: tensor.clone() for name, tensor in still.state_dict().items()}
-        train_step.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        train_step.loss(make_batch(), Draw(0, 0, range(4))).mean().backward()
         assert all(parameter.grad is None for parameter in still.parameters())
         assert all(parameter.grad is not None for parameter in train_step.net.parameters())
         if train_step is generator:
@@ -117,18 +117,18 @@ def test_each_turn_trains_its_own_net() -> None:
         train_step.net.zero_grad()
 
 
-def test_stddev_of_a_known_batch() -> None:
+def test_minibatch_stddev_of_a_known_batch_has_the_expected_value() -> None:
     maps = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4, 100, 200, 300, 400], dtype=torch.float64).view(12, 1, 1, 1)
     found = stddev(maps, 4)
     assert found.shape == (12, 2, 1, 1) and torch.equal(found[:, :1], maps)
     assert found[:, 1, 0, 0].tolist() == pytest.approx([99.51, 149.18, 188.86] * 4, abs=0.005)
-    assert stddev(torch.randn(1, 3, 2, 2), 4)[0, 3].abs().max() == 0, "alone there is no deviation"
+    assert stddev(torch.randn(1, 3, 2, 2), 4)[0, 3].abs().max() == 0, "one image has no deviation"
     alike = torch.ones(4, 3, 2, 2, requires_grad=True)
     stddev(alike, 4).sum().backward()
     assert alike.grad is not None and alike.grad.isfinite().all()
 
 
-def test_discrimination_against_a_loop() -> None:
+def test_minibatch_discrimination_matches_a_loop() -> None:
     layer, features = MinibatchDiscrimination(6, kernels=3, width=2), torch.randn(5, 6)
     rows = [torch.stack([features[n] @ layer.tensor[:, kernel] for kernel in range(3)]) for n in range(5)]
     found = layer(features)[:, 6:]
@@ -138,23 +138,23 @@ def test_discrimination_against_a_loop() -> None:
             torch.testing.assert_close(found[n, kernel], expected)
 
 
-def test_spectral_norm_stretches_nothing_more_than_once() -> None:
+def test_spectral_norm_bounds_the_largest_singular_value_by_1() -> None:
     model = make(discriminator_norm="spectral")
     train_step = train_steps(model)[0]
     for step in range(30):
-        train_step.loss(some_batch(), Draw(0, step, range(4)))
+        train_step.loss(make_batch(), Draw(0, step, range(4)))
     model.discriminator.eval()
     layers = [module for module in model.discriminator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     largest = [torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers]
     assert len(layers) == 4 and largest == pytest.approx([1.0] * 4, abs=0.02)
 
 
-def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
-    model, batch, draw = make(unroll=2, unroll_lr=0.5), some_batch(), Draw(0, 0, range(4))
+def test_unrolled_generator_loss_differentiates_through_discriminator_steps() -> None:
+    model, batch, draw = make(unroll=2, unroll_lr=0.5), make_batch(), Draw(0, 0, range(4))
     train_step = train_steps(model)[1]
     with torch.no_grad():
         for parameter in model.discriminator.parameters():
-            parameter.mul_(1.7)  # as they begin, a step hardly moves it
+            parameter.mul_(1.7)  # with the initial weights, a step hardly changes the discriminator
     objective, true = ADVERSARIAL_LOSSES["logistic"], SPACE.scaled(batch["pixels"])
     made = model.net(draw.apart("generator").normal("latent", (4,)), None, draw).detach()
     weights = {
@@ -189,11 +189,11 @@ def test_unrolling_is_descent_that_the_generator_sees_through() -> None:
     measured = (ends[0] - ends[1]) / 0.02
     assert measured == pytest.approx(gradient.norm().item(), rel=0.02)
     assert (at_once * step).sum().item() / 0.01 != pytest.approx(measured, rel=0.1), (
-        "the critic's own steps do not matter"
+        "the gradient through the discriminator's steps is missing"
     )
 
 
-def test_growing_begins_where_the_smaller_size_was() -> None:
+def test_progressive_growing_fades_in_each_size() -> None:
     assert [Growth(10, 2).at(step) for step in (0, 9, 10, 15, 20, 29, 35, 40, 999)] == [0, 0, 0, 0.5, 1, 1, 1.5, 2, 2]
     model = make(grow_steps=10, generator_norm="pixel")
     generator, reader = model.net, model.discriminator.reader
@@ -207,32 +207,32 @@ def test_growing_begins_where_the_smaller_size_was() -> None:
     assert torch.equal(read[10], read[0]) and not torch.equal(read[11], read[0])
     generator.eval()
     assert torch.equal(generator(latent, None, Draw(0, "sample", range(3))), drawn[40]), (
-        "it draws at the size of the last step"
+        "samples have the size of the last step"
     )
     generator.train()
     for train_step in train_steps(model):
-        train_step.loss(some_batch(), Draw(0, 0, range(4))).mean().backward()
+        train_step.loss(make_batch(), Draw(0, 0, range(4))).mean().backward()
         assert all(parameter.grad is not None for parameter in train_step.net.parameters()), (
-            "several processes wait for a gradient of each"
+            "DDP waits for a gradient of each parameter"
         )
 
 
-def test_r3gan_begins_at_the_scale_of_images() -> None:
+def test_r3gan_initialization_gives_outputs_at_image_scale() -> None:
     torch.manual_seed(0)
     model = r3gan.create(Space(3, 32, 32, 256), R3Net(width=8, halvings=3, blocks=1))
     draw = Draw(0, 0, range(32))
     with torch.no_grad():
         made = model.net(draw.normal("latent", (64,)), None, draw)
         logits = model.discriminator(draw.normal("color", (3, 1, 1)).expand(-1, -1, 32, 32), None, draw)
-    assert 0.4 < made.std() < 2 and 0.4 < logits.std() < 2, "it has no norm that would mend a start at nothing"
+    assert 0.4 < made.std() < 2 and 0.4 < logits.std() < 2, "no normalization layer corrects a wrong initial scale"
 
 
-def test_augmentation_is_steered_by_signs_and_leaves_images_be_at_0() -> None:
+def test_augmentation_probability_follows_the_logits_and_starts_as_the_identity() -> None:
     layer, images, draw = Augmentation(0.6, 100), torch.rand(64, 3, 6, 8) * 2 - 1, Draw(0, 0, range(64))
     assert torch.equal(layer(images, draw), images)
     layer.steer(torch.ones(20))
     assert layer.probability.item() == pytest.approx(0.2)
-    layer.steer(torch.tensor([1.0, 1, 1, -1]))  # a mean of 0.5 is under 0.6
+    layer.steer(torch.tensor([1.0, 1, 1, -1]))  # a mean of 0.5 is below the target of 0.6
     assert layer.probability.item() == pytest.approx(0.16)
     for _ in range(9):
         layer.steer(torch.ones(20))
@@ -245,7 +245,7 @@ def test_augmentation_is_steered_by_signs_and_leaves_images_be_at_0() -> None:
     assert images.grad is not None and (images.grad.flatten(1).abs().sum(1) > 0).all()
 
 
-def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_with_fixed_parameters_gives_the_expected_images(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, image = Augmentation(0.6, 100), torch.rand(1, 3, 4, 4)
 
     def only(**values: float) -> Tensor:
@@ -282,13 +282,13 @@ def test_augmentation_by_known_moves(monkeypatch: pytest.MonkeyPatch) -> None:
         (["net.objective=minimax"], r"net\.objective"),
     ],
 )
-def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
+def test_gan_recipe_with_invalid_values_is_refused(overrides: list[str], told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         tiny.prepare(scratch.recipe("wgan-gp", tmp_path / "run", *overrides))
     assert re.search(told, "\n".join(caught.value.lines()))
 
 
-def test_the_benchmark_of_modes_knows_even_from_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_modes_reverse_kl_distinguishes_uniform_from_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_modes.reverse_kl(torch.arange(8).repeat(5), 8) == pytest.approx(0, abs=1e-12)
     assert bench_modes.reverse_kl(torch.zeros(40, dtype=torch.long), 8) == pytest.approx(math.log(8))
     monkeypatch.setattr(bench_modes, "STEPS", 2)

@@ -1,4 +1,4 @@
-"""The replayed allocator: PyTorch's documented behavior, what must hold for any sequence, and a naive second model of the same rules."""
+"""The replayed allocator: PyTorch's documented behavior, invariants, and a naive reference implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = st.one_of(
 
 @st.composite
 def sequences(draw: st.DrawFn, streams: int = 2) -> list[Event]:
-    """Allocations, releases of what is live, now and then an emptied cache."""
+    """Allocations, frees of live blocks, and occasionally an emptied cache."""
     events: list[Event] = []
     live: list[int] = []
     for identifier in range(draw(st.integers(1, 40))):
@@ -40,7 +40,7 @@ def sequences(draw: st.DrawFn, streams: int = 2) -> list[Event]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_is_as_documented(case: Case) -> None:
+def test_allocator_replays_the_documented_cases(case: Case) -> None:
     assert case.got() == case.expected
 
 
@@ -53,7 +53,10 @@ class Part:
 
 @final
 class Naive:
-    """The same rules with no index: every segment a list of parts, segments in the order of their addresses, all searched end to end."""
+    """The same rules without an index: each segment is a list of parts.
+
+    Segments, ordered by address, are searched linearly.
+    """
 
     def __init__(self, capacity: int, max_split: int) -> None:
         self.capacity, self.max_split, self.retries = capacity, max_split, 0
@@ -138,13 +141,13 @@ class Naive:
 @given(
     sequences(), st.sampled_from([60 * MIB, 130 * MIB, 300 * MIB, 1 << 40]), st.sampled_from([None, 21 * MIB, 40 * MIB])
 )
-def test_agrees_with_a_naive_model(events: list[Event], capacity: int, max_split: int | None) -> None:
+def test_allocator_agrees_with_the_naive_model(events: list[Event], capacity: int, max_split: int | None) -> None:
     compare(events, capacity, max_split)
 
 
 @pytest.mark.parametrize("max_split", [None, 21 * MIB, 40 * MIB])
-def test_agrees_with_a_naive_model_on_a_card_nearly_full(max_split: int | None) -> None:
-    """Large blocks, and no more allocated than two thirds of the GPU: the cache has to be given back again and again."""
+def test_allocator_with_a_nearly_full_gpu_agrees_with_the_naive_model(max_split: int | None) -> None:
+    """Large blocks with at most two thirds of the GPU allocated, so the cache must be released again and again."""
     for seed in range(150):
         draw, capacity = random.Random(seed), 300 * MIB
         events: list[Event] = []
@@ -178,7 +181,9 @@ def compare(events: list[Event], capacity: int, max_split: int | None) -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(sequences(), st.sampled_from([None, 100 * MIB]), st.booleans())
-def test_what_always_holds(events: list[Event], capacity: int | None, expandable: bool) -> None:
+def test_allocator_invariants_hold_for_any_sequence(
+    events: list[Event], capacity: int | None, expandable: bool
+) -> None:
     allocator = Allocator(capacity, expandable_segments=expandable)
     sizes: dict[int, int] = {}
     for identifier, size, stream in events:
@@ -213,8 +218,10 @@ def test_what_always_holds(events: list[Event], capacity: int | None, expandable
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(SIZES, min_size=1, max_size=30), st.randoms(use_true_random=False), st.booleans())
-def test_the_order_of_releases_does_not_matter(sizes: list[int], shuffle: object, expandable: bool) -> None:
-    """With everything free again, blocks are the same whatever went first: merging has no order."""
+def test_allocator_after_all_frees_does_not_depend_on_their_order(
+    sizes: list[int], shuffle: object, expandable: bool
+) -> None:
+    """Once everything is free, the blocks are the same in any order: merging is commutative."""
     ends = []
     for turn in range(2):
         allocator = Allocator(expandable_segments=expandable)
@@ -229,7 +236,7 @@ def test_the_order_of_releases_does_not_matter(sizes: list[int], shuffle: object
     assert ends[0] == ends[1]
 
 
-def test_of_equal_blocks_the_lower_is_taken() -> None:
+def test_allocator_with_equal_free_blocks_takes_the_lower_address() -> None:
     allocator = Allocator()
     for identifier in range(3):
         allocator.allocate(identifier, 20 * MIB)
@@ -239,7 +246,7 @@ def test_of_equal_blocks_the_lower_is_taken() -> None:
     assert [holder for _, _, holder in allocator.blocks()] == [3, 1, None]
 
 
-def test_out_of_memory_says_what_was_live() -> None:
+def test_allocator_out_of_memory_reports_live_allocations() -> None:
     result = replay([allocate(7, 30 * MIB), allocate(8, 100), allocate(9, 25 * MIB)], capacity=50 * MIB)
     failed = result.out_of_memory
     assert failed is not None
@@ -257,7 +264,7 @@ def test_out_of_memory_says_what_was_live() -> None:
         ([free(3)], "3 is not allocated"),
     ],
 )
-def test_refuses_an_impossible_sequence(events: list[Event], complaint: str) -> None:
+def test_allocator_refuses_an_impossible_sequence(events: list[Event], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         replay(events)
 
@@ -265,6 +272,6 @@ def test_refuses_an_impossible_sequence(events: list[Event], complaint: str) -> 
 @pytest.mark.parametrize(
     "options", [{"max_split_size": 20 * MIB}, {"max_split_size": 40 * MIB, "expandable_segments": True}]
 )
-def test_refuses_options_that_it_does_not_model(options: dict[str, int]) -> None:
+def test_allocator_refuses_unsupported_options(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="max_split_size"):
         Allocator(**options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Autoencoders from scratch: bounds against quadrature, sums where sums belong, and which side of the book a gradient is on."""
+"""Autoencoders from scratch: bounds against quadrature, losses as sums, and the gradients of codebooks."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def vae_of(**keys: Any) -> Any:
     return model
 
 
-def some_levels(count: int, seed: int = 1) -> Tensor:
+def random_levels(count: int, seed: int = 1) -> Tensor:
     return torch.randint(
         SPACE.levels, (count, *SPACE.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
 
 
 @pytest.mark.parametrize("observation", ["categorical", "logistics"])
-def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
-    """One latent number: log p(x) = log ∫ N(z; 0, 1) p(x|z) dz by the trapezoid rule on 801 points."""
+def test_importance_weighted_bound_is_below_log_p_and_converges_to_it(observation: str) -> None:
+    """With one latent dimension, log p(x) = log ∫ N(z; 0, 1) p(x|z) dz by the trapezoid rule on 801 points."""
     model = vae_of(distribution=observation)
-    levels = some_levels(6)
+    levels = random_levels(6)
     z = torch.linspace(-8, 8, 801)
     with torch.no_grad():
         parameters = model.net.decode(z[:, None], None)
@@ -58,9 +58,9 @@ def test_the_bounds_lie_below_log_p_and_rise_to_it(observation: str) -> None:
     assert bounds[3] == pytest.approx(float(exact.mean()), abs=0.02)
 
 
-def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
-    """β weighs the KL and nothing else; the loss of an image does not depend on the others in its batch."""
-    levels, draw = some_levels(3), Draw(0, 0, range(3))
+def test_vae_loss_sums_over_pixels_and_latent_dimensions() -> None:
+    """β scales only the KL term; the loss of an image does not depend on the others in its batch."""
+    levels, draw = random_levels(3), Draw(0, 0, range(3))
     losses = {}
     for beta in (0.0, 1.0, 3.0):
         model = vae_of(latent=4, beta=beta)
@@ -80,95 +80,95 @@ def test_the_loss_is_a_sum_over_pixels_and_latent_numbers() -> None:
     torch.testing.assert_close(model.kl_by_dimension({"pixels": levels}), kl.mean(0))
 
 
-def test_the_kl_is_that_of_samples() -> None:
+def test_gaussian_kl_matches_a_monte_carlo_estimate() -> None:
     mean, logvar = torch.tensor([[0.7, -1.2, 0.0]]), torch.tensor([[0.3, -2.0, 0.0]])
     drawn = mean + (0.5 * logvar).exp() * torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
     sampled = (log_normal(drawn, mean, logvar) - log_normal(drawn)).mean(0)
     torch.testing.assert_close(gaussian_kl(mean, logvar)[0], sampled, rtol=0, atol=0.01)
 
 
-def test_images_from_latents() -> None:
-    model, images = vae_of(latent=4), some_levels(4)
+def test_vae_reconstruction_interpolation_and_arithmetic_are_consistent() -> None:
+    model, images = vae_of(latent=4), random_levels(4)
     batch = {"pixels": images}
     rebuilt = model.reconstructions(batch)
     way = model.interpolation(batch, 5)
     assert way.shape == (5, *SPACE.shape)
     assert torch.equal(way[0], rebuilt[0]) and torch.equal(way[-1], rebuilt[1])
-    assert torch.equal(model.arithmetic(batch, batch, batch), rebuilt), "what is added and taken away is the same"
+    assert torch.equal(model.arithmetic(batch, batch, batch), rebuilt), "adding and subtracting one vector changes it"
     first, second = {"pixels": images[:1]}, {"pixels": images[1:2]}
     assert torch.equal(model.arithmetic(first, second, first), rebuilt[1:2])
 
 
-def test_the_straight_through_gradient_is_the_identity() -> None:
+def test_quantizer_gradient_is_straight_through() -> None:
     torch.manual_seed(0)
-    quantiser = Quantizer(7, 3, 100)
+    quantizer = Quantizer(7, 3, 100)
     latent, seen = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
-    vectors, to_book, to_latent = quantiser(latent)
-    assert torch.equal(vectors, quantiser.vectors(quantiser.indices(latent)))
+    vectors, to_book, to_latent = quantizer(latent)
+    assert torch.equal(vectors, quantizer.vectors(quantizer.indices(latent)))
     (gradient,) = torch.autograd.grad((vectors * seen).sum(), latent, retain_graph=True)
     assert torch.equal(gradient, seen)
     distance = (latent - vectors).detach()
     torch.testing.assert_close(to_book, distance.square().flatten(1).sum(1))
     torch.testing.assert_close(to_latent, to_book)
-    nearest = torch.cdist(latent.movedim(1, -1).flatten(0, 2), quantiser.book).argmin(1)
-    assert torch.equal(quantiser.indices(latent).flatten(), nearest)
+    nearest = torch.cdist(latent.movedim(1, -1).flatten(0, 2), quantizer.book).argmin(1)
+    assert torch.equal(quantizer.indices(latent).flatten(), nearest)
 
 
-def test_beta_is_on_the_encoders_side() -> None:
-    """The encoder is pulled to its codes by 2β(z − e); the book is pulled by 2(e − z), whatever β is."""
+def test_vqvae_beta_scales_only_the_encoder_gradient() -> None:
+    """The encoder's gradient toward its codes is 2β(z − e); the codebook's is 2(e − z) for every β."""
     found = {}
     for beta in (0.25, 1.0):
         torch.manual_seed(0)
-        quantiser = Quantizer(5, 2, 100)
+        quantizer = Quantizer(5, 2, 100)
         latent = torch.randn(1, 2, 3, 3, requires_grad=True)
-        _, to_book, to_latent = quantiser(latent)
-        found[beta] = torch.autograd.grad((to_book + beta * to_latent).sum(), (latent, quantiser.book))
+        _, to_book, to_latent = quantizer(latent)
+        found[beta] = torch.autograd.grad((to_book + beta * to_latent).sum(), (latent, quantizer.book))
     torch.testing.assert_close(found[0.25][0], 0.25 * found[1.0][0])
     torch.testing.assert_close(found[0.25][1], found[1.0][1])
     with torch.no_grad():
-        torch.testing.assert_close(found[1.0][0], 2 * (latent - quantiser.vectors(quantiser.indices(latent))))
-    # The net's loss takes them so.
+        torch.testing.assert_close(found[1.0][0], 2 * (latent - quantizer.vectors(quantizer.indices(latent))))
+    # The model's loss combines them with this β.
     model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2, beta=0.25))
-    levels = some_levels(2)
+    levels = random_levels(2)
     model.net.eval()
     parameters, to_book, to_latent = model.net(levels)
     expected = -model._distribution.log_prob(parameters, levels).flatten(1).sum(1) + to_book + 0.25 * to_latent
     torch.testing.assert_close(model.train_steps()[0].loss({"pixels": levels}, Draw(0, 0, range(2))), expected)
 
 
-def test_perplexity_counts_the_codes_in_use() -> None:
+def test_perplexity_counts_used_codes() -> None:
     assert float(perplexity(torch.arange(8).repeat(3), 8)) == pytest.approx(8)
     assert float(perplexity(torch.full((10,), 3), 8)) == pytest.approx(1)
 
 
-def test_dead_codes_come_back_where_one_is_missed() -> None:
-    quantiser = Quantizer(4, 2, 3)
+def test_quantizer_with_dead_codes_restarts_them_at_poorly_coded_latents() -> None:
+    quantizer = Quantizer(4, 2, 3)
     with torch.no_grad():
-        quantiser.book.copy_(torch.tensor([[0.0, 0], [50, 50], [60, 60], [70, 70]]))
+        quantizer.book.copy_(torch.tensor([[0.0, 0], [50, 50], [60, 60], [70, 70]]))
     latent = torch.tensor([[0.1, 0.0], [0.0, 0.2], [8.0, 8.0], [9.0, -9.0]]).T.view(1, 2, 4, 1)
     for _ in range(2):
-        quantiser(latent)
-        assert perplexity(quantiser.indices(latent), 4) == pytest.approx(1)
-    quantiser(latent)
-    assert set(quantiser.indices(latent).flatten().tolist()) == {0, 1, 2, 3}
-    assert quantiser.book[1].tolist() == [9.0, -9.0], "the first dead code takes what fits worst"
-    quantiser.eval()
-    before = quantiser.idle.clone()
-    quantiser(latent * 0)
-    assert torch.equal(quantiser.idle, before), "a look changes nothing"
+        quantizer(latent)
+        assert perplexity(quantizer.indices(latent), 4) == pytest.approx(1)
+    quantizer(latent)
+    assert set(quantizer.indices(latent).flatten().tolist()) == {0, 1, 2, 3}
+    assert quantizer.book[1].tolist() == [9.0, -9.0], "the first dead code takes the latent with the largest error"
+    quantizer.eval()
+    before = quantizer.idle.clone()
+    quantizer(latent * 0)
+    assert torch.equal(quantizer.idle, before), "evaluation mode must not update the counters"
 
 
-def test_each_turn_trains_its_own_net() -> None:
+def test_vqgan_train_step_trains_only_its_own_network() -> None:
     torch.manual_seed(0)
     model = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2, discriminator_weight=0.5))
-    batch, draw = {"pixels": some_levels(2)}, Draw(0, 0, range(2))
+    batch, draw = {"pixels": random_levels(2)}, Draw(0, 0, range(2))
     autoencoder, critic = model.train_steps()
     plain = vqvae.create(SPACE, VqNet(width=4, halvings=1, codebook_size=5, code_dim=2))
     plain.net.load_state_dict(model.net.state_dict())
     autoencoder.loss(batch, draw).mean().backward()
     assert all(parameter.grad is None for parameter in critic.net.parameters())
     model.net.zero_grad(set_to_none=True)
-    # The critic's share of the gradient at the last layer is `discriminator_weight` times the reconstruction's.
+    # The discriminator's share of the gradient at the last layer is `discriminator_weight` times the reconstruction's.
     last = list(model.net.decoder.parameters())[-2]
     (whole,) = torch.autograd.grad(autoencoder.loss(batch, draw).mean(), last)
     other = list(plain.net.decoder.parameters())[-2]

@@ -1,4 +1,4 @@
-"""Autoregressive families: what each pixel may see, that probabilities add up, and that what is drawn follows them."""
+"""Autoregressive families: what each pixel depends on, normalized probabilities, and samples that follow them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REQUEST = SampleRequest((), (), 1, 1.0)
 def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
     torch.manual_seed(seed)
     model = load_implementation(family).create(space, section(family)(**keys))  # type: ignore[misc]
-    with torch.no_grad():  # what starts at zero would hide mistakes
+    with torch.no_grad():  # layers initialized to zero would hide mistakes
         for parameter in model.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.net.eval()
@@ -31,8 +31,8 @@ def model_of(family: str, space: Space, seed: int = 0, **keys: Any) -> Any:
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_a_mixture_of_logistics_adds_up_to_one(levels: int) -> None:
-    """Far tails and the narrowest scale (−7) too."""
+def test_logistic_mixture_is_normalized(levels: int) -> None:
+    """Including far tails and the smallest scale (−7)."""
     space = Space(1, 1, 1, levels)
     mixture = Logistics(space, 3)
     torch.manual_seed(0)
@@ -44,8 +44,8 @@ def test_a_mixture_of_logistics_adds_up_to_one(levels: int) -> None:
     assert torch.allclose(torch.as_tensor(total), torch.ones((), dtype=torch.float64), atol=2e-5)
 
 
-def test_a_mixture_of_logistics_is_the_mass_between_edges() -> None:
-    """Against the cumulative in float64; a channel's mean moves with the levels before it, not with those after."""
+def test_logistic_mixture_is_the_cdf_difference_between_bin_edges() -> None:
+    """Compared with the CDF in float64; a channel's mean depends on the channels before it, not on those after."""
     space, k = Space(3, 1, 1, 256), 2
     mixture = Logistics(space, k)
     torch.manual_seed(1)
@@ -73,7 +73,7 @@ def test_a_mixture_of_logistics_is_the_mass_between_edges() -> None:
 
 
 @pytest.mark.parametrize("observation", [Categorical(Space(3, 1, 1, 5)), Logistics(Space(3, 1, 1, 5), 2)])
-def test_levels_are_drawn_as_often_as_they_are_probable(observation: Any) -> None:
+def test_distribution_sample_frequencies_match_probabilities(observation: Any) -> None:
     torch.manual_seed(2)
     parameters, count = torch.randn(1, observation.parameters, 1, 1), 20_000
     every = torch.tensor(list(itertools.product(range(5), repeat=3)), dtype=torch.uint8)[:, :, None, None]
@@ -88,7 +88,10 @@ def test_levels_are_drawn_as_often_as_they_are_probable(observation: Any) -> Non
 
 
 def _chi_squared(places: Tensor, expected: Tensor) -> None:
-    """Pearson's statistic lies within five standard deviations of its mean; what is expected fewer than 5 times is pooled."""
+    """Pearson's statistic is at most five standard deviations above its mean.
+
+    Bins with fewer than 5 expected are pooled.
+    """
     found, wanted = torch.bincount(places, minlength=len(expected)).double(), expected * len(places)
     rare = wanted < 5
     found, wanted = (torch.cat([values[~rare], values[rare].sum()[None]]) for values in (found, wanted))
@@ -103,8 +106,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_probabilities_of_all_images_add_up_to_one_and_are_those_of_what_is_drawn(name: str) -> None:
-    """All 81 images of 2×2 pixels and 3 levels."""
+def test_autoregressive_model_is_normalized_and_samples_follow_its_probabilities(name: str) -> None:
+    """Enumerates all 81 images of 2×2 pixels with 3 levels."""
     space = Space(1, 2, 2, 3)
     model: LikelihoodModel = model_of(name, space, **FAMILIES[name])
     every = torch.tensor(list(itertools.product(range(3), repeat=4)), dtype=torch.uint8).view(-1, 1, 2, 2)
@@ -117,7 +120,7 @@ def test_the_probabilities_of_all_images_add_up_to_one_and_are_those_of_what_is_
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("classes", [(), ("a", "b")])
-def test_images_drawn_with_caches_are_those_without(name: str, classes: tuple[str, ...]) -> None:
+def test_autoregressive_sampling_with_caches_matches_uncached(name: str, classes: tuple[str, ...]) -> None:
     space = Space(1, 5, 6, 7, classes)
     model = model_of(name, space, **FAMILIES[name])
     which = torch.tensor([0, 1, 2]) if classes else None
@@ -126,8 +129,8 @@ def test_images_drawn_with_caches_are_those_without(name: str, classes: tuple[st
         assert torch.equal(model.generate(which, draw, REQUEST), model.generate_uncached(which, draw))
 
 
-def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None:
-    """By editing each token in turn; three channels a pixel, in the order that `tokens` gives them."""
+def test_imagegpt_token_depends_on_exactly_the_earlier_tokens() -> None:
+    """Edits each token in turn; a pixel has three channels, in the order of `tokens`."""
     space = Space(3, 2, 2, 4)
     net = model_of("imagegpt", space, width=8, layers=1, heads=2).net
     levels = torch.randint(4, (1, 3, 2, 2), dtype=torch.uint8)
@@ -143,7 +146,7 @@ def test_a_token_of_imagegpt_sees_every_token_before_it_and_none_after() -> None
             assert torch.equal(moved > 1e-7, torch.arange(12) > place)
 
 
-def test_a_palette_is_the_colors_of_the_data() -> None:
+def test_imagegpt_palette_finds_the_colors_of_the_data() -> None:
     from finetune.models.scratch.autoregressive.imagegpt import k_means
 
     colors = torch.tensor([[0.0, 0, 0], [250, 0, 0], [0, 250, 0], [9, 9, 250]])
@@ -152,8 +155,8 @@ def test_a_palette_is_the_colors_of_the_data() -> None:
     assert len(k_means(colors, 6)) == 6
 
 
-def test_a_pixel_of_pixelcnn_sees_every_pixel_before_it_and_none_after() -> None:
-    """By gradients, for every pair of pixels: no blind spot."""
+def test_pixelcnn_pixel_depends_on_exactly_the_earlier_pixels() -> None:
+    """By the gradient of every pair of pixels, so there is no blind spot."""
     space = Space(3, 5, 7, 256)
     model = model_of("pixelcnn++", space, width=8, blocks=4, dilation=2, mixtures=1)
     scaled = torch.randn(1, 3, 5, 7, requires_grad=True)

@@ -1,4 +1,7 @@
-"""What is kept of images and captions: whole, found again, and computed only where it is missing."""
+"""The cache of latents and text embeddings.
+
+Complete, readable by later runs, and computed only where entries are missing.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def filled(folder: Path, numbers: range) -> Store:
     return store
 
 
-def test_what_was_put_is_found_again(tmp_path: Path) -> None:
+def test_store_put_entries_are_read_after_flush(tmp_path: Path) -> None:
     store = filled(tmp_path, range(100))
     store.put("late", tensors(1))
     for found in (store, Store(tmp_path)):
@@ -56,19 +59,19 @@ def test_what_was_put_is_found_again(tmp_path: Path) -> None:
     assert "late" not in Store(tmp_path)  # not yet flushed
 
 
-def test_parts_of_one_tensor_are_kept_as_tensors_of_their_own(tmp_path: Path) -> None:
+def test_store_put_views_are_stored_as_separate_tensors(tmp_path: Path) -> None:
     whole = torch.arange(24.0).view(2, 3, 4)
     first, second = whole.unbind(0)
     store = Store(tmp_path)
     store.put("views", {"first": first, "second": second.T, "again": first})
-    whole.zero_()  # what was put is a copy
+    whole.zero_()  # put() copied the tensors
     store.flush()
     kept = Store(tmp_path).get("views")
     assert torch.equal(kept["first"], torch.arange(12.0).view(3, 4))
     assert torch.equal(kept["second"], torch.arange(12.0, 24).view(3, 4).T)
 
 
-def test_shards_are_bounded_in_entries_and_bytes_and_no_file_stays_open(
+def test_store_shards_are_bounded_in_entries_and_bytes_and_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_before = len(os.listdir("/proc/self/fd"))
@@ -82,7 +85,7 @@ def test_shards_are_bounded_in_entries_and_bytes_and_no_file_stays_open(
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut", "empty", "header"])
-def test_a_damaged_shard_is_set_aside_and_computed_again(tmp_path: Path, damage: str) -> None:
+def test_store_with_a_damaged_shard_sets_it_aside_and_accepts_new_entries(tmp_path: Path, damage: str) -> None:
     filled(tmp_path, range(5))
     (broken,) = tmp_path.iterdir()
     filled(tmp_path, range(10, 12))
@@ -103,7 +106,7 @@ def test_a_damaged_shard_is_set_aside_and_computed_again(tmp_path: Path, damage:
     )
 
 
-def test_two_writers_at_once(tmp_path: Path) -> None:
+def test_store_with_two_concurrent_writers_keeps_all_entries(tmp_path: Path) -> None:
     writers = [threading.Thread(target=filled, args=(tmp_path, numbers)) for numbers in (range(150), range(100, 250))]
     for writer in writers:
         writer.start()
@@ -113,7 +116,7 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     assert all(f"key{number}" in store and same(store.get(f"key{number}"), tensors(number)) for number in range(250))
 
 
-def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
+def test_store_after_a_killed_writer_has_only_complete_shards(tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from finetune.data.latent_cache import Store\n"
         "store = Store(Path(sys.argv[1]))\n"
@@ -136,7 +139,9 @@ def test_a_killed_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.damaged"))
 
 
-def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_flush_with_a_full_disk_reports_it_and_keeps_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = filled(tmp_path, range(3))
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     store.put("more", tensors(9))
@@ -151,18 +156,18 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pyte
     assert "data.cache" in caught.value.remedy
     assert "FT_CACHE" in caught.value.remedy
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    store.flush()  # there is space again
+    store.flush()  # space is available again
     assert same(Store(tmp_path).get("more"), tensors(9))
 
 
-def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_store_in_an_impossible_folder_is_refused_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="Not a directory") as caught:
         Store(tmp_path / "file" / "cache")
     assert caught.value.where == str(tmp_path / "file" / "cache")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_prefers_the_argument_then_ft_cache_then_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("FT_CACHE", "~/here")
     assert cache_folder("/given") == Path("/given")
@@ -172,7 +177,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder(None) == Path("/home/someone/.cache/finetune")
 
 
-def test_a_fingerprint_tells_weights_apart() -> None:
+def test_fingerprint_changes_with_names_shapes_dtypes_and_values() -> None:
     weights = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
     others: list[dict[str, Tensor]] = [
         {**weights, "a": torch.ones(3, 2)},

@@ -1,4 +1,4 @@
-"""Captions of folders: text files and tables, in the encodings, line ends and lengths that people have."""
+"""Captions in folders: text files and tables, in the encodings, line ends and lengths found in practice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.test_data import captions, data, problems, put
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_path: Path, name: str) -> None:
+def test_metadata_file_assigns_captions_and_reports_unused_files(tmp_path: Path, name: str) -> None:
     for image in ("a.png", "deep/b.png", "unnamed.png", "blank.png"):
         put(tmp_path, image)
     (tmp_path / "unnamed.txt").write_text("not read")
@@ -57,7 +57,7 @@ def test_a_metadata_file_names_captions_and_nothing_is_dropped_in_silence(tmp_pa
     assert "outside.png" in caught.value.where
 
 
-def test_the_nearest_metadata_file_speaks(tmp_path: Path) -> None:
+def test_metadata_file_in_the_nearest_folder_wins(tmp_path: Path) -> None:
     put(tmp_path, "a.png", caption="beside")
     put(tmp_path, "sub/b.png")
     (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\nb.png,from the table\n")
@@ -83,7 +83,7 @@ def test_the_nearest_metadata_file_speaks(tmp_path: Path) -> None:
         ("metadata.parquet", b"PAR1", "metadata.parquet", None),
     ],
 )
-def test_a_metadata_file_that_cannot_be_read_is_named_with_its_line(
+def test_unreadable_metadata_file_is_refused_with_its_line(
     tmp_path: Path, name: str, content: bytes, said: str, line: int | None
 ) -> None:
     put(tmp_path, "a.png")
@@ -95,7 +95,7 @@ def test_a_metadata_file_that_cannot_be_read_is_named_with_its_line(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_lines_of_a_table_end_as_any_program_ends_them(tmp_path: Path, end: str) -> None:
+def test_metadata_csv_accepts_any_line_ending(tmp_path: Path, end: str) -> None:
     for name in "ab":
         put(tmp_path, f"{name}.png")
     content = f'\ufefffile_name,text{end}a.png,"one{end}two"{end}b.png,three'
@@ -104,7 +104,7 @@ def test_lines_of_a_table_end_as_any_program_ends_them(tmp_path: Path, end: str)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
-def test_a_long_metadata_file_takes_little_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_metadata_file_uses_bounded_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "IN_MEMORY_BYTES", 1 << 12)
     names = [f"{number:05d}.png" for number in range(10_000)]
     words = "words " * 20
@@ -114,21 +114,21 @@ def test_a_long_metadata_file_takes_little_memory(tmp_path: Path, name: str, mon
     ]
     (tmp_path / name).write_text("\n".join([*([] if name.endswith("jsonl") else ["file_name,text"]), *lines]))
 
-    def ask() -> None:
+    def read_all() -> None:
         found = Captions(tmp_path, [*names, name], "text")
         assert all(found.of(file) == Caption(words + file) for file in reversed(names))
         assert not list(found.unused())
 
-    ask()  # imports, and names that pathlib keeps
+    read_all()  # once before measuring: imports, and names that pathlib interns
     tracemalloc.start()
     try:
-        ask()
-        assert tracemalloc.get_traced_memory()[1] < 60 * len(names)  # what stands in them is three times as long
+        read_all()
+        assert tracemalloc.get_traced_memory()[1] < 60 * len(names)  # the captions themselves take three times as much
     finally:
         tracemalloc.stop()
 
 
-def test_two_metadata_files_side_by_side(tmp_path: Path) -> None:
+def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     for name in ("metadata.csv", "metadata.jsonl"):
         (tmp_path / name).write_text("")
@@ -136,14 +136,14 @@ def test_two_metadata_files_side_by_side(tmp_path: Path) -> None:
         scan(data(tmp_path))
 
 
-def test_a_caption_in_another_encoding_names_file_and_byte(tmp_path: Path) -> None:
+def test_caption_in_another_encoding_is_refused_with_file_and_byte(tmp_path: Path) -> None:
     put(tmp_path, "a.png").with_suffix(".txt").write_bytes("a café".encode("latin-1"))
     with pytest.raises(UserError, match="1 unreadable caption") as caught:
         scan(data(tmp_path, missing_captions="empty")).raise_if_stopped()
     assert "a.txt is not UTF-8 (byte 5)" in caught.value.where
 
 
-def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_caption_that_is_not_text_is_refused_with_its_line(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "two"]}')
     with pytest.raises(UserError, match="1 unreadable caption") as caught:
@@ -151,8 +151,11 @@ def test_a_caption_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert "metadata.jsonl:1 is not text" in caught.value.where
 
 
-def test_every_image_that_does_not_train_is_named(tmp_path: Path) -> None:
-    """In `data.json` and by `ft data check --json`; tables and pages name some, and say that there are more."""
+def test_problems_beyond_the_display_limit_are_all_in_the_json(tmp_path: Path) -> None:
+    """`data.json` and `ft data check --json` name every image.
+
+    Tables and pages name some and say that there are more.
+    """
     put(tmp_path, "a.png", caption="x")
     for number in range(MAX_NAMES + 5):
         (tmp_path / f"{number:02d}.png").write_bytes(b"")

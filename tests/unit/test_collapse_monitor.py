@@ -1,4 +1,4 @@
-"""Lost modes, watched while training: a generator that collapses gets the alarm, a healthy one does not."""
+"""The collapse monitor warns of a collapsing generator during training, and only of that."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from finetune.report.html_report import write_report
 from finetune.rng import Draw
 from tests.helpers import scratch, tiny
 
-LOOKED_AT = 24  # images
+MONITORED_IMAGES = 24
 GOOD = (Check(10, 0.9, 0.4), Check(20, 1.0, 0.5))
 
 
 @pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collapse_monitor, "IMAGES", LOOKED_AT)
+def _monitor_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collapse_monitor, "IMAGES", MONITORED_IMAGES)
 
 
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        ((Check(10, 0.02, 0.0),), ""),  # a net that knows nothing yet
+        ((Check(10, 0.02, 0.0),), ""),  # the network has not learned anything yet
         ((Check(10, 0.02, 0.0), Check(30, 0.05, 0.0)), "nearly all alike: 5%"),
         (GOOD, ""),
         ((*GOOD, Check(30, 0.45, 0.4)), "diversity fell from 100% to 45%"),
         ((*GOOD, Check(30, 0.9, 0.2)), "coverage fell from 50% to 20%"),
         ((*GOOD, Check(30, 0.7, 0.3)), ""),
-        ((Check(10, 0.4, 0.04), Check(20, 0.31, 0.01)), ""),  # there was nothing yet to lose
+        ((Check(10, 0.4, 0.04), Check(20, 0.31, 0.01)), ""),  # there was no diversity to lose yet
     ],
 )
-def test_when_modes_are_problem(found: tuple[Check, ...], told: str) -> None:
+def test_problem_is_reported_only_when_modes_collapse(found: tuple[Check, ...], told: str) -> None:
     assert told in problem(found, 100) and bool(told) == bool(problem(found, 100))
 
 
-def test_an_alarm_says_what_helps() -> None:
+def test_warning_names_step_and_remedy() -> None:
     said = warning([*GOOD, Check(30, 0.1, 0.0)], 100, "GAN")
     assert said.startswith("step 30: ") and "net.minibatch" in said
     assert warning(GOOD, 100, "GAN") == ""
 
 
-def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
-    """A run, not yet trained, that is watched every second step; at its n-th look it draws as the n-th of `drawn` says."""
+def monitored_run(folder: Path, *drawn: str, steps: int = 4) -> Job:
+    """An untrained run checked every second step; its n-th check sees samples as the n-th of `drawn` says."""
     job = tiny.prepare(scratch.recipe("dcgan", folder, f"train.steps={steps}", "sample.collapse_check_every=2"))
     model = job.model
     assert isinstance(model, PixelModel)
@@ -57,7 +57,7 @@ def watched(folder: Path, *drawn: str, steps: int = 4) -> Job:
 
     def generate(classes: Tensor | None, draw: Draw, request: SampleRequest) -> Tensor:
         nonlocal asked
-        how, asked = drawn[asked // LOOKED_AT], asked + len(draw.batch_indices)
+        how, asked = drawn[asked // MONITORED_IMAGES], asked + len(draw.batch_indices)
         return images[[place % 12 if how == "healthy" else 0 for place in draw.batch_indices]]
 
     model.generate = generate  # type: ignore[method-assign]
@@ -69,8 +69,10 @@ def records(job: Job) -> list[dict[str, float]]:
     return [json.loads(line) for line in (job.run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    job = watched(tmp_path / "run", "healthy", "healthy")
+def test_collapse_monitor_of_a_healthy_generator_does_not_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = monitored_run(tmp_path / "run", "healthy", "healthy")
     job.trainer.train()
     assert "What helps" not in caplog.text
     first, second, third, last = records(job)
@@ -81,8 +83,8 @@ def test_a_healthy_generator_gets_no_alarm(tmp_path: Path, caplog: pytest.LogCap
     assert "Modes" in page and "mode collapse at step" not in page
 
 
-def test_a_collapse_gets_the_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    job = watched(tmp_path / "run", "healthy", "collapsed")
+def test_collapse_monitor_of_a_collapsed_generator_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job = monitored_run(tmp_path / "run", "healthy", "collapsed")
     job.trainer.train()
     said = caplog.text
     assert (
@@ -93,12 +95,12 @@ def test_a_collapse_gets_the_alarm(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "mode collapse at step 4" in write_report(job.run.folder).read_text()
 
 
-def test_what_was_seen_before_a_kill_counts(tmp_path: Path) -> None:
-    job = watched(tmp_path / "run", "collapsed", "collapsed", steps=40)
+def test_collapse_monitor_after_resume_compares_with_earlier_checks(tmp_path: Path) -> None:
+    job = monitored_run(tmp_path / "run", "collapsed", "collapsed", steps=40)
     look = job.trainer.watch
     assert look is not None
     assert look(4) == ({"watch.diversity": 0.0, "watch.coverage": pytest.approx(0.5, abs=0.5)}, ""), (
-        "so early, and nothing to lose"
+        "too early: there is nothing to lose yet"
     )
     job.run.log({"step": 2, "watch.diversity": 1.0, "watch.coverage": 0.5})
     assert "diversity fell from 100% to 0%" in look(4)[1]

@@ -1,4 +1,4 @@
-"""Every family has everything that users expect of one. What it lacks is named: the checklist of docs/adding-a-model.md."""
+"""Every family has all that users expect; a failure names what is missing (the checklist of docs/adding-a-model.md)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ WITHOUT_LORA_FORMAT = {"sana"}
 LIKE_ANOTHER = {"sd3-medium": "sd35-medium"}
 
 
-def lacks(spec: FamilySpec) -> list[str]:
-    """What a family lacks, in words."""
+def missing_parts(spec: FamilySpec) -> list[str]:
+    """Descriptions of what a family lacks."""
     found = []
     recipes = [name for name in bundled_recipes() if load_recipe(name).model.family == spec.slug]
     if not recipes:
         found.append("a recipe in recipes/")
     if f"`{spec.slug}`" not in (ROOT / "docs" / "models.md").read_text(encoding="utf-8"):
         found.append("a row in docs/models.md: run python tools/generate_docs.py models")
-    return found + (_lacks_pretrained(spec) if spec.pretrained else _lacks_scratch(spec, recipes))
+    return found + (_missing_pretrained_parts(spec) if spec.pretrained else _missing_scratch_parts(spec, recipes))
 
 
-def _lacks_pretrained(spec: FamilySpec) -> list[str]:
+def _missing_pretrained_parts(spec: FamilySpec) -> list[str]:
     found = [] if spec.variants else ["a variant in its record"]
     for name in spec.variants:
         folder = ASSETS / "configs" / name
@@ -68,7 +68,7 @@ def _lacks_pretrained(spec: FamilySpec) -> list[str]:
     return found
 
 
-def _lacks_scratch(spec: FamilySpec, recipes: list[str]) -> list[str]:
+def _missing_scratch_parts(spec: FamilySpec, recipes: list[str]) -> list[str]:
     found = [
         f"the cost profile assets/profiles/scratch-{name.partition('/')[2]}.json"
         for name in recipes
@@ -81,13 +81,13 @@ def _lacks_scratch(spec: FamilySpec, recipes: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("slug", registry.specs())
-def test_family_is_complete(slug: str) -> None:
-    missing = lacks(registry.specs()[slug])
+def test_family_has_every_required_part(slug: str) -> None:
+    missing = missing_parts(registry.specs()[slug])
     assert not missing, f"{slug} lacks " + "; ".join(missing)
 
 
 @pytest.mark.parametrize("slug", registry.specs())
-def test_implementation_is_what_the_record_says(slug: str) -> None:
+def test_family_implementation_matches_its_spec(slug: str) -> None:
     spec = registry.specs()[slug]
     implementation = registry.load_implementation(slug)
     if spec.pretrained:
@@ -101,7 +101,7 @@ def test_implementation_is_what_the_record_says(slug: str) -> None:
         assert registry.family_of_module(implementation.__name__) == slug
 
 
-def test_names_are_unique() -> None:
+def test_family_and_variant_names_are_unique() -> None:
     slugs = list(registry.specs())
     names = [*slugs, *registry.aliases()]
     assert len(names) == len(set(names))
@@ -112,8 +112,8 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.parametrize(("alias", "slug"), registry.aliases().items())
-def test_earlier_name_is_read_as_the_slug(alias: str, slug: str, tmp_path: Path) -> None:
-    """Old recipes, and the recipe.yaml of old runs, resume: they compare equal to the new ones."""
+def test_family_alias_in_a_recipe_is_read_as_the_slug(alias: str, slug: str, tmp_path: Path) -> None:
+    """Old recipes, and the recipe.yaml of old runs, compare equal to the new ones and resume."""
     name = next(name for name in bundled_recipes() if load_recipe(name).model.family == slug)
     text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     old = text.replace(f"family: {slug}", f"family: {alias}", 1)
@@ -122,19 +122,19 @@ def test_earlier_name_is_read_as_the_slug(alias: str, slug: str, tmp_path: Path)
     assert parsed == load_recipe(name) and parsed.model.family == slug
 
 
-def test_records_are_read_without_torch() -> None:
-    code = "import sys; from finetune.models import registry; registry.specs(); print({'torch', 'diffusers'} & set(sys.modules))"
+def test_family_specs_load_without_torch() -> None:
+    code = "import sys, finetune.models.registry as r; r.specs(); print({'torch', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def test_page_of_models_is_up_to_date() -> None:
+def test_models_page_is_current() -> None:
     from tools.generate_docs import models
 
     assert (ROOT / "docs" / "models.md").read_text(encoding="utf-8") == models()
 
 
-def test_recipes_are_named_as_their_models() -> None:
+def test_bundled_recipe_names_begin_with_a_family_or_variant() -> None:
     for name in bundled_recipes():
         recipe = load_recipe(name)
         spec, stem = registry.spec_of(recipe.model.family), name.partition("/")[2]
@@ -143,8 +143,8 @@ def test_recipes_are_named_as_their_models() -> None:
     assert all(load_recipe(old) == load_recipe(new) for old, new in renamed.RECIPES.items() if new in bundled_recipes())
 
 
-def test_saved_model_of_an_earlier_name_is_found() -> None:
-    """`config.json` of a saved model says its family by the name it had then."""
+def test_family_alias_in_a_saved_model_loads_the_family() -> None:
+    """The `config.json` of a saved model names its family as it was called then."""
     for alias, slug in registry.aliases().items():
         assert registry.load_implementation(alias) is registry.load_implementation(slug)
         assert nets.section(alias) is nets.section(slug)

@@ -1,4 +1,7 @@
-"""Everything odd at once: it trains as it is meant or is refused by name, nothing is dropped, and nothing is written."""
+"""A folder with everything odd at once.
+
+Each file trains correctly or is refused by name, and the folder stays unchanged.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def test_what_trains_and_what_is_refused_and_nothing_else(audit: Audit, folder: Path) -> None:
+def test_corpus_audit_accepts_and_refuses_exactly_the_expected_files(audit: Audit, folder: Path) -> None:
     assert {relative(p.name, folder) for p in audit.images} == {printable(name) for name in corpus.TRAINS}
     told = {relative(p.name, folder): p.detail for p in audit.problems}
     assert told.keys() == corpus.REFUSED.keys()
@@ -58,7 +61,7 @@ def test_what_trains_and_what_is_refused_and_nothing_else(audit: Audit, folder: 
         assert reason in told[name], name
 
 
-def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
+def test_corpus_audit_reports_oddities_and_duplicates(audit: Audit, folder: Path) -> None:
     told = defaultdict(set)
     for finding in audit.findings:
         assert finding.count >= sum(map(len, finding.examples))
@@ -74,8 +77,8 @@ def test_oddities_and_duplicates_are_named(audit: Audit, folder: Path) -> None:
     assert {"plain.png", "again.jpg", "copy.png"} <= {name for name, kinds in told.items() if "near duplicate" in kinds}
 
 
-def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
-    """Red on the left, blue on the right; gray of 16 bits has red's and blue's brightness."""
+def test_corpus_images_are_decoded_as_intended(audit: Audit, folder: Path) -> None:
+    """Red on the left, blue on the right; 16-bit gray has the brightness of red and blue."""
     data = opened(
         folder,
         Counting(cached=False),
@@ -91,8 +94,8 @@ def test_each_is_seen_as_it_is_meant(audit: Audit, folder: Path) -> None:
             assert right == pytest.approx(corpus.BLUE, abs=6), image.name
 
 
-def test_all_of_it_can_be_shown(audit: Audit) -> None:
-    """On a terminal, too, no name and no caption can do anything but stand there."""
+def test_corpus_audit_output_is_free_of_control_characters(audit: Audit) -> None:
+    """Names and captions cannot control a terminal."""
     shown = tables.data(audit)
     assert shown.encode("utf-8")
     assert not any(character < " " and character != "\n" for character in shown)
@@ -100,14 +103,17 @@ def test_all_of_it_can_be_shown(audit: Audit) -> None:
     assert '(metadata.jsonl:2 ("../plain.png"), metadata.jsonl:3 ("/etc/passwd"))' in shown
 
 
-def test_by_default_all_that_is_wrong_stops_the_run(folder: Path) -> None:
+def test_corpus_audit_with_defaults_stops_the_run(folder: Path) -> None:
     with pytest.raises(UserError, match=r"missing captions and .* unreadable") as caught:
         scan(recipe(folder, missing_captions="stop", unreadable_images="stop")).raise_if_stopped()
     assert "more" in caught.value.where
 
 
-def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
-    """A writer at work: each look sees a whole image or says that it does not, and what comes later sees the last."""
+def test_audit_while_files_are_rewritten_sees_complete_images(tmp_path: Path) -> None:
+    """With a concurrent writer, each scan sees a complete image or reports a problem.
+
+    Later scans see the last version.
+    """
     files = [put(tmp_path / "data", f"{number}.png", "red", (64, 64), caption="x") for number in range(6)]
     contents = [corpus.saved(corpus.halves((64, side)), "PNG") for side in (64, 80, 96)]
     stop = threading.Event()

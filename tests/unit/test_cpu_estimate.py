@@ -1,4 +1,7 @@
-"""The machine's own CPU: how it is measured, what is kept of that and for how long, and what is estimated by it."""
+"""Estimates for this machine's CPU.
+
+How it is calibrated, how long a calibration is kept, and what is derived from it.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +33,32 @@ from tests.helpers.estimates import ft, of
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache folder, in which nothing is kept yet."""
+    """The user's cache folder, empty at first."""
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+def test_keep_freed_memory_reuses_pages_in_the_next_step() -> None:
     def pages() -> int:
-        """Taken so far, after 64 MiB came and went."""
+        """Page faults so far, after 64 MiB have been allocated and freed."""
         _ = [torch.ones(1 << 22) for _ in range(4)]
         del _
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     cpu.keep_freed_memory()
-    taken = [pages() for _ in range(6)]  # small things may come to lie between the large ones at first
+    taken = [pages() for _ in range(6)]  # at first, small allocations may end up between the large ones
     assert (
         min(later - earlier for earlier, later in itertools.pairwise(taken))
         < (64 << 20) // resource.getpagesize() // 10
     )
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
+# -- calibration ------------------------------------------------------------------------------------------------------
 
 
-class Time:
-    """A clock that stands still but for what `run` takes: (seconds of the thread, seconds that others have the processor) each time."""
+class FakeTime:
+    """A clock that advances only in `run`: by (seconds of the thread, seconds in which others have the processor)."""
 
     def __init__(self, *taken: tuple[float, float]) -> None:
         self._taken: Iterator[tuple[float, float]] = iter(taken)
@@ -73,28 +76,26 @@ class Time:
 
 
 def typical(monkeypatch: pytest.MonkeyPatch, *taken: tuple[float, float]) -> float:
-    """Seconds of what `taken` says of each run, the first of which warms up."""
-    time = Time(*taken)
+    """The typical seconds of runs that take `taken`; the first is a warm-up."""
+    time = FakeTime(*taken)
     monkeypatch.setattr(calibrate, "time", time)
     return calibrate.Clock(sum(map(sum, taken[1:])), patience=1.0).typical(time.run)
 
 
-def test_a_run_takes_its_threads_time_and_those_beside_others_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_clock_ignores_runs_that_others_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typical(monkeypatch, (9.0, 0.0), (3.0, 0.0), (1.0, 0.0), (2.0, 0.0)) == 2.0
-    # Where threads wait for one that another program keeps from its core, they spin: their own time is longer too.
+    # Threads that wait for a preempted one spin, so their own time is longer too.
     assert typical(monkeypatch, (9.0, 0.0), (5.0, 0.2), (1.0, 0.0), (5.0, 0.2), (2.0, 0.0), (5.0, 0.2)) == 1.5
     assert typical(monkeypatch, (9.0, 0.0), (5.0, 0.2), (4.0, 0.3), (6.0, 0.2)) == 4.0
 
 
-def test_a_busy_processor_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=r"too busy to calibrate: other programs used it for 1\.2 of 2\.2 s"
-    ) as refused:
+def test_calibration_clock_on_a_busy_processor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"too busy to calibrate: other programs used it for 1\.2 of 2\.2 s") as refused:
         typical(monkeypatch, *[(0.25, 0.3)] * 9)
     assert "ft estimate --calibrate" in refused.value.remedy
 
 
-def test_a_cpu_is_calibrated_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_is_kept_for_each_thread_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FT_CACHE", str(tmp_path / "cache"))
     count = torch.get_num_threads()
     assert not cpu.calibration(count).measured
@@ -109,10 +110,10 @@ def test_a_cpu_is_calibrated_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not cpu.calibration(count).measured
 
 
-# -- what is kept, and for how long -----------------------------------------------------------------------------------
+# -- how long a calibration is kept -----------------------------------------------------------------------------------
 
 
-def test_a_busy_processor_stops_no_run_and_nothing_of_it_is_kept(
+def test_calibration_on_a_busy_processor_stops_no_run_and_is_not_kept(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def busy() -> cpu.Calibration:
@@ -124,8 +125,8 @@ def test_a_busy_processor_stops_no_run_and_nothing_of_it_is_kept(
     assert not (cache / cpu.FILE).exists()
 
 
-def here(off: float, steps: int = WARM_UP + FEWEST, measured: bool = True) -> Pace:
-    """Steps `off` times as long as was estimated for this CPU."""
+def pace_on_this_cpu(off: float, steps: int = WARM_UP + FEWEST, measured: bool = True) -> Pace:
+    """A pace whose steps take `off` times the estimate for this CPU."""
     known = dataclasses.replace(cpu.calibration(torch.get_num_threads()), measured=measured)
     one = of("lora/emoji", gpu=dataclasses.replace(this_cpu(), calibration=known))
     pace = Pace(Expected(one), lambda: None)
@@ -133,12 +134,12 @@ def here(off: float, steps: int = WARM_UP + FEWEST, measured: bool = True) -> Pa
     return pace
 
 
-def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
+def test_pace_disproves_a_measurement_that_is_far_off() -> None:
     least, most = 0.99 / FAR, 1.01 * FAR
-    assert all(here(off).disproved() for off in (least, most))
-    assert not any(here(off).disproved() for off in (1.01 / FAR, 1.0, 0.99 * FAR))
-    assert not here(most, steps=WARM_UP + FEWEST - 1).disproved()  # too few to say
-    assert not here(most, measured=False).disproved()  # there is nothing to take back
+    assert all(pace_on_this_cpu(off).disproved() for off in (least, most))
+    assert not any(pace_on_this_cpu(off).disproved() for off in (1.01 / FAR, 1.0, 0.99 * FAR))
+    assert not pace_on_this_cpu(most, steps=WARM_UP + FEWEST - 1).disproved()  # too few steps
+    assert not pace_on_this_cpu(most, measured=False).disproved()  # nothing was measured
     assert not Pace(Expected(None, "no profile"), lambda: None).disproved()
     on_gpu = of("lora/emoji")
     pace = Pace(Expected(on_gpu), lambda: None)
@@ -146,14 +147,14 @@ def test_steps_far_from_the_estimate_disprove_what_was_measured() -> None:
     assert not pace.disproved()
 
 
-def test_a_disproved_measurement_is_discarded_and_the_others_stay(
+def test_disproved_calibration_is_discarded_and_others_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     threads = torch.get_num_threads()
     bundled = dataclasses.replace(cpu.calibration(threads), name=cpu_name(), measured=True)
-    monkeypatch.setattr(job, "calibrate", lambda: bundled)  # this machine's own may be busy, or have a launch time of 0
+    monkeypatch.setattr(job, "calibrate", lambda: bundled)  # here it may be busy, or a launch may take 0 s
     run = tiny.prepare(tiny.recipe("sd15", "lora", folder=tmp_path / "run"))
-    run.trainer.pace = here(2 * FAR)
+    run.trainer.pace = pace_on_this_cpu(2 * FAR)
     wrong = run.trainer.pace.disproved()
     assert wrong is not None
     for one in (
@@ -170,8 +171,8 @@ def test_a_disproved_measurement_is_discarded_and_the_others_stay(
     assert cpu.calibration(wrong.threads) == newer
 
 
-def test_steps_that_are_slow_on_a_cpu_lead_to_other_programs_and_to_the_measurement() -> None:
-    one = here(1.0).expected.forecast
+def test_pace_warning_on_a_slow_cpu_suggests_other_programs_and_calibration() -> None:
+    one = pace_on_this_cpu(1.0).expected.forecast
     assert one is not None
     said = warning(one, 2.5 * one.speed.seconds, None)
     assert (
@@ -183,15 +184,15 @@ def test_steps_that_are_slow_on_a_cpu_lead_to_other_programs_and_to_the_measurem
     )
 
 
-# -- what is estimated by it ------------------------------------------------------------------------------------------
+# -- estimates --------------------------------------------------------------------------------------------------------
 
 
-def test_a_curve_goes_through_its_points() -> None:
+def test_cpu_curve_interpolates_its_points() -> None:
     curve = cpu.Curve(((10.0, 1.0), (1000.0, 100.0)))
     assert [curve.seconds(amount) for amount in (1, 10, 100, 1000, 5000)] == pytest.approx([1, 1, 10, 100, 500])
 
 
-def test_without_a_gpu_the_cpu_is_estimated(
+def test_estimate_without_a_gpu_uses_the_cpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "local_gpu", lambda: None)
@@ -208,8 +209,8 @@ def test_without_a_gpu_the_cpu_is_estimated(
     assert found["gpu"] == "cpu" and found["parts"]["Python, PyTorch"] > 0 and "CUDA context" not in found["parts"]
 
 
-def test_a_cpu_takes_kernels_one_after_another() -> None:
-    """Its step is the sum of all that it does; twice the batch takes longer, and no more than twice as long."""
+def test_cpu_step_time_is_the_sum_of_its_kernels() -> None:
+    """Twice the batch takes longer, but at most twice as long."""
     here = this_cpu()
     once, twice = (
         forecast(load_recipe("scratch/emoji-vae", [f"train.batch_size={batch}"]), "", here, 3000) for batch in (8, 16)
