@@ -178,7 +178,7 @@ def estimate_run(job: Job) -> None:
     Raises:
         UserError: the folder cannot be used, or the run does not fit into memory and is not forced.
     """
-    job.run = Run(job.plan, job.resume)
+    job.run = Run(job.plan, job.resume, job.force)
     machine = job.plan.machine
     if machine.device == "cpu":
         keep_freed_memory()
@@ -406,8 +406,10 @@ def _report(folder: Path) -> Path | None:
         from finetune.report.html_report import write_report
 
         return write_report(folder)
-    except Exception:
-        log.warning("the report could not be written; the trained weights are not affected", exc_info=True)
+    except Exception as error:
+        reason = error.problem if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        log.warning(f"the report could not be written ({reason}); the trained weights are not affected")
+        log.debug("the report could not be written", exc_info=True)
         return None
 
 

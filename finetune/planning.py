@@ -203,20 +203,28 @@ def load_plan(folder: Path) -> Plan:
     """The plan of a run from its folder: `describe` read back.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or one of the two files is damaged.
     """
     if not (folder / "plan.json").is_file() or not (folder / "recipe.yaml").is_file():
         raise UserError(
             f"{folder} is no run's folder: it has no plan.json",
             remedy="give the folder that `ft train` made, such as runs/lora-emoji",
         )
-    found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
-    numbers["recipe"] = load_recipe(folder / "recipe.yaml")
-    facts = dict(found["data"])
-    if "pictures" in facts:  # runs of version 0.1
-        facts["images"] = facts.pop("pictures")
-    numbers["data"] = DataFacts(**facts | {"buckets": tuple(map(_bucket_of, facts["buckets"]))})
-    numbers["machine"] = Machine(**found["machine"])
-    numbers["notes"] = tuple(found["notes"])
-    return Plan(**numbers)
+    recipe = load_recipe(folder / "recipe.yaml")
+    try:
+        found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        numbers: dict[str, Any] = {field.name: found[field.name] for field in fields(Plan)}
+        numbers["recipe"] = recipe
+        facts = dict(found["data"])
+        if "pictures" in facts:  # runs of version 0.1
+            facts["images"] = facts.pop("pictures")
+        numbers["data"] = DataFacts(**facts | {"buckets": tuple(map(_bucket_of, facts["buckets"]))})
+        numbers["machine"] = Machine(**found["machine"])
+        numbers["notes"] = tuple(found["notes"])
+        return Plan(**numbers)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"plan.json of this run is damaged: {str(error) or type(error).__name__}",
+            where=str(folder / "plan.json"),
+            remedy=f"write it again: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume",
+        ) from error

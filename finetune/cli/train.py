@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -13,7 +16,21 @@ from finetune.cli import completion, launch_target, launcher
 from finetune.cli.preflight import refuse_early
 from finetune.cli.process import report_errors, stoppable
 from finetune.config.loader import load_recipe
+from finetune.errors import UserError
 from finetune.estimate.hardware.cpu import threads
+from finetune.training.run_folder import restored_recipe
+
+
+@contextlib.contextmanager
+def _restorable(recipe: str, resume: bool) -> Iterator[None]:
+    """Within, an error in a run's own `recipe.yaml` names the copy that other files of the run still have."""
+    try:
+        yield
+    except UserError as error:
+        path = Path(recipe)
+        if resume and path.name == "recipe.yaml" and (restored := restored_recipe(path.parent)) is not None:
+            error.remedy = f"use the copy from the run's other files: ft train {restored} --resume"
+        raise
 
 
 @click.command()
@@ -78,7 +95,8 @@ def command(
     """
     overrides += (f"train.precision={precision}",) if precision else ()
     overrides += (f"adapter.init_lora={init}",) if init else ()
-    loaded = load_recipe(recipe, overrides)
+    with _restorable(recipe, resume):
+        loaded = load_recipe(recipe, overrides)
     refuse_early(loaded, resume)
     flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
     arguments = [recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import final
 
@@ -15,6 +14,7 @@ from finetune.inference import sample
 from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan
+from finetune.training.run_list import read_records
 from finetune.training.samples import request_of
 
 IMAGES = 128  # sampled per check, and as many real ones: with fewer, coverage is too noisy
@@ -53,6 +53,5 @@ class CollapseMonitor:
         generated = [found.thumbnail() for found in sample.draw(self._model, request, BATCH)]
         features = self._extractor.features(generated)
         check = Check(done, **mode_metrics(features, self._real))
-        lines = self._records.read_text(encoding="utf-8").splitlines() if self._records.is_file() else []
-        history = [*checks([json.loads(line) for line in lines]), check]
+        history = [*checks(read_records(self._records)), check]
         return check.record, warning(history, self._plan.steps, spec_of(self._plan.recipe.model.family).kind)

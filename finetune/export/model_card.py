@@ -20,6 +20,7 @@ from finetune.models.registry import spec_of
 from finetune.paths import public_name
 from finetune.planning import Plan
 from finetune.report import images, tables
+from finetune.training.run_list import read_json
 
 MOST_IMAGES = 8
 HERE = "FOLDER-OF-THIS-FILE"
@@ -60,12 +61,10 @@ def write_card(final: Path, run: Path, plan: Plan, steps: int) -> Path:
         parts.append(f"## With diffusers\n\n```python\n{lines}\n```")
     if recipe.method == "lora" and "comfyui" in spec_of(recipe.model.family).lora_formats:
         parts.append(f"## With ComfyUI\n\n{COMFYUI}" + (f" {WORDS}" if recipe.tokens else ""))
-    data = run / "data.json"
-    if data.is_file():
-        parts.append("## The images\n\n" + _rows(_data(json.loads(data.read_text(encoding="utf-8")))))
+    if (data := read_json(run / "data.json")) is not None:
+        parts.append("## The images\n\n" + _rows(_data(data)))
     parts.append("## The plan\n\n" + _rows(row for row in tables.plan_rows(plan) if row[0] not in PRIVATE))
-    versions = run / "versions.json"
-    made = json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {}
+    made = read_json(run / "versions.json") or {}
     if told := [f"{name} {made[name]}" for name in ("torch", "diffusers", "transformers", "peft") if name in made]:
         parts.append(f"Made with {', '.join(told)}.")
     front = yaml.safe_dump(_front_matter(plan, base, shown), sort_keys=False, allow_unicode=True)

@@ -24,6 +24,7 @@ from finetune.report import data_page, images, svg_charts, tables
 from finetune.report.html import render
 from finetune.report.svg_charts import Line
 from finetune.terminal import duration
+from finetune.training.run_list import read_json, read_records
 
 MAX_SAMPLE_STEPS = 8  # columns of the sample table: the first step, the last one and some in between
 MAX_PAIRS = 12
@@ -127,18 +128,12 @@ def _read(folder: Path) -> _RunFiles:
     return _RunFiles(
         folder,
         plan,
-        _records(folder / "metrics.jsonl"),
-        json.loads(data.read_text(encoding="utf-8")) if data.is_file() else None,
-        json.loads(estimate.read_text(encoding="utf-8")) if estimate.is_file() else None,
-        json.loads(versions.read_text(encoding="utf-8")) if versions.is_file() else {},
+        read_records(folder / "metrics.jsonl"),
+        read_json(data),
+        read_json(estimate),
+        read_json(versions) or {},
         files,
     )
-
-
-def _records(path: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, without a last line that is still being written."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # -- sections, each a dictionary for the template --------------------------------------------------------------------

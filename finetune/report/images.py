@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
     from finetune.data.example import Example
+
+log = logging.getLogger(__name__)
 
 CELL = 192  # pixels; smaller images are enlarged by the largest integer factor that fits
 LARGEST_CELL = 512  # pixels; wider images are scaled down (the originals lie next to the grid)
@@ -41,14 +44,21 @@ def sample_files(run_folder: Path, prompts: Sequence[str]) -> dict[int, list[Sam
     """
     samples = {}
     for folder in sorted((run_folder / "samples").glob("step-*")):
+        if not (folder.is_dir() and folder.name.removeprefix("step-").isdigit()):
+            continue
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.stem.isdigit())
-        if files and folder.name.removeprefix("step-").isdigit():
-            samples[int(folder.name.removeprefix("step-"))] = [_sample_file(path, prompts) for path in files]
+        if readable := [sample for path in files if (sample := _sample_file(path, prompts)) is not None]:
+            samples[int(folder.name.removeprefix("step-"))] = readable
     return samples
 
 
-def _sample_file(path: Path, prompts: Sequence[str]) -> SampleFile:
-    number, about = int(path.stem), open_sample(path)[1]
+def _sample_file(path: Path, prompts: Sequence[str]) -> SampleFile | None:
+    """The sample in a file; None if it is damaged."""
+    try:
+        number, about = int(path.stem), open_sample(path)[1]
+    except Exception as error:  # readers of images, video and audio raise many kinds of errors on damaged files
+        log.warning(f"the sample {path} cannot be read and is left out: {str(error).partition(chr(10))[0]}")
+        return None
     fallback = prompts[number] if number < len(prompts) else str(number)
     return SampleFile(path, about.get("prompt", fallback), about.get("seed", ""))
 

@@ -105,7 +105,12 @@ def best(folder: Path) -> Path | None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    return [path for path in _folders(folder) if (path / MANIFEST).is_file()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first. None is unfinished: a manifest that is missing has been lost."""
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def kept(run: Path, steps: Sequence[int] | None, where: str) -> list[Path]:
@@ -136,7 +141,7 @@ def kept(run: Path, steps: Sequence[int] | None, where: str) -> list[Path]:
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest intact checkpoint, and a message for each damaged one that was skipped."""
     skipped: list[str] = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(_folders(folder)):
         damage = _damage(path)
         if not damage:
             return load(path), skipped
@@ -176,13 +181,19 @@ def load(path: Path) -> Checkpoint:
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint's files; "" if nothing."""
     try:
-        for name, expected in json.loads((path / MANIFEST).read_text()).items():
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name in ("state.json", "weights.safetensors"):
+            if name not in manifest:
+                return f"its manifest lacks {name}"
+        for name, expected in manifest.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
                 return f"{name} has changed"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest cannot be read"
     return ""
 

@@ -51,6 +51,15 @@ def too_far(done: int, steps: int, folder: Path) -> UserError:
     )
 
 
+def all_damaged(notes: Sequence[str], folder: Path) -> UserError:
+    """No checkpoint in `folder` is intact; `notes` say what is wrong with each."""
+    return UserError(
+        "this run cannot be resumed: all its checkpoints are damaged",
+        where=f"{folder}: {'; '.join(note.removesuffix(' and is skipped') for note in notes)}",
+        remedy="restore one of them from a backup, or start again from step 0: --resume --force",
+    )
+
+
 @contextlib.contextmanager
 def memory_explained(recipe: Recipe, expected: Expected, live: Callable[[], dict[str, int]]) -> Iterator[None]:
     """Within, running out of memory raises a `UserError` with the estimate, what was live, and the edits that fit.

@@ -6,19 +6,22 @@ status/  final/  estimate.json  before-after.png  report.html
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finetune.config.loader import load_recipe, to_dict
+from finetune.config.loader import parse_recipe, to_dict
 from finetune.config.schema import Recipe
 from finetune.data.sources.files import write_aside
 from finetune.distributed import rank
@@ -26,7 +29,7 @@ from finetune.errors import UserError
 from finetune.planning import Plan, describe, load_plan
 from finetune.terminal import plural
 from finetune.training import base_files
-from finetune.training.run_list import newest_facts
+from finetune.training.run_list import newest_facts, parse_records, read_json
 from finetune.training.run_status import Reporter
 
 # Keys that may change when a run is resumed: all others would change the weights.
@@ -43,6 +46,8 @@ FREE_TO_CHANGE = {
     },
     "data": {"cache"},
 }
+log = logging.getLogger(__name__)
+
 MOST_NAMED = 5  # changed files that an error names
 LIBRARIES = (
     *("torch", "diffusers", "peft", "accelerate", "transformers", "datasets", "bitsandbytes", "pytorch-optimizer"),
@@ -56,31 +61,36 @@ class Run:
     Args:
         plan: of this run.
         resume: continue in an existing folder.
+        force: resume also if all checkpoints are damaged (from step 0), or if the files that say what the run was
+            started with are.
 
     Raises:
         UserError: the folder exists and `resume` is not set; or it cannot be used; or the recipe or the data has
             changed in a way that would change the weights.
     """
 
-    def __init__(self, plan: Plan, resume: bool) -> None:
-        self.plan, self.folder = plan, Path(plan.folder)
+    def __init__(self, plan: Plan, resume: bool, force: bool = False) -> None:
+        self.plan, self.folder, self.force = plan, Path(plan.folder), force
         self.status = Reporter(self.folder, rank(), plan.steps)
         self.base: dict[str, str] = {}
         if not resume:
             refuse_existing(self.folder)
-        if resume and (self.folder / "recipe.yaml").is_file():
-            _refuse_changes(load_recipe(self.folder / "recipe.yaml"), plan.recipe, self.folder / "recipe.yaml")
-            before = load_plan(self.folder)
-            _refuse_other_batch(before, plan)
-            if before.data.digest != plan.data.digest:
-                raise UserError(
-                    "the images or captions have changed since this run was started, so it cannot be resumed",
-                    where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
-                    remedy="restore them, or start a new run: --set output.folder=…",
-                )
-            if facts := newest_facts(self.folder / "checkpoints"):
+        if resume:
+            facts = newest_facts(self.folder / "checkpoints") or {}
+            if before := _started_with(self.folder, facts, force):
+                _refuse_changes(before.recipe, plan.recipe, self.folder / "recipe.yaml")
+                _refuse_other_batch(before, plan)
+                if before.data != plan.data.digest:
+                    raise _other_data(plan)
+            if facts:
                 self.read_base()
                 self.check_base(facts)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint records of the run, so that resuming needs no other file of the folder."""
+        recipe = {section: value for section, value in to_dict(self.plan.recipe).items() if section != "output"}
+        started = {"recipe": recipe, "global_batch": self.plan.global_batch, "data": self.plan.data.digest}
+        return {"base": self.base, "run": started}
 
     def read_base(self) -> None:
         """Compute the digest of each file of the base model: once before, and once after it may be downloaded."""
@@ -159,12 +169,82 @@ class Run:
         """Drop the records of steps that a resumed run repeats."""
         path = self.folder / "metrics.jsonl"
         if path.is_file():
-            kept = [
-                line
-                for line in path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+            records, damaged = parse_records(path.read_bytes())
+            if damaged > 1:  # one is the line that was being written when the run ended
+                log.info(f"{plural(damaged, 'line')} of metrics.jsonl cannot be read and are dropped")
+            kept = [record for record in records if record["step"] <= step]
+            self.write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a run was started with."""
+
+    recipe: Recipe
+    global_batch: int
+    processes: int
+    data: str
+
+
+def _started_with(folder: Path, facts: Mapping[str, Any], force: bool) -> Started | None:
+    """From `recipe.yaml` and `plan.json`, or, if one is damaged, from a checkpoint; None if there is nothing to resume.
+
+    Args:
+        facts: of the newest checkpoint.
+        force: return None also if nothing says what the run was started with.
+
+    Raises:
+        UserError: nothing says it, and there are checkpoints.
+    """
+    there = [name for name in ("recipe.yaml", "plan.json") if (folder / name).is_file()]
+    any_checkpoint = any((folder / "checkpoints").glob("step-*"))
+    if not there and not any_checkpoint:
+        return None
+    try:
+        plan = load_plan(folder)
+        return Started(plan.recipe, plan.global_batch, plan.machine.processes, plan.data.digest)
+    except UserError as error:
+        try:
+            run = facts["run"]
+            recipe = parse_recipe(json.dumps(run["recipe"]), str(folder / "checkpoints"), run["recipe"]["name"])
+            started = Started(recipe, int(run["global_batch"]), int(facts["processes"]), str(run["data"]))
+        except (KeyError, TypeError, ValueError, UserError):
+            started = None
+        if started is None and any_checkpoint and not force:
+            raise UserError(
+                f"it is not known what this run was started with: {error.problem}",
+                where=error.where or str(folder),
+                remedy="restore recipe.yaml and plan.json from a backup; or, if neither the recipe nor the images have"
+                " changed, resume without this check: --resume --force",
+            ) from error
+        if rank() == 0:
+            source = "taken from the newest checkpoint" if started else "not known"
+            log.warning(f"{error.problem}; what the run was started with is {source}. The file is written again")
+        return started
+
+
+def restored_recipe(folder: Path) -> Path | None:
+    """Write the recipe of a run whose `recipe.yaml` is damaged beside it; None if no other file has it.
+
+    `plan.json` and checkpoints have it too.
+    """
+    of_checkpoint = (newest_facts(folder / "checkpoints") or {}).get("run")
+    for source in (read_json(folder / "plan.json"), of_checkpoint):
+        if isinstance(source, dict) and isinstance(recipe := source.get("recipe"), dict):
+            recipe = recipe | {"output": {**(recipe.get("output") or {}), "folder": str(folder)}}
+            target = folder / "recipe.restored.yaml"
+            with contextlib.suppress(OSError):
+                write_aside(target, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode())
+                return target
+    return None
+
+
+def _other_data(plan: Plan) -> UserError:
+    return UserError(
+        "the images or captions have changed since this run was started, so it cannot be resumed",
+        where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
+        remedy="restore them, or start a new run: --set output.folder=…",
+    )
 
 
 def refuse_existing(folder: str | Path) -> None:
@@ -204,7 +284,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _refuse_other_batch(before: Plan, now: Plan) -> None:
+def _refuse_other_batch(before: Started, now: Plan) -> None:
     """Processes, batch size and accumulation may change together: noise depends on the global batch's index only."""
     if before.global_batch == now.global_batch:
         return
@@ -213,7 +293,7 @@ def _refuse_other_batch(before: Plan, now: Plan) -> None:
     remedy = (
         f"--set train.accumulation={accumulation}"
         if not rest
-        else f"resume with {plural(before.machine.processes, 'process', 'processes')} and the unchanged recipe"
+        else f"resume with {plural(before.processes, 'process', 'processes')} and the unchanged recipe"
     )
     raise UserError(
         f"this run takes {plural(before.global_batch, 'image')} a step, but {plural(processes, 'process', 'processes')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import socket
 import statistics
@@ -16,7 +17,10 @@ from typing import Any, final
 from finetune.errors import UserError
 from finetune.training.run_status import Status, is_locked, read
 
+log = logging.getLogger(__name__)
+
 PLAN = "plan.json"
+_JSON = json.JSONDecoder()
 TAIL_BYTES = 16 << 10  # of `metrics.jsonl`: a few dozen lines
 FRESH = 60.0  # seconds after its last beat that a run on another machine, whose lock is not visible, counts as alive
 
@@ -53,7 +57,13 @@ class Seen:
 def all_runs(folder: Path) -> list[Seen]:
     """The runs in `folder` and up to two levels below, newest first."""
     places = [path.parent for pattern in (PLAN, f"*/{PLAN}", f"*/*/{PLAN}") for path in folder.glob(pattern)]
-    return [look(place) for place in sorted(places, key=lambda place: (place / PLAN).stat().st_mtime, reverse=True)]
+    found = []
+    for place in sorted(places, key=lambda place: (place / PLAN).stat().st_mtime, reverse=True):
+        try:
+            found.append(look(place))
+        except UserError as error:
+            log.warning(f"{error.problem}; the run is left out")
+    return found
 
 
 def look(folder: Path) -> Seen:
@@ -110,7 +120,7 @@ def validations(folder: Path) -> dict[int, float | None]:
     """Step → held-out loss of each finished checkpoint, oldest first; None if there is none or it is not finite."""
     found: dict[int, float | None] = {}
     for path in sorted(folder.glob("step-*/manifest.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             state = json.loads((path.parent / "state.json").read_text(encoding="utf-8"))
             loss = state.get("validation")
             found[int(state["step"])] = loss if isinstance(loss, float) and math.isfinite(loss) else None
@@ -131,13 +141,57 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """The last records of `metrics.jsonl`, whose last line may be incomplete."""
-    found = []
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - TAIL_BYTES))
-        for line in file.read().decode("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    found.append(record)
-    return found
+        return parse_records(file.read())[0]
+    return []
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every readable record of `metrics.jsonl`; none if there is no such file."""
+    try:
+        return parse_records(path.read_bytes())[0]
+    except OSError:
+        return []
+
+
+def parse_records(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records in lines of JSON, and the number of lines that are not records, or not only.
+
+    Of lines that are merged, cut or overwritten, the whole records are kept.
+    """
+    found: list[dict[str, Any]] = []
+    damaged = 0
+    for line in content.decode("utf-8", "replace").split("\n"):
+        if not line.strip():
+            continue
+        whole, start = 0, line.find("{")
+        while start >= 0:
+            try:
+                record, end = _JSON.raw_decode(line, start)
+            except (ValueError, RecursionError):
+                start = line.find("{", start + 1)
+                continue
+            if _is_record(record):
+                found.append(record)
+                whole += end - start
+            start = line.find("{", end)
+        damaged += whole != len(line.strip())
+    return found, damaged
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and all(isinstance(number, int | float) for number in value.values())
+    )
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a run; None if there is no such file, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else None
+    return None

@@ -150,8 +150,14 @@ def read(folder: Path) -> list[Status]:
     """The processes of the run in `folder`, by rank; unreadable files are skipped."""
     found = []
     for path in folder.joinpath(FOLDER).glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Status(**json.loads(path.read_text(encoding="utf-8"))))
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+            status = Status(**json.loads(path.read_text(encoding="utf-8")))
+            kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+            if all(
+                isinstance(getattr(status, field.name), kinds.get(str(field.type), str))
+                for field in dataclasses.fields(status)
+            ):
+                found.append(status)
     return sorted(found, key=lambda status: status.rank)
 
 

@@ -20,7 +20,7 @@ from finetune.planning import Plan
 from finetune.rng import Draw, mix
 from finetune.training import checkpoint
 from finetune.training.device import from_empty_cache, memory_live
-from finetune.training.failures import memory_explained, not_finite, too_far
+from finetune.training.failures import all_damaged, memory_explained, not_finite, too_far
 from finetune.training.optimizers import effective_lr, learning_rate
 from finetune.training.pace import Pace
 from finetune.training.progress import TrainingProgress
@@ -199,7 +199,7 @@ class Trainer:
         """Write the checkpoint of `done` finished steps, at which the validation loss was `validation`."""
         with self.run.status.phase("saving"):
             state = self.state.checkpoint(done, validation)
-            state.facts["base"] = self.run.base
+            state.facts |= self.run.identity()
             if self.accelerator.is_main_process:
                 checkpoint.save(self.run.folder / "checkpoints", state, self.plan.recipe.train.keep_checkpoints)
             self.accelerator.wait_for_everyone()
@@ -209,6 +209,10 @@ class Trainer:
         """Load the newest whole checkpoint, if there is one; returns the number of finished steps."""
         folder = self.run.folder / "checkpoints"
         newest, notes = checkpoint.newest(folder)
+        if newest is None and notes:
+            if not self.run.force:
+                raise all_damaged(notes, folder)
+            notes.append("all checkpoints are damaged: starting from step 0 (--force)")
         if newest is not None:
             notes += self.run.check_base(newest.facts)
             notes += [f"resuming after step {newest.step}", *self.state.restore(newest)]
