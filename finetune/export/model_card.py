@@ -5,7 +5,6 @@ Front matter: https://huggingface.co/docs/hub/model-cards. It names no license: 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

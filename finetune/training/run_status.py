@@ -152,7 +152,7 @@ def read(folder: Path) -> list[Status]:
     for path in folder.joinpath(FOLDER).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             status = Status(**json.loads(path.read_text(encoding="utf-8")))
-            kinds = {"int": int, "float": (int, float), "str": str, "bool": bool}
+            kinds: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool}
             if all(
                 isinstance(getattr(status, field.name), kinds.get(str(field.type), str))
                 for field in dataclasses.fields(status)
