@@ -1,4 +1,4 @@
-"""Images, captions and the audit: what trains, what does not and why, and that the user's folder is never written."""
+"""Images, captions and the audit: what trains, what does not and why; the user's folder is never written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finetune.data.shape import ImageShape
 from finetune.errors import UserError
 from finetune.report import tables
 
-# -- the audit of folders -------------------------------------------------------------------------------------------------
+# -- the audit of folders ---------------------------------------------------------------------------------------------
 
 
 def put(
@@ -52,7 +52,7 @@ def problems(audit: Audit) -> dict[str, tuple[str, str]]:
     return {Path(problem.name).name: (problem.kind, problem.detail) for problem in audit.problems}
 
 
-def test_text_files_beside_nested_images(tmp_path: Path) -> None:
+def test_text_files_beside_nested_images_are_their_captions(tmp_path: Path) -> None:
     put(tmp_path, "a.png", caption="\ufeff one \n two\t")
     put(tmp_path, "b/c.d.JPG", caption="deep")
     put(tmp_path, ".hidden/e.png")
@@ -62,8 +62,8 @@ def test_text_files_beside_nested_images(tmp_path: Path) -> None:
     assert not audit.problems
 
 
-def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    """A run that goes on must find the order that it began with."""
+def test_audit_orders_images_by_path(tmp_path: Path) -> None:
+    """A resumed run needs the same order."""
     names = ("b.png", "a.png", "a/z.png", "a/B.png", "a/c/d.png", "a-b.png", "ab/0.png", "Z.png", "a/c.png")
     for name in names:
         put(tmp_path, name, "red", (32, 32), caption="x")
@@ -71,7 +71,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     assert [Path(image.name) for image in scan(data(tmp_path)).images] == expected
 
 
-def test_several_sources_with_repeats_and_prefix(tmp_path: Path) -> None:
+def test_several_sources_apply_repeats_and_prefix(tmp_path: Path) -> None:
     put(tmp_path / "one", "a.png", "red", caption="a cat")
     put(tmp_path / "one", "b.png", "blue")
     put(tmp_path / "two", "c.png", "green", (32, 8), caption="a dog")
@@ -84,7 +84,7 @@ def test_several_sources_with_repeats_and_prefix(tmp_path: Path) -> None:
     assert not audit.problems
 
 
-def test_links_are_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     inside, outside = tmp_path / "data", tmp_path / "elsewhere"
     put(inside, "a.png", caption="mine")
     secret = put(outside, "secret.png", "blue", caption="secret")
@@ -130,8 +130,8 @@ def test_unreadable_images_stop_the_run_or_are_skipped_by_name(tmp_path: Path) -
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often an image was read and decoded. The clock is taken to be fine enough for files just written."""
+def read_counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often images were read and decoded; new files count as settled."""
     found: Counter[str] = Counter()
     read_bytes = Path.read_bytes
 
@@ -150,75 +150,75 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def test_each_image_is_read_once_and_progress_is_told(tmp_path: Path, counted: Counter[str]) -> None:
+def test_scan_reads_each_image_once_and_reports_progress(tmp_path: Path, read_counts: Counter[str]) -> None:
     for number in range(4):
         put(tmp_path / "data", f"{number}.png", f"rgb({number}, 7, 7)", caption="x")
     told: list[tuple[int, str]] = []
     scan(
         data(tmp_path / "data", cache=str(tmp_path / "cache")), lambda seen, name: told.append((seen, Path(name).name))
     )
-    assert counted == {"read": 4, "decoded": 4}
+    assert read_counts == {"read": 4, "decoded": 4}
     assert told == [(number, f"{number}.png") for number in range(4)]
 
 
-def test_a_second_look_reads_only_what_is_new(tmp_path: Path, counted: Counter[str]) -> None:
+def test_second_scan_reads_only_new_files(tmp_path: Path, read_counts: Counter[str]) -> None:
     folder = tmp_path / "data"
     for number in range(3):
         put(folder, f"{number}.png", f"rgb({number}, 7, 7)", (16 + number, 16), caption="x")
     put(folder, "broken.png", caption="x").write_bytes(b"broken")
     recipe = data(folder, cache=str(tmp_path / "cache"), unreadable_images="skip")
 
-    def again() -> tuple[Audit, dict[str, int]]:
-        counted.clear()
-        return scan(recipe), dict(counted)
+    def rescan() -> tuple[Audit, dict[str, int]]:
+        read_counts.clear()
+        return scan(recipe), dict(read_counts)
 
-    first, _ = again()
-    second, cost = again()
+    first, _ = rescan()
+    second, cost = rescan()
     assert cost == {}
     assert (list(second.images), second.problems, second.findings) == (
         list(first.images),
         first.problems,
         first.findings,
     )
-    # The same size, and the old time put back: the time of change tells.
+    # The same size, and the old modification time restored: only the change time differs.
     times = (folder / "1.png").stat()
     put(folder, "1.png", "rgb(9, 7, 7)", (17, 16))
     os.utime(folder / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns))
     (folder / "2.png").rename(folder / "3.png")
     (folder / "2.txt").rename(folder / "3.txt")
-    third, cost = again()
-    assert cost == {"read": 2, "decoded": 1}  # what was only renamed is known by its bytes
+    third, cost = rescan()
+    assert cost == {"read": 2, "decoded": 1}  # a renamed file is recognized by its bytes
     assert [p.digest for p in third.images] != [p.digest for p in first.images]
     assert third.images[1].digest == hashlib.sha256((folder / "1.png").read_bytes()).hexdigest()
-    # Another background is another image; a damaged memo is another memo.
+    # Another background is another image; a damaged cache file is replaced.
     scan(dataclasses.replace(recipe, background="black"))
-    assert counted["decoded"] == 4
+    assert read_counts["decoded"] == 4
     for damage in (b"no data base", b""):
         for file in (tmp_path / "cache").glob("audit.sqlite*"):
             file.write_bytes(damage)
-        assert list(again()[0].images) == list(third.images)
-    assert again()[1] == {}
+        assert list(rescan()[0].images) == list(third.images)
+    assert rescan()[1] == {}
 
 
-def test_a_file_that_was_just_written_is_looked_at_again(
-    tmp_path: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+def test_scan_of_a_recently_written_file_reads_it_again(
+    tmp_path: Path, read_counts: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a tick of the clock it could change again unseen."""
+    """It could change again within one tick of the clock."""
     put(tmp_path / "data", "a.png", "rgb(1, 7, 7)", caption="x")
     monkeypatch.setattr("finetune.data.audit.cache.SETTLED_SECONDS", 3600)
     recipe = data(tmp_path / "data", cache=str(tmp_path / "cache"))
     scan(recipe)
     scan(recipe)
-    assert counted == {"read": 2, "decoded": 1}
+    assert read_counts == {"read": 2, "decoded": 1}
 
 
-def test_names_that_are_not_utf8_can_be_printed(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_printable(tmp_path: Path) -> None:
     put(tmp_path, os.fsdecode(b"caf\xe9.png"), caption="x")
     assert tables.data(scan(data(tmp_path))).encode("utf-8")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
-    """Of every file and folder: bytes, mode, inode, links, owner, size, and the times of modification and of change."""
+    """Bytes, mode, inode, links, owner, size, and times of modification and change of every file and folder."""
     found: dict[str, tuple[object, ...]] = {}
     for path in [folder, *folder.rglob("*")]:
         status = path.lstat()
@@ -236,7 +236,7 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def test_the_folder_is_never_written(tmp_path: Path) -> None:
+def test_scan_and_read_never_write_to_the_data_folder(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     put(tmp_path / "folder", "sub/a.png", caption="a")
     put(tmp_path / "folder", "b.jpg")
@@ -257,7 +257,7 @@ def test_the_folder_is_never_written(tmp_path: Path) -> None:
     st.randoms(use_true_random=False),
 )
 @settings(deadline=None, max_examples=30)
-def test_held_out_images_depend_on_their_bytes_alone(digests: set[bytes], share: float, random: Any) -> None:
+def test_held_out_images_depend_only_on_their_bytes(digests: set[bytes], share: float, random: Any) -> None:
     crop, count = fit((16, 16), [ImageShape(16, 16)]), len(digests)
     images = [
         Example(f"{n}.png", "", digest.hex(), crop, 1, False, 1.0, bytes) for n, digest in enumerate(sorted(digests))
@@ -278,13 +278,13 @@ def test_held_out_images_depend_on_their_bytes_alone(digests: set[bytes], share:
     renamed = [dataclasses.replace(p, name=f"x{n}.png") for n, p in enumerate(random.sample(images, count))]
     assert set(held_out(renamed, share)) == held
     assert sorted(held_out([*images, *images], share)) == sorted([*held, *held])
-    # One more image takes at most one other's place.
+    # One more image displaces at most one other.
     more = held_out([*images, dataclasses.replace(images[0], digest="0" * 64)], share)
     assert len(set(more) ^ held) <= 2
     assert held_out(images, 0.0) == []
 
 
-def test_held_out_images_are_told(tmp_path: Path) -> None:
+def test_held_out_images_are_reported(tmp_path: Path) -> None:
     for number, color in enumerate(("red", "green", "blue", "black")):
         put(tmp_path, f"{number}.png", color, caption=color)
     audit = scan(data(tmp_path, held_out=0.25))
@@ -301,13 +301,13 @@ def encoded(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("color", ["whit", "#12", "transparent", "rgb(300, 0, 0)", "#ffffff80", ""])
-def test_a_background_that_is_no_opaque_color_is_named(color: str) -> None:
+def test_background_that_is_not_an_opaque_color_is_refused(color: str) -> None:
     with pytest.raises(UserError) as caught:
         scan(Data(path="anywhere", background=color))
     assert caught.value.where == "data.background"
 
 
-# -- Hugging Face data sets -----------------------------------------------------------------------------------------------
+# -- Hugging Face data sets -------------------------------------------------------------------------------------------
 
 
 def hugging_face(datasets: Any, splits: dict[str, list[str]]) -> Any:
@@ -324,7 +324,7 @@ def hugging_face(datasets: Any, splits: dict[str, list[str]]) -> Any:
     )
 
 
-def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
+def test_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     both = hugging_face(datasets, {"train": ["red", "blue"], "test": ["green"]})
     both.save_to_disk(str(tmp_path / "dict"))
@@ -347,7 +347,7 @@ def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
         scan(data(tmp_path / "numbers"))
 
 
-def test_rows_without_a_image_or_with_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_dataset_rows_without_image_or_text_are_reported(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     secret = put(tmp_path, "secret.png")
     good = encoded(Image.new("RGB", (16, 16)))
@@ -378,7 +378,7 @@ def test_rows_without_a_image_or_with_captions_that_are_no_text_are_named(tmp_pa
     ]
 
 
-def test_a_hub_name_without_a_network_gets_one_sentence() -> None:
+def test_hub_name_without_a_network_is_refused_in_one_line() -> None:
     pytest.importorskip("datasets")
     with pytest.raises(UserError) as caught:
         scan(Data(path="nobody/no-such-data"))

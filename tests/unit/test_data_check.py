@@ -1,4 +1,4 @@
-"""`ft data check`: as text, as JSON, and as a page that a real browser shows whole."""
+"""`ft data check`: as text, as JSON, and as a page that a real browser displays without errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.test_data import snapshot
 BROWSER = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )
-# What a page can tell of itself once its images are there, left where --dump-dom shows it.
+# Facts about the page once its images are loaded, left where --dump-dom shows them.
 PROBE = """<script>
 window.ran = [];
 window.alert = what => window.ran.push(what);
@@ -51,10 +51,10 @@ def check(*arguments: object) -> Result:
 SETTINGS = ("--set", "data.resolution=64", "--set", "data.bucket_step=16")
 
 
-def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path) -> None:
+def test_data_check_page_displays_without_errors_in_a_browser(folder: Path, tmp_path: Path) -> None:
     before = snapshot(folder)
     result = check(folder, *SETTINGS, "--html", tmp_path / "page.html")
-    assert isinstance(result.exception, UserError)  # the table, the page, and then what would stop a run
+    assert isinstance(result.exception, UserError)  # after the table and the page, what would stop a run
     assert "unreadable images" in result.exception.problem
     assert snapshot(folder) == before
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -64,8 +64,8 @@ def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path)
         name in page for name in ("&lt;img src=x onerror=alert(1)&gt;.png", "rotated by EXIF", "exact duplicate")
     )
     if BROWSER is None:
-        pytest.skip("no browser is here to look at the page: install Chromium")
-    seen = looked_at(page, tmp_path)
+        pytest.skip("no browser to display the page: install Chromium")
+    seen = displayed(page, tmp_path)
     assert seen["images"] > 20
     assert {key: seen[key] for key in ("broken", "wide", "fetched", "ran")} == {
         "broken": 0,
@@ -76,11 +76,11 @@ def test_the_page_is_shown_whole_by_a_real_browser(folder: Path, tmp_path: Path)
     assert seen["height"] > 1000
 
 
-def looked_at(page: str, folder: Path) -> dict[str, Any]:
-    """What the page tells of itself in a headless browser."""
+def displayed(page: str, folder: Path) -> dict[str, Any]:
+    """Facts about the page in a headless browser."""
     page = page.replace("<head>", f"<head>{PROBE}").replace(
         'loading="lazy"', 'loading="eager"'
-    )  # else those far below might never be
+    )  # those far below might never be loaded
     (folder / "probed.html").write_text(page, encoding="utf-8")
     flags = [
         "--headless",
@@ -104,7 +104,7 @@ def looked_at(page: str, folder: Path) -> dict[str, Any]:
     return seen
 
 
-def test_json_holds_all_that_the_table_says(folder: Path) -> None:
+def test_data_check_json_holds_everything_in_the_table(folder: Path) -> None:
     result = check(folder, *SETTINGS, "--json")
     found = json.loads(result.output)
     assert found["training"] == len(corpus.TRAINS)
@@ -126,7 +126,7 @@ def test_json_holds_all_that_the_table_says(folder: Path) -> None:
     assert all(set(each) == {"name", "caption"} for each in found["images"])
 
 
-def test_with_a_recipe_captions_are_shown_as_its_models_tokens() -> None:
+def test_data_check_with_a_recipe_shows_captions_as_tokens() -> None:
     result = check(tiny.images(), "--recipe", "lora/emoji")
     assert result.exception is None
     assert "green · triangle" in result.output
@@ -136,7 +136,7 @@ def test_with_a_recipe_captions_are_shown_as_its_models_tokens() -> None:
     assert "--recipe RECIPE" in without.output
 
 
-def test_nothing_to_look_at_and_a_page_among_the_images(tmp_path: Path) -> None:
+def test_data_check_without_data_or_with_an_invalid_page_is_refused(tmp_path: Path) -> None:
     assert "no data given" in str(check().exception)
     assert "nothing is ever written" in str(check(tiny.images(), "--html", tiny.images() / "page.html").exception)
     assert "cannot be written" in str(check(tiny.images(), "--html", tmp_path / "no" / "page.html").exception)

@@ -1,4 +1,4 @@
-"""The order of the images: a function of (seed, step), every example equally often, one bucket a step."""
+"""The order of the images: a function of (seed, step); every example equally often; one bucket a step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ seeds = st.integers(0, 2**31)
 
 @given(sizes, batches, seeds)
 @settings(deadline=None)
-def test_a_global_batch_comes_from_one_bucket_and_every_bucket_in_proportion(
+def test_order_takes_a_batch_from_one_bucket_and_buckets_in_proportion(
     counts: list[int], batch: int, seed: int
 ) -> None:
     buckets, steps = split(counts), 60
@@ -47,7 +47,7 @@ def test_a_global_batch_comes_from_one_bucket_and_every_bucket_in_proportion(
 
 @given(sizes, batches, seeds)
 @settings(deadline=None)
-def test_within_a_bucket_no_example_comes_again_before_all_have_come(counts: list[int], batch: int, seed: int) -> None:
+def test_order_within_a_bucket_repeats_no_example_before_a_full_pass(counts: list[int], batch: int, seed: int) -> None:
     buckets, steps = split(counts), 40
     order = Order(buckets, batch, steps, seed)
     drawn = [example for step in range(steps) for example in order.batch(step)]
@@ -57,11 +57,11 @@ def test_within_a_bucket_no_example_comes_again_before_all_have_come(counts: lis
             one_pass = stream[start : start + len(bucket)]
             assert len(set(one_pass)) == len(
                 one_pass
-            )  # a whole pass holds each example once, the last may be begun only
+            )  # a full pass holds each example once; the last may be incomplete
 
 
-def test_small_buckets_are_not_drawn_more_often_than_large_ones() -> None:
-    """A bucket of one image beside a hundred, batch 8: it fills a batch with copies, and so rarely has its turn."""
+def test_order_with_small_buckets_does_not_oversample_them() -> None:
+    """With batch size 8, a bucket of one image fills a batch with copies, so it must be chosen rarely."""
     counts, batch = [1, 3, 100], 8
     passes = 40
     steps = passes * sum(counts) // batch
@@ -71,20 +71,22 @@ def test_small_buckets_are_not_drawn_more_often_than_large_ones() -> None:
         assert abs(mean - passes) <= batch * len(counts) / len(bucket)
 
 
-def test_repeats_draw_a_image_so_many_times_as_often() -> None:
+def test_order_with_repeats_shows_an_image_that_many_times() -> None:
     order = Order([[0, 0, 0, 1]], 1, 400, 0)
     assert Counter(example for step in range(400) for example in order.batch(step)) == {0: 300, 1: 100}
 
 
 @given(sizes, seeds)
 @settings(deadline=None, max_examples=30)
-def test_batch_4_is_accumulation_4_is_4_processes(counts: list[int], seed: int) -> None:
-    """All have a global batch of 4, and the loop deals its places out to processes and accumulated batches."""
+def test_order_is_the_same_for_batch_size_accumulation_and_processes(counts: list[int], seed: int) -> None:
+    """All have a global batch of 4; the loop distributes its indices over processes and accumulated batches."""
     whole = [Order(split(counts), 4, 12, seed).batch(step) for step in range(12)]
     for batch, accumulation, processes in ((4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)):
         orders = [Order(split(counts), batch * accumulation * processes, 12, seed) for _ in range(processes)]
         dealt = [
-            places(batch, processes, process, micro) for micro in range(accumulation) for process in range(processes)
+            batch_indices_of(batch, processes, process, micro)
+            for micro in range(accumulation)
+            for process in range(processes)
         ]
         assert sorted(itertools.chain(*dealt)) == [0, 1, 2, 3]
         for step in range(12):
@@ -92,8 +94,8 @@ def test_batch_4_is_accumulation_4_is_4_processes(counts: list[int], seed: int) 
             assert [seen[place] for place in range(4)] == whole[step]
 
 
-def places(batch: int, processes: int, process: int, micro: int) -> list[int]:
-    """The loop's own places in the global batch, without a trainer around them."""
+def batch_indices_of(batch: int, processes: int, process: int, micro: int) -> list[int]:
+    """The training loop's own indices into the global batch, without a trainer."""
     plan = SimpleNamespace(recipe=SimpleNamespace(train=SimpleNamespace(batch_size=batch)))
     trainer: Any = SimpleNamespace(
         plan=plan, accelerator=SimpleNamespace(process_index=process, num_processes=processes)
@@ -103,7 +105,7 @@ def places(batch: int, processes: int, process: int, micro: int) -> list[int]:
 
 @given(sizes, batches, seeds, st.integers(0, 49))
 @settings(deadline=None, max_examples=50)
-def test_a_resumed_run_draws_what_the_unbroken_one_would_have(
+def test_order_after_resume_continues_the_unbroken_order(
     counts: list[int], batch: int, seed: int, resumed_at: int
 ) -> None:
     unbroken = Order(split(counts), batch, 50, seed)
@@ -114,7 +116,7 @@ def test_a_resumed_run_draws_what_the_unbroken_one_would_have(
     assert [longer.batch(step) for step in range(50)] == expected
 
 
-def test_passes_and_seeds_differ() -> None:
+def test_order_differs_between_passes_and_seeds() -> None:
     order = Order([range(50)], 50, 3, 0)
     assert len({tuple(order.batch(step)) for step in range(3)}) == 3
     assert order.batch(0) != Order([range(50)], 50, 3, 1).batch(0)
@@ -122,7 +124,7 @@ def test_passes_and_seeds_differ() -> None:
     assert starts == {0, 1}  # no bucket always comes first
 
 
-def test_a_million_examples_and_steps_take_seconds() -> None:
+def test_order_of_a_million_examples_and_steps_takes_seconds() -> None:
     start = time.process_time()
     order = Order(split([400_000, 350_000, 250_000]), 4, 1_000_000, 0)
     built = time.process_time() - start

@@ -1,4 +1,4 @@
-"""The data set: only what is new is encoded, and what each step draws of it."""
+"""The data set encodes only what is new, and assembles the batch of each step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class Counting(ImageTextEncoder):
-    """An encoder that counts their calls. An image becomes its pixels, a caption its bytes; eight tokens are read."""
+    """An encoder that counts its calls: an image becomes its pixels, a caption its bytes; it reads eight tokens."""
 
     def __init__(self, image_key: str = "image", caption_key: str = "caption", cached: bool = True) -> None:
         self.image_key, self.caption_key, self.cached = image_key, caption_key, cached
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def add(folder: Path, number: int) -> None:
-    """An image whose left and right differ, with its number for a caption."""
+    """An image whose left and right differ, with its number as the caption."""
     folder.mkdir(exist_ok=True)
     image = Image.new("RGB", (16, 16), (number, 0, 0))
     image.paste((0, number, 255), (8, 0, 16, 16))
@@ -99,7 +99,7 @@ def encoded(folder: Path, encoders: Counting | None = None, **sections: dict[str
     return data, encoders
 
 
-def test_only_what_is_new_is_encoded(folder: Path) -> None:
+def test_encode_computes_only_new_images_and_captions(folder: Path) -> None:
     _, first = encoded(folder)
     assert (first.images, sorted(first.captions)) == (6, ["", *(f"number {n}" for n in range(6))])
     assert first.released
@@ -123,7 +123,7 @@ def test_only_what_is_new_is_encoded(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "images", "captions"),
     [
-        ({"data": {"background": "#ffffff"}}, 0, 0),  # another name of the same color
+        ({"data": {"background": "#ffffff"}}, 0, 0),  # the same color by another name
         ({"data": {"background": "black"}}, 6, 0),
         ({"data": {"resolution": 8}}, 6, 0),
         ({"data": {"flip": True}}, 6, 0),
@@ -132,7 +132,7 @@ def test_only_what_is_new_is_encoded(folder: Path) -> None:
         ({"train": {"batch_size": 1, "seed": 9}}, 0, 0),
     ],
 )
-def test_the_key_covers_all_that_changes_what_is_encoded(
+def test_cache_key_covers_everything_that_changes_the_encoding(
     folder: Path, changes: dict[str, Any], images: int, captions: int
 ) -> None:
     encoded(folder)
@@ -140,7 +140,7 @@ def test_the_key_covers_all_that_changes_what_is_encoded(
     assert (found.images, len(found.captions)) == (images, captions)
 
 
-def test_what_a_cache_holds_does_not_depend_on_the_batch(folder: Path, tmp_path: Path) -> None:
+def test_cache_content_does_not_depend_on_the_batch_size(folder: Path, tmp_path: Path) -> None:
     for batch in (1, 4):
         encoded(folder, data={"cache": str(tmp_path / str(batch))}, train={"batch_size": batch})
     held = [
@@ -151,7 +151,7 @@ def test_what_a_cache_holds_does_not_depend_on_the_batch(folder: Path, tmp_path:
     assert held[0] == held[1]
 
 
-def test_a_process_that_waited_finds_what_the_first_encoded(folder: Path) -> None:
+def test_waiting_process_uses_what_the_first_encoded(folder: Path) -> None:
     first, waiting = Counting(), Counting()
     both = [
         opened(folder, first, processes=2),
@@ -162,7 +162,7 @@ def test_a_process_that_waited_finds_what_the_first_encoded(folder: Path) -> Non
     assert (first.images, waiting.images, waiting.captions) == (6, 0, [])
 
 
-def test_what_was_encoded_before_an_interruption_is_kept(folder: Path) -> None:
+def test_encode_after_an_interruption_keeps_finished_entries(folder: Path) -> None:
     class Interrupted(Counting):
         def encode_image(self, pixels: Tensor) -> Batch:
             if self.images == 4:
@@ -175,7 +175,7 @@ def test_what_was_encoded_before_an_interruption_is_kept(folder: Path) -> None:
     assert (rest.images, rest.captions) == (2, [])
 
 
-def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
+def test_damaged_cache_is_computed_again(folder: Path) -> None:
     data, _ = encoded(folder)
     for shard in (folder.parent / "cache").rglob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-1] + b"\xaa")
@@ -185,7 +185,7 @@ def test_a_damaged_cache_is_computed_again(folder: Path) -> None:
     assert same(repaired.batch(0, range(4), draw), data.batch(0, range(4), draw))
 
 
-def test_a_cache_that_is_lost_while_it_is_used_is_told(folder: Path) -> None:
+def test_cache_damaged_during_a_run_is_reported(folder: Path) -> None:
     data, _ = encoded(folder)
     for shard in (folder.parent / "cache").rglob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:200])
@@ -195,7 +195,7 @@ def test_a_cache_that_is_lost_while_it_is_used_is_told(folder: Path) -> None:
     assert encoded(folder)[1].images == 6
 
 
-def test_a_image_that_changes_after_the_audit_is_not_kept_under_the_old_digest(folder: Path) -> None:
+def test_image_changed_after_the_audit_is_refused(folder: Path) -> None:
     data = opened(folder, Counting())
     Image.new("RGB", (16, 16), "white").save(folder / "5.png")
     with pytest.raises(UserError, match="has changed") as caught:
@@ -212,7 +212,7 @@ def batches(data: Dataset, steps: int) -> Iterator[tuple[int, Batch]]:
         yield step, data.batch(step, range(4), Draw(3, step, range(4)))
 
 
-def test_a_batch_is_the_images_that_the_step_names_with_their_captions(folder: Path) -> None:
+def test_batch_holds_the_images_and_captions_of_its_step(folder: Path) -> None:
     data, _ = encoded(folder, data={"caption_dropout": 0})
     for step, batch in batches(data, 6):
         numbers = [int(Path(name).stem) for name in data.names(step)]
@@ -225,7 +225,7 @@ def test_a_batch_is_the_images_that_the_step_names_with_their_captions(folder: P
         )  # height and width, top and left, height and width
 
 
-def test_repeats_show_a_image_so_many_times_a_pass(folder: Path) -> None:
+def test_dataset_with_repeats_shows_an_image_that_many_times_a_pass(folder: Path) -> None:
     add(folder.parent / "often", 9)
     sources = [{"path": str(folder)}, {"path": str(folder.parent / "often"), "repeats": 2}]
     data = opened(folder, Counting(), data={"path": None, "sources": sources})
@@ -233,7 +233,7 @@ def test_repeats_show_a_image_so_many_times_a_pass(folder: Path) -> None:
     assert shown == {**{str(number): 1 for number in range(6)}, "9": 2}
 
 
-def test_geometry_is_height_first_and_the_corner_after_scaling(folder: Path) -> None:
+def test_geometry_is_height_first_with_the_crop_after_scaling(folder: Path) -> None:
     for file in folder.glob("*.png"):
         file.unlink()
     Image.new("RGB", (64, 32)).save(folder / "0.png")
@@ -241,14 +241,14 @@ def test_geometry_is_height_first_and_the_corner_after_scaling(folder: Path) -> 
     assert data.batch(0, [0], Draw(3, 0, [0]))["geometry"].tolist() == [[32, 64, 0, 8, 16, 16]]
 
 
-def test_examples_drawn_alone_are_those_of_the_whole_batch(folder: Path) -> None:
+def test_examples_loaded_alone_match_the_whole_batch(folder: Path) -> None:
     data, _ = encoded(folder, data={"flip": True, "caption_dropout": 0.5})
     for step, whole in batches(data, 8):
         alone = [data.batch(step, [place], Draw(3, step, [place])) for place in range(4)]
         assert all(torch.equal(whole[name], torch.cat([batch[name] for batch in alone])) for name in whole)
 
 
-def test_flips_are_variants_drawn_for_half_of_the_examples(folder: Path) -> None:
+def test_flip_mirrors_half_of_the_examples(folder: Path) -> None:
     data, encoders = encoded(folder, data={"flip": True})
     assert encoders.images == 12
     mirrored = total = 0
@@ -260,20 +260,20 @@ def test_flips_are_variants_drawn_for_half_of_the_examples(folder: Path) -> None
             assert plain or right.round().tolist() == [number, 0]
             assert not plain or right.round().tolist() == [0, 255]
             mirrored, total = mirrored + (not plain), total + 1
-    assert 0.4 < mirrored / total < 0.6  # 0.5 ± 4 deviations of 400 draws
+    assert 0.4 < mirrored / total < 0.6  # 0.5 ± 4 standard deviations of 400 samples
     assert encoders.images == 12
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_captions_are_dropped_at_the_share_asked_for(folder: Path, share: float) -> None:
+def test_caption_dropout_drops_the_requested_share(folder: Path, share: float) -> None:
     data, _ = encoded(folder, data={"caption_dropout": share})
     captions = list(itertools.chain(*(text(batch) for _, batch in batches(data, 150))))
     assert abs(captions.count("") / len(captions) - share) <= (
         0.08 if 0 < share < 1 else 0
-    )  # ± 4 deviations of 600 draws
+    )  # ± 4 standard deviations of 600 samples
 
 
-def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -> None:
+def test_validation_is_repeatable_and_never_trains(folder: Path) -> None:
     data, _ = encoded(folder, data={"held_out": 0.34, "flip": True, "caption_dropout": 1.0})
     held = {Path(p.name).stem for p in data.images if p.held_out}
     assert data.has_validation
@@ -288,7 +288,7 @@ def test_validation_is_the_same_at_every_look_and_trains_nothing(folder: Path) -
     assert not encoded(folder)[0].has_validation
 
 
-def test_memory_is_bounded_and_what_does_not_fit_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_store_beyond_its_memory_limit_reads_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = encoded(folder)
     expected = [batch for _, batch in batches(whole, 12)]
     monkeypatch.setattr(example_store, "MEMORY_BYTES", 7000)  # two images of 3072 bytes
@@ -299,14 +299,14 @@ def test_memory_is_bounded_and_what_does_not_fit_is_read_again(folder: Path, mon
     assert (encoders.images, encoders.captions) == (0, [])
 
 
-def test_encoders_that_are_not_cached_write_nothing_and_are_kept(folder: Path) -> None:
+def test_uncached_encoder_writes_nothing_and_is_not_released(folder: Path) -> None:
     data, encoders = encoded(folder, Counting(caption_key="", cached=False))
     assert (encoders.images, encoders.captions, encoders.released) == (0, [], False)
     assert "text" not in data.batch(0, range(4), Draw(3, 0, range(4)))
     assert not list((folder.parent / "cache").rglob("*.safetensors"))
 
 
-def test_captions_longer_than_the_model_reads(folder: Path) -> None:
+def test_captions_longer_than_the_model_reads_are_refused_or_truncated(folder: Path) -> None:
     assert opened(folder, Counting()).long_captions() == ""
     (folder / "3.txt").write_text("one two three four five six seven eight nine")
     data = opened(folder, Counting())
@@ -325,9 +325,11 @@ def test_captions_longer_than_the_model_reads(folder: Path) -> None:
     assert opened(folder, Counting(), data=with_prefix).long_captions().count("6 of 6") == 1
 
 
-def test_validation_is_shared_out_and_every_process_takes_as_many_steps(folder: Path) -> None:
+def test_validation_over_two_processes_takes_equal_steps(folder: Path) -> None:
     data, _ = encoded(folder, data={"held_out": 0.5})
     alone = [text(batch)[0] for batch, _ in data.validation()]
     assert len(alone) == data.held_out_count == 3
     first, second = ([text(batch)[0] for batch, _ in data.validation(rank, 2)] for rank in (0, 1))
-    assert first == [alone[0], alone[2]] and second == [alone[1], alone[2]], "the last fills the second's last round"
+    assert first == [alone[0], alone[2]] and second == [alone[1], alone[2]], (
+        "the last example fills the second rank's round"
+    )

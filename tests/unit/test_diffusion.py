@@ -1,4 +1,4 @@
-"""Diffusion in pixel space: guidance, likelihoods against closed forms, latents, cascades, and mistakes."""
+"""Diffusion in pixel space: guidance, likelihoods against closed forms, latents, cascades, and invalid recipes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.helpers import scratch, tiny
 from tests.helpers.gaussian import DEVIATION, MEAN, angle, oracle
 
 
-def test_guidance_of_one_is_the_class_itself() -> None:
+def test_guidance_of_one_is_the_conditional_prediction() -> None:
     torch.manual_seed(0)
     model = create(Space(1, 4, 4, 17, ("a", "b")), Net(width=8, channel_multipliers=(1,), prediction="v_prediction"))
     torch.nn.init.normal_(model.net.unet.conv_out.weight, std=0.02)
@@ -47,16 +47,19 @@ def test_guidance_of_one_is_the_class_itself() -> None:
         torch.testing.assert_close(found[0.0], free)
         torch.testing.assert_close(found[3.0], free + 3 * (of_class - free))
         assert not torch.allclose(found[3.0][:2], of_class[:2]) and torch.allclose(found[3.0][2], of_class[2]), (
-            "no class is not guided"
+            "the unconditional prediction must not be guided"
         )
         assert float(model.denoised(50 * noisy, level, classes, 30.0).abs().max()) == 1, (
-            "expectations of pixels lie within their range"
+            "predicted pixels must stay within their range"
         )
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])
-def test_a_normal_distribution_cut_into_levels_adds_up_to_one(levels: int) -> None:
-    """Narrow and wide, far from all levels too, where only one tail is left; and it is the difference of cumulatives where that can be told."""
+def test_log_mass_of_a_discretized_normal_is_normalized(levels: int) -> None:
+    """Narrow and wide, also far from all levels, where only one tail remains.
+
+    A difference of CDFs where that is accurate.
+    """
     space, everything = Space(1, 1, 1, levels), torch.arange(levels, dtype=torch.uint8)[:, None]
     mean, deviation = (
         torch.tensor([0.0, 0.31, -0.99, 2.5, -40.0], dtype=torch.float64),
@@ -73,7 +76,7 @@ def test_a_normal_distribution_cut_into_levels_adds_up_to_one(levels: int) -> No
 
 
 class OracleNet(torch.nn.Module):
-    """Says ε of Gaussian data of mean 0.1 and deviation 0.2, in place of a trained net."""
+    """Predicts ε of Gaussian data with mean 0.1 and standard deviation 0.2, in place of a trained network."""
 
     def __init__(self, path: VariancePreserving) -> None:
         super().__init__()
@@ -89,10 +92,10 @@ class OracleNet(torch.nn.Module):
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> None:
-    """On Gaussian data with the exact net all is closed form: a step loses KL(q(x'|x) ‖ p(x'|x)) between normals of one mean.
+def test_diffusion_bound_of_gaussian_data_has_its_closed_form(variance: Any) -> None:
+    """With the exact network, a step loses KL(q(x'|x) ‖ p(x'|x)) between normals of the same mean.
 
-    q's variance is the posterior's and what x leaves open of x_0; the prior loses KL(q(x_T) ‖ N(0, 1)).
+    q's variance is the posterior's plus the uncertainty of x_0 given x; the prior loses KL(q(x_T) ‖ N(0, 1)).
     """
     space, steps, draw = Space(1, 32, 32, 256), 30, Draw(1, 0, range(64))
     torch.manual_seed(0)
@@ -103,7 +106,7 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
     def lost(true: float, modelled: float) -> float:
         return 0.5 * (math.log(modelled / true) + true / modelled - 1)
 
-    expected = 0.5 * math.log(2 * math.pi * math.e * 0.04) - math.log(2 / 255)  # the entropy of what the levels hold
+    expected = 0.5 * math.log(2 * math.pi * math.e * 0.04) - math.log(2 / 255)  # the entropy of the discretized data
     last = path.level(steps - 1)
     expected += 0.5 * (
         last.alpha**2 * (0.04 + 0.01) + last.sigma**2 - 1 - math.log(last.alpha**2 * 0.04 + last.sigma**2)
@@ -119,15 +122,18 @@ def test_the_bound_is_the_entropy_and_what_each_step_loses(variance: Any) -> Non
     assert float(whole.mean()) / space.dimensions == pytest.approx(expected, rel=3e-3)
     assert float(sampled.mean()) == pytest.approx(float(whole.mean()), rel=0.05)
     assert torch.equal(sampled[3:5], model.nats({"pixels": images[3:5]}, Draw(1, 0, range(3, 5)), 4)), (
-        "an image's chance is its own"
+        "an image's likelihood must not depend on its batch"
     )
     assert float(model.bits_per_dimension({"pixels": images}, draw, steps - 1).mean()) == pytest.approx(
         expected / math.log(2), rel=3e-3
     )
 
 
-def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each number goes its own way, a probe of ±1 tells the trace exactly; what is left is the steps' error, of second order."""
+def test_ode_likelihood_of_gaussian_data_converges_to_its_density(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each dimension is independent, so a probe of ±1 gives the exact trace.
+
+    The rest is the second-order error of the steps.
+    """
     clean = torch.tensor([[0.2, 0.7], [1.1, 0.65]], dtype=torch.float64)
     probe = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
     expected, errors = torch.distributions.Normal(MEAN, DEVIATION).log_prob(clean).sum(1), []
@@ -147,18 +153,18 @@ def test_a_flow_gives_the_density_of_gaussian_data(monkeypatch: pytest.MonkeyPat
         assert model.at_angle(model.max_angle()).sigma == pytest.approx(model.path.initial_std)
 
 
-class SilentNet(torch.nn.Module):
-    """Says 0, as a new net does."""
+class ZeroNet(torch.nn.Module):
+    """Predicts 0, as a new network does."""
 
     def forward(self, noisy: Tensor, told: Tensor, classes: Tensor | None, beside: Tensor | None) -> Tensor:
         return torch.zeros_like(noisy)
 
 
-def test_a_flows_bits_are_those_of_a_histogram() -> None:
-    """A new EDM says D = c_skip x: that its pixels are N(0, 0.5²), whose mass over each level is known; drawn images have its entropy."""
+def test_edm_likelihood_of_a_new_model_is_that_of_its_gaussian() -> None:
+    """A new EDM predicts D = c_skip x: its pixels are N(0, 0.5²), whose mass over each level is known."""
     space = Space(1, 4, 4, 65)
     model = edm.create(space, EdmNet(width=8, channel_multipliers=(1,)))
-    model.net = SilentNet()  # type: ignore[assignment]
+    model.net = ZeroNet()  # type: ignore[assignment]
     levels = torch.arange(65, dtype=torch.uint8).repeat(16)[:1024].view(64, 1, 4, 4)
     zero, deviation = torch.zeros((), dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
     inside = (levels > 0) & (levels < 64)
@@ -169,7 +175,7 @@ def test_a_flows_bits_are_those_of_a_histogram() -> None:
     assert torch.equal(found[5:7].float(), model.nats({"pixels": levels[5:7]}, Draw(0, 0, range(5, 7)), 2))
 
 
-def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
+def test_latent_canvas_normalizes_and_does_not_clamp_latents(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("latent-diffusion", tmp_path / "run")).model
     read = model.canvas.encode(model.examples(99)["pixels"])
     assert (read.mean((0, 2, 3)).abs() < 1e-5).all() and torch.allclose(
@@ -182,7 +188,7 @@ def test_latents_are_measured_and_not_cut(tmp_path: Path) -> None:
     assert (found.int() - model.space.quantized(expected).int()).abs().max() <= 1
 
 
-def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_path: Path) -> None:
+def test_cascade_adds_noise_to_its_condition_and_samples_through_both_stages(tmp_path: Path) -> None:
     model: Any = tiny.prepare(scratch.recipe("cascade", tmp_path / "run")).model
     condition, levels, draw = model._condition, model.examples(4)["pixels"], Draw(0, 7, range(4))
     beside = condition.for_training(levels, draw)
@@ -230,13 +236,15 @@ def test_a_cascade_noises_what_it_enlarges_and_draws_through_both_stages(tmp_pat
         ("latent-diffusion", ["diffusion={zero_terminal_snr: true}"], r"already end in noise"),
     ],
 )
-def test_mistakes(name: str, overrides: list[str], told: str, tmp_path: Path) -> None:
+def test_diffusion_recipe_with_invalid_values_is_refused(
+    name: str, overrides: list[str], told: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         tiny.prepare(scratch.recipe(name, tmp_path / "run", *overrides))
     assert re.search(told, "\n".join(caught.value.lines()))
 
 
-def test_a_sampler_is_chosen_at_drawing(tmp_path: Path) -> None:
+def test_sample_with_another_sampler_gives_another_image(tmp_path: Path) -> None:
     run = tmp_path / "run"
     tiny.train(scratch.recipe("ddpm", run, "train.steps=6", "optimizer.lr=1e-2", "sample.prompts=['0']"))
     drawn = {}

@@ -67,7 +67,7 @@ def test_documented_commands_have_existing_options(block: Block) -> None:
 
 @pytest.mark.parametrize("page", pages())
 def test_documented_overrides_load(page: str) -> None:
-    """Every `--set` of a bundled recipe, or of a copy of one, names a key and gives it a value that it takes."""
+    """Every `--set` of a bundled recipe, or of a copy of one, names an existing key with a valid value."""
     copies: dict[str, str] = {}
     for words in (words for block in blocks(page) for words in block.commands):
         if words[1:3] == ["recipes", "copy"]:

@@ -1,4 +1,4 @@
-"""Images that are there more than once: found whatever was done to them on the way, and in time near linear in their number."""
+"""Duplicate images are found whatever was done to them, in nearly linear time."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def again(image: Image.Image, quality: int) -> Image.Image:
+def recompressed(image: Image.Image, quality: int) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
 
 
-def test_a_image_saved_again_scaled_or_brightened_is_near_and_others_are_not() -> None:
+def test_near_duplicates_include_rescaled_and_recompressed_images_only() -> None:
     images = [on_white(image) for image in emoji(60)]
     ways = (
         lambda image: image.resize((64, 64), Image.Resampling.LANCZOS),
         lambda image: image.resize((500, 500), Image.Resampling.LANCZOS),
-        lambda image: again(image, 60),
+        lambda image: recompressed(image, 60),
         lambda image: ImageEnhance.Brightness(image).enhance(0.97),
     )
     changed = [ways[number % 4](image) for number, image in enumerate(images)]
@@ -45,7 +45,7 @@ def test_a_image_saved_again_scaled_or_brightened_is_near_and_others_are_not() -
     assert sum(len(group) > 2 for group in found) <= 3  # flags and faces that resemble each other
 
 
-def test_colors_tell_images_of_one_shape_apart() -> None:
+def test_fingerprint_distinguishes_colors_of_one_shape() -> None:
     shape = emoji(60)[7].getchannel("A")
     painted = [
         Image.composite(Image.new("RGB", shape.size, color), Image.new("RGB", shape.size, "white"), shape)
@@ -62,16 +62,16 @@ def is_near(left: numpy.ndarray, right: numpy.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_looking_up_by_bands_finds_what_comparing_all_finds(seed: int) -> None:
+def test_near_by_bands_finds_the_same_groups_as_all_pairs(seed: int) -> None:
     generator = numpy.random.default_rng(seed)
     rows = generator.integers(0, 256, (60, FINGERPRINT_BYTES), dtype=numpy.uint8)
     rows = rows[generator.integers(0, 60, 150)]
-    for row in rows:  # up to 9 bits flipped anywhere, colors moved
+    for row in rows:  # flip up to 9 random bits, change colors
         for bit in generator.integers(0, 8 * HASH_BYTES, generator.integers(0, 10)):
             row[bit // 8] ^= 1 << (bit % 8)
         row[HASH_BYTES:] = (row[HASH_BYTES:].astype(int) + generator.integers(0, 12, COLOR_BYTES)).clip(0, 255)
     labels = numpy.arange(len(rows))
-    for left in range(len(rows)):  # by hand: every pair, joined
+    for left in range(len(rows)):  # the reference: compare every pair and join
         for right in range(left):
             if is_near(rows[left], rows[right]):
                 labels[labels == labels[left]] = labels[right]
@@ -79,7 +79,7 @@ def test_looking_up_by_bands_finds_what_comparing_all_finds(seed: int) -> None:
     assert list(groups(labels))
 
 
-def test_very_many_alike_take_no_square() -> None:
+def test_near_with_many_images_in_one_band_is_not_quadratic() -> None:
     """20,000 images that share a band, as blank backgrounds do, and differ elsewhere."""
     rows = numpy.random.default_rng(0).integers(0, 256, (20_000, FINGERPRINT_BYTES), dtype=numpy.uint8)
     rows[:, :2] = 0
@@ -89,7 +89,7 @@ def test_very_many_alike_take_no_square() -> None:
     assert time.perf_counter() - start < 30  # all pairs would take minutes
 
 
-def test_nothing_and_one() -> None:
+def test_near_of_zero_or_one_image_finds_nothing() -> None:
     assert list(groups(near(b""))) == []
     assert list(groups(near(bytes(FINGERPRINT_BYTES)))) == []
     assert list(groups(duplicates.equal(b"abcabd", 3))) == []

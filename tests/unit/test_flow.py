@@ -1,4 +1,4 @@
-"""Flows: each map's inverse and determinant, by autograd and by another library, and the bound that dequantization gives."""
+"""Flows: inverses and determinants by autograd and another library, and the bound of dequantization."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ PARTS: dict[str, tuple[Bijection, tuple[int, int, int]]] = {
 }
 
 
-def stirred(module: torch.nn.Module, much: float = 0.2) -> torch.nn.Module:
-    """In float64, and away from what it starts at, where many maps are the identity."""
+def perturbed(module: torch.nn.Module, much: float = 0.2) -> torch.nn.Module:
+    """In float64, with weights moved away from their initial values, at which many maps are the identity."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -51,7 +51,7 @@ def stirred(module: torch.nn.Module, much: float = 0.2) -> torch.nn.Module:
 
 
 def determinant(forward: Any, values: Tensor) -> Tensor:
-    """log |det| of the whole Jacobian by autograd, of one example."""
+    """log |det| of the full Jacobian of one example, by autograd."""
 
     def flat(one: Tensor) -> Tensor:
         found: Tensor = forward(one.view_as(values))[0].flatten()
@@ -62,9 +62,9 @@ def determinant(forward: Any, values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_each_map_has_its_inverse_and_its_determinant(name: str) -> None:
+def test_bijection_has_the_right_inverse_and_determinant(name: str) -> None:
     part, shape = PARTS[name]
-    stirred(part)
+    perturbed(part)
     values = torch.rand(1, *shape, dtype=torch.float64) * 0.9 + 0.05
     mapped, change = part(values)
     assert change.shape == (1,)
@@ -72,7 +72,7 @@ def test_each_map_has_its_inverse_and_its_determinant(name: str) -> None:
     torch.testing.assert_close(change[0], determinant(part, values), rtol=0, atol=1e-9)
 
 
-def whole(family: str, dequantization: Any = "uniform", coupling: Any = "affine", much: float = 0.2) -> Any:
+def flow_model(family: str, dequantization: Any = "uniform", coupling: Any = "affine", much: float = 0.2) -> Any:
     keys: dict[str, Any] = {
         "scales": 2,
         "steps": 2,
@@ -84,27 +84,27 @@ def whole(family: str, dequantization: Any = "uniform", coupling: Any = "affine"
     }
     space = Space(1, 4, 4, 5)
     model = glow.create(space, GlowNet(**keys)) if family == "glow" else realnvp.create(space, RealNvpNet(**keys))
-    stirred(model.net, much)
+    perturbed(model.net, much)
     return model
 
 
 @pytest.mark.parametrize("coupling", ["affine", "mixture"])
 @pytest.mark.parametrize("family", ["glow", "realnvp"])
-def test_a_whole_flow(family: str, coupling: str) -> None:
-    """From pixels in (0, 1) to latents: logit, every squeeze, split, normalization, convolution and coupling in one Jacobian."""
-    model = whole(family, coupling=coupling)
+def test_whole_flow_has_the_right_inverse_and_determinant(family: str, coupling: str) -> None:
+    """From pixels to latents: logit, squeezes, splits, normalization, convolutions and couplings in one Jacobian."""
+    model = flow_model(family, coupling=coupling)
     values = torch.rand(1, 1, 4, 4, dtype=torch.float64) * 0.9 + 0.05
     latent, change = model.net.flow(values)
     assert latent.shape == (1, 16)
     torch.testing.assert_close(change[0], determinant(model.net.flow, values), rtol=0, atol=1e-8)
     torch.testing.assert_close(model.net.flow.inverse(latent), values, rtol=0, atol=1e-8)
-    # In float32 what is lost on the way grows with how far the maps stretch: here as far as after some training.
-    flow = whole(family, coupling=coupling, much=0.05).net.float().flow
+    # In float32 the error grows with the maps' scale: here it is that of a model after some training.
+    flow = flow_model(family, coupling=coupling, much=0.05).net.float().flow
     torch.testing.assert_close(flow.inverse(flow(values.float())[0]), values.float(), rtol=0, atol=1e-5)
 
 
-def test_learned_noise_has_the_density_that_it_says() -> None:
-    net = whole("glow", "variational").net.noise
+def test_variational_dequantization_noise_has_its_declared_density() -> None:
+    net = flow_model("glow", "variational").net.noise
     levels, normal = torch.randint(5, (1, 1, 4, 4), dtype=torch.uint8), torch.randn(1, 1, 4, 4, dtype=torch.float64)
     u, log_q = net(levels, normal)
     assert ((u > 0) & (u < 1)).all()
@@ -115,10 +115,10 @@ def test_learned_noise_has_the_density_that_it_says() -> None:
 
 
 @pytest.mark.parametrize("dequantization", ["uniform", "variational"])
-def test_dequantization_bounds_the_probability_of_levels(dequantization: str) -> None:
-    """One pixel of three levels over a density known in closed form: its mass between edges is what the bound tends to.
+def test_dequantization_bound_converges_to_the_probability_of_levels(dequantization: str) -> None:
+    """One pixel of three levels over a density known in closed form: the bound converges to its mass between edges.
 
-    The published mistakes fall here: noise of half width, normal noise, a wrong number of levels, a determinant forgotten.
+    Detects known mistakes: noise of half the width, normal noise, a wrong number of levels, a missing determinant.
     """
     space = Space(1, 2, 2, 3)
     model = glow.create(space, GlowNet(scales=1, steps=1, width=4, blocks=0, margin=0.0, dequantization=dequantization))  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ def test_dequantization_bounds_the_probability_of_levels(dequantization: str) ->
     with torch.no_grad():
         for name, parameter in model.net.flow.named_parameters():
             if name.endswith(("lower", "upper", "log_diagonal")):
-                parameter.zero_()  # the 1×1 convolution is then a permutation with signs
+                parameter.zero_()  # the 1×1 convolution becomes a signed permutation
             elif name.endswith("log_scale"):
                 parameter.fill_(math.log(2.5))
         if model.net.noise is not None:
@@ -142,11 +142,11 @@ def test_dequantization_bounds_the_probability_of_levels(dequantization: str) ->
     if dequantization == "uniform":
         torch.testing.assert_close(many, exact, rtol=0, atol=0.3)
         assert float((many - exact).mean()) == pytest.approx(0, abs=0.03)
-    else:  # noise that is not learned yet rarely falls where it weighs most: many draws still come near, from above
+    else:  # untrained noise rarely falls where it matters most: many samples come close, from above
         assert float(exact.mean()) - 0.02 < float(many.mean()) < min(float(one.mean()), float(exact.mean()) + 0.5)
 
 
-def test_actnorm_starts_by_the_data() -> None:
+def test_actnorm_initialization_normalizes_the_data() -> None:
     norm = ActNorm(2)
     norm.initializing = True
     mapped, _ = norm(torch.randn(64, 2, 4, 4) * torch.tensor([3.0, 0.1])[:, None, None] + 5)
@@ -155,9 +155,9 @@ def test_actnorm_starts_by_the_data() -> None:
     torch.testing.assert_close(mean, torch.zeros(2), rtol=0, atol=1e-3)
 
 
-def test_affine_coupling_is_normflows() -> None:
+def test_affine_coupling_matches_normflows() -> None:
     flows = pytest.importorskip("normflows")
-    ours = stirred(Affine(4, True, (6, 0, 0.0))).float()
+    ours = perturbed(Affine(4, True, (6, 0, 0.0))).float()
     theirs = flows.flows.AffineCoupling(Interleaved(ours), scale=True, scale_map="exp")
     kept, changing = torch.randn(3, 2, 2, 2), torch.randn(3, 2, 2, 2)
     (_, changed), change = theirs([kept, changing])
@@ -167,7 +167,7 @@ def test_affine_coupling_is_normflows() -> None:
 
 
 class Interleaved(torch.nn.Module):
-    """Our coupling's net as normflows reads one: shift and log-scale turn by turn."""
+    """Our coupling's network as normflows reads one: shift and log-scale interleaved."""
 
     def __init__(self, coupling: torch.nn.Module) -> None:
         super().__init__()

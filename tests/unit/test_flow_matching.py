@@ -1,4 +1,4 @@
-"""The flow-matching objective: against the schedulers of diffusers and the formulas of the paper, written out again."""
+"""The flow-matching objective against diffusers' schedulers and the paper's formulas."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def objective(scheduler: Any, sampling: Any = "logit_normal", **loss: Any) -> Fl
 
 
 @pytest.mark.parametrize("shifted", [1.0, 3.0])
-def test_noises_as_the_schedulers_own_step(shifted: float) -> None:
-    """`scale_noise` at the very levels that were drawn, given to the scheduler as its list."""
+def test_flow_noise_matches_the_schedulers_scale_noise(shifted: float) -> None:
+    """`scale_noise` at the sampled noise levels, given to the scheduler as its list."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shifted)
     noised = objective(scheduler).noise(CLEAN, DRAW)
     noise = DRAW.normal("noise", CLEAN.shape[1:])
-    unshifted = 1 / (1 + shifted * (1000 / noised.timestep - 1))  # what the scheduler shifts to these
+    unshifted = 1 / (1 + shifted * (1000 / noised.timestep - 1))  # the scheduler shifts them to these timesteps
     scheduler.set_timesteps(sigmas=unshifted.tolist())
     torch.testing.assert_close(scheduler.timesteps, noised.timestep, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(
@@ -39,7 +39,7 @@ def test_noises_as_the_schedulers_own_step(shifted: float) -> None:
     torch.testing.assert_close(noised.target, noise - CLEAN)
 
 
-def test_the_velocity_takes_the_samplers_step_to_the_clean_latents() -> None:
+def test_flow_target_velocity_leads_the_sampler_to_the_clean_latents() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(7)
     noise = DRAW.normal("noise", CLEAN.shape[1:])
@@ -51,7 +51,7 @@ def test_the_velocity_takes_the_samplers_step_to_the_clean_latents() -> None:
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_dynamic_shift_is_the_schedulers(kind: Any) -> None:
+def test_dynamic_shift_matches_the_scheduler(kind: Any) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, time_shift_type=kind
     )
@@ -63,13 +63,13 @@ def test_dynamic_shift_is_the_schedulers(kind: Any) -> None:
         numpy.testing.assert_allclose(scheduler.sigmas[:2].numpy(), expected, rtol=1e-6)
 
 
-def test_a_flow_under_dpm_solver_has_its_shift() -> None:
+def test_shift_of_a_flow_under_dpm_solver_is_read_from_its_config() -> None:
     scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     assert shift(scheduler.config, 1024) == 3.0
 
 
-def test_levels_are_distributed_as_the_paper_says() -> None:
-    """Against distribution functions: logit-normal's own, mode sampling's (eq. 20) by quantiles; a recipe's shift replaces the scheduler's."""
+def test_noise_levels_follow_the_papers_distributions() -> None:
+    """Logit-normal by its CDF, mode sampling (eq. 20) by its quantiles; a recipe's shift replaces the scheduler's."""
     scheduler, many = FlowMatchEulerDiscreteScheduler(shift=3.0), Draw(0, 0, range(4000))
     clean = torch.zeros(4000, 1, 2, 2)
 
@@ -83,7 +83,7 @@ def test_levels_are_distributed_as_the_paper_says() -> None:
     below = [(levels(mean=0.5, std=0.8, shift=1.0) < level).mean() for level in at]
     numpy.testing.assert_allclose(below, expected, atol=0.025)
     uniform = numpy.array([0.2, 0.5, 0.8])
-    # f(u) = 1 − u − s (cos²(πu/2) − 1 + u) falls with u: a share u of the levels lies above f(u).
+    # f(u) = 1 − u − s (cos²(πu/2) − 1 + u) decreases in u: a share u of the levels lies above f(u).
     quantiles = 1 - uniform - 1.29 * (numpy.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
     numpy.testing.assert_allclose(
         [(levels(sampling="mode", shift=1.0) > level).mean() for level in quantiles], uniform, atol=0.025
@@ -93,15 +93,18 @@ def test_levels_are_distributed_as_the_paper_says() -> None:
 
 
 @pytest.mark.parametrize("weighting", ["none", "cosmap", "sigma_sqrt"])
-def test_weights_are_those_of_diffusers_trainers(weighting: Any) -> None:
+def test_flow_loss_weights_match_diffusers(weighting: Any) -> None:
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
     noised = objective(FlowMatchEulerDiscreteScheduler(), weighting=weighting).noise(CLEAN, DRAW)
     torch.testing.assert_close(noised.weight, compute_loss_weighting_for_sd3(weighting, noised.timestep / 1000))
 
 
-def test_what_a_net_learned_of_one_example_integrates_back_to_it() -> None:
-    """A small net learns one latent by the objective; the scheduler's steps through its velocities lead from noise to that latent."""
+def test_network_trained_by_flow_matching_samples_its_example() -> None:
+    """A small network is trained on one latent.
+
+    The scheduler's steps along its velocities lead from noise to that latent.
+    """
     torch.manual_seed(0)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     learned, clean = objective(scheduler), torch.tensor([1.5, -0.5, 0.3, -1.2]).view(1, 1, 2, 2)
@@ -126,4 +129,4 @@ def test_what_a_net_learned_of_one_example_integrates_back_to_it() -> None:
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             sample = scheduler.step(velocity(sample, timestep.expand(8)), timestep, sample).prev_sample
-    assert (sample - clean).abs().mean() < 0.15 * start  # of a wrong sign or level it would be more than it was
+    assert (sample - clean).abs().mean() < 0.15 * start  # a wrong sign or noise level would increase it

@@ -1,4 +1,4 @@
-"""LoRA layers that go together, rotary embeddings as complex products, U-Nets' straight blocks: outputs and gradients are PEFT's and diffusers'."""
+"""Fused LoRA layers, complex rotary embeddings and straight U-Net blocks match PEFT and diffusers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ Found = tuple[Tensor, dict[str, Tensor], Counter[type]]
 
 
 def gradients(build: Callable[[], Built], section: Adapter, checkpointing: bool, dtype: torch.dtype) -> Found:
-    """A step's output, the gradients of what trains, and how many layers and blocks of which kind are ours. The same weights each time."""
+    """Output, trained gradients, and counts of our layers and blocks of one step.
+
+    The weights are the same each time.
+    """
     tiny.pipeline("sd15")
     torch.manual_seed(0)
     net, run = build()
@@ -114,7 +117,7 @@ CONVOLUTIONS = "conv1, conv2, conv_shortcut, proj_in, proj_out, downsamplers.0.c
 @pytest.mark.parametrize(
     ("checkpointing", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)]
 )
-def test_outputs_and_gradients_are_pefts_and_diffusers(
+def test_kernels_match_outputs_and_gradients_of_peft_and_diffusers(
     build: Callable[[], Built],
     targets: str,
     ours: dict[type, int],
@@ -135,8 +138,11 @@ def test_outputs_and_gradients_are_pefts_and_diffusers(
         )
 
 
-def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
-    """A group takes it that its layers read one tensor. Where they do not, each computes for itself, and nothing is kept back."""
+def test_fused_linear_with_different_inputs_computes_each_layer_alone() -> None:
+    """A group assumes that its layers read the same tensor.
+
+    If not, each computes for itself, and nothing is retained.
+    """
     net, _ = unet()
     net.requires_grad_(False)
     peft.add_adapter(net, Adapter(rank=4))
@@ -154,7 +160,7 @@ def test_a_layer_that_is_asked_of_another_tensor_answers_for_that() -> None:
 
 
 @torch.no_grad()
-def test_a_packed_convolution_is_that_of_its_weights_as_they_are_now() -> None:
+def test_packed_convolution_follows_changes_of_its_weight() -> None:
     weight = nn.Parameter(torch.randn(6, 5, 3, 3), requires_grad=False)
     inputs = torch.randn(2, 5, 8, 8).contiguous(memory_format=torch.channels_last)
 
@@ -166,5 +172,5 @@ def test_a_packed_convolution_is_that_of_its_weights_as_they_are_now() -> None:
     torch.testing.assert_close(first(inputs, None), functional.conv2d(inputs, weight, padding=1))
     weight.mul_(2)  # as PEFT merges an adapter
     torch.testing.assert_close(of(1)(inputs, None), functional.conv2d(inputs, weight, padding=1))
-    weight.data = torch.randn(6, 5, 3, 3)  # as a net moves
+    weight.data = torch.randn(6, 5, 3, 3)  # as when a network moves to another device
     torch.testing.assert_close(of(1)(inputs, None), functional.conv2d(inputs, weight, padding=1))

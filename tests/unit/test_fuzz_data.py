@@ -1,4 +1,4 @@
-"""Whatever bytes lie in a caption, a metadata file, an image, a shard or the cache: an answer or a clear error, and no reading outside."""
+"""Any bytes in a caption, metadata file, image, shard or cache give a value or a clear error."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from finetune.data.sources.webdataset import samples
 from finetune.errors import UserError
 from tests.helpers import corpus
 from tests.unit.test_cache import tensors
-from tests.unit.test_shards import shard
+from tests.unit.test_damaged_shard_gives_entries_or_problems import shard
 
-# FT_FUZZ=20 takes twenty times as many.
+# FT_FUZZ=20 runs twenty times as many examples.
 many = settings(deadline=None, max_examples=250 * int(os.environ.get("FT_FUZZ", "1")))
 
 
@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
 
 
 def damaged(whole: bytes, cut: int, changes: list[tuple[int, int]]) -> bytes:
-    """Some bytes changed, and perhaps the end cut off."""
+    """`whole` with some bytes changed, and perhaps with its end cut off."""
     content = bytearray(whole)
     for place, value in changes:
         content[place % len(content)] = value
@@ -54,7 +54,7 @@ cuts = st.one_of(st.just(0), st.integers(0, 1 << 20))
     )
 )
 @many
-def test_captions(folder: Path, content: bytes) -> None:
+def test_captions_of_any_bytes_are_decoded_or_reported(folder: Path, content: bytes) -> None:
     (folder / "a.txt").write_bytes(content)
     found = Captions(folder, ["a.png", "a.txt"], "text").of("a.png")
     if found.problem:
@@ -89,7 +89,7 @@ table = st.lists(
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 @given(data=st.data())
 @many
-def test_metadata(folder: Path, kind: str, data: st.DataObject) -> None:
+def test_metadata_of_any_bytes_is_read_or_refused(folder: Path, kind: str, data: st.DataObject) -> None:
     text = data.draw(
         st.one_of(jsonl, deep) if kind == "jsonl" else st.one_of(table, table.map("file_name,text\n{}".format))
     )
@@ -129,7 +129,7 @@ WHOLE = {
 @given(kind=st.sampled_from(sorted(WHOLE)), cut=cuts, changes=changes)
 @settings(many, max_examples=2 * many.max_examples)
 @example(kind="png", cut=30, changes=[])
-def test_images(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
+def test_damaged_image_is_read_or_refused(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
     try:
         found = inspect(damaged(WHOLE[kind], cut, changes), "#ffffff")
     except Unreadable as error:
@@ -141,7 +141,7 @@ def test_images(kind: str, cut: int, changes: list[tuple[int, int]]) -> None:
 
 @given(cut=cuts, changes=changes)
 @many
-def test_shards(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
+def test_damaged_shard_gives_entries_or_problems(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
     whole = folder / "whole.tar"
     if not whole.exists():
         shard(
@@ -159,13 +159,13 @@ def test_shards(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
     for found in samples(broken, "broken.tar", Data(path="."), {".png", ".jpg"}):
         assert isinstance(found, Entry | Problem)
         if isinstance(found, Entry):
-            assert len(found.read()) <= size  # of this file, and nothing else
+            assert len(found.read()) <= size  # read from this file only
 
 
 @given(cut=cuts, changes=changes)
 @many
-def test_shards_of_the_cache(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
-    """A header that says anything is refused as no header, or read as far as the file goes."""
+def test_damaged_cache_shard_is_read_or_refused(folder: Path, cut: int, changes: list[tuple[int, int]]) -> None:
+    """An arbitrary header is refused, or read within the bounds of the file."""
     store = folder / "store"
     if not store.exists():
         filled = Store(store)
@@ -181,8 +181,8 @@ def test_shards_of_the_cache(folder: Path, cut: int, changes: list[tuple[int, in
         pass
 
 
-def test_a_damaged_shard_with_a_header_of_its_own_is_never_read(folder: Path) -> None:
-    """The name of a shard is the hash of its bytes: whatever the header says, it is not asked."""
+def test_cache_shard_with_a_changed_header_is_not_read(folder: Path) -> None:
+    """The name of a shard is the hash of its bytes, so a changed header makes it invalid."""
     store = folder / "named"
     filled = Store(store)
     filled.put("key", tensors(1))
