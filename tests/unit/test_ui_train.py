@@ -65,7 +65,9 @@ def test_names_of_runs_that_are_no_folder_names_are_refused(tmp_path: Path, name
 def test_a_mistake_in_a_recipe_is_shown_before_it_is_queued(tmp_path: Path) -> None:
     state = web.site(tmp_path, tmp_path)
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("method: lora\nmodel: {family: sd, path: embedded:base}\ndata: {path: embedded:emoji/noto, resolutoin: 64}\n")
+    recipe.write_text(
+        "method: lora\nmodel: {family: sd, path: embedded:base}\ndata: {path: embedded:emoji/noto, resolutoin: 64}\n"
+    )
     answer = web.client(state).post("/train/start", data={"recipe": str(recipe), "name": "mine"})
     assert answer.status_code == 400 and "resolutoin" in answer.text and "mine.yaml:3" in answer.text
     assert state.queue.jobs() == []
