@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from tests.unit.test_damaged_shard_gives_entries_or_problems import shard
 
 from finetune.config.schema import Data
 from finetune.data.audit.inspect import inspect
@@ -24,6 +23,7 @@ from finetune.data.sources.webdataset import samples
 from finetune.errors import UserError
 from tests.helpers import corpus
 from tests.unit.test_cache import tensors
+from tests.unit.test_shards import shard
 
 # FT_FUZZ=20 runs twenty times as many examples.
 many = settings(deadline=None, max_examples=250 * int(os.environ.get("FT_FUZZ", "1")))
