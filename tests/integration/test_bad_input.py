@@ -181,17 +181,17 @@ def missing_folder(scene: Scene) -> None:
     scene.set(f"data.path={scene.folder / 'nowhere'}")
 
 
-@case("is a file", "the folder it lies in")
+@case("is a file", "the folder that contains it")
 def file_for_a_folder(scene: Scene) -> None:
     scene.set(f"data.path={scene.data / 'zero.png'}")
 
 
-@case('there is no folder "nobody/nothing", and the hub gave no data set', "network")
+@case('there is no folder "nobody/nothing", and no dataset of that name could be loaded', "network")
 def data_set_that_no_hub_gives(scene: Scene) -> None:
     scene.set("data.path=nobody/nothing")
 
 
-@case("holds no image", "put images there")
+@case("contains no images", "add images")
 def empty_data_set(scene: Scene) -> None:
     for file in scene.data.iterdir():
         file.unlink()
@@ -221,7 +221,7 @@ def metadata_of_a_missing_image(scene: Scene) -> None:
     )
 
 
-@case("metadata.jsonl:1", "one object a line")
+@case("metadata.jsonl:1", "one object per line")
 def metadata_that_is_no_json(scene: Scene) -> None:
     (scene.data / "metadata.jsonl").write_text("one.png: an image\n")
 
@@ -242,7 +242,7 @@ def png_20000_pixels_wide(scene: Scene) -> None:
     (scene.data / "one.png").write_bytes(png_of_20000_pixels())
 
 
-@case("1 unreadable image.*out.png: a link out of the folder", "unreadable_images: skip")
+@case("1 unreadable image.*out.png: links out of the folder", "unreadable_images: skip")
 def link_out_of_the_folder(scene: Scene) -> None:
     shutil.copy(scene.data / "one.png", scene.folder / "secret.png")
     (scene.data / "out.png").symlink_to(scene.folder / "secret.png")

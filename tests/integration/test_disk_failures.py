@@ -59,12 +59,12 @@ def run_folder_without_permission(scene: Scene) -> None:
     scene.patch.setattr(Path, "mkdir", refuse)
 
 
-@case('output.folder lies in ".*data", where nothing is ever written', "elsewhere")
+@case('output.folder is inside the source ".*data", which is never written to', "elsewhere")
 def run_folder_among_the_images(scene: Scene) -> None:
     scene.set(f"output.folder={scene.data / 'run'}")
 
 
-@case('data.cache lies in ".*data", where nothing is ever written', "elsewhere")
+@case('data.cache is inside the source ".*data", which is never written to', "elsewhere")
 def cache_among_the_images(scene: Scene) -> None:
     scene.set(f"data.cache={scene.data / '.cache'}")
 

@@ -46,10 +46,10 @@ def test_metadata_file_assigns_captions_and_reports_unused_files(tmp_path: Path,
     assert problems(audit) == {
         "unnamed.png": ("missing caption", "no caption was found, so it does not train"),
         "blank.png": ("missing caption", "its caption is empty, so it does not train"),
-        f'{name}:{first + 2} ("gone.png")': ("missing image", "names an image that is not there"),
-        'outside.png")': ("missing image", "names a file outside its folder, which is not read"),
-        "unnamed.txt": ("unused caption", "not read: a metadata file speaks for its image"),
-        "README.txt": ("unused caption", "no image has its name"),
+        f'{name}:{first + 2} ("gone.png")': ("missing image", "the image does not exist"),
+        'outside.png")': ("missing image", "is outside the folder, so it is not read"),
+        "unnamed.txt": ("unused caption", "not read: a metadata file covers its image"),
+        "README.txt": ("unused caption", "no image has this name"),
     }
     with pytest.raises(UserError, match="2 missing captions and 2 missing images") as caught:
         scan(data(tmp_path)).raise_if_stopped()
@@ -69,15 +69,15 @@ def test_metadata_file_in_the_nearest_folder_wins(tmp_path: Path) -> None:
     [
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{oops', "not a JSON object", 2),
         ("metadata.jsonl", b"\n[1]", "not a JSON object", 2),
-        ("metadata.jsonl", b'{"file_name": "a.png"}', 'no "text" in this line, but file_name', 1),
+        ("metadata.jsonl", b'{"file_name": "a.png"}', r'no "text" \(its columns: file_name\)', 1),
         (
             "metadata.jsonl",
             b'{"file_name": "a.png", "text": "x"}\n{"file_name": "./a.png", "text": "y"}',
-            "named twice",
+            "listed twice",
             2,
         ),
-        ("metadata.csv", b"file_name;text\na.png;x\n", 'no "file_name" in this line, but file_name;text', 2),
-        ("metadata.csv", b'file_name,text\na.png,"x\n', "comma-separated", 2),
+        ("metadata.csv", b"file_name;text\na.png;x\n", r'no "file_name" \(its columns: file_name;text\)', 2),
+        ("metadata.csv", b'file_name,text\na.png,"x\n', "not a valid CSV file", 2),
         ("metadata.csv", "file_name,text\na.png,é\n".encode("latin-1"), r"not UTF-8 text \(byte 21\)", None),
         ("metadata.csv", "file_name,text\na.png,x\n".encode("utf-16"), r"not UTF-8 text \(byte 0\)", None),
         ("metadata.parquet", b"PAR1", "metadata.parquet", None),
@@ -132,7 +132,7 @@ def test_two_metadata_files_in_a_folder_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     for name in ("metadata.csv", "metadata.jsonl"):
         (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match="which is meant"):
+    with pytest.raises(UserError, match="two metadata files"):
         scan(data(tmp_path))
 
 

@@ -341,9 +341,9 @@ def test_hugging_face_dataset_on_disk_is_read(tmp_path: Path) -> None:
         assert [problem.kind for problem in audit.problems] == (["unused split"] if name == "dict" else [])
     with pytest.raises(UserError, match='no column "prompt"') as caught:
         scan(data(tmp_path / "saved", caption_column="prompt"))
-    assert (caught.value.where, caught.value.remedy) == ("data.caption_column", "columns there: image, text")
+    assert (caught.value.where, caught.value.remedy) == ("data.caption_column", "its columns are: image, text")
     datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(str(tmp_path / "numbers"))
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="does not contain images"):
         scan(data(tmp_path / "numbers"))
 
 
@@ -373,7 +373,7 @@ def test_dataset_rows_without_image_or_text_are_reported(tmp_path: Path) -> None
     assert len(audit.images) == 1
     assert [problem.detail.split(":")[0] for problem in audit.problems] == [
         "the row has no image",
-        "the row names a file outside the data set, which is not read",
+        "the row refers to a file outside the dataset, which is not read",
         "not an image that can be opened",
     ]
 
@@ -383,7 +383,7 @@ def test_hub_name_without_a_network_is_refused_in_one_line() -> None:
     with pytest.raises(UserError) as caught:
         scan(Data(path="nobody/no-such-data"))
     assert caught.value.problem.startswith(
-        'there is no folder "nobody/no-such-data", and the hub gave no data set of that name: '
+        'there is no folder "nobody/no-such-data", and no dataset of that name could be loaded from the Hub: '
     )
     assert "\n" not in caught.value.problem
     assert "network" in caught.value.remedy

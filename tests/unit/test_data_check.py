@@ -138,5 +138,5 @@ def test_data_check_with_a_recipe_shows_captions_as_tokens() -> None:
 
 def test_data_check_without_data_or_with_an_invalid_page_is_refused(tmp_path: Path) -> None:
     assert "no data given" in str(check().exception)
-    assert "nothing is ever written" in str(check(tiny.images(), "--html", tiny.images() / "page.html").exception)
+    assert "which is never written to" in str(check(tiny.images(), "--html", tiny.images() / "page.html").exception)
     assert "cannot be written" in str(check(tiny.images(), "--html", tmp_path / "no" / "page.html").exception)

@@ -140,10 +140,10 @@ def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> No
         problems = [problem for problem in scan(Data(**plain)).problems if problem.kind == "unreadable mask"]
         assert [detail in problem.detail and problem.stops for problem in problems] == [True]
     (place / "metadata.jsonl").write_text(text.replace('"masks/zero.png"', "7"))
-    assert any("is not a file's name" in problem.detail for problem in scan(Data(**plain)).problems if problem.stops)
+    assert any("is not a file name" in problem.detail for problem in scan(Data(**plain)).problems if problem.stops)
     for kind in ("shard", "parquet"):
         other, _ = as_source(kind, tmp_path / "data", tmp_path)
-        with pytest.raises(UserError, match="masks in a folder are for folders of images"):
+        with pytest.raises(UserError, match="a folder of masks needs a folder of images"):
             scan(Data(path=str(other), masks=str(place / "masks")))
 
 
@@ -219,7 +219,7 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
     (problem,) = [problem for problem in scan(data).problems if problem.stops]
     assert (problem.kind, problem.detail) == (
         "unreadable mask",
-        "its mask is 10×32, and the image 48×32: they must have one shape",
+        "its mask is 10×32, but the image 48×32: the aspect ratios must be equal",
     )
     with pytest.raises(UserError, match="no folder"):
         scan(Data(path=str(folder), resolution=32, buckets=False, masks=str(tmp_path / "nowhere")))

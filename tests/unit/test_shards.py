@@ -113,10 +113,10 @@ def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
         "c.jpg": "no caption was found, so it does not train",
         "d.jpg": '"text" in d.json is not text',
         "e.png": "e.txt is not UTF-8 (byte 5)",
-        "f.txt": "no image has its name",
+        "f.txt": "no image has this name",
         "g.png": "no caption was found, so it does not train",
-        "g.seg.png": '".seg.png" in shards is not read',
-        "g.cls": '".cls" in shards is not read',
+        "g.seg.png": 'files ".seg.png" in shards are not read',
+        "g.cls": 'files ".cls" in shards are not read',
     }
 
 
@@ -318,14 +318,14 @@ def test_a_data_set_on_the_hub_may_name_only_its_own_files(tmp_path: Path, monke
         "hf://datasets/a/b@1/../x",
     ):
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, files=files: of(files))
-        with pytest.raises(UserError, match="not its own"):
+        with pytest.raises(UserError, match="refers to a file outside its repository"):
             scan(Data(path="a/b"))
     monkeypatch.setattr(
         datasets,
         "load_dataset_builder",
         lambda name: of("hf://datasets/a/b@1/x.pkl", "datasets.packaged_modules.pandas.pandas"),
     )
-    with pytest.raises(UserError, match="pandas files, which are not read"):
+    with pytest.raises(UserError, match="pandas files, which are not supported"):
         scan(Data(path="a/b"))
 
 

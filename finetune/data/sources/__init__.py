@@ -1,4 +1,4 @@
-"""Sources of examples: folders (read, never written), WebDataset shards and Hugging Face data sets."""
+"""Sources of examples: folders (never written to), WebDataset shards and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def entries(
     if shards and (path.is_file() or not (is_saved(path) or _has_images(path))):
         yield from _shards(shards, path, data, roles)
     elif path.is_file():
-        problem = f'"{source.path}" is a file; a source is a folder of images, .tar shards, or a data set'
-        raise UserError(problem, where="data.path", remedy="give the folder it lies in")
+        problem = f'"{source.path}" is a file; a source is a folder of images, .tar shards, or a dataset'
+        raise UserError(problem, where="data.path", remedy="give the folder that contains it")
     elif path.is_dir() and not is_saved(path):
         yield from folder_entries(path, data, roles, medium)
     elif path.is_dir() or looks_like_hub_name(source.path):
         if data.classes == "folders":
             raise UserError(
-                "a data set's rows lie in no folders",
+                "the rows of a dataset have no class folders",
                 where="data.classes",
                 remedy="set data.classes: captions, and data.caption_column",
             )
@@ -52,7 +52,7 @@ def entries(
 
 
 def refuse_missing(data: Data) -> None:
-    """Raise if a source is neither there nor named like a data set of the hub; reads nothing."""
+    """Raise if a source neither exists nor looks like the name of a Hub dataset. Reads nothing."""
     for source in data.sources or (Source(data.path or ""),):
         if not Path(embedded(source.path)).expanduser().exists() and not looks_like_hub_name(source.path):
             raise _missing(source)
@@ -67,14 +67,13 @@ def _missing(source: Source) -> UserError:
 
 
 def refuse_inside(place: Path, data: Data, key: str) -> None:
-    """Nothing is written among the user's images: raise if `place`, which `key` names, lies in a source's folder."""
+    """Raise if `place`, the value of `key`, is inside a source folder: nothing is written among the user's images."""
     for source in data.sources or (Source(data.path or ""),):
         folder = Path(embedded(source.path)).expanduser()
         if folder.is_dir() and is_inside(place.expanduser(), folder):
             remedy = f"set {key} to a folder elsewhere"
-            raise UserError(
-                f'{key} lies in "{source.path}", where nothing is ever written', where=str(place), remedy=remedy
-            )
+            problem = f'{key} is inside the source "{source.path}", which is never written to'
+            raise UserError(problem, where=str(place), remedy=remedy)
 
 
 def _has_images(folder: Path) -> bool:
@@ -88,7 +87,7 @@ def _shards(shards: list[Path], path: Path, data: Data, roles: Collection[str]) 
             yield Problem(
                 printable(shard),
                 "damaged shard",
-                "a link out of the folder is not followed",
+                "links out of the folder are not followed",
                 data.unreadable_images == "stop",
             )
         else:

@@ -1,4 +1,4 @@
-"""Captions of folders: `metadata.jsonl`, `metadata.csv`, or a `.txt` file beside each image."""
+"""Captions of folders: `metadata.jsonl`, `metadata.csv`, or a `.txt` file next to each image."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ TABLES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Caption:
-    """`text` is None where there is none, "" where it is empty. `problem` says why one that is there cannot be read, else "".
+    """The caption of one image.
 
-    `mask` is the file that a metadata file names for the image's mask, else "".
+    Attributes:
+        text: None if the image has no caption, "" if the caption is empty.
+        problem: why an existing caption cannot be read, else "".
+        mask: the mask file that a metadata file gives for the image, else "".
     """
 
     text: str | None
@@ -37,19 +40,20 @@ class Caption:
 
 @final
 class Captions:
-    """The captions of the images in one folder, and which of them no image asked for.
+    """The captions of the images in one folder, with a record of which ones were used.
 
-    A metadata file speaks for the images in its folder and below, unless a nearer one does; no `.txt` is read there.
+    A metadata file covers the images in its folder and all subfolders, except those with a metadata file of their own.
+    `.txt` files are not read for images that a metadata file covers.
 
     Args:
-        folder: they lie in.
-        names: of its files, sorted.
-        column: of metadata files, the one with the caption.
-        above: the captions of the folder that this one lies in; none at the top of a source.
-        mask_column: of metadata files, the one with the mask's file; none: masks are not asked for.
+        folder: the folder of the images.
+        names: the names of its files, sorted.
+        column: the caption column of metadata files.
+        above: the captions of the parent folder; None at the top of a source.
+        mask_column: the column of metadata files with the mask's file name; None if masks are not used.
 
     Raises:
-        UserError: a metadata file that cannot be read, naming its line.
+        UserError: a metadata file cannot be read; the error names the line.
     """
 
     def __init__(
@@ -61,51 +65,49 @@ class Captions:
         mask_column: str | None = None,
     ) -> None:
         self._folder, self._names, self._above = folder, names, above
-        self._asked = bytearray(
-            len(names)
-        )  # of each file, whether it is an image that asked, or the text that it was given
+        # For each file, whether it is an image whose caption was requested, or a text file that was used.
+        self._used = bytearray(len(names))
         tables = [folder / name for name in TABLES if place_of(names, name) is not None]
         if len(tables) > 1:
             raise UserError(
-                "two metadata files stand side by side: which is meant?",
+                "the folder has two metadata files",
                 where=str(folder),
                 remedy=f"keep one of {' and '.join(TABLES)}",
             )
         if place_of(names, "metadata.parquet") is not None:
             where, remedy = str(folder / "metadata.parquet"), "save it as metadata.jsonl or metadata.csv"
-            raise UserError("captions are not read from metadata.parquet", where=where, remedy=remedy)
+            raise UserError("captions in metadata.parquet are not supported", where=where, remedy=remedy)
         self._table = _Table(tables[0], column, mask_column) if tables else None
 
     def of(self, name: str) -> Caption:
         """The caption of an image in this folder."""
         image = self._folder / name
         self._mark(place_of(self._names, name))
-        told: Caption | None = None
+        caption: Caption | None = None
         level: Captions | None = self
         while level is not None:
             if level._table is not None:
-                found = level._table.of(image.relative_to(level._folder).as_posix())
-                if found is not None and found.mask:
-                    found = replace(found, mask=str(level._folder / found.mask))
-                told = told or found or Caption(None)  # the nearest speaks
+                row = level._table.of(image.relative_to(level._folder).as_posix())
+                if row is not None and row.mask:
+                    row = replace(row, mask=str(level._folder / row.mask))
+                caption = caption or row or Caption(None)  # the nearest metadata file wins
             level = level._above
-        if told is not None:
-            return told
+        if caption is not None:
+            return caption
         file = image.with_suffix(".txt")
         if (place := place_of(self._names, file.name)) is None:
             return Caption(None)
         self._mark(place)
         try:
-            return Caption(
-                one_line(file.read_bytes().decode("utf-8-sig"))
-            )  # read_text takes half a byte order mark for nothing
+            # Not `read_text`, which silently drops a truncated byte order mark.
+            return Caption(one_line(file.read_bytes().decode("utf-8-sig")))
         except UnicodeDecodeError as error:
             return Caption(None, f"{file.name} is not UTF-8 (byte {error.start})")
         except OSError as error:
             return Caption(None, f"{file.name} cannot be read: {error.strerror}")
 
-    def name_as_mask(self, file: Path) -> bool:
-        """Whether a metadata file says that this one is a mask, and so no image."""
+    def is_mask(self, file: Path) -> bool:
+        """Whether a metadata file lists this file as a mask, so that it is not a training image."""
         level: Captions | None = self
         while level is not None:
             if level._table is not None and level._table.names_mask(file.relative_to(level._folder).as_posix()):
@@ -114,114 +116,112 @@ class Captions:
         return False
 
     def unused(self) -> Iterator[tuple[str, str, bool]]:
-        """(place, what is wrong, whether an image that is named is not there), once every image has asked, also below."""
-        for line, name in self._table.unasked() if self._table is not None else ():
-            outside = name.startswith(("../", "/")) or name == ".."
-            told = (
-                "names a file outside its folder, which is not read" if outside else "names an image that is not there"
-            )
-            yield f'{line} ("{name}")', told, True
-        for place, name in enumerate(self._names):
-            if name.lower().endswith(".txt") and not self._asked[place]:
-                spoken_for = "not read: a metadata file speaks for its image"
-                yield (
-                    str(self._folder / name),
-                    spoken_for if self._image_of(name) else "no image has its name",
-                    False,
-                )
+        """(file or line, what is wrong, whether a listed image is missing) of each caption that no image used.
 
-    def _image_of(self, text: str) -> bool:
-        """Whether a file that asked differs from `text` in its ending alone."""
+        Call it after `of` was called for every image of the folder and its subfolders.
+        """
+        for line, name in self._table.unused() if self._table is not None else ():
+            outside = name.startswith(("../", "/")) or name == ".."
+            detail = "is outside the folder, so it is not read" if outside else "the image does not exist"
+            yield f'{line} ("{name}")', detail, True
+        for place, name in enumerate(self._names):
+            if name.lower().endswith(".txt") and not self._used[place]:
+                covered = "not read: a metadata file covers its image"
+                yield str(self._folder / name), covered if self._has_image(name) else "no image has this name", False
+
+    def _has_image(self, text: str) -> bool:
+        """Whether an image has the name of the text file `text`, apart from the suffix."""
         stem = Path(text).stem
         place = bisect_left(self._names, f"{stem}.")
         while place < len(self._names) and self._names[place].startswith(f"{stem}."):
-            if self._asked[place] and Path(self._names[place]).stem == stem:
+            if self._used[place] and Path(self._names[place]).stem == stem:
                 return True
             place += 1
         return False
 
     def _mark(self, place: int | None) -> None:
         if place is not None:
-            self._asked[place] = 1
+            self._used[place] = 1
 
 
 def one_line(text: str) -> str:
-    """Line breaks and runs of blanks become one blank."""
+    """Replace line breaks and runs of whitespace with single spaces."""
     return " ".join(text.split())
 
 
 @final
 class _Table:
-    """A metadata file: captions by the names of images. In memory, a line takes some 20 bytes.
+    """A metadata file: captions by image name. Each line takes about 20 bytes of memory.
 
     Raises:
-        UserError: it cannot be read, a line is not as it should be, or two name the same image.
+        UserError: the file cannot be read, a line is malformed, or two lines name the same image.
     """
 
     def __init__(self, file: Path, column: str, mask_column: str | None) -> None:
         import numpy
 
-        self._file, self._rows = file, Rows()  # of name, line, caption or None, what is wrong with it, mask
-        hashes, of_masks = array("Q"), array("Q")
+        self._file, self._rows = file, Rows()  # name, line, caption or None, what is wrong with it, mask
+        hashes, mask_hashes = array("Q"), array("Q")
         for number, row in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
             for key in ("file_name", column):
                 if key not in row:
-                    there = ", ".join(map(str, row)) or "nothing"
-                    problem, remedy = (
-                        f'there is no "{key}" in this line, but {there}',
-                        "name the caption's column with data.caption_column",
-                    )
+                    keys = ", ".join(map(str, row)) or "none"
+                    remedy = "set data.caption_column to the caption's column"
+                    if key == "file_name":
+                        remedy = 'give each image\'s file name in a column "file_name"'
+                    problem = f'this line has no "{key}" (its columns: {keys})'
                     raise UserError(problem, where=f"{file}:{number}", remedy=remedy)
             name, caption = posixpath.normpath(str(row["file_name"])), row[column]
-            wrong = "" if caption is None or isinstance(caption, str) else f"the caption at {file}:{number} is not text"
+            problem = ""
+            if caption is not None and not isinstance(caption, str):
+                problem = f"the caption at {file}:{number} is not text"
             mask = row.get(mask_column or "") or ""
             if not isinstance(mask, str):
-                mask, wrong = "", f"the mask at {file}:{number} is not a file's name"
+                mask, problem = "", f"the mask at {file}:{number} is not a file name"
             if mask:
                 mask = posixpath.normpath(mask)
-                of_masks.append(_hash(mask))
-            self._rows.append([name, number, one_line(caption) if isinstance(caption, str) else None, wrong, mask])
+                mask_hashes.append(_hash(mask))
+            self._rows.append([name, number, one_line(caption) if isinstance(caption, str) else None, problem, mask])
             hashes.append(_hash(name))
         unsorted = numpy.frombuffer(hashes, numpy.uint64)
         self._order = numpy.argsort(unsorted, kind="stable").astype(numpy.uint32)
         self._hashes = unsorted[self._order]
-        self._masks = numpy.sort(numpy.frombuffer(of_masks, numpy.uint64))
-        self._asked = bytearray(len(hashes))
-        self._refuse_twice()
+        self._masks = numpy.sort(numpy.frombuffer(mask_hashes, numpy.uint64))
+        self._used = bytearray(len(hashes))
+        self._refuse_repeated_names()
 
     def of(self, name: str) -> Caption | None:
-        """The caption of the image with this name, None if no line names it."""
+        """The caption of the image with this name; None if no line has it."""
         import numpy
 
         wanted = _hash(name)
-        start = int(
-            numpy.searchsorted(self._hashes, numpy.uint64(wanted))
-        )  # as it is: compared with a plain number, all would become floats
+        # As uint64: given a Python int, NumPy would convert all hashes to floats.
+        start = int(numpy.searchsorted(self._hashes, numpy.uint64(wanted)))
         while start < len(self._hashes) and int(self._hashes[start]) == wanted:
             place = int(self._order[start])
-            found, _, caption, wrong, mask = self._rows[place]
-            if found == name:  # and not only its hash
-                self._asked[place] = 1
-                return Caption(caption, wrong, mask)
+            candidate, _, caption, problem, mask = self._rows[place]
+            if candidate == name:  # two names can share a hash
+                self._used[place] = 1
+                return Caption(caption, problem, mask)
             start += 1
         return None
 
     def names_mask(self, name: str) -> bool:
-        """Whether a line names this file as a mask, by its hash."""
+        """Whether a line lists this file as a mask, by the hash of its name."""
         import numpy
 
         wanted = numpy.uint64(_hash(name))
         place = int(numpy.searchsorted(self._masks, wanted))
         return place < len(self._masks) and bool(self._masks[place] == wanted)
 
-    def unasked(self) -> Iterator[tuple[str, str]]:
-        """(place in the file, name) of each line that no image has asked for."""
-        for place, asked in enumerate(self._asked):
-            if not asked:
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """(file:line, image name) of each line that no image used."""
+        for place, used in enumerate(self._used):
+            if not used:
                 name, line, *_ = self._rows[place]
                 yield f"{self._file}:{line}", name
 
-    def _refuse_twice(self) -> None:
+    def _refuse_repeated_names(self) -> None:
         import numpy
 
         equal = numpy.flatnonzero(self._hashes[1:] == self._hashes[:-1])
@@ -229,7 +229,7 @@ class _Table:
         for place in numpy.unique(self._order[numpy.concatenate([equal, equal + 1])]).tolist():
             name, line, *_ = self._rows[place]
             if name in lines:
-                problem = f'"{name}" is named twice: here and at {self._file}:{lines[name]}'
+                problem = f'"{name}" is listed twice: here and at {self._file}:{lines[name]}'
                 raise UserError(problem, where=f"{self._file}:{line}", remedy="keep one of the two lines")
             lines[name] = line
 
@@ -239,7 +239,7 @@ def _hash(name: str) -> int:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text file with their ends, one at a time."""
+    """Yield the lines of a text file, with their line endings."""
     start = 0
     try:
         with open(file, "rb") as opened:
@@ -270,22 +270,21 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
             raise UserError(
                 "this line is not a JSON object",
                 where=f"{file}:{number}",
-                remedy='one object a line: {"file_name": "a.png", "text": "…"}',
+                remedy='write one object per line: {"file_name": "a.png", "text": "…"}',
             )
         yield number, row
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    lines = itertools.chain.from_iterable(
-        io.StringIO(line, newline="") for line in _lines(file)
-    )  # some end in \r alone
+    # StringIO also splits at \r alone, which ends the lines of some files.
+    lines = itertools.chain.from_iterable(io.StringIO(line, newline="") for line in _lines(file))
     reader = csv.DictReader(lines, strict=True)
     try:
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if key is not None}
     except csv.Error as error:
         raise UserError(
-            f"not a table of comma-separated values: {error}",
+            f"not a valid CSV file: {error}",
             where=f"{file}:{reader.reader.line_num}",
-            remedy="check the quotes of this line",
+            remedy="check the quotes in this line",
         ) from error

@@ -16,12 +16,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def sha256_of(path: Path, cache: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal.
 
-    The key in the cache is a hash of path, device, inode, size and both times: the kernel sets the time of change
-    itself, so an edit cannot hide. A file of the Hugging Face cache that is named by its SHA-256 is not read.
+    The cache key is a hash of path, device, inode, size, mtime and ctime. The kernel sets the ctime, so every edit
+    changes the key. Files of the Hugging Face cache that are named by their SHA-256 are not read.
 
     Args:
-        path: of the file.
-        cache: folder with the project's caches; digests lie in `digests/`.
+        path: the file.
+        cache: the project's cache folder; digests are kept in its subfolder `digests/`.
 
     Raises:
         OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Files read and written: whole or not at all."""
+"""Helpers that read and atomically write files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def read_bytes(path: str) -> bytes:
 
 
 def place_of(names: Sequence[str], name: str) -> int | None:
-    """Where `name` stands in sorted `names`, None if it does not: without the memory of a set."""
+    """The index of `name` in the sorted `names`, or None; needs no set in memory."""
     place = bisect_left(names, name)
     return place if place < len(names) and names[place] == name else None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether `path`, all links followed, lies in `folder`. (`Path.resolve` raises where links go round in circles.)"""
+    """Whether `path` is inside `folder` after following all links. (`Path.resolve` raises on circular links.)"""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def write_aside(path: Path, content: bytes) -> None:
-    """Write `path` so that it is there whole or not at all: beside it first, synced, then renamed."""
+    """Write `path` atomically: write a temporary file in the same folder, sync it and rename it."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(aside, "xb") as file:

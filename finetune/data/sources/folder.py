@@ -1,4 +1,4 @@
-"""Folders of images as sources: files in the order of their paths, with one folder's names in memory at a time."""
+"""Folders of images as sources: files sorted by path, with the names of one folder in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune.data.sources.partners import Partners
 from finetune.errors import UserError
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-# Images all the same, and named as unreadable: none may be left out in silence.
+# Image formats that cannot be read; such files are reported as unreadable instead of being silently skipped.
 OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".jfif", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw"}
 
 
@@ -33,22 +33,26 @@ def folder_entries(
         roles: of partners that the family reads.
 
     Raises:
-        UserError: there is none, or a metadata file cannot be read.
+        UserError: there is no image, or a metadata file cannot be read.
     """
     source = _Folder(folder, data, roles, medium)
     yield from source.below(folder, None)
     yield from source.unused()
     if not source.found:
         raise UserError(
-            f"the folder {folder} holds no image",
+            f"the folder {folder} contains no images",
             where="data.path",
-            remedy="put images there (" + " ".join(sorted(READ_SUFFIXES)) + "), or correct data.path",
+            remedy="add images (" + " ".join(sorted(READ_SUFFIXES)) + "), or correct data.path",
         )
 
 
 @final
 class _Folder:
-    """`found`: whether there was any image, or what could have been one."""
+    """Walks one source folder.
+
+    Attributes:
+        found: whether any image was seen, readable or not.
+    """
 
     def __init__(self, top: Path, data: Data, roles: Collection[str], medium: Medium) -> None:
         self._top, self._data, self._masks, self._video = top, data, Masks(data.masks, top), medium == "video"
@@ -59,7 +63,7 @@ class _Folder:
         self.partners: list[tuple[Path, str]] = []
 
     def below(self, folder: Path, above: Captions | None) -> Iterator[Entry | Problem]:
-        """What `folder` and those in it give; `above` are the captions of the one that it lies in."""
+        """Yield the entries of `folder` and its subfolders; `above` holds the captions of the parent folder."""
         try:
             files, folders, refused = _listed(folder, self._top)
         except OSError as error:
@@ -68,24 +72,24 @@ class _Folder:
             self.found = True
             yield Problem(printable(path), "unreadable image", detail, self._strict)
         by_folder = self._data.classes == "folders"
-        names, lower = [] if by_folder else files, set(folders)
+        names, subfolders = [] if by_folder else files, set(folders)
         captions = Captions(folder, names, self._data.caption_column, above, self._mask_column)
         for name in merge(files, folders):
-            if name in lower and not (self._video and name.endswith(FRAMES)):
+            if name in subfolders and not (self._video and name.endswith(FRAMES)):
                 yield from self.below(folder / name, captions)
-            elif (found := self._entry(folder / name, files, captions)) is not None:
-                yield found
+            elif (entry := self._entry(folder / name, files, captions)) is not None:
+                yield entry
         for name, detail, missing in captions.unused():
             yield Problem(name, "missing image" if missing else "unused caption", detail, missing and self._strict)
 
     def _entry(self, file: Path, beside: list[str], captions: Captions) -> Entry | Problem | None:
         by_folder = self._data.classes == "folders"
         if file.suffix == ".tar" and not by_folder:
-            return Problem(printable(file), "unused shard", "lies among images: name it in data.sources", False)
+            return Problem(printable(file), "unused shard", "in a folder of images: list it in data.sources", False)
         if (
             file.suffix.lower() not in READ_SUFFIXES | OTHER_SUFFIXES | ({FRAMES} if self._video else set())
             or self._masks.has(file)
-            or captions.name_as_mask(file)
+            or captions.is_mask(file)
         ):
             return None
         if (role := self._partners.role(file)) is not None:
@@ -95,7 +99,7 @@ class _Folder:
         read = functools.partial(read_frames if file.suffix == FRAMES else read_bytes, str(file))
         if by_folder:
             if file.parent == self._top:
-                return Problem(printable(file), "missing class", "lies in no folder of its class", True)
+                return Problem(printable(file), "missing class", "not in a class folder", True)
             return Entry(printable(file), printable(Path(file.parent.name)), read, str(file))
         caption = captions.of(file.name)
         if caption.problem:
@@ -104,7 +108,7 @@ class _Folder:
             return Problem(
                 printable(file),
                 "unreadable mask",
-                "its mask is a file outside the folder, which is not read",
+                "the mask is a file outside the folder, which is not read",
                 self._strict,
             )
         mask = functools.partial(read_bytes, caption.mask) if caption.mask else self._masks.of(file, beside)
@@ -113,16 +117,16 @@ class _Folder:
         return Entry(printable(file), caption.text, read, own_file, others=others)
 
     def unused(self) -> Iterator[Problem]:
-        """Partners that no target has asked for."""
+        """Yield a problem for each partner that belongs to no target."""
         for file, role in self.partners:
             if self._partners.unused(file):
-                yield Problem(printable(file), "unused partner", f"a {role} without a target of its name", False)
+                yield Problem(printable(file), "unused partner", f"{role}: no target has this name", False)
 
 
 def _listed(folder: Path, top: Path) -> tuple[list[str], list[str], list[tuple[Path, str]]]:
-    """(files that may be read, folders, what may not be read and why) of one folder, each sorted. Hidden ones are left out.
+    """(files, subfolders, refused paths with the reason) of one folder, each sorted, without hidden ones.
 
-    Nothing outside `top` is read.
+    Links that leave `top` and links to folders are refused.
 
     Raises:
         OSError: the folder cannot be read.
@@ -131,39 +135,30 @@ def _listed(folder: Path, top: Path) -> tuple[list[str], list[str], list[tuple[P
     folders: list[str] = []
     refused: list[tuple[Path, str]] = []
     with os.scandir(folder) as listed:
-        for one in listed:
-            if one.name.startswith("."):
+        for item in listed:
+            if item.name.startswith("."):
                 continue
-            linked = one.is_symlink()
-            if linked and not is_inside(folder / one.name, top):
-                refused.append(
-                    (
-                        folder / one.name,
-                        "a link out of the folder is not followed; copy it, or name its folder in data.sources",
-                    )
-                )
-            elif one.is_dir(follow_symlinks=False):
-                folders.append(one.name)
-            elif (
-                (folder / one.name).is_file() if linked else one.is_file()
-            ):  # a DirEntry raises where links go round in circles
-                files.append(one.name)
-            elif linked and (folder / one.name).is_dir():
-                refused.append((folder / one.name, "a link to a folder is not followed; name it in data.sources"))
+            path, linked = folder / item.name, item.is_symlink()
+            if linked and not is_inside(path, top):
+                reason = "links out of the folder are not followed; copy the file, or list its folder in data.sources"
+                refused.append((path, reason))
+            elif item.is_dir(follow_symlinks=False):
+                folders.append(item.name)
+            elif path.is_file() if linked else item.is_file():  # `DirEntry.is_file` raises on circular links
+                files.append(item.name)
+            elif linked and path.is_dir():
+                refused.append((path, "links to folders are not followed; list the folder in data.sources"))
             else:
-                refused.append((folder / one.name, "neither a file nor a folder"))
-    meant = READ_SUFFIXES | OTHER_SUFFIXES | {".txt"}
-    files.sort()
-    folders.sort()
-    return (
-        files,
-        folders,
-        sorted(
-            (path, why) for path, why in refused if path.suffix.lower() in meant or path.name in TABLES or path.is_dir()
-        ),
-    )
+                refused.append((path, "neither a file nor a folder"))
+    relevant = READ_SUFFIXES | OTHER_SUFFIXES | {".txt"}
+    refused = [
+        (path, reason)
+        for path, reason in refused
+        if path.suffix.lower() in relevant or path.name in TABLES or path.is_dir()
+    ]
+    return sorted(files), sorted(folders), sorted(refused)
 
 
 def printable(path: Path) -> str:
-    """A path as text that any terminal and file takes, also where its bytes are not UTF-8."""
+    """A path as valid Unicode text, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode("utf-8", "replace")

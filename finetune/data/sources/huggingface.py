@@ -1,8 +1,8 @@
-"""Hugging Face data sets as sources: saved by `save_to_disk`, parquet files in a folder, or a name on the hub.
+"""Hugging Face datasets as sources: saved by `save_to_disk`, parquet files in a folder, or a name on the Hub.
 
-A data set is a stranger's: no code of it runs (the library has no loading scripts any more, and only builders for plain
-formats are used), no pickle is opened, and no file outside the data set's own folder or its place on the hub is read,
-whatever its tables, its README or its state files name.
+Datasets are untrusted input. Their code never runs (the library no longer supports loading scripts, and only builders
+of plain data formats are used), no pickle is loaded, and no file outside the dataset's own folder or Hub repository is
+read, even if its tables, README or state files refer to one.
 """
 
 from __future__ import annotations
@@ -28,36 +28,34 @@ from finetune.data.sources.files import is_inside
 from finetune.data.sources.masks import BESIDE
 from finetune.errors import UserError
 
-BUILDERS = {"arrow", "csv", "imagefolder", "json", "parquet", "webdataset"}  # of the library's: plain formats
+BUILDERS = {"arrow", "csv", "imagefolder", "json", "parquet", "webdataset"}  # the library's builders of plain formats
 SPLIT = re.compile(r"(?:^|[-_./ ])(train|test|validation|valid|val|dev|eval)(?=[-_./ 0-9]|$)", re.IGNORECASE)
-RECENT_ROWS = 64  # of a stream, kept so that threads need not ask in order
-STATE_ROWS = 1000  # a stream remembers where it was every so many rows
+RECENT_ROWS = 64  # rows of a stream that stay in memory, so that threads may request them out of order
+STATE_ROWS = 1000  # rows between the saved positions of a stream
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `save_to_disk` made it, or parquet files lie where Hugging Face's library looks for them."""
+    """Whether `path` was written by `save_to_disk`, or has parquet files where the `datasets` library expects them."""
     marked = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json", "state.json"))
     return marked or bool(_parquet(path))
 
 
 def looks_like_hub_name(path: str) -> bool:
-    """Whether `path` has the form `owner/name`, as data sets on the hub have it."""
+    """Whether `path` has the form `owner/name` of a dataset on the Hub."""
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
 def rows(folder: Path | None, name: str, data: Data, roles: Collection[str] = ()) -> Iterator[Entry | Problem]:
-    """The rows of the data set in `folder`, or of a name on the hub.
+    """Yield the rows of the dataset in `folder`, or of the Hub dataset `name`.
 
     Raises:
-        UserError: it is not there, has other columns, or reaches outside.
+        UserError: the dataset does not exist, lacks a column, or refers to files outside.
     """
     splits = _open(folder, name, data.streaming)
     chosen = "train" if "train" in splits else next(iter(splits))
     for split in sorted(splits.keys() - {chosen}):
-        count = "the" if data.streaming else len(splits[split])
-        yield Problem(
-            f"{name}[{split}]", "unused split", f"{count} rows do not train, only those of {chosen} do", False
-        )
+        count = "its rows" if data.streaming else f"{len(splits[split])} rows"
+        yield Problem(f"{name}[{split}]", "unused split", f"{count} are not used; only {chosen} is", False)
     columns = _columns(splits[chosen], data, roles)
     table = _checked(splits[chosen], data, columns)
     place = _Place(folder, name)
@@ -67,19 +65,19 @@ def rows(folder: Path | None, name: str, data: Data, roles: Collection[str] = ()
     captions = table[data.caption_column] if data.caption_column in table.column_names else [None] * len(table)
     read = _Table(table.select_columns([data.image_column]), place, data.image_column).read
     others = {role: table.select_columns([column]) for role, column in columns.items()}
-    readers = {role: _Table(found, place, columns[role]).read for role, found in others.items()}
-    filled = {role: _filled(found, len(table)) for role, found in others.items()}
+    readers = {role: _Table(column, place, columns[role]).read for role, column in others.items()}
+    filled = {role: _filled(column, len(table)) for role, column in others.items()}
     for row, caption in enumerate(captions):
-        given = {role for role, there in filled.items() if next(there)}
+        given = {role for role, has_value in filled.items() if next(has_value)}
         read_others = {role: functools.partial(readers[role], row) for role in readers if role in given}
         yield _entry(f"{name}[{row}]", caption, functools.partial(read, row), data, others=read_others)
 
 
 def _columns(table: Any, data: Data, roles: Collection[str]) -> dict[str, str]:
-    """Role → column, of the columns that hold partners of the image: the mask, if masks are used, and columns named by a role."""
+    """Role → column of the image's partners: columns named after a role, and the mask column if masks are used."""
     names = _names(table)
-    found = {role: role for role in names if role_of(role, roles) is not None}
-    return found | ({"mask": data.mask_column} if data.masks == BESIDE and data.mask_column in names else {})
+    columns = {role: role for role in names if role_of(role, roles) is not None}
+    return columns | ({"mask": data.mask_column} if data.masks == BESIDE and data.mask_column in names else {})
 
 
 def _names(table: Any) -> list[str]:
@@ -87,12 +85,12 @@ def _names(table: Any) -> list[str]:
 
 
 def _filled(table: Any, length: int) -> Iterator[bool]:
-    """Of each row of a table of one column, whether it has anything; no pixel is read."""
+    """Whether each row of a one-column table has a value. Images are not read."""
     if table is None:
         yield from itertools.repeat(False, length)
         return
     for batch in table.with_format("arrow").iter(STATE_ROWS):
-        yield from (not nothing for nothing in batch.column(0).is_null().to_pylist())
+        yield from (not is_null for is_null in batch.column(0).is_null().to_pylist())
 
 
 def _streamed(stream: _Stream, name: str, data: Data, columns: dict[str, str]) -> Iterator[Entry | Problem]:
@@ -110,9 +108,9 @@ def _streamed(stream: _Stream, name: str, data: Data, columns: dict[str, str]) -
 
 
 def content(cell: dict[str, Any] | None) -> bytes | None:
-    """An image that is in the row itself."""
-    found = (cell or {}).get("bytes")
-    return None if found is None else bytes(found)
+    """The bytes of an image that is stored in the row itself; None if it is in a file."""
+    value = (cell or {}).get("bytes")
+    return None if value is None else bytes(value)
 
 
 def _entry(
@@ -131,13 +129,18 @@ def _entry(
 
 
 class _Place:
-    """Where the bytes of an image may come from: its cell, and files of the data set itself."""
+    """Where the bytes of an image may come from: its cell, or a file of the dataset itself."""
 
     def __init__(self, folder: Path | None, name: str) -> None:
         self._folder, self._name = folder, name
 
     def bytes_of(self, cell: dict[str, Any] | None) -> bytes:
-        """Raises: Unreadable, OSError."""
+        """The bytes of the image in `cell`.
+
+        Raises:
+            Unreadable: the cell is empty, or refers to a file outside the dataset.
+            OSError: the file cannot be read.
+        """
         cell = cell or {}
         if cell.get("bytes") is not None:
             return bytes(cell["bytes"])
@@ -150,7 +153,7 @@ class _Place:
             with xopen(path, "rb") as file:
                 return bytes(file.read())
         if not any(is_inside(Path(path), root) for root in self._roots()):
-            raise Unreadable("the row names a file outside the data set, which is not read")
+            raise Unreadable("the row refers to a file outside the dataset, which is not read")
         return Path(path).read_bytes()
 
     def _roots(self) -> list[Path]:
@@ -159,16 +162,16 @@ class _Place:
         import datasets
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]  # what the library downloaded and unpacked
+        return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]  # where the library downloads and unpacks
 
 
 def on_hub(url: str, name: str) -> bool:
-    """Whether `url`, or the archive that it is inside, belongs to the data set `name` on the hub."""
+    """Whether `url`, or the archive that contains it, belongs to the dataset `name` on the Hub."""
     return url.rsplit("::", 1)[-1].startswith((f"hf://datasets/{name}@", f"hf://datasets/{name}/")) and ".." not in url
 
 
 class _Table:
-    """A column of images on disk. It can be pickled, for the other processes of a run."""
+    """A column of images on disk. It can be pickled and sent to the other processes of a run."""
 
     def __init__(self, images: Any, place: _Place, column: str) -> None:
         self._images, self._place, self._column, self._lock = images, place, column, threading.Lock()
@@ -183,10 +186,10 @@ class _Table:
 
 
 class _Stream:
-    """Rows that come one after another, by their number: asked for in order they cost nothing more.
+    """Access by row number to a stream, at no extra cost if the rows are read in order.
 
-    Going back starts again from the nearest place that was remembered, so what a number gives never depends on what was
-    asked before. It can be pickled, for the other processes of a run, which then know these places too.
+    Going back restarts from the nearest saved position, so the result never depends on earlier reads. A stream can be
+    pickled, with its saved positions, and sent to the other processes of a run.
     """
 
     def __init__(self, table: Any, place: _Place, states: dict[int, Any] | None = None) -> None:
@@ -206,7 +209,7 @@ class _Stream:
         return self._place.bytes_of(row[column])
 
     def row(self, number: int) -> dict[str, Any] | None:
-        """Row `number`, or None behind the last."""
+        """Row `number`; None past the end."""
         with self._lock:
             if number in self._recent:
                 return self._recent[number]
@@ -250,7 +253,7 @@ def _open(folder: Path | None, name: str, streaming: bool) -> dict[str, Any]:
                     for split, table in (found if isinstance(found, dict) else {"train": found}).items()
                 }
         else:
-            # A README in the folder could name any file as data: it is not asked.
+            # The folder's README is not read: it could list any file as data.
             builder = (
                 datasets.load_dataset_builder("parquet", data_files=_by_split(folder)) if folder else _on_the_hub(name)
             )
@@ -261,16 +264,16 @@ def _open(folder: Path | None, name: str, streaming: bool) -> dict[str, Any]:
                 found = builder.as_dataset()
     except UserError:
         raise
-    except Exception as error:  # the library raises many kinds, from the network's to pyarrow's
-        lead = (
-            f'the data set "{name}" could not be read'
+    except Exception as error:  # the library raises many kinds, from network errors to pyarrow's
+        problem = (
+            f'the dataset "{name}" could not be read'
             if folder
-            else f'there is no folder "{name}", and the hub gave no data set of that name'
+            else f'there is no folder "{name}", and no dataset of that name could be loaded from the Hub'
         )
         raise UserError(
-            f"{lead}: {' '.join(str(error).split())[:200] or type(error).__name__}",
+            f"{problem}: {' '.join(str(error).split())[:200] or type(error).__name__}",
             where="data.path",
-            remedy="check the name, the network, and your access to it (`hf auth login`); a folder of images works without a network",
+            remedy="check the name, the network and your access (`hf auth login`), or use a local folder of images",
         ) from error
     return found if isinstance(found, dict) else {"train": found}
 
@@ -286,30 +289,27 @@ def _parquet(folder: Path) -> list[Path]:
 
 
 def _by_split(folder: Path) -> dict[str, list[str]]:
-    """Parquet files by the split that their names tell.
+    """Parquet files by split, which is part of their names.
 
     Raises:
-        UserError: one is a link out of the folder.
+        UserError: a file is a link out of the folder.
     """
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for file in _parquet(folder):
         _inside(file, folder)
-        told = SPLIT.search(file.name)
-        found.setdefault(told[1].lower() if told else "train", []).append(str(file))
-    return found
+        match = SPLIT.search(file.name)
+        files.setdefault(match[1].lower() if match else "train", []).append(str(file))
+    return files
 
 
 def _inside(path: Path, folder: Path) -> None:
     if not is_inside(path, folder):
-        problem, remedy = (
-            "the data set names a file outside its folder, which is not read",
-            "put the file into the folder, or remove its name",
-        )
-        raise UserError(problem, where=str(path), remedy=remedy)
+        problem = "the dataset refers to a file outside its folder, which is not read"
+        raise UserError(problem, where=str(path), remedy="move the file into the folder, or remove the reference")
 
 
 def _refuse_outside(folder: Path) -> None:
-    """Raise if a data set made by `save_to_disk` names, in its own words, what is not in its folder."""
+    """Raise if the state files of a `save_to_disk` dataset refer to files outside its folder."""
     parts = [folder]
     if (folder / "dataset_dict.json").is_file():
         parts = [
@@ -323,10 +323,10 @@ def _refuse_outside(folder: Path) -> None:
 
 
 def _on_the_hub(name: str) -> Any:
-    """The builder of a data set on the hub, its files all its own.
+    """The builder of a Hub dataset that consists of its own files only.
 
     Raises:
-        UserError: its README names files elsewhere, or files of a kind that is not read here.
+        UserError: its README refers to files elsewhere, or to files in an unsupported format.
     """
     import datasets
 
@@ -335,28 +335,28 @@ def _on_the_hub(name: str) -> Any:
     if kind not in BUILDERS:
         remedy = "convert it to parquet or to a folder of images"
         raise UserError(
-            f'the data set "{name}" is made of {kind} files, which are not read here', where="data.path", remedy=remedy
+            f'the dataset "{name}" consists of {kind} files, which are not supported', where="data.path", remedy=remedy
         )
     for files in (builder.config.data_files or {}).values():
         for file in files:
             if not on_hub(str(file), name):
                 raise UserError(
-                    f'the data set "{name}" names a file that is not its own: {file}',
+                    f'the dataset "{name}" refers to a file outside its repository: {file}',
                     where="data.path",
-                    remedy="use another data set",
+                    remedy="use another dataset",
                 )
     return builder
 
 
 def _checked(table: Any, data: Data, columns: dict[str, str]) -> Any:
-    """The data set with the recipe's columns, its images as bytes, not decoded."""
+    """The dataset with the recipe's columns checked, and its images as undecoded bytes."""
     import datasets
 
     names = _names(table)
-    there = f"columns there: {', '.join(names)}"
+    available = f"its columns are: {', '.join(names)}"
     for column, key in ((data.image_column, "image_column"), (data.caption_column, "caption_column")):
         if column not in names and not (key == "caption_column" and data.missing_captions == "empty"):
-            raise UserError(f'the data set has no column "{column}"', where=f"data.{key}", remedy=there)
+            raise UserError(f'the dataset has no column "{column}"', where=f"data.{key}", remedy=available)
     keys = {data.image_column: "image_column"} | {
         column: "mask_column" if role == "mask" else "path" for role, column in columns.items()
     }
@@ -364,5 +364,6 @@ def _checked(table: Any, data: Data, columns: dict[str, str]) -> Any:
         try:
             table = table.cast_column(column, datasets.Image(decode=False))
         except Exception as error:  # pyarrow's
-            raise UserError(f'column "{column}" holds no images', where=f"data.{key}", remedy=there) from error
+            problem = f'column "{column}" does not contain images'
+            raise UserError(problem, where=f"data.{key}", remedy=available) from error
     return table

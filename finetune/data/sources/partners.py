@@ -1,7 +1,7 @@
-"""Partners: files that belong to an example beside its target, such as the image that an editing model starts from.
+"""Partners: the files of an example besides its target, such as the image that an editing model starts from.
 
-Three layouts are read. `NAME.reference.png` beside `NAME.png`; folders `target/` and `reference/` with files of the same
-names; and a column `reference` of a metadata file or data set. Several references are `reference`, `reference2`, ….
+Three layouts are supported: `NAME.reference.png` next to `NAME.png`; folders `target/` and `reference/` with files of
+the same names; and a column `reference` of a dataset. Several references are named `reference`, `reference2`, ….
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NUMBERS = ("", *map(str, range(2, 10)))
 
 
 class Partners:
-    """Where the partners of one folder's targets lie.
+    """Finds the partners of the targets in one source folder.
 
     Args:
-        roles: that the family reads besides target, caption and mask.
-        top: the source's folder.
-        suffixes: endings of files that can be partners.
+        roles: the roles that the family reads besides target, caption and mask.
+        top: the source folder.
+        suffixes: the suffixes that partners can have.
     """
 
     def __init__(self, roles: Collection[str], top: Path, suffixes: Collection[str]) -> None:
@@ -33,7 +33,7 @@ class Partners:
         self._used: set[Path] = set()
 
     def role(self, file: Path) -> str | None:
-        """The role that a file has for another one; None: it is a target."""
+        """The role of a file that is a partner; None if it is a target."""
         if not self._roles:
             return None
         for name, folder in self._folders.items():
@@ -42,12 +42,16 @@ class Partners:
         return role_of(Path(file.stem).suffix.removeprefix("."), self._roles)
 
     def of(self, target: Path, beside: Collection[str]) -> dict[str, Callable[[], bytes]]:
-        """What reads the partners of a target, by role; `beside` are the names of the files in its folder."""
-        found: dict[str, Callable[[], bytes]] = {}
+        """Functions that read the partners of a target, by role.
+
+        Args:
+            beside: the names of the files in the target's folder.
+        """
+        readers: dict[str, Callable[[], bytes]] = {}
         for role, file in self._files(target, beside):
             self._used.add(file)
-            found[role] = functools.partial(read_bytes, str(file))
-        return found
+            readers[role] = functools.partial(read_bytes, str(file))
+        return readers
 
     def _files(self, target: Path, beside: Collection[str]) -> Iterator[tuple[str, Path]]:
         for role in (role + number for role in self._roles for number in NUMBERS):
@@ -62,10 +66,10 @@ class Partners:
                         break
 
     def unused(self, file: Path) -> bool:
-        """Whether no target has asked for this partner (once all have)."""
+        """Whether this partner belongs to no target. Call it after `of` was called for every target."""
         return file not in self._used
 
 
-def lacking(found: Collection[str], required: Sequence[str]) -> str:
-    """Which required roles an example lacks, for a message; "" if none."""
-    return " and ".join(role for role in required if role not in found)
+def lacking(present: Collection[str], required: Sequence[str]) -> str:
+    """The required roles that are not in `present`, joined for a message; "" if all are."""
+    return " and ".join(role for role in required if role not in present)

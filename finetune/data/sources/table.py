@@ -1,4 +1,4 @@
-"""Rows of plain values, one after another in a file without a name: a million of them take some megabytes of memory."""
+"""`Rows`: rows of JSON values in an anonymous temporary file, so that a million take a few megabytes of memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import weakref
 from array import array
 from typing import Any, final
 
-IN_MEMORY_BYTES = 16 << 20  # rows up to this stay in memory; more of them go to the disk
+IN_MEMORY_BYTES = 16 << 20  # rows are kept in memory up to this size, and on disk beyond it
 
 
 @final
 class Rows:
-    """Threads may share them, and they can be pickled, for the other processes of a run."""
+    """An append-only sequence of rows. Thread-safe; can be pickled and sent to the other processes of a run."""
 
     def __init__(self) -> None:
         self._ends = array("Q", [0])
         self._open(b"")
 
     def _open(self, written: bytes) -> None:
-        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-rows-")  # noqa: SIM115 (closed with this object)
+        # Closed together with this object.
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES, prefix="ft-rows-")  # noqa: SIM115
         self._lock = threading.Lock()
         weakref.finalize(self, self._file.close)
         self._file.write(written)
@@ -39,7 +40,7 @@ class Rows:
         return len(self._ends) - 1
 
     def append(self, row: list[Any]) -> None:
-        """Add a row at the end; its values are what JSON has."""
+        """Add a row of JSON values at the end."""
         written = json.dumps(row).encode()
         with self._lock:
             self._file.seek(self._ends[-1])
@@ -47,7 +48,7 @@ class Rows:
             self._ends.append(self._ends[-1] + len(written))
 
     def __getitem__(self, place: int) -> Any:
-        """The row at a place of `range(len(self))`."""
+        """Row number `place`, from 0."""
         start, end = self._ends[place], self._ends[place + 1]
         with self._lock:
             self._file.seek(start)

@@ -1,8 +1,9 @@
-"""WebDataset shards as a source: tar files in which an image and its caption share a name, such as `0001.jpg`, `0001.txt`.
+"""WebDataset shards as a source: tar files in which an image and its caption share a name (`0001.jpg`, `0001.txt`).
 
-Nothing is unpacked: a shard's headers are walked once, and an image is then read where it lies. So shards on any disk or
-mounted store are drawn from in any order, each process reading only its own images, and no shuffle buffer is needed.
-The layout is WebDataset's (https://github.com/webdataset/webdataset), read with the standard library.
+Nothing is unpacked: the headers of a shard are read once, and each image is then read from its offset in the tar. So
+images of shards on a disk or a mounted store are read in any order, each process reads only its own images, and no
+shuffle buffer is needed. The layout is WebDataset's (https://github.com/webdataset/webdataset), read with the standard
+library.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from finetune.data.sources.masks import BESIDE, MARK, SUFFIXES
 
 BLOCK = tarfile.BLOCKSIZE
 CAPTIONS = {".txt", ".json"}
-CAPTION_BYTES = 1 << 20  # a caption file above this is taken for a mistake
+CAPTION_BYTES = 1 << 20  # larger caption files are rejected
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Member:
 
     @property
     def key(self) -> str:
-        """What the files of one sample have in common: the path up to the first dot of the name."""
+        """The name that all files of a sample share: the path up to the first dot of the file name."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
@@ -45,24 +46,24 @@ class _Member:
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The shards that a source names: one .tar file, or all those in a folder."""
+    """The shards of a source: one .tar file, or all .tar files in a folder."""
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     return sorted(file for file in path.glob("*.tar") if file.is_file() and not file.name.startswith("."))
 
 
 def images_in(shard: Path, image_suffixes: set[str]) -> int:
-    """How many images a shard holds, by their names."""
+    """The number of images in a shard, judged by their suffixes."""
     return sum(isinstance(member, _Member) and member.kind in image_suffixes for member in _members(shard, "", False))
 
 
 def samples(
     shard: Path, name: str, data: Data, image_suffixes: set[str], roles: Collection[str] = ()
 ) -> Iterator[Entry | Problem]:
-    """The images of one shard with their captions and partners (`NAME.reference.png`).
+    """Yield the images of one shard with their captions and partners (`NAME.reference.png`).
 
     Args:
-        name: what messages call the shard.
+        name: of the shard, for messages.
         roles: of partners that the family reads.
     """
     strict = data.unreadable_images == "stop"
@@ -79,7 +80,8 @@ def samples(
             if by_folder and member.kind in CAPTIONS:
                 continue
             if member.kind not in others:
-                yield Problem(f"{name}/{member.name}", "unused file", f'"{member.kind}" in shards is not read', False)
+                detail = f'files "{member.kind}" in shards are not read'
+                yield Problem(f"{name}/{member.name}", "unused file", detail, False)
             others.add(member.kind)
             continue
         if group and member.key != group[0].key:
@@ -92,9 +94,9 @@ def samples(
 def _sample(
     shard: Path, name: str, group: list[_Member], data: Data, image_suffixes: set[str], roles: Collection[str]
 ) -> Iterator[Entry | Problem]:
-    """The files of one sample, which lie side by side."""
+    """Yield the entries of one sample, whose files are `group`."""
     images = [member for member in group if member.kind in image_suffixes]
-    words = {member.kind: member for member in group if member.kind in CAPTIONS}
+    captions = {member.kind: member for member in group if member.kind in CAPTIONS}
     others = {
         role: functools.partial(_read, str(shard), member.start, member.size)
         for member in group
@@ -104,33 +106,33 @@ def _sample(
         place = f"{name}/{member.name}"
         folder = member.name.rpartition("/")[0]
         if data.classes == "folders" and not folder:
-            yield Problem(place, "missing class", "lies in no folder of its class", True)
+            yield Problem(place, "missing class", "not in a class folder", True)
             continue
         by_folder = Caption(folder.rpartition("/")[2]) if data.classes == "folders" else None
-        caption = by_folder or _caption(shard, words, data.caption_column)
+        caption = by_folder or _caption(shard, captions, data.caption_column)
         if caption.problem:
             yield Problem(place, "unreadable caption", caption.problem, True)
         else:
             read = functools.partial(_read, str(shard), member.start, member.size)
             yield Entry(place, caption.text, read, others=others)
     if not images:
-        for member in words.values():
-            yield Problem(f"{name}/{member.name}", "unused caption", "no image has its name", False)
+        for member in captions.values():
+            yield Problem(f"{name}/{member.name}", "unused caption", "no image has this name", False)
 
 
 def _role(kind: str, roles: Collection[str]) -> str | None:
-    """The role that a file's kind names: `.reference.png` → reference."""
+    """The role in a file's kind: `.reference.png` → reference."""
     word, dot, _ = kind.removeprefix(".").partition(".")
     return role_of(word, roles) if dot else None
 
 
-def _caption(shard: Path, words: dict[str, _Member], column: str) -> Caption:
-    """Of the `.txt` beside an image, else of the `column` of the `.json`."""
-    member = words.get(".txt") or words.get(".json")
+def _caption(shard: Path, captions: dict[str, _Member], column: str) -> Caption:
+    """The caption of a sample: its `.txt`, else `column` of its `.json`."""
+    member = captions.get(".txt") or captions.get(".json")
     if member is None:
         return Caption(None)
     if member.size > CAPTION_BYTES:
-        return Caption(None, f"{member.name} has {member.size} bytes, which is taken for a mistake")
+        return Caption(None, f"{member.name} has {member.size:,} bytes; captions are limited to {CAPTION_BYTES:,}")
     try:
         text = _read(str(shard), member.start, member.size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -149,7 +151,7 @@ def _caption(shard: Path, words: dict[str, _Member], column: str) -> Caption:
 
 
 def _read(shard: str, start: int, size: int) -> bytes:
-    """Some bytes of a file.
+    """Read `size` bytes of a file from `start`.
 
     Raises:
         Unreadable: the file has become shorter.
@@ -158,17 +160,17 @@ def _read(shard: str, start: int, size: int) -> bytes:
         file.seek(start)
         content = file.read(size)
     if len(content) < size:
-        raise Unreadable("the shard ends within it")
+        raise Unreadable("the shard ends before the end of this file")
     return content
 
 
 def _members(shard: Path, name: str, strict: bool) -> Iterator[_Member | Problem]:
-    """Every file of a shard. What is not whole or no plain file is named; what comes after damage cannot be found."""
+    """Yield every file of a shard, and a problem for truncated files and special members; stop where it is damaged."""
     try:
         size = shard.stat().st_size
         with tarfile.open(shard, "r:", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+                archive.members = []  # type: ignore[attr-defined]  # else the archive keeps every member in memory
                 member_name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
                 if member.isdir() or member_name.rpartition("/")[2].startswith("."):
                     continue
@@ -176,14 +178,14 @@ def _members(shard: Path, name: str, strict: bool) -> Iterator[_Member | Problem
                     yield Problem(
                         f"{name}/{member_name}",
                         "unreadable image",
-                        "a link or another special member of a shard is not read",
+                        "links and other special members of a shard are not read",
                         strict,
                     )
                 elif member.offset_data + member.size > size:
                     yield Problem(
                         f"{name}/{member_name}",
                         "damaged shard",
-                        "it is cut within this file, the last that is found",
+                        "the shard ends within this file",
                         strict,
                     )
                     return
@@ -191,10 +193,9 @@ def _members(shard: Path, name: str, strict: bool) -> Iterator[_Member | Problem
                     yield _Member(member_name, member.offset_data, member.size)
             end = archive.offset
         if _read(str(shard), end, min(BLOCK, max(0, size - end))) != bytes(BLOCK):
-            yield Problem(
-                name, "damaged shard", f"it is cut or damaged after byte {end}: what may follow is not found", strict
-            )
+            detail = f"truncated or damaged after byte {end}; files after it cannot be read"
+            yield Problem(name, "damaged shard", detail, strict)
     except (tarfile.TarError, Unreadable, ValueError, OverflowError) as error:
         yield Problem(name, "damaged shard", f"not a tar file, or damaged: {error}", strict)
     except OSError as error:
-        yield Problem(name, "damaged shard", f"it cannot be read: {error.strerror or error}", strict)
+        yield Problem(name, "damaged shard", f"cannot be read: {error.strerror or error}", strict)
