@@ -298,9 +298,10 @@ def _model_summary(job: Job) -> str:
 
 
 def _trainer(job: Job) -> Trainer:
-    plan, recipe, folder, device = job.plan, job.recipe, job.run.folder, job.accelerator.device
+    plan, recipe, folder, device = job.plan, job.plan.recipe, job.run.folder, job.accelerator.device
     open_model = (lambda: _from_newest(job)) if plan.machine.sharded else lambda: job.model
-    observe = (lambda done: sample_prompts(plan, open_model, folder, done)) if recipe.sample.prompts else None
+    samples = recipe.sample.prompts and recipe.sample.every != 0
+    observe = (lambda done: sample_prompts(plan, open_model, folder, done)) if samples else None
     checks_collapse = recipe.sample.collapse_check_every and isinstance(job.model, PixelModel)
     return Trainer(
         plan,

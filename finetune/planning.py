@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.adapters.lora_file import initialized
-from finetune.config import validation
+from finetune.config import training_length, validation
 from finetune.config.loader import load_recipe, to_dict
 from finetune.config.machine import Machine
-from finetune.config.schema import Precision, Recipe, Train
+from finetune.config.schema import Precision, Recipe, Train, trigger_words
 from finetune.data.buckets import buckets, fit
 from finetune.data.shape import Shape, shape_of
+from finetune.data.sources.captions import without_trigger
 from finetune.errors import UserError
+from finetune.models.registry import spec_of
 from finetune.terminal import plural
 
 if TYPE_CHECKING:
     from finetune.data.audit.audit import Audit
+
+MOST_CAPTIONS_READ = 1_000  # of images with few different captions
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,13 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_generate: int =
     recipe, init_notes = initialized(recipe)
     validation.check(recipe)
     data = _facts(recipe, audit, to_generate)
-    train = recipe.train
-    global_batch = train.batch_size * train.accumulation * machine.processes
+    global_batch = recipe.train.batch_size * recipe.train.accumulation * machine.processes
     steps_per_epoch = data.examples / global_batch
-    steps = max(1, train.steps or math.ceil(steps_per_epoch * (train.epochs or 0) - 1e-9))
+    facts = _length_facts(recipe, data, global_batch)
+    given = recipe
+    recipe, steps, length_notes = training_length.resolve(_with_prompts(recipe, audit), facts, steps_per_epoch)
+    if seen := training_length.remark(given, facts, steps):
+        length_notes += (seen,)
     precision, precision_notes = _precision(recipe, machine)
     validation.check_machine(recipe, machine, precision, steps)
     return Plan(
@@ -109,12 +116,49 @@ def make_plan(recipe: Recipe, audit: Audit, machine: Machine, to_generate: int =
         steps=steps,
         folder=folder_of(recipe),
         notes=(
+            *length_notes,
             *precision_notes,
             *init_notes,
             *validation.notes(recipe, machine, precision, steps),
             *_prior_notes(recipe, data, to_generate),
         ),
     )
+
+
+def _length_facts(recipe: Recipe, data: DataFacts, global_batch: int) -> training_length.Facts:
+    """Images and examples without the class images, which do not count as images of the subject."""
+    of_class = recipe.prior.images if recipe.prior is not None else 0
+    share = training_length.share(recipe, data.examples - of_class)
+    return training_length.Facts(max(1, data.images - of_class), global_batch, share)
+
+
+def _with_prompts(recipe: Recipe, audit: Audit) -> Recipe:
+    """The recipe with prompts from the captions, if it fine-tunes a text-to-image model and says nothing about prompts."""
+    sample, spec = recipe.sample, spec_of(recipe.model.family)
+    if sample.prompts or "sample.prompts" in recipe.lines or sample.every == 0 or recipe.method == "scratch":
+        return recipe
+    if spec.medium != "image" or spec.required_roles:
+        return recipe
+    of_class = recipe.prior.prompt if recipe.prior is not None else None
+    captions: dict[str, None] = {}
+    for part in (audit.held_out, audit.training):
+        for number in range(min(len(part), MOST_CAPTIONS_READ)):
+            if len(captions) == training_length.PROMPTS:
+                break
+            if (caption := part[number].caption) and caption != of_class:
+                captions[caption] = None
+    prompts = list(captions)
+    plain = next((without for one in prompts if (without := _without_trigger(one, recipe)) != one and without), None)
+    if plain is not None:
+        prompts = [*prompts[: training_length.PROMPTS - 1], plain]
+    return dataclasses.replace(recipe, sample=dataclasses.replace(sample, prompts=tuple(prompts)))
+
+
+def _without_trigger(caption: str, recipe: Recipe) -> str:
+    """The caption without any trigger word of the recipe."""
+    for words in trigger_words(recipe):
+        caption = without_trigger(caption, words)
+    return caption
 
 
 def folder_of(recipe: Recipe) -> str:

@@ -21,7 +21,8 @@ def field(default: Any, help: str, **metadata: Any) -> Any:
         default: the value when the recipe leaves the key out; `dict` stands for an empty dictionary.
         help: what the key means, in one sentence.
         metadata: `effect` (what a larger value or another choice does), `unit`, `choices` (value → meaning), `since`
-            (the version that introduced the key, if not 0.1), and the range: `minimum` or `above`, `maximum` or `below`.
+            (the version that introduced the key, if not 0.1), `words` (words that stand for a value, such as auto), and the
+            range: `minimum` or `above`, `maximum` or `below`.
     """
     described = describe(help, **metadata)
     if default is dict:
@@ -31,7 +32,7 @@ def field(default: Any, help: str, **metadata: Any) -> Any:
 
 def describe(help: str, **metadata: Any) -> dict[str, Any]:
     """The metadata of a field, for fields without a default: `dataclasses.field(metadata=describe(…))`."""
-    unknown = metadata.keys() - {"effect", "unit", "choices", "since", *BOUNDS}
+    unknown = metadata.keys() - {"effect", "unit", "choices", "since", "words", *BOUNDS}
     if unknown:
         raise TypeError(f"unknown metadata of a field: {', '.join(sorted(unknown))}")
     return {"help": help, **metadata}

@@ -67,6 +67,8 @@ def _object_schema(declared: type, section: str) -> dict[str, Any]:
     for name, kind in hints.items():
         field, dotted = by_name[name], f"{section}.{name}" if section else name
         properties[name] = _value_schema(kind, dict(field.metadata), dotted)
+        if words := field.metadata.get("words"):
+            properties[name]["anyOf"].append({"enum": list(words)})
         description = " ".join(part for part in (field.metadata.get("help"), field.metadata.get("effect")) if part)
         if description:
             choices = "".join(

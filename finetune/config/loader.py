@@ -57,7 +57,7 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
     root = renamed.current(yaml_reader.read(text, source))
     for assignment in overrides:
         if assignment.startswith("data.path="):  # the one folder on the command line replaces all of the recipe's
-            root = yaml_reader.override(root, "data.sources=[]")
+            root = yaml_reader.override(_without_bundled_prompts(root), "data.sources=[]")
         root = renamed.current(yaml_reader.override(root, assignment, Recipe, renamed.current_key))
     rest, net = _split(root)
     recipe: Recipe = yaml_reader.build(Recipe, rest)
@@ -66,6 +66,20 @@ def parse_recipe(text: str, source: str, name: str, overrides: Iterable[str] = (
     )
     validation.check(recipe, source)
     return recipe
+
+
+def _without_bundled_prompts(root: yaml_reader.Node) -> yaml_reader.Node:
+    """The recipe without `sample.prompts`, if it fine-tunes on bundled images: other images have other captions."""
+    sections = root.content if isinstance(root.content, dict) else {}
+    method, data, sample = sections.get("method"), sections.get("data"), sections.get("sample")
+    path = data.content.get("path") if data is not None and isinstance(data.content, dict) else None
+    bundled = path is not None and isinstance(path.content, str) and path.content.startswith("embedded:")
+    if not bundled or method is None or method.content == "scratch":
+        return root
+    if sample is None or not isinstance(sample.content, dict):
+        return root
+    kept = {name: node for name, node in sample.content.items() if name != "prompts" or node.where.startswith("--set")}
+    return dataclasses.replace(root, content={**sections, "sample": dataclasses.replace(sample, content=kept)})
 
 
 def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:

@@ -120,7 +120,7 @@ def _key(section: str, field: dataclasses.Field[Any], kind: Any) -> Key:
     since = data.get("since", FIRST_VERSION)
     if old:
         since = f"{since} as {' or '.join(f'`{name}`' for name in old)}; {RENAMED_IN} by this name"
-    words = _type_words(kind)
+    words = " or ".join([_type_words(kind), *(f"`{word}`" for word in data.get("words", {}))])
     if data.get("unit"):
         words += f" ({data['unit']})"
     return Key(

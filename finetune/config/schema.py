@@ -1,8 +1,9 @@
 """`Recipe`: everything a user can say about a run, as frozen dataclasses; `finetune.config.loader` reads it from YAML.
 
 One unit for one thing: the length of a run is `steps` (of the optimizer) or `epochs` (passes over the images), whichever
-the recipe names; sizes are pixels; rates are per optimizer step. Every field carries its documentation and range as
-metadata (`finetune.config.fields`). Torch is not imported here.
+the recipe names, or follows from the purpose and the number of images (`finetune.config.training_length`); sizes are
+pixels; rates are per optimizer step. Every field carries its documentation and range as metadata
+(`finetune.config.fields`). Torch is not imported here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from finetune.config.fields import MAX_COUNT, MAX_SEED, describe, field
 from finetune.config.schema_adapter import Adapter, Token
 from finetune.config.schema_data import Data, Prior, Source
 from finetune.config.schema_loss import Autoencoder, Diffusion, Flow
+from finetune.config.training_table import PURPOSES, SUBJECT_UP_TO, Purpose
 
 __all__ = [
     "METHODS",
@@ -29,6 +31,7 @@ __all__ = [
     "Output",
     "Precision",
     "Prior",
+    "Purpose",
     "Quantization",
     "Recipe",
     "Sample",
@@ -138,8 +141,20 @@ class Optimizer:
             "linear": "falls to 0 linearly",
         },
     )
+    warmup: float = field(
+        0.0,
+        "Share of the run over which the learning rate rises from 0, such as 0.05.",
+        effect="The first steps of an adapter are its noisiest; more than a tenth of the run is lost time.",
+        minimum=0,
+        maximum=0.1,
+        since="0.2",
+    )
     warmup_steps: int = field(
-        0, "Steps over which the learning rate rises from 0.", unit="steps", minimum=0, maximum=MAX_COUNT
+        0,
+        "Steps over which the learning rate rises from 0; instead of warmup.",
+        unit="steps",
+        minimum=0,
+        maximum=MAX_COUNT,
     )
     clip_norm: float | None = field(
         1.0, "Largest gradient norm; larger gradients are scaled down; null: off.", above=0, maximum=1_000_000_000.0
@@ -165,10 +180,27 @@ class Train:
     """Length of the run, batches, precision and checkpoints."""
 
     steps: int | None = field(
-        None, "Length of the run in optimizer steps; give this or epochs.", unit="steps", minimum=1, maximum=MAX_COUNT
+        None,
+        "Length of the run in optimizer steps; auto: what train.purpose and the number of images call for. From scratch, "
+        "give this or epochs.",
+        unit="steps",
+        words={"auto": None},
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     epochs: float | None = field(
-        None, "Length of the run in passes over the images; give this or steps.", unit="epochs", above=0, maximum=1e6
+        None,
+        "Length of the run in passes over the images, instead of steps.",
+        unit="epochs",
+        above=0,
+        maximum=1e6,
+    )
+    purpose: Purpose | None = field(
+        None,
+        "What the images are of: it decides how long a run without steps and epochs is; null: a subject with up to "
+        f"{SUBJECT_UP_TO} images, else general.",
+        choices=PURPOSES,
+        since="0.2",
     )
     batch_size: int = field(
         1,
@@ -230,10 +262,22 @@ class Train:
         above=0,
         below=1,
     )
-    checkpoint_every: int = field(500, "Steps between checkpoints.", unit="steps", minimum=1, maximum=MAX_COUNT)
+    checkpoint_every: int | None = field(
+        None,
+        "Steps between checkpoints; auto: an eighth of the run, at most 1,000.",
+        unit="steps",
+        words={"auto": None},
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
     keep_checkpoints: int = field(2, "How many checkpoints to keep.", unit="checkpoints", minimum=1, maximum=1_000_000)
-    validate_every: int = field(
-        200, "Steps between validations; needs data.held_out.", unit="steps", minimum=1, maximum=MAX_COUNT
+    validate_every: int | None = field(
+        None,
+        "Steps between validations; needs data.held_out; auto: an eighth of the run.",
+        unit="steps",
+        words={"auto": None},
+        minimum=1,
+        maximum=MAX_COUNT,
     )
 
     @property
@@ -246,12 +290,23 @@ class Train:
 class Sample:
     """Images generated during training, and how."""
 
-    prompts: tuple[str, ...] = field((), "One image is generated for each prompt.")
+    prompts: tuple[str, ...] = field(
+        (),
+        "One image is generated for each prompt. Without this key, fine-tuning takes four of your captions, held-out images' "
+        "first, the last without the trigger word.",
+    )
     references: tuple[str, ...] = field(
         (), "Image editing: the reference image of each prompt, or one for all prompts.", since="0.2"
     )
     negative: str = field("", "Negative prompt of all samples.")
-    every: int = field(500, "Steps between sample grids.", unit="steps", minimum=1, maximum=MAX_COUNT)
+    every: int | None = field(
+        None,
+        "Steps between sample grids; auto: an eighth of the run; never or 0: no samples.",
+        unit="steps",
+        words={"auto": None, "never": 0},
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
     collapse_check_every: int | None = field(
         None,
         "Models from scratch: steps between checks for mode collapse; null: off.",
@@ -325,8 +380,8 @@ class Recipe:
 
 
 def trigger_words(recipe: Recipe) -> tuple[str, ...]:
-    """The sources' caption prefixes, then new tokens that occur in none of them, each once."""
-    prefixes = [source.prefix for source in recipe.data.sources if source.prefix]
+    """`data.trigger` and the sources' caption prefixes, then new tokens that occur in none of them, each once."""
+    prefixes = [words for words in (recipe.data.trigger, *(one.prefix for one in recipe.data.sources)) if words]
     return tuple(
         dict.fromkeys(
             [*prefixes, *(new.token for new in recipe.tokens if not any(new.token in prefix for prefix in prefixes))]

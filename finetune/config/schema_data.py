@@ -42,6 +42,9 @@ class Source:
         minimum=1,
         maximum=MAX_COUNT,
     )
+    generated: bool = plain_field(
+        default=False, metadata={"internal": True}
+    )  # class images, which take no trigger word
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Data:
     path: str | None = field(None, "The folder or data set to train on: short for `sources` with one entry.")
     sources: tuple[Source, ...] = field(
         (), "Several folders or data sets, each with its own repeats, prefix and weight."
+    )
+    trigger: str = field(
+        "",
+        "Trigger word: put before every caption that does not contain it, such as `sks dog`.",
+        effect="The word later calls up what was trained.",
+        since="0.2",
     )
     resolution: int = field(
         512,

@@ -264,6 +264,10 @@ def _build_dataclass(declared: type, node: Node, key: str) -> Any:
     for field in dataclasses.fields(declared):
         if field.name in node.content:
             child = node.content[field.name]
+            words = field.metadata.get("words", {})
+            if isinstance(child.content, str) and child.content.lower() in words:
+                values[field.name] = words[child.content.lower()]
+                continue
             value = build(hints[field.name], child, prefix + field.name)
             _check_range(value, field, child, prefix + field.name)
             values[field.name] = value

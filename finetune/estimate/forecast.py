@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, final
 
+from finetune.config import training_length
 from finetune.config.loader import error_location
 from finetune.config.memory_options import PER_TENSOR, TILE
 from finetune.config.schema import Recipe
+from finetune.data.audit.index import held_out_of
 from finetune.errors import UserError
 from finetune.estimate import profiles
 from finetune.estimate.architecture import configs_of
@@ -118,15 +119,21 @@ def forecast(
     gpus = group.count
     train = recipe.train
     batch = train.batch_size * train.accumulation * gpus
-    trained = max(1, round(images * (1 - recipe.data.held_out)))
-    steps = train.steps or max(1, math.ceil(trained / batch * (train.epochs or 0) - 1e-9))
+    trained = images - held_out_of(recipe.data.held_out, images)
+    length = training_length.Facts(trained, batch, training_length.share(recipe, trained * _repeats(recipe)))
+    resolved, steps, _ = training_length.resolve(recipe, length, trained / batch)
     arithmetic = step_arithmetic(trained, trained, train, steps, gpus, "GPUs")
-    hours = (steps * pace.seconds + _outside(recipe, profile, gpu, images, steps)) / 3600
+    hours = (steps * pace.seconds + _outside(resolved, profile, gpu, images, steps)) / 3600
     usd = (gpus * hours * gpu.price.low, gpus * hours * gpu.price.high) if gpu.price else None
     limit = int(gpu.visible_gib * GIB)
     return Forecast(
         recipe, name, profile, variant, gpu, group, edits, images, found, pace, steps, arithmetic, hours, usd, limit
     )
+
+
+def _repeats(recipe: Recipe) -> int:
+    """Of the only source; 1 with several, whose numbers of images are unknown."""
+    return recipe.data.sources[0].repeats if len(recipe.data.sources) == 1 else 1
 
 
 def _profile_and_variant(recipe: Recipe, gpu: Gpu) -> tuple[Profile, Variant]:
@@ -151,8 +158,11 @@ def _outside(recipe: Recipe, profile: Profile, gpu: Gpu, images: int, steps: int
     area, out = (recipe.data.resolution / profile.resolution) ** 2, profile.outside[gpu.device]
     rate = gpu.calibration.conv.rate if gpu.calibration else gpu.tflops * 1e12 * PACE.conv
     encoding = rate if gpu.calibration else rate * PACE.float32
-    grids = steps // recipe.sample.every + 2
-    sampling = grids * len(recipe.sample.prompts) * recipe.sample.steps * out.sample_flops
+    grids = steps // recipe.sample.every + 2 if recipe.sample.every else 0
+    prompts = len(recipe.sample.prompts)
+    if not prompts and recipe.method != "scratch" and "sample.prompts" not in recipe.lines:
+        prompts = training_length.PROMPTS  # captions
+    sampling = grids * prompts * recipe.sample.steps * out.sample_flops
     return area * (images * out.encode_flops / encoding + sampling / rate)
 
 

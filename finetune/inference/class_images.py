@@ -55,7 +55,7 @@ def with_class(recipe: Recipe) -> Data:
     if prior is None or missing(recipe):
         return data
     given = data.sources or (Source(data.path or ""),)
-    drawn = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.images)
+    drawn = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.images, generated=True)
     return dataclasses.replace(data, path=None, sources=(*given, drawn))
 
 

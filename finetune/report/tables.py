@@ -185,7 +185,7 @@ def _schedule(plan: Plan) -> str:
     train, sample = plan.recipe.train, plan.recipe.sample
     parts = [
         f"every {sample.every} steps ({sample.steps} sampling steps, guidance {sample.guidance:g})"
-        if sample.prompts
+        if sample.prompts and sample.every
         else "none"
     ]
     parts += [f"validation every {train.validate_every}"] if plan.data.held_out else []

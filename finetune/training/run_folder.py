@@ -41,6 +41,7 @@ FREE_TO_CHANGE = {
         "checkpoint_every",
         "keep_checkpoints",
         "validate_every",
+        "purpose",  # the length that follows from it is in `steps`
         "batch_size",  # these two together: see `_refuse_other_batch`
         "accumulation",
     },

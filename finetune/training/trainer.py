@@ -85,13 +85,14 @@ class Trainer:
 
     def _train(self, signals: Signals) -> None:
         train, steps = self.plan.recipe.train, self.plan.steps
+        checkpoint_every, validate_every = train.checkpoint_every or steps, train.validate_every or steps
         done = self.resume()
         self._sample(done, signals)
         for step in range(done, steps):
             record, done = self.train_step(step), step + 1
             stopping = signals.agreed()
-            saves = done % train.checkpoint_every == 0 or done == steps or self._samples_due(done) or stopping
-            if self.data.has_validation and not stopping and (done % train.validate_every == 0 or saves):
+            saves = done % checkpoint_every == 0 or done == steps or self._samples_due(done) or stopping
+            if self.data.has_validation and not stopping and (done % validate_every == 0 or saves):
                 record["validation"] = self.validate()
             record |= self._check_collapse(done, signals)
             self._log(record)
@@ -229,7 +230,8 @@ class Trainer:
         return done
 
     def _samples_due(self, done: int) -> bool:
-        return self.observe is not None and (done % self.plan.recipe.sample.every == 0 or done == self.plan.steps)
+        every = self.plan.recipe.sample.every or self.plan.steps
+        return self.observe is not None and (done % every == 0 or done == self.plan.steps)
 
     def _sample(self, done: int, signals: Signals) -> None:
         """Write samples when they are due, on the main process; the others wait at the next step's gradients."""

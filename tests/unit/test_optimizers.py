@@ -154,7 +154,8 @@ def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
 
 def test_settings_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
     def notes(*overrides: str) -> str:
-        recipe = tiny.recipe("sd15", "lora", *overrides, folder=tmp_path)
+        long = ("train.steps=1000", "sample.every=100")  # else the length is noted
+        recipe = tiny.recipe("sd15", "lora", *long, *overrides, folder=tmp_path)
         device = machine.Machine("cpu", "a CPU", 1, 1, True, 1 << 30)
         return " ".join(planning.make_plan(recipe, scan(recipe.data), device).notes)
 

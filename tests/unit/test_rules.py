@@ -36,6 +36,8 @@ GPU = Machine("cuda", "NVIDIA A100", 1, 8, True, 80 * GIB)
 CASES: dict[str, tuple[str, ...] | tuple[str, tuple[str, ...]]] = {
     "name-is-one-word": ("name=a/b",),
     "one-length": ("train.epochs=2",),
+    "scratch-needs-length": ("scratch/vae", ("train.steps=null", "train.epochs=null")),
+    "one-warmup": ("optimizer.warmup=0.05", "optimizer.warmup_steps=10"),
     "one-place-of-images": ("data.sources=[{path: x}]",),
     "lora-needs-adapter": ("adapter=null",),
     "adapter-needs-lora": ("method=full",),
@@ -124,6 +126,9 @@ NOTE_CASES: dict[str, tuple[str, ...]] = {
     "offload-without-cuda": (*FLUX, "train.offload_blocks=true", "train.gradient_checkpointing=true"),
     "text-encoder-offload-without-cuda": ("model.text_encoder_placement=offload",),
     "warmup-is-longer-than-the-run": ("optimizer.warmup_steps=10",),
+    "warmup-is-long": ("optimizer.warmup_steps=5",),
+    "no-sample-before-the-end": ("sample.prompts=[a dog]", "sample.every=10"),
+    "emoji-base-with-other-images": ("model.path=embedded:base",),
     "prodigy-lr": ("optimizer.name=prodigy",),
     "schedule-free-schedule": ("optimizer.name=schedulefree", "optimizer.schedule=cosine"),
     "min-snr-with-zero-terminal-snr": ("diffusion.zero_terminal_snr=true", "diffusion.min_snr_gamma=5"),
@@ -171,7 +176,7 @@ def test_a_rule_names_the_line_of_its_key() -> None:
     assert caught.value.where == "my.yaml:10, train.steps"
     assert caught.value.remedy == "give exactly one of the two"
     with pytest.raises(UserError) as caught:
-        parse_recipe(MINIMAL.replace("  steps: 10", "  batch_size: 1"), "my.yaml", "my")
+        parse_recipe(MINIMAL.replace("  steps: 10", "  batch_size: 1"), "my.yaml", "my", SCRATCH)
     assert caught.value.where == "my.yaml, train.steps", "it has no line"
 
 

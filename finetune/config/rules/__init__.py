@@ -89,6 +89,11 @@ class Context:
         return self.known_machine
 
     @property
+    def warmup_share(self) -> float:
+        """Of the run."""
+        return self.optimizer.warmup_steps / max(1, self.steps)
+
+    @property
     def precision(self) -> Precision:
         assert self.known_precision is not None, "a rule about the precision runs when it is known"
         return self.known_precision

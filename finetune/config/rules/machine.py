@@ -6,6 +6,12 @@ from collections.abc import Callable
 
 from finetune.config.fields import MAX_COUNT
 from finetune.config.rules import Context, Rule
+from finetune.config.training_length import MOST_WARMUP
+
+
+def _paths(context: Context) -> list[str]:
+    data = context.data
+    return [source.path for source in data.sources] or ([data.path] if data.path else [])
 
 
 def _sharded(name: str, key: str, broken: Callable[[Context], bool], reason: str, fix: str) -> Rule:
@@ -123,6 +129,26 @@ NOTES: tuple[Rule, ...] = (
         "optimizer.warmup_steps",
         lambda c: c.optimizer.warmup_steps >= c.steps,
         "the warm-up takes {optimizer.warmup_steps} of {steps} steps: the full learning rate is never reached",
+    ),
+    Rule(
+        "warmup-is-long",
+        "optimizer.warmup_steps",
+        lambda c: MOST_WARMUP < c.warmup_share < 1,
+        "the warm-up is {warmup_share:.0%} of the run ({optimizer.warmup_steps} of {steps} steps); at most 10% is usual: set "
+        "optimizer.warmup: 0.05 instead of optimizer.warmup_steps",
+    ),
+    Rule(
+        "no-sample-before-the-end",
+        "sample.every",
+        lambda c: bool(c.sample.prompts) and (c.sample.every or 0) >= c.steps > 1,
+        "no sample before the end of training (sample.every: {sample.every}, {steps} steps): remove sample.every, and "
+        "samples come every eighth of the run",
+    ),
+    Rule(
+        "emoji-base-with-other-images",
+        "model.path",
+        lambda c: c.model.path == "embedded:base" and any(not path.startswith("embedded:") for path in _paths(c)),
+        "the bundled base is trained on emoji at 64×64; it cannot learn photographs (`ft recipes` lists other bases)",
     ),
     Rule(
         "prodigy-lr",

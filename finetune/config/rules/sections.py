@@ -34,9 +34,23 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "one-length",
         "train.steps",
-        lambda c: (c.train.steps is None) == (c.train.epochs is None),
+        lambda c: c.train.steps is not None and c.train.epochs is not None,
         "the run's length must be given by train.steps or train.epochs, and by one of them only",
         "give exactly one of the two",
+    ),
+    Rule(
+        "scratch-needs-length",
+        "train.steps",
+        lambda c: c.method == "scratch" and c.train.steps is None and c.train.epochs is None,
+        "training from scratch needs train.steps or train.epochs",
+        "add `steps: 10000` under `train`",
+    ),
+    Rule(
+        "one-warmup",
+        "optimizer.warmup_steps",
+        lambda c: c.optimizer.warmup > 0 and c.optimizer.warmup_steps > 0,
+        "the warm-up is given by optimizer.warmup (a share of the run) and by optimizer.warmup_steps",
+        "remove one of the two",
     ),
     Rule(
         "one-place-of-images",

@@ -14,6 +14,7 @@ from finetune.data.example import ALIGNED, Asset, Example, base_role
 from finetune.data.media import video
 from finetune.data.media.image import Unreadable
 from finetune.data.shape import Frame, Medium, VideoShape
+from finetune.data.sources.captions import with_trigger
 from finetune.data.sources.entry import Entry, Problem
 from finetune.data.sources.masks import UNEQUAL, digest_of
 from finetune.data.sources.partners import lacking
@@ -95,7 +96,9 @@ class Examiner:
         return Example(
             name=entry.name,
             # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
-            caption=f"{source.prefix} {entry.caption or ''}".strip(),
+            caption=with_trigger(
+                f"{source.prefix} {entry.caption or ''}".strip(), "" if source.generated else self._data.trigger
+            ),
             digest=examined.digest.hex(),
             crop=fit(outcome.size, self._choices),
             repeats=source.repeats,

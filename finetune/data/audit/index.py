@@ -24,6 +24,11 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 _FIELDS = tuple(f.name for f in dataclasses.fields(Example) if f.name != "others")
 
 
+def held_out_of(share: float, different: int) -> int:
+    """How many of `different` images are held out: at least one, and at least one trains."""
+    return min(max(1, round(share * different)), different - 1) if share and different else 0
+
+
 class Images(Sequence[Example]):
     """A sequence whose slices are tuples."""
 
@@ -84,7 +89,7 @@ class Index(Images):
             return
         ranks = self.copies()
         different = int(ranks.max()) + 1
-        self._held_out[:] = (ranks < min(max(1, round(share * different)), different - 1)).tobytes()
+        self._held_out[:] = (ranks < held_out_of(share, different)).tobytes()
 
     def part(self, held_out: bool) -> Part:
         """The images that train, or those that are held out."""

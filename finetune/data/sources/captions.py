@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import posixpath
+import re
 from array import array
 from bisect import bisect_left
 from codecs import BOM_UTF8
@@ -21,6 +22,21 @@ from finetune.data.sources.table import Rows
 from finetune.errors import UserError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """The caption, with the trigger word before it if it does not contain it as a word of its own."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+        return caption
+    return f"{trigger} {caption}".strip()
+
+
+def without_trigger(caption: str, trigger: str) -> str:
+    """The caption without the trigger word; of one like `sks dog`, the kind of thing stays."""
+    _, _, kind = trigger.partition(" ")
+    kept = kind if kind and " " not in kind else ""
+    left = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)[,.;:]?", kept, caption, flags=re.IGNORECASE)
+    return " ".join(left.split())
 
 
 @dataclass(frozen=True)
