@@ -5,6 +5,7 @@ Pages:
     models    docs/models.md, from the families' records
     recipe    docs/reference/recipe.md, from the recipe's sections
     schema    recipes/recipe.schema.json, likewise
+    settings  docs/how-to/choose-settings.md, from the table of training lengths and the estimates
 
 With --check nothing is written: the exit code is 1 if a page is out of date.
 """
@@ -26,6 +27,7 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.samplers import SAMPLERS, valid_for
 from finetune.models.registry import specs
 from finetune.models.spec import FamilySpec
+from tools import settings_page
 
 ROOT = Path(__file__).resolve().parent.parent
 ARXIV = "https://arxiv.org/abs/"
@@ -176,6 +178,7 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "models": ("docs/models.md", models),
     "recipe": ("docs/reference/recipe.md", reference.markdown),
     "schema": ("recipes/recipe.schema.json", json_schema.text),
+    "settings": ("docs/how-to/choose-settings.md", settings_page.text),
 }
 
 
