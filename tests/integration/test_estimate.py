@@ -39,7 +39,7 @@ def test_parts_add_up_to_the_peak_of_training() -> None:
 
 
 def test_steps_and_hours_follow_the_images() -> None:
-    once, twice = of("lora/sd15", images=1000), of("lora/sd15", images=2000)
+    once, twice = (of("lora/sd15", "train.epochs=20", images=images) for images in (1000, 2000))
     assert twice.steps == 2 * once.steps
     assert once.hours < twice.hours < 2 * once.hours  # the first sample costs the same
 
@@ -293,7 +293,10 @@ BAD = {
         ["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "model.path=someone/something"],
         "cannot be told",
     ),
-    "a file that is no denoiser": (["--denoiser", "no-denoiser.json", "--images", "10", "--gpu", "t4"], "cannot be traced"),
+    "a file that is no denoiser": (
+        ["--denoiser", "no-denoiser.json", "--images", "10", "--gpu", "t4"],
+        "cannot be traced",
+    ),
     "a file that is no JSON": (["--denoiser", "no-json.json", "--images", "10", "--gpu", "t4"], "is not a JSON object"),
     "a denoiser that is not there": (["--denoiser", "missing.json", "--images", "10", "--gpu", "t4"], "cannot be read"),
     "a trace of nothing": (["--trace", "--images", "10", "--gpu", "t4"], "--trace needs a recipe"),

@@ -244,9 +244,7 @@ def test_trigger_word_is_put_before_captions_that_lack_it() -> None:
 
 
 def test_table_names_its_sources() -> None:
-    used = {
-        key
-        for row in (*training_table.LENGTHS.values(), *training_table.BASES.values())
-        for key in re.findall(r"\b([A-Z]\d?)\b", row.sources)
-    }
+    rows = [row.sources for row in training_table.LENGTHS.values()]
+    rows += [row.sources for row in training_table.BASES.values()]
+    used = {key for row in rows for key in re.findall(r"\b([A-Z]\d?)\b", row)}
     assert used == training_table.SOURCES.keys()
