@@ -1,4 +1,4 @@
-"""The list of GPUs: its figures, the names by which one is found, prices of one's own, and `ft gpus`."""
+"""The list of GPUs: specifications, names, custom prices, and `ft gpus`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDS = [
 
 
 @pytest.fixture(autouse=True)
-def _no_prices_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_custom_prices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PRICES, raising=False)
 
 
@@ -33,19 +33,19 @@ def ft(*arguments: str) -> int:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_gpus_are_there_once() -> None:
+def test_known_gpus_are_listed_once() -> None:
     assert [gpu.id for gpu in known()] == IDS and len(IDS) == 24
     assert len({gpu.name for gpu in known()}) == 24
 
 
 @pytest.mark.parametrize("gpu", known(), ids=lambda gpu: gpu.id)
-def test_figures_are_possible(gpu: gpus.Gpu) -> None:
+def test_gpu_specifications_are_plausible(gpu: gpus.Gpu) -> None:
     assert 8 <= gpu.sold_gb <= 192
-    assert gpu.total_mib / 1024 == pytest.approx(gpu.sold_gb, rel=0.07), "ECC takes up to a sixteenth"
+    assert gpu.total_mib / 1024 == pytest.approx(gpu.sold_gb, rel=0.07), "ECC takes up to 1/16"
     assert 0.94 < gpu.visible_gib * 1024 / gpu.total_mib < 1, "torch sees less than nvidia-smi"
     assert 20 < gpu.tflops < 2_500 and 250 < gpu.bandwidth <= 8_000
-    # No GPU of 2017 to 2025 has a ratio outside of this; a slipped digit or a sparse figure would.
-    assert 50 < gpu.tflops * 1000 / gpu.bandwidth < 450, "FLOPs for each byte"
+    # No GPU of 2017 to 2025 has a ratio outside this range; a slipped digit or a figure with sparsity would.
+    assert 50 < gpu.tflops * 1000 / gpu.bandwidth < 450, "FLOPs per byte"
     assert gpu.bfloat16 == (gpu.id not in ("t4", "v100")), "bfloat16 came with Ampere"
     assert gpu.price is not None and 0.05 <= gpu.price.low <= gpu.price.high <= 6
     assert re.fullmatch(r"2026-03|", gpu.price.date) and bool(gpu.price.date) == ("Mar 2026" in gpu.price.source)
@@ -53,8 +53,8 @@ def test_figures_are_possible(gpu: gpus.Gpu) -> None:
     assert gpu.tflops_source and gpu.other_source
 
 
-def test_known_figures() -> None:
-    """Makers' data sheets, which the list was not made from."""
+def test_gpu_specifications_match_data_sheets() -> None:
+    """The makers' data sheets, which are not the source of the list."""
     for name, sold, tflops, bandwidth in [
         ("t4", 16, 65, 320),
         ("a100-40gb", 40, 312, 1555),
@@ -69,7 +69,7 @@ def test_known_figures() -> None:
 
 
 @pytest.mark.parametrize("gpu", known(), ids=lambda gpu: gpu.id)
-def test_a_gpu_is_found_by_its_id_and_its_name(gpu: gpus.Gpu) -> None:
+def test_find_accepts_id_and_name(gpu: gpus.Gpu) -> None:
     for name in (gpu.id, gpu.name, gpu.id.upper(), f"  NVIDIA {gpu.name} ", f"{gpu.name} {gpu.sold_gb:g} GB"):
         assert find(name) is gpu
 
@@ -88,7 +88,7 @@ def test_a_gpu_is_found_by_its_id_and_its_name(gpu: gpus.Gpu) -> None:
         ("rtx a6000", "a6000"),
         ("a100 80", "a100-80gb"),
         ("a100_40", "a100-40gb"),
-        # as torch.cuda.get_device_name writes them
+        # as reported by torch.cuda.get_device_name
         ("NVIDIA GeForce RTX 4060 Ti", "rtx4060ti"),
         ("Tesla T4", "t4"),
         ("Tesla V100-SXM2-16GB", "v100"),
@@ -101,7 +101,7 @@ def test_a_gpu_is_found_by_its_id_and_its_name(gpu: gpus.Gpu) -> None:
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
-def test_names_are_forgiven(name: str, wanted: str) -> None:
+def test_find_accepts_variants_of_a_name(name: str, wanted: str) -> None:
     assert find(name).id == wanted
 
 
@@ -110,7 +110,7 @@ def test_names_are_forgiven(name: str, wanted: str) -> None:
     [
         ("a100", '"a100" is ambiguous: a100-40gb or a100-80gb', "give the full id"),
         ("H100 80GB", "h100-pcie or h100-sxm", "give the full id"),
-        # other GPUs, with other figures, than those of the same number
+        # different GPUs that share a number with listed ones
         ("RTX 4060", "unknown GPU", "rtx4060ti"),
         ("RTX 4070 Ti SUPER", "unknown GPU", "rtx4070"),
         ("RTX 3080 12GB", "unknown GPU", "rtx3080"),
@@ -125,14 +125,14 @@ def test_names_are_forgiven(name: str, wanted: str) -> None:
         ("", "unknown GPU", "ft gpus"),
     ],
 )
-def test_a_name_of_none_or_several_is_told(name: str, problem: str, remedy: str) -> None:
+def test_find_of_an_unknown_or_ambiguous_name_is_refused(name: str, problem: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
         find(name)
     assert problem in caught.value.problem and remedy in caught.value.remedy
     assert DESCRIBED in caught.value.remedy or "give the full id" in remedy
 
 
-def test_a_gpu_described_by_hand() -> None:
+def test_described_gpu_has_the_given_specifications() -> None:
     options = dict(zip(DESCRIBED.split()[::2], map(float, DESCRIBED.split()[1::2]), strict=True))
     gpu = described(options["--vram"], options["--tflops"], options["--bandwidth"])
     assert (gpu.sold_gb, gpu.tflops, gpu.bandwidth, gpu.price) == (16, 40, 500, None)
@@ -153,7 +153,9 @@ def test_a_gpu_described_by_hand() -> None:
         ((16, 40, float("inf")), "not inf"),
     ],
 )
-def test_a_gpu_that_cannot_be(figures: tuple[float, float, float], says: str) -> None:
+def test_described_gpu_with_impossible_specifications_is_refused(
+    figures: tuple[float, float, float], says: str
+) -> None:
     with pytest.raises(UserError) as caught:
         described(*figures)
     assert says in caught.value.problem and DESCRIBED in caught.value.remedy
@@ -169,7 +171,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_file_replaces_prices_with_their_date(
+def test_price_file_replaces_prices_and_dates(
     name: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / name
@@ -185,14 +187,14 @@ def test_a_file_replaces_prices_with_their_date(
     ]
 
 
-def test_the_file_that_is_named_comes_before_the_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_price_file_argument_overrides_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PRICES, str(tmp_path / "nowhere.yaml"))
     (tmp_path / "here.yaml").write_text("date: 2026-11\nt4: 0.1\n")
     price = find("t4", tmp_path / "here.yaml").price
     assert price is not None and (price.low, price.date) == (0.1, "2026-11")
 
 
-def test_a_price_given_by_hand_is_todays() -> None:
+def test_price_argument_is_dated_today() -> None:
     price = at_price(described(16, 40, 500), 0.00005).price
     assert price is not None and price.low == price.high == 0.00005
     assert date.fromisoformat(price.date) <= date.today()
@@ -223,7 +225,7 @@ def test_a_price_given_by_hand_is_todays() -> None:
         ("p.tsv", None, ["cannot be read: Is a directory", PRICES]),
     ],
 )
-def test_a_mistake_in_the_prices_is_told(
+def test_price_file_with_a_mistake_is_refused(
     name: str, text: str | None, says: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
@@ -233,7 +235,7 @@ def test_a_mistake_in_the_prices_is_told(
     assert all(part in told for part in says) and "Traceback" not in told, told
 
 
-def test_prices_that_are_no_text(tmp_path: Path) -> None:
+def test_price_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
         known(tmp_path / "p.tsv")
@@ -242,7 +244,7 @@ def test_prices_that_are_no_text(tmp_path: Path) -> None:
 # -- ft gpus ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_is_aligned_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ft_gpus_table_is_aligned_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft() == 0
     heading, *lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert sorted(line.split()[0] for line in lines) == sorted(IDS)
@@ -258,7 +260,7 @@ def test_the_table_is_aligned_and_whole(capsys: pytest.CaptureFixture[str]) -> N
     assert bars["mi300x"] == 24 and bars["rtx3070"] == 1 and bars["a100-80gb"] == 10, "8 GiB each"
 
 
-def test_one_gpu_shows_where_its_figures_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ft_gpus_of_one_gpu_shows_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("RTX 3090") == 0
     shown = capsys.readouterr().out
     gpu = find("rtx3090")
@@ -277,7 +279,7 @@ def test_one_gpu_shows_where_its_figures_come_from(capsys: pytest.CaptureFixture
     assert all(note in shown for note in gpu.note.split("; "))
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ft_gpus_json_holds_all_gpus_and_custom_prices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [gpu["id"] for gpu in found] == IDS

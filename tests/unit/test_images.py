@@ -1,4 +1,4 @@
-"""One image file → what the model sees: every format and oddity, and how it is scaled and cropped."""
+"""From an image file to what the model sees: formats and oddities, scaling and cropping."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pixel(content: bytes, background: str = "#ffffff", at: tuple[int, int] = (0,
 
 
 def empty_png(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels: whoever decodes it fails in another way than by its size."""
+    """A PNG that claims a size but has no pixels, so decoding fails for another reason than its size."""
     body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", body), (b"IDAT", b""), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -42,7 +42,7 @@ def empty_png(width: int, height: int) -> bytes:
     )
 
 
-# For each EXIF orientation, where in the stored 2×3 image the pixel lies that is seen at the top left (TIFF 6.0, tag 274).
+# For each EXIF orientation, the pixel of the stored 2×3 image that is displayed at the top left (TIFF 6.0, tag 274).
 TOP_LEFT = {1: (0, 0), 2: (1, 0), 3: (1, 2), 4: (0, 2), 5: (0, 0), 6: (0, 2), 7: (1, 2), 8: (1, 0)}
 
 
@@ -57,7 +57,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert upright.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_transparency_lies_over_the_background() -> None:
+def test_transparent_image_is_composited_over_the_background() -> None:
     half = Image.new("RGBA", (2, 2), (255, 0, 0, 128))
     expected = tuple(round(128 / 255 * red + 127 / 255 * green) for red, green in ((255, 0), (0, 128), (0, 0)))
     assert pixel(encoded(half), canonical_color("green")) == pytest.approx(expected, abs=1)
@@ -77,7 +77,7 @@ def test_transparency_lies_over_the_background() -> None:
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")])
-def test_gray_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str) -> None:
+def test_gray_image_of_more_than_8_bits_is_scaled_not_clipped(mode: str, kind: str) -> None:
     values = numpy.array([[0, 255, 0x1234, 0x8000, 0xFFFF]])
     stored = (
         (values / 65535).astype(numpy.float32)
@@ -90,14 +90,14 @@ def test_gray_of_more_than_8_bits_is_scaled_and_not_clipped(mode: str, kind: str
     assert (seen == numpy.round(values / 257)[..., None]).all()
 
 
-def test_16_bit_gray_with_a_transparent_value() -> None:
+def test_16_bit_gray_image_with_a_transparent_value_shows_the_background() -> None:
     stored = Image.fromarray(numpy.array([[7, 40_000]], dtype=numpy.uint16))
     content = encoded(stored, transparency=7)
     assert pixel(content, "#0000ff") == (0, 0, 255)
     assert pixel(content, "#0000ff", (1, 0)) == (156, 156, 156)
 
 
-def test_cmyk_and_the_first_frame() -> None:
+def test_cmyk_and_animated_images_decode_to_rgb_of_the_first_frame() -> None:
     assert pixel(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)) == pytest.approx(
         (255, 0, 0), abs=3
     )
@@ -123,12 +123,12 @@ def test_cmyk_and_the_first_frame() -> None:
         (empty_png(16_000, 16_000), "more than 179 million pixels"),
     ],
 )
-def test_what_is_no_image_is_refused_with_its_reason(content: bytes, said: str) -> None:
+def test_decode_of_an_unreadable_image_is_refused_with_the_reason(content: bytes, said: str) -> None:
     with pytest.raises(Unreadable, match=said):
         decode(content, "#ffffff")
 
 
-def test_equal_colors_are_one() -> None:
+def test_canonical_color_is_equal_for_equal_colors() -> None:
     assert {
         canonical_color(color)
         for color in ("white", "#fff", "#FFFFFF", "rgb(255, 255, 255)", "hsl(0, 0%, 100%)", "#ffffffff")
@@ -142,7 +142,7 @@ shapes = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 @given(st.integers(8, 2048), st.sampled_from([1, 8, 32, 64]), st.floats(1, 4))
 @settings(deadline=None, max_examples=40)
-def test_buckets(resolution: int, step: int, aspect: float) -> None:
+def test_buckets_respect_step_area_and_aspect(resolution: int, step: int, aspect: float) -> None:
     step = max(step, resolution // 32)
     found = buckets(resolution, step, aspect, several=True)
     assert len(set(found)) == len(found)
@@ -159,24 +159,24 @@ def test_buckets(resolution: int, step: int, aspect: float) -> None:
 
 @given(shapes, st.sampled_from([64, 200, 512]), st.sampled_from([8, 64]))
 @settings(deadline=None)
-def test_a_image_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
+def test_fit_chooses_the_bucket_nearest_in_aspect_and_covers_it(
     size: tuple[int, int], resolution: int, step: int
 ) -> None:
     choices = buckets(resolution, step, 2.0, several=True)
     crop = fit(size, choices)
 
     def distance(bucket: Frame) -> float:
-        """How far one must stretch the image's aspect to get the bucket's, as a ratio."""
+        """The ratio of the bucket's aspect to the image's, or its inverse if that is larger."""
         ratio = (bucket.width / bucket.height) / (size[0] / size[1])
         return max(ratio, 1 / ratio)
 
     assert distance(crop.shape) == pytest.approx(min(map(distance, choices)))
     assert crop.original == size
-    # Scaled as a whole: both sides by one factor up to rounding, one side meets the bucket, none falls short.
+    # Scaled as a whole: one factor for both sides up to rounding; one side equals the bucket's, neither is smaller.
     scale = max(crop.shape.width / size[0], crop.shape.height / size[1])
     assert all(abs(scaled - side * scale) <= 1 for scaled, side in zip(crop.scaled, size, strict=True))
     assert crop.scaled[0] == crop.shape.width or crop.scaled[1] == crop.shape.height
-    # The crop lies inside, in the middle.
+    # The crop lies inside, centered.
     assert 0 <= crop.left <= crop.scaled[0] - crop.shape.width <= 2 * crop.left + 1
     assert 0 <= crop.top <= crop.scaled[1] - crop.shape.height <= 2 * crop.top + 1
     assert 0 <= crop.share_lost < 1
@@ -185,12 +185,12 @@ def test_a_image_goes_to_the_bucket_nearest_in_aspect_and_covers_it(
 
 @given(shapes)
 @settings(deadline=None, max_examples=25)
-def test_every_shape_comes_out_at_its_bucket_size(size: tuple[int, int]) -> None:
+def test_apply_gives_images_of_any_shape_the_bucket_size(size: tuple[int, int]) -> None:
     crop = fit(size, buckets(64, 8, 2.0, several=True))
     assert apply(Image.new("RGB", size), crop).size == (crop.shape.width, crop.shape.height)
 
 
-def test_cropping_shows_the_middle_and_mirroring_turns_it() -> None:
+def test_apply_crops_the_center_and_mirrors() -> None:
     stripes = Image.new("RGB", (300, 100), "black")
     stripes.paste("red", (100, 0, 150, 100))
     stripes.paste("blue", (150, 0, 200, 100))
@@ -203,7 +203,7 @@ def test_cropping_shows_the_middle_and_mirroring_turns_it() -> None:
     assert apply(stripes, dataclasses.replace(crop, mirrored=True)).getpixel((10, 25)) == (0, 0, 255)
 
 
-def test_scaling_only_what_is_kept_gives_what_scaling_all_would() -> None:
+def test_apply_of_a_crop_matches_scaling_the_whole_image() -> None:
     noise = Image.effect_noise((211, 97), 80).convert("RGB")
     crop = fit(noise.size, [ImageShape(64, 64)])
     whole = noise.resize(crop.scaled, Image.Resampling.LANCZOS)
@@ -212,12 +212,12 @@ def test_scaling_only_what_is_kept_gives_what_scaling_all_would() -> None:
     assert abs(difference).max() <= 1
 
 
-def test_buckets_in_numbers() -> None:
-    """By hand, for 512² in steps of 64: of each width the tallest, none thinner than 2."""
+def test_buckets_of_512_in_steps_of_64_are_the_expected_five() -> None:
+    """Worked out by hand: for each width the greatest height, with no aspect over 2."""
     found = buckets(512, 64, 2.0, several=True)
     assert {(b.width, b.height) for b in found} == {(512, 512), (576, 448), (448, 576), (640, 384), (384, 640)}
     assert fit((500, 300), found).shape == ImageShape(384, 640)
     assert fit((1000, 1000), found).share_lost == 0
     assert fit((30, 30), [ImageShape(8, 8), ImageShape(16, 16), ImageShape(4, 4)]).shape == ImageShape(
         16, 16
-    )  # of equal aspects the larger
+    )  # among equal aspects, the largest

@@ -1,7 +1,7 @@
-"""A transformer's LoRA under other programs' names: diffusers' own converters read back what was trained, layer by layer.
+"""Key maps of transformer LoRAs: diffusers' own converters read the exported files back, layer by layer.
 
-Its converters of FLUX.1 and Lumina 2 know the real widths only, so these layers are as wide as the real ones; a LoRA of rank 2 is small
-all the same.
+The converters of FLUX.1 and Lumina 2 work for the real widths only, so these layers have them; at rank 2 a LoRA is
+still small.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ LAYERS: dict[str, Layers] = {
 
 @functools.cache
 def layers_of(family: str) -> Layers:
-    """Layers of one block of each kind that a LoRA on attention and MLP adapts, with the shapes of the published network."""
+    """One block of each kind: the layers that attention+mlp adapts, with the shapes of the published network."""
     if family in LAYERS:
         return LAYERS[family]
     spec = specs()[family]
@@ -126,7 +126,10 @@ def run_of(
 
 
 def change(tensors: dict[str, Tensor], path: str) -> Tensor:
-    """What the LoRA adds to a layer's outputs for eight random inputs, in float64: the layers themselves are large."""
+    """What the LoRA adds to a layer's outputs for eight random inputs, in float64.
+
+    The weight product would be large.
+    """
     down, up = (tensors[f"transformer.{path}.lora_{side}.weight"].double() for side in "AB")
     return up @ (down @ torch.randn(down.shape[1], 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
 
@@ -140,7 +143,7 @@ def read_back(family: str, file: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("family", "layout"), [(family, layout) for family in CLASSES for layout in specs()[family].lora_formats]
 )
-def test_diffusers_reads_back_what_was_trained(family: str, layout: str, tmp_path: Path) -> None:
+def test_exported_lora_is_read_back_by_diffusers_unchanged(family: str, layout: str, tmp_path: Path) -> None:
     run, tensors = run_of(family, tmp_path / "run")
     (file,) = export(run, layout)
     back = read_back(family, file)
@@ -155,7 +158,7 @@ def test_diffusers_reads_back_what_was_trained(family: str, layout: str, tmp_pat
 
 
 @pytest.mark.parametrize(("family", "layout"), [("flux1", "kohya"), ("flux2", "comfyui"), ("qwen-image", "comfyui")])
-def test_a_scale_is_worked_into_the_weights(family: str, layout: str, tmp_path: Path) -> None:
+def test_export_folds_the_lora_scale_into_the_weights(family: str, layout: str, tmp_path: Path) -> None:
     run, tensors = run_of(family, tmp_path / "run", alpha=3.0)
     (file,) = export(run, layout)
     back = read_back(family, file)
@@ -165,8 +168,8 @@ def test_a_scale_is_worked_into_the_weights(family: str, layout: str, tmp_path: 
         assert opened.metadata()["ss_network_alpha"] == opened.metadata()["ss_network_dim"] == "2"
 
 
-def test_a_part_of_what_is_computed_at_once(tmp_path: Path) -> None:
-    """Targets may be q and v alone: the first code's one layer then has zero rows for k and the MLP."""
+def test_export_of_part_of_a_fused_layer_fills_the_rest_with_zeros(tmp_path: Path) -> None:
+    """Targets may be q and v alone: the original code's single layer then has zero rows for k and the MLP."""
     layers = {f"single_transformer_blocks.0.attn.{name}": (3072, 3072) for name in ("to_q", "to_v")}
     run, tensors = run_of("flux1", tmp_path / "run", layers=layers)
     (file,) = export(run, "kohya")
@@ -179,7 +182,7 @@ def test_a_part_of_what_is_computed_at_once(tmp_path: Path) -> None:
         assert not change(back, path).any()
 
 
-def test_names_as_other_programs_write_them(tmp_path: Path) -> None:
+def test_export_names_keys_as_other_programs_do(tmp_path: Path) -> None:
     expected = {
         ("flux1", "kohya"): "lora_unet_double_blocks_1_img_attn_qkv.lora_down.weight",
         ("flux1", "comfyui"): "transformer.single_transformer_blocks.3.proj_mlp.lora_B.weight",
@@ -194,7 +197,7 @@ def test_names_as_other_programs_write_them(tmp_path: Path) -> None:
         assert load_file(file)[name].dtype == torch.bfloat16
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_export_in_an_unsupported_format_is_refused(tmp_path: Path) -> None:
     assert "kohya" not in specs()["z-image"].lora_formats  # ComfyUI would load none of its layers
 
     def refused(family: str, layout: str, layers: Layers | None = None) -> str:

@@ -1,4 +1,4 @@
-"""kohya's format with ranks and alphas by layer: what a file adds to every layer, read by diffusers and by `--init`."""
+"""The kohya format with ranks and alphas by layer: each layer's update as diffusers and `--init` read it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECTIONS = {
 
 @functools.cache
 def folder_of(name: str) -> Path:
-    """SDXL's with two layers a level, as the names of its original code need it."""
+    """For SDXL, with two layers a level, as the names of its original code require."""
     if name != "sdxl":
         return tiny.pipeline(name)
     pipe = DiffusionPipeline.from_pretrained(tiny.pipeline(name))
@@ -92,13 +92,13 @@ def continued(name: str, file: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", SECTIONS)
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_an_export_adds_what_was_trained_in_every_layer(name: str, case: str, tmp_path: Path) -> None:
+def test_kohya_export_preserves_every_layers_update(name: str, case: str, tmp_path: Path) -> None:
     expected = trained(name, SECTIONS[case], tmp_path)
     target, recipe = tmp_path / "kohya.safetensors", tiny.recipe(name, "lora", folder=tmp_path / "run")
     write_kohya(tmp_path, recipe, None, target)
     tensors = load_file(target)
     assert len({float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}) == 1
-    for layer, delta in expected.items():  # by the definition, as ComfyUI and A1111 read it: alpha / rank · up · down
+    for layer, delta in expected.items():  # by definition, as ComfyUI and A1111 read it: alpha / rank · up · down
         net, _, path = layer.partition(".")
         found = layer_name(net, path, name == "sdxl")
         down, up = (tensors[f"{found}.lora_{side}.weight"].flatten(1) for side in ("down", "up"))
@@ -111,8 +111,8 @@ def test_an_export_adds_what_was_trained_in_every_layer(name: str, case: str, tm
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_init_reads_alphas_that_differ_by_layer_at_one_rank(name: str, tmp_path: Path) -> None:
-    """As in resized LoRAs. Half of the layers have another alpha, and one has none: then it is the rank."""
+def test_init_lora_reads_alphas_that_differ_by_layer(name: str, tmp_path: Path) -> None:
+    """As in resized LoRAs: half of the layers have another alpha, and one has none, which means its rank."""
     expected = trained(name, SECTIONS["one rank and alpha"], tmp_path)
     target = tmp_path / "kohya.safetensors"
     write_kohya(tmp_path, tiny.recipe(name, "lora", folder=tmp_path / "run"), None, target)
@@ -131,7 +131,7 @@ def test_init_reads_alphas_that_differ_by_layer_at_one_rank(name: str, tmp_path:
     assert_equal(continued(name, target), expected)
 
 
-def test_with_one_alpha_leaves_a_file_with_one_alpha_as_it_is() -> None:
+def test_with_one_alpha_does_not_change_a_file_with_one_alpha() -> None:
     tensors = {
         "a.lora_down.weight": torch.randn(4, 8),
         "a.lora_up.weight": torch.randn(8, 4),

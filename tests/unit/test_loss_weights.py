@@ -1,4 +1,4 @@
-"""Where and how much a loss counts: sources' weights and masks, from the folder to the gradient."""
+"""Loss weights: weights of sources, and masks, from the folder to the gradient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers import tiny
 
 
 def folder_with_masks(tmp_path: Path) -> Path:
-    """The tiny images; a mask beside three of them, one of half its image's size; white is the left half."""
+    """The tiny images with masks beside three of them, one of half its image's size; the left half is white."""
     folder = tmp_path / "data"
     shutil.copytree(tiny.images(), folder)
     for name, size in (("zero", (32, 32)), ("one", (48, 32)), ("three", (32, 32))):
@@ -40,7 +40,7 @@ def prepared(folder: Path, *overrides: str) -> Any:
     )
 
 
-def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: Path) -> None:
+def test_masks_are_cropped_with_their_images_and_stored_at_latent_resolution(tmp_path: Path) -> None:
     job = prepared(
         tmp_path / "run",
         f"data.path={folder_with_masks(tmp_path)}",
@@ -48,7 +48,7 @@ def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: P
         "data.unmasked_weight=0.25",
         "data.flip=true",
     )
-    assert job.plan.data.images == 5, "masks are no images"
+    assert job.plan.data.images == 5, "masks must not count as images"
     names = [Path(image.name).name for image in job.data.images]
     image = job.data.images[names.index("zero.png")]
     left = job.data._encoding.mask(image, False)["mask"]
@@ -56,7 +56,7 @@ def test_masks_are_cropped_as_their_images_and_kept_in_latent_places(tmp_path: P
     assert left[0, 0].tolist() == [1.0] * 4 + [0.25] * 4
     assert torch.equal(job.data._encoding.mask(image, True)["mask"], left.flip(-1))
     assert (job.data._encoding.mask(job.data.images[names.index("four.jpg")], False)["mask"] == 1).all()
-    # 48×32 is cut to the square in its middle: 16 of the 24 white columns are left.
+    # 48×32 is cropped to its central square: 16 of the 24 white columns remain.
     assert (
         job.data._encoding.mask(job.data.images[names.index("one.png")], False)["mask"][0, 0].tolist()
         == [1.0] * 4 + [0.25] * 4
@@ -68,7 +68,7 @@ SOURCES = ("metadata.jsonl", "metadata.csv", "shard", "saved", "parquet", "strea
 
 
 def as_source(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """The images and masks of `folder` in another kind of source, and what else the recipe says of it."""
+    """The images and masks of `folder` as another kind of source, and the recipe keys that it needs."""
     names = [path.name for path in sorted(folder.glob("*.*")) if path.suffix != ".txt" and ".mask" not in path.name]
     captions = {name: (folder / name).with_suffix(".txt").read_text() for name in names}
     masked = {name: path for name in names if (path := folder / f"{Path(name).stem}.mask.png").is_file()}
@@ -113,7 +113,7 @@ def as_source(kind: str, folder: Path, tmp_path: Path) -> tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_masks_of_every_kind_of_source_are_those_of_the_folder(kind: str, tmp_path: Path) -> None:
+def test_masks_of_every_kind_of_source_match_those_of_a_folder(kind: str, tmp_path: Path) -> None:
     folder = folder_with_masks(tmp_path)
     place, more = as_source(kind, folder, tmp_path)
     plain: dict[str, Any] = {"resolution": 32, "buckets": False, "masks": "beside"}
@@ -125,12 +125,12 @@ def test_masks_of_every_kind_of_source_are_those_of_the_folder(kind: str, tmp_pa
     )
     assert digests == wanted
     assert {finding.kind: finding.count for finding in found.findings}["no mask"] == 2
-    for image in pickle.loads(pickle.dumps(found)).images:  # as one process hands them to the others
+    for image in pickle.loads(pickle.dumps(found)).images:  # as one process sends them to the others
         if "mask" in image.others:
             assert masks.read(image, False)[:, :12].min() == 1 and masks.read(image, False)[:, 20:].max() == 0
 
 
-def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> None:
+def test_masks_outside_the_folder_or_of_an_unsupported_source_are_refused(tmp_path: Path) -> None:
     place, more = as_source("metadata.jsonl", folder_with_masks(tmp_path), tmp_path)
     plain = {"path": str(place), "resolution": 32, "buckets": False, "masks": "beside", **more}
     text = (place / "metadata.jsonl").read_text()
@@ -147,7 +147,7 @@ def test_masks_that_a_metadata_file_or_a_shard_cannot_have(tmp_path: Path) -> No
             scan(Data(path=str(other), masks=str(place / "masks")))
 
 
-def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
+def test_black_mask_gives_no_loss(tmp_path: Path) -> None:
     data = f"data.path={folder_with_masks(tmp_path)}"
     job = prepared(tmp_path / "run", data, "data.masks=beside", "train.batch_size=5")
     train_step, places = job.model.train_steps()[0], range(5)
@@ -168,8 +168,8 @@ def test_where_the_mask_is_black_nothing_is_learned(tmp_path: Path) -> None:
     assert (loss() <= whole).all() and (loss() < whole).sum() == 3 and (black == 0).all()
 
 
-def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
-    """One step on two sources of equal images: gradients are the weighted sums of those of the sources alone."""
+def test_source_weight_scales_its_gradient(tmp_path: Path) -> None:
+    """One step on two sources: the gradient is the weighted sum of the gradients of each source alone."""
 
     def gradients(name: str, first: float, second: float) -> dict[str, torch.Tensor]:
         sources = f'data.sources=[{{path: "{tiny.one_image()}", weight: {first}}}, {{path: "{tiny.images()}", limit: 1, weight: {second}}}]'
@@ -187,11 +187,11 @@ def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
         step = optimizer.step
         named = job.model.trained()
 
-        def watched() -> None:
+        def record_and_step() -> None:
             kept.update({key: parameter.grad.clone() for key, parameter in named.items()})
             step()
 
-        optimizer.step = watched
+        optimizer.step = record_and_step
         job.trainer.train_step(0)
         return kept
 
@@ -201,7 +201,7 @@ def test_a_weight_is_a_factor_on_the_loss_of_its_source(tmp_path: Path) -> None:
         torch.testing.assert_close(gradient, 0.25 * first[key] + 3 * second[key], rtol=1e-4, atol=1e-7)
 
 
-def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_folder_of_masks_is_used_and_invalid_masks_are_refused(tmp_path: Path) -> None:
     folder = folder_with_masks(tmp_path)
     apart = tmp_path / "masks"
     apart.mkdir()
@@ -227,7 +227,7 @@ def test_a_folder_of_masks_and_what_does_not_fit(tmp_path: Path) -> None:
         scan(Data(path=str(folder), resolution=32, buckets=False, masks="beside"))
 
 
-def test_a_mask_that_changed_is_told(tmp_path: Path) -> None:
+def test_mask_changed_after_the_audit_is_refused(tmp_path: Path) -> None:
     folder = folder_with_masks(tmp_path)
     job = prepared(tmp_path / "run", f"data.path={folder}", "data.masks=beside", f"data.cache={tmp_path / 'cache'}")
     Image.fromarray(numpy.full((32, 32), 7, numpy.uint8)).save(folder / "zero.mask.png")

@@ -24,13 +24,13 @@ from finetune.data.shape import AudioShape, ImageShape, Shape, VideoShape, shape
         (AudioShape(32_000, 16_000), "2 s", (4_000,)),
     ],
 )
-def test_shape_text_latent_and_plain_form(shape: Shape, text: str, latent: tuple[int, ...]) -> None:
+def test_shape_has_the_expected_text_latent_and_plain_form(shape: Shape, text: str, latent: tuple[int, ...]) -> None:
     assert str(shape) == text
     assert shape.latent(8, 4) == latent
     assert shape_of(shape.plain()) == shape
 
 
-def test_clip_saved_and_read_back_is_equal(tmp_path: Path) -> None:
+def test_video_sample_is_equal_after_saving_and_opening(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (12, 8), (40 * number, 10, 200)) for number in range(5)]
     VideoSample(frames, 10).save(tmp_path / "a.webp", {"prompt": "x"})
     clip, about = open_sample(tmp_path / "a.webp")
@@ -43,7 +43,7 @@ def test_clip_saved_and_read_back_is_equal(tmp_path: Path) -> None:
         video.decode((tmp_path / "a.webp").read_bytes(), "white", 6)
 
 
-def test_sound_saved_and_read_back_is_equal_to_16_bits(tmp_path: Path) -> None:
+def test_audio_sample_is_equal_to_16_bits_after_saving_and_opening(tmp_path: Path) -> None:
     time = numpy.arange(1600) / 16_000
     wave = numpy.stack([numpy.sin(2 * numpy.pi * 440 * time), time * 5]).astype(numpy.float32)
     AudioSample(wave, 16_000).save(tmp_path / "a.wav", {"seed": "1"})
@@ -58,7 +58,7 @@ def test_sound_saved_and_read_back_is_equal_to_16_bits(tmp_path: Path) -> None:
         audio.decode(b"no sound")
 
 
-def test_image_sample_keeps_what_it_was_generated_from(tmp_path: Path) -> None:
+def test_image_sample_keeps_its_metadata(tmp_path: Path) -> None:
     ImageSample(Image.new("RGB", (4, 4), "red")).save(tmp_path / "a.png", {"prompt": "ein Fuß"})
     image, about = open_sample(tmp_path / "a.png")
     assert isinstance(image, ImageSample) and about["prompt"] == "ein Fuß"

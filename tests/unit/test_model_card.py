@@ -1,4 +1,4 @@
-"""What lies in `final/` beside the weights, and in the header of a LoRA's file: true, readable by the hub, and nothing private."""
+"""The files in `final/` beside the weights, and a LoRA's header: accurate, readable by the hub, nothing private."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def content_hash(file: Path) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def test_the_file_says_what_it_is_and_how_it_was_trained() -> None:
+def test_lora_header_describes_the_model_and_its_training() -> None:
     file = run() / "final" / LORA_FILE
     found = header(file)
     assert {
         "ss_network_dim": "4",
-        "ss_network_alpha": "6",  # 3 · √4: rsLoRA's scale, folded
+        "ss_network_alpha": "6",  # 3 · √4: rsLoRA's scale, folded into the alpha
         "ss_sd_model_name": "sd15",
         "ss_resolution": "(32, 32)",
         "ss_num_train_images": "5",
@@ -65,7 +65,7 @@ def test_the_file_says_what_it_is_and_how_it_was_trained() -> None:
     assert PEFT in found
 
 
-def test_what_is_exported_says_the_same_under_its_own_hash(tmp_path: Path) -> None:
+def test_exported_lora_header_has_the_same_metadata_and_its_own_hash(tmp_path: Path) -> None:
     whole = header(run() / "final" / LORA_FILE)
     for layout, out in (("diffusers", tmp_path / "half"), ("kohya", tmp_path / "half.safetensors")):
         (file,) = export(run(), layout, dtype="float16", out=out)
@@ -77,7 +77,7 @@ def test_what_is_exported_says_the_same_under_its_own_hash(tmp_path: Path) -> No
         assert (PEFT in found) == (layout == "diffusers")
 
 
-def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
+def test_model_card_is_valid_for_the_hub_and_shows_the_samples() -> None:
     final = run() / "final"
     card = ModelCard.load(final / "README.md")
     front = card.data.to_dict()
@@ -87,7 +87,7 @@ def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
         "sks",
     )
     assert "lora" in front["tags"]
-    assert "base_model" not in front, "the base is no name on the hub: it would lead nowhere"
+    assert "base_model" not in front, "the base is not on the hub, so its link would lead nowhere"
     (shown,) = front["widget"]
     assert shown["text"] == PROMPT
     with (
@@ -101,7 +101,7 @@ def test_the_card_is_read_by_the_hub_and_shows_the_samples() -> None:
     assert "| train | 5 images |" in card.text
 
 
-def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
+def test_model_card_names_a_base_on_the_hub(tmp_path: Path) -> None:
     plan = load_plan(run())
     model = dataclasses.replace(plan.recipe.model, path="stabilityai/stable-diffusion-2-1")
     write_card(tmp_path, run(), dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, model=model)), 2)
@@ -109,7 +109,7 @@ def test_a_base_on_the_hub_is_named(tmp_path: Path) -> None:
     assert (front["base_model"], front["base_model_relation"]) == ("stabilityai/stable-diffusion-2-1", "adapter")
 
 
-def test_nothing_private_leaves() -> None:
+def test_final_folder_holds_no_private_paths() -> None:
     for file in (run() / "final").rglob("*"):
         if file.is_file():
             content = file.read_bytes()
@@ -117,7 +117,7 @@ def test_nothing_private_leaves() -> None:
                 assert private.encode() not in content, file
 
 
-def test_public_names(tmp_path: Path) -> None:
+def test_public_name_strips_local_folders(tmp_path: Path) -> None:
     assert public_name("owner/model") == "owner/model"
     assert public_name("embedded:base") == "embedded:base"
     assert public_name(str(tmp_path / "my-model")) == "my-model"

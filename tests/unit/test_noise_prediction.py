@@ -1,4 +1,4 @@
-"""The step's arithmetic against references that are not ours: diffusers' schedulers and pipelines, torch, closed forms."""
+"""The training step's arithmetic against references: diffusers' schedulers and pipelines, torch, closed forms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def clean_latents(count: int = 64) -> Tensor:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_noised_sample_and_target_are_diffusers_own(prediction: Prediction) -> None:
+def test_noised_sample_and_target_match_diffusers(prediction: Prediction) -> None:
     clean, draw = clean_latents(), Draw(0, 3, range(64))
     noised = Denoising(SCHEDULER.alphas_cumprod, prediction, Diffusion()).noise(clean, draw)
     noise = draw.normal("noise", (4, 8, 8))
@@ -49,8 +49,8 @@ def test_noised_sample_and_target_are_diffusers_own(prediction: Prediction) -> N
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 0.5])
-def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> None:
-    """The share drawn below t is that of u below its inverse, u = t / (s − (s − 1) t), and 1 leaves every timestep where it is."""
+def test_shifted_timesteps_follow_the_inverse_shift(factor: float) -> None:
+    """P(timestep < t) is the inverse shift u = t / (s − (s − 1) t); a factor of 1 changes nothing."""
     draw = Draw(0, 3, range(20000))
     drawn = (
         Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor))
@@ -66,7 +66,7 @@ def test_shifted_timesteps_are_as_often_as_the_inverse_says(factor: float) -> No
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_two_parts_of_the_timesteps_are_drawn_as_the_whole_is(factor: float) -> None:
+def test_timesteps_of_two_parts_follow_the_whole_distribution(factor: float) -> None:
     objective, draw = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(shift=factor)), Draw(0, 3, range(20000))
     whole, least, most = (
         objective.noise(torch.zeros(20000, 1, 1, 1), draw, part).timestep
@@ -85,7 +85,7 @@ def test_two_parts_of_the_timesteps_are_drawn_as_the_whole_is(factor: float) -> 
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weights(prediction: Prediction) -> None:
+def test_min_snr_weights_match_the_paper(prediction: Prediction) -> None:
     """Hang et al. 2023, §3.4, written with SNR = ᾱ/(1−ᾱ) in float64: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v."""
     alphas = SCHEDULER.alphas_cumprod.double()
     snr = alphas / (1 - alphas)
@@ -95,7 +95,7 @@ def test_min_snr_weights(prediction: Prediction) -> None:
     assert Denoising(torch.zeros(1), prediction, Diffusion(min_snr_gamma=5)).weight(torch.tensor([0])).isfinite().all()
 
 
-def test_noise_offset_moves_each_channel_as_a_whole() -> None:
+def test_noise_offset_shifts_each_channel_as_a_whole() -> None:
     clean, draw = torch.zeros(256, 4, 8, 8), Draw(0, 0, range(256))
     plain = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion()).noise(clean, draw)
     moved = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion(noise_offset=0.1)).noise(clean, draw)
@@ -106,7 +106,7 @@ def test_noise_offset_moves_each_channel_as_a_whole() -> None:
     torch.testing.assert_close(moved.sample - plain.sample, sigma * offset, rtol=1e-4, atol=1e-6)
 
 
-def test_huber_is_square_for_small_and_linear_for_large_errors() -> None:
+def test_huber_loss_is_quadratic_for_small_and_linear_for_large_errors() -> None:
     noised = Denoising(SCHEDULER.alphas_cumprod, "epsilon", Diffusion()).noise(
         torch.zeros(4, 1, 2, 2), Draw(0, 0, range(4))
     )
@@ -116,7 +116,7 @@ def test_huber_is_square_for_small_and_linear_for_large_errors() -> None:
     torch.testing.assert_close(large, torch.full((4,), 2 * 0.1 * 1e3), rtol=1e-3, atol=0)
 
 
-def test_zero_terminal_snr_is_diffusers_own_and_refused_with_epsilon(tmp_path: Path) -> None:
+def test_zero_terminal_snr_matches_diffusers_and_is_refused_with_epsilon(tmp_path: Path) -> None:
     zero = "diffusion={zero_terminal_snr: true}"
     job = tiny.prepare(tiny.recipe("sd21", "lora", zero, folder=tmp_path / "v"))
     alphas = job.model.train_steps()[0].objective.alphas_cumprod  # type: ignore[attr-defined]
@@ -131,10 +131,10 @@ def test_zero_terminal_snr_is_diffusers_own_and_refused_with_epsilon(tmp_path: P
 
 
 @pytest.mark.parametrize("name", tiny.PIPELINES)
-def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
+def test_pretrained_loss_matches_the_formula_with_diffusers_parts(name: str, tmp_path: Path) -> None:
     """Latents from the plain VAE, conditions from the pipeline's `encode_prompt`, noise and target from DDPMScheduler.
 
-    The images are not square and the bucket crops them, so SDXL's size and crop conditions are not trivial.
+    The images are not square and are cropped by their bucket, so SDXL's size and crop conditions are not trivial.
     """
     wide = ("data.buckets=true", "data.bucket_step=8", "data.caption_dropout=0", "train.batch_size=1")
     job = tiny.prepare(tiny.recipe(name, "lora", *wide, folder=tmp_path / "run"))
@@ -173,7 +173,7 @@ def test_the_step_is_the_formula_written_out(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(ours).detach(), torch.cat(reference), rtol=1e-4, atol=1e-5)
 
 
-def test_draws_depend_on_seed_step_place_and_purpose_alone() -> None:
+def test_draw_depends_only_on_seed_step_index_and_purpose() -> None:
     together, alone = Draw(7, 2, [3, 1, 4]), Draw(7, 2, [4])
     kinds: list[Callable[[Draw], Tensor]] = [
         lambda d: d.normal("noise", (2, 3)),
@@ -188,7 +188,7 @@ def test_draws_depend_on_seed_step_place_and_purpose_alone() -> None:
     assert not torch.equal(alone.normal("a", (2,)), alone.normal("b", (2,)))
 
 
-def test_draws_are_distributed_as_they_say() -> None:
+def test_draw_distributions_have_the_expected_moments() -> None:
     draw = Draw(0, 0, range(4000))
     normal, uniform, whole = draw.normal("n", (4,)), draw.uniform("u"), draw.integers("i", 10)
     # Bounds of about five standard errors.
@@ -205,8 +205,11 @@ def test_draws_are_distributed_as_they_say() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_schedules_are_transformers_own_but_for_the_first_step(schedule: str) -> None:
-    """Theirs starts the warm-up at 0, which wastes a step; ours at lr / warm-up, so each rate of it comes one step sooner."""
+def test_lr_schedule_matches_transformers_except_for_the_first_step(schedule: str) -> None:
+    """Theirs starts the warm-up at 0, which wastes a step.
+
+    Ours at lr / warm-up, so each warm-up rate comes one step earlier.
+    """
     section, steps = Optimizer(lr=1e-3, schedule=schedule, warmup_steps=5), 23  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
@@ -221,7 +224,7 @@ def test_schedules_are_transformers_own_but_for_the_first_step(schedule: str) ->
     assert ours[:4] == pytest.approx(rates[1:5], rel=1e-9)
 
 
-def test_averages_follow_the_closed_form_and_swap_back() -> None:
+def test_ema_follows_the_closed_form_and_swaps_back() -> None:
     weight = nn.Parameter(torch.randn(3, 5))
     ema = Ema({"weight": weight}, 0.5)
     expected = weight.detach().double()
@@ -254,7 +257,7 @@ def stepped(make: Make | Optimizer, sizes: tuple[int, ...] = (64, 80)) -> tuple[
     return weight.detach(), optimizer
 
 
-def test_adamw_is_torchs_plain_one() -> None:
+def test_adamw_matches_torchs_unfused_adamw() -> None:
     section = Optimizer(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     plain = functools.partial(
         torch.optim.AdamW, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, fused=False, foreach=False
@@ -262,7 +265,7 @@ def test_adamw_is_torchs_plain_one() -> None:
     torch.testing.assert_close(stepped(section)[0], stepped(plain)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_eight_bit_adamw_keeps_eight_bits_and_stays_near() -> None:
+def test_adamw8bit_stores_8_bits_and_stays_close_to_adamw() -> None:
     weight, optimizer = stepped(Optimizer(name="adamw8bit", lr=1e-2))
     states = [tensor for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)]
     assert sum(tensor.numel() for tensor in states if tensor.dtype == torch.uint8) == 2 * weight.numel()
@@ -274,7 +277,7 @@ def test_eight_bit_adamw_keeps_eight_bits_and_stays_near() -> None:
     assert [tensor.dtype for tensor in moments] == [torch.float32] * 2
 
 
-def test_adafactor_keeps_rows_and_columns_and_takes_the_recipes_rate() -> None:
+def test_adafactor_stores_rows_and_columns_and_uses_the_recipes_rate() -> None:
     weight, optimizer = stepped(Optimizer(name="adafactor", lr=1e-2))
     kept = sum(
         tensor.numel() for state in optimizer.state.values() for tensor in state.values() if isinstance(tensor, Tensor)
@@ -285,7 +288,7 @@ def test_adafactor_keeps_rows_and_columns_and_takes_the_recipes_rate() -> None:
     assert float((weight - start).norm() / (slower - start).norm()) == pytest.approx(10, rel=0.05)
 
 
-def test_targets_name_layers() -> None:
+def test_lora_targets_select_layers() -> None:
     net: Any = DiffusionPipeline.from_pretrained(tiny.pipeline("sd15")).unet
     attention = [
         name
@@ -302,12 +305,12 @@ def test_targets_name_layers() -> None:
         layers(net, "to_qq")
 
 
-def test_merges_are_those_of_the_papers_example() -> None:
-    """Sennrich et al. 2016, algorithm 1: low ×5, lower ×2, newest ×6, widest ×3 (there es, est, est·, lo, low, …)."""
+def test_learned_bpe_merges_match_the_papers_example() -> None:
+    """Sennrich et al. 2016, algorithm 1, with their counts: low ×5, lower ×2, newest ×6, widest ×3."""
     merges = learn_merges({"low": 5, "lower": 2, "newest": 6, "widest": 3}, 4)
     assert [left + right for left, right in merges] == ["es", "est</w>", "lo", "ew"]
     captions = ["a red circle", "a blue square", "red red blue"]
     one, other = (learn_tokenizer(order, 530, 8) for order in (captions, captions[::-1]))
     assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
-    assert one("Été ☂").input_ids.count(one.eos_token_id) == 1, "any text has tokens of its own"
+    assert one("Été ☂").input_ids.count(one.eos_token_id) == 1, "text outside the vocabulary must not become <eos>"
     assert math.isclose(len(one), 530, abs_tol=2)

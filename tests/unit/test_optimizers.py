@@ -1,4 +1,4 @@
-"""The optimizers of pytorch-optimizer, as this project sets them: their papers' formulas, what they keep, and what a plan says of them."""
+"""The optimizers of pytorch-optimizer: their papers' formulas, their state, and the plan's notes on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE, STEPS = (6, 9), 40
 
 
 def gradients() -> tuple[Tensor, list[Tensor]]:
-    """A start, and gradients that mostly agree: a distance is there to be found."""
+    """Initial weights, and gradients that mostly agree, so that there is a distance for Prodigy to estimate."""
     generator = torch.Generator().manual_seed(0)
     start, common = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
     return start, [common + 0.3 * torch.randn(SHAPE, generator=generator) for _ in range(STEPS)]
@@ -60,9 +60,10 @@ def schedulefree(one: Optimizer) -> Tensor:
 
 
 def prodigy(one: Optimizer) -> Tensor:
-    """arXiv:2306.06101, algorithm 4, with Adam's bias correction; r and s stand without the factor 1 − √β₂, which cancels in d̂.
+    """arXiv:2306.06101, algorithm 4, with Adam's bias correction.
 
-    While the rate warms up, s takes γ as 1, so that small rates do not make the distance look large (`safeguard_warmup`).
+    The factor 1 − √β₂ in r and s is omitted, since it cancels in d̂. During warm-up, s uses γ = 1, so that small rates
+    do not make the distance look large (`safeguard_warmup`).
     """
     start, found = gradients()
     weight, first, second, ratio, total = start, torch.zeros(SHAPE), torch.zeros(SHAPE), 0.0, torch.zeros(SHAPE)
@@ -81,7 +82,7 @@ def prodigy(one: Optimizer) -> Tensor:
 
 
 def came(one: Optimizer) -> Tensor:
-    """arXiv:2307.02047, algorithm 2: Adafactor's update, its moment, and that divided by how far the two lie apart."""
+    """arXiv:2307.02047, algorithm 2: Adafactor's update, its momentum, divided by the deviation of the two."""
     weight, found = gradients()
     moment, rows, columns, far_rows, far_columns = (
         torch.zeros(SHAPE),
@@ -107,7 +108,7 @@ def came(one: Optimizer) -> Tensor:
 
 
 @pytest.mark.parametrize("reference", [lion, schedulefree, prodigy, came])
-def test_the_papers_steps(reference: Callable[[Optimizer], Tensor]) -> None:
+def test_optimizer_steps_match_its_papers_algorithm(reference: Callable[[Optimizer], Tensor]) -> None:
     name: Any = reference.__name__
     section = Optimizer(name=name, lr=1.0 if name == "prodigy" else 1e-2, weight_decay=0.1, warmup_steps=2)
     start, found = gradients()
@@ -125,13 +126,13 @@ def test_the_papers_steps(reference: Callable[[Optimizer], Tensor]) -> None:
         )
     assert torch.equal(weight, trained)
     if name == "prodigy":
-        assert 1e-6 < effective_lr(optimizer) < 1, "the rate that is told is the one that was found"
+        assert 1e-6 < effective_lr(optimizer) < 1, "the reported rate must be the estimated one"
 
 
 @pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "schedulefree", "lion", "came"])
-def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
-    """An adapter of rank 8, for real and as the trace sees it; a step's number and the like are a few bytes."""
+def test_optimizer_state_has_the_planned_size(name: Any, fake: bool) -> None:
+    """An adapter of rank 8, with real and fake tensors; step counters and the like take a few bytes."""
     rank, width = 8, 512
     with contextlib.ExitStack() as stack:
         if fake:
@@ -144,7 +145,7 @@ def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         assert name != "prodigy" or "d_hat" in optimizer.param_groups[0], (
-            "a trace must not end where the step asks whether all gradients are zero"
+            "tracing must not stop where the step checks whether all gradients are zero"
         )
         kept = sum(
             value.nbytes for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
@@ -152,7 +153,7 @@ def test_what_an_optimizer_keeps(name: Any, fake: bool) -> None:
     assert kept / (2 * rank * width) == pytest.approx(bytes_a_weight(name, 1 / rank + 1 / width), abs=0.01)
 
 
-def test_settings_that_are_hardly_meant_are_noted(tmp_path: Path) -> None:
+def test_optimizer_settings_that_are_probably_mistakes_are_noted(tmp_path: Path) -> None:
     def notes(*overrides: str) -> str:
         long = ("train.steps=1000", "sample.every=100")  # else the length is noted
         recipe = tiny.recipe("sd15", "lora", *long, *overrides, folder=tmp_path)

@@ -1,7 +1,7 @@
-"""Each family beside its pipeline in diffusers: the same conditions, and a loss that is the pipeline's own call of the net, written out.
+"""Each family against its pipeline in diffusers: the same conditions, and a loss from the same prediction.
 
-The pipeline is called once, for a single step from noise, and its net is listened to: what it was given at that noise level the family's
-`predict` must give it too, and what it made of it is the velocity (or noise) that the loss compares.
+The pipeline runs a single step from noise, and its network's inputs and outputs are recorded: the family's `predict`
+must pass the same inputs at that noise level, and the output is the velocity (or noise) in the loss.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def conditions(name: str, words: str, negative: bool = False) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
-    """From words and from our conditions, prompt and negative prompt, the pipeline draws the same image."""
+def test_conditions_give_the_pipelines_own_image(name: str) -> None:
+    """From text and from our conditions, prompt and negative prompt, the pipeline generates the same image."""
     family, pipeline = opened(name)
     given = family.call(conditions(name, WORDS[0]), conditions(name, "", negative=True), 3.0)
     own = {key: value for key, value in given.items() if "embeds" not in key and "mask" not in key} | {
@@ -63,34 +63,34 @@ def test_conditions_are_those_of_the_pipelines_own_call(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_what_is_counted_as_read_is_read(name: str, tmp_path: Path) -> None:
-    """Templates and system prompts count; `ft data check`, which opens no net, counts as training does."""
+def test_caption_tokens_counts_exactly_what_the_encoder_reads(name: str, tmp_path: Path) -> None:
+    """Including templates and system prompts; `ft data check`, which loads no network, counts the same as training."""
     family, pipeline = opened(name)
     reader = loading.open_reader(tiny.recipe(name, "full", folder=tmp_path), ())
     assert reader is not None
-    one, limit = family.caption_tokens(pipeline, "a")  # of these tokenizers each letter is a token
+    one, limit = family.caption_tokens(pipeline, "a")  # in these tokenizers each letter is a token
     longest = "a" * (limit - one)
     assert family.caption_tokens(pipeline, longest + "b") == (limit, limit)
     for caption in (longest + "b", *WORDS, ""):
         assert reader.count(caption) == family.caption_tokens(pipeline, caption)
     read, also = (conditions(name, longest + end)["prompt_embeds"] for end in "bc")
     assert not torch.equal(read, also)
-    behind = longest + 40 * "a"  # a chat's template goes on behind the caption
+    behind = longest + 40 * "a"  # a chat template continues after the caption
     read, also = (conditions(name, behind + end)["prompt_embeds"] for end in "bc")
     assert torch.equal(read, also)
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> None:
-    """One Euler step of the pipeline from pure noise goes by its prediction: (x_1 − x_0) / (σ_1 − σ_0), for a scheduler that takes such steps.
+def test_flow_loss_compares_the_pipelines_prediction_with_the_target(name: str) -> None:
+    """One Euler step of the pipeline from pure noise gives its prediction as (x_1 − x_0) / (σ_1 − σ_0).
 
-    At that noise level, of those latents and that caption, the loss must be the mean square of its difference to ε − x_0.
+    At the same noise level, latents and caption, the loss must be the mean square of its difference to ε − x_0.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     family, pipeline = opened(name)
     if family.spec.objective != "flow":
-        pytest.skip("its objective is tested against its scheduler in test_denoise")
+        pytest.skip("its objective is tested against its scheduler in test_noise_prediction")
     before = pipeline.scheduler
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     seen: list[Tensor] = []
@@ -112,8 +112,8 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
         pipeline.scheduler = before
     velocity, noisy = (_as_grid(family, tensor) for tensor in seen)
 
-    class Fixed:
-        """All noise, σ = 1, as the pipeline begins: x_σ = ε; the clean latents are drawn."""
+    class FixedNoise:
+        """Pure noise, σ = 1, as at the pipeline's first step: x_σ = ε; the clean latents are random."""
 
         def noise(self, clean: Tensor, draw: Draw, part: Part = WHOLE) -> Noised:
             return Noised(noisy, torch.full((1,), 1000.0), noisy - clean, torch.ones(1))
@@ -122,7 +122,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
         family, pipeline.transformer, {}, 1.0 if pipeline.transformer.config.get("guidance_embeds") else None
     )
     objective = objective_of(family, before, tiny.recipe(name, "full", folder=tiny.root() / "unused"))
-    objective.noise = Fixed().noise  # type: ignore[method-assign]
+    objective.noise = FixedNoise().noise  # type: ignore[method-assign]
     clean = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(5))
     batch = stack([{"mean": clean[0], **{key: value[0] for key, value in conditions(name, WORDS[0]).items()}}])
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_the_loss_is_the_pipelines_prediction_against_the_target(name: str) -> N
 
 
 def _as_grid(family: Family, tensor: Tensor) -> Tensor:
-    """What a pipeline handles as a sequence of 2×2 patches, as latents [1, C, h, w]; of FLUX.2 as patches."""
+    """A pipeline's sequence of 2×2 patches as latents [1, C, h, w]; FLUX.2's remain patches."""
     if tensor.dim() == 4:
         return tensor
     side = int(tensor.shape[1] ** 0.5)
@@ -146,7 +146,7 @@ def _as_grid(family: Family, tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_captions_of_several_lengths_in_one_batch_are_as_alone(name: str) -> None:
+def test_predict_of_a_batch_of_caption_lengths_matches_single_captions(name: str) -> None:
     family, pipeline = opened(name)
     channels = pipeline.vae.config.get("z_dim") or pipeline.vae.config.latent_channels
     latents = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(6))
@@ -168,8 +168,8 @@ def test_captions_of_several_lengths_in_one_batch_are_as_alone(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
-    """Given our latents, and a scheduler that leaves them as they are, the pipeline hands its VAE what that VAE had made of the image."""
+def test_encoded_latents_are_what_the_pipeline_decodes(name: str) -> None:
+    """With our latents and a scheduler that leaves them unchanged, the pipeline passes its VAE the same encoding."""
     family, pipeline = opened(name)
     latents = latents_of(pipeline.vae)
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(7)) * 2 - 1
@@ -181,19 +181,19 @@ def test_latents_of_a_image_are_what_the_pipeline_decodes(name: str) -> None:
         seen: list[Tensor] = []
         decode = pipeline.vae.decode
 
-        def listening(given: Tensor, *arguments: Any, **named: Any) -> Any:
+        def recording_decode(given: Tensor, *arguments: Any, **named: Any) -> Any:
             seen.append(given)
             return decode(given, *arguments, **named)
 
-        before, pipeline.vae.decode = pipeline.scheduler, listening
+        before, pipeline.vae.decode = pipeline.scheduler, recording_decode
 
-        class Still(type(before)):  # type: ignore[misc]
-            """Whatever the net says, the latents stay."""
+        class IdentityScheduler(type(before)):  # type: ignore[misc]
+            """Leaves the latents unchanged, whatever the prediction."""
 
             def step(self, prediction: Tensor, timestep: Tensor, sample: Tensor, **_: Any) -> tuple[Tensor]:
                 return (sample,)
 
-        pipeline.scheduler = Still.from_config(before.config)
+        pipeline.scheduler = IdentityScheduler.from_config(before.config)
         try:
             start = _as_the_pipeline_packs(name, mean)
             arguments = family.call(conditions(name, WORDS[0]), conditions(name, "", negative=True), 1.0)

@@ -1,4 +1,4 @@
-"""Samplers of pretrained pipelines: each runs, solvers of one flow agree, and none chosen changes nothing."""
+"""Samplers of pretrained pipelines: each runs, solvers of the same flow agree, and no choice changes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_sampler_valid_for_the_family_runs(name: str, sampler: str) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_sampler_none_is_the_base_s_own(name: str) -> None:
+def test_sampler_none_uses_the_pipelines_scheduler(name: str) -> None:
     family, pipeline = opened(name)
     with sampling_with(pipeline, family.spec, None):
         assert type(pipeline.scheduler).__name__ == type(opened(name)[1].scheduler).__name__
@@ -69,15 +69,15 @@ def _classes(family: Family, sampler: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux1", "sana"])
-def test_solvers_of_one_flow_agree(name: str) -> None:
-    """Where steps are small, every solver follows the same flow."""
+def test_flow_solvers_with_small_steps_agree(name: str) -> None:
+    """With small steps, every solver follows the same flow."""
     reference = image(name, "heun", steps=60, guidance=1.0)
     for sampler in ("euler", "dpm++", "unipc"):
         assert (image(name, sampler, steps=60, guidance=1.0) - reference).abs().mean() < 2.0
 
 
 @pytest.mark.parametrize("name", ["flux1", "qwen-image", "sd3"])
-def test_levels_are_those_of_the_base(name: str) -> None:
+def test_flow_levels_match_the_pipelines_scheduler(name: str) -> None:
     own = opened(name)[1].scheduler
     sigmas, mu = [1.0, 0.75, 0.5, 0.25], 0.6 if own.config.use_dynamic_shifting else None
     levels = flow_levels(own, None, sigmas, mu)
@@ -101,7 +101,7 @@ def test_sampler_that_ignores_zero_terminal_snr_is_refused() -> None:
         image("emoji", "heun")
 
 
-def test_eta_adds_noise() -> None:
+def test_ddim_eta_adds_noise() -> None:
     family, pipeline = opened("sd15")
     plain, noisy = (
         generate_from_prompt(family, pipeline, replace(REQUEST, sampler="ddim", eta=eta), REQUEST.prompts[0], 3)
@@ -112,6 +112,6 @@ def test_eta_adds_noise() -> None:
     assert plain != noisy
 
 
-def test_table_holds_what_is_implemented() -> None:
+def test_sampler_table_lists_the_implemented_samplers() -> None:
     assert {name for name, sampler in SAMPLERS.items() if sampler.scratch} == scratch.SAMPLERS.keys()
     assert all(valid_for(slug) for slug, spec in specs().items() if spec.pretrained)
