@@ -109,6 +109,12 @@ class Data:
     background: str = field("white", "CSS color behind transparent images, such as `white` or `#202020`.")
     image_column: str = field("image", "Hugging Face data sets: the column with the image.")
     caption_column: str = field("text", "Metadata files and Hugging Face data sets: the column with the caption.")
+    captions: str | None = field(
+        None,
+        "A .jsonl or .csv metadata file outside the folder whose captions replace the folder's, such as the one `ft ui` "
+        "writes; `file_name` is relative to the folder.",
+        since="0.2",
+    )
     caption_dropout: float = field(
         0.1,
         "Share of training examples whose caption is replaced by an empty one.",

@@ -95,20 +95,20 @@ def write_page(audit: Audit, facts: dict[str, Any], source: str, path: Path) -> 
         title=f"{source} · ft data check",
         name=tables.short(source.rstrip("/")),
         source=source,
-        verdict=_verdict(audit, facts),
-        problems=[_problem(kind, problems) for kind, problems in _by_kind(audit).items()],
-        warnings=[_warning(audit, finding) for finding in audit.findings],
+        verdict=verdict(audit, facts),
+        problems=[problem(kind, problems) for kind, problems in by_kind(audit).items()],
+        warnings=[warning(audit, finding) for finding in audit.findings],
         data=summary(facts | {"images": thumbnails}),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
+def verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
     """Whether training can start on this data, why not, and what to do."""
     stopping = sorted({problem.kind for problem in audit.problems if problem.stops})
     details = [
         tables.count(len(group), kind) + ("" if kind in stopping else " (ignored)")
-        for kind, group in _by_kind(audit).items()
+        for kind, group in by_kind(audit).items()
     ]
     if facts.get("cut_captions"):
         details.append(f"{tables.count(facts['cut_captions'], 'caption')} longer than the text encoder reads")
@@ -130,14 +130,14 @@ def _verdict(audit: Audit, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _by_kind(audit: Audit) -> dict[str, list[Problem]]:
+def by_kind(audit: Audit) -> dict[str, list[Problem]]:
     found: dict[str, list[Problem]] = {}
     for problem in audit.problems:
         found.setdefault(problem.kind, []).append(problem)
     return found
 
 
-def _problem(kind: str, problems: Sequence[Problem]) -> dict[str, Any]:
+def problem(kind: str, problems: Sequence[Problem]) -> dict[str, Any]:
     """One kind of problem: a preview of each image as far as it can be decoded, and the names of other files."""
     shown, others = [], []
     for problem in problems[:MAX_PROBLEM_IMAGES]:
@@ -156,7 +156,7 @@ def _problem(kind: str, problems: Sequence[Problem]) -> dict[str, Any]:
     }
 
 
-def _warning(audit: Audit, finding: Any) -> dict[str, Any]:
+def warning(audit: Audit, finding: Any) -> dict[str, Any]:
     groups = []
     for places in finding.examples[:MAX_GROUPS]:
         records = [audit.images[place] for place in places[:MAX_GROUP_IMAGES]]

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from finetune.errors import UserError
 from finetune.ui.security import LOOPBACK, Guard
 from finetune.ui.site import Site
-from finetune.ui.tabs import train
+from finetune.ui.tabs import data, train
 
 STATIC = {
     "page.css": ("finetune.report", "templates/page.css", "text/css"),
@@ -35,6 +35,7 @@ def application(site: Site, token: str, hosts: tuple[str, ...] = LOOPBACK) -> AS
     routes = [
         Route("/", _start),
         Route("/static/{name}", _static),
+        *data.ROUTES,
         *train.ROUTES,
     ]
     app = Starlette(routes=routes)

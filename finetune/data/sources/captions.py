@@ -93,7 +93,7 @@ class Captions:
         if place_of(names, "metadata.parquet") is not None:
             where, remedy = str(folder / "metadata.parquet"), "save it as metadata.jsonl or metadata.csv"
             raise UserError("captions in metadata.parquet are not supported", where=where, remedy=remedy)
-        self._table = _Table(tables[0], column, mask_column) if tables else None
+        self._table = MetadataFile(tables[0], column, mask_column) if tables else None
 
     def of(self, name: str) -> Caption:
         """The caption of an image in this folder."""
@@ -166,7 +166,7 @@ def one_line(text: str) -> str:
 
 
 @final
-class _Table:
+class MetadataFile:
     """A metadata file: captions by image name. Each line takes about 20 bytes of memory.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from heapq import merge
 from pathlib import Path
 from typing import final
@@ -12,7 +13,7 @@ from typing import final
 from finetune.config.schema import Data
 from finetune.data.media.video import FRAMES, read_frames
 from finetune.data.shape import Medium
-from finetune.data.sources.captions import TABLES, Captions
+from finetune.data.sources.captions import TABLES, Caption, Captions, MetadataFile
 from finetune.data.sources.entry import Entry, Problem
 from finetune.data.sources.files import is_inside, read_bytes
 from finetune.data.sources.masks import BESIDE, Masks
@@ -59,6 +60,9 @@ class _Folder:
         self._partners = Partners(roles, top, READ_SUFFIXES)
         self._strict = data.unreadable_images == "stop"
         self._mask_column = data.mask_column if data.masks == BESIDE else None
+        self._edited = (
+            MetadataFile(Path(data.captions).expanduser(), data.caption_column, None) if data.captions else None
+        )
         self.found = False
         self.partners: list[tuple[Path, str]] = []
 
@@ -101,7 +105,7 @@ class _Folder:
             if file.parent == self._top:
                 return Problem(printable(file), "missing class", "not in a class folder", True)
             return Entry(printable(file), printable(Path(file.parent.name)), read, str(file))
-        caption = captions.of(file.name)
+        caption = self._caption(file, captions)
         if caption.problem:
             return Problem(printable(file), "unreadable caption", caption.problem, True)
         if caption.mask and not is_inside(Path(caption.mask), self._top):
@@ -116,8 +120,16 @@ class _Folder:
         own_file = "" if file.suffix == FRAMES else str(file)
         return Entry(printable(file), caption.text, read, own_file, others=others)
 
+    def _caption(self, file: Path, captions: Captions) -> Caption:
+        """The caption of the folder, or of `data.captions` where that names the image."""
+        own = captions.of(file.name)
+        edited = self._edited.of(file.relative_to(self._top).as_posix()) if self._edited is not None else None
+        return own if edited is None else replace(edited, mask=own.mask)
+
     def unused(self) -> Iterator[Problem]:
-        """Yield a problem for each partner that belongs to no target."""
+        """Yield a problem for each line of `data.captions` without an image and each partner that belongs to no target."""
+        for line, name in self._edited.unasked() if self._edited is not None else ():
+            yield Problem(f'{line} ("{name}")', "unused caption", "names an image that is not there", False)
         for file, role in self.partners:
             if self._partners.unused(file):
                 yield Problem(printable(file), "unused partner", f"{role}: no target has this name", False)

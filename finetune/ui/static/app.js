@@ -34,3 +34,17 @@ async function follow(element) {
 }
 
 document.querySelectorAll("[data-poll]").forEach(follow);
+
+// Forms with data-into are sent without leaving the page; the answer replaces the element with that id.
+document.addEventListener("submit", async (event) => {
+  const form = event.target.closest("form[data-into]");
+  if (!form) return;
+  event.preventDefault();
+  const fields = new URLSearchParams(new FormData(form));
+  fields.set("fragment", "1");
+  const answer = await fetch(form.action, { method: "POST", body: fields, headers: { "x-fragment": "1" } });
+  const made = new DOMParser().parseFromString(await answer.text(), "text/html").body.firstElementChild;
+  if (answer.ok) document.getElementById(form.dataset.into).replaceWith(made);
+  else form.after(made);
+});
+document.addEventListener("input", (event) => event.target.closest("form[data-into]")?.classList.add("changed"));
