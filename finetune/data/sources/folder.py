@@ -128,7 +128,7 @@ class _Folder:
 
     def unused(self) -> Iterator[Problem]:
         """Yield a problem for each line of `data.captions` without an image and each partner that belongs to no target."""
-        for line, name in self._edited.unasked() if self._edited is not None else ():
+        for line, name in self._edited.unused() if self._edited is not None else ():
             yield Problem(f'{line} ("{name}")', "unused caption", "names an image that is not there", False)
         for file, role in self.partners:
             if self._partners.unused(file):
