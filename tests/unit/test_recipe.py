@@ -1,4 +1,4 @@
-"""The recipe: what it takes, what it refuses and how it says so."""
+"""Recipes: what is accepted, what is refused, and the error messages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def added(section: str, line: str) -> str:
     return f"{MINIMAL}{section}:\n  {line}\n"
 
 
-def test_defaults_and_types_of_what_was_written() -> None:
+def test_parse_recipe_applies_defaults_and_types() -> None:
     recipe = parse(added("optimizer", "lr: 1e-4"))
     assert recipe.optimizer.lr == 1e-4, "PyYAML itself reads 1e-4 as text"
     assert recipe.adapter is not None and recipe.adapter.rank == 4 and isinstance(recipe.adapter.rank, int)
@@ -65,8 +65,8 @@ def test_defaults_and_types_of_what_was_written() -> None:
 
 
 @pytest.mark.parametrize("written", ["no", "on", "null", "~", "1.0", "2024-01-01", "0x10", "1_000", "NaN", "'no'"])
-def test_text_stays_the_text_that_was_written(written: str) -> None:
-    """In YAML `no` is False, `1.0` a number, `2024-01-01` a date, `~` nothing; as a prompt each is itself."""
+def test_text_that_yaml_would_convert_stays_text(written: str) -> None:
+    """In YAML `no` is False, `1.0` a number, `2024-01-01` a date and `~` null; in a prompt each is text."""
     assert parse(added("sample", f"prompts: [{written}]")).sample.prompts == (written.strip("'"),)
 
 
@@ -99,7 +99,7 @@ def test_set_overrides_scalars_lists_and_sections(key: str, written: str, value:
     assert found == value and type(found) is type(value)
 
 
-def test_set_makes_a_section_and_replaces_sources() -> None:
+def test_set_creates_a_section_and_replaces_sources() -> None:
     assert parse(MINIMAL, "diffusion.huber=0.1").diffusion is not None
     listed = MINIMAL.replace(
         "  path: images", "  sources:\n    - path: one\n    - {path: two, repeats: 3, prefix: a cat}"
@@ -164,7 +164,9 @@ def test_set_makes_a_section_and_replaces_sources() -> None:
         (added("model", "build: " + "{a: " * 20 + "1" + "}" * 20), 3, "nested deeper than", ""),
     ],
 )
-def test_a_mistake_is_named_with_its_line_and_remedy(text: str, line: int | None, says: str, remedy: str) -> None:
+def test_recipe_with_a_mistake_is_refused_with_line_and_fix(
+    text: str, line: int | None, says: str, remedy: str
+) -> None:
     error = refusal(text)
     assert says in error.problem
     assert error.where.split(",")[0] == ("my.yaml" if line is None else f"my.yaml:{line}")
@@ -185,14 +187,14 @@ def test_a_mistake_is_named_with_its_line_and_remedy(text: str, line: int | None
         ("method.x=3", "method must be one value"),
     ],
 )
-def test_a_mistake_in_set_is_named(assignment: str, says: str) -> None:
+def test_set_with_a_mistake_is_refused(assignment: str, says: str) -> None:
     error = refusal(MINIMAL, assignment)
     assert says in error.problem
     assert assignment in error.problem or error.where.startswith("--set ") or error.where.startswith("my.yaml:1")
 
 
-def test_an_error_found_later_still_names_the_line() -> None:
-    """A key that the file leaves out, and what is no key, have none."""
+def test_error_location_adds_the_line_of_a_key() -> None:
+    """Keys that the file leaves out, and names that are not keys, have no line."""
     for where, expected in (
         ("model.family", "my.yaml:3, model.family"),
         ("data.cache", "data.cache"),
@@ -221,7 +223,7 @@ def test_free_mapping_keeps_yaml_types_and_reads_1e_4_as_a_number() -> None:
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
-def test_what_a_recipe_resolves_to_reads_back_as_the_same(name: str) -> None:
+def test_resolved_recipe_reads_back_equal(name: str) -> None:
     recipe = load_recipe(
         name, ["sample.prompts=['no', 'null', '1e-4', ' a: b # c']", "sample.negative=''", "optimizer.clip_norm=null"]
     )
@@ -232,7 +234,7 @@ def test_what_a_recipe_resolves_to_reads_back_as_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_bundled_recipes_are_short_and_say_whom_they_are_for(path: Path) -> None:
+def test_bundled_recipe_is_short_and_begins_with_its_audience(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40
     assert lines[0].startswith("# yaml-language-server: ")
@@ -240,7 +242,7 @@ def test_bundled_recipes_are_short_and_say_whom_they_are_for(path: Path) -> None
     assert load_recipe(path).method == path.parent.name
 
 
-def test_the_demo_draws_what_its_lora_never_sees() -> None:
+def test_demo_prompts_are_not_among_the_training_captions() -> None:
     recipe = load_recipe("lora/emoji")
     captions = {}
     for name in ("twemoji-train", "twemoji-unseen", "noto"):
@@ -249,7 +251,7 @@ def test_the_demo_draws_what_its_lora_never_sees() -> None:
     assert drawn and all(found == ["twemoji-unseen", "noto"] for found in drawn.values()), drawn
 
 
-def test_a_recipe_is_found_by_file_and_by_name(tmp_path: Path) -> None:
+def test_load_recipe_finds_files_and_names(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(MINIMAL)
     assert load_recipe(file).name == "mine"
@@ -273,8 +275,8 @@ def test_a_recipe_is_found_by_file_and_by_name(tmp_path: Path) -> None:
     ],
     ids=["brackets", "keys", "lists", "sections", "length"],
 )
-def test_a_recipe_made_to_overwhelm_the_reader_is_refused_at_once(text: str) -> None:
-    """libyaml itself takes minutes for the first, and crashes the process at the second."""
+def test_recipe_that_would_overwhelm_the_parser_is_refused_quickly(text: str) -> None:
+    """libyaml itself takes minutes for the first, and crashes the process on the second."""
     start = time.perf_counter()
     assert "deeper than" in (said := refusal(text).problem) or "longer than" in said
     assert time.perf_counter() - start < 2
@@ -288,11 +290,11 @@ def test_a_recipe_made_to_overwhelm_the_reader_is_refused_at_once(text: str) -> 
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!x y", "!!binary aGk="]
 )
-def test_a_tag_makes_nothing(tag: str) -> None:
+def test_yaml_tag_is_refused(tag: str) -> None:
     assert "tags such as" in refusal(added("model", f"vae: {tag}")).problem
 
 
-def test_a_recipe_leads_nowhere_but_where_it_says() -> None:
+def test_recipe_values_cannot_name_places_outside_their_folders() -> None:
     assert "leads out of" in refusal_of(lambda: embedded("embedded:../../../etc")).problem
     assert "must not contain slashes" in refusal(MINIMAL + "name: ../../elsewhere\n").problem
     for family in ("os", "../x", "models.sd", "text_to_image", "__init__"):
@@ -302,7 +304,7 @@ def test_a_recipe_leads_nowhere_but_where_it_says() -> None:
         )
 
 
-# Strings near to YAML, near to recipes: keys, marks and odd characters in any order.
+# Strings close to YAML and to recipes: keys, punctuation and odd characters in any order.
 _WORDS = [
     "method",
     "lora",
@@ -349,7 +351,7 @@ _EDITS = st.tuples(
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, len(_LINES) - 1), st.integers(5, 60), st.lists(_EDITS, min_size=1, max_size=6))
-def test_any_recipe_with_lines_gone_moved_or_changed_is_read_or_refused(
+def test_any_edited_recipe_is_read_or_refused(
     start: int, count: int, edits: list[tuple[str, int, int, list[str]]]
 ) -> None:
     lines = _LINES[start : start + count]
@@ -389,7 +391,7 @@ def test_any_override_is_read_or_refused_with_a_message(key: str, text: str) -> 
 
 
 @pytest.mark.parametrize(("written", "every"), [("true", 1), ("false", 0), ("1", 1), ("3", 3)])
-def test_gradient_checkpointing_is_of_every_block_or_every_nth(written: str, every: int) -> None:
+def test_gradient_checkpointing_accepts_every_block_or_every_nth(written: str, every: int) -> None:
     recipe = parse(added("train", f"gradient_checkpointing: {written}"))
     assert recipe.train.checkpointed == every
     assert parse(yaml.safe_dump(to_dict(recipe))).train == recipe.train
@@ -399,5 +401,5 @@ def test_gradient_checkpointing_is_of_every_block_or_every_nth(written: str, eve
     ("written", "said"),
     [("0", "between 1 and 10,000"), ("maybe", "true or false, or a whole number"), ("1.5", "a whole number")],
 )
-def test_gradient_checkpointing_of_nonsense_is_refused(written: str, said: str) -> None:
+def test_gradient_checkpointing_with_an_invalid_value_is_refused(written: str, said: str) -> None:
     assert said in str(refusal(added("train", f"gradient_checkpointing: {written}")))

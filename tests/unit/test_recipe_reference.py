@@ -32,13 +32,13 @@ def plain(name: str) -> dict[str, Any]:
     return loaded
 
 
-def test_reference_page_is_current() -> None:
+def test_recipe_reference_page_is_current() -> None:
     assert (DOCS / "reference" / "recipe.md").read_text(encoding="utf-8") == reference.markdown(), (
         "run python tools/generate_docs.py recipe"
     )
 
 
-def test_schema_file_is_current() -> None:
+def test_recipe_schema_file_is_current() -> None:
     assert (RECIPES / "recipe.schema.json").read_text(encoding="utf-8") == json_schema.text(), (
         "run python tools/generate_docs.py schema"
     )
@@ -46,7 +46,7 @@ def test_schema_file_is_current() -> None:
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
-def test_recipe_names_the_schema_and_follows_it(name: str) -> None:
+def test_bundled_recipe_names_the_schema_and_conforms_to_it(name: str) -> None:
     file = RECIPES / f"{name}.yaml"
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     assert first.startswith(json_schema.HEADER)
@@ -75,7 +75,7 @@ def test_schema_refuses_what_the_loader_refuses(section: str, key: str, value: A
     assert first_error(recipe)
 
 
-def test_schema_knows_the_net_section_of_each_family() -> None:
+def test_schema_has_the_net_section_of_each_family() -> None:
     recipe = plain("scratch/dcgan")
     recipe["net"]["scales"] = 2
     assert "scales" in first_error(recipe)
@@ -91,14 +91,14 @@ def test_schema_accepts_old_names() -> None:
     assert first_error(recipe) == ""
 
 
-def test_every_key_is_documented() -> None:
+def test_every_recipe_key_is_documented() -> None:
     found = reference.sections()
     assert {f"net.{family}" for family in nets.families()} < found.keys()
     assert [f"{key.section}.{key.name}" for section in found.values() for key in section.keys if not key.help] == []
     assert [section.name for section in found.values() if not section.title] == []
 
 
-def test_choices_are_explained_completely() -> None:
+def test_every_choice_of_a_key_is_explained() -> None:
     for section in reference.sections().values():
         for key in section.keys:
             if key.type.startswith("one of") and key.choices:
@@ -112,7 +112,7 @@ def keys(*arguments: str) -> str:
     return result.output
 
 
-def test_keys_prints_type_range_default_meaning_and_since() -> None:
+def test_recipes_keys_prints_type_range_default_meaning_and_since() -> None:
     printed = keys("adapter")
     assert "adapter.rank: whole number, between 1 and 8,192; default 16\n" in printed
     assert "      Rank of the update; of OFT the side of a block. Higher learns more detail" in printed
@@ -123,13 +123,13 @@ def test_keys_prints_type_range_default_meaning_and_since() -> None:
     assert "gradient_checkpointing" in keys(), "without an argument: all sections with their keys"
 
 
-def test_keys_of_an_unknown_name_suggests_one() -> None:
+def test_recipes_keys_of_an_unknown_name_suggests_one() -> None:
     with pytest.raises(UserError, match="no section or key") as caught:
         reference.find("adapter.rnak")
     assert caught.value.remedy == 'did you mean "adapter.rank"?'
 
 
-def test_copied_recipe_names_the_schema_from_its_new_place(tmp_path: Path) -> None:
+def test_copied_recipe_names_the_schema_by_its_new_path(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     assert CliRunner().invoke(command, ["copy", "lora/emoji", str(file)]).exit_code == 0
     first = file.read_text(encoding="utf-8").partition("\n")[0]

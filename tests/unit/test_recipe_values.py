@@ -1,4 +1,4 @@
-"""Values of a recipe: every number has a range, none is changed silently, and `--set` takes text as it stands."""
+"""Values of a recipe: every number has a range and is never changed silently; `--set` takes text literally."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_every_default_is_within_its_range() -> None:
         ("optimizer.lr=1e400", 'optimizer.lr must be a finite number, not "1e400"'),
     ],
 )
-def test_a_number_out_of_range_is_refused_with_the_range(assignment: str, message: str) -> None:
+def test_number_out_of_range_is_refused_with_the_range(assignment: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(assignment)
     key = assignment.partition("=")[0]
@@ -128,19 +128,19 @@ def test_whole_numbers_are_not_rounded(seed: int) -> None:
         "tab\there",
     ],
 )
-def test_set_takes_text_as_it_stands(text: str) -> None:
+def test_set_takes_text_literally(text: str) -> None:
     recipe = parse(f"data.path={text}", f"output.folder={text}", f"model.path={text}", f"sample.negative={text}")
     assert (recipe.data.path, recipe.output.folder) == (text, text)
     assert (recipe.model.path, recipe.sample.negative) == (text, text)
 
 
-def test_set_unquotes_text_that_is_one_quoted_value() -> None:
+def test_set_unquotes_a_quoted_value() -> None:
     assert parse('data.path="D/cats #2"').data.path == "D/cats #2"
     assert parse("data.path='it''s'").data.path == "it's"
     assert parse("data.path='null'").data.path == "null"
 
 
-def test_set_null_is_none_where_text_may_be_missing() -> None:
+def test_set_null_is_none_only_where_none_is_allowed() -> None:
     assert parse("output.folder=null").output.folder is None
     assert parse("adapter.init_lora=").adapter.init_lora is None  # type: ignore[union-attr]
     assert parse("sample.negative=null").sample.negative == "null"
@@ -152,7 +152,7 @@ def test_set_reads_other_values_as_yaml() -> None:
     assert parse("data.path=", "data.sources=[{path: 'D/cats #2', repeats: 2}]").data.sources[0].path == "D/cats #2"
 
 
-def test_a_recipe_named_without_its_ending_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_named_without_its_ending_is_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.yaml").write_text(MINIMAL, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:

@@ -61,7 +61,7 @@ def built(section: str, declared: type, values: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_key_of_version_0_1_is_accepted(section: str) -> None:
-    """With its default, which is still the default."""
+    """Each is given its default value, which must still be the default."""
     given = KEYS[section]
     found = built(section, SECTIONS[section], given)
     for key, value in given.items():
@@ -86,7 +86,7 @@ def test_every_section_of_version_0_1_is_accepted() -> None:
     assert set(KEYS["recipe"]) <= now
 
 
-def test_no_new_name_is_an_old_one_or_unknown() -> None:
+def test_renamed_keys_are_known_and_do_not_collide_with_old_ones() -> None:
     for section, names in renamed.KEYS.items():
         declared = (
             [SECTIONS[section]] if section != "net" else [found for f in nets.families() if (found := nets.section(f))]
@@ -96,7 +96,7 @@ def test_no_new_name_is_an_old_one_or_unknown() -> None:
         assert not set(names) & known
 
 
-def test_old_names_load_with_one_note_each(caplog: pytest.LogCaptureFixture) -> None:
+def test_old_key_names_load_with_one_note_each(caplog: pytest.LogCaptureFixture) -> None:
     renamed._noted.clear()
     with caplog.at_level(logging.WARNING, "finetune"):
         recipe = parse_recipe(OLD, "old.yaml", "old", ["adapter.preserve_every=7"])
@@ -109,13 +109,13 @@ def test_old_names_load_with_one_note_each(caplog: pytest.LogCaptureFixture) -> 
     assert len(caplog.messages) == len(set(caplog.messages)) == 9
 
 
-def test_old_and_new_name_together_are_refused() -> None:
+def test_old_and_new_key_name_together_are_refused() -> None:
     with pytest.raises(UserError, match=r"adapter.preserve_every is the old name of adapter.distill_every") as caught:
         parse_recipe(OLD.replace("    init: null", "    distill_every: 5"), "old.yaml", "old")
     assert caught.value.where == "old.yaml:5, adapter.preserve_every"
 
 
-def test_migrate_keeps_comments_and_layout(tmp_path: Path) -> None:
+def test_recipes_migrate_keeps_comments_and_layout(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_bytes(OLD.replace("\n", "\r\n").encode())
     result = CliRunner().invoke(command, ["migrate", str(file)])
@@ -134,7 +134,7 @@ def test_migrate_keeps_comments_and_layout(tmp_path: Path) -> None:
     assert "nothing to rename" in CliRunner().invoke(command, ["migrate", str(file)]).output
 
 
-def test_a_saved_model_of_version_0_1_opens() -> None:
+def test_saved_model_of_version_0_1_opens() -> None:
     """Its config.json has the old keys."""
     config = {
         "family": "dcgan",

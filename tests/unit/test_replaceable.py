@@ -47,7 +47,7 @@ def test_patched_names_an_attribute_that_the_installed_release_lacks() -> None:
         pass
 
 
-def test_the_package_imports_no_mocks() -> None:
+def test_package_imports_no_mocks() -> None:
     for path in sorted((Path(__file__).parents[2] / "finetune").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):

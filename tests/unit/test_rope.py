@@ -1,4 +1,4 @@
-"""Rotary embeddings as complex products: what diffusers computes, in fewer launches, and in these nets alone."""
+"""Rotary embeddings as complex products match diffusers with fewer kernel launches in patched networks only."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def tables(places: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def plain(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Of [B, S, heads, D] in its own dtype; diffusers' formula goes to float32."""
+    """Rotate [B, S, heads, D] in its own dtype; diffusers' formula converts to float32."""
     even, odd = values[..., ::2], values[..., 1::2]
     across = torch.stack([-odd, even], -1).flatten(-2)
     return values * cosine[:, None] + across * sine[:, None]
 
 
-def test_gradients_are_the_plain_formulas() -> None:
+def test_rope_gradients_match_the_plain_formula() -> None:
     cosine_and_sine = tables(5, 6)
     values = torch.randn(2, 5, 3, 6, dtype=torch.float64, requires_grad=True)
     found, expected = rope.rotated(values, cosine_and_sine, sequence_dim=1), plain(values, *cosine_and_sine)
@@ -39,8 +39,8 @@ def test_gradients_are_the_plain_formulas() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sequence_dim", [1, 2])
-def test_what_attention_reads_is_what_diffusers_gives_it(dtype: torch.dtype, sequence_dim: int) -> None:
-    """Within float32's rounding, at which a bfloat16 may go the other way; by transposed and expanded gradients as well."""
+def test_rope_output_matches_diffusers(dtype: torch.dtype, sequence_dim: int) -> None:
+    """Up to float32 rounding, which may round a bfloat16 the other way; also with transposed and expanded gradients."""
     shape = (2, 7, 3, 8) if sequence_dim == 1 else (2, 3, 7, 8)
     values = torch.randn(shape, dtype=dtype, requires_grad=True)
     exact = values.detach().float().requires_grad_()
@@ -60,7 +60,7 @@ def test_what_attention_reads_is_what_diffusers_gives_it(dtype: torch.dtype, seq
 
 
 @pytest.mark.parametrize("build", [flux1, flux2])
-def test_a_net_launches_less_and_another_stays_as_it_is(build: Any) -> None:
+def test_rope_patch_reduces_launches_of_its_network_only(build: Any) -> None:
     def step(net: nn.Module, run: Any) -> int:
         with Recorder() as recorder:
             recorder.section("step")
@@ -78,10 +78,11 @@ def test_a_net_launches_less_and_another_stays_as_it_is(build: Any) -> None:
     )
     count = attentions(net)
     rope.patch(net)
-    # Per attention a query and a key, there and back: a product for a stack, a negation, two products and a sum. The turns once: two.
+    # Per attention, for query and key, forward and backward: one product instead of a stack, a negation, two products
+    # and a sum. The rotations are computed once: two operators.
     assert step(net, run) == before - 2 * 2 * 4 * count + 2
     gc.collect()
-    assert not len(rope._rotations), "turns last as long as the step's cosines"
+    assert not len(rope._rotations), "rotations must be freed with the step's cosines"
     other: Built = build()
     assert {type(module.processor) for module in other[0].modules() if hasattr(module, "processor")} == processors
     assert step(*other) == before

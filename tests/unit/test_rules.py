@@ -1,4 +1,4 @@
-"""Validation: every rule of the tables is broken once, and is reported with its place and its fix."""
+"""Validation: every rule is broken once, and is reported with its location and fix."""
 
 from __future__ import annotations
 
@@ -150,16 +150,16 @@ def rule(name: str) -> Rule:
     return found
 
 
-def test_every_rule_has_a_case_and_names_are_unique() -> None:
+def test_validation_rules_have_unique_names_and_a_case_each() -> None:
     names = [one.name for one in (*validation.RULES, *validation.MACHINE_RULES, *validation.NOTES)]
     assert max(Counter(names).values()) == 1
-    # A recipe from scratch, a fused backward pass, and a run of a billion steps have tests of their own below.
+    # FSDP with a model from scratch, FSDP with a fused backward pass, and excessive steps have their own tests below.
     elsewhere = {"fsdp-scratch", "fsdp-fused-backward", "steps-in-range"}
     assert set(names) == CASES.keys() | MACHINE_CASES.keys() | NOTE_CASES.keys() | elsewhere
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_broken_rule_is_reported_with_its_key_and_fix(name: str) -> None:
+def test_broken_rule_is_reported_with_its_key_and_fix(name: str) -> None:
     with pytest.raises(UserError) as caught:
         load(CASES[name])
     expected = rule(name)
@@ -170,18 +170,18 @@ def test_a_broken_rule_is_reported_with_its_key_and_fix(name: str) -> None:
     assert "{" not in caught.value.problem
 
 
-def test_a_rule_names_the_line_of_its_key() -> None:
+def test_broken_rule_is_reported_with_the_line_of_its_key() -> None:
     with pytest.raises(UserError) as caught:
         parse("train.epochs=2")
     assert caught.value.where == "my.yaml:10, train.steps"
     assert caught.value.remedy == "give exactly one of the two"
     with pytest.raises(UserError) as caught:
         parse_recipe(MINIMAL.replace("  steps: 10", "  batch_size: 1"), "my.yaml", "my", SCRATCH)
-    assert caught.value.where == "my.yaml, train.steps", "it has no line"
+    assert caught.value.where == "my.yaml, train.steps", "a missing key has no line"
 
 
 @pytest.mark.parametrize("name", MACHINE_CASES)
-def test_a_rule_about_the_machine_is_reported(name: str) -> None:
+def test_broken_machine_rule_is_reported(name: str) -> None:
     machine, precision, overrides = MACHINE_CASES[name]
     recipe = parse(*overrides)
     validation.check_machine(parse(), GPU, "bfloat16", 10)
@@ -193,24 +193,24 @@ def test_a_rule_about_the_machine_is_reported(name: str) -> None:
         assert caught.value.remedy.endswith(", or use DDP (--accelerate many-gpus)")
 
 
-def test_models_from_scratch_do_not_train_with_fsdp() -> None:
+def test_fsdp_of_a_model_from_scratch_is_refused() -> None:
     with pytest.raises(UserError, match="method is incompatible with FSDP"):
         validation.check_machine(load_recipe("scratch/dcgan"), SHARDED, "bfloat16", 10)
 
 
-def test_a_fused_backward_pass_is_refused_with_fsdp() -> None:
+def test_fsdp_with_fused_backward_is_refused() -> None:
     context = Context(parse(*FULL, "train.fused_backward=true", "optimizer.clip=tensor"), SHARDED, "bfloat16", 10)
     assert rule("fsdp-fused-backward").broken(context)
 
 
-def test_a_run_that_would_never_end_is_refused() -> None:
+def test_run_of_too_many_steps_is_refused() -> None:
     with pytest.raises(UserError, match="would take 2,000,000,000 steps") as caught:
         validation.check_machine(parse("train.steps=null", "train.epochs=1e6"), GPU, "bfloat16", 2_000_000_000)
     assert caught.value.where == "train.epochs"
 
 
 @pytest.mark.parametrize("name", NOTE_CASES)
-def test_a_note_says_what_has_no_effect_or_is_hardly_meant(name: str) -> None:
+def test_setting_without_effect_or_probably_mistaken_is_noted(name: str) -> None:
     cpu = Machine("cpu", "CPU", 1, 8, True, 32 * GIB)
     notes = validation.notes(parse(*NOTE_CASES[name]), cpu, "float32", 10)
     assert len(notes) == 1
@@ -230,14 +230,14 @@ def test_a_note_says_what_has_no_effect_or_is_hardly_meant(name: str) -> None:
         (("adapter.pissa=true", "adapter.init_lora=x.safetensors"), "takes ranks and alphas from its file"),
     ],
 )
-def test_rules_of_adapter_kinds_are_part_of_the_check(overrides: tuple[str, ...], message: str) -> None:
+def test_broken_rule_of_an_adapter_kind_is_reported(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(*overrides)
     assert message in caught.value.problem
     assert caught.value.where == "my.yaml:5, adapter"
 
 
-def test_a_family_that_does_not_exist_is_reported_with_its_line() -> None:
+def test_unknown_family_is_reported_with_its_line() -> None:
     with pytest.raises(UserError, match="there is no model family") as caught:
         parse_recipe(MINIMAL.replace("family: sd", "family: sdlx"), "my.yaml", "my")
     assert caught.value.where == "my.yaml:3, model.family"

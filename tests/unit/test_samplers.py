@@ -1,4 +1,4 @@
-"""Paths from images to noise against diffusers' schedulers and the papers' tables; samplers back, on Gaussian data."""
+"""Noise paths against diffusers' schedulers and the papers' tables; samplers on Gaussian data."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ EDM = EdmObjective(0.5, -1.2, 1.2)
 PREDICTIONS: tuple[Any, ...] = ("epsilon", "sample", "v_prediction")
 
 
-def no_chance(number: int) -> Tensor:
-    raise AssertionError("nothing is to be drawn on the way")
+def no_noise(number: int) -> Tensor:
+    raise AssertionError("a deterministic sampler must not add noise")
 
 
 @functools.cache
@@ -39,8 +39,8 @@ def scheduler(prediction: str = "epsilon", **keys: Any) -> Any:
     return DDPMScheduler(prediction_type=prediction, clip_sample=False, timestep_spacing="trailing", **keys)
 
 
-def test_noise_step_by_step_is_noise_at_once() -> None:
-    """x_t = √(1 − β) x + √β ε, T times; the schedules are diffusers', and fewer steps end in noise as well."""
+def test_noise_added_step_by_step_equals_the_closed_form() -> None:
+    """x_t = √(1 − β) x + √β ε, T times; the schedules match diffusers, and fewer steps end in noise too."""
     for schedule, name in (("linear", "linear"), ("cosine", "squaredcos_cap_v2")):
         bars = torch.tensor(alphas_cumprod(1000, schedule), dtype=torch.float64)  # type: ignore[arg-type]
         torch.testing.assert_close(bars.float(), scheduler(beta_schedule=name).alphas_cumprod, rtol=2e-4, atol=1e-9)
@@ -55,10 +55,10 @@ def test_noise_step_by_step_is_noise_at_once() -> None:
 
 @pytest.mark.parametrize("variance", ["large", "small"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
-    """Mean and noise of `DDPMScheduler.step`, between neighbors and 20 apart.
+def test_ddpm_step_matches_diffusers(prediction: Any, variance: Any) -> None:
+    """Mean and noise of `DDPMScheduler.step`, for neighboring timesteps and for timesteps 20 apart.
 
-    Its last step of 50 adds the large variance's noise to what should be the image; Ho et al.'s algorithm 2 adds none, nor do we.
+    Its last step of 50 adds the large variance's noise to the final image; Ho et al.'s algorithm 2 does not, nor do we.
     """
     path, theirs = (
         VariancePreserving(1000, "linear", prediction),
@@ -95,8 +95,11 @@ def test_a_step_is_diffusers_own(prediction: Any, variance: Any) -> None:
         VarianceExploding(EDM, 0.002, 80, 7),
     ],
 )
-def test_what_the_net_should_say_gives_the_image_back(path: NoisePath) -> None:
-    """Targets of the loss, read as drawing reads what the net says, are x_0; and x is what drawing would have given the net."""
+def test_noise_path_with_the_target_as_prediction_recovers_the_image(path: NoisePath) -> None:
+    """The loss target, interpreted as a prediction, gives x_0.
+
+    The scaled input matches what sampling passes the network.
+    """
     clean, draw = torch.randn(6, 2, 3, 3), Draw(1, 2, range(6))
     noised, noise = path.objective.noise(clean, draw), draw.normal("noise", (2, 3, 3))
     for number in range(6):
@@ -112,8 +115,11 @@ def test_what_the_net_should_say_gives_the_image_back(path: NoisePath) -> None:
     assert torch.equal(noised.weight, torch.ones(6))
 
 
-def test_edm_is_preconditioned_as_its_table_says() -> None:
-    """c_skip, c_out, c_in, c_noise and λ at σ = 0.7 by hand; the net's input and target have variance 1 at every level, the loss is λ |D − x_0|²."""
+def test_edm_preconditioning_matches_the_papers_table() -> None:
+    """c_skip, c_out, c_in, c_noise and λ at σ = 0.7; input and target have variance 1 at each level.
+
+    Loss λ |D − x_0|².
+    """
     skip, out, in_, told = EDM.scales(torch.tensor([0.7], dtype=torch.float64))
     assert [float(one) for one in (skip, out, in_, told)] == pytest.approx(
         [0.25 / 0.74, 0.35 / math.sqrt(0.74), 1 / math.sqrt(0.74), math.log(0.7) / 4]
@@ -138,7 +144,7 @@ GRIDS: dict[str, tuple[Callable[[float], Level], float, float]] = {
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpm++", 2)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_samplers_converge_at_their_order(grid: str, sampler: str, order: int) -> None:
+def test_sampler_converges_at_its_order(grid: str, sampler: str, order: int) -> None:
     at, first, last = GRIDS[grid]
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)
 
@@ -146,7 +152,7 @@ def test_samplers_converge_at_their_order(grid: str, sampler: str, order: int) -
         ratio = (last / first) ** (1 / steps)
         levels = [at(first * ratio**number) for number in range(steps + 1)]
         return float(
-            (SAMPLERS[sampler](oracle, start, levels, no_chance, Options()) - carried(start, levels[0], levels[-1]))
+            (SAMPLERS[sampler](oracle, start, levels, no_noise, Options()) - carried(start, levels[0], levels[-1]))
             .abs()
             .max()
         )
@@ -160,8 +166,11 @@ def test_samplers_converge_at_their_order(grid: str, sampler: str, order: int) -
     "path", [VariancePreserving(1000, "linear", "epsilon"), LinearPath(), VarianceExploding(EDM, 0.002, 80, 7)]
 )
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_what_is_drawn_is_distributed_as_the_data(path: NoisePath, sampler: str) -> None:
-    """From the path's own noise down to σ = 0, at once for 4000 numbers; the integer steps of a discrete path too."""
+def test_samples_are_distributed_as_the_data(path: NoisePath, sampler: str) -> None:
+    """4000 independent samples from the path's initial noise to σ = 0.
+
+    Also for the integer steps of a discrete path.
+    """
     start = path.initial_std * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def step_noise(number: int) -> Tensor:
@@ -171,8 +180,8 @@ def test_what_is_drawn_is_distributed_as_the_data(path: NoisePath, sampler: str)
     assert (float(drawn.mean()), float(drawn.std())) == pytest.approx((MEAN, DEVIATION), abs=0.02)
 
 
-def test_eta_is_how_much_chance_there_is() -> None:
-    """At 0 none; at 1 DDPM's own steps with the posterior's variance, on every path."""
+def test_ddim_eta_interpolates_between_deterministic_and_ddpm() -> None:
+    """At 0 no noise is added; at 1 the steps are DDPM's with the posterior's variance, on every path."""
     paths: Sequence[NoisePath] = (
         VariancePreserving(1000, "linear", "epsilon"),
         LinearPath(),
@@ -185,7 +194,7 @@ def test_eta_is_how_much_chance_there_is() -> None:
 
     for path in paths:
         levels = path.levels(20)
-        SAMPLERS["ddim"](oracle, start, levels, no_chance, Options(eta=0))
+        SAMPLERS["ddim"](oracle, start, levels, no_noise, Options(eta=0))
         one, ancestral = (
             SAMPLERS[name](oracle, start, levels, step_noise, Options(eta=1)) for name in ("ddim", "ddpm")
         )

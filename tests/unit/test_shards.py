@@ -1,4 +1,4 @@
-"""Data beyond one disk: shards read where they lie, streams read in order; and that a stranger's data set reaches nothing else."""
+"""Data beyond one disk: shards read in place, streams read in order; untrusted data sets cannot reach other files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shard(path: Path, files: list[tuple[str, bytes]], *special: tarfile.TarInfo)
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Seven images in three shards, and the same in a folder beside."""
+    """Seven images in three shards; the same images lie in a folder next to them."""
     (tmp_path / "plain").mkdir()
     for number in range(7):
         (tmp_path / "plain" / f"{number}.png").write_bytes(png(number))
@@ -69,7 +69,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_images_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(shards: Path) -> None:
+def test_shards_give_the_images_and_captions_of_the_folder(shards: Path) -> None:
     before = snapshot(shards)
     found, plain = scan(data(shards)), scan(data(shards.parent / "plain"))
     assert [(p.digest, p.caption, p.crop) for p in found.images] == [
@@ -82,14 +82,14 @@ def test_images_and_captions_of_shards_are_those_of_the_same_files_in_a_folder(s
     assert snapshot(shards) == before
 
 
-def test_training_from_shards_is_training_from_the_folder(shards: Path) -> None:
+def test_batches_from_shards_match_those_from_the_folder(shards: Path) -> None:
     both = [opened(folder, Counting(cached=False)) for folder in (shards, shards.parent / "plain")]
-    for step in (0, 1, 2, 30, 31, 5):  # as after a kill
+    for step in (0, 1, 2, 30, 31, 5):  # including jumps, as after a resume
         ours, theirs = (each.batch(step, range(4), Draw(3, step, range(4))) for each in both)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
+def test_shard_captions_in_json_are_read_and_other_files_reported(tmp_path: Path) -> None:
     words = {"a": {"text": "from  json"}, "b": {"text": 3}, "c": {}, "d": "no object"}
     files = [
         (f"{key}.{kind}", png(number) if kind == "jpg" else json.dumps(words[key]).encode())
@@ -120,7 +120,7 @@ def test_captions_in_json_and_files_that_are_not_read(tmp_path: Path) -> None:
     }
 
 
-def test_shard_images_in_folders_have_their_folder_as_class(tmp_path: Path) -> None:
+def test_shard_images_in_folders_take_the_folder_as_class(tmp_path: Path) -> None:
     files = [("cat/a.png", png(1)), ("x/dog/b.png", png(2)), ("x/dog/b.txt", b"not read"), ("c.png", png(3))]
     found = scan(data(shard(tmp_path / "a.tar", files), classes="folders"))
     assert [(p.name.rpartition("/")[2], p.caption) for p in found.images] == [("a.png", "cat"), ("b.png", "dog")]
@@ -132,12 +132,12 @@ def test_bundled_archives_are_read_in_place() -> None:
     assert len(digits.images) == 350 and {p.caption for p in digits.images} == set("0123456789")
     rocket = next(entry for name, entry in bundled("emoji/noto").items() if name == "rocket.webp")
     assert rocket.caption == "rocket"
-    # Equal to the digest of the same images in a folder, which runs from before the archives hold.
+    # Equal to the digest of the same images in a folder, as runs from before the archives store it.
     noto = scan(Data(path="embedded:emoji/noto", resolution=64))
     assert noto.digest() == "3823d07cefc9930df597b9cbf4fdeff97a85b1088ad5631ee6607e765daa52ce"
 
 
-def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> None:
+def test_damaged_shards_and_special_files_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     good = [("a.png", png(1)), ("a.txt", b"a"), ("b.png", png(2)), ("b.txt", b"b")]
     whole = shard(folder / "1.tar", good).read_bytes()
@@ -176,7 +176,7 @@ def test_damaged_shards_and_what_is_no_plain_file_are_named(tmp_path: Path) -> N
         scan(data(folder, missing_captions="empty")).raise_if_stopped()
 
 
-def test_shards_among_images_are_named(shards: Path) -> None:
+def test_shards_among_images_are_reported_as_unused(shards: Path) -> None:
     (shards / "sub").mkdir()
     (shards / "sub" / "a.png").write_bytes(png(1))
     (shards / "sub" / "a.txt").write_text("a")
@@ -185,8 +185,8 @@ def test_shards_among_images_are_named(shards: Path) -> None:
     assert [(Path(p.name).name, p.kind) for p in audit.problems] == [(f"{n}.tar", "unused shard") for n in (0, 3, 6)]
 
 
-def test_a_pass_over_shards_is_shuffled_as_a_whole() -> None:
-    """Stated quality: a pass is a uniform permutation, so neighbors come from one of ten shards with chance 1/10."""
+def test_order_over_shards_is_shuffled_globally() -> None:
+    """A pass is a uniform permutation, so neighbors come from the same one of ten shards with probability 1/10."""
     order = Order([range(5000)], 10, 500, 4)
     drawn = numpy.array(list(itertools.chain.from_iterable(order.batch(step) for step in range(500))))
     assert sorted(drawn) == list(range(5000))
@@ -215,7 +215,7 @@ def parquet(tmp_path: Path) -> Path:
     return tmp_path / "rows"
 
 
-def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_gives_the_same_examples_as_the_data_set(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "RECENT_ROWS", 2)
     monkeypatch.setattr(huggingface, "STATE_ROWS", 2)
     streamed, whole = scan(data(parquet, streaming=True)), scan(data(parquet))
@@ -223,7 +223,7 @@ def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pyte
     assert [p.caption for p in streamed.images] == [f"number {n}" for n in range(9)]
     sent, table = (
         pickle.loads(pickle.dumps(audit)) for audit in (streamed, whole)
-    )  # as one process hands them to the others
+    )  # as one process sends them to the others
     assert list(sent.images) == list(whole.images) and sent.findings == streamed.findings
     for number in (8, 0, 7, 7, 3, 4, 5, 1, 8):
         assert streamed.images[number].read() == whole.images[number].read()
@@ -231,7 +231,7 @@ def test_a_stream_gives_what_the_data_set_gives(parquet: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_stream_is_read_once_for_the_audit_and_once_for_the_cache(
+def test_stream_is_read_once_for_the_audit_and_once_for_the_cache(
     parquet: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ready(streaming: bool) -> Any:
@@ -248,7 +248,7 @@ def test_a_stream_is_read_once_for_the_audit_and_once_for_the_cache(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_each_process_encodes_its_share_and_finds_the_others(shards: Path) -> None:
+def test_encode_with_shares_splits_the_work_between_processes(shards: Path) -> None:
     encoders = [Counting(), Counting()]
     both = [opened(shards, each, processes=2) for each in encoders]
     for number, each in enumerate(both):
@@ -265,7 +265,7 @@ def test_each_process_encodes_its_share_and_finds_the_others(shards: Path) -> No
 
 
 def secret(tmp_path: Path) -> Path:
-    """A data set elsewhere, which another must not reach."""
+    """A data set in another folder, which must stay out of reach."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
     table = datasets.Dataset.from_dict(
@@ -277,7 +277,7 @@ def secret(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("way", ["data file", "split", "link"])
-def test_a_data_set_that_names_files_outside_its_folder_is_refused(tmp_path: Path, parquet: Path, way: str) -> None:
+def test_data_set_that_names_files_outside_its_folder_is_refused(tmp_path: Path, parquet: Path, way: str) -> None:
     hidden, folder = secret(tmp_path), tmp_path / "stranger"
     folder.mkdir()
     if way == "data file":
@@ -292,7 +292,7 @@ def test_a_data_set_that_names_files_outside_its_folder_is_refused(tmp_path: Pat
         scan(data(folder))
 
 
-def test_no_code_of_a_data_set_runs_and_its_readme_is_not_asked(tmp_path: Path, parquet: Path) -> None:
+def test_data_set_code_is_not_run_and_its_readme_is_ignored(tmp_path: Path, parquet: Path) -> None:
     secret(tmp_path)
     canary = tmp_path / "ran"
     for name in (parquet.name, "dataset", "train"):
@@ -302,7 +302,7 @@ def test_no_code_of_a_data_set_runs_and_its_readme_is_not_asked(tmp_path: Path, 
     assert not canary.exists()
 
 
-def test_a_data_set_on_the_hub_may_name_only_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_set_that_names_foreign_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     secret(tmp_path)
 
@@ -329,7 +329,7 @@ def test_a_data_set_on_the_hub_may_name_only_its_own_files(tmp_path: Path, monke
         scan(Data(path="a/b"))
 
 
-def test_a_row_of_the_hub_cannot_name_a_file_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_row_that_names_a_local_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "mine.png").write_bytes(png(1))
     (tmp_path / "cache").mkdir()

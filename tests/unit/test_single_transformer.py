@@ -1,6 +1,6 @@
-"""One file with a transformer as ComfyUI users have it, in the place of a pipeline's own: the layout of its first code, written from ours.
+"""Transformers in a single file, as ComfyUI users have them, replace a pipeline's own: files in the original layout.
 
-diffusers' converters of FLUX.1 and Lumina 2 know the real widths only: of these a file by diffusers' own names is read here.
+diffusers' converters of FLUX.1 and Lumina 2 support the real widths only, so these are read in diffusers' layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune.models.pretrained.loading import open_pipeline
 from tests.helpers import tiny
 
 QKV, ADDED = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-# By family: ends of layers that are one there → its end.
+# By family: endings of layers that the original code fuses → the ending of the fused layer.
 JOINED: dict[str, dict[tuple[str, ...], str]] = {
     "sd3": {
         QKV: "x_block.attn.qkv",
@@ -36,7 +36,7 @@ JOINED: dict[str, dict[tuple[str, ...], str]] = {
     },
     "qwen-image": {},
 }
-# Patterns, one after another, by which names become those of the first code.
+# Patterns, applied in order, that turn diffusers' names into those of the original code.
 RENAMED: dict[str, list[tuple[str, str]]] = {
     "sd3": [
         (r"^pos_embed\.proj", "x_embedder.proj"),
@@ -105,12 +105,12 @@ RENAMED: dict[str, list[tuple[str, str]]] = {
     ],
     "qwen-image": [],
 }
-# What the first code has as (shift, scale) and diffusers as (scale, shift).
+# Stored as (shift, scale) by the original code and as (scale, shift) by diffusers.
 SWAPPED = {"sd3": ("norm_out.linear", "blocks.1.norm1_context.linear"), "flux2": ("norm_out.linear",)}
 
 
 def original(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a transformer by the layout of its first code."""
+    """A transformer's tensors in the layout of its original code."""
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         path, _, leaf = key.rpartition(".")
@@ -129,13 +129,13 @@ def original(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         for pattern, becomes in RENAMED[name]:
             key = re.sub(pattern, becomes, key)
         found[key] = tensor.contiguous()
-    if name == "sana":  # in its files, and read by no one
+    if name == "sana":  # present in its files, but unused
         found |= {"pos_embed": torch.zeros(1), "y_embedder.y_embedding": torch.zeros(1)}
     return found
 
 
 def weights(name: str) -> dict[str, Tensor]:
-    """Of the tiny pipeline's transformer, all changed, so that they are not those in its folder."""
+    """The weights of the tiny pipeline's transformer plus 1, so that they differ from those in its folder."""
     found = load_file(tiny.pipeline(name) / "transformer" / "diffusion_pytorch_model.safetensors")
     return {key: tensor + 1 for key, tensor in found.items()}
 
@@ -148,8 +148,8 @@ def opened(name: str, file: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.parametrize("name", RENAMED)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_the_first_codes_file_is_the_same_transformer(name: str, prefix: str, tmp_path: Path) -> None:
-    """Alone, and beside text encoders and a VAE as in a whole checkpoint."""
+def test_single_file_in_the_original_layout_gives_the_same_transformer(name: str, prefix: str, tmp_path: Path) -> None:
+    """Alone, and with text encoders and a VAE as in a full checkpoint."""
     expected, beside = (
         weights(name),
         {"text_encoders.clip_l.x": torch.zeros(1), "vae.decoder.y": torch.zeros(1)} if prefix else {},
@@ -165,7 +165,7 @@ def test_the_first_codes_file_is_the_same_transformer(name: str, prefix: str, tm
 
 
 @pytest.mark.parametrize("name", ["flux1", "lumina2"])
-def test_a_file_by_diffusers_names_is_read_too(name: str, tmp_path: Path) -> None:
+def test_single_file_in_diffusers_layout_gives_the_same_transformer(name: str, tmp_path: Path) -> None:
     expected = weights(name)
     save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in expected.items()}, tmp_path / "one.safetensors")
     pipeline = opened(name, tmp_path / "one.safetensors", torch.bfloat16)
@@ -174,7 +174,7 @@ def test_a_file_by_diffusers_names_is_read_too(name: str, tmp_path: Path) -> Non
         assert torch.equal(tensor, expected[key].to(torch.float8_e4m3fn).to(torch.bfloat16)), key
 
 
-def test_a_run_trains_on_it_and_its_lora_says_so(tmp_path: Path) -> None:
+def test_run_with_a_single_file_transformer_trains_it_and_names_it(tmp_path: Path) -> None:
     from safetensors import safe_open
 
     save_file(original("sd3", weights("sd3")), tmp_path / "mine.safetensors")
@@ -186,7 +186,7 @@ def test_a_run_trains_on_it_and_its_lora_says_so(tmp_path: Path) -> None:
         assert file.metadata()["ss_sd_model_name"] == "mine"
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_invalid_single_file_transformer_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "one.safetensors"
 
     def refused(name: str, tensors: dict[str, Tensor]) -> str:

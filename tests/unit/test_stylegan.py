@@ -1,4 +1,4 @@
-"""StyleGAN2's layers against loops and closed forms, and how well StyleGAN3's move with their input."""
+"""StyleGAN2's layers against loops and closed forms, and the equivariance of StyleGAN3's layers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make(**changes: Any) -> StyleGan2:
 
 
 @pytest.mark.parametrize("demodulate", [True, False])
-def test_a_modulated_convolution_is_one_by_weights_of_each_image(demodulate: bool) -> None:
-    """Equations 1 and 3 as they stand: values, slopes, and slopes of the slopes' squares, as the penalties take them."""
+def test_modulated_convolution_matches_per_image_weights(demodulate: bool) -> None:
+    """Equations 1 and 3: outputs, gradients, and gradients of the gradients' squares, as penalties use them."""
     torch.manual_seed(0)
     layer = Modulated(4, 6, 3, 5, demodulate).double()
     maps, styles = (torch.randn(3, *shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 7, 8), (5,)))
@@ -54,7 +54,7 @@ def test_a_modulated_convolution_is_one_by_weights_of_each_image(demodulate: boo
 
 
 def _differentiated(out: Tensor, leaves: list[Any], directions: Tensor) -> list[Tensor]:
-    """What came out, its slopes, and those of their squares."""
+    """The outputs, their gradients, and the gradients of those gradients' squares."""
     input_gradients = torch.autograd.grad((out * directions).sum(), leaves, create_graph=True)
     return [
         out,
@@ -64,7 +64,7 @@ def _differentiated(out: Tensor, leaves: list[Any], directions: Tensor) -> list[
 
 
 @pytest.mark.parametrize(("up", "down", "padding"), [(1, 1, (2, 2)), (1, 2, (1, 1)), (2, 1, (2, 1)), (4, 1, (3, 0))])
-def test_resampling_is_a_convolution_of_each_channel(up: int, down: int, padding: tuple[int, int]) -> None:
+def test_resampled_matches_a_depthwise_convolution(up: int, down: int, padding: tuple[int, int]) -> None:
     maps, kernel = torch.randn(2, 3, 6, 8), torch.randn(4)
     spread = torch.zeros(2, 3, 6 * up, 8 * up)
     spread[..., ::up, ::up] = maps
@@ -73,11 +73,11 @@ def test_resampling_is_a_convolution_of_each_channel(up: int, down: int, padding
     torch.testing.assert_close(resampled(maps, kernel, padding, up, down), expected)
 
 
-def test_resampling_keeps_places_and_brightness() -> None:
+def test_resampling_preserves_positions_and_brightness() -> None:
     flat, ramp = torch.ones(1, 2, 8, 8), torch.arange(8.0).expand(1, 1, 8, 8)
     assert doubled(flat).shape == (1, 2, 16, 16)
     torch.testing.assert_close(doubled(flat)[..., 2:-2, 2:-2], torch.ones(1, 2, 12, 12))
-    # The center of place n comes to lie between places 2n and 2n + 1.
+    # The center of pixel n comes to lie between pixels 2n and 2n + 1.
     torch.testing.assert_close(doubled(ramp)[0, 0, 4, 3:-3], torch.arange(3, 13) / 2 - 0.25)
     for side in (1, 3):
         assert EqualConv(2, 5, side, halving=True)(flat).shape == (1, 5, 4, 4)
@@ -94,7 +94,7 @@ def test_resampling_keeps_places_and_brightness() -> None:
     )
 
 
-def test_two_styles_cross_at_a_layer() -> None:
+def test_style_mixing_switches_styles_at_a_layer() -> None:
     first, second = torch.zeros(3, 2), torch.ones(3, 2)
     assert mixed((first, second), 4, torch.tensor([1, 3, 4]))[..., 0].tolist() == [
         [0, 1, 1, 1],
@@ -123,7 +123,7 @@ class Linear(Styled):
         return (styles.flatten(1) @ self.matrix.T).view(-1, 1, 4, 4)
 
 
-def test_path_lengths_are_those_of_the_jacobian() -> None:
+def test_path_lengths_match_the_jacobian() -> None:
     torch.manual_seed(1)
     generator, draw = Linear(), Draw(0, 0, range(5))
     styles = torch.randn(5, 2, 6, requires_grad=True)
@@ -137,9 +137,9 @@ def test_path_lengths_are_those_of_the_jacobian() -> None:
     torch.testing.assert_close(first, 3 * (lengths - generator.path_mean).square())
 
 
-def test_truncation_leads_to_the_mean_image() -> None:
+def test_truncation_interpolates_to_the_mean_style() -> None:
     model = make()
-    for step in range(3):  # the mean is of styles that were seen
+    for step in range(3):  # the mean of the styles during training
         model.net(torch.randn(4, 5), None, Draw(0, step, range(4)))
     model.net.eval()
     with torch.no_grad():
@@ -161,8 +161,8 @@ def test_truncation_leads_to_the_mean_image() -> None:
         load_recipe("scratch/vae", ["sample.truncation=0.7"])
 
 
-def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whole pixels, an eighth of a place of the smallest map each: in dB, with the filters and without."""
+def test_alias_free_generator_is_equivariant_to_translation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whole pixels, each an eighth of a pixel of the smallest map: in dB, with the filters and without."""
     generator = make(alias_free=True, style_mixing=0.0, width=8).net.eval()
     assert isinstance(generator, AliasFreeGenerator)
     styles, draw = generator.styles(torch.randn(2, 5), None, Draw(0, 0, range(2))), Draw(0, 0, range(2))
@@ -176,7 +176,7 @@ def test_what_is_alias_free_moves_with_its_input(monkeypatch: pytest.MonkeyPatch
     assert min(with_filters) > 40 and max(without) < 30
 
 
-def test_alias_free_layers_train() -> None:
+def test_alias_free_generator_gives_gradients_to_all_parameters() -> None:
     model = make(alias_free=True, margin=2)
     batch = {"pixels": torch.randint(256, (4, *SPACE.shape), dtype=torch.uint8)}
     for train_step in model.train_steps():

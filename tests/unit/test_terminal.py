@@ -16,7 +16,7 @@ from finetune import terminal
 from finetune.training.progress import Smoothed, TrainingProgress
 from tests.helpers.commands import CHECKOUT, python
 
-# Programs whose standard output is the point: commands, and a script that another process reads.
+# Programs whose purpose is standard output: commands, and a script that another process reads.
 MAY_PRINT = {"cli", "terminal.py"}
 
 
@@ -54,7 +54,7 @@ def test_table_replaces_control_characters() -> None:
     assert "\x1b" not in shown and shown.startswith("── captions\ufffd[2J ─")
 
 
-TALKS = """
+PRINTING_PROGRAM = """
 import logging, sys
 from finetune import terminal
 terminal.configure()
@@ -68,7 +68,7 @@ sys.stderr.write("finished\\n")
 
 
 def test_ascii_terminal_gets_ascii(tmp_path: Path) -> None:
-    done = python("-c", TALKS, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    done = python("-c", PRINTING_PROGRAM, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stderr == "warning: careful\nfinished\n"
     assert done.stdout.startswith("-- data - 5 x e -") and "size  64x64 ## -> 95 % ... ?\n" in done.stdout
 
@@ -81,11 +81,11 @@ def test_ascii_terminal_gets_every_table(command: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_closed_pipe_ends_nothing(stream: str, tmp_path: Path) -> None:
-    """As `| head` does; what is written to the other stream still arrives."""
+def test_closed_pipe_does_not_end_the_program(stream: str, tmp_path: Path) -> None:
+    """As with `| head`; the other stream still receives its output."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    code = TALKS.replace("sys.stderr", "sys.stdout") if stream == "stderr" else TALKS
+    code = PRINTING_PROGRAM.replace("sys.stderr", "sys.stdout") if stream == "stderr" else PRINTING_PROGRAM
     if stream == "stderr":
         code = code.replace("log.info(", "log.warning(")
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, **streams) as process:  # type: ignore[call-overload]
@@ -96,13 +96,18 @@ def test_closed_pipe_ends_nothing(stream: str, tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
 
-def test_full_disk_ends_nothing(tmp_path: Path) -> None:
+def test_full_disk_does_not_end_the_program(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     with open("/dev/full", "w") as full:
         environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
         done = subprocess.run(
-            [sys.executable, "-c", TALKS], cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", PRINTING_PROGRAM],
+            cwd=tmp_path,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert (done.returncode, done.stderr) == (0, "warning: careful\nfinished\n")
 
@@ -133,7 +138,7 @@ def test_progress_writes_plain_lines_to_a_file(monkeypatch: pytest.MonkeyPatch) 
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step 4/300 · 0.18 s/step · loss 0.41 · ETA 2 min 28 s"
     assert lines[-1] == "step 300/300 · 0.18 s/step · loss 0.41 · ETA 0 s"
-    assert len(lines) == 1 + 150 // 10, "a line every ten seconds"
+    assert len(lines) == 1 + 150 // 10, "one line every ten seconds"
 
 
 def test_progress_redraws_on_a_terminal() -> None:
@@ -144,14 +149,14 @@ def test_progress_redraws_on_a_terminal() -> None:
     stream = Tty()
     with terminal.Progress("step", stream) as progress:
         progress.show(1, 2, "loss 0.5", "samples: grid.png")
-        terminal.echo("to stdout, which is no terminal here")
+        terminal.echo("to stdout, which is not a terminal here")
         progress.show(2, 2, "loss 0.25")
     text = stream.getvalue()
     assert "1/2" in text and "samples: grid.png" in text and "2/2" in text and not terminal._live
-    assert text.rstrip().endswith("\x1b[?25h"), "the cursor is back"
+    assert text.rstrip().endswith("\x1b[?25h"), "the cursor is visible again"
 
 
-def test_smoothed_loss_counts_the_first_value_fully_and_forgets_it() -> None:
+def test_smoothed_loss_starts_at_the_first_value_and_forgets_it() -> None:
     smoothed = Smoothed(0.5)
     assert smoothed.update(4.0) == 4.0
     assert smoothed.update(1.0) == pytest.approx((0.25 * 4 + 0.5 * 1) / 0.75)

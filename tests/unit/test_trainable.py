@@ -1,4 +1,4 @@
-"""The passes that make a pipeline trainable: their order, and which of them may run twice."""
+"""The passes that make a pipeline trainable: their order, and which of them can run twice."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def setup_of(name: str, tmp_path: Any) -> trainable.Trainable:
 
 
 def state(setup: trainable.Trainable) -> list[tuple[Any, ...]]:
-    """What passes change: classes, layouts, values' identities, and what trains."""
+    """What passes change: classes, layouts, identities of tensors, and which of them train."""
     found: list[tuple[Any, ...]] = []
     for network in setup.components:
         for module in network.modules():
@@ -54,7 +54,7 @@ def state(setup: trainable.Trainable) -> list[tuple[Any, ...]]:
     return found
 
 
-def test_the_docstring_lists_the_passes_in_order() -> None:
+def test_trainable_docstring_lists_the_passes_in_order() -> None:
     documented = re.findall(r"^\| `(\w+)` \|", trainable.__doc__ or "", re.MULTILINE)
     assert documented == [step.name for step in trainable.PASSES]
 
@@ -74,8 +74,8 @@ def test_the_docstring_lists_the_passes_in_order() -> None:
         ("full", "channels_last freeze unfreeze rope activation_checkpointing freeze_unused train_tokens"),
     ],
 )
-def test_passes_run_in_order_and_twice_only_where_that_is_safe(name: str, expected: str, tmp_path: Any) -> None:
-    with mock.patch.object(quantization, "SMALLEST", 256):  # weights: tiny transformers are that narrow
+def test_passes_run_in_order_and_twice_only_if_repeatable(name: str, expected: str, tmp_path: Any) -> None:
+    with mock.patch.object(quantization, "SMALLEST", 256):  # in weights: tiny transformers are that narrow
         setup = setup_of(name, tmp_path)
         adapted = trainable.make_trainable(setup)
         assert setup.done == expected.split()
@@ -95,7 +95,7 @@ def test_passes_run_in_order_and_twice_only_where_that_is_safe(name: str, expect
         assert state(setup) == before
 
 
-def test_freezing_twice_is_freezing_once(tmp_path: Any) -> None:
+def test_freeze_and_unfreeze_are_idempotent(tmp_path: Any) -> None:
     setup = setup_of("full", tmp_path)
     for only in (["freeze"], ["unfreeze"]):
         trainable.make_trainable(setup, only=only)
@@ -104,7 +104,7 @@ def test_freezing_twice_is_freezing_once(tmp_path: Any) -> None:
         assert state(setup) == before
 
 
-def test_a_denoiser_alone_has_no_passes_of_a_pipeline(tmp_path: Any) -> None:
+def test_make_trainable_of_a_denoiser_alone_skips_pipeline_passes(tmp_path: Any) -> None:
     recipe = tiny.recipe("sd15", "lora", "model.vae_tiling=true", folder=tmp_path / "run")
     net: nn.Module = DiffusionPipeline.from_pretrained(tiny.pipeline("sd15")).unet
     setup = trainable.Trainable(recipe, {"denoiser": net}, "denoiser", torch.float32, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What comes from a stranger runs nothing and reads nothing but what it names, and what is secret stays so."""
+"""Untrusted files run nothing and read only what they name; secrets stay secret."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         watched.append((event, arguments[0]))
 
 
-sys.addaudithook(_audit)  # cannot be taken off again; it looks only while a test watches
+sys.addaudithook(_audit)  # it cannot be removed; it records only while a test uses `watch`
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def watch() -> Iterator[list[tuple[str, Any]]]:
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    """A whole model that also carries code in every place where some library looks for it; the code leaves a canary."""
+    """A whole model with additional code wherever a library might look for it; the code would create a canary file."""
     folder = tmp_path / "model"
     shutil.copytree(tiny.pipeline("sd15"), folder)
     code = f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n"
@@ -73,11 +73,11 @@ def poisoned(tmp_path: Path) -> Path:
     return folder
 
 
-def test_code_that_comes_with_a_model_is_never_run(poisoned: Path, tmp_path: Path) -> None:
+def test_code_in_a_model_folder_is_never_run(poisoned: Path, tmp_path: Path) -> None:
     open_pipeline(Model("sd", str(poisoned)), "StableDiffusionPipeline", torch.float32)
     shutil.copy(
         poisoned / "evil.py", poisoned / "scheduler" / "diffusers.py"
-    )  # which diffusers takes for the scheduler's module
+    )  # which diffusers would take for the scheduler's module
     with pytest.raises(UserError, match="contains custom code"):
         open_pipeline(Model("sd", str(poisoned)), "StableDiffusionPipeline", torch.float32)
     assert not (tmp_path / "canary").exists()
@@ -86,7 +86,7 @@ def test_code_that_comes_with_a_model_is_never_run(poisoned: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "entry", [["evil", "Evil"], ["os", "system"], ["subprocess", "Popen"], ["pipeline", "Evil"], ["builtins", "exec"]]
 )
-def test_a_model_that_wants_parts_of_its_own_is_refused(entry: list[str], poisoned: Path, tmp_path: Path) -> None:
+def test_model_that_names_custom_classes_is_refused(entry: list[str], poisoned: Path, tmp_path: Path) -> None:
     index = poisoned / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": entry}))
     with pytest.raises(UserError, match="code of a model is never run"):
@@ -94,8 +94,8 @@ def test_a_model_that_wants_parts_of_its_own_is_refused(entry: list[str], poison
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
-    """Its optimizer's state is torch's own format, the one place where no safetensors are: read with `weights_only`."""
+def test_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
+    """The optimizer's state is the only file in torch format; it is read with `weights_only`."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -109,10 +109,10 @@ def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secret(
+def test_run_reads_only_named_files_starts_nothing_and_leaks_no_secret(
     tmp_path: Path, watch: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A whole run under Python's audit hook: its own folders, the model's, the data's, the cache's, and installed code."""
+    """A run under Python's audit hook may open its own folders, those of model, data and cache, and installed code."""
     for name, secret in SECRETS.items():
         monkeypatch.setenv(name, secret)
     given = ("data.held_out=0.2", f"data.cache={tmp_path / 'cache'}", "output.trackers=[tensorboard]")
@@ -122,7 +122,7 @@ def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secr
     tiny.train(asked)
     events = list(watch)
     assert not [(event, what) for event, what in events if event != "open"]
-    # FT_CACHE is the user's cache, where this machine's calibration is kept.
+    # FT_CACHE is the user's cache, which holds this machine's calibration.
     checkout, temporary = (
         Path(__file__).resolve().parents[2],
         [Path(os.environ[name]) for name in ("HF_HOME", "FT_CACHE")],
@@ -148,9 +148,7 @@ def test_a_run_reads_only_what_its_recipe_names_starts_nothing_and_tells_no_secr
         assert not [path for path in written if secret.encode() in path.read_bytes()]
 
 
-def test_an_error_of_the_hub_tells_no_token(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hub_error_does_not_show_the_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
     with pytest.raises(SystemExit), process.report_errors():
         open_pipeline(Model("sd", "owner/private-model"), "StableDiffusionPipeline", torch.float32)
