@@ -13,7 +13,7 @@ from finetune.errors import UserError
 from tests.helpers import tiny
 
 
-def test_the_python_interface() -> None:
+def test_public_api_is_complete_and_documented() -> None:
     assert set(finetune.__all__) == set(dir(finetune)) and all(
         getattr(finetune, name).__doc__ for name in finetune.__all__
     )
@@ -21,7 +21,7 @@ def test_the_python_interface() -> None:
         _ = finetune.trian
 
 
-def test_training_from_python_and_a_report_that_fails(
+def test_train_from_python_survives_a_failing_report(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -48,8 +48,8 @@ def test_training_from_python_and_a_report_that_fails(
         job.prepare(recipe)
 
 
-def test_the_tables_of_what_trains() -> None:
-    """Counts against diffusers' own: 2 attentions × 4 and 2 MLP layers for each transformer block of the tiny UNet."""
+def test_model_summary_counts_adapted_layers() -> None:
+    """Counts as in diffusers: 2 attentions × 4 and 2 MLP layers for each transformer block of the tiny UNet."""
     from finetune.report import model_summary
 
     recipe = tiny.recipe(

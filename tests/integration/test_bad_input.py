@@ -1,4 +1,4 @@
-"""Whatever is wrong with the recipe or the images: one clear message with the remedy, exit code 2, nothing overwritten."""
+"""Invalid recipes and images: one clear message with the fix, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -276,14 +276,14 @@ def resolution_that_the_model_cannot_halve(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_told_in_one_message_with_its_remedy(
+def test_bad_input_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(CASES[name], scene, capsys)
 
 
 @pytest.mark.parametrize("name", ["misspelled_key", "missing_folder"])
-def test_a_script_ends_with_code_2(name: str, scene: Scene) -> None:
+def test_script_with_bad_input_ends_with_code_2(name: str, scene: Scene) -> None:
     spoil, said, remedy = CASES[name]
     spoil(scene)
     found = subprocess.run(

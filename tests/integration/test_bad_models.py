@@ -1,4 +1,4 @@
-"""Whatever is wrong with the model that a recipe names: one clear message with the remedy, exit code 2, nothing overwritten."""
+"""Unusable models: one clear message with the fix, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def checkpoint_of_something_else(scene: Scene) -> None:
 
 @case("this is a StableDiffusionXLPipeline, and family sd needs a StableDiffusionPipeline", "set model.family: sdxl")
 def checkpoint_of_another_family(scene: Scene) -> None:
-    layer = (
-        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's conditions
-    )
+    layer = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's cross-attention
     save_file({layer: torch.ones(1, 2048)}, scene.folder / "model.safetensors")
     scene.set(f"model.path={scene.folder / 'model.safetensors'}")
 
@@ -135,14 +133,14 @@ def lora_of_another_base(scene: Scene) -> None:
 
 
 def lora(scene: Scene, layer: str) -> Path:
-    """A LoRA's file by kohya's names, of one layer."""
+    """A LoRA file of one layer, with kohya's names."""
     file = scene.folder / "lora.safetensors"
     save_file({f"{layer}.lora_down.weight": torch.ones(2, 8), f"{layer}.lora_up.weight": torch.ones(8, 2)}, file)
     return file
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_model_is_told_in_one_message_with_its_remedy(
+def test_bad_model_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(CASES[name], scene, capsys)

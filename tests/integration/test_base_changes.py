@@ -1,4 +1,4 @@
-"""A run is resumed on the base model it was started with, and on no other: each file is compared by its content."""
+"""A run resumes only on the base model that it was started with; each file is compared by its content."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def save_one_step(asked: Recipe) -> None:
 
 
 def scale(file: Path) -> None:
-    """Scale one tensor; the size stays, and the time of modification is set back."""
+    """Scale one tensor; size and modification time stay the same."""
     before, tensors = file.stat(), load_file(file)
     name = max(tensors, key=lambda name: tensors[name].numel())
     save_file(tensors | {name: tensors[name] * 1.01}, file, {"format": "pt"})
@@ -50,7 +50,7 @@ def scale(file: Path) -> None:
         "tokenizer/tokenizer.json",
     ],
 )
-def test_resume_on_a_changed_base_is_refused_by_file(file: str, tmp_path: Path) -> None:
+def test_resume_with_a_changed_base_file_is_refused(file: str, tmp_path: Path) -> None:
     asked = recipe(tmp_path)
     save_one_step(asked)
     tiny.prepare(asked, resume=True).trainer.resume()
@@ -70,7 +70,7 @@ def test_resume_on_a_changed_base_is_refused_by_file(file: str, tmp_path: Path) 
     tiny.prepare(asked, resume=True).trainer.resume()
 
 
-def test_files_that_appear_or_go_are_named(tmp_path: Path) -> None:
+def test_resume_with_a_new_base_file_is_refused(tmp_path: Path) -> None:
     asked = recipe(tmp_path)
     save_one_step(asked)
     (tmp_path / "base" / "tokenizer" / "added_tokens.json").write_text("{}")
@@ -82,7 +82,7 @@ def test_files_that_appear_or_go_are_named(tmp_path: Path) -> None:
         tiny.prepare(asked, resume=True)
 
 
-def test_another_vae_at_the_same_place_is_refused(tmp_path: Path) -> None:
+def test_resume_with_a_changed_vae_is_refused(tmp_path: Path) -> None:
     shutil.copytree(tiny.vae(), tmp_path / "vae")
     asked = recipe(tmp_path, f"model.vae={tmp_path / 'vae'}")
     save_one_step(asked)
@@ -93,7 +93,7 @@ def test_another_vae_at_the_same_place_is_refused(tmp_path: Path) -> None:
         tiny.prepare(asked, resume=True)
 
 
-def test_the_first_stage_of_a_model_from_scratch_is_part_of_its_base(tmp_path: Path) -> None:
+def test_resume_with_a_changed_first_stage_is_refused(tmp_path: Path) -> None:
     shutil.copytree(tiny.vae(), tmp_path / "vae")
     asked = tiny.recipe("sd", "scratch", f"model.vae={tmp_path / 'vae'}", "sample.prompts=[]", folder=tmp_path / "run")
     save_one_step(asked)
@@ -102,7 +102,7 @@ def test_the_first_stage_of_a_model_from_scratch_is_part_of_its_base(tmp_path: P
         tiny.prepare(asked, resume=True)
 
 
-def test_a_run_of_an_older_version_resumes_with_one_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_of_a_run_without_base_digests_gives_one_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     asked = recipe(tmp_path)
     job = tiny.prepare(asked)
     job.trainer.train_step(0)
@@ -115,9 +115,7 @@ def test_a_run_of_an_older_version_resumes_with_one_note(tmp_path: Path, caplog:
     assert caplog.text.count("does not record its base model") == 1
 
 
-def test_a_digest_is_computed_once_and_again_when_the_file_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sha256_of_reads_a_file_again_only_if_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data.audit.cache.SETTLED_SECONDS", 0)
     file, cache = tmp_path / "weights", tmp_path / "cache"
     file.write_bytes(b"one")
@@ -125,15 +123,15 @@ def test_a_digest_is_computed_once_and_again_when_the_file_changes(
     (kept,) = (cache / "digests").iterdir()
     assert kept.read_text() == first
     kept.write_text("0" * 64)
-    assert file_digest.sha256_of(file, cache) == "0" * 64, "the file is not read again"
+    assert file_digest.sha256_of(file, cache) == "0" * 64, "an unchanged file must not be read again"
     kept.write_bytes(b"\xff damaged")
     assert file_digest.sha256_of(file, cache) == first
     file.write_bytes(b"two")
     assert file_digest.sha256_of(file, cache) != first
 
 
-def test_a_model_in_the_hub_cache_is_compared_by_its_blobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blobs of large files are named by their SHA-256: they are not read."""
+def test_base_digest_of_a_hub_model_uses_the_blob_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blobs of large files are named by their SHA-256, so they need not be read."""
     repo = tmp_path / "hub" / "models--owner--name"
     snapshot, blobs, sha = repo / "snapshots" / ("c" * 40), repo / "blobs", "a" * 64
     for folder in (snapshot / "unet", blobs, repo / "refs"):
@@ -151,7 +149,7 @@ def test_a_model_in_the_hub_cache_is_compared_by_its_blobs(tmp_path: Path, monke
     assert found.keys() == {"model.path model_index.json", "model.path unet/diffusion_pytorch_model.safetensors"}
 
 
-def test_an_unchanged_base_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+def test_resume_with_an_unchanged_base_is_bit_exact(tmp_path: Path) -> None:
     asked = [recipe(tmp_path / name, "train.steps=2") for name in ("whole", "broken")]
     tiny.train(asked[0])
     save_one_step(asked[1])

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run goes on from, exactly or not at all; those that are kept, damaged, or find the disk full."""
+"""Checkpoints: exact resume, extension of runs, retention, damage, and full disks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.helpers import tiny
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor", "prodigy", "schedulefree", "lion", "came"])
-def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> None:
-    """Also where the one run looked at its weights in between, and the other did not."""
+def test_resume_with_each_optimizer_is_exact(optimizer: str, tmp_path: Path) -> None:
+    """Also when only one of the two runs used its averaged weights in between."""
     recipe = tiny.recipe(
         "sd21", "full", f"optimizer.name={optimizer}", "train.steps=3", "sample.prompts=[]", folder=tmp_path / "run"
     )
@@ -39,8 +39,11 @@ def test_the_other_optimizers_resume_exactly(optimizer: str, tmp_path: Path) -> 
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in tiny.trained(job).items())
 
 
-def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
-    """2 steps, then 4 in the same folder: bit for bit the run of 4; shorter than it is, or with a cosine, it is refused."""
+def test_resume_with_more_steps_at_a_constant_rate_is_exact(tmp_path: Path) -> None:
+    """2 steps, then 4 in the same folder, equal 4 at once bit for bit.
+
+    Fewer steps, or a cosine schedule, are refused.
+    """
     asked = {
         steps: tiny.recipe("sd15", "lora", f"train.steps={steps}", "sample.prompts=[]", folder=tmp_path / "run")
         for steps in (1, 2, 4)
@@ -68,7 +71,7 @@ def test_at_a_constant_rate_a_run_may_be_made_longer(tmp_path: Path) -> None:
         tiny.prepare(cosine[1], resume=True)
 
 
-def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:
     shutil.copytree(tiny.images(), tmp_path / "images")
     asked = tiny.recipe(
         "sd15", "lora", f"data.path={tmp_path / 'images'}", "sample.prompts=[]", folder=tmp_path / "run"
@@ -81,7 +84,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         tiny.prepare(asked, resume=True)
 
 
-def test_what_makes_resuming_inexact_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_that_is_not_bit_exact_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny.recipe("sd15", "lora", "sample.prompts=[]", folder=tmp_path / "run")
     job = tiny.prepare(recipe)
     job.trainer.train_step(0)
@@ -98,15 +101,15 @@ def test_what_makes_resuming_inexact_is_said(tmp_path: Path, caplog: pytest.LogC
         changed.trainer.resume()
 
 
-def made(step: int) -> checkpoint.Checkpoint:
+def checkpoint_of(step: int) -> checkpoint.Checkpoint:
     return checkpoint.Checkpoint(
         step, {"w": torch.full((4,), float(step))}, {}, {"turn": {"state": {}, "param_groups": []}}, {"threads": 1}
     )
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_and_old_ones_are_removed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, made(step), keep=2)
+        checkpoint.save(tmp_path, checkpoint_of(step), keep=2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000003"]
     file = tmp_path / "step-0000003" / "weights.safetensors"
     content = bytearray(file.read_bytes())
@@ -118,12 +121,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_old_ones_go(tmp_path: Path) -> 
     assert said == ["checkpoint step-0000003 is damaged (weights.safetensors has changed) and is skipped"]
 
 
-def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, made(1), keep=1)
+def test_save_on_a_full_disk_keeps_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, checkpoint_of(1), keep=1)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(UserError, match="MB are free"):
-        checkpoint.save(tmp_path, made(2), keep=1)
+        checkpoint.save(tmp_path, checkpoint_of(2), keep=1)
     monkeypatch.undo()
 
     def full(*arguments: Any) -> None:
@@ -131,26 +134,29 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="could not be written: No space left on device"):
-        checkpoint.save(tmp_path, made(2), keep=1)
+        checkpoint.save(tmp_path, checkpoint_of(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000001"]
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+def test_best_checkpoint_is_kept_besides_the_newest(tmp_path: Path) -> None:
     losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: None, 5: float("nan"), 6: 0.6}
     for step, loss in losses.items():
-        found = made(step)
+        found = checkpoint_of(step)
         found.facts["validation"] = loss
         (tmp_path / ".step-0000099.part").mkdir()
         checkpoint.save(tmp_path, found, keep=2)
-        assert not list(tmp_path.glob(".*")), "what a kill left goes"
+        assert not list(tmp_path.glob(".*")), "leftovers of a killed run must be removed"
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-0000002", "step-0000005", "step-0000006"]
     assert checkpoint.best(tmp_path) == tmp_path / "step-0000002"
 
 
-def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(
+def test_disk_that_fills_up_during_a_save_stops_the_run_and_resume_is_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real full disk, found when the free space has been looked at already; and once room is made, the bits of the undisturbed run."""
+    """A real full disk, filled after the check of free space.
+
+    With space again, the resumed run matches an undisturbed one.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
@@ -181,6 +187,6 @@ def test_a_disk_that_fills_up_while_saving_stops_the_run_and_loses_nothing(
         tiny.prepare(asked[0], resume=True).trainer.train()
         ours = tiny.final_weights(disk / "run")
     finally:
-        subprocess.run(["umount", "-l", disk], check=True)  # lazily: the run's lock is open while this process lives
+        subprocess.run(["umount", "-l", disk], check=True)  # lazily: this process still holds the run's lock open
     tiny.prepare(asked[1]).trainer.train()
     assert all(torch.equal(ours[name], tensor) for name, tensor in tiny.final_weights(tmp_path / "run").items())

@@ -1,4 +1,4 @@
-"""The command: it answers at once, says of a mistake what to do, and passes on what was asked."""
+"""The `ft` command: fast start, errors with fixes, and arguments passed on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEAVY = {
 }
 
 
-# -- light ------------------------------------------------------------------------------------------------------------
+# -- imports ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ HEAVY = {
         "from finetune.cli import check, doctor, export, gpus, recipes, sample, train",
     ],
 )
-def test_nothing_heavy_is_imported(statements: str, tmp_path: Path) -> None:
+def test_command_without_need_imports_no_heavy_library(statements: str, tmp_path: Path) -> None:
     code = f"import sys, atexit; atexit.register(lambda: print('\\n' + repr(sorted(sys.modules)), file=sys.stderr)); {statements}"
     found = python("-c", code, cwd=tmp_path)
     modules = eval(found.stderr.splitlines()[-1])
@@ -96,7 +96,7 @@ def test_mistake_that_needs_no_torch_is_refused_without_it(arguments: list[str],
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["gpus", "h200"]])
-def test_module_is_the_command(arguments: list[str], tmp_path: Path) -> None:
+def test_python_m_finetune_is_the_ft_command(arguments: list[str], tmp_path: Path) -> None:
     shown = python("-m", "finetune", *arguments, cwd=tmp_path)
     assert shown.returncode == 0 and shown.stdout == python("-m", "finetune.cli.main", *arguments, cwd=tmp_path).stdout
 
@@ -145,7 +145,7 @@ def test_launch_target_without_a_recipe_trains_the_bundled_default(
         assert f"No recipe given: training the bundled {name}" in caplog.messages[-1]
 
 
-def test_help_answers_at_once(tmp_path: Path) -> None:
+def test_help_starts_quickly(tmp_path: Path) -> None:
     wall, processor = [], []
     for _ in range(5):
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -154,12 +154,12 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
         wall.append(time.perf_counter() - start)
         processor.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
     assert all(f"  {name}" in shown and line in shown for name, line in cli_main.COMMANDS.items())
-    assert min(processor) < 0.3, "seconds; 0.15 where this was written"
-    assert min(wall) < 0.9, "seconds; wider, as others may be at work on the machine"
+    assert min(processor) < 0.3, "seconds; 0.15 when this was written"
+    assert min(wall) < 0.9, "seconds; less strict, since the machine may be busy"
 
 
 @pytest.mark.parametrize("name", cli_main.COMMANDS)
-def test_the_one_line_help_is_the_commands_own(name: str) -> None:
+def test_command_summary_is_the_first_line_of_its_help(name: str) -> None:
     command = cli_main.ft.get_command(None, name)  # type: ignore[arg-type]
     assert command is not None and command.help is not None
     assert command.help.splitlines()[0] == cli_main.COMMANDS[name]
@@ -189,7 +189,7 @@ def test_the_one_line_help_is_the_commands_own(name: str) -> None:
         (["gpus", "--prices", "/no/prices.yaml"], "/no/prices.yaml"),
     ],
 )
-def test_a_mistake_ends_with_code_2_and_says_what_to_do(
+def test_command_with_a_mistake_ends_with_code_2_and_a_fix(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ft(*arguments) == 2
@@ -210,7 +210,7 @@ def test_a_mistake_ends_with_code_2_and_says_what_to_do(
         (["model.path=a/b", "model.vae=HERE/empty"], "holds no trained VAE", "config.json"),
     ],
 )
-def test_what_the_model_path_leads_to_is_looked_at(
+def test_check_of_an_invalid_model_path_is_refused(
     overrides: list[str], says: str, remedy: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file.ckpt").touch()
@@ -229,7 +229,7 @@ def test_what_the_model_path_leads_to_is_looked_at(
     assert says in caught.value.problem and remedy in caught.value.remedy
 
 
-def test_models_that_may_be_there_pass(tmp_path: Path) -> None:
+def test_check_of_a_plausible_model_path_passes(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     for path in (
         str(tmp_path / "model.safetensors"),
@@ -243,7 +243,7 @@ def test_models_that_may_be_there_pass(tmp_path: Path) -> None:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_recipes_are_listed_with_whom_they_are_for_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_lists_audiences_and_shows_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("recipes") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == bundled_recipes()
@@ -252,7 +252,7 @@ def test_recipes_are_listed_with_whom_they_are_for_and_shown(capsys: pytest.Capt
     assert capsys.readouterr().out == (CHECKOUT / "recipes" / "lora" / "emoji.yaml").read_text(encoding="utf-8")
 
 
-def test_copying_a_recipe_never_overwrites(
+def test_recipes_copy_never_overwrites(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -284,11 +284,11 @@ def test_check_shows_data_and_plan_and_writes_nothing(
     assert ft(*asked) == 0
     out = capsys.readouterr().out
     assert "380 images / batch 4 = 95 steps per epoch; 300 steps = 3.158 epochs" in out
-    assert "train.batch_size=4" in out.splitlines()[-1], "the command that comes next"
+    assert "train.batch_size=4" in out.splitlines()[-1], "the command for the next step"
     assert not list(tmp_path.iterdir())
 
 
-def test_sample_and_export_pass_on_what_was_asked(
+def test_sample_and_export_pass_their_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import finetune.cli.export

@@ -1,4 +1,4 @@
-"""A run's folder with damaged files: `--resume` gives the undisturbed run's weights, or says why not; never a traceback."""
+"""Runs with damaged files: `--resume` ends with an undisturbed run's weights or an error, never a traceback."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def damage(folder: Path, name: str, how: str) -> None:
 
 
 def is_continued(folder: Path) -> None:
-    """The run is resumed, and ends as the undisturbed one."""
+    """Resume the run, and check that it ends as the undisturbed one."""
     job.run(recipe(folder), resume=True)
     now = tiny.final_weights(folder)
     assert now.keys() == undisturbed().keys()
@@ -103,7 +103,7 @@ def is_continued(folder: Path) -> None:
 
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
-def test_one_damaged_file_costs_at_most_a_step(
+def test_resume_with_one_damaged_file_repeats_at_most_one_step(
     name: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copy(tmp_path / "run")
@@ -112,7 +112,7 @@ def test_one_damaged_file_costs_at_most_a_step(
     is_continued(folder)
     assert "Traceback" not in caplog.text
     assert "could not be written" not in caplog.text
-    same = name.endswith("manifest.json") and how == "merged"  # in one line it says the same
+    same = name.endswith("manifest.json") and how == "merged"  # valid JSON without its line breaks
     step = 2 if name.startswith(NEWEST) and not same else 3
     assert f"resuming after step {step}" in caplog.text
 
@@ -120,14 +120,14 @@ def test_one_damaged_file_costs_at_most_a_step(
 @pytest.mark.parametrize(
     ("one", "other"), list(itertools.combinations(("recipe.yaml", "plan.json", "metrics.jsonl"), 2))
 )
-def test_two_damaged_files_are_no_worse(one: str, other: str, tmp_path: Path) -> None:
+def test_resume_with_two_damaged_files_ends_as_undisturbed(one: str, other: str, tmp_path: Path) -> None:
     folder = copy(tmp_path / "run")
     damage(folder, one, "random")
     damage(folder, other, "empty")
     is_continued(folder)
 
 
-def test_a_damaged_plan_does_not_let_another_recipe_through(tmp_path: Path) -> None:
+def test_resume_with_a_damaged_plan_still_refuses_another_recipe(tmp_path: Path) -> None:
     folder = copy(tmp_path / "run")
     for name in ("recipe.yaml", "plan.json"):
         (folder / name).write_bytes(b"")
@@ -136,8 +136,8 @@ def test_a_damaged_plan_does_not_let_another_recipe_through(tmp_path: Path) -> N
         job.prepare(other, resume=True)
 
 
-def test_when_nothing_says_what_the_run_was_started_with_it_is_refused(tmp_path: Path) -> None:
-    """Checkpoints of older versions do not record it."""
+def test_resume_without_any_record_of_the_recipe_is_refused(tmp_path: Path) -> None:
+    """Checkpoints of older versions do not contain the recipe."""
     folder = copy(tmp_path / "run")
     (folder / "plan.json").write_bytes(b"")
     for state in folder.glob("checkpoints/*/state.json"):
@@ -148,7 +148,7 @@ def test_when_nothing_says_what_the_run_was_started_with_it_is_refused(tmp_path:
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_when_all_checkpoints_are_damaged_the_run_is_refused(
+def test_resume_with_all_checkpoints_damaged_is_refused_without_force(
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copy(tmp_path / "run")
@@ -167,7 +167,7 @@ def test_when_all_checkpoints_are_damaged_the_run_is_refused(
     assert all(torch.equal(tensor, now[name]) for name, tensor in undisturbed().items())
 
 
-def test_lost_manifests_are_damage_too(tmp_path: Path) -> None:
+def test_resume_with_missing_manifests_is_refused(tmp_path: Path) -> None:
     folder = copy(tmp_path / "run")
     for manifest in folder.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
@@ -176,7 +176,9 @@ def test_lost_manifests_are_damage_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "random"])
-def test_a_damaged_recipe_of_a_run_names_its_copy(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_with_a_damaged_recipe_names_the_restored_copy(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copy(tmp_path / "run")
     damage(folder, "recipe.yaml", how)
     assert ft("train", str(folder / "recipe.yaml"), "--resume") == 2
@@ -186,14 +188,14 @@ def test_a_damaged_recipe_of_a_run_names_its_copy(how: str, tmp_path: Path, caps
     assert restored.output.folder == str(folder)
 
 
-def test_whole_records_are_kept_of_damaged_lines() -> None:
+def test_parse_records_keeps_whole_records_of_damaged_lines() -> None:
     content = b'{"step": 1, "a": 1}{"step": 2, "a": NaN}\n{"step": 3, "a"\n\xff\xfe{"step": 4}\n[1]\n{"step": "5"}\n'
     records, damaged = parse_records(content)
     assert [record["step"] for record in records] == [1, 2, 4]
     assert damaged == 4
 
 
-def test_random_bytes_in_every_file_at_once_give_a_message(tmp_path: Path) -> None:
+def test_resume_with_every_file_damaged_is_refused_with_a_message(tmp_path: Path) -> None:
     folder = copy(tmp_path / "run")
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         file.write_bytes(noise(b""))

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the places that a run writes to: one clear message with the remedy, exit code 2, nothing overwritten."""
+"""Unusable output folders and full disks: one clear message with the fix, exit code 2, nothing overwritten."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def disk_full_at_the_end(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_place_is_told_in_one_message_with_its_remedy(
+def test_bad_output_folder_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(CASES[name], scene, capsys)

@@ -1,4 +1,4 @@
-"""`adapter.distill_every`: of n steps one has the adapter learn what the base says at the noisiest 1/n of the noise levels."""
+"""`adapter.distill_every`: in one of n steps, the target is the base's prediction at the noisiest 1/n of the levels."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CASES = {
 }
 
 
-def moved(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Adapters that are no longer nothing."""
+def perturb(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Change the adapters, which start as zero."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -38,8 +38,11 @@ def moved(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> None:
-    """Its loss is the mean square of what the adapter changes, written out with PEFT's own switch; the others' is the recipe's."""
+def test_distillation_step_compares_adapter_and_base_at_high_noise(name: str, tmp_path: Path) -> None:
+    """Its loss is the mean square of the adapter's effect, as given by PEFT's own switch.
+
+    Other steps have the usual loss.
+    """
     job = prepare(
         tiny.recipe(
             name, "lora", "adapter.distill_every=4", "train.batch_size=2", *CASES[name], folder=tmp_path / "run"
@@ -51,7 +54,7 @@ def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> N
     batch = job.data.batch(0, (0, 1), Draw(0, 0, (0, 1)))
     assert train_step.cycle == 4
     torch.testing.assert_close(train_step.loss(batch, Draw(0, 3, (0, 1))), torch.zeros(2), atol=1e-9, rtol=0)
-    moved(trained)
+    perturb(trained)
 
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     hook = train_step.net.register_forward_hook(lambda net, given, found: seen.append((given[0], given[1], found)))
@@ -77,10 +80,12 @@ def test_the_last_of_n_steps_is_held_to_the_base(name: str, tmp_path: Path) -> N
     seen.clear()
     for step in range(3):
         train_step.loss(batch, Draw(0, step, (0, 1)))
-    assert len(seen) == 3, "the other steps ask the base nothing"
-    assert max(float(given.max()) for _, given, _ in seen) <= float(timestep.min()), "and leave it the noisiest levels"
+    assert len(seen) == 3, "ordinary steps must not run the base"
+    assert max(float(given.max()) for _, given, _ in seen) <= float(timestep.min()), (
+        "ordinary steps take lower noise levels"
+    )
     train_step.net.eval()
     seen.clear()
     train_step.loss(batch, Draw(0, 3, (0, 1)))
-    assert len(seen) == 1, "what is held out is measured as ever"
+    assert len(seen) == 1, "validation must have the usual loss"
     hook.remove()

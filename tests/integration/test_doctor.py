@@ -1,4 +1,4 @@
-"""`ft doctor`: machines in every state, as its probes would describe them; this one, whole; and one whose torch is broken."""
+"""`ft doctor`: simulated machines in every state, this machine, and one with a broken torch."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ UNSEEN = TORCH | {"gpus": []}
         (DRIVER, TORCH | {"gpus": [GPU | {"error": "an ECC error"}]}, "fails", "an ECC error", "nvidia-smi"),
     ],
 )
-def test_gpu(
+def test_gpu_finding_has_state_and_remedy(
     there: Driver | None, probed: dict[str, Any], state: str, found: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (finding,) = doctor.gpus(there, probed)
     assert finding.state == state
-    assert_says(finding, found, remedy)
+    assert_reports(finding, found, remedy)
 
 
-def assert_says(finding: Finding, found: str, remedy: str) -> None:
+def assert_reports(finding: Finding, found: str, remedy: str) -> None:
     import re
 
     assert re.search(found, finding.found), finding
@@ -77,24 +77,24 @@ def assert_says(finding: Finding, found: str, remedy: str) -> None:
     assert bool(finding.remedy) == bool(remedy)
 
 
-def test_a_hidden_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_hidden_by_cuda_visible_devices_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert_says(doctor.gpus(DRIVER, UNSEEN)[0], "CUDA_VISIBLE_DEVICES hides it", "unset")
+    assert_reports(doctor.gpus(DRIVER, UNSEEN)[0], "CUDA_VISIBLE_DEVICES hides it", "unset")
 
 
-def test_libraries() -> None:
+def test_libraries_with_wrong_versions_fail() -> None:
     (wrong,) = doctor.libraries(
         ["pytest>=999", "no-such-thing>=1", "click>=8; sys_platform == 'nowhere'", "numpy>=1"], {}
     )
     assert wrong.state == "fails"
-    assert_says(
+    assert_reports(
         wrong,
         "pytest is .*but >=999 is required; no-such-thing is not installed",
         'pip install "pytest>=999" "no-such-thing>=1"',
     )
     (other,) = doctor.libraries(["numpy>=1"], {"numpy": "0.1"})
     assert other.state == "works"
-    assert_says(other, r"not the tested versions: numpy .*\(0.1\)", "constraints.txt")
+    assert_reports(other, r"not the tested versions: numpy .*\(0.1\)", "constraints.txt")
     (right,) = doctor.libraries(doctor.requirements(), {})
     assert right.state == "works"
 
@@ -112,10 +112,10 @@ def test_package_of_another_project_with_the_same_import_name_fails(
     (finding,) = doctor.package()
 
     assert finding.state == "fails"
-    assert_says(finding, r"unrelated PyPI package finetune 0\.10\.0", "pip uninstall finetune")
+    assert_reports(finding, r"unrelated PyPI package finetune 0\.10\.0", "pip uninstall finetune")
 
 
-def test_hub() -> None:
+def test_hub_finding_reports_access_and_token() -> None:
     base = {
         "endpoint": "https://huggingface.co",
         "offline": False,
@@ -125,18 +125,18 @@ def test_hub() -> None:
         "known": False,
     }
     assert [finding.state for finding in doctor.hub(base)] == ["works", "limited"]
-    assert_says(doctor.hub(base | {"token": True})[1], "does not accept it", "hf auth login")
+    assert_reports(doctor.hub(base | {"token": True})[1], "does not accept it", "hf auth login")
     assert [finding.state for finding in doctor.hub(base | {"token": True, "known": True})] == ["works", "works"]
-    assert_says(
+    assert_reports(
         doctor.hub(base | {"answers": False, "error": "ConnectError"})[0],
         r"does not answer \(ConnectError\)",
         "HF_ENDPOINT",
     )
 
 
-def test_disk(tmp_path: Path) -> None:
+def test_place_reports_too_little_space_and_unusable_folders(tmp_path: Path) -> None:
     assert doctor.place("runs", tmp_path / "a" / "b", 1, "fails", "elsewhere").state == "works"
-    assert_says(
+    assert_reports(
         doctor.place("runs", tmp_path / "a", 10**18, "fails", "elsewhere"),
         "GB free; about .* are needed",
         "free some space, or elsewhere",
@@ -155,7 +155,7 @@ def ft_doctor(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str
     return ended.value.code, shown.out
 
 
-def test_this_machine_works_and_the_token_is_never_shown(
+def test_doctor_works_here_and_never_shows_the_token(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
@@ -180,7 +180,7 @@ def test_this_machine_works_and_the_token_is_never_shown(
     assert "verysecret" not in shown
 
 
-def test_a_broken_torch_is_told_and_does_not_break_the_doctor(
+def test_doctor_with_a_broken_torch_reports_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text('raise ImportError("libcudart.so.12: cannot open shared object file")\n')

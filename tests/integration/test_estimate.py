@@ -1,4 +1,4 @@
-"""`ft estimate`: what is said of a run, and the choice between runs."""
+"""`ft estimate`: estimates of a run, and the choice between recipes."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from finetune.estimate.tracing.traced_run import TracedRun
 from finetune.models.registry import spec_of
 from tests.helpers.estimates import ft, of
 
-# -- what is said -----------------------------------------------------------------------------------------------------
+# -- estimates --------------------------------------------------------------------------------------------------------
 
 
-def test_parts_add_up_to_the_peak_of_training() -> None:
+def test_memory_parts_add_up_to_the_peak_of_training() -> None:
     for name in ("lora/sd15", "full/sd15"):
         found = of(name)
         assert sum(found.memory.parts.values()) == pytest.approx(found.memory.phases["train"], abs=16)
         assert all(value > 0 for value in found.memory.parts.values())
 
 
-def test_steps_and_hours_follow_the_images() -> None:
+def test_steps_and_hours_scale_with_the_images() -> None:
     once, twice = (of("lora/sd15", "train.epochs=20", images=images) for images in (1000, 2000))
     assert twice.steps == 2 * once.steps
     assert once.hours < twice.hours < 2 * once.hours  # the first sample costs the same
 
 
-def test_accumulation_keeps_gradients_and_takes_time() -> None:
-    """The second accumulated batch finds the gradients of the first: they weigh nothing beside an adapter, and 3.2 GiB beside SD 1.5's weights."""
+def test_accumulation_adds_gradients_and_time() -> None:
+    """The first batch's gradients stay during the second: negligible for an adapter, 3.2 GiB for SD 1.5's weights."""
     once, twice = of("lora/sd15", "train.accumulation=1"), of("lora/sd15", "train.accumulation=2")
     assert twice.memory == once.memory
     assert once.speed.seconds < twice.speed.seconds <= 2 * once.speed.seconds
@@ -55,8 +55,8 @@ def test_accumulation_keeps_gradients_and_takes_time() -> None:
     assert once.memory.peak < twice.memory.peak <= once.memory.peak + 4.2 * once.variant.trained
 
 
-def test_several_gpus_share_the_images() -> None:
-    """Each takes its own batches: half the steps, gradients once more in buckets, the exchange on top of each step."""
+def test_several_gpus_divide_the_steps() -> None:
+    """Each takes its own batches: half the steps, gradient buckets in memory, and communication added to each step."""
     one, two = of("full/sd15"), forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, group=Group(2))
     assert two.steps == pytest.approx(one.steps / 2, abs=1)
     assert two.memory.parts["gradient buckets"] == 4 * one.variant.trained
@@ -65,18 +65,18 @@ def test_several_gpus_share_the_images() -> None:
     assert two.usd[0] == pytest.approx(one.usd[0] * two.hours * 2 / one.hours)
 
 
-def test_what_does_not_fit_is_mended_and_then_fits() -> None:
+def test_memory_fix_for_a_small_gpu_fits_and_keeps_the_batch() -> None:
     small = described(2.9, 40, 500)
     first = of("lora/sd15", gpu=small)
     assert not first.fits
-    for mended in fitting(first):
-        assert mended.fits
-        assert apply_options(first.recipe, mended.edits) == mended.recipe
-        batches = [recipe.train.batch_size * recipe.train.accumulation for recipe in (first.recipe, mended.recipe)]
+    for fixed in fitting(first):
+        assert fixed.fits
+        assert apply_options(first.recipe, fixed.edits) == fixed.recipe
+        batches = [recipe.train.batch_size * recipe.train.accumulation for recipe in (first.recipe, fixed.recipe)]
         assert batches[0] == batches[1]
 
 
-def test_every_lever_saves_memory() -> None:
+def test_every_memory_option_saves_memory() -> None:
     for name in ("lora/sd15", "full/sd15"):
         first = of(name, "train.gradient_checkpointing=false", "optimizer.name=adamw")
         for option in covered_options(first):
@@ -84,8 +84,8 @@ def test_every_lever_saves_memory() -> None:
             assert any(size < first.memory.phases[phase] for phase, size in after.items()), option
 
 
-def test_every_lever_can_be_set_in_a_recipe() -> None:
-    """What the advice names with `--set`, all of it, a recipe takes."""
+def test_every_memory_option_can_be_set_in_a_recipe() -> None:
+    """The recipe accepts everything that the advice names with `--set`."""
     for name in ("lora/sd15", "full/sd15", "lora/emoji", "full/emoji"):
         recipe = load_recipe(
             name, ["train.gradient_checkpointing=false", "optimizer.name=adamw", "train.accumulation=2"]
@@ -99,8 +99,8 @@ def test_every_lever_can_be_set_in_a_recipe() -> None:
 @pytest.mark.parametrize(
     "edit", ["model.text_encoder_placement=nf4", "model.text_encoder_placement=offload", "model.vae_tiling=true"]
 )
-def test_what_encodes_takes_what_its_profile_says(edit: str) -> None:
-    """Text encoders quantized or waiting in host memory, and a VAE in tiles, are arithmetic on the profile."""
+def test_encoding_estimate_matches_the_trace(edit: str) -> None:
+    """Quantized or offloaded text encoders, and a tiled VAE, are computed from the profile."""
     recipe = load_recipe("lora/sd21", [edit])
     subject = TracedRun(recipe, "bfloat16", (768, 768))
     with fake_tensors(), skeletons(), cuda():
@@ -112,8 +112,11 @@ def test_what_encodes_takes_what_its_profile_says(edit: str) -> None:
     assert promised < whole.phases["encode"] - 0.3 * GIB
 
 
-def test_sharding_shares_out_what_zero_shares_out() -> None:
-    """Stage 3 of ZeRO (arXiv:1910.02054): 1/n of weights, gradients and state; 1.5 times DDP's exchange, in 16 bits for the weights."""
+def test_fsdp_divides_what_zero_stage_3_divides() -> None:
+    """ZeRO stage 3 (arXiv:1910.02054): 1/n of weights, gradients and state; 1.5 × DDP's communication.
+
+    16-bit weights.
+    """
     recipe = load_recipe("full/sd15", ["train.ema=null", "train.accumulation=1"])
     one, ddp, fsdp = (
         forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*of)) for of in ((1,), (4,), (4, "fsdp"))
@@ -131,44 +134,44 @@ def test_sharding_shares_out_what_zero_shares_out() -> None:
 
 
 @pytest.mark.parametrize(("images", "method"), [(50, "lora"), (3000, "lora"), (50_000, "full")])
-def test_choice_follows_the_images(images: int, method: str) -> None:
+def test_choice_by_number_of_images(images: int, method: str) -> None:
     found = [of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     assert recommend.choose(found, images, None, None, "quality").forecast.recipe.method == method
 
 
-def test_rules_leave_no_gap() -> None:
+def test_recommendation_rules_leave_no_gap() -> None:
     for rules in (recommend.BY_IMAGES, recommend.BY_BUDGET):
         assert all(one.most == following.least for one, following in itertools.pairwise(rules))
         assert rules[-1].most == float("inf")
         assert all(one.reason and one.methods for one in rules)
 
 
-def test_every_recipe_is_of_a_kind_that_the_goals_know() -> None:
+def test_every_recipe_kind_belongs_to_a_goal() -> None:
     kinds = {spec_of(load_recipe(name).model.family).kind for name in bundled_recipes()}
     assert kinds <= {kind for goal in recommend.GOALS.values() for kind in goal.kinds}
 
 
-def test_little_money_goes_before_many_images() -> None:
+def test_small_budget_takes_precedence_over_many_images() -> None:
     found = [of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     choice = recommend.choose(found, 20_000, 60, None, "quality")
     assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
 
 
-def test_small_images_are_learned_from_scratch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_images_recommend_a_scratch_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--data", "small-images") == 0
     said = capsys.readouterr().out
     assert "Recommended: scratch/emoji-diffusion, because small images" in said
     assert "First:       ft train scratch/emoji-vae" in said and "lora/" not in said
 
 
-def test_a_latent_space_is_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
+def test_goal_latent_recommends_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--goal", "latent") == 0
     said = capsys.readouterr().out
     assert "because a VAE has a latent space" in said and "emoji-diffusion" not in said
 
 
 @pytest.mark.parametrize("goal", benchmarks.DECISIVE)
-def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_goal_with_benchmarks_recommends_the_best_measured(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "2000", "--gpu", "rtx3060", "--data", "small-images", "--goal", goal) == 0
     serving = {"speed": "dcgan", "likelihood": "glow"}
     assert (
@@ -177,7 +180,7 @@ def test_what_was_measured_decides_between_recipes_of_a_goal(goal: str, capsys: 
     )
 
 
-def test_an_autoregressive_model_never_draws_large_images() -> None:
+def test_autoregressive_model_for_large_images_is_refused() -> None:
     one = of("lora/sd15")
     large = dataclasses.replace(
         one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnn++"))
@@ -193,7 +196,7 @@ FOR_IMAGES = {
 }
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_lists_every_recipe_for_large_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3090") == 0
     said = capsys.readouterr().out
     assert "3,000 images on one RTX 3090" in said
@@ -202,10 +205,10 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in said for name in FOR_IMAGES)
     assert (
         sum("lora/flux2-klein-4b " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said
-    ), "QLoRA has a row of its own"
+    ), "QLoRA must have its own row"
 
 
-def test_of_several_recipes_for_one_base_the_largest_that_fits_stands_in_the_table(
+def test_table_shows_the_largest_fitting_recipe_of_a_base(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for gpu, name in (("rtx3060", "lora/flux1-12gb"), ("rtx3090", "lora/flux1"), ("h100-sxm", "lora/flux1-80gb")):
@@ -225,7 +228,7 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_recipes_from_scratch_are_known_by_what_they_build() -> None:
+def test_profile_of_a_scratch_recipe_is_found_by_its_network() -> None:
     found = profiles.profile_of_build(
         load_recipe("scratch/emoji-vae", ["autoencoder.kl_weight=1e-3", "train.batch_size=4"])
     )
@@ -233,15 +236,15 @@ def test_recipes_from_scratch_are_known_by_what_they_build() -> None:
     assert profiles.profile_of_build(load_recipe("scratch/emoji-vae", ["model.build.latent_channels=4"])) is None
 
 
-def test_one_recipe_taken_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_estimate_of_one_recipe_shows_details(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("lora/emoji", "--gpu", "rtx3060") == 0
     said = capsys.readouterr().out
     assert "fits" in said
-    assert "380 images / batch 8" in said  # counted in the folder, those held out taken off
+    assert "380 images / batch 8" in said  # counted in the folder, without the held-out ones
     assert "CUDA context" in said
 
 
-def test_trace_says_what_the_profile_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_trace_agrees_with_the_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = []
     for more in ([], ["--trace", "--plot", str(tmp_path / "plot.html")]):
         assert ft("lora/emoji", "--gpu", "rtx3090", "--json", *more) == 0
@@ -251,7 +254,7 @@ def test_trace_says_what_the_profile_says(capsys: pytest.CaptureFixture[str], tm
     assert "<polyline" in (tmp_path / "plot.html").read_text(encoding="utf-8")
 
 
-def test_a_denoiser_that_someone_points_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_denoiser_config_file_is_traced(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(
         json.dumps(
@@ -305,7 +308,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_told_in_a_sentence(
+def test_estimate_of_bad_input_is_refused_with_a_fix(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -319,7 +322,7 @@ def test_bad_input_is_told_in_a_sentence(
     assert "Traceback" not in told
 
 
-def test_no_torch_is_imported() -> None:
+def test_estimate_imports_no_torch() -> None:
     program = "import sys; from finetune.cli import main\n"
     program += "try: main.main(['estimate', '--images', '3000', '--gpu', 'rtx3090'])\nexcept SystemExit: pass\n"
     program += "sys.exit(', '.join({'torch', 'numpy', 'diffusers', 'transformers', 'PIL'} & set(sys.modules)) or 0)"
@@ -329,7 +332,7 @@ def test_no_torch_is_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_budget_that_is_too_small_says_the_least() -> None:
+def test_budget_too_small_names_the_cheapest() -> None:
     found = [of("lora/sd15")]
     with pytest.raises(UserError, match="the cheapest, lora/sd15"):
         recommend.choose(found, 3000, 0.01, None, "quality")

@@ -1,4 +1,4 @@
-"""Distances against closed forms, and `ft eval` on runs of every kind that draws."""
+"""Distances against closed forms, and `ft eval` on runs of every kind that generates images."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def normal(count: int, width: int, seed: int = 0) -> Tensor:
 
 
 def with_moments(mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
-    """Features whose sample mean and covariance are exactly these."""
+    """Features with exactly this sample mean and covariance."""
     drawn = normal(50, len(mean), seed)
     white = (drawn - drawn.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(drawn.T))).T
     found: Tensor = white @ torch.linalg.cholesky(covariance).T + mean
     return found
 
 
-def test_the_frechet_distance_between_gaussians() -> None:
+def test_frechet_distance_between_gaussians_has_its_closed_form() -> None:
     mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     one = with_moments(
         torch.zeros(3, dtype=torch.float64), torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64)), 1
@@ -55,7 +55,7 @@ def test_the_frechet_distance_between_gaussians() -> None:
         float(mean.square().sum()) + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
     )
     roots = [normal(3, 3, seed) for seed in (3, 4)]
-    first, second = (root @ root.T + torch.eye(3) for root in roots)  # that do not commute
+    first, second = (root @ root.T + torch.eye(3) for root in roots)  # these do not commute
     trace = float(torch.linalg.eigvals(first @ second).sqrt().real.sum())
     expected = float(first.trace() + second.trace()) - 2 * trace
     zero = torch.zeros(3, dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_frechet_distance_between_gaussians() -> None:
     assert metrics.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
 
 
-def test_the_kernel_distance_is_its_formula_and_unbiased() -> None:
+def test_kernel_distance_matches_its_formula_and_is_unbiased() -> None:
     one, other = normal(4, 3, 1), normal(5, 3, 2) + 0.5
 
     def mean(pairs: list[tuple[Tensor, Tensor]]) -> float:
@@ -82,8 +82,11 @@ def test_the_kernel_distance_is_its_formula_and_unbiased() -> None:
     assert abs(float(of_equals.mean())) < 3 * float(of_equals.std()) / math.sqrt(300)
 
 
-def test_neighborhoods_of_equal_distributions() -> None:
-    """Naeem et al. 2020, §3.3: the expected coverage is 1 − 2^−k, the density about 1, and an outlier among the real lifts precision alone."""
+def test_neighborhoods_of_equal_distributions_have_the_expected_values() -> None:
+    """Naeem et al. 2020, §3.3: expected coverage 1 − 2^−k, density about 1.
+
+    An outlier in the real data lifts precision only.
+    """
     real, drawn = normal(1500, 32, 1), normal(1500, 32, 2)
     found = metrics.neighborhoods(real, drawn)
     assert found.coverage == pytest.approx(1 - 2**-5, abs=0.02)
@@ -97,8 +100,8 @@ def test_neighborhoods_of_equal_distributions() -> None:
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
 
 
-def test_half_of_the_classes_halve_the_coverage() -> None:
-    """By the pixels themselves of handwritten digits, whose classes they tell apart."""
+def test_half_of_the_classes_halves_the_coverage() -> None:
+    """The features are the pixels of handwritten digits, which separate the classes."""
     files = bundled("digits/train")
     features = torch.stack(
         [
@@ -111,12 +114,12 @@ def test_half_of_the_classes_halve_the_coverage() -> None:
     whole, half = metrics.neighborhoods(real, other), metrics.neighborhoods(real, few)
     assert whole.coverage > 0.85
     assert half.coverage / whole.coverage == pytest.approx(0.5, abs=0.1)
-    assert half.precision == pytest.approx(whole.precision, abs=0.1), "what is drawn looks as real as before"
+    assert half.precision == pytest.approx(whole.precision, abs=0.1), "the samples are as realistic as before"
     assert metrics.frechet_distance(real, few) > 2 * metrics.frechet_distance(real, other)
 
 
-def test_emoji_net_tells_worse_images_from_better() -> None:
-    """Blurred, noisy, tinted or too few kinds: each is farther from the images than other such images are."""
+def test_emoji_net_gives_degraded_images_larger_distances() -> None:
+    """Blurred, noisy, tinted or too few kinds: each is farther from the real images than other real images are."""
     some = Source("embedded:emoji/noto", limit=300)
     audit = scan(Data(sources=(some,), resolution=32, buckets=False, missing_captions="empty"))
     images = list(as_generated(audit.training, audit.background))
@@ -143,7 +146,7 @@ def noise(deviation: float) -> Callable[[Image.Image], Image.Image]:
     )
 
 
-def test_copies_are_told() -> None:
+def test_copies_of_training_images_are_detected() -> None:
     training = normal(200, 8, 1)
     nearest, far, share = metrics.copies(training[:50] + 1e-6, training)
     assert torch.equal(nearest, torch.arange(50)) and float(far.max()) < 1e-4 and share == 1
@@ -164,7 +167,7 @@ def run(kind: str) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "exact"), [("vae", False), ("pixelcnn++", True), ("dcgan", None), ("lora", None)])
-def test_a_run_is_evaluated(kind: str, exact: bool | None) -> None:
+def test_eval_writes_figures_and_image_grids(kind: str, exact: bool | None) -> None:
     outcome = CliRunner().invoke(command, [str(run(kind)), "--images", "4", "--json"], catch_exceptions=False)
     found = json.loads(outcome.stdout)
     folder = Path(found["folder"])
@@ -182,7 +185,7 @@ def test_a_run_is_evaluated(kind: str, exact: bool | None) -> None:
     assert shown - {file.stem for file in folder.glob("*.png")} == set()
 
 
-def test_the_table_names_what_compares(tmp_path: Path) -> None:
+def test_eval_table_names_features_and_reference(tmp_path: Path) -> None:
     (tmp_path / "images" / "0").mkdir(parents=True)
     for number, file in enumerate(sorted((scratch.digits() / "0").glob("*.png"))):
         (tmp_path / "images" / "0" / f"{number}.png").write_bytes(file.read_bytes())
@@ -197,13 +200,13 @@ def test_the_table_names_what_compares(tmp_path: Path) -> None:
     ]
     shown = CliRunner().invoke(command, given, catch_exceptions=False).stdout
     assert "emoji-net Fréchet distance" in shown and "FID" not in shown
-    assert "generated       real" in shown, "three others of the six images say what is to be reached"
+    assert "generated       real" in shown, "the other three of the six images show the attainable values"
     assert f"upper bound, of {tmp_path / 'images'}" in shown
     assert (tmp_path / "out" / "nearest.png").is_file()
 
 
-def test_the_least_likely_image_is_the_odd_one(tmp_path: Path) -> None:
-    """What tells anomalies: digits were learned, and one image is noise."""
+def test_eval_ranks_an_odd_image_as_least_likely(tmp_path: Path) -> None:
+    """As for anomaly detection: the model was trained on digits, and one image is noise."""
     learned = tiny.train(
         scratch.recipe(
             "vae",
@@ -224,7 +227,7 @@ def test_the_least_likely_image_is_the_odd_one(tmp_path: Path) -> None:
     assert found.likelihood is not None and found.likelihood.least[0].endswith("odd.png")
 
 
-def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
+def test_eval_with_dinov2_features_from_a_folder(tmp_path: Path) -> None:
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=224, patch_size=56
     )
@@ -251,12 +254,12 @@ def test_dinov2_compares_from_a_folder(tmp_path: Path) -> None:
         ({"images": 1}, "distances need at least two images"),
     ],
 )
-def test_mistakes(given: dict[str, object], told: str) -> None:
+def test_eval_with_invalid_options_is_refused(given: dict[str, object], told: str) -> None:
     with pytest.raises(UserError, match=told):
         evaluate(run("vae"), **given)  # type: ignore[arg-type]
 
 
-def test_the_weights_are_small_and_say_how_they_were_made() -> None:
+def test_emoji_net_weights_are_small_and_documented() -> None:
     with safe_open(WEIGHTS, "pt") as file:
         said = file.metadata()
     assert WEIGHTS.stat().st_size <= 2_000_000
@@ -267,7 +270,7 @@ def test_the_weights_are_small_and_say_how_they_were_made() -> None:
     )
 
 
-def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_families_measures_equal_time_and_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = scratch.CASES["vae"]
     small = (
         f"data.path={scratch.digits()}",
@@ -284,7 +287,7 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     assert 0.5 < spent < 3 and row["steps"] > 1 and row["cpu_seconds_per_step"] == pytest.approx(spent / row["steps"])
     assert row["failed"] == "" and len(row["losses"]) == 2 and row["bits_per_dimension"] > 0 and row["exact"] is False
     assert bench_families.measured("vae", tmp_path / "vae-0", 0, minutes=0.01, images=4, scored=3) == row, (
-        "what is done is not done again"
+        "a finished measurement must not be repeated"
     )
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
     monkeypatch.setattr(benchmarks, "MEASURED", tmp_path / "families.json")
@@ -296,7 +299,7 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     benchmarks.MEASURED.write_text(json.dumps(kept))
     said = benchmarks.quoted("diversity")
     assert said.startswith("dcgan 70%, vae 40% (of the real images") and "after 10 CPU minutes" in said
-    assert benchmarks.quoted("speed") == "", "no row has its figure"
+    assert benchmarks.quoted("speed") == "", "no row has that figure"
     asked = ["--images", "500", "--data", "small-images", "--goal", "latent", "--gpu", "cpu"]
     assert (
         "Measured:    vae 3.14 (emoji-net Fréchet distance; after 10"
@@ -304,7 +307,7 @@ def test_families_are_measured_in_equal_time_and_quoted(tmp_path: Path, monkeypa
     )
 
 
-def test_what_is_stable() -> None:
+def test_bench_families_stable_requires_finite_falling_loss_and_diversity() -> None:
     found = {"failed": "", "losses": [2.0, 1.0], "diversity": 0.6}
     assert bench_families.stable("vae", found)
     for broken in (

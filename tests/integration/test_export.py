@@ -1,4 +1,4 @@
-"""Artifacts out: what each form holds, and that plain diffusers draws the same image from it."""
+"""Export: the content of each format, and that plain diffusers generates the same image from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EVERYWHERE = "to_q, to_k, to_v, to_out.0, proj_in, ff.net.0.proj, ff.net.2, conv
 
 @cache
 def base(name: str) -> Path:
-    """A tiny pipeline; SDXL's UNet has two resnets a level and three levels, as its names in kohya's format suppose."""
+    """A tiny pipeline; SDXL's UNet has two resnets a level and three levels, as kohya's names for it assume."""
     if name == "sd15":
         return tiny.pipeline("sd15")
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny.pipeline("sdxl"))
@@ -50,7 +50,7 @@ def base(name: str) -> Path:
 
 
 def run_of(name: str, folder: Path, *overrides: str) -> Path:
-    """A run's folder with a LoRA on every net that trains, as the trainer leaves it, its weights random and large enough to see."""
+    """A run's folder with a LoRA on each trained network, as the trainer writes it, with large random weights."""
     recipe = tiny.recipe(
         name,
         "lora",
@@ -87,7 +87,7 @@ def run_of(name: str, folder: Path, *overrides: str) -> Path:
     return folder
 
 
-def draw(pipeline: Any) -> numpy.ndarray:
+def generate(pipeline: Any) -> numpy.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     found: numpy.ndarray = pipeline(
@@ -96,29 +96,29 @@ def draw(pipeline: Any) -> numpy.ndarray:
     return found
 
 
-def drawn_with(name: str, lora: Path | None) -> numpy.ndarray:
+def generate_with(name: str, lora: Path | None) -> numpy.ndarray:
     pipeline = CLASSES[name].from_pretrained(base(name))
     if lora is not None:
         pipeline.load_lora_weights(lora)
-    return draw(pipeline)
+    return generate(pipeline)
 
 
 @pytest.mark.parametrize(("name", "rslora"), [("sd15", False), ("sd15", True), ("sdxl", True)])
-def test_kohya_and_merged_draw_the_same_image(name: str, rslora: bool, tmp_path: Path) -> None:
+def test_kohya_and_merged_exports_generate_the_same_image(name: str, rslora: bool, tmp_path: Path) -> None:
     run = run_of(name, tmp_path / "run", f"adapter.targets={EVERYWHERE}", f"adapter.rslora={str(rslora).lower()}")
-    expected = drawn_with(name, run / "final" / LORA_FILE)
-    assert abs(expected - drawn_with(name, None)).max() > 0.02, "the LoRA changes nothing: the test would prove nothing"
+    expected = generate_with(name, run / "final" / LORA_FILE)
+    assert abs(expected - generate_with(name, None)).max() > 0.02, "the LoRA has no effect, so this test proves nothing"
 
     (file,) = export(run, "kohya")
     assert file == run / "export" / "my style-kohya.safetensors"
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
-    assert abs(drawn_with(name, file) - expected).max() < 1e-4
+    assert abs(generate_with(name, file) - expected).max() < 1e-4
 
     export(run, merge=True, out=tmp_path / "merged")
-    assert abs(draw(CLASSES[name].from_pretrained(tmp_path / "merged")) - expected).max() < 1e-4
+    assert abs(generate(CLASSES[name].from_pretrained(tmp_path / "merged")) - expected).max() < 1e-4
 
 
-def test_kohya_names_and_metadata(tmp_path: Path) -> None:
+def test_kohya_export_has_sd_scripts_names_and_metadata(tmp_path: Path) -> None:
     file = export(
         run_of("sdxl", tmp_path / "run", f"adapter.targets={EVERYWHERE}", "adapter.rslora=true"),
         "kohya",
@@ -162,7 +162,10 @@ def test_kohya_names_and_metadata(tmp_path: Path) -> None:
 
 
 def dora(weight: Tensor, tensors: dict[str, Tensor], layer: str) -> Tensor:
-    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq. 5), as ComfyUI takes a scale that has one entry a row."""
+    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq.
+
+    5), as ComfyUI reads a scale with one entry per row.
+    """
     down, up, scale = (tensors[f"{layer}.{piece}"] for piece in ("lora_down.weight", "lora_up.weight", "dora_scale"))
     changed = weight + float(tensors[f"{layer}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view(
         weight.shape
@@ -172,14 +175,14 @@ def dora(weight: Tensor, tensors: dict[str, Tensor], layer: str) -> Tensor:
     return scale * changed / norm
 
 
-def test_dora(tmp_path: Path) -> None:
+def test_dora_exports_match_the_formula(tmp_path: Path) -> None:
     run = run_of(
         "sd15", tmp_path / "run", "model.train_text_encoder=false", "adapter.targets=to_q, conv1", "adapter.dora=true"
     )
-    expected = drawn_with("sd15", run / "final" / LORA_FILE)
+    expected = generate_with("sd15", run / "final" / LORA_FILE)
     export(run, merge=True, out=tmp_path / "merged")
     merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
-    assert abs(draw(merged) - expected).max() < 1e-4
+    assert abs(generate(merged) - expected).max() < 1e-4
     tensors = load_file(export(run, "kohya", out=tmp_path / "file.safetensors")[0])
     before, after = StableDiffusionPipeline.from_pretrained(base("sd15")).unet.state_dict(), merged.unet.state_dict()
     for layer in ("mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"):
@@ -187,7 +190,7 @@ def test_dora(tmp_path: Path) -> None:
         torch.testing.assert_close(by_hand, after[f"{layer}.weight"], atol=1e-5, rtol=1e-4)
 
 
-def test_merged_in_half_precision_keeps_the_schedule(tmp_path: Path) -> None:
+def test_merge_in_half_precision_keeps_the_noise_schedule(tmp_path: Path) -> None:
     run = run_of("sd15", tmp_path / "run", "model.train_text_encoder=false")
     recipe = (run / "recipe.yaml").read_text().replace('"family"', '"prediction": "v_prediction", "family"')
     (run / "recipe.yaml").write_text(recipe + "diffusion: {zero_terminal_snr: true}\n")
@@ -199,14 +202,14 @@ def test_merged_in_half_precision_keeps_the_schedule(tmp_path: Path) -> None:
     assert merged.unet.dtype == merged.text_encoder.dtype == torch.float32
 
 
-def test_lora_in_another_dtype_keeps_its_configuration(tmp_path: Path) -> None:
+def test_lora_export_in_another_dtype_keeps_its_configuration(tmp_path: Path) -> None:
     run = run_of("sd15", tmp_path / "run", "adapter.targets=to_q, q_proj")
     (file,) = export(run, dtype="bfloat16")
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(file).values())
     with safe_open(file, framework="pt") as new, safe_open(run / "final" / LORA_FILE, framework="pt") as old:
         assert new.metadata() == old.metadata()
-    expected = drawn_with("sd15", run / "final" / LORA_FILE)
-    assert 0 < abs(drawn_with("sd15", file) - expected).max() < 0.02
+    expected = generate_with("sd15", run / "final" / LORA_FILE)
+    assert 0 < abs(generate_with("sd15", file) - expected).max() < 0.02
 
 
 def scratch_run(folder: Path) -> Path:
@@ -215,7 +218,7 @@ def scratch_run(folder: Path) -> Path:
     return folder
 
 
-def test_whole_pipeline_in_half_the_bytes(tmp_path: Path) -> None:
+def test_pipeline_export_in_float16_halves_the_size(tmp_path: Path) -> None:
     run = scratch_run(tmp_path / "run")
     files = export(run, dtype="float16", out=tmp_path / "base")
     assert {file.parent.name for file in files} == {"unet", "vae", "text_encoder"}
@@ -224,11 +227,11 @@ def test_whole_pipeline_in_half_the_bytes(tmp_path: Path) -> None:
     opened = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
     assert {opened.unet.dtype, opened.vae.dtype, opened.text_encoder.dtype} == {torch.float32}
     assert opened.safety_checker is None
-    assert abs(draw(opened) - draw(StableDiffusionPipeline.from_pretrained(run / "final"))).max() < 0.01
+    assert abs(generate(opened) - generate(StableDiffusionPipeline.from_pretrained(run / "final"))).max() < 0.01
 
 
-def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path: Path) -> None:
-    """Of a schedule-free optimizer, the averages too; and of a run that was never finished."""
+def test_checkpoint_export_equals_the_final_weights_of_its_step(tmp_path: Path) -> None:
+    """Including the averages of a schedule-free optimizer, and for a run that never finished."""
     setting = ("optimizer.name=schedulefree", "optimizer.schedule=constant", "data.held_out=0.2", "sample.prompts=[]")
     every = ("train.steps=3", "train.checkpoint_every=1", "train.validate_every=1", "train.keep_checkpoints=3")
     run = tiny.train(tiny.recipe("sd15", "lora", *setting, *every, folder=tmp_path / "run")).run.folder
@@ -259,7 +262,7 @@ def test_a_checkpoint_is_exported_as_the_runs_end_would_have_written_it(tmp_path
         export(run, checkpoint="best")
 
 
-def test_nothing_that_is_given_away_names_a_place_on_this_machine(tmp_path: Path) -> None:
+def test_exported_files_name_no_local_paths(tmp_path: Path) -> None:
     tiny.train(tiny.recipe("sdxl", "full", "train.steps=1", "sample.prompts=[]", folder=tmp_path / "full"))
     merged = run_of("sdxl", tmp_path / "lora")
     for folder in (
@@ -272,7 +275,7 @@ def test_nothing_that_is_given_away_names_a_place_on_this_machine(tmp_path: Path
         assert not [path for path in texts if str(tiny.root()) in path.read_text(encoding="utf-8")]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_export_of_invalid_input_is_refused(tmp_path: Path) -> None:
     run = scratch_run(tmp_path / "run")
 
     def refused(*arguments: Any, **named: Any) -> str:
@@ -297,7 +300,7 @@ def test_refusals(tmp_path: Path) -> None:
     tensors["conv_in.bias"] += 1e6
     save_file(tensors, weights)
     assert "conv_in.bias has weights too large for float16" in refused(run, dtype="float16", out=tmp_path / "half")
-    assert not list(tmp_path.glob("*half*")), "a failed export leaves nothing behind"
+    assert not list(tmp_path.glob("*half*")), "a failed export must leave nothing behind"
 
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What cannot be where weights are shared out among processes; that all else is the same, `test_processes` shows."""
+"""What FSDP does not support; `tests/slow/test_processes.py` shows that the rest works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FULL_BFLOAT16 = ("train.weights=bfloat16", "train.precision=bfloat16")
         ("lora", ("train.precision=float16",), "train.precision"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused_by_the_plan(
+def test_plan_with_options_incompatible_with_fsdp_is_refused(
     method: str, overrides: tuple[str, ...], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "sd" if method == "scratch" else "flux2"
@@ -41,15 +41,15 @@ def test_what_cannot_be_shared_out_is_refused_by_the_plan(
     assert caught.value.where is not None and key in caught.value.where and "many-gpus" in caught.value.remedy
 
 
-def test_accelerate_that_leaves_weights_whole_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without GPUs it does so, and says nothing."""
+def test_fsdp_that_accelerate_did_not_apply_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GPUs, Accelerate silently does not shard."""
     monkeypatch.setattr(job, "this_machine", lambda: dataclasses.replace(this_machine(), sharded=True))
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # as it was, for the tests that follow: Accelerate sets it
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # restored for later tests: Accelerate sets it
     with pytest.raises(UserError, match="among GPUs only"):
         tiny.prepare(tiny.recipe("flux2", "lora", "sample.prompts=[]", folder=tmp_path / "run"))
 
 
-def test_kernels_of_one_place_lie_as_torch_copies_them_from_process_to_process() -> None:
+def test_settle_strides_of_1x1_kernels_matches_flat_copies() -> None:
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     values = [parameter.detach().clone() for parameter in net.parameters()]
     assert net[1].weight.stride() == (
@@ -57,7 +57,7 @@ def test_kernels_of_one_place_lie_as_torch_copies_them_from_process_to_process()
         1,
         6,
         6,
-    )  # of which `DistributedDataParallel` makes a flat copy at the same place
+    )  # which `DistributedDataParallel` copies flat to another layout
     fsdp.settle_strides(net)
     assert net[0].weight.stride() == (36, 1, 12, 4) and net[1].weight.stride() == (6, 1, 1, 1)
     assert all(torch.equal(now, before) for now, before in zip(net.parameters(), values, strict=True))

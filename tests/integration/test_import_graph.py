@@ -1,4 +1,4 @@
-"""The packages import in one direction, and what answers without torch does not import it (tools/import_graph.py)."""
+"""Packages import in one direction only, and torch-free code does not import torch (tools/import_graph.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools import import_graph
 from tools.import_graph import HEAVY, cycles, layer_of, read_graph, torch_leaks, upward
 
 
-def test_the_package_has_no_cycles_no_upward_imports_and_no_torch_leaks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_package_has_no_cycles_upward_imports_or_torch_leaks(capsys: pytest.CaptureFixture[str]) -> None:
     code = import_graph.main([])
     printed = capsys.readouterr().out
 
@@ -31,7 +31,7 @@ def _package(folder: Path, **texts: str) -> Path:
     return folder
 
 
-def test_a_cycle_an_upward_import_and_a_torch_leak_are_found(tmp_path: Path) -> None:
+def test_import_graph_finds_cycles_upward_imports_and_torch_leaks(tmp_path: Path) -> None:
     package = _package(
         tmp_path,
         errors="from finetune.config import schema\n",
@@ -50,7 +50,7 @@ def test_a_cycle_an_upward_import_and_a_torch_leak_are_found(tmp_path: Path) -> 
     ]
 
 
-def test_imports_of_functions_and_of_type_checking_are_no_edges(tmp_path: Path) -> None:
+def test_import_graph_ignores_deferred_and_type_checking_imports(tmp_path: Path) -> None:
     text = """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ def late():
     assert [each.target for each in upward(graph.deferred)] == ["job"]
 
 
-def test_a_module_outside_every_layer_is_refused() -> None:
+def test_module_outside_every_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"finetune/novel\.py is in no layer"):
         layer_of("novel")
 
 
-def test_the_heavy_libraries_are_those_that_ruff_bans_at_module_level() -> None:
+def test_heavy_libraries_are_those_that_ruff_bans_at_module_level() -> None:
     import tomllib
 
     project = tomllib.loads((import_graph.ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Going on from a LoRA: what a run begins with is what the file draws, in either format, and what does not fit is refused."""
+"""Starting from a LoRA file: the first sample equals the file's own, in either format; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finetune.models.registry import specs
 from tests.helpers import tiny
 
 LAYERS = "adapter.targets='to_q, to_v, conv1, q_proj, out_proj'"
-# Of a transformer; diffusers' converter of kohya's FLUX.1 (and Chroma) knows the single blocks of the real width only.
+# Of a transformer; diffusers' kohya converter of FLUX.1 (and Chroma) supports single blocks of the real width only.
 OF_TRANSFORMERS = {
     slug: "adapter.targets='transformer_blocks.*to_[qkv], transformer_blocks.*to_out.0'"
     for slug in tiny.FLOWS
@@ -42,7 +42,7 @@ def text(name: str) -> tuple[str, ...]:
 
 @cache
 def before(name: str) -> Path:
-    """A run whose LoRA has a scale that is not 1, on attention, and where there are such, convolutions and text encoders."""
+    """A run whose LoRA has a scale other than 1, on attention and, where they exist, convolutions and text encoders."""
     folder = tiny.root() / f"init-{name}"
     layers = OF_TRANSFORMERS.get(name, "adapter.targets=attention") if name in tiny.FLOWS else LAYERS
     more = ("adapter.rslora=true", "adapter.alpha=3", *text(name), "optimizer.lr=0.02", "train.steps=3")
@@ -52,7 +52,7 @@ def before(name: str) -> Path:
 
 @cache
 def in_format(name: str, layout: str) -> Path:
-    if layout == "diffusers":  # or, of a pipeline that reads no LoRA, PEFT's
+    if layout == "diffusers":  # or PEFT's format, for pipelines that load no LoRA
         return look(str(before(name))).file
     return export(before(name), layout)[0]
 
@@ -62,15 +62,15 @@ def image(run: Path, step: int) -> numpy.ndarray:
         return numpy.asarray(opened.convert("RGB")).astype(int)
 
 
-def going_on(name: str, file: Path, folder: Path, *overrides: str, resume: bool = False) -> Any:
+def train_from(name: str, file: Path, folder: Path, *overrides: str, resume: bool = False) -> Any:
     given = (f"adapter.init_lora={json.dumps(str(file))}", *text(name), "train.checkpoint_every=1", *overrides)
     return tiny.train(tiny.recipe(name, "lora", *given, folder=folder), resume)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> None:
+def test_init_lora_starts_with_the_files_own_sample(layout: str, tmp_path: Path) -> None:
     file = in_format("sd15", layout)
-    job = going_on("sd15", file, tmp_path / "run", "adapter.rank=16")
+    job = train_from("sd15", file, tmp_path / "run", "adapter.rank=16")
     assert abs(image(tmp_path / "run", 0) - image(before("sd15"), 3)).max() <= 1
     assert abs(image(tmp_path / "run", 2) - image(before("sd15"), 3)).max() > 0
 
@@ -86,9 +86,9 @@ def test_a_run_begins_with_what_the_file_draws(layout: str, tmp_path: Path) -> N
     assert not any(torch.equal(new[key], old[key]) for key in old)
 
 
-def begins_with(name: str, file: Path, folder: Path, *overrides: str) -> Any:
-    """Train two steps from `file`; the first sample is what the file draws, and then it learns."""
-    job = going_on(name, file, folder, *overrides)
+def check_start(name: str, file: Path, folder: Path, *overrides: str) -> Any:
+    """Train two steps from `file`; the first sample equals the file's own, then training changes it."""
+    job = train_from(name, file, folder, *overrides)
     assert abs(image(folder, 0) - image(before(name), 3)).max() <= 1
     assert abs(image(before(name), 0) - image(before(name), 3)).max() > 1
     now, then = (load_file(in_file) for in_file in (look(str(folder)).file, in_format(name, "diffusers")))
@@ -99,8 +99,8 @@ def begins_with(name: str, file: Path, folder: Path, *overrides: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "layout"), FLOW_FORMATS)
-def test_a_transformers_run_begins_with_what_the_file_draws(name: str, layout: str, tmp_path: Path) -> None:
-    job = begins_with(name, in_format(name, layout), tmp_path / "run")
+def test_init_lora_of_a_transformer_starts_with_the_files_own_sample(name: str, layout: str, tmp_path: Path) -> None:
+    job = check_start(name, in_format(name, layout), tmp_path / "run")
     adapter = job.plan.recipe.adapter
     found = look(str(in_format(name, layout)))
     assert (adapter.rank, adapter.alpha, adapter.rslora) == (
@@ -114,10 +114,10 @@ def test_a_transformers_run_begins_with_what_the_file_draws(name: str, layout: s
 
 
 @pytest.mark.parametrize("name", tiny.FLOWS)
-def test_it_goes_on_from_a_file_on_a_base_in_four_bits(name: str, tmp_path: Path) -> None:
-    """Samples are drawn on the whole base, so they begin as on that."""
-    with mock.patch.object(quantization, "SMALLEST", 256):  # weights: tiny transformers are that narrow
-        job = begins_with(
+def test_init_lora_on_a_quantized_base_starts_with_the_files_own_sample(name: str, tmp_path: Path) -> None:
+    """Samples are generated with the unquantized base, so the first is the same."""
+    with mock.patch.object(quantization, "SMALLEST", 256):  # in weights: tiny transformers are that narrow
+        job = check_start(
             name,
             in_format(name, next(iter(specs()[name].lora_formats), "diffusers")),
             tmp_path / "run",
@@ -126,21 +126,21 @@ def test_it_goes_on_from_a_file_on_a_base_in_four_bits(name: str, tmp_path: Path
     assert any(isinstance(module, QuantizedLinear) for module in job.model.denoiser.modules())
 
 
-def test_it_resumes_exactly(tmp_path: Path) -> None:
+def test_resume_of_a_run_with_init_lora_is_exact(tmp_path: Path) -> None:
     file = in_format("sd15", "kohya")
-    going_on("sd15", file, tmp_path / "whole", "train.steps=2", "sample.prompts=[]")
-    going_on("sd15", file, tmp_path / "broken", "train.steps=1", "sample.prompts=[]")
-    going_on("sd15", file, tmp_path / "broken", "train.steps=2", "sample.prompts=[]", resume=True)
+    train_from("sd15", file, tmp_path / "whole", "train.steps=2", "sample.prompts=[]")
+    train_from("sd15", file, tmp_path / "broken", "train.steps=1", "sample.prompts=[]")
+    train_from("sd15", file, tmp_path / "broken", "train.steps=2", "sample.prompts=[]", resume=True)
     one, other = (
         tmp_path / name / "checkpoints" / "step-0000002" / "weights.safetensors" for name in ("whole", "broken")
     )
     assert one.read_bytes() == other.read_bytes()
     with pytest.raises(UserError, match=r"another .*adapter\.init"):
-        going_on("sd15", in_format("sd15", "diffusers"), tmp_path / "broken", "train.steps=3", resume=True)
+        train_from("sd15", in_format("sd15", "diffusers"), tmp_path / "broken", "train.steps=3", resume=True)
 
 
 @pytest.mark.parametrize("name", ["sd15", *tiny.FLOWS])
-def test_a_frozen_base_in_half_precision_does_not_round_the_file(name: str, tmp_path: Path) -> None:
+def test_init_lora_with_a_half_precision_base_is_not_rounded(name: str, tmp_path: Path) -> None:
     file = in_format(name, "diffusers")
     job = tiny.prepare(
         tiny.recipe(
@@ -166,7 +166,7 @@ def refused(given: Path | str, folder: Path, *overrides: str, name: str = "sd15"
     return str(caught.value)
 
 
-# Tiny nets are of one width, and some have layers of the same names: these differ as real ones do.
+# Tiny networks have the same widths, and some have layers of the same names: these differ as real ones do.
 OTHERS = {
     "sd3": "z-image",
     "flux1": "lumina2",
@@ -179,11 +179,11 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("name", "other"), [*OTHERS.items(), ("pixart", "sd3")])
-def test_a_lora_of_another_family_is_refused(name: str, other: str, tmp_path: Path) -> None:
+def test_init_lora_of_another_family_is_refused(name: str, other: str, tmp_path: Path) -> None:
     assert "is a LoRA of another base" in refused(in_format(other, "diffusers"), tmp_path / "run", name=name)
 
 
-def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
+def test_init_lora_with_text_encoders_that_cannot_train_is_refused(tmp_path: Path) -> None:
     layer = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
     layer |= {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(32, 4)}
     save_file(load_file(in_format("sd3", "diffusers")) | layer, tmp_path / "with-text.safetensors")
@@ -192,7 +192,7 @@ def test_text_encoders_that_cannot_train_are_named(tmp_path: Path) -> None:
     assert "give a LoRA of the transformer alone" in said
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_init_lora_with_an_unusable_file_is_refused(tmp_path: Path) -> None:
     run, text = tmp_path / "run", TEXT
     assert "does not match this StableDiffusion: it is a LoRA of another base" in refused(
         in_format("sdxl", "diffusers"), run, text
@@ -227,7 +227,7 @@ def plain() -> dict[str, torch.Tensor]:
     return found
 
 
-def test_alpha_is_read_whatever_its_numbers(tmp_path: Path) -> None:
+def test_init_lora_reads_alpha_in_any_dtype(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         layer = {"lora_unet_a.lora_down.weight": torch.ones(4, 8), "lora_unet_a.lora_up.weight": torch.ones(8, 4)}
         save_file({**layer, "lora_unet_a.alpha": torch.tensor(3.5, dtype=dtype)}, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Kernels: switches, and what happens when the installed diffusers lacks a class that one replaces."""
+"""Kernels: switches, and missing or changed classes in the installed libraries."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def train(pipeline: str, folder: Path, renamed: str = "", **environment: str) ->
 
 @functools.cache
 def losses(pipeline: str) -> list[float]:
-    """Of two steps, with every kernel."""
+    """The losses of two steps with every kernel."""
     found, log = train(pipeline, tiny.root() / "runs" / f"kernels-{pipeline}")
     assert not log and len(found) == 2
     return found
 
 
 @pytest.mark.parametrize("name", RENAMED)
-def test_a_missing_class_costs_speed_and_logs_one_line(name: str, tmp_path: Path) -> None:
+def test_missing_library_class_disables_its_kernel_with_one_log_line(name: str, tmp_path: Path) -> None:
     pipeline, renamed, kernel = RENAMED[name]
     found, log = train(pipeline, tmp_path / "run", renamed)
     assert found == pytest.approx(losses(pipeline), rel=1e-4)
@@ -100,7 +100,7 @@ def test_a_missing_class_costs_speed_and_logs_one_line(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("pipeline", ["sd15", "flux1"])
-def test_ft_kernels_off_trains_the_same(pipeline: str, tmp_path: Path) -> None:
+def test_ft_kernels_off_gives_the_same_losses(pipeline: str, tmp_path: Path) -> None:
     found, log = train(pipeline, tmp_path / "run", FT_KERNELS="off")
     assert found == pytest.approx(losses(pipeline), rel=1e-4) and not log
 
@@ -131,12 +131,14 @@ def patched(build: Any) -> Any:
         ("-rope, -unet_blocks", {"fused_lora"}, {"fused_lora"}),
     ],
 )
-def test_ft_kernels_selects(value: str, in_unet: set[str], in_flux: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ft_kernels_selects_kernels(
+    value: str, in_unet: set[str], in_flux: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(kernels.VARIABLE, value)
     assert (replaced(patched(unet)), replaced(patched(flux1))) == (in_unet, in_flux)
 
 
-def test_an_unknown_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ft_kernels_with_an_unknown_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "-rop")
     with pytest.raises(UserError, match='no kernel "rop"') as caught:
         patched(flux1)
@@ -152,7 +154,7 @@ def test_applying_a_kernel_twice_changes_nothing() -> None:
         assert before == [(type(module), type(getattr(module, "processor", None))) for module in net.modules()]
 
 
-def test_another_signature_leaves_the_network_alone(
+def test_library_class_with_another_signature_is_not_patched(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from diffusers.models import resnet
@@ -173,7 +175,7 @@ def test_another_signature_leaves_the_network_alone(
     ]
 
 
-def test_a_pytorch_without_onednns_operators_convolves_by_itself(
+def test_pytorch_without_onednn_operators_uses_its_own_convolution(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from finetune.kernels.onednn_conv import packed
@@ -192,8 +194,8 @@ def test_a_pytorch_without_onednns_operators_convolves_by_itself(
     ]
 
 
-def test_private_modules_are_imported_by_kernels_alone() -> None:
-    """At module level; a class of diffusers' or PEFT's public namespace may be imported anywhere."""
+def test_private_library_modules_are_imported_by_kernels_only() -> None:
+    """At module level; classes in the public namespaces of diffusers and PEFT may be imported anywhere."""
     allowed = {"peft.utils", "peft.tuners.lora", "peft.tuners.tuners_utils", "transformers.cache_utils"}  # documented
     root = Path(finetune.__file__).parent
     found = []

@@ -1,4 +1,4 @@
-"""`ft train` as a launcher, and the entry scripts that it launches: flags, exit codes, signals, whole runs."""
+"""`ft train` as a launcher, and the scripts that it launches: flags, exit codes, signals, whole runs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.helpers.commands import CHECKOUT, python, shell
 
 
 @pytest.mark.parametrize(("processes", "gpu"), [(1, False), (1, True), (2, False), (2, True)])
-def test_accelerate_takes_our_flags_without_a_remark(
+def test_launch_arguments_are_accepted_by_accelerate_without_warnings(
     processes: int, gpu: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from accelerate.commands import launch
     from accelerate.commands.config.config_args import default_yaml_config_file
 
-    assert not Path(default_yaml_config_file).exists(), "the tests' own Hugging Face folder is empty"
+    assert not Path(default_yaml_config_file).exists(), "the tests' own Hugging Face folder must be empty"
     monkeypatch.delenv("OMP_NUM_THREADS")
     environment, arguments = launcher.launch_arguments("lora", processes, gpu)
     with caplog.at_level(logging.DEBUG):
@@ -48,10 +48,8 @@ def test_accelerate_takes_our_flags_without_a_remark(
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in launcher.CONFIGS.glob("*.yaml")))
-def test_accelerate_reads_the_configurations_that_come_with_ft(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By Accelerate's own reader, which refuses unknown keys, its own launcher's checks, and its own plugin where one can be made here."""
+def test_bundled_accelerate_config_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by Accelerate's reader, which refuses unknown keys, its launcher and, where possible, its plugin."""
     from accelerate.commands import launch
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -59,7 +57,7 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(
 
     file = launcher.CONFIGS / f"{name}.yaml"
     text = file.read_text()
-    assert "ntested" in text.partition("\ncompute_environment")[0], "each says that no GPU has seen it"
+    assert "ntested" in text.partition("\ncompute_environment")[0], "each must say that it is untested on GPUs"
     config = load_config_from_file(str(file))
     parser = launch.launch_command_parser()
     parsed, _, _ = launch._validate_launch_command(parser.parse_args(["--config_file", str(file), "script.py"]))
@@ -86,7 +84,7 @@ def test_accelerate_reads_the_configurations_that_come_with_ft(
             launcher.find_config(str(older))
 
 
-def test_deepspeed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_config_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 2\n")
     for name in (str(mine), "deepspeed-zero2"):
@@ -101,13 +99,13 @@ def test_deepspeed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     ("config", "extra", "says"),
     [("many", (), "many-gpus"), ("one-gpu", ("machine_rank",), "KEY=VALUE"), ("one-gpu", ("--x y=1",), "KEY=VALUE")],
 )
-def test_a_configuration_that_is_not_there_is_said(config: str, extra: tuple[str, ...], says: str) -> None:
+def test_unknown_accelerate_config_or_key_is_refused(config: str, extra: tuple[str, ...], says: str) -> None:
     with pytest.raises(UserError) as caught:
         launcher.launch_arguments("lora", None, True, config, extra)
     assert says in str(caught.value)
 
 
-def test_threads_are_those_asked_for_or_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_follow_omp_num_threads_or_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert cpu.threads(2) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -115,10 +113,10 @@ def test_threads_are_those_asked_for_or_shared_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     assert [cpu.threads(processes) for processes in (1, 2, 100)] == [8, 4, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    assert cpu.threads(1) == 2, "a container's two cores of a large machine"
+    assert cpu.threads(1) == 2, "a container with two cores of a large machine"
 
 
-# What stands between `ft train` and the script: a launcher that starts it, waits, and turns every failure into 1.
+# Stands for Accelerate: a launcher that starts the script, waits, and turns every failure into exit code 1.
 _LAUNCHER = (
     "import subprocess, sys; sys.exit(1 if subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode else 0)"
 )
@@ -133,7 +131,7 @@ _LAUNCHER = (
         ("os._exit(9)", 1, ""),
     ],
 )
-def test_the_scripts_own_exit_code_and_words_come_through(
+def test_script_exit_code_and_messages_pass_through_the_launcher(
     body: str, code: int, says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = "import os\nfrom finetune.cli.process import training_process\nfrom finetune.errors import UserError\n"
@@ -143,7 +141,7 @@ def test_the_scripts_own_exit_code_and_words_come_through(
 
 
 def test_killed_training_process_is_reported_with_its_signal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As the kernel does when memory runs out: through Accelerate's and torch's own launchers."""
+    """As when the kernel kills it for memory; through Accelerate's and torch's own launchers."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, signal, time\nif os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)\n"
@@ -159,7 +157,7 @@ def test_killed_training_process_is_reported_with_its_signal(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize(("number", "says"), [(9, "probably because the machine ran out of memory"), (11, "SIGSEGV")])
-def test_launcher_that_a_signal_ended_is_reported(number: int, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_launcher_ended_by_a_signal_is_reported(number: int, says: str, capfd: pytest.CaptureFixture[str]) -> None:
     body = f"import os; os.kill(os.getpid(), {number})"
     assert launcher.run([sys.executable, "-c", body], {}) == 128 + number
     assert says in capfd.readouterr().err
@@ -177,10 +175,10 @@ sys.exit(1 if any([process.wait() for process in started]) else 0)
 @pytest.mark.parametrize(
     "other", ["time.sleep(0.1); raise RuntimeError('Connection closed by peer')", "time.sleep(60)"]
 )
-def test_what_one_process_refuses_is_said_once_and_ends_all(
+def test_error_of_one_process_is_shown_once_and_ends_all(
     rank: str, other: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The others lose their exchange with it (on CPUs), or would wait for it (on GPUs); neither is told."""
+    """The others lose their connection to it (on CPUs), or would wait for it (on GPUs); neither is reported."""
     script = "import os, time\nfrom finetune.cli.process import training_process\nfrom finetune.errors import UserError\nwith training_process():\n"
     script += f"    if os.environ['RANK'] == '{rank}': raise UserError('the disk is full')\n    {other}"
     assert launcher.run([sys.executable, "-c", _LAUNCHER_OF_TWO, script], {"PYTHONPATH": str(CHECKOUT)}) == 2
@@ -188,7 +186,7 @@ def test_what_one_process_refuses_is_said_once_and_ends_all(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_the_script_and_is_waited_for(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_signal_stops_the_script_after_its_cleanup(number: signal.Signals, code: int, tmp_path: Path) -> None:
     script = f"""
 import time
 from pathlib import Path
@@ -204,7 +202,7 @@ with training_process():
     outer = f"import sys; from finetune.cli import launcher; sys.exit(launcher.run([sys.executable, '-c', {_LAUNCHER!r}, {script!r}], {{}}))"
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
 
-    def as_in_a_terminal() -> None:  # whoever runs the tests in the background has made them deaf to Ctrl-C
+    def as_in_a_terminal() -> None:  # a background job ignores Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with subprocess.Popen(
@@ -223,8 +221,8 @@ with training_process():
 
 
 @pytest.mark.parametrize("gone", ["accelerate's launcher", "ft train"])
-def test_nothing_outlives_its_launcher(gone: str, tmp_path: Path) -> None:
-    """`accelerate launch` dies of SIGTERM and leaves its script behind; `ft train` may be killed."""
+def test_script_ends_when_its_launcher_is_gone(gone: str, tmp_path: Path) -> None:
+    """`accelerate launch` dies of SIGTERM and leaves its script running; `ft train` may be killed."""
     script = f"""
 import time
 from pathlib import Path
@@ -253,10 +251,10 @@ def _until(holds: Callable[[], bool]) -> None:
         if holds():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not come")
+    raise AssertionError("timed out")
 
 
-def test_of_several_processes_the_first_speaks(
+def test_report_errors_of_several_processes_shows_the_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     waited: list[float] = []
@@ -266,7 +264,7 @@ def test_of_several_processes_the_first_speaks(
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit), process.report_errors():
             raise UserError("no")
-        assert waited == expected, "the launcher ends the others while they wait"
+        assert waited == expected, "the other ranks must wait until the launcher ends them"
     signal.signal(signal.SIGTERM, before)
     capsys.readouterr()
     monkeypatch.setenv(process.LAST_WORDS, str(tmp_path / "words"))
@@ -281,14 +279,17 @@ def test_of_several_processes_the_first_speaks(
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "scratch"])
-def test_a_script_runs_from_any_folder_and_refuses_other_methods(method: str, tmp_path: Path) -> None:
+def test_script_runs_from_any_folder_and_refuses_other_methods(method: str, tmp_path: Path) -> None:
     other = "scratch/emoji-vae" if method != "scratch" else "lora/emoji"
     found = shell(sys.executable, CHECKOUT / "finetune" / f"{method}.py", other, cwd=tmp_path)
     assert found.returncode == 2 and "this recipe's method is" in found.stderr and "Traceback" not in found.stderr
 
 
-def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None:
-    """`ft train` for a person: started elsewhere, killed, gone on with; quiet, and at its end it names what is there."""
+def test_ft_train_killed_resumes_from_another_folder_and_finishes(tmp_path: Path) -> None:
+    """As a user runs `ft train`: started elsewhere, killed, resumed.
+
+    It is quiet, and names the written files at the end.
+    """
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(tiny.text("sd15", "lora", Path("run")))
     asked = [
@@ -307,7 +308,7 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
         asked, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stdout.readline().startswith("$ accelerate launch ")
-        process.stdout.close()  # as `| head` does: training continues
+        process.stdout.close()  # as with `| head`: training continues
         for _ in range(1200):
             if (tmp_path / "run" / "checkpoints").is_dir() and any((tmp_path / "run" / "checkpoints").glob("step-*")):
                 break
@@ -340,6 +341,6 @@ def test_killed_resumed_and_finished_from_another_folder(tmp_path: Path) -> None
     assert named == ["final/pytorch_lora_weights.safetensors", "before-after.png", "report.html"]
     assert all(place.is_file() for place in places)
     os.umask(mask := os.umask(0))
-    assert places[0].stat().st_mode & 0o777 == 0o666 & ~mask, "others may read what is made to be shared"
+    assert places[0].stat().st_mode & 0o777 == 0o666 & ~mask, "others must be able to read files meant for sharing"
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))

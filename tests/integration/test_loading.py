@@ -1,4 +1,4 @@
-"""Models in: every kind of place they come from, and what is said when they cannot be had."""
+"""Loading models from every kind of source, and the errors when that fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def original_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def original_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """CompVis' autoencoder: levels of the decoder count from the other end, attention is a 1×1 convolution."""
+    """CompVis' autoencoder: decoder levels count from the other end; attention is a 1×1 convolution."""
     renamed = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     found = {}
     for name, tensor in state.items():
@@ -71,7 +71,7 @@ def original_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """OpenCLIP: query, key and value in one matrix, the projection transposed."""
+    """OpenCLIP: one matrix for query, key and value; the projection is transposed."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     renamed = {
         "self_attn.out_proj": "attn.out_proj",
@@ -101,7 +101,7 @@ def original_open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tenso
     return {prefix + name: tensor for name, tensor in found.items()}
 
 
-# -- the bundled configurations, and the same in small -------------------------------------------------------------------
+# -- the bundled configurations, and small versions of them -----------------------------------------------------------
 
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"norm_num_groups": 4, "sample_size": 8},
@@ -120,7 +120,7 @@ WIDTHS = {"sd15": 24, "sd21": 32, "sdxl": 24 + 40}
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bundled configurations with small nets, in the bundled ones' place."""
+    """The bundled configurations with small networks, in place of the bundled ones."""
     configs = tmp_path / "configs"
     shutil.copytree(single_file.CONFIGS, configs)
     for name, width in WIDTHS.items():
@@ -148,7 +148,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def nets(configs: Path) -> dict[str, nn.Module]:
-    """The nets that a configuration folder describes, their weights as they are initialized."""
+    """The networks that a configuration folder describes, with their initial weights."""
     found: dict[str, nn.Module] = {}
     for part, entry in json.loads((configs / "model_index.json").read_text()).items():
         if isinstance(entry, list) and (configs / part / "config.json").is_file():
@@ -175,7 +175,7 @@ def original(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path) -> None:
+def test_single_file_gives_the_same_pipeline(name: str, small: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     parts = nets(small / name)
     save_file(original(parts), tmp_path / "any name.safetensors")
@@ -205,7 +205,7 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
             output_type="np",
         )
         images.append(drawn.images)
-    assert abs(images[0] - images[1]).max() < 1e-5  # equal weights, laid out otherwise in memory
+    assert abs(images[0] - images[1]).max() < 1e-5  # equal weights in another memory layout
     assert images[0].std() > 0.01
 
     half: Any = open_pipeline(section, CLASSES[name], torch.bfloat16)
@@ -213,7 +213,7 @@ def test_single_file_is_the_same_pipeline(name: str, small: Path, tmp_path: Path
     assert half.vae.dtype == torch.float32
 
 
-def test_single_file_says_its_prediction(small: Path, tmp_path: Path) -> None:
+def test_single_file_prediction_type_is_detected(small: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     path, section = tmp_path / "model.safetensors", Model("sd", path=str(tmp_path / "model.safetensors"))
 
@@ -245,7 +245,7 @@ def test_single_file_says_its_prediction(small: Path, tmp_path: Path) -> None:
         ("sdxl", 2_567_463_684, 123_060_480 + 694_659_840),
     ],
 )
-def test_bundled_configurations_have_the_published_sizes(name: str, unet: int, text: int) -> None:
+def test_bundled_configuration_has_the_published_size(name: str, unet: int, text: int) -> None:
     with torch.device("meta"):
         count = {
             part: sum(p.numel() for p in net.parameters()) for part, net in nets(single_file.CONFIGS / name).items()
@@ -256,7 +256,7 @@ def test_bundled_configurations_have_the_published_sizes(name: str, unet: int, t
 
 
 def header(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A safetensors file with these tensors, all zeros: sparse, it takes no room."""
+    """A safetensors file with tensors of these shapes, all zeros and sparse, so that it takes no disk space."""
     entries, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * torch.Size(shape).numel()
@@ -279,8 +279,8 @@ def test_architecture_is_read_from_the_header(name: str, tmp_path: Path) -> None
     assert single_file.architecture(single_file.read_shapes(path), path) == name
 
 
-def test_clip_tokenizer() -> None:
-    """Known ids of CLIP's vocabulary (openai/clip-vit-large-patch14)."""
+def test_clip_tokenizer_gives_known_ids() -> None:
+    """Ids from CLIP's vocabulary (openai/clip-vit-large-patch14)."""
     tokenizer = single_file.clip_tokenizer("!")
     assert len(tokenizer) == 49408
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -288,10 +288,10 @@ def test_clip_tokenizer() -> None:
     assert single_file.clip_tokenizer("<|endoftext|>").pad_token_id == 49407
 
 
-# -- folders, runs, VAEs --------------------------------------------------------------------------------------------------
+# -- folders, runs, VAEs ----------------------------------------------------------------------------------------------
 
 
-def test_folder_and_run(tmp_path: Path) -> None:
+def test_open_pipeline_reads_folders_and_finished_runs(tmp_path: Path) -> None:
     folder = tiny.pipeline("sd15")
     opened: Any = open_pipeline(Model("sd", path=str(folder)), CLASSES["sd15"], torch.bfloat16)
     assert opened.unet.dtype == torch.bfloat16
@@ -307,7 +307,7 @@ def test_folder_and_run(tmp_path: Path) -> None:
     assert again.unet.config.block_out_channels == opened.unet.config.block_out_channels
 
 
-def test_every_place_of_a_vae(small: Path, tmp_path: Path) -> None:
+def test_open_vae_reads_every_kind_of_source(small: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     parts = nets(small / "sdxl")
     parts["vae"].save_pretrained(tmp_path / "run" / "final")  # type: ignore[operator]
@@ -327,7 +327,7 @@ def test_every_place_of_a_vae(small: Path, tmp_path: Path) -> None:
     assert open_vae(str(tmp_path / "alone.safetensors"), CLASSES["sd15"]).config.scaling_factor == 0.18215
 
 
-# -- what cannot be had ---------------------------------------------------------------------------------------------------
+# -- what cannot be loaded --------------------------------------------------------------------------------------------
 
 
 def refused(path: object, class_name: str = CLASSES["sd15"]) -> str:
@@ -349,11 +349,11 @@ def refused(path: object, class_name: str = CLASSES["sd15"]) -> str:
         "a/b/c",
     ],
 )
-def test_missing_path_is_no_matter_of_the_hub(path: str) -> None:
+def test_missing_local_path_is_not_looked_up_on_the_hub(path: str) -> None:
     assert f"there is no file or folder {path}" in refused(path)
 
 
-def test_hub_out_of_reach_or_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_or_gated_hub_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the Hub cannot be reached" in refused("owner/model")
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         open_vae("owner/model")
@@ -368,7 +368,7 @@ def test_hub_out_of_reach_or_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf auth login" in said
 
 
-def test_folders_that_are_not_whole(tmp_path: Path) -> None:
+def test_incomplete_model_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny.pipeline("sd15"), folder)
     assert "set model.family: sd" in refused(folder, CLASSES["sdxl"])
@@ -390,7 +390,7 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     assert "the folder of a single network" in refused(tiny.vae())
 
 
-def test_files_that_are_no_model(small: Path, tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused(small: Path, tmp_path: Path) -> None:
     for name, said in (
         ("model.ckpt", "pickle"),
         ("model.bin", "pickle"),
