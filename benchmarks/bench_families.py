@@ -189,7 +189,7 @@ def shown(folder: Path) -> list[Image.Image]:
 
     plan = load_plan(folder)
     opened = sample.open_run(folder, plan)
-    drawn = sample.draw(opened, request_for(request_of(plan), opened, [""], SHOWN), SHOWN)
+    drawn = sample.generate(opened, request_for(request_of(plan), opened, [""], SHOWN), SHOWN)
     return [image.thumbnail().resize((96, 96), Image.Resampling.NEAREST) for image in drawn]
 
 

@@ -168,7 +168,7 @@ def generate_class_images(job: Job) -> None:
     if not job.resume:
         Run(job.plan, resume=False)  # refuse an existing folder before any image is generated
     check_estimate(job.plan, job.force, quiet=True)
-    class_images.draw(job.recipe, is_main_process())
+    class_images.generate(job.recipe, is_main_process())
     job.audit, job.plan = audit_and_plan(job.recipe, quiet=True)
 
 

@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         roles: the roles that are read, such as ("target",).
-        key: everything that the tensors depend on besides the contents of the roles: weights, precision.
+        key: identifies everything else that the tensors depend on: weights, precision.
     """
 
     roles: tuple[str, ...]
@@ -34,8 +34,8 @@ class Encoder(ABC):
     """Turns examples into the tensors that a train step reads; runs once, is cached, then released.
 
     Attributes:
-        mask_factor: image pixels along one side of a position that has a loss; None: the family has no use for masks.
-        cached: False if the tensors are as large as the files, so that a cache would gain nothing.
+        mask_factor: image pixels per loss position along one side; None if the family does not support masks.
+        cached: False if the tensors are as large as the files, so that caching would not help.
     """
 
     mask_factor: int | None = None
@@ -44,31 +44,35 @@ class Encoder(ABC):
     @property
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:
-        """What is encoded and cached on its own. A role that no part reads is not decoded."""
+        """The parts that are encoded and cached separately. A role that no part reads is not decoded."""
 
     @abstractmethod
     def encode(self, inputs: Inputs) -> Batch:
-        """Encode the given roles of one example (those of one part, or all) as named tensors without a batch dimension."""
+        """Encode the given roles of one example as named tensors without a batch dimension.
+
+        Args:
+            inputs: the roles of one part, or of all parts.
+        """
 
     def caption_tokens(self, caption: str) -> tuple[int, int] | None:
-        """(tokens of the caption, most that are read), or None where captions are not read."""
+        """(tokens in the caption, maximum that the model reads); None if the model reads no captions."""
         return None
 
     def tokens(self, caption: str) -> list[str]:
-        """The caption's tokens as text, for people; none where captions are not read as tokens."""
+        """The caption's tokens as readable text; empty if the model does not read captions as tokens."""
         return []
 
     @abstractmethod
     def release(self) -> None:
-        """Free what only encoding needs."""
+        """Free the memory that only encoding needs."""
 
 
 class ImageTextEncoder(Encoder):
-    """An encoder of images with captions, each encoded without the other.
+    """An encoder that encodes images and captions independently.
 
     Attributes:
-        image_key: everything that an image's tensors depend on besides its pixels.
-        caption_key: likewise for captions; "" where captions are not read.
+        image_key: identifies everything besides the pixels that an image's tensors depend on.
+        caption_key: the same for captions; "" if captions are not read.
     """
 
     image_key: str
@@ -76,40 +80,40 @@ class ImageTextEncoder(Encoder):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The image, and its caption where captions are read."""
+        """The image and, if captions are read, its caption."""
         captions = (Part(("caption",), self.caption_key),) if self.caption_key else ()
         return Part(("target",), self.image_key), *captions
 
     def encode(self, inputs: Inputs) -> Batch:
         """Encode the image, the caption, or both."""
-        found: Batch = {}
+        encoded: Batch = {}
         if isinstance(pixels := inputs.get("target"), Tensor):
-            found |= self.encode_image(pixels)
+            encoded |= self.encode_image(pixels)
         if isinstance(caption := inputs.get("caption"), str):
-            found |= self.encode_caption(caption)
-        return found
+            encoded |= self.encode_caption(caption)
+        return encoded
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Batch:
-        """One image, [3, H, W] float32 in [-1, 1] → named tensors without a batch dimension."""
+        """Encode one image, [3, H, W] float32 in [-1, 1], as named tensors without a batch dimension."""
 
     @abstractmethod
     def encode_caption(self, caption: str) -> Batch:
-        """One caption → named tensors without a batch dimension."""
+        """Encode one caption as named tensors without a batch dimension."""
 
 
 def stack(examples: Sequence[Batch]) -> Batch:
-    """Join examples along a new first dimension.
+    """Stack examples along a new first dimension.
 
-    Tensors of several lengths are padded with zeros to the longest; `NAME.lengths`, [B] int64, holds their lengths.
+    Tensors of different lengths are zero-padded to the longest; `NAME.lengths`, [B] int64, holds their lengths.
     """
-    found: Batch = {}
+    batch: Batch = {}
     for key in examples[0]:
         tensors = [example[key] for example in examples]
         lengths = [len(tensor) if tensor.dim() else 1 for tensor in tensors]
         if len(set(lengths)) > 1:
-            found[f"{key}.lengths"] = torch.tensor(lengths)
-            found[key] = pad_sequence(tensors, batch_first=True)
+            batch[f"{key}.lengths"] = torch.tensor(lengths)
+            batch[key] = pad_sequence(tensors, batch_first=True)
         else:
-            found[key] = torch.stack(tensors)
-    return found
+            batch[key] = torch.stack(tensors)
+    return batch

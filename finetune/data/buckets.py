@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which shape an image or a clip trains at, and how it is cropped."""
+"""Aspect-ratio buckets: the shape that an image or clip is trained at, and how it is cropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from finetune.data.shape import Frame, ImageShape, VideoShape
 
 @dataclass(frozen=True)
 class Crop:
-    """How an upright image of `original` (width, height) fills a shape: scale to `scaled`, then cut at (left, top)."""
+    """How an image of size `original` is fitted to a shape: scaled to `scaled`, then cropped at (left, top).
+
+    Sizes are (width, height) of the upright image.
+    """
 
     original: tuple[int, int]
     scaled: tuple[int, int]
@@ -22,7 +25,7 @@ class Crop:
 
     @property
     def key(self) -> str:
-        """The crop as text in cache keys and data digests. It must never change: all caches and runs depend on it."""
+        """The crop as text, in cache keys and data digests. Do not change it: existing caches and runs depend on it."""
         s = self.shape
         shape = f"Bucket(width={s.width}, height={s.height})" if isinstance(s, ImageShape) else repr(s)
         return (
@@ -32,38 +35,38 @@ class Crop:
 
     @property
     def upscaled(self) -> bool:
-        """Whether the image has fewer pixels than its bucket."""
+        """Whether the image is smaller than its bucket."""
         return self.scaled[0] > self.original[0]
 
     @property
     def share_lost(self) -> float:
-        """Share of the image's area that the crop cuts away."""
+        """Share of the image's area that is cropped away."""
         return 1 - self.shape.pixels / (self.scaled[0] * self.scaled[1])
 
 
 def buckets(resolution: int, step: int, maximum_aspect: float, several: bool) -> list[ImageShape]:
     """All sizes with sides that are multiples of `step`, an area of at most resolution² and at most `maximum_aspect`.
 
-    Of each width only the tallest is kept, so that crops lose little. One square bucket unless `several`.
+    Only the tallest bucket of each width is kept, so that crops lose little. Without `several`, one square bucket.
     """
     if not several:
         return [ImageShape(resolution, resolution)]
     square = resolution // step * step
-    found = {ImageShape(square, square)} if square else set()
+    shapes = {ImageShape(square, square)} if square else set()
     for width in range(step, int(resolution * math.sqrt(maximum_aspect)) + 1, step):
         height = resolution * resolution // width // step * step
         if height and max(width, height) / min(width, height) <= maximum_aspect:
-            found |= {ImageShape(height, width), ImageShape(width, height)}
-    return sorted(found)
+            shapes |= {ImageShape(height, width), ImageShape(width, height)}
+    return sorted(shapes)
 
 
 def clips(sizes: Sequence[ImageShape], frames: int, fps: float) -> list[VideoShape]:
-    """The sizes as shapes of clips."""
+    """Shapes of clips with these sizes."""
     return [VideoShape(frames, size.height, size.width, fps) for size in sizes]
 
 
 def fit(size: tuple[int, int], choices: Sequence[Frame]) -> Crop:
-    """The center crop of the bucket nearest in aspect ratio (as a ratio of ratios; the larger area wins a tie)."""
+    """The center crop to the bucket with the nearest aspect ratio, on a log scale; ties go to the larger area."""
     width, height = size
     aspect = math.log(width / height)
     bucket = min(choices, key=lambda b: (round(abs(math.log(b.width / b.height) - aspect), 9), -b.width * b.height))
@@ -73,5 +76,5 @@ def fit(size: tuple[int, int], choices: Sequence[Frame]) -> Crop:
 
 
 def mirrored(crop: Crop, mirror: bool) -> Crop:
-    """The crop, its image mirrored if `mirror`."""
+    """The crop, mirrored if `mirror`."""
     return replace(crop, mirrored=mirror)

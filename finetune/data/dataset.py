@@ -1,4 +1,4 @@
-"""`Dataset`: encoded examples by step and position in the global batch, and the held-out ones for validation."""
+"""`Dataset`: encoded training examples by step and batch position, and held-out examples for validation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Dataset:
     """The examples of an audit, encoded.
 
     Args:
-        plan: for the order, seeds and cache.
-        audit: what to encode.
-        encoder: the family's; not used after `encode` has returned, unless it has `cached = False`.
+        plan: sets the order, the seeds and the cache.
+        audit: the examples to encode.
+        encoder: the family's encoder. Not used after `encode` returns, unless its `cached` is False.
     """
 
     def __init__(self, plan: Plan, audit: Audit, encoder: Encoder) -> None:
@@ -43,50 +43,50 @@ class Dataset:
         self._prefetcher: Prefetcher[tuple[int, tuple[int, ...]], Batch] = Prefetcher()
 
     def long_captions(self) -> str:
-        """One sentence about captions that are longer than the model reads, naming images; "" if there is none.
+        """A sentence about captions that the model truncates, with the names of their images; "" if there are none.
 
         Raises:
-            UserError: there are some, and `data.long_captions` is stop.
+            UserError: there are such captions, and `data.long_captions` is "stop".
         """
         tokens = functools.lru_cache(1024)(self.encoder.caption_tokens)
-        count, most, named = 0, 0, list[str]()
+        count, limit, named = 0, 0, list[str]()
         for image in self.images:
             length = tokens(image.caption)
             if length is None:
                 return ""
             if length[0] > length[1]:
-                count, most = count + 1, length[1]
+                count, limit = count + 1, length[1]
                 named += [f"{image.name}: {length[0]} tokens"] if count <= 5 else []
         if not count:
             return ""
         names = ", ".join(named) + (f", and {count - 5} more" if count > 5 else "")
-        problem = f"captions longer than the {most} tokens that this model reads: {count} of {len(self.images)}"
+        problem = f"captions longer than the {limit} tokens that this model reads: {count} of {len(self.images)}"
         if self.plan.recipe.data.long_captions == "truncate":
-            return f"{problem}, their ends are not read ({names})"
+            return f"{problem}; they are truncated ({names})"
         raise UserError(problem, where=names, remedy="shorten them, or set data.long_captions: truncate")
 
     def encode(self, progress: Progress | None = None, share: tuple[int, int] | None = None) -> None:
-        """Compute what the cache lacks; see `ExampleEncoder.encode_all`."""
+        """Encode the examples that are not in the cache; see `ExampleEncoder.encode_all`."""
         self._encoding.encode_all(self.images, self._masked, progress, share)
 
     @property
     def has_validation(self) -> bool:
-        """Whether examples are held out for validation."""
+        """Whether any examples are held out for validation."""
         return len(self._held_out) > 0
 
     @property
     def held_out_count(self) -> int:
-        """Examples that are held out for validation."""
+        """Number of examples held out for validation."""
         return len(self._held_out)
 
     def names(self, step: int) -> list[str]:
-        """The examples of a step, for messages."""
+        """The names of a step's examples, for messages."""
         return [self.images[index].name for index in self.order.batch(step)]
 
     def batch(self, step: int, places: Sequence[int], draw: Draw) -> Batch:
-        """The examples at `places` of the global batch of `step`, stacked: [B, …] each.
+        """The examples at positions `places` of the global batch of `step`, stacked: [B, …] each.
 
-        The same places of the next steps are prepared by threads meanwhile.
+        Meanwhile, threads prepare the same positions of the next steps.
         """
         own = tuple(places)
         later = range(step + 1, min(step + 1 + AHEAD_STEPS, self.plan.steps))
@@ -102,10 +102,10 @@ class Dataset:
         return self._examples([order[place] for place in places], draw, self.plan.recipe.data.caption_dropout)
 
     def validation(self, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Batch, Draw]]:
-        """This process's share of the held-out examples, one a batch, with the same draws at every validation.
+        """Yield this process's held-out examples in batches of one, with the same random numbers at every validation.
 
-        Example i belongs to process i mod `ranks`. All processes get equally many, since sharded models run in step:
-        those that would get fewer get the last example again.
+        Example i belongs to process i mod `ranks`. Sharded models need every process to run the same number of batches,
+        so processes with fewer examples repeat the last one.
         """
         seed, count = self.plan.recipe.train.seed, len(self._held_out)
         for start in range(0, count, ranks):
@@ -116,10 +116,10 @@ class Dataset:
     def _examples(self, indices: Sequence[int], draw: Draw, dropout: float) -> Batch:
         variants = draw.integers("variant", len(self._encoding.variants)).tolist()
         dropped = (draw.uniform("caption dropout") < dropout).tolist()
-        found = []
+        encoded = []
         for index, variant, drop in zip(indices, variants, dropped, strict=True):
             example, mirror = self.images[index], self._encoding.variants[variant]
-            found.append(
+            encoded.append(
                 {
                     **self._encoding.parts(example, mirror, "" if drop else example.caption),
                     "geometry": geometry(example.crop),
@@ -127,16 +127,19 @@ class Dataset:
                     **(self._encoding.mask(example, mirror) if self._masked else {}),
                 }
             )
-        return stack(found)
+        return stack(encoded)
 
 
 def _examples_by_bucket(audit: Audit) -> list[numpy.ndarray]:
-    """For each bucket, by its first example, the places in `audit.images` of its training examples, repeated."""
+    """For each bucket the indices into `audit.images` of its training examples, each as often as it repeats.
+
+    Buckets are sorted by their first example.
+    """
     trains, repeats = ~audit.images.held_out, audit.images.repeats
-    found: dict[object, list[numpy.ndarray]] = {}
+    by_shape: dict[object, list[numpy.ndarray]] = {}
     for crop, places in audit.images.crops.items():
-        found.setdefault(crop.shape, []).append(places[trains[places]])
-    buckets = [numpy.sort(numpy.concatenate(parts)) for parts in found.values()]
+        by_shape.setdefault(crop.shape, []).append(places[trains[places]])
+    buckets = [numpy.sort(numpy.concatenate(parts)) for parts in by_shape.values()]
     return [
         numpy.repeat(bucket, repeats[bucket])
         for bucket in sorted((b for b in buckets if len(b)), key=lambda b: int(b[0]))

@@ -1,4 +1,4 @@
-"""From an example's files to the tensors that an encoder reads."""
+"""Decode an example's files into the tensors that an encoder reads."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from finetune.errors import UserError
 
 
 def decode_role(example: Example, role: str, background: str, mirror: bool) -> Tensor:
-    """What the model sees of one role: an image [3, H, W] or a clip [3, F, H, W], float32 in [-1, 1].
+    """Decode and crop one role: an image [3, H, W] or a clip [3, F, H, W], float32 in [-1, 1].
 
-    Roles that show the target's own layout are cropped as the target is; others fill its shape by a crop of their own.
+    Roles that are aligned with the target get its crop; other roles get their own center crop to its shape.
 
     Raises:
         UserError: the file has changed since the audit.
@@ -29,39 +29,38 @@ def decode_role(example: Example, role: str, background: str, mirror: bool) -> T
         shape = example.crop.shape
         assert isinstance(shape, VideoShape)
         frames = video.decode(content, background, shape.frames, shape.fps)
-        seen = video.crop(frames, mirrored(example.crop, mirror))
-        return torch.stack([to_tensor(numpy.asarray(frame)) for frame in seen], dim=1)
-    picture = image.decode(content, background)
+        cropped = video.crop(frames, mirrored(example.crop, mirror))
+        return torch.stack([to_tensor(numpy.asarray(frame)) for frame in cropped], dim=1)
+    decoded = image.decode(content, background)
     crop = example.crop
-    if role != "target" and (base_role(role) not in ALIGNED or picture.size != crop.original):
-        crop = fit(picture.size, [crop.shape])
-    return to_tensor(numpy.asarray(image.apply(picture, mirrored(crop, mirror))))
+    if role != "target" and (base_role(role) not in ALIGNED or decoded.size != crop.original):
+        crop = fit(decoded.size, [crop.shape])
+    return to_tensor(numpy.asarray(image.apply(decoded, mirrored(crop, mirror))))
 
 
 def decode_file(content: bytes, shape: Frame, background: str) -> Tensor:
-    """An image that fills a shape by its center crop, [3, H, W] float32 in [-1, 1]: an input of a sample."""
-    picture = image.decode(content, background)
-    return to_tensor(numpy.asarray(image.apply(picture, fit(picture.size, [shape]))))
+    """Decode an input image of a sample, center-cropped to `shape`: [3, H, W] float32 in [-1, 1]."""
+    decoded = image.decode(content, background)
+    return to_tensor(numpy.asarray(image.apply(decoded, fit(decoded.size, [shape]))))
 
 
 def unchanged(asset: Asset, name: str, role: str = "target") -> bytes:
-    """The bytes that the audit read; others would be cached under a digest that is not theirs.
+    """The bytes of an asset, checked against its digest: tensors of other bytes must not be cached under it.
 
     Raises:
-        UserError: the file has changed since, or cannot be read.
+        UserError: the file has changed since the audit, or cannot be read.
     """
     what = "image" if role == "target" else role
     try:
         content = asset.read()
     except OSError as error:
-        raise UserError(
-            f"the {what} can no longer be read: {error.strerror}", where=name, remedy="put it back, and start again"
-        ) from error
+        problem = f"the {what} can no longer be read: {error.strerror}"
+        raise UserError(problem, where=name, remedy="restore the file and start again") from error
     if hashlib.sha256(content).hexdigest() != asset.digest:
         raise UserError(
             f"the {what} has changed since the run began",
             where=name,
-            remedy="start again; this run did not see the new one",
+            remedy="start the run again to use the new file",
         )
     return content
 
@@ -84,7 +83,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def geometry(crop: Crop) -> Tensor:
     """SDXL's size conditions, [6] float32: original height and width, crop's top and left, target height and width.
 
-    All in pixels (Podell et al. 2023, arXiv:2307.01952, §2.2); the crop's corner is measured after scaling.
+    In pixels (Podell et al. 2023, arXiv:2307.01952, §2.2); the crop's corner is measured after scaling.
     """
     width, height = crop.original
     return torch.tensor([height, width, crop.top, crop.left, crop.shape.height, crop.shape.width], dtype=torch.float32)

@@ -1,7 +1,8 @@
-"""`ExampleEncoder`: encodes examples part by part, in a pass before training and whenever a batch needs it."""
+"""`ExampleEncoder`: encodes examples part by part, in a pass before training or when a batch needs them."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +21,17 @@ from finetune.errors import UserError
 from finetune.planning import Plan
 from finetune.rng import key_of
 
-PIXELS = "pixels"  # the cache of decoded images from streams, which cannot be read in any order
+PIXELS = "pixels"  # the cache of decoded images from streams, which have no random access
 
 Progress = Callable[[str, int, int], None]
 
 
 class ExampleEncoder:
-    """Args:
-    encoder: the family's; not used after `encode_all` without `share` has returned, unless it has `cached = False`.
-    background: CSS color that transparent images are laid over.
+    """Encodes examples and caches the tensors.
+
+    Args:
+        encoder: the family's encoder. Not used after `encode_all` without `share`, unless its `cached` is False.
+        background: CSS color behind transparent images.
     """
 
     def __init__(self, plan: Plan, encoder: Encoder, background: str) -> None:
@@ -38,7 +41,7 @@ class ExampleEncoder:
         self._target = next(part for part in self._parts if "target" in part.roles)
         self._streamed = plan.recipe.data.streaming
         self._store = ExampleStore(encoder.cached)
-        self._lock = threading.Lock()  # tokenizers do not allow two callers at once
+        self._lock = threading.Lock()  # tokenizers are not thread-safe
         self.variants = (False, True) if plan.recipe.data.flip else (False,)
 
     # -- the encoding pass ----------------------------------------------------------------------------------------
@@ -46,12 +49,12 @@ class ExampleEncoder:
     def encode_all(
         self, examples: Sequence[Example], masked: bool, progress: Progress | None, share: tuple[int, int] | None
     ) -> None:
-        """Compute what the cache lacks. Each example is encoded alone, so its tensors do not depend on the others.
+        """Encode the examples that are not in the cache, one at a time, so that no result depends on other examples.
 
         Args:
             masked: whether there are masks to encode too.
-            progress: called with (what, its number, of how many).
-            share: (number of this process, processes): encode only its share, and do not release the encoder.
+            progress: called with (what is encoded, its number, their count).
+            share: (rank, number of processes): encode only this process's share, and do not release the encoder.
 
         Raises:
             UserError: the cache cannot be written, or a file has changed since the audit.
@@ -75,7 +78,7 @@ class ExampleEncoder:
                 self._keep_pixels(examples, mine, progress)
             for place, mirror in itertools.product(mine if masked else (), self.variants):
                 self.mask(examples[place], mirror, keep=False)
-        finally:  # also what was encoded before Ctrl-C
+        finally:  # keep what was encoded before Ctrl-C
             self._store.flush()
         if share is None and cached:
             self.encoder.release()
@@ -87,13 +90,14 @@ class ExampleEncoder:
         for number, caption in enumerate(itertools.chain([""], (examples[place].caption for place in places))):
             if progress is not None:
                 progress("captions", number, len(places) + 1)
-            self._store.get(part.key, key_of(caption), lambda caption=caption: self._encode(caption=caption), False)  # type: ignore[misc]
+            compute = functools.partial(self._encode, caption=caption)
+            self._store.get(part.key, key_of(caption), compute, keep=False)
 
     def _encode_part(self, examples: Sequence[Example], places: range, part: Part, progress: Progress | None) -> None:
         store, dropped = self._store.on_disk(part.key), "caption" in part.roles
 
         def missing() -> Iterator[tuple[str, Example, bool, str]]:
-            """What is not in the cache: with its caption and, where the part reads captions, with the dropped one."""
+            """Examples that are not in the cache, with their caption and, if the part reads it, with an empty one."""
             for number, (place, mirror) in enumerate(itertools.product(places, self.variants)):
                 if progress is not None:
                     progress("images", number, len(places) * len(self.variants))
@@ -106,7 +110,7 @@ class ExampleEncoder:
             return wanted[0], wanted[1], self._inputs(part, *wanted[1:])
 
         for key, example, inputs in ahead(decoded, missing()):
-            if key not in store:  # a copy of an example that was just encoded is
+            if key not in store:  # unless a copy of this example was just encoded
                 with torch.no_grad():
                     store.put(key, _finite(self.encoder.encode(inputs), example))
 
@@ -127,8 +131,8 @@ class ExampleEncoder:
     # -- one example ----------------------------------------------------------------------------------------------
 
     def parts(self, example: Example, mirror: bool, caption: str) -> Batch:
-        """Every part's tensors of an example, with `caption` for its text."""
-        found: Batch = {}
+        """The tensors of every part of an example, with `caption` as its text."""
+        tensors: Batch = {}
         for part in self._parts:
             if not part.key:
                 continue
@@ -139,11 +143,11 @@ class ExampleEncoder:
                     encoded = self.encoder.encode(inputs)
                 return encoded if part.roles == ("caption",) else _finite(encoded, example)
 
-            found |= self._store.get(part.key, self._key(part, example, mirror, caption), compute)
-        return found
+            tensors |= self._store.get(part.key, self._key(part, example, mirror, caption), compute)
+        return tensors
 
     def mask(self, example: Example, mirror: bool, keep: bool = True) -> Batch:
-        """Weight of the loss at each position, [1, h, w] float32: the mask's mean over what the position covers."""
+        """Loss weight of each position, [1, h, w] float32: the mean of the mask over the pixels of the position."""
         factor, outside = self.encoder.mask_factor or 1, self._plan.recipe.data.unmasked_weight
         asset = example.others.get("mask")
 
@@ -151,8 +155,8 @@ class ExampleEncoder:
             shape = example.crop.shape
             if asset is None:
                 return {"mask": torch.ones(1, shape.height // factor, shape.width // factor)}
-            seen = torch.from_numpy(masks.read(example, mirror))
-            return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(seen[None], factor)}
+            weights = torch.from_numpy(masks.read(example, mirror))
+            return {"mask": outside + (1 - outside) * torch.nn.functional.avg_pool2d(weights[None], factor)}
 
         digest = asset.digest if asset is not None else ""
         key = key_of("mask", digest, example.crop.key, int(mirror), f"{outside} {factor}")
@@ -163,7 +167,7 @@ class ExampleEncoder:
             return self.encoder.encode(inputs)
 
     def _key(self, part: Part, example: Example, mirror: bool, caption: str = "") -> str:
-        """Cache key of a part. Those of images and captions alone are as version 0.1 wrote them."""
+        """Cache key of a part. Keys of images and captions alone are the same as in version 0.1."""
         if part.roles == ("caption",):
             return key_of(caption)
         place = (example.crop.key, int(mirror), self._background)
@@ -177,7 +181,7 @@ class ExampleEncoder:
         return key_of("part", *contents, *place)
 
     def _inputs(self, part: Part, example: Example, mirror: bool, caption: str) -> Inputs:
-        """The decoded roles of a part; optional ones that the example lacks are left out."""
+        """The decoded roles of a part, without optional roles that the example does not have."""
         assets = example.assets
         return {
             role: caption if role == "caption" else self._decoded(example, role, mirror)
@@ -196,12 +200,12 @@ class ExampleEncoder:
 
 
 def _finite(encoded: Batch, example: Example) -> Batch:
-    """The tensors, if they are finite: NaN in the cache would stop every run that uses it."""
+    """Return the tensors if they are finite, else raise: NaN in the cache would stop every run that uses it."""
     for name, tensor in encoded.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"the VAE encodes the image to {name} that are not finite",
+                f"the VAE encodes this image to non-finite {name}",
                 where=example.name,
-                remedy="the VAE's weights are damaged or do not fit: give another model.vae; this image was not cached",
+                remedy="the VAE's weights are damaged or do not fit the model: set another model.vae",
             )
     return encoded

@@ -1,8 +1,8 @@
-"""`Example`: what one training example is made of, by role. `Asset`: one file of it.
+"""`Example`: the parts of one training example, by role. `Asset`: one of its files.
 
 Roles: `target` (what the model learns to generate), `caption`, `mask` (where the loss counts), `reference` (an image to
 edit; several are `reference`, `reference2`, …), `control` (an image aligned with the target, as for ControlNet) and
-`first_frame`. A family's record says which it needs and which it may use. Torch-free.
+`first_frame`. The family's spec lists the required and the optional roles. Torch-free.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from functools import partial
 from finetune.data.buckets import Crop
 from finetune.data.shape import Medium
 
-ALIGNED = ("mask", "control", "first_frame")  # roles that show the target's own layout, and are cropped as it is
+ALIGNED = ("mask", "control", "first_frame")  # roles that are aligned with the target and get its crop
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One file, or a text, of an example.
+    """One file or text of an example.
 
     Attributes:
         medium: image, video, audio or text.
         digest: SHA-256 of its bytes, in hexadecimal.
-        read: returns its bytes. A `functools.partial` of one function and plain values costs no memory, others do.
+        read: returns its bytes. `Index` stores a `functools.partial` with plain arguments on disk, others in memory.
     """
 
     medium: Medium
@@ -39,9 +39,9 @@ class Example:
 
     Attributes:
         name: of its target, for messages.
-        caption: its text; "" where there is none.
+        caption: its text; "" if it has none.
         digest: SHA-256 of the target's bytes, in hexadecimal.
-        crop: how the target fills its bucket.
+        crop: how the target is fitted to its bucket.
         weight: factor on its loss.
         medium: of the target.
         read: returns the target's bytes.
@@ -73,6 +73,10 @@ def base_role(role: str) -> str:
 
 
 def role_of(word: str, roles: Collection[str]) -> str | None:
-    """The role that a word in a file's name, a folder or a column stands for: one of `roles`, or numbered from 2 on."""
-    found = re.fullmatch(r"([a-z_]+?)([2-9]?)", word)
-    return word if found is not None and found[1] in roles else None
+    """`word` if it names one of `roles`, with an optional number from 2 to 9 (`reference2`), else None.
+
+    Args:
+        word: part of a file name, or the name of a folder or column.
+    """
+    match = re.fullmatch(r"([a-z_]+?)([2-9]?)", word)
+    return word if match is not None and match[1] in roles else None

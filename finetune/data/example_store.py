@@ -1,4 +1,4 @@
-"""`ExampleStore`: encoded tensors in memory and in the cache on disk, computed when neither has them."""
+"""`ExampleStore`: encoded tensors in memory and in the disk cache, computed if neither has them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from finetune.errors import UserError
 from finetune.rng import key_of
 
 TENSOR_BYTES = 1024  # memory that a tensor takes besides its elements
-MEMORY_BYTES = 2 << 30  # tensors kept in memory; others are read again from the cache, or computed again
+MEMORY_BYTES = 2 << 30  # tensors kept in memory; the rest is read again from the cache, or computed again
 
 
 class ExampleStore:
-    """Tensors by (part, key). A part is what its tensors depend on besides the example: an encoder's weights, precision.
-
-    Threads may share it.
+    """Tensors by (part, key), where `part` is the key of a `finetune.data.batch.Part`. Thread-safe.
 
     Args:
         cached: whether tensors are kept on disk as well.
@@ -33,10 +31,10 @@ class ExampleStore:
         self._memory: OrderedDict[str, Batch] = OrderedDict()
         self._memory_bytes = 0
         self._lock = threading.Lock()
-        self.sealed = False  # whether nothing can be computed any more: the encoder is released
+        self.sealed = False  # True once the encoder is released, so that nothing can be computed
 
     def open(self, folder: Path, parts: Collection[str]) -> None:
-        """Open the parts' folders in the cache, also those that other processes have written to meanwhile.
+        """Open the parts' folders in the cache, or reopen them to see what other processes have written.
 
         Raises:
             UserError: the cache cannot be read or written.
@@ -44,19 +42,22 @@ class ExampleStore:
         self._stores = {part: Store(folder / key_of(part)[:24]) for part in parts if part}
 
     def on_disk(self, part: str) -> Store:
-        """The part's store on disk."""
+        """The disk store of a part."""
         return self._stores[part]
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write pending tensors to disk."""
         for store in self._stores.values():
             store.flush()
 
     def get(self, part: str, key: str, compute: Callable[[], Batch], keep: bool = True) -> Batch:
-        """From memory, else from the cache, else computed and stored in both (in memory only if `keep`).
+        """Return tensors from memory, else from the disk cache, else compute them and store them in both.
+
+        Args:
+            keep: whether to keep them in memory.
 
         Raises:
-            UserError: the cache has lost it since training began.
+            UserError: the cache has lost the tensors since training began.
         """
         place = part + key
         with self._lock:
@@ -64,18 +65,18 @@ class ExampleStore:
                 self._memory.move_to_end(place)
                 return self._memory[place]
         if self._cached:
-            found = self._from_disk(self._stores[part], key, compute)
+            tensors = self._from_disk(self._stores[part], key, compute)
         else:
             with torch.no_grad():
-                found = compute()
+                tensors = compute()
         if keep:
             with self._lock:
                 if place not in self._memory:
-                    self._memory_bytes += _bytes(found)
-                self._memory[place] = found
+                    self._memory_bytes += _bytes(tensors)
+                self._memory[place] = tensors
                 while self._memory_bytes > MEMORY_BYTES:
                     self._memory_bytes -= _bytes(self._memory.popitem(last=False)[1])
-        return found
+        return tensors
 
     def _from_disk(self, store: Store, key: str, compute: Callable[[], Batch]) -> Batch:
         try:
@@ -83,9 +84,9 @@ class ExampleStore:
         except KeyError as error:
             if self.sealed:
                 raise UserError(
-                    "a part of the cache was lost or damaged while the run used it",
+                    "cached tensors were lost or damaged during the run",
                     where=str(store.folder),
-                    remedy="resume with --resume: what is missing is computed again",
+                    remedy="resume with --resume: missing tensors are computed again",
                 ) from error
         with torch.no_grad():
             store.put(key, compute())

@@ -1,9 +1,9 @@
-"""The latent cache: expensive tensors on disk, by a key of what they were computed from.
+"""The latent cache: tensors on disk, with keys derived from what they were computed from.
 
-A store is a folder of safetensors shards, each named by the SHA-256 of its bytes. A shard is written aside, synced and
-renamed, so a run may be killed anywhere and others may write at the same time. There is no index on disk: a shard's header
-lists its keys; in memory, an entry takes 12 bytes. A shard is checked against its name when something in it is first
-asked for; a damaged one is set aside, and what it held is computed again.
+A store is a folder of safetensors shards, each named by the SHA-256 of its bytes. A shard is written to a temporary
+file, synced and renamed, so a run may be killed at any time and several processes may write at once. There is no index
+on disk: the header of a shard lists its keys. In memory, an entry takes 12 bytes. A shard is checked against its name
+when it is first read; a damaged shard is renamed, and its entries are computed again.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from finetune.data.sources.files import write_aside
 from finetune.errors import UserError
 from finetune.replaceable import replaceable
 
-SHARD_ENTRIES = 64  # at most so many are lost by a kill
-SHARD_BYTES = 64 << 20  # and not more memory than this is held for them
+SHARD_ENTRIES = 64  # entries of a full shard: the most that a killed process loses
+SHARD_BYTES = 64 << 20  # size of a full shard: the most memory that pending entries take
 SEPARATOR = "|"  # between an entry's key and the names of its tensors
-HEADERS = 256  # of shards, kept parsed
-RECENT = 1 << 16  # entries of this process, until they are sorted in with the others
+HEADERS = 256  # parsed shard headers kept in memory
+RECENT = 1 << 16  # new entries that are kept in a dict before they are merged into the sorted arrays
 
-# An entry's tensors by name: safetensors' description of each ("dtype", "shape"), and where its bytes start and end in the file.
+# Key → tensor name → safetensors' description ("dtype", "shape"), and the start and end of its bytes in the file.
 Header = dict[str, dict[str, tuple[dict[str, object], int, int]]]
 
 
 class Store:
-    """Threads may share it.
+    """A folder of tensors by key. Thread-safe.
 
     Args:
-        folder: made if missing.
+        folder: created if missing.
 
     Raises:
-        UserError: the folder cannot be made or read.
+        UserError: the folder cannot be created or read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.RLock()
         self._shards: list[Path] = []
-        # The hash of every key on disk, sorted, and which shard has it; what this process wrote of late stands in `_recent`.
+        # The sorted hashes of the keys on disk, and the index of each one's shard. Recent entries are in `_recent`.
         self._hashes, self._places = numpy.zeros(0, numpy.uint64), numpy.zeros(0, numpy.int32)
         self._recent: dict[int, int] = {}
         self._header = functools.lru_cache(HEADERS)(_header)
@@ -64,30 +64,34 @@ class Store:
                 self._add(shard)
         except OSError as error:
             raise _unusable(folder, error) from error
-        self._sort_in()
+        self._merge_recent()
 
     def __contains__(self, key: str) -> bool:
-        """Whether `key` can be had; a damaged shard is found out here."""
+        """Whether `get` can return `key`; detects damaged shards."""
         with self._lock:
             return key in self._pending or self._shard_of(key) is not None
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The named tensors of `key`; KeyError if it is not there (any more)."""
+        """The named tensors of `key`.
+
+        Raises:
+            KeyError: the key is not in the store, or its shard is damaged.
+        """
         with self._lock:
             if key in self._pending:
                 return self._pending[key]
             shard = self._shard_of(key)
             if shard is None:
                 raise KeyError(key)
-            found = self._header(shard)[key]
+            described = self._header(shard)[key]
         try:
-            return _read(shard, found)
-        except (OSError, SafetensorError) as error:  # gone, or cut, since it was checked
+            return _read(shard, described)
+        except (OSError, SafetensorError) as error:  # deleted or truncated since it was checked
             raise KeyError(key) from error
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep `tensors` under `key`; on disk once a shard is full, or after `flush`."""
-        # Clones: a view would keep its whole storage alive, and safetensors refuses tensors that share one.
+        """Add `tensors` under `key`. They are written to disk when a shard is full, or by `flush`."""
+        # Clone: a view would keep its whole storage alive, and safetensors rejects tensors that share storage.
         kept = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
@@ -98,7 +102,7 @@ class Store:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one shard.
+        """Write the pending entries as one shard.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -130,14 +134,14 @@ class Store:
         except ValueError:
             self._set_aside(shard)
             return
-        except FileNotFoundError:  # another process has just set it aside
+        except FileNotFoundError:  # another process has just renamed it
             return
         self._shards.append(shard)
         self._recent.update((_hash(key), len(self._shards) - 1) for key in keys)
         if len(self._recent) >= RECENT:
-            self._sort_in()
+            self._merge_recent()
 
-    def _sort_in(self) -> None:
+    def _merge_recent(self) -> None:
         count = len(self._recent)
         hashes = numpy.concatenate([self._hashes, numpy.fromiter(self._recent.keys(), numpy.uint64, count)])
         places = numpy.concatenate([self._places, numpy.fromiter(self._recent.values(), numpy.int32, count)])
@@ -146,7 +150,7 @@ class Store:
         self._recent.clear()
 
     def _shard_of(self, key: str) -> Path | None:
-        """A whole shard that has `key`."""
+        """An undamaged shard that contains `key`."""
         wanted = _hash(key)
         start = int(numpy.searchsorted(self._hashes, numpy.uint64(wanted)))
         places = [self._recent[wanted]] if wanted in self._recent else []
@@ -160,14 +164,14 @@ class Store:
                 self._set_aside(shard)
                 continue
             self._checked.add(shard)
-            if key in self._header(shard):  # and not only its hash
+            if key in self._header(shard):  # two keys can share a hash
                 return shard
         return None
 
     def _set_aside(self, shard: Path) -> None:
-        """Forget a damaged shard, and rename it so that no other run meets it."""
+        """Forget a damaged shard, and rename it so that no other run reads it."""
         self._damaged.add(shard)
-        with contextlib.suppress(OSError):  # a cache that can only be read, or another process was faster
+        with contextlib.suppress(OSError):  # a read-only cache, or another process was faster
             os.replace(shard, shard.with_suffix(".damaged"))
 
 
@@ -176,10 +180,10 @@ def _hash(key: str) -> int:
 
 
 def _header(shard: Path) -> Header:
-    """What a shard holds (https://github.com/huggingface/safetensors, Format).
+    """The contents of a shard, from its header (https://github.com/huggingface/safetensors, Format).
 
     Raises:
-        ValueError: it is no safetensors file.
+        ValueError: it is not a safetensors file.
         OSError: it cannot be read.
     """
     with open(shard, "rb") as file:
@@ -187,24 +191,24 @@ def _header(shard: Path) -> Header:
         if not 8 < start <= os.fstat(file.fileno()).st_size:
             raise ValueError("the header is longer than the file")
         described = json.loads(file.read(start - 8))
-    found: Header = {}
+    header: Header = {}
     try:
         for full, value in described.items():
             if full != "__metadata__":
                 key, _, name = full.rpartition(SEPARATOR)
                 first, last = value["data_offsets"]
-                found.setdefault(key, {})[name] = (
+                header.setdefault(key, {})[name] = (
                     {"dtype": value["dtype"], "shape": value["shape"]},
                     start + int(first),
                     start + int(last),
                 )
     except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError("the header is not as safetensors writes it") from error
-    return found
+        raise ValueError("the header is not a valid safetensors header") from error
+    return header
 
 
 def _read(shard: Path, tensors: dict[str, tuple[dict[str, object], int, int]]) -> dict[str, Tensor]:
-    """Read some tensors of a shard, and nothing else of it. (Mapped to memory, a file that shrinks would kill the process.)"""
+    """Read some tensors of a shard, without `mmap`: a mapped file that shrinks would kill the process."""
     header: dict[str, object] = {}
     body = bytearray()
     with open(shard, "rb") as file:
@@ -213,8 +217,8 @@ def _read(shard: Path, tensors: dict[str, tuple[dict[str, object], int, int]]) -
             file.seek(start)
             body += file.read(end - start)
     described = json.dumps(header).encode()
-    found: dict[str, Tensor] = load(len(described).to_bytes(8, "little") + described + bytes(body))
-    return found
+    tensors_read: dict[str, Tensor] = load(len(described).to_bytes(8, "little") + described + bytes(body))
+    return tensors_read
 
 
 def _is_whole(shard: Path) -> bool:
@@ -229,7 +233,7 @@ def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"the cache cannot be written: {error.strerror}",
         where=str(folder),
-        remedy="free some space there, or move the cache: --set data.cache=FOLDER, or the variable FT_CACHE",
+        remedy="free some space, or move the cache with --set data.cache=FOLDER or the environment variable FT_CACHE",
     )
 
 

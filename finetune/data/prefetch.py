@@ -1,4 +1,4 @@
-"""Work done by threads before it is needed and handed over in order, so that timing changes no result. Torch-free."""
+"""Prefetch with threads, in a fixed order, so that timing never changes a result. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
-MOST_THREADS = 8  # decoding and scaling release Python's lock, the rest does not
+MOST_THREADS = 8  # only decoding and scaling release the GIL
 
 
 def threads() -> int:
-    """One for each core that this process may use, up to `MOST_THREADS`."""
+    """The number of cores that this process may use, at most `MOST_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, MOST_THREADS))
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int | None = None) -> Iterator[Result]:
-    """`map(work, items)` by threads, at most `depth` items before the consumer. An error is raised at its item's place."""
+    """`map(work, items)` with threads, at most `depth` items ahead of the consumer; errors are raised in item order."""
     pool = ThreadPoolExecutor(threads(), thread_name_prefix="ft-data")
     depth = depth or 2 * threads()
     waiting: deque[Future[Result]] = deque()
@@ -39,11 +39,11 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int | No
 
 @final
 class Prefetcher(Generic[Key, Result]):
-    """Results by key, computed by threads before they are asked for."""
+    """Results by key, computed by threads before they are requested."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[Key, Future[Result]] = {}
+        self._futures: dict[Key, Future[Result]] = {}
 
     def get(
         self,
@@ -52,16 +52,16 @@ class Prefetcher(Generic[Key, Result]):
         upcoming: Mapping[Key, Callable[[], Result]],
         current: Callable[[Key], bool],
     ) -> Result:
-        """The result of `key`, by `work` if no thread has it.
+        """The result for `key`, computed by `work` unless a thread has started on it.
 
         Args:
-            upcoming: the work of keys that will be asked for soon; threads start on it.
-            current: whether a key may still be asked for; results of others are dropped.
+            upcoming: the work for keys that will be requested soon; threads start on it.
+            current: whether a key may still be requested; other results are dropped.
         """
-        self._coming = {known: future for known, future in self._coming.items() if current(known)}
+        self._futures = {known: future for known, future in self._futures.items() if current(known)}
         self._pool = self._pool or ThreadPoolExecutor(threads(), thread_name_prefix="ft-data")
         for later, its_work in upcoming.items():
-            if later not in self._coming:
-                self._coming[later] = self._pool.submit(its_work)
-        ready = self._coming.get(key)
-        return ready.result() if ready is not None else work()
+            if later not in self._futures:
+                self._futures[later] = self._pool.submit(its_work)
+        future = self._futures.get(key)
+        return future.result() if future is not None else work()

@@ -1,9 +1,9 @@
-"""Which images step n draws: a function of (seed, step) alone, so resuming and any number of processes agree.
+"""The examples of each step: a function of (seed, step) alone, equal after resuming and for any number of processes.
 
-A global batch (batch size × accumulation × processes) has one size in pixels, so it comes from one bucket. Each bucket is
-an endless stream of shuffled passes over its own examples; which bucket a step takes is decided by largest debt, so that
-after any number of steps each bucket was taken in proportion to its examples. Nothing is dropped, and no example is
-drawn more often than others, however small its bucket: a batch may straddle two passes.
+A global batch (batch size × accumulation × processes) has one size in pixels, so it comes from one bucket. Each bucket
+is an endless stream of shuffled passes over its own examples. Each step takes the bucket that is furthest behind its
+share, so that after any number of steps each bucket was taken in proportion to its examples. No example is dropped or
+used more often than others, however small its bucket: a batch may span two passes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from finetune.rng import mix
 
 
 class Order:
-    """Args:
-    buckets: for each bucket the indices of its examples (an image with 3 repeats is there 3 times).
-    global_batch: examples a step.
-    steps: of the run.
+    """The order of examples in a run.
+
+    Args:
+        buckets: the example indices of each bucket (an image with 3 repeats occurs 3 times).
+        global_batch: examples per step.
+        steps: steps of the run.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Order:
 
 
 def _schedule(sizes: list[int], steps: int, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """For each step its bucket, and how many earlier steps took that bucket."""
+    """The bucket of each step, and how many earlier steps took that bucket."""
     if len(sizes) == 1:
         return numpy.zeros(steps, numpy.int32), numpy.arange(steps, dtype=numpy.int64)
     share = numpy.asarray(sizes, float) / sum(sizes)

@@ -1,6 +1,6 @@
-"""Shapes of examples: the size of an image, a clip or a sound, and the arithmetic that plan, cache and estimate do with it.
+"""Shapes of examples: the size of an image, a clip or a sound, and arithmetic on it for plan, cache and estimate.
 
-Torch-free. Sizes are in pixels, frames and samples; text writes width × height, as image viewers do.
+Torch-free. Sizes are in pixels, frames and samples. Text gives width × height, as image viewers do.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ Medium = Literal["image", "video", "audio", "text"]
 
 
 class Shape(ABC):
-    """The size that an example has when the model sees it. Examples of one shape make a bucket."""
+    """The size of an example as the model sees it. Examples of one shape form a bucket."""
 
     medium: ClassVar[Medium]
 
     @property
     @abstractmethod
     def elements(self) -> int:
-        """Values in one channel."""
+        """Number of values in one channel."""
 
     @abstractmethod
     def latent(self, factor: int, time_factor: int = 1) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class Shape(ABC):
 
     @abstractmethod
     def plain(self) -> Any:
-        """The shape as JSON has it; `shape_of` reads it back."""
+        """The shape as JSON values; `shape_of` reads it back."""
 
     def __lt__(self, other: Shape) -> bool:
         return self.order < other.order
@@ -89,7 +89,7 @@ class ImageShape(Frame):
 @final
 @dataclass(frozen=True)
 class VideoShape(Frame):
-    """A clip: frames of height × width pixels, `fps` a second (0: at whatever rate the file has)."""
+    """A clip: frames of height × width pixels, at `fps` frames per second (0: the file's own rate)."""
 
     medium: ClassVar[Medium] = "video"
     frames: int
@@ -122,7 +122,7 @@ class VideoShape(Frame):
 @final
 @dataclass(frozen=True)
 class AudioShape(Shape):
-    """A sound: `samples` of each channel, `rate` a second."""
+    """A sound: `samples` per channel, at `rate` samples per second."""
 
     medium: ClassVar[Medium] = "audio"
     samples: int
@@ -134,7 +134,7 @@ class AudioShape(Shape):
         return self.samples
 
     def latent(self, factor: int, time_factor: int = 1) -> tuple[int, ...]:
-        """(samples,); `factor` compresses time here."""
+        """(samples,); `factor` compresses time."""
         return (self.samples // factor,)
 
     @property

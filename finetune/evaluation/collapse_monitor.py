@@ -50,7 +50,7 @@ class CollapseMonitor:
         if self._real is None:
             self._real = self._extractor.features(as_generated(records, audit.background, self._model.space))
         request = request_for(request_of(self._plan), self._model, [image.caption for image in records], IMAGES)
-        generated = [found.thumbnail() for found in sample.draw(self._model, request, BATCH)]
+        generated = [image.thumbnail() for image in sample.generate(self._model, request, BATCH)]
         features = self._extractor.features(generated)
         check = Check(done, **mode_metrics(features, self._real))
         history = [*checks(read_records(self._records)), check]

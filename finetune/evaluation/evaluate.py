@@ -193,7 +193,7 @@ def _generate(
     square = replace(request_of(plan), size=(plan.recipe.data.resolution,) * 2)
     request = request_for(square, opened, captions, count)
     wall, cpu = time.perf_counter(), time.process_time()
-    images = [generated.thumbnail() for generated in sample.draw(opened, request, BATCH)]
+    images = [generated.thumbnail() for generated in sample.generate(opened, request, BATCH)]
     return images, (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
 
 

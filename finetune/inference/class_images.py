@@ -1,8 +1,8 @@
-"""DreamBooth's prior preservation (Ruiz et al. 2023, arXiv:2208.12242, §3.2): images of the class, drawn by the base itself, train beside
-the subject's, so that the class stays what it was. Torch-free but for `draw`.
+"""Class images for DreamBooth's prior preservation (Ruiz et al. 2023, arXiv:2208.12242, §3.2).
 
-The images lie in the project's cache, under a key of all that they depend on, and are a source like any other: with a caption,
-a weight and their place in the arithmetic.
+The base model generates images of the subject's class. The run trains on them together with the subject's images, so
+that the class does not change. They are kept in the project's cache, with a key of everything they depend on, and are a
+source like any other, with a caption and a weight. Only `generate` needs torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from finetune.models.registry import spec_of
 from finetune.rng import key_of, mix
 from finetune.terminal import Progress
 
-SECONDS_BETWEEN_LOOKS = 2.0  # of processes that wait for the one that draws
+POLL_SECONDS = 2.0  # how often the other processes check whether the main process has finished
 
 
 def folder_of(recipe: Recipe, prior: Prior) -> Path:
-    """Where the class images of a recipe lie."""
+    """The folder of a recipe's class images."""
     model, sample = recipe.model, recipe.sample
     parts = (
-        next(
-            iter(spec_of(model.family).aliases), model.family
-        ),  # the name under which images were cached before it changed
+        # The family's former name, if it has one, so that images cached under it are found.
+        next(iter(spec_of(model.family).aliases), model.family),
         model.path or "",
         model.transformer or "",
         model.vae or "",
@@ -42,7 +41,7 @@ def folder_of(recipe: Recipe, prior: Prior) -> Path:
 
 
 def missing(recipe: Recipe) -> list[int]:
-    """Numbers of the class images that are yet to be drawn."""
+    """Numbers of the class images that have not been generated yet."""
     if recipe.prior is None:
         return []
     folder = folder_of(recipe, recipe.prior)
@@ -50,17 +49,17 @@ def missing(recipe: Recipe) -> list[int]:
 
 
 def with_class(recipe: Recipe) -> Data:
-    """The recipe's data with the class images among the sources, once they are all there."""
+    """The recipe's data with the class images as an additional source, once all of them exist."""
     data, prior = recipe.data, recipe.prior
     if prior is None or missing(recipe):
         return data
     given = data.sources or (Source(data.path or ""),)
-    drawn = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.images, generated=True)
-    return dataclasses.replace(data, path=None, sources=(*given, drawn))
+    generated = Source(str(folder_of(recipe, prior)), weight=prior.weight, limit=prior.images, generated=True)
+    return dataclasses.replace(data, path=None, sources=(*given, generated))
 
 
-def draw(recipe: Recipe, main: bool) -> None:
-    """Draw what is missing, each image from a seed of its own; other processes wait until the main one has.
+def generate(recipe: Recipe, main: bool) -> None:
+    """Generate the missing class images, each from its own seed; other processes wait for the main one.
 
     Raises:
         UserError: the cache cannot be written.
@@ -70,34 +69,35 @@ def draw(recipe: Recipe, main: bool) -> None:
         return
     if not main:
         while missing(recipe):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(POLL_SECONDS)
         return
     folder = folder_of(recipe, prior)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _draw(recipe, prior, folder)
+        _generate(recipe, prior, folder)
     except OSError as error:
         raise UserError(
             f"the class images cannot be written: {error.strerror}",
             where=str(folder),
-            remedy="keep the cache elsewhere: data.cache, or FT_CACHE",
+            remedy="move the cache with --set data.cache=FOLDER or the environment variable FT_CACHE",
         ) from error
 
 
-def _draw(recipe: Recipe, prior: Prior, folder: Path) -> None:
-    from finetune.inference.sample import drawn_by_base
+def _generate(recipe: Recipe, prior: Prior, folder: Path) -> None:
+    from finetune.inference.sample import generate_with_base
 
     wanted = missing(recipe)
-    drawing = Progress("class images")
-    drawing.show(0, len(wanted), prior.prompt)
+    progress = Progress("class images")
+    progress.show(0, len(wanted), prior.prompt)
     seeds = [mix(recipe.sample.seed, "class", number) for number in wanted]
-    for done, (number, image) in enumerate(zip(wanted, drawn_by_base(recipe, prior.prompt, seeds), strict=True), 1):
-        drawing.show(done, len(wanted), prior.prompt)
+    images = generate_with_base(recipe, prior.prompt, seeds)
+    for done, (number, image) in enumerate(zip(wanted, images, strict=True), 1):
+        progress.show(done, len(wanted), prior.prompt)
         (folder / f"{number:05d}.txt").write_text(prior.prompt, encoding="utf-8")
-        aside = folder / f".{number:05d}.png"
-        image.save(aside)
-        aside.replace(_file(folder, number))
-    drawing.end()
+        temporary = folder / f".{number:05d}.png"
+        image.save(temporary)
+        temporary.replace(_file(folder, number))
+    progress.end()
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""Compare a LoRA run's checkpoints × strengths with the same prompt and seed: one sheet for each prompt."""
+"""Compare checkpoints × strengths of a LoRA run with the same prompt and seed: one grid per prompt."""
 
 from __future__ import annotations
 
@@ -38,110 +38,113 @@ def compare(
     negative: str | None = None,
     out: Path | None = None,
 ) -> list[Path]:
-    """Draw every prompt (with every seed) by every checkpoint at every strength.
+    """Generate every prompt (with every seed) with every checkpoint at every strength.
 
     Args:
         run: the folder of a LoRA run, finished or not.
-        strengths: factors on what the LoRA adds: 0 is the base, 1 as it was trained.
-        steps_taken: checkpoints by the steps that the run had taken; none: all that it keeps.
+        strengths: factors on the LoRA's output: 0 is the base model, 1 the LoRA as trained.
+        steps_taken: step numbers of the checkpoints; None: all checkpoints of the run.
         prompts, seeds, steps, guidance, negative, out: as for `finetune.inference.sample.sample`.
 
     Returns:
-        The sheets, `sheet-NN.png`, one for each prompt and seed: rows are checkpoints, columns strengths.
+        The grids, `sheet-NN.png`, one for each prompt and seed: rows are checkpoints, columns are strengths.
 
     Raises:
-        UserError: the run is no LoRA's, or keeps no such checkpoint.
+        UserError: the run is not a LoRA run, or lacks a checkpoint.
     """
     folder = Path(run).expanduser()
     plan = load_plan(folder)
     if plan.recipe.method != "lora":
         raise UserError(
-            f"this run is of method {plan.recipe.method}: only a LoRA has a strength",
+            f"this run used method {plan.recipe.method}: only a LoRA has a strength",
             where=str(folder),
-            remedy="draw it without --strengths",
+            remedy="leave out --strengths",
         )
     adapter = plan.recipe.adapter
     if adapter is not None and not kind_of(adapter).has_strength and set(strengths) != {1}:
         raise UserError(
-            f"{kind_of(adapter).title} has no strength: half a rotation is not half its effect",
+            f"{kind_of(adapter).title} has no strength: its effect cannot be scaled",
             where="--strengths",
-            remedy="--strengths 1",
+            remedy="use --strengths 1",
         )
     kept = checkpoint.kept(folder, steps_taken, "--checkpoints")
     request = request_for(plan, prompts, seeds, steps, guidance, negative)
     target = free_folder(out, folder)
     family = family_of(plan.recipe.model.family)
-    pipeline, nets = _open(plan, family)
+    pipeline, networks = _open(plan, family)
     rows = [f"step {int(path.name.removeprefix('step-')):,}" for path in kept]
     columns = [f"{strength:g}" for strength in strengths]
-    drawing = Progress("drawing")
-    drawn: list[list[Sample]] = [[] for _ in request.prompts]  # by prompt, row after row
+    progress, total = Progress("sampling"), len(kept) * len(strengths) * len(request.prompts)
+    generated: list[list[Sample]] = [[] for _ in request.prompts]  # by prompt, row after row
     for row, path in enumerate(kept):
-        _load(nets, path, plan)
+        _load(networks, path, plan)
         for column, strength in enumerate(strengths):
-            _set_strength(nets, strength)
+            _set_strength(networks, strength)
             for number in range(len(request.prompts)):
                 done = (row * len(strengths) + column) * len(request.prompts) + number
-                drawing.show(
-                    done, len(kept) * len(strengths) * len(request.prompts), f"{rows[row]}, strength {columns[column]}"
-                )
-                drawn[number].append(
+                progress.show(done, total, f"{rows[row]}, strength {columns[column]}")
+                generated[number].append(
                     generate_from_prompt(family, pipeline, request, request.prompts[number], request.seeds[number])
                 )
-    drawing.end()
+    progress.end()
     try:
-        return _write(target, request, rows, columns, drawn)
+        return _write(target, request, rows, columns, generated)
     except OSError as error:
         raise UserError(
             f"the images cannot be written: {error.strerror}",
             where=str(target),
-            remedy="choose another place with --out",
+            remedy="choose another folder with --out",
         ) from error
 
 
 def _open(plan: Plan, family: Family) -> tuple[Any, dict[str, nn.Module]]:
-    """The base with adapters as the trainer puts them on, and its nets by the beginning of their names in checkpoints."""
+    """The base pipeline with adapters as in training, and its networks by the prefix of their names in checkpoints."""
     recipe = plan.recipe
     assert recipe.adapter is not None
-    torch.manual_seed(recipe.train.seed)  # as the trainer does: PiSSA's start depends on it
+    torch.manual_seed(recipe.train.seed)  # as in training: PiSSA's initialization depends on it
     pipeline: Any = open_pipeline(recipe.model, family.spec.pipeline, dtype_of(plan.precision))
     set_schedule(pipeline, recipe)
     new = textual_inversion.add(pipeline, family.encoders, recipe.tokens, recipe.train.seed)
     encoders = [name for _, name in family.encoders] if recipe.model.train_text_encoder else []
-    nets = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
+    networks = {name: getattr(pipeline, name) for name in (family.spec.denoiser, *encoders)}
     model = Trainable(
-        recipe, nets, family.spec.denoiser, dtype_of(plan.precision), torch.device("cpu"), pipeline, family
+        recipe, networks, family.spec.denoiser, dtype_of(plan.precision), torch.device("cpu"), pipeline, family
     )
     make_trainable(model, only=ADAPTER_PASSES)
-    nets |= {name: getattr(pipeline, name) for name in new}
-    for net in nets.values():
-        net.eval()
+    networks |= {name: getattr(pipeline, name) for name in new}
+    for network in networks.values():
+        network.eval()
     return placed(pipeline), {
-        "denoiser.denoiser." if name == family.spec.denoiser else f"denoiser.encoders.{name}.": net
-        for name, net in nets.items()
+        "denoiser.denoiser." if name == family.spec.denoiser else f"denoiser.encoders.{name}.": network
+        for name, network in networks.items()
     }
 
 
 @torch.no_grad()
-def _load(nets: dict[str, nn.Module], path: Path, plan: Plan) -> None:
-    """Take the adapters' weights from a checkpoint: the averaged ones where the run keeps them, since these are what it writes at its end."""
-    found = checkpoint.load_whole(path)
-    weights = found.weights | found.averages
-    named = {prefix + name: parameter for prefix, net in nets.items() for name, parameter in net.named_parameters()}
+def _load(networks: dict[str, nn.Module], path: Path, plan: Plan) -> None:
+    """Load the adapters' weights from a checkpoint: averaged weights if the run keeps them, as in its final files."""
+    loaded = checkpoint.load_whole(path)
+    weights = loaded.weights | loaded.averages
+    named = {
+        prefix + name: parameter
+        for prefix, network in networks.items()
+        for name, parameter in network.named_parameters()
+    }
     trained = {name: parameter for name, parameter in named.items() if name in weights}
     for name, parameter in trained.items():
         parameter.copy_(weights[name])
-    average(plan.recipe.optimizer, trained.values(), found.optimizers["denoiser"])
+    average(plan.recipe.optimizer, trained.values(), loaded.optimizers["denoiser"])
 
 
-def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
-    """Multiply what every adapter adds, besides by its own alpha / rank.
+def _set_strength(networks: dict[str, nn.Module], strength: float) -> None:
+    """Scale the output of every adapter by `strength`, in addition to its own alpha / rank.
 
-    PiSSA has changed the base W to W − s B₀ A₀: of what it adds, s (B A − B₀ A₀), the second half is in the base, and is changed there.
+    PiSSA changes the base weight W to W − s B₀ A₀, so its effect is s (B A − B₀ A₀). The second term is part of the
+    base weight, and is scaled there.
     """
-    for net in nets.values():
-        started: dict[str, Tensor] = getattr(net, "pissa_start", {})
-        for path, module in net.named_modules():
+    for network in networks.values():
+        started: dict[str, Tensor] = getattr(network, "pissa_start", {})
+        for path, module in network.named_modules():
             if not isinstance(module, BaseTunerLayer):
                 continue
             for name in module.active_adapters:
@@ -155,17 +158,15 @@ def _set_strength(nets: dict[str, nn.Module], strength: float) -> None:
 
 
 def _write(
-    target: Path, request: SampleRequest, rows: list[str], columns: list[str], drawn: list[list[Sample]]
+    target: Path, request: SampleRequest, rows: list[str], columns: list[str], generated: list[list[Sample]]
 ) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     sheets = []
-    for number, (prompt, seed, cells) in enumerate(zip(request.prompts, request.seeds, drawn, strict=True)):
+    for number, (prompt, seed, cells) in enumerate(zip(request.prompts, request.seeds, generated, strict=True)):
         for place, image in enumerate(cells):
             row, column = divmod(place, len(columns))
-            image.save(
-                target
-                / f"{number:02d}-{rows[row].replace(' ', '-').replace(',', '')}-strength-{columns[column]}{image.suffix}"
-            )
+            step = rows[row].replace(" ", "-").replace(",", "")
+            image.save(target / f"{number:02d}-{step}-strength-{columns[column]}{image.suffix}")
         sheets.append(target / f"sheet-{number:02d}.png")
         sheet(
             [enlarged(cell.thumbnail()) for cell in cells],

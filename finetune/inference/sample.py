@@ -1,4 +1,4 @@
-"""Sample from a run's final files, loaded by diffusers as any other program would load them."""
+"""Sample from the final files of a run, which are loaded with diffusers as any other program would load them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finetune.terminal import Progress
 from finetune.training.device import this_machine
 from finetune.training.samples import request_of, write_samples
 
-Opened = PixelModel | tuple[Family, Any]  # what draws: a model in pixel space, or a pipeline with its family
+Opened = PixelModel | tuple[Family, Any]  # a model in pixel space, or a family and its pipeline
 
 
 def sample(
@@ -45,21 +45,21 @@ def sample(
     eta: float | None = None,
     truncation: float | None = None,
 ) -> list[Path]:
-    """Draw every prompt with every seed, each image from its own generator, so that it does not depend on the others.
+    """Generate every prompt with every seed. Each image has its own generator, so it does not depend on the others.
 
     Args:
         run: a run's folder, a diffusers folder, or `embedded:base`.
-        prompts: what to draw; none: the prompts of the run's recipe.
-        seeds: none: prompt n has the recipe's seed + n, which draws the run's last samples again.
-        steps, guidance, negative, sampler, eta, truncation: none: as the run's recipe says.
-        out: where `NN.png` and `grid.png` go, a new or empty folder; none: `drawn/1`, `drawn/2` … in the run (of what is no
-            run, in the working directory).
+        prompts: if empty, the prompts of the run's recipe.
+        seeds: if None, prompt n has the recipe's seed + n, which repeats the last samples of the run.
+        steps, guidance, negative, sampler, eta, truncation: if None, the settings of the run's recipe.
+        out: a new or empty folder for `NN.png` and `grid.png`. If None, `drawn/1`, `drawn/2` … in the run's folder, or
+            in the working directory if `run` is not a run.
 
     Returns:
-        The single images, prompt by prompt.
+        The files of the single images, prompt by prompt.
 
     Raises:
-        UserError: nothing there to draw with, nothing to draw, nothing to truncate, or `out` holds something.
+        UserError: there is no model, no prompt, the model does not support truncation, or `out` is not empty.
     """
     place = Path(embedded(str(run))).expanduser()
     plan = load_plan(place) if (place / "recipe.yaml").is_file() else None
@@ -67,10 +67,8 @@ def sample(
     target = free_folder(out, place if plan is not None else Path())
     opened = open_run(place, plan) if plan is not None else _open_folder(place, str(run))
     if request.truncation != 1 and not isinstance(opened, Adversarial):
-        raise UserError(
-            "only a GAN's images can be drawn nearer to the mean", where="--truncation", remedy="leave it out"
-        )
-    images = draw(opened, request)
+        raise UserError("truncation is only supported for GANs", where="--truncation", remedy="leave out --truncation")
+    images = generate(opened, request)
     try:
         target.mkdir(parents=True, exist_ok=out is not None)
         return write_samples(images, request, target)
@@ -78,7 +76,7 @@ def sample(
         raise UserError(
             f"the images cannot be written: {error.strerror}",
             where=str(target),
-            remedy="choose another place with --out",
+            remedy="choose another folder with --out",
         ) from error
 
 
@@ -93,27 +91,25 @@ def request_for(
     eta: float | None = None,
     truncation: float | None = None,
 ) -> SampleRequest:
-    """What is asked for, completed by what the run's recipe says; for the arguments see `sample`.
+    """The request, with missing settings taken from the run's recipe; for the arguments see `sample`.
 
     Raises:
-        UserError: neither names anything to draw.
+        UserError: there is no prompt.
     """
     defaults = request_of(plan) if plan is not None else SampleRequest((), (), Sample().steps, Sample().guidance)
     first_seed = plan.recipe.sample.seed if plan is not None else Sample().seed
-    asked = tuple(prompts) or defaults.prompts
-    if not asked:
-        raise UserError(
-            "there is nothing to draw: no prompt was given, and no recipe names one", remedy='add --prompt "…"'
-        )
+    requested = tuple(prompts) or defaults.prompts
+    if not requested:
+        raise UserError("there is no prompt to sample: none was given or set in a recipe", remedy='add --prompt "…"')
     if seeds is not None:
-        wanted = [(prompt, seed) for prompt in asked for seed in seeds]
+        pairs = [(prompt, seed) for prompt in requested for seed in seeds]
     else:
-        wanted = [(prompt, first_seed + number) for number, prompt in enumerate(asked)]
+        pairs = [(prompt, first_seed + number) for number, prompt in enumerate(requested)]
     return replace(
         defaults,
-        prompts=tuple(prompt for prompt, _ in wanted),
-        seeds=tuple(seed for _, seed in wanted),
-        references=defaults.references if tuple(prompt for prompt, _ in wanted) == defaults.prompts else (),
+        prompts=tuple(prompt for prompt, _ in pairs),
+        seeds=tuple(seed for _, seed in pairs),
+        references=defaults.references if tuple(prompt for prompt, _ in pairs) == defaults.prompts else (),
         steps=defaults.steps if steps is None else steps,
         guidance=defaults.guidance if guidance is None else guidance,
         negative=defaults.negative if negative is None else negative,
@@ -124,8 +120,8 @@ def request_for(
 
 
 @torch.no_grad()
-def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Generated]:
-    """Squares that the recipe's base draws before anything is trained, one for each seed."""
+def generate_with_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator[Generated]:
+    """Yield square images generated by the recipe's untrained base model, one for each seed."""
     sample, size, family = recipe.sample, recipe.data.resolution, family_of(recipe.model.family)
     request = SampleRequest((prompt,), (0,), sample.steps, sample.guidance, sample.negative, (size, size))
     pipeline: Any = placed(open_pipeline(recipe.model, family.spec.pipeline, dtype_of(recipe.train.precision)))
@@ -135,40 +131,41 @@ def drawn_by_base(recipe: Recipe, prompt: str, seeds: Sequence[int]) -> Iterator
 
 
 @torch.no_grad()
-def draw(opened: Opened, request: SampleRequest, at_once: int = 1) -> list[Generated]:
-    """The images asked for. One after the other: batched, their last bits depend on the company they are in.
+def generate(opened: Opened, request: SampleRequest, batch_size: int = 1) -> list[Generated]:
+    """Generate the requested images. In batches, the last bits of an image depend on the others.
 
     Args:
-        at_once: models in pixel space draw so many, for those whom the last bits do not matter to.
+        batch_size: of models in pixel space; pipelines always generate one image at a time.
     """
     if isinstance(opened, PixelModel):
         samplers.check(opened.section, opened.family, request.sampler, request.eta, "--sampler, --eta")
     else:
         samplers.check(None, opened[0].spec.slug, request.sampler, request.eta, "--sampler, --eta")
     images: list[Generated] = []
-    drawing = Progress("drawing")
+    progress = Progress("sampling")
     while (number := len(images)) < len(request.prompts):
-        drawing.show(number, len(request.prompts), request.prompts[number])
+        progress.show(number, len(request.prompts), request.prompts[number])
         if isinstance(opened, PixelModel):
-            some = slice(number, number + at_once)
-            images += opened.sample(request.part(some))
+            images += opened.sample(request.part(slice(number, number + batch_size)))
         else:
             images.append(generate_from_prompt(*opened, request, request.prompts[number], request.seeds[number]))
-    drawing.show(len(images), len(images))
-    drawing.end()
+    progress.show(len(images), len(images))
+    progress.end()
     return images
 
 
 def open_run(folder: Path, plan: Plan) -> Opened:
-    """The pipeline that a run trained, with the schedule it was trained with; or its model in pixel space."""
+    """The pipeline that a run trained, with its training schedule, or its model in pixel space."""
     recipe, final = plan.recipe, folder / "final"
     name = recipe.model.family
     if not spec_of(name).pretrained and recipe.net is None:
         raise UserError(
-            f"a run of family {name} draws no prompts", where=str(folder), remedy=f"look at {folder / 'report.html'}"
+            f"family {name} does not generate images from prompts",
+            where=str(folder),
+            remedy=f"see {folder / 'report.html'}",
         )
     if not any(final.rglob("*.safetensors")):
-        remedy = f"finish it: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume"
+        remedy = f"finish the run: ft train {folder / 'recipe.yaml'} --set output.folder={folder} --resume"
         raise UserError("this run has no final weights yet", where=str(final), remedy=remedy)
     if recipe.net is not None:
         return _opened(final)
@@ -188,7 +185,7 @@ def _open_folder(folder: Path, given: str) -> Opened:
     if not folder.is_dir():
         raise UserError(
             f"there is no run {given}",
-            remedy="give the folder that `ft train` made, a diffusers folder, or embedded:base",
+            remedy="give the folder of a run, a diffusers folder, or embedded:base",
         )
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         return _opened(folder)
@@ -196,7 +193,7 @@ def _open_folder(folder: Path, given: str) -> Opened:
     spec = family_of_pipeline(class_name)
     if spec is None:
         known = ", ".join(pipelines().values())
-        raise UserError(f"{given} holds a {class_name}, which no family here is", remedy=f"known here: {known}")
+        raise UserError(f"{given} contains a {class_name}, which is not supported", remedy=f"supported: {known}")
     return family_of(spec.slug), placed(open_pipeline(Model(spec.slug, str(folder)), class_name, dtype_of(None)))
 
 
@@ -207,32 +204,32 @@ def _opened(folder: Path) -> PixelModel:
 
 
 def placed(pipeline: Any, recipe: Recipe | None = None) -> Any:
-    """The pipeline on the device that draws, silent; as small there as the run's recipe made it for training."""
+    """Move the pipeline to this machine's device, with the memory options of the run's recipe and no progress bars."""
     pipeline.set_progress_bar_config(disable=True)
     if recipe is not None:
-        apply.fit_drawing(pipeline, recipe, torch.device(this_machine().device))
+        apply.prepare_for_sampling(pipeline, recipe, torch.device(this_machine().device))
     return pipeline.to(this_machine().device)
 
 
 def dtype_of(precision: Precision | None) -> torch.dtype:
-    """On a CPU float32, which shows the weights as they are; elsewhere the run's, or what the device is good at."""
+    """float32 on a CPU, for exact results; elsewhere the run's precision, or else the device's best 16-bit type."""
     machine = this_machine()
     if machine.device == "cpu":
         return torch.float32
     return DTYPES[precision or ("bfloat16" if machine.bfloat16 else "float16")]
 
 
-def free_folder(out: Path | None, beside: Path, name: str = "drawn") -> Path:
-    """Where to write, not made yet: `out`, or `name`/1, 2 … beside; nothing that is there will be touched."""
+def free_folder(out: Path | None, parent: Path, name: str = "drawn") -> Path:
+    """The folder to write to, not created yet: `out`, else the first unused of `name`/1, `name`/2 … in `parent`."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(
-                f"{out} exists already; nothing in it was touched",
+                f"{out} already exists and was not changed",
                 where="--out",
                 remedy="choose a new folder with --out",
             )
         return out
     number = 1
-    while (beside / name / str(number)).exists():
+    while (parent / name / str(number)).exists():
         number += 1
-    return beside / name / str(number)
+    return parent / name / str(number)

@@ -40,8 +40,8 @@ def fit_encoders(encoders: dict[str, nn.Module], section: Model, device: torch.d
             quantize(encoder, section.text_encoder_placement, next(p.dtype for p in encoder.parameters()), device)
 
 
-def fit_drawing(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
-    """Prepare a pipeline for inference: if it was too large for the device in training, its blocks are offloaded."""
+def prepare_for_sampling(pipeline: Any, recipe: Recipe, device: torch.device) -> None:
+    """Prepare a pipeline for inference: if its training needed memory options, its blocks are offloaded."""
     tile(pipeline.vae, recipe.model)
     large = (
         recipe.model.quantize is not None

@@ -248,7 +248,7 @@ def link_out_of_the_folder(scene: Scene) -> None:
     (scene.data / "out.png").symlink_to(scene.folder / "secret.png")
 
 
-@case("no image is left", "table above")
+@case("no usable image is left", "table above")
 def nothing_left_to_train_on(scene: Scene) -> None:
     for file in scene.data.glob("*.txt"):
         file.unlink()

@@ -148,7 +148,7 @@ def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, m
 
     monkeypatch.setattr(CaptionAndLatent, "encode_image", poisoned)
     asked = tiny.recipe("sd15", "lora", f"data.cache={tmp_path / 'cache'}", folder=tmp_path / "run")
-    with pytest.raises(UserError, match="of the image that are not finite") as caught:
+    with pytest.raises(UserError, match="encodes this image to non-finite") as caught:
         tiny.prepare(asked)
     assert Path(caught.value.where).suffix in (".png", ".jpg", ".webp")
     monkeypatch.undo()

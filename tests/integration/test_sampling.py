@@ -148,7 +148,7 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"not a diffusers folder"):
         sample(tmp_path / "empty", ["a"])
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="no prompt to sample"):
         sample(tiny.pipeline("sd15"), [])
     unfinished = tmp_path / "unfinished"
     shutil.copytree(runs / "rslora", unfinished, ignore=shutil.ignore_patterns("final"))
@@ -159,7 +159,7 @@ def test_refusals(runs: Path, tmp_path: Path) -> None:
     vae.mkdir()
     (vae / "plan.json").write_text(json.dumps(plan))
     (vae / "recipe.yaml").write_text(tiny.text("vae", "scratch", vae))
-    with pytest.raises(UserError, match="family autoencoder-kl draws no prompts"):
+    with pytest.raises(UserError, match="family autoencoder-kl does not generate images from prompts"):
         sample(vae, ["a"])
     (vae / "recipe.yaml").unlink()
     with pytest.raises(UserError, match="not a diffusers folder"):

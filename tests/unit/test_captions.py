@@ -44,8 +44,8 @@ def test_metadata_file_assigns_captions_and_reports_unused_files(tmp_path: Path,
     assert captions(audit) == {"a.png": "a, red one", "b.png": "below"}
     first = 1 if name.endswith("jsonl") else 2
     assert problems(audit) == {
-        "unnamed.png": ("missing caption", "no caption was found, so it does not train"),
-        "blank.png": ("missing caption", "its caption is empty, so it does not train"),
+        "unnamed.png": ("missing caption", "it has no caption, so it is not used"),
+        "blank.png": ("missing caption", "its caption is empty, so it is not used"),
         f'{name}:{first + 2} ("gone.png")': ("missing image", "the image does not exist"),
         'outside.png")': ("missing image", "is outside the folder, so it is not read"),
         "unnamed.txt": ("unused caption", "not read: a metadata file covers its image"),

@@ -114,12 +114,12 @@ def test_cmyk_and_animated_images_decode_to_rgb_of_the_first_frame() -> None:
     ("content", "said"),
     [
         (b"", "empty"),
-        (b"hello", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
+        (b"hello", "not a supported image format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a supported image format"),
         (encoded(Image.effect_noise((64, 64), 50), "JPEG")[:-200], "truncated"),
         (encoded(Image.effect_noise((64, 64), 50))[:-200], "truncated"),
-        (empty_png(20_000, 20), "20000×20 pixels: a side of more than 16384"),
-        (empty_png(20, 20_000), "20×20000 pixels: a side of more than 16384"),
+        (empty_png(20_000, 20), "20000×20 pixels: a side is longer than 16384"),
+        (empty_png(20, 20_000), "20×20000 pixels: a side is longer than 16384"),
         (empty_png(16_000, 16_000), "more than 179 million pixels"),
     ],
 )

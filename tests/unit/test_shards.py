@@ -110,11 +110,11 @@ def test_shard_captions_in_json_are_read_and_other_files_reported(tmp_path: Path
     assert [p.caption for p in audit.images] == ["from json"]
     assert {name: detail.split(":")[0] for name, (_, detail) in problems(audit).items()} == {
         "b.jpg": '"text" in b.json is not text',
-        "c.jpg": "no caption was found, so it does not train",
+        "c.jpg": "it has no caption, so it is not used",
         "d.jpg": '"text" in d.json is not text',
         "e.png": "e.txt is not UTF-8 (byte 5)",
         "f.txt": "no image has this name",
-        "g.png": "no caption was found, so it does not train",
+        "g.png": "it has no caption, so it is not used",
         "g.seg.png": 'files ".seg.png" in shards are not read',
         "g.cls": 'files ".cls" in shards are not read',
     }

@@ -1,7 +1,7 @@
-"""The audit before a run: every image and caption of the sources, which ones train, and why others do not.
+"""The audit before a run: checks every image and caption, and reports which ones cannot be used for training.
 
-A folder is read, never written. Each image is read and decoded once, by threads, and not again while the audit's cache
-has it. Torch is not imported here.
+Source folders are never written to. Threads read and decode each image once; the result is cached between runs. Torch
+is not imported here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from finetune.models.spec import FamilySpec
 
 __all__ = ["Audit", "Finding", "Problem", "scan"]
 
-CHUNK = 8  # images that a thread reads before it hands them over
-OWN_SETTINGS = ("caption", "mask")  # roles that the recipe's own keys find
+CHUNK = 8  # images that a thread reads at once
+OWN_SETTINGS = ("caption", "mask")  # roles that have recipe keys of their own
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Audit:
     """The examples of all sources, and what is wrong or unusual about them.
 
     Attributes:
-        images: those that can train, held out or not.
-        problems: what cannot be used, and why.
-        findings: what is unusual about images that train anyway.
-        background: the CSS color that transparent images are laid over.
+        images: the usable examples, including held-out ones.
+        problems: images and captions that cannot be used.
+        findings: unusual properties of usable examples.
+        background: the CSS color behind transparent images.
     """
 
     images: Index
@@ -52,49 +52,49 @@ class Audit:
 
     @property
     def training(self) -> Part:
-        """The images that train."""
+        """The training examples."""
         return self.images.part(held_out=False)
 
     @property
     def held_out(self) -> Part:
-        """Those kept back, to validate on."""
+        """The examples held out for validation."""
         return self.images.part(held_out=True)
 
     def crops(self) -> list[tuple[Crop, int, int]]:
-        """(crop, images that train and are cropped so, examples an epoch: images × repeats), each crop once."""
+        """(crop, training images with this crop, their examples per epoch: images × repeats) of each different crop."""
         trains, repeats = ~self.images.held_out, self.images.repeats
-        found = [(crop, places[trains[places]]) for crop, places in self.images.crops.items()]
-        return [(crop, len(places), int(repeats[places].sum())) for crop, places in found if len(places)]
+        by_crop = [(crop, places[trains[places]]) for crop, places in self.images.crops.items()]
+        return [(crop, len(places), int(repeats[places].sum())) for crop, places in by_crop if len(places)]
 
     def bucket_counts(self) -> dict[Shape, int]:
-        """Examples an epoch by bucket."""
+        """Examples per epoch, by bucket."""
         counts: Counter[Shape] = Counter()
         for crop, _, examples in self.crops():
             counts[crop.shape] += examples
         return {shape: counts[shape] for shape in sorted(counts)}
 
     def digest(self) -> str:
-        """SHA-256 over every image's bytes, crop, caption, repeats, weight and mask, in their order."""
-        found = hashlib.sha256()
+        """SHA-256 over every example's bytes, crop, caption, repeats, weight and other assets, in order."""
+        hasher = hashlib.sha256()
         for number, p in enumerate(self.images):
-            found.update(
+            hasher.update(
                 (
                     ("\x1f" if number else "") + f"str:{p.digest} {p.crop.key} {p.repeats} {p.held_out} {p.caption}"
                 ).encode()
             )
             mask = p.others["mask"].digest if "mask" in p.others else ""
             if (p.weight, mask) != (1, ""):
-                found.update(f" {p.weight} {mask}".encode())
+                hasher.update(f" {p.weight} {mask}".encode())
             for role, asset in p.others.items():
                 if role != "mask":
-                    found.update(f" {role} {asset.digest}".encode())
-        return found.hexdigest()
+                    hasher.update(f" {role} {asset.digest}".encode())
+        return hasher.hexdigest()
 
     def raise_if_stopped(self) -> None:
-        """Raise for the problems that the recipe does not allow, naming files.
+        """Raise if there are problems that the recipe's settings make errors.
 
         Raises:
-            UserError: at a missing caption, an unreadable image or no image at all.
+            UserError: for example a missing caption, an unreadable image or no usable image; it names the files.
         """
         stopping = [problem for problem in self.problems if problem.stops]
         if stopping:
@@ -106,7 +106,7 @@ class Audit:
             raise UserError(f"the data has {counted}", where=shown, remedy="; ".join(REMEDIES[kind] for kind in kinds))
         if not self.training:
             raise UserError(
-                "no image is left to train on", where="data", remedy="see the table above for why each was left out"
+                "no usable image is left to train on", where="data", remedy="see the table above for the reasons"
             )
 
 
@@ -115,12 +115,12 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None, family:
 
     Args:
         data: the recipe's section.
-        progress: called for each image with (images seen before it, its name).
-        family: whose examples these are: its medium, and the roles that it needs and may use; None: captioned images.
+        progress: called for each image with (number of images before it, its name).
+        family: sets the medium, and the required and optional roles; None: images with captions.
 
     Raises:
-        UserError: a source that does not exist or holds no image, a metadata file that cannot be read, a cache inside a
-            source, or a setting that no image could satisfy.
+        UserError: a source does not exist or has no images, a metadata file cannot be read, the cache is inside a
+            source, or a setting excludes every image.
     """
     background = canonical_color(data.background)
     medium: Medium = family.medium if family is not None else "image"
@@ -153,14 +153,14 @@ def scan(data: Data, progress: Callable[[int, str], None] | None = None, family:
         cache.close()
     if data.masks and index and not any("mask" in image.others for image in index):
         column = f'a column "{data.mask_column}" (data.mask_column)'
-        remedy = f"NAME.mask.png beside NAME.jpg, {column}, or masks of the images' names in a folder"
+        remedy = f"add NAME.mask.png next to NAME.jpg, {column}, or a folder of masks with the images' names"
         raise UserError("no image has a mask", where="data.masks", remedy=remedy)
     index.hold_out(data.held_out)
     return Audit(index, tuple(problems), findings.of(index), background)
 
 
 def _choices(data: Data, medium: Medium) -> Sequence[Frame]:
-    """The shapes that examples may train at."""
+    """The buckets."""
     sizes = buckets(data.resolution, data.bucket_step, data.maximum_aspect, data.buckets)
     if not sizes:
         raise UserError(
@@ -178,22 +178,22 @@ def _choices(data: Data, medium: Medium) -> Sequence[Frame]:
 def _examined(
     data: Data, examiner: Examiner, roles: set[str], medium: Medium
 ) -> Iterator[tuple[Source, Entry | Problem, Examined | None]]:
-    """Every entry of every source, in order, with its target read by threads."""
+    """Yield every entry of every source, in order; threads read the targets."""
 
     def examined(chunk: list[tuple[Source, Entry | Problem]]) -> list[tuple[Source, Entry | Problem, Examined | None]]:
         return [(source, entry, examiner.read(entry)) for source, entry in chunk]
 
-    found = (
+    listed = (
         (source, entry)
         for source in data.sources or (Source(data.path or ""),)
         for entry in _limited(entries(source, data, roles, medium), source.limit)
     )
-    return itertools.chain.from_iterable(ahead(examined, iter(lambda: list(itertools.islice(found, CHUNK)), [])))
+    return itertools.chain.from_iterable(ahead(examined, iter(lambda: list(itertools.islice(listed, CHUNK)), [])))
 
 
-def _limited(found: Iterator[Entry | Problem], limit: int | None) -> Iterator[Entry | Problem]:
-    """Up to the entry that fills `limit`."""
-    for entry in found:
+def _limited(listed: Iterator[Entry | Problem], limit: int | None) -> Iterator[Entry | Problem]:
+    """Yield at most `limit` entries, and the problems among them."""
+    for entry in listed:
         if limit is not None and isinstance(entry, Entry):
             if limit == 0:
                 return

@@ -1,9 +1,9 @@
-"""The audit's cache: inspections of images, kept from run to run, so that a second start decodes nothing.
+"""The audit's cache: inspections of images, kept between runs, so that a second start decodes nothing.
 
-Two tables of one SQLite file in the cache folder: a file's stamp → the digest of its bytes, and a digest → the inspection
-of these bytes. A stamp is a hash of path, device, inode, size and both times; the kernel sets the time of change, so an
-edit is always detected. A file that was just written is not cached: within one tick of the clock it could change again
-unnoticed. If the cache cannot be used, the audit only takes longer.
+One SQLite file in the cache folder has two tables: stamp of a file → digest of its bytes, and digest → inspection of
+these bytes. A stamp is a hash of path, device, inode, size, mtime and ctime. The kernel sets the ctime, so every
+edit is detected. A file that was just written is not cached, since it could change again within one tick of the clock.
+Without a usable cache, the audit only takes longer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from finetune.data.audit import inspect
 from finetune.data.audit.inspect import Inspection
 
-SETTLED_SECONDS = 2.0  # the coarsest clock of a file system in use (FAT's)
-PENDING = 2048  # looks written in one transaction
+SETTLED_SECONDS = 2.0  # the coarsest clock of a common file system (FAT)
+PENDING = 2048  # inspections written in one transaction
 _TABLES = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -31,15 +31,17 @@ CREATE TABLE IF NOT EXISTS looks (key BLOB PRIMARY KEY, found TEXT NOT NULL) WIT
 
 
 class AuditCache:
-    """Args:
-    folder: of the cache; made if missing.
-    background: looks depend on it.
+    """The cache of inspections.
+
+    Args:
+        folder: of the cache; created if missing.
+        background: CSS color behind transparent images; inspections depend on it.
     """
 
     def __init__(self, folder: Path, background: str) -> None:
         import PIL
 
-        self._how = f"{inspect.VERSION} {PIL.__version__} {background}".encode()
+        self._settings = f"{inspect.VERSION} {PIL.__version__} {background}".encode()
         self._lock = threading.Lock()
         self._pending: list[tuple[bytes | None, bytes, str]] = []
         self._connection: sqlite3.Connection | None = None
@@ -52,41 +54,39 @@ class AuditCache:
                 return
             except sqlite3.DatabaseError as error:
                 self.close()
-                if attempt == 0 and not isinstance(
-                    error, sqlite3.OperationalError
-                ):  # no data base (any more): begin another
+                if attempt == 0 and not isinstance(error, sqlite3.OperationalError):  # not a database, or damaged
                     with contextlib.suppress(OSError):
                         os.replace(path, path.with_suffix(".damaged"))
             except OSError:
                 return
 
     def find(self, stamp: bytes | None) -> tuple[bytes, Inspection | str] | None:
-        """(digest, look or why it cannot be one) of the file with this stamp, if it is remembered."""
+        """(digest, inspection or the reason why there is none) of the file with this stamp; None if not cached."""
         row = self._one("SELECT digest FROM files WHERE stamp = ?", stamp) if stamp is not None else None
         outcome = self.find_digest(row) if isinstance(row, bytes) else None
         return (row, outcome) if isinstance(row, bytes) and outcome is not None else None
 
     def find_digest(self, digest: bytes) -> Inspection | str | None:
-        """What is remembered of these bytes, whatever file they are in."""
+        """The inspection of the bytes with this digest, or the reason why there is none; None if not cached."""
         row = self._one("SELECT found FROM looks WHERE key = ?", self._key(digest))
         try:
-            found = json.loads(row) if isinstance(row, str) else None
-            if isinstance(found, str):
-                return found
-            return Inspection(tuple(found[0]), tuple(found[1]), bytes.fromhex(found[2])) if found else None
-        except (ValueError, LookupError, TypeError):  # a byte of the file has rotted
+            values = json.loads(row) if isinstance(row, str) else None
+            if isinstance(values, str):
+                return values
+            return Inspection(tuple(values[0]), tuple(values[1]), bytes.fromhex(values[2])) if values else None
+        except (ValueError, LookupError, TypeError):  # the row is damaged
             return None
 
     def keep(self, stamp: bytes | None, digest: bytes, outcome: Inspection | str) -> None:
-        """Remember; on disk from time to time, and at `close`."""
-        found = outcome if isinstance(outcome, str) else [outcome.size, outcome.traits, outcome.fingerprint.hex()]
+        """Add an inspection to the cache; written to disk in batches and by `close`."""
+        values = outcome if isinstance(outcome, str) else [outcome.size, outcome.traits, outcome.fingerprint.hex()]
         with self._lock:
-            self._pending.append((stamp, digest, json.dumps(found)))
+            self._pending.append((stamp, digest, json.dumps(values)))
             if len(self._pending) >= PENDING:
                 self._write()
 
     def close(self) -> None:
-        """Write what is pending, and let go of the file."""
+        """Write pending inspections, and close the file."""
         with self._lock:
             self._write()
             if self._connection is not None:
@@ -95,7 +95,7 @@ class AuditCache:
             self._connection = None
 
     def _key(self, digest: bytes) -> bytes:
-        return hashlib.sha256(self._how + digest).digest()[:16]
+        return hashlib.sha256(self._settings + digest).digest()[:16]
 
     def _one(self, query: str, key: bytes) -> object:
         with self._lock:
@@ -109,13 +109,13 @@ class AuditCache:
 
     def _write(self) -> None:
         if self._connection is not None and self._pending:
-            with contextlib.suppress(sqlite3.Error):  # a full disk, say
+            with contextlib.suppress(sqlite3.Error):  # such as a full disk
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     files = [(stamp, digest) for stamp, digest, _ in self._pending if stamp is not None]
                     self._connection.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", files)
-                    found = [(self._key(digest), outcome) for _, digest, outcome in self._pending]
-                    self._connection.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?)", found)
+                    inspections = [(self._key(digest), outcome) for _, digest, outcome in self._pending]
+                    self._connection.executemany("INSERT OR REPLACE INTO looks VALUES (?, ?)", inspections)
                     self._connection.execute("COMMIT")
                 except sqlite3.Error:
                     self._connection.execute("ROLLBACK")
@@ -123,7 +123,7 @@ class AuditCache:
 
 
 def stamp_of(path: str | Path) -> bytes | None:
-    """The stamp of a file as it is now; None if it is not there or was written moments ago."""
+    """The current stamp of a file; None if it does not exist or was written moments ago."""
     try:
         status = os.stat(path)
     except OSError:

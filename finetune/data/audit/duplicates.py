@@ -1,4 +1,4 @@
-"""Images that are there more than once: the same bytes, or nearly the same image. Near linear in their number."""
+"""Exact and near duplicates among images, in nearly linear time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from finetune.data.audit.inspect import FINGERPRINT_BYTES, HASH_BYTES
 if TYPE_CHECKING:
     import numpy
 
-# Two images are near when their hashes differ in at most so many of 128 bits and no quarter's color by more.
-# With 8 bands of 16 bits, hashes at most 7 bits apart are equal in at least one band: so only those are compared.
+# Two images are near duplicates if at most NEAR_BITS of their 128 hash bits differ, and no quadrant's color by more
+# than NEAR_COLOR. Hashes at most 7 bits apart are equal in at least one of 8 bands of 16 bits: only those are compared.
 NEAR_BITS = 7
 NEAR_COLOR = 16
-COMPARED = 512  # with at most so many that share a band: bounds the work where very many images resemble each other
+COMPARED = 512  # images sharing a band that each is compared with at most: bounds the work if very many are alike
 BLOCK = 1 << 16  # pairs compared at once: bounds the memory
 
 
 def groups(labels: numpy.ndarray) -> Iterator[list[int]]:
-    """Places in `labels` [N] that hold the same number, each group of two or more; by their first place."""
+    """Yield groups of two or more indices into `labels` [N] with equal labels, sorted by their first index."""
     import numpy
 
     places = numpy.flatnonzero(numpy.bincount(labels)[labels] > 1)
@@ -32,7 +32,7 @@ def groups(labels: numpy.ndarray) -> Iterator[list[int]]:
 
 
 def equal(values: bytes | bytearray, size: int) -> numpy.ndarray:
-    """Labels [N] int32 of N values of `size` bytes each: equal exactly for equal values, and in their order."""
+    """Labels [N] int32 of N values of `size` bytes each: equal for equal values, and ordered like the values."""
     import numpy
 
     width = math.gcd(size, 8)
@@ -47,16 +47,14 @@ def equal(values: bytes | bytearray, size: int) -> numpy.ndarray:
 
 
 def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
-    """Labels [N] of N fingerprints: equal for those that are near each other, directly or by others between them."""
+    """Labels [N] of N fingerprints: equal for near duplicates, directly or through a chain of others."""
     import numpy
 
     if not fingerprints:
         return numpy.zeros(0, numpy.int32)
     same = equal(fingerprints, FINGERPRINT_BYTES)
-    first = numpy.zeros(same.max() + 1, numpy.int32)
-    first[same[::-1]] = numpy.arange(len(same), dtype=numpy.int32)[
-        ::-1
-    ]  # one image for each fingerprint: copies add nothing
+    first = numpy.zeros(same.max() + 1, numpy.int32)  # one image for each different fingerprint
+    first[same[::-1]] = numpy.arange(len(same), dtype=numpy.int32)[::-1]
     rows = numpy.frombuffer(fingerprints, numpy.uint8).reshape(-1, FINGERPRINT_BYTES)
     hashes = rows[first, :HASH_BYTES]
     labels = numpy.arange(len(first), dtype=numpy.int32)
@@ -70,18 +68,16 @@ def near(fingerprints: bytes | bytearray) -> numpy.ndarray:
                 rows[first[left], HASH_BYTES:].astype(numpy.int16) - rows[first[right], HASH_BYTES:]
             ).max(1, initial=0)
             _join(labels, left[colors <= NEAR_COLOR], right[colors <= NEAR_COLOR])
-    found: numpy.ndarray = _roots(labels)[same]
-    return found
+    roots: numpy.ndarray = _roots(labels)[same]
+    return roots
 
 
 def _pairs(band: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]:
-    """Yield pairs of places with equal values in `band` [M], at most `COMPARED` for each place, `BLOCK` pairs at a time."""
+    """Yield pairs of indices with equal values in `band` [M]: at most `COMPARED` for each index, `BLOCK` at a time."""
     import numpy
 
     order = numpy.argsort(band, kind="stable").astype(numpy.int32)
-    ends = numpy.searchsorted(band[order], band[order], side="right").astype(
-        numpy.int32
-    )  # where the run of equals ends, for each place
+    ends = numpy.searchsorted(band[order], band[order], side="right").astype(numpy.int32)  # end of each run of equals
     places = numpy.arange(len(order), dtype=numpy.int32)
     for distance in range(1, COMPARED + 1):
         places = places[places + distance < ends[places]]
@@ -93,20 +89,20 @@ def _pairs(band: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, numpy.ndarray]]
 
 
 def _join(labels: numpy.ndarray, left: numpy.ndarray, right: numpy.ndarray) -> None:
-    """Give each pair one label, the smaller; in place."""
+    """Give both members of each pair the smaller of their labels, in place."""
     import numpy
 
     while len(left):
         ours, theirs = _roots(labels, left), _roots(labels, right)
         apart = ours != theirs
         left, right, ours, theirs = left[apart], right[apart], ours[apart], theirs[apart]
-        # Of several that want the same root changed, the last wins here; the others are tried again.
+        # If several pairs change the same root, the last one wins; the others are tried again.
         labels[numpy.maximum(ours, theirs)] = numpy.minimum(ours, theirs)
 
 
 def _roots(labels: numpy.ndarray, places: numpy.ndarray | None = None) -> numpy.ndarray:
-    """The root of each of `places` (default: all): labels point at labels until one points at itself."""
-    found = labels if places is None else labels[places]
-    while (found != labels[found]).any():
-        found = labels[found]
-    return found
+    """The root of each of `places` (default: all): labels point to labels, and a root points to itself."""
+    roots = labels if places is None else labels[places]
+    while (roots != labels[roots]).any():
+        roots = labels[roots]
+    return roots

@@ -1,4 +1,4 @@
-"""From a source's entry to an example of the audit, or to the problem that keeps it from training."""
+"""`Examiner`: turns the entries of sources into examples of the audit, or into problems."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from finetune.errors import UserError
 
 @dataclass(frozen=True)
 class Examined:
-    """What reading an entry's target gave: the digest of its bytes, and its inspection or why there is none."""
+    """The digest of an entry's target, and its inspection or the reason why there is none."""
 
     digest: bytes
     outcome: Inspection | str
 
 
 class Examiner:
-    """Reads and decodes what an entry names. Threads may share it.
+    """Reads and checks the files of entries. Thread-safe.
 
     Args:
         data: the recipe's section.
-        choices: the shapes that targets may train at.
+        choices: the buckets.
         medium: of the targets.
         required: roles that each example must have besides its target.
     """
@@ -53,7 +53,7 @@ class Examiner:
         self._strict = data.unreadable_images == "stop"
 
     def read(self, entry: Entry | Problem) -> Examined | None:
-        """Read and inspect an entry's target; None if it is not needed, since the entry cannot train anyway."""
+        """Read and inspect the target of an entry; None if the entry cannot be used anyway."""
         if isinstance(entry, Problem) or (not entry.caption and self._data.missing_captions != "empty"):
             return None
         stamp = stamp_of(entry.file) if entry.file else None
@@ -78,11 +78,11 @@ class Examiner:
             return str(error)
 
     def example(self, entry: Entry, examined: Examined | None, source: Source) -> Example | Problem:
-        """The example, its partners read and checked; or what is wrong with it."""
+        """The example, with its partners read and checked, or the problem with it."""
         if examined is None:
-            why = "no caption was found" if entry.caption is None else "its caption is empty"
+            reason = "it has no caption" if entry.caption is None else "its caption is empty"
             stops = self._data.missing_captions == "stop"
-            return Problem(entry.name, "missing caption", f"{why}, so it does not train", stops)
+            return Problem(entry.name, "missing caption", f"{reason}, so it is not used", stops)
         outcome = examined.outcome
         if isinstance(outcome, str):
             return Problem(entry.name, "unreadable image", outcome, self._strict)
@@ -95,7 +95,7 @@ class Examiner:
             return problem
         return Example(
             name=entry.name,
-            # The prefix is part of the caption wherever that is read: encoded, counted in tokens, dropped with it.
+            # The prefix is part of the caption everywhere: it is encoded, counted in tokens and dropped with it.
             caption=with_trigger(
                 f"{source.prefix} {entry.caption or ''}".strip(), "" if source.generated else self._data.trigger
             ),
@@ -110,7 +110,7 @@ class Examiner:
         )
 
     def _too_short(self, entry: Entry) -> str:
-        """Why the clip does not have the frames that the recipe asks for; "" if it has."""
+        """Why the clip is shorter than the recipe's `data.frames`; "" if it is not."""
         shape = self._choices[0]
         assert isinstance(shape, VideoShape)
         try:
@@ -120,8 +120,8 @@ class Examiner:
         return ""
 
     def _partners(self, entry: Entry, size: tuple[int, int]) -> tuple[Mapping[str, Asset], Problem | None]:
-        """The assets of roles besides the target, each read and decoded once."""
-        found: dict[str, Asset] = {}
+        """The assets of the other roles, each read and decoded once."""
+        assets: dict[str, Asset] = {}
         for role, read in entry.others.items():
             try:
                 digest = digest_of(read, size) if role == "mask" else self._partner(role, read, size)
@@ -129,8 +129,8 @@ class Examiner:
                 kind = "unreadable mask" if role == "mask" else "unreadable partner"
                 what = "" if role == "mask" else f"{role}: "
                 return {}, Problem(entry.name, kind, f"{what}{error}", self._strict)
-            found[role] = Asset("image", digest, read)
-        return found, None
+            assets[role] = Asset("image", digest, read)
+        return assets, None
 
     def _partner(self, role: str, read: Callable[[], bytes], size: tuple[int, int]) -> str:
         content = read()
@@ -142,16 +142,16 @@ class Examiner:
         width, height = outcome.size
         if base_role(role) in ALIGNED and abs(width * size[1] / (height * size[0]) - 1) > UNEQUAL:
             raise Unreadable(
-                f"{width}×{height}, and the target is {size[0]}×{size[1]}: the aspect ratios must be equal"
+                f"{width}×{height}, but the target is {size[0]}×{size[1]}: the aspect ratios must be equal"
             )
         return digest.hex()
 
 
 def refuse_medium(medium: Medium) -> None:
-    """Raise for media that are not read as training data.
+    """Check that training data of this medium is supported.
 
     Raises:
-        UserError: it is one.
+        UserError: it is not.
     """
     if medium not in ("image", "video"):
         raise UserError(

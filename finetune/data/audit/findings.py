@@ -1,4 +1,4 @@
-"""Findings: what is unusual about examples that train anyway, such as duplicates."""
+"""Findings: unusual properties of examples that are used anyway, such as duplicates."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from finetune.data.audit.index import Index
 from finetune.data.audit.inspect import TRAITS, Inspection
 from finetune.data.example import Example
 
-TINY = 2.0  # an image enlarged by more is called tiny
-EXTREME = 1 / 3  # one that loses more than this share of its area to the crop has an extreme aspect ratio
-LONG_CAPTION = 1000  # characters: no text encoder in use reads so many
-EXAMPLES = 20  # of a finding, with places
+TINY = 2.0  # images enlarged more than this are called tiny
+EXTREME = 1 / 3  # images with a larger share of their area cropped away have an extreme aspect ratio
+LONG_CAPTION = 1000  # characters; more than any text encoder in use reads
+EXAMPLES = 20  # examples listed for each finding
 DETAILS = TRAITS | {
     "tiny": f"enlarged more than {TINY:g} times",
     "extreme aspect ratio": "more than a third is cropped away",
-    "long caption": f"more than {LONG_CAPTION} characters, of which the end will not be read",
-    "no caption": "trains with an empty one, or with its source's prefix alone",
-    "no mask": "its loss counts everywhere",
+    "long caption": f"more than {LONG_CAPTION} characters; the model truncates it",
+    "no caption": "trained with an empty caption, or only the prefix of its source",
+    "no mask": "the loss covers the whole image",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something unusual about images that train anyway.
+    """Something unusual about images that are used anyway.
 
     Attributes:
-        count: images, also those not among the examples.
-        examples: groups of places in `Audit.images`: of duplicates those that belong together, else one each.
+        count: number of all affected images, including those not in `examples`.
+        examples: groups of indices into `Audit.images`: duplicates of each other, else groups of one.
     """
 
     kind: str
@@ -48,22 +48,22 @@ class Findings:
         self._fingerprints = bytearray()
 
     def add(self, place: int, example: Example, inspection: Inspection, kinds: Sequence[str]) -> None:
-        """Count what is unusual about the example at `place` of the index, besides `kinds`."""
+        """Record `kinds` and whatever else is unusual about the example at `place` in the index."""
         self._fingerprints += inspection.fingerprint
         crop = example.crop
         traits = [trait for trait in inspection.traits if trait != "animated" or example.medium == "image"]
-        found = [*kinds, *traits]
-        found += ["tiny"] if crop.scaled[0] > TINY * crop.original[0] else []
-        found += ["extreme aspect ratio"] if crop.share_lost > EXTREME else []
-        found += ["long caption"] if len(example.caption) > LONG_CAPTION else []
-        for kind in found:
+        all_kinds = [*kinds, *traits]
+        all_kinds += ["tiny"] if crop.scaled[0] > TINY * crop.original[0] else []
+        all_kinds += ["extreme aspect ratio"] if crop.share_lost > EXTREME else []
+        all_kinds += ["long caption"] if len(example.caption) > LONG_CAPTION else []
+        for kind in all_kinds:
             self._counts[kind] += 1
             if self._counts[kind] <= EXAMPLES:
                 self._examples.setdefault(kind, []).append((place,))
 
     def of(self, index: Index) -> tuple[Finding, ...]:
-        """All findings by kind, and which of the images in `index` are duplicates or nearly."""
-        found = [
+        """All findings by kind, then exact and near duplicates among the images of `index`."""
+        findings = [
             Finding(kind, detail, self._counts[kind], tuple(self._examples[kind]))
             for kind, detail in DETAILS.items()
             if self._counts[kind]
@@ -78,5 +78,5 @@ class Findings:
         ):
             if several:
                 examples = tuple(tuple(group[:EXAMPLES]) for group in several[:EXAMPLES])
-                found.append(Finding(kind, detail, sum(map(len, several)), examples))
-        return tuple(found)
+                findings.append(Finding(kind, detail, sum(map(len, several)), examples))
+        return tuple(findings)

@@ -1,4 +1,4 @@
-"""All examples of an audit, as a sequence with few bytes of each in memory: tens of megabytes for a million."""
+"""`Index`: all examples of an audit, as a sequence that takes tens of megabytes of memory for a million examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Images(Sequence[Example]):
 
     @abstractmethod
     def image(self, place: int) -> Example:
-        """The one at a place of `range(len(self))`."""
+        """Image number `place`, from 0."""
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -48,21 +48,21 @@ class Images(Sequence[Example]):
 
 @final
 class Index(Images):
-    """Images, made anew each time one is asked for. What is counted over all of them stands in arrays.
+    """The examples of an audit, on disk. Values needed for all of them at once are kept in arrays in memory.
 
-    It can be pickled, for the other processes of a run.
+    It can be pickled and sent to the other processes of a run.
     """
 
     def __init__(self) -> None:
         self._rows = Rows()
-        self._shared: list[Any] = []  # crops, functions, whatever several images have in common
+        self._shared: list[Any] = []  # crops and functions that several images have in common
         self._place_of: dict[Any, int] = {}
         self._crops, self._repeats = array("I"), array("I")
         self._digests = bytearray()
         self._held_out = bytearray()
 
     def append(self, image: Example) -> None:
-        """Add an image at the end: its row to the file, and to memory what drawing batches reads."""
+        """Add an image at the end."""
         others = [[role, a.medium, a.digest, self._plain(a.read)] for role, a in image.others.items()]
         self._rows.append([*(self._plain(getattr(image, name)) for name in _FIELDS), others])
         self._crops.append(self._place(image.crop))
@@ -74,16 +74,16 @@ class Index(Images):
         return len(self._rows)
 
     def image(self, place: int) -> Example:
-        """The one at `place`, counted from 0, read from the file and put together again."""
+        """Image number `place`, from 0, created from its row."""
         *row, others = self._rows[place]
         values: dict[str, Any] = {name: self._rich(value) for name, value in zip(_FIELDS, row, strict=True)}
         assets = {role: Asset(medium, digest, self._read(read)) for role, medium, digest, read in others}
         return Example(**values | {"held_out": bool(self._held_out[place]), "others": assets})
 
     def hold_out(self, share: float) -> None:
-        """Mark the share of images with the smallest digests: the same ones whatever their names and order.
+        """Hold out `share` of the images: those with the smallest digests, regardless of names and order.
 
-        At least one is held out and one trains. Copies of one image stay on one side.
+        At least one image is held out, and one is left for training. Copies of an image stay together.
         """
         if not share or not len(self):
             return
@@ -92,21 +92,21 @@ class Index(Images):
         self._held_out[:] = (ranks < held_out_of(share, different)).tobytes()
 
     def part(self, held_out: bool) -> Part:
-        """The images that train, or those that are held out."""
+        """The held-out images, or the training images."""
         import numpy
 
         return Part(self, numpy.flatnonzero(self.held_out == held_out))
 
     @property
     def held_out(self) -> numpy.ndarray:
-        """[N] bool."""
+        """Whether each image is held out, [N] bool."""
         import numpy
 
         return numpy.array(self._held_out, numpy.bool_)
 
     @property
     def crops(self) -> dict[Crop, numpy.ndarray]:
-        """Each crop that occurs → the places of its images."""
+        """Crop → the indices of its images."""
         import numpy
 
         numbers = numpy.frombuffer(self._crops, numpy.uint32)
@@ -117,17 +117,17 @@ class Index(Images):
 
     @property
     def repeats(self) -> numpy.ndarray:
-        """[N] uint32."""
+        """Repeats of each image, [N] uint32."""
         import numpy
 
         return numpy.frombuffer(self._repeats, numpy.uint32)
 
     def copies(self) -> numpy.ndarray:
-        """[N] int32, equal for images of the same bytes, and in the order of their digests."""
+        """Labels [N] int32: equal for images with the same bytes, and ordered like their digests."""
         return duplicates.equal(self._digests, DIGEST_BYTES)
 
     def _plain(self, value: object) -> object:
-        """The JSON form: scalars as they are, others as [place in `_shared`], partials followed by their arguments."""
+        """The JSON form: scalars unchanged, other values as [index in `_shared`], partials followed by arguments."""
         if value is None or isinstance(value, str | int | float):
             return value
         if (
@@ -145,8 +145,8 @@ class Index(Images):
         return functools.partial(shared, *value[1:]) if len(value) > 1 else shared
 
     def _read(self, value: Any) -> Callable[[], bytes]:
-        found: Callable[[], bytes] = self._rich(value)  # type: ignore[assignment]
-        return found
+        function: Callable[[], bytes] = self._rich(value)  # type: ignore[assignment]
+        return function
 
     def _place(self, value: Any) -> int:
         place = self._place_of.setdefault(value, len(self._shared))
@@ -157,7 +157,11 @@ class Index(Images):
 
 @final
 class Part(Images):
-    """Some images of an index. `places` [N] are theirs in it."""
+    """Some images of an index.
+
+    Attributes:
+        places: their indices in it, [N].
+    """
 
     def __init__(self, index: Index, places: numpy.ndarray) -> None:
         self._index, self.places = index, places
@@ -166,5 +170,5 @@ class Part(Images):
         return len(self.places)
 
     def image(self, place: int) -> Example:
-        """The one at `place`, counted from 0 within the part."""
+        """Image number `place` of the part, from 0."""
         return self._index.image(int(self.places[place]))

@@ -1,4 +1,4 @@
-"""What one look at an image tells: its size, what is odd about it, and a fingerprint that near duplicates share."""
+"""Inspection of one image: its size, unusual traits, and a fingerprint that is similar for near duplicates."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from finetune.data.media.image import Unreadable, open_image, upright
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
 
-VERSION = 1  # counts up when the same bytes would be described otherwise than before
+VERSION = 1  # increase it when the inspection of unchanged bytes changes
 
-# What is odd and trains all the same → what becomes of it.
+# Unusual trait → what is done with such images.
 TRAITS = {
-    "animated": "the first frame trains",
-    "CMYK": "converted to RGB, without its color profile",
-    "more than 8 bits": "scaled to 8 bits a channel",
-    "palette": "its palette's colors train",
-    "transparent": "lies over data.background",
+    "animated": "only the first frame is used",
+    "CMYK": "converted to RGB without its color profile",
+    "more than 8 bits": "scaled to 8 bits per channel",
+    "palette": "converted to RGB",
+    "transparent": "placed on data.background",
     "rotated by EXIF": "turned upright",
 }
 GRID = 9  # cells along a side of the fingerprint's thumbnail
-STEP = 4  # gray levels that neighboring cells must differ by: less is noise
+STEP = 4  # gray levels by which neighboring cells must differ; less is noise
 HASH_BYTES, COLOR_BYTES = 16, 12
 FINGERPRINT_BYTES = HASH_BYTES + COLOR_BYTES
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`size` is (width, height) of the upright image, `traits` are of `TRAITS`."""
+    """The result of `inspect`.
+
+    Attributes:
+        size: (width, height) of the upright image.
+        traits: keys of `TRAITS`.
+        fingerprint: see `fingerprint`.
+    """
 
     size: tuple[int, int]
     traits: tuple[str, ...]
@@ -40,37 +46,37 @@ def inspect(content: bytes, background: str) -> Inspection:
     """Decode an image and describe it.
 
     Raises:
-        Unreadable: as `decode`.
+        Unreadable: the image cannot be decoded.
     """
     image = open_image(content)
     try:
         traits = _traits(image, content)
     except Exception as error:  # Pillow's readers raise many kinds of errors on damaged files
         raise Unreadable(f"damaged or truncated ({error})") from error
-    seen = upright(image, background)
-    return Inspection(seen.size, traits, fingerprint(seen))
+    decoded = upright(image, background)
+    return Inspection(decoded.size, traits, fingerprint(decoded))
 
 
 def _traits(image: PillowImage.Image, content: bytes) -> tuple[str, ...]:
-    found = []
+    traits = []
     if getattr(image, "is_animated", False):
-        found.append("animated")
+        traits.append("animated")
         image.seek(0)
     if image.mode in ("CMYK", "YCCK"):
-        found.append("CMYK")
+        traits.append("CMYK")
     if image.mode == "F" or image.mode.startswith("I") or _stored_bits(image, content) > 8:
-        found.append("more than 8 bits")
+        traits.append("more than 8 bits")
     if image.mode == "P":
-        found.append("palette")
+        traits.append("palette")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        found.append("transparent")
+        traits.append("transparent")
     if image.getexif().get(0x0112, 1) in range(2, 9):
-        found.append("rotated by EXIF")
-    return tuple(name for name in TRAITS if name in found)
+        traits.append("rotated by EXIF")
+    return tuple(name for name in TRAITS if name in traits)
 
 
 def _stored_bits(image: PillowImage.Image, content: bytes) -> int:
-    """Bits a channel in the file; Pillow hands over 16-bit colors with 8 and does not say so."""
+    """Bits per channel in the file; Pillow silently reduces 16-bit colors to 8 bits."""
     if image.format == "PNG":
         return content[24]  # IHDR's bit depth (PNG 3rd edition, 11.2.1)
     if image.format == "TIFF":
@@ -82,14 +88,14 @@ def _stored_bits(image: PillowImage.Image, content: bytes) -> int:
 def fingerprint(image: PillowImage.Image) -> bytes:
     """28 bytes of an RGB image that change little when it is scaled or saved again.
 
-    The first 16 are a difference hash: whether each cell of a 9×9 gray thumbnail is darker than its right and than its
-    lower neighbor (8×8 of each). Their order is scattered, so that each 16 bits, by which duplicates are looked up,
-    come from all over the image. The other 12 are the mean colors of its quarters.
+    The first 16 are a difference hash: whether each cell of a 9×9 gray thumbnail is darker than its right and its lower
+    neighbor (8×8 bits each). The bits are permuted, so that each band of 16 bits, by which duplicates are looked up,
+    covers the whole image. The other 12 are the mean colors of its quadrants.
     """
     import numpy
     from PIL import Image
 
-    # Overlapping cells: sizes that nine does not divide matter little.
+    # Cells overlap, so that sizes not divisible by nine matter little.
     cells = numpy.asarray(image.resize((GRID, GRID), Image.Resampling.BILINEAR), dtype=numpy.int32)
     gray = cells @ numpy.array([299, 587, 114], numpy.int32) // 1000
     rises = numpy.stack([gray[:-1, 1:] - gray[:-1, :-1], gray[1:, :-1] - gray[:-1, :-1]]) > STEP

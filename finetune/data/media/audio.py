@@ -1,4 +1,4 @@
-"""Sounds: decode WAV files by the standard library, and show a sound. Other formats fit behind the same functions."""
+"""Sounds: decode WAV files with the standard library, and show a sound. Other formats can use the same functions."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ WAVEFORM = (192, 96)  # pixels of a thumbnail
 
 
 def size_of(content: bytes) -> tuple[int, int, int]:
-    """(samples, channels, rate) of a sound, before it is decoded.
+    """(samples, channels, rate) of a sound, without decoding it.
 
     Raises:
-        Unreadable: it is no PCM WAV file, or longer than anyone means to train on.
+        Unreadable: it is not a PCM WAV file, or is longer than `MAXIMUM_SECONDS`.
     """
     try:
         with wave.open(io.BytesIO(content)) as file:
             samples, channels, rate = file.getnframes(), file.getnchannels(), file.getframerate()
     except (wave.Error, EOFError, OSError) as error:
-        raise Unreadable(f"not a sound that can be opened: PCM WAV can ({error})") from error
+        raise Unreadable(f"not a supported audio format; supported: PCM WAV ({error})") from error
     if not samples or not rate:
         raise Unreadable("the sound is empty")
     if samples / rate > MAXIMUM_SECONDS:
-        raise Unreadable(f"{samples / rate / 3600:.0f} hours are taken for a mistake: cut the sound")
+        raise Unreadable(f"{samples / rate / 3600:.0f} hours: the limit is {MAXIMUM_SECONDS / 3600:.0f}; cut the sound")
     return samples, channels, rate
 
 
@@ -42,7 +42,7 @@ def decode(content: bytes) -> tuple[numpy.ndarray, int]:
     """(waveform [C, S] float32 in [-1, 1], samples per second).
 
     Raises:
-        Unreadable: as `size_of`, or truncated.
+        Unreadable: as in `size_of`, or the file is truncated.
     """
     import numpy
 
@@ -66,7 +66,7 @@ def decode(content: bytes) -> tuple[numpy.ndarray, int]:
 
 
 def resample(waveform: numpy.ndarray, rate: int, wanted: int) -> numpy.ndarray:
-    """[C, S] at `rate` → at `wanted` samples per second, through the Fourier transform: band-limited, no aliasing."""
+    """Resample [C, S] from `rate` to `wanted` samples per second, band-limited by a Fourier transform (no aliasing)."""
     import numpy
 
     if rate == wanted:
@@ -76,8 +76,8 @@ def resample(waveform: numpy.ndarray, rate: int, wanted: int) -> numpy.ndarray:
     kept = numpy.zeros((waveform.shape[0], target // 2 + 1), numpy.complex128)
     common = min(kept.shape[1], spectrum.shape[1])
     kept[:, :common] = spectrum[:, :common]
-    found: numpy.ndarray = (numpy.fft.irfft(kept, target) * (target / length)).astype(numpy.float32)
-    return found
+    resampled: numpy.ndarray = (numpy.fft.irfft(kept, target) * (target / length)).astype(numpy.float32)
+    return resampled
 
 
 def cut(waveform: numpy.ndarray, samples: int) -> numpy.ndarray:

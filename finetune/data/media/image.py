@@ -1,4 +1,4 @@
-"""Images: decode a file into what the model sees (upright, RGB, scaled and cropped), and show one."""
+"""Images: decode a file as the model sees it (upright, RGB, scaled and cropped), and show an image."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from finetune.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
 
-# A side above this is taken for a mistake: no resolution that a recipe allows needs it. Pillow's own guard against
-# decompression bombs refuses at 179 million pixels.
+# Images with a longer side are rejected: no resolution of a recipe needs them. Pillow's own guard against decompression
+# bombs raises at 179 million pixels.
 MAXIMUM_SIDE_PIXELS = 16_384
-# Threads decode side by side, but of images above this one at a time: each takes up to a gigabyte on its way.
+# Threads decode concurrently, but only one at a time decodes an image larger than this, which takes up to a gigabyte.
 LARGE_PIXELS = 1 << 25
 _ONE_LARGE = threading.Lock()
-# What `decode` opens, by content and not by a file's ending. Others of Pillow's readers start programs (EPS) or are no images.
+# Formats that `decode` opens, detected by content, not by suffix. Other readers of Pillow start programs (EPS), or read
+# no images.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class Unreadable(Exception):
-    """A file that cannot become an image; the message says why."""
+    """A file that cannot be decoded; the message gives the reason."""
 
 
 def decode(content: bytes, background: str) -> PillowImage.Image:
-    """The whole image as upright RGB; the first frame of an animation; transparency over `background`.
+    """Decode an image (of an animation, the first frame) as upright RGB, with transparent pixels on `background`.
 
     Raises:
-        Unreadable: empty, no image, damaged, truncated, or too large to be meant (known before anything is decoded).
+        Unreadable: the file is empty, not an image, damaged, truncated or too large (detected before decoding).
     """
     return upright(open_image(content), background)
 
 
 def upright(image: PillowImage.Image, background: str) -> PillowImage.Image:
-    """`decode` for an image that is open already."""
+    """Decode an opened image; see `decode`."""
     from PIL import Image, ImageOps
 
     large = image.width * image.height > LARGE_PIXELS
@@ -60,37 +61,35 @@ def upright(image: PillowImage.Image, background: str) -> PillowImage.Image:
 
 
 def open_image(content: bytes) -> PillowImage.Image:
-    """The image, not yet decoded.
+    """Open an image without decoding it.
 
     Raises:
-        Unreadable: empty, no image, or too large to be meant.
+        Unreadable: the file is empty, not an image, or too large.
     """
     from PIL import Image
 
-    # Pillow warns about oddities that it reads well enough. For the whole process: threads share the filters.
+    # Pillow warns about oddities that it handles. Filtered for the whole process: threads share the warning filters.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if not content:
         raise Unreadable("the file is empty")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise Unreadable(
-            f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels are taken for a mistake: scale it down"
-        ) from error
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise Unreadable(f"the image has more than {limit:.0f} million pixels: scale it down") from error
     except Exception as error:
-        raise Unreadable("not an image that can be opened: " + ", ".join(FORMATS) + " can") from error
+        raise Unreadable("not a supported image format; supported: " + ", ".join(FORMATS)) from error
     if max(image.size) > MAXIMUM_SIDE_PIXELS:
         width, height = image.size
-        raise Unreadable(
-            f"{width}×{height} pixels: a side of more than {MAXIMUM_SIDE_PIXELS} is taken for a mistake: scale it down"
-        )
+        raise Unreadable(f"{width}×{height} pixels: a side is longer than {MAXIMUM_SIDE_PIXELS}: scale it down")
     return image
 
 
 def _eight_bits(image: PillowImage.Image) -> PillowImage.Image:
-    """Gray of 16 or 32 bits or of floats, scaled to 8; Pillow's own conversion clips at 255 instead.
+    """Scale a gray image of 16 or 32 bits or floats to 8 bits; Pillow's own conversion clips at 255 instead.
 
-    Integers are of 16 bits unless a value is higher; floats lie in [0, 1], or in [0, 255] if a value is above 1.
+    Integers are assumed to have 16 bits unless a value is higher; floats to be in [0, 1], or in [0, 255] if a value is
+    above 1.
     """
     import numpy
     from PIL import Image
@@ -99,17 +98,17 @@ def _eight_bits(image: PillowImage.Image) -> PillowImage.Image:
     choices = (1.0, 255.0) if image.mode == "F" else (65535.0,)
     highest = next((choice for choice in choices if values.max() <= choice), values.max())
     gray = Image.fromarray((values / highest * 255).round().clip(0, 255).astype(numpy.uint8))
-    transparent = image.info.get("transparency")  # the one value that stands for "nothing here"
+    transparent = image.info.get("transparency")  # the value of transparent pixels
     if isinstance(transparent, int):
         gray.putalpha(Image.fromarray(((values != transparent) * 255).astype(numpy.uint8)))
     return gray
 
 
 def canonical_color(color: str) -> str:
-    """`white`, `#fff`, `rgb(255, 255, 255)` → `#ffffff`.
+    """Normalize a CSS color: `white`, `#fff`, `rgb(255, 255, 255)` → `#ffffff`.
 
     Raises:
-        UserError: not a CSS color, or one that is itself transparent.
+        UserError: it is not a CSS color, or not opaque.
     """
     from PIL import ImageColor
 
@@ -125,7 +124,7 @@ def canonical_color(color: str) -> str:
 
 
 def apply(image: PillowImage.Image, crop: Crop) -> PillowImage.Image:
-    """The bucket-sized RGB image that the model sees: scaled, cropped and mirrored as `crop` says."""
+    """Scale, crop and mirror an RGB image to the size of its bucket."""
     from PIL import Image, ImageOps
 
     (width, height), bucket = image.size, crop.shape
@@ -133,7 +132,7 @@ def apply(image: PillowImage.Image, crop: Crop) -> PillowImage.Image:
     if image.size == crop.scaled:
         image = image.crop((crop.left, crop.top, right, bottom))
     else:
-        # Only what is kept is scaled: a long thin strip, scaled whole, would take gigabytes.
+        # Scale only the cropped region: a long thin strip would take gigabytes if scaled as a whole.
         across, down = width / crop.scaled[0], height / crop.scaled[1]
         box = (crop.left * across, crop.top * down, min(width, right * across), min(height, bottom * down))
         image = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
@@ -186,7 +185,7 @@ def embedded_webp(image: PillowImage.Image, side: int) -> str:
     buffer = io.BytesIO()
     image = image.convert("RGB")
     if max(image.size) <= LOSSLESS_SIDE:
-        image.save(buffer, "WEBP", lossless=True, method=2)  # a quarter of the default's time, and no larger
+        image.save(buffer, "WEBP", lossless=True, method=2)  # four times faster than the default, and no larger
     else:
         image.thumbnail((side, side))
         image.save(buffer, "WEBP", quality=88)

@@ -1,4 +1,4 @@
-"""`Sample`: one generated image, clip or sound, which knows how to save and show itself."""
+"""`Sample`: one generated image, clip or sound, with methods to save and show it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sample(ABC):
     """Something that a model generated.
 
     Attributes:
-        suffix: ending of the file that `save` writes.
+        suffix: suffix of the file that `save` writes.
     """
 
     medium: ClassVar[Medium]
@@ -28,27 +28,28 @@ class Sample(ABC):
 
     @abstractmethod
     def save(self, path: Path, about: Mapping[str, str] = EMPTY) -> None:
-        """Write the file. `about` says what it was generated from; it goes into the file or a .json file beside it."""
+        """Write the file, with the generation settings `about` in it or in a .json file next to it."""
 
     @abstractmethod
     def thumbnail(self) -> PillowImage:
-        """An RGB image that stands for it in grids and reports."""
+        """An RGB image that represents the sample in grids and reports."""
 
     @abstractmethod
     def player(self, side: int) -> dict[str, Any]:
-        """The variables of the report's template: `source`, a data URI of at most `side` pixels a side.
+        """The variables of the report's template.
 
-        `element` is the HTML element that shows it, img if absent; `small` turns off smoothing.
+        `source` is a data URI, of at most `side` × `side` pixels; `element` is the HTML element that shows it, img if
+        absent; `small` turns off smoothing.
         """
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Content inside a page, such as `data:audio/wav;base64,…`."""
+    """A data URI, such as `data:audio/wav;base64,…`."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def open_sample(path: Path) -> tuple[Sample, dict[str, str]]:
-    """A sample from the file that `Sample.save` wrote, and what it was generated from."""
+    """Read a file that `Sample.save` wrote; returns the sample and its generation settings."""
     from finetune.data.media import audio, image, video
 
     readers = {".png": image.open_sample, ".webp": video.open_sample, ".wav": audio.open_sample}

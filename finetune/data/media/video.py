@@ -1,6 +1,6 @@
-"""Clips: decode the frames that the model sees from animated GIF, WebP, AVIF and APNG files, and show a clip.
+"""Clips: decode frames of animated GIF, WebP, AVIF and APNG files with Pillow, and show a clip.
 
-Pillow decodes these. Other containers (MP4 …) fit behind the same functions.
+Other containers, such as MP4, can use the same functions.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from finetune.data.shape import VideoShape
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
-DEFAULT_FPS = 10.0  # of files that give no duration, as browsers play them
+DEFAULT_FPS = 10.0  # of files without frame durations, as in browsers
 MAXIMUM_FRAMES = 100_000
-FRAMES = ".frames"  # ending of a folder whose images, by name, are the frames of one clip
+FRAMES = ".frames"  # suffix of a folder whose images, sorted by name, are the frames of one clip
 
 
 def read_frames(folder: str) -> bytes:
-    """The files of a folder of frames as one uncompressed tar, equal for equal contents.
+    """Pack a folder of frames into an uncompressed tar that depends only on the files' names and contents.
 
     Raises:
-        OSError: one cannot be read.
+        OSError: a file cannot be read.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -43,38 +43,38 @@ def read_frames(folder: str) -> bytes:
 
 
 def _files(content: bytes) -> list[bytes]:
-    """The frames of a folder that `read_frames` has read; none for any other content."""
+    """The files of a folder that `read_frames` has packed; empty for any other content."""
     if content[257:262] != b"ustar":
         return []
-    found = []
+    files = []
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for member in archive:
             opened = archive.extractfile(member)
-            found.append(opened.read() if opened is not None else b"")
-    return found
+            files.append(opened.read() if opened is not None else b"")
+    return files
 
 
 def first_frame(content: bytes) -> bytes:
-    """A file that opens as the first frame."""
+    """Image content whose first frame is the first frame of the clip."""
     return next(iter(_files(content)), content)
 
 
 def size_of(content: bytes) -> tuple[int, int, int]:
-    """(frames, width, height) of a clip, before any frame is decoded.
+    """(frames, width, height) of a clip, without decoding any frame.
 
     Raises:
-        Unreadable: it is no clip or image, or has more frames than anyone means to train on.
+        Unreadable: it is not a clip or image, or has more than `MAXIMUM_FRAMES` frames.
     """
     files = _files(content)
     image = open_image(files[0] if files else content)
     frames = len(files) or int(getattr(image, "n_frames", 1))
     if frames > MAXIMUM_FRAMES:
-        raise Unreadable(f"{frames:,} frames: more than {MAXIMUM_FRAMES:,} are taken for a mistake: cut the clip")
+        raise Unreadable(f"{frames:,} frames: the limit is {MAXIMUM_FRAMES:,}; cut the clip")
     return frames, image.width, image.height
 
 
 def check(content: bytes, frames: int, fps: float = 0.0) -> None:
-    """Raise unless a clip has the frames that `decode` would return; nothing is decoded.
+    """Check that a clip has the frames that `decode` would return, without decoding.
 
     Raises:
         Unreadable: it has fewer.
@@ -83,29 +83,29 @@ def check(content: bytes, frames: int, fps: float = 0.0) -> None:
 
 
 def decode(content: bytes, background: str, frames: int, fps: float = 0.0) -> list[PillowImage]:
-    """The first `frames` frames as upright RGB, sampled at `fps` (0: each frame of the file).
+    """The first `frames` frames as upright RGB, sampled at `fps` (0: every frame of the file).
 
-    A frame is shown until the next one begins, so that at a higher rate than the file's, frames repeat.
+    A frame lasts until the next one begins: if `fps` is higher than the file's rate, frames repeat.
 
     Raises:
-        Unreadable: damaged, or shorter than that.
+        Unreadable: the clip is damaged or too short.
     """
     wanted, image, files = _wanted(content, frames, fps)
-    found: list[PillowImage] = []
+    decoded: list[PillowImage] = []
     try:
         for number in wanted:
             if files:
-                found.append(upright(open_image(files[number]), background))
+                decoded.append(upright(open_image(files[number]), background))
                 continue
             image.seek(number)
-            found.append(upright(image.copy(), background))
+            decoded.append(upright(image.copy(), background))
     except (EOFError, OSError, ValueError) as error:
         raise Unreadable(f"damaged or truncated ({error})") from error
-    return found
+    return decoded
 
 
 def _wanted(content: bytes, frames: int, fps: float) -> tuple[Sequence[int], PillowImage, list[bytes]]:
-    """(numbers of the frames that are sampled, the opened clip, its files if it is a folder of frames)."""
+    """(numbers of the sampled frames, opened clip, its files if it is a folder of frames)."""
     files = _files(content)
     image = open_image(files[0] if files else content)
     available = len(files) or int(getattr(image, "n_frames", 1))
@@ -119,7 +119,7 @@ def _wanted(content: bytes, frames: int, fps: float) -> tuple[Sequence[int], Pil
 
 
 def _at_rate(image: PillowImage, available: int, frames: int, fps: float) -> list[int]:
-    """For each sampled frame the frame of the file that is shown at its time; `available` where the clip is over."""
+    """For each sampled frame, the number of the file's frame at its time; `available` after the end of the clip."""
     ends, time = [], 0.0
     for number in range(available):
         image.seek(number)
@@ -134,12 +134,12 @@ def _at_rate(image: PillowImage, available: int, frames: int, fps: float) -> lis
 
 
 def crop(frames: Sequence[PillowImage], how: Crop) -> list[PillowImage]:
-    """Each frame, scaled and cropped alike."""
+    """Scale and crop each frame."""
     return [apply(frame, how) for frame in frames]
 
 
 def rate_of(shape: VideoShape) -> float:
-    """Frames per second at which a clip of this shape plays."""
+    """Frames per second of a clip of this shape."""
     return shape.fps or DEFAULT_FPS
 
 
@@ -171,7 +171,7 @@ class VideoSample(Sample):
         return found
 
     def player(self, side: int) -> dict[str, Any]:
-        """An `<img>` that plays by itself, over and over."""
+        """An `<img>` that plays in a loop."""
         small = max(self.frames[0].size) <= LOSSLESS_SIDE
         return {"source": data_uri("image/webp", self._webp(lossless=small, side=side)), "small": small}
 
