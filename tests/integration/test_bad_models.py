@@ -93,7 +93,7 @@ def checkpoint_of_something_else(scene: Scene) -> None:
 
 @case("this is a StableDiffusionXLPipeline, and family sd needs a StableDiffusionPipeline", "set model.family: sdxl")
 def checkpoint_of_another_family(scene: Scene) -> None:
-    layer = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # as wide as SDXL's cross-attention
+    layer = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # SDXL's width
     save_file({layer: torch.ones(1, 2048)}, scene.folder / "model.safetensors")
     scene.set(f"model.path={scene.folder / 'model.safetensors'}")
 

@@ -1,4 +1,4 @@
-"""The loop where it could go wrong: killed, launched, in two processes, with NaN, in bfloat16, with a scaler."""
+"""The training loop under adverse conditions: kills, launchers, NaN, full memory, bfloat16, a gradient scaler."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from finetune.training.failures import memory_explained
 from tests.helpers import tiny
 from tests.helpers.commands import CHECKOUT
 
-# A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+# A larger ε keeps Adam from magnifying rounding errors of gradients near zero, so that runs can be compared.
 COMPARABLE = ("optimizer.eps=1e-4", "optimizer.lr=1e-2", "sample.prompts=[]")
 
 
-def written(recipe: Recipe, folder: Path) -> str:
-    """The recipe as a file."""
+def write_recipe(recipe: Recipe, folder: Path) -> str:
+    """Write the recipe to a file; return its path."""
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
     return str(file)
@@ -46,17 +46,17 @@ def written(recipe: Recipe, folder: Path) -> str:
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
-def test_killed_anywhere_and_resumed_is_the_unkilled_run(tmp_path: Path) -> None:
+def test_run_killed_anywhere_and_resumed_equals_the_unkilled_run(tmp_path: Path) -> None:
     """A short `benchmarks/torture.py`: real processes, real SIGKILLs."""
     (victim,) = torture.run(["lora"], 4, 0, tmp_path, images=24)
     assert not victim.differing
     assert victim.survived.total() == 4 and len(victim.survived) > 1, victim
 
 
-def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
-    """SIGKILL in the middle; then `accelerate launch --mixed_precision=fp16 … --resume`, from elsewhere: the same bits.
+def test_accelerate_launch_resumes_a_killed_run_from_another_folder(tmp_path: Path) -> None:
+    """SIGKILL in the middle, then `accelerate launch --mixed_precision=fp16 … --resume`: the result is bit-identical.
 
-    On a CPU there is no float16, and the plan says so: the resumed part trains in float32 as the first did.
+    On a CPU there is no float16, which the plan reports: the resumed part trains in float32 as the first part did.
     """
     steps = 80
 
@@ -77,7 +77,7 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
 
-    file, script = written(recipe("killed"), tmp_path), str(CHECKOUT / "finetune" / "lora.py")
+    file, script = write_recipe(recipe("killed"), tmp_path), str(CHECKOUT / "finetune" / "lora.py")
     command = [
         sys.executable,
         "-m",
@@ -101,10 +101,10 @@ def test_accelerate_launch_goes_on_from_elsewhere(tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-# -- what must stop, and what must not --------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------------------------
 
 
-def test_full_host_memory_is_explained() -> None:
+def test_host_out_of_memory_is_explained() -> None:
     recipe, expected = load_recipe("full/emoji"), Expected(None, "no profile")
     refused = pytest.raises(UserError, match=r"out of memory: \d+ bytes more could not be allocated")
     with refused as caught, memory_explained(recipe, expected, lambda: {"gradients": 1 << 30}):
@@ -115,7 +115,7 @@ def test_full_host_memory_is_explained() -> None:
 
 
 @pytest.mark.parametrize("poisoned", ["trained", "frozen"])
-def test_nan_stops_before_the_weights_take_it(
+def test_nan_stops_the_run_before_it_reaches_the_weights(
     poisoned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = tiny.prepare(tiny.recipe("sd15", "lora", "train.ema=0.9", folder=tmp_path / "run"))
@@ -140,7 +140,9 @@ def test_nan_stops_before_the_weights_take_it(
     )
 
 
-def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_latents_stop_the_run_before_they_are_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encode = CaptionAndLatent.encode_image
 
     def poisoned(self: CaptionAndLatent, pixels: Tensor) -> dict[str, Tensor]:
@@ -156,10 +158,10 @@ def test_latents_that_are_not_finite_stop_before_they_are_kept(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("estimated", [True, False])
-def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(
+def test_gpu_out_of_memory_reports_estimate_live_memory_and_options(
     estimated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is torch's own, raised where CUDA would raise it; the estimate is of a card that the run was said to fit."""
+    """The error is torch's own, raised where CUDA would; according to the estimate, the run fits the GPU."""
     from finetune.config.loader import load_recipe
     from finetune.estimate.forecast import forecast
     from finetune.estimate.hardware.gpus import find
@@ -180,9 +182,9 @@ def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(
     monkeypatch.setattr(job.trainer.state.train_steps[0], "loss", full)
     with pytest.raises(UserError) as caught:
         job.trainer.train()
-    told = caught.value
-    assert told.problem == "out of memory: 2.00 GiB more could not be allocated"
-    assert told.where.startswith("estimate: " if estimated else "no estimate: ")
+    error = caught.value
+    assert error.problem == "out of memory: 2.00 GiB more could not be allocated"
+    assert error.where.startswith("estimate: " if estimated else "no estimate: ")
     parts = job.trainer.state.live()
     sizes = {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in parts.items()}
     assert (
@@ -190,12 +192,12 @@ def test_out_of_memory_says_what_was_estimated_what_was_live_and_what_fits(
         and sizes["adamw"] > 2 * sizes["averages"]
         and sizes["frozen weights"] > 0
     )
-    assert sizes["gradients"] == 0, "given back after each step"
-    assert "frozen weights 0.00 GiB, weights that train" in told.where
-    edits = re.findall(r"--set ([\w.]+=[\w.]+)|^ +([\w.]+=[\w.]+)", told.remedy, re.M)
+    assert sizes["gradients"] == 0, "gradients must be freed after each step"
+    assert "frozen weights 0.00 GiB, weights that train" in error.where
+    edits = re.findall(r"--set ([\w.]+=[\w.]+)|^ +([\w.]+=[\w.]+)", error.remedy, re.M)
     assert edits and all("=" in "".join(edit) for edit in edits)
     if estimated:
-        fits = [line for line in told.remedy.splitlines() if "GiB" in line]
+        fits = [line for line in error.remedy.splitlines() if "GiB" in line]
         assert fits and all(line.strip().startswith("−") for line in fits)
 
 
@@ -214,8 +216,10 @@ class Scaled(Accelerator):  # type: ignore[misc]
         return model
 
 
-def test_a_scaler_takes_the_same_step_and_skips_an_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale that overflows is halved and its step skipped; NaN at a scale below 1 is not the scale's, and stops."""
+def test_gradient_scaler_takes_the_same_step_and_skips_an_overflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overflow halves the scale and skips the step; NaN at a scale below 1 is no overflow, and stops the run."""
     plain = tiny.prepare(tiny.recipe("sd15", "lora", *COMPARABLE, folder=tmp_path / "plain"))
     record = plain.trainer.train_step(0)
     monkeypatch.setattr(jobs, "Accelerator", Scaled)
@@ -242,7 +246,7 @@ def test_a_scaler_takes_the_same_step_and_skips_an_overflow(tmp_path: Path, monk
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> None:
+def test_gradient_checkpointing_runs_forward_twice_with_equal_results(tmp_path: Path) -> None:
     counts, found = [], []
     for checkpointing in ("false", "true"):
         overrides = ("model.train_text_encoder=true", f"train.gradient_checkpointing={checkpointing}", *COMPARABLE)
@@ -253,7 +257,7 @@ def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> N
             calls[name] += 1
 
         net: Any = job.model.train_steps()[0].net
-        # One behind the first adapter: before it nothing is kept, so nothing is computed again.
+        # A block behind the first adapter: before it no activations are stored, so none are recomputed.
         net.denoiser.up_blocks[1].resnets[1].register_forward_pre_hook(lambda m, i, count=count: count(m, i, "unet"))
         net.encoders["text_encoder"].encoder.layers[0].self_attn.register_forward_pre_hook(
             lambda m, i, count=count: count(m, i, "text")
@@ -268,7 +272,7 @@ def test_gradient_checkpointing_computes_twice_and_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_bfloat16_is_of_the_base_and_the_arithmetic_alone(method: str, tmp_path: Path) -> None:
+def test_bfloat16_applies_to_frozen_weights_and_arithmetic_only(method: str, tmp_path: Path) -> None:
     exact = tiny.prepare(
         tiny.recipe("sdxl", method, "train.precision=float32", folder=tmp_path / "float32")
     ).trainer.train_step(0)
@@ -284,7 +288,7 @@ def test_bfloat16_is_of_the_base_and_the_arithmetic_alone(method: str, tmp_path:
     assert {tensor.dtype for tensor in states} == {torch.float32}
 
 
-def test_validation_is_the_same_question_each_time_and_changes_nothing(tmp_path: Path) -> None:
+def test_validation_is_repeatable_and_does_not_affect_training(tmp_path: Path) -> None:
     found = {}
     for share in (0.0, 0.4):
         held = (
@@ -305,13 +309,13 @@ def test_validation_is_the_same_question_each_time_and_changes_nothing(tmp_path:
     assert [record["loss.denoiser"] for record in found[0.0]] == [record["loss.denoiser"] for record in found[0.4]]
 
 
-def test_a_tracker_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         tiny.prepare(tiny.recipe("vae", "scratch", "output.trackers=[wandb]", folder=tmp_path / "run"))
 
 
-def test_tensorboard_writes_beside_the_run(tmp_path: Path) -> None:
+def test_tensorboard_tracker_writes_into_the_run_folder(tmp_path: Path) -> None:
     job = tiny.prepare(tiny.recipe("vae", "scratch", "output.trackers=[tensorboard]", folder=tmp_path / "run"))
     job.trainer.train()
     job.accelerator.end_training()

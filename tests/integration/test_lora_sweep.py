@@ -1,4 +1,4 @@
-"""The sheets by which one chooses: each image is what it says it is, and the sheet shows each in its place."""
+"""Sheets of LoRA strengths and checkpoints: each image is correct and in its cell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = "a red circle"
 
 @cache
 def run() -> Path:
-    """Six steps, a checkpoint every second, averaged weights, the text encoder too, a scale that is not 1."""
+    """Six steps with a checkpoint every two, EMA, a trained text encoder, and a scale other than 1."""
     folder = tiny.root() / "strengths"
     kept = ("train.steps=6", "train.checkpoint_every=2", "train.keep_checkpoints=9", "train.ema=0.5")
     more = (
@@ -41,14 +41,14 @@ def pixels(file: Path) -> numpy.ndarray:
         return numpy.asarray(image.convert("RGB")).astype(int)
 
 
-def test_each_image_is_what_it_says_it_is(tmp_path: Path) -> None:
+def test_lora_sweep_images_match_sample_and_diffusers(tmp_path: Path) -> None:
     (sheet,) = compare(run(), [0, 0.5, 1], [2, 6], out=tmp_path / "out")
     drawn = {file.stem: pixels(file) for file in (tmp_path / "out").glob("00-*.png")}
     assert drawn.keys() == {f"00-step-{step}-strength-{strength}" for step in (2, 6) for strength in ("0", "0.5", "1")}
 
     (final,) = sample(run(), [PROMPT], out=tmp_path / "final")
     assert abs(drawn["00-step-6-strength-1"] - pixels(final)).max() <= 1, (
-        "the last checkpoint at full strength is what the run wrote"
+        "the last checkpoint at full strength equals the run's result"
     )
     (base,) = sample(tiny.pipeline("sd15"), [PROMPT], seeds=[7], steps=2, guidance=3, out=tmp_path / "base")
     assert (drawn["00-step-2-strength-0"] == drawn["00-step-6-strength-0"]).all()
@@ -63,7 +63,7 @@ def test_each_image_is_what_it_says_it_is(tmp_path: Path) -> None:
     ).images[0]
     assert abs(drawn["00-step-6-strength-0.5"] - numpy.asarray(half).astype(int)).max() <= 1
 
-    shown, cell = pixels(sheet), 32 * 6  # small images are enlarged six times
+    shown, cell = pixels(sheet), 32 * 6  # small images are enlarged sixfold
     rows = [shown[-(cell + 8) * number :][:cell] for number in (2, 1)]
     for row, step in zip(rows, (2, 6), strict=True):
         for column, strength in enumerate(("0", "0.5", "1")):
@@ -71,8 +71,8 @@ def test_each_image_is_what_it_says_it_is(tmp_path: Path) -> None:
             assert (row[3::6, right + 3 : right + cell : 6] == drawn[f"00-step-{step}-strength-{strength}"]).all()
 
 
-def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Path) -> None:
-    """PiSSA begins with a part of the base's weights, which its strength leaves alone."""
+def test_lora_sweep_of_pissa_goes_from_the_base_to_the_result(tmp_path: Path) -> None:
+    """PiSSA starts with a part of the base's weights, which the strength must not scale."""
     folder = tmp_path / "run"
     more = ("adapter.pissa=true", "adapter.alpha=8", "optimizer.lr=0.02", "train.steps=2", "sample.seed=7")
     tiny.train(tiny.recipe("sd15", "lora", *more, folder=folder))
@@ -87,7 +87,7 @@ def test_strength_0_of_a_pissa_is_the_base_and_1_what_the_run_wrote(tmp_path: Pa
     assert abs(drawn["0.5"] - drawn["0"]).max() > 1 and abs(drawn["0.5"] - drawn["1"]).max() > 1
 
 
-def test_of_a_schedule_free_run_the_averages_are_drawn(tmp_path: Path) -> None:
+def test_lora_sweep_of_a_schedule_free_run_uses_the_averages(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = (
         "optimizer.name=schedulefree",
@@ -102,7 +102,7 @@ def test_of_a_schedule_free_run_the_averages_are_drawn(tmp_path: Path) -> None:
     assert abs(pixels(tmp_path / "out" / "00-step-4-strength-1.png") - pixels(final)).max() <= 1
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_strengths_command_writes_sheets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two = ["--prompt", PROMPT, "--prompt", "green triangle", "--steps", "1"]
     with pytest.raises(SystemExit) as ended:
         main(["sample", str(run()), "--strengths", "1", "--checkpoints", "all", *two, "--out", str(tmp_path / "out")])
@@ -111,7 +111,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(list((tmp_path / "out").glob("0?-step-*.png"))) == 6
 
 
-def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_sweep_with_invalid_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 3[\s\S]*use one of: 2, 4, 6"):
         compare(run(), [1], [3])
     with pytest.raises(UserError, match="no run's folder"):

@@ -1,4 +1,4 @@
-"""What makes a run fit a smaller card: the same gradients from less memory, or a difference that is stated."""
+"""Memory options: the same gradients with less memory, or a documented difference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tools.archive import bundled
 
 
 def transformer() -> nn.Module:
-    """A FLUX.1 in miniature, of two double and three single blocks."""
+    """A miniature FLUX.1 with two double and three single blocks."""
     torch.manual_seed(0)
     sizes = {
         "in_channels": 8,
@@ -52,28 +52,28 @@ def transformer() -> nn.Module:
 
 
 def unet() -> nn.Module:
-    """The UNet of a tiny SD 1.5: of ResNet and transformer blocks."""
+    """The UNet of a tiny SD 1.5, with ResNet and transformer blocks."""
     net: nn.Module = UNet2DConditionModel.from_pretrained(tiny.pipeline("sd15") / "unet")
     return net
 
 
 def predict(net: Any) -> Tensor:
-    """What the net makes of fixed inputs."""
+    """The network's output for fixed inputs."""
     generator = torch.Generator().manual_seed(1)
 
-    def draw(*shape: int) -> Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     if isinstance(net, UNet2DConditionModel):
-        found = net(draw(2, 4, 8, 8), torch.tensor([3, 500]), draw(2, 16, 32), return_dict=False)[0]
+        found = net(normal(2, 4, 8, 8), torch.tensor([3, 500]), normal(2, 16, 32), return_dict=False)[0]
         return cast(Tensor, found)
     ids = {"img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3)}
     inputs = {
-        "encoder_hidden_states": draw(2, 5, 32),
-        "pooled_projections": draw(2, 32),
+        "encoder_hidden_states": normal(2, 5, 32),
+        "pooled_projections": normal(2, 32),
         "timestep": torch.tensor([0.1, 0.9]),
     }
-    found = net(hidden_states=draw(2, 6, 8), **inputs, **ids, return_dict=False)[0]
+    found = net(hidden_states=normal(2, 6, 8), **inputs, **ids, return_dict=False)[0]
     return cast(Tensor, found)
 
 
@@ -84,13 +84,13 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("build", [unet, transformer])
-def test_every_nth_block_is_computed_twice_and_gradients_stay(build: Any) -> None:
+def test_checkpointing_every_nth_block_recomputes_it_with_equal_gradients(build: Any) -> None:
     expected = gradients(build())
     for every in (1, 2):
         net = build()
         checkpoint_activations(net, every)
         calls: Counter[str] = Counter()
-        # diffusers hands all its blocks over but the first of a UNet's middle.
+        # diffusers checkpoints all blocks except the first in a UNet's middle.
         names = [name for name, module in net.named_modules() if is_block(module) and name != "mid_block.resnets.0"]
         for name in names:
             net.get_submodule(name).register_forward_pre_hook(functools.partial(count, calls, name))
@@ -114,8 +114,8 @@ def is_block(module: nn.Module) -> bool:
     )
 
 
-def relative(one: Tensor, other: Tensor) -> float:
-    """How far two tensors are apart, over the second's size."""
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """The norm of the difference over the norm of the second tensor."""
     return float((one.detach() - other.detach()).norm() / other.detach().norm())
 
 
@@ -123,8 +123,10 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "bits", "most"), [("nf4", 4.5, 0.11), ("int8", 8.5, 0.01)])
-def test_a_quantised_layer_is_its_dequantised_weights(kind: Quantization, bits: float, most: float) -> None:
-    """Its products and its input's gradients are those of a linear layer with the rounded weights, to the last bit."""
+def test_quantized_linear_equals_a_linear_with_dequantized_weights(
+    kind: Quantization, bits: float, most: float
+) -> None:
+    """Outputs and input gradients are bit-identical to those of a linear layer with the rounded weights."""
     torch.manual_seed(0)
     layer, values = nn.Linear(64, 128), torch.randn(2, 3, 64, requires_grad=True)
     packed = QuantizedLinear(layer, kind, torch.float32, torch.device("cpu"), keep_whole=False)
@@ -133,15 +135,15 @@ def test_a_quantised_layer_is_its_dequantised_weights(kind: Quantization, bits: 
     assert packed.weight.numel() + packed.packed_away == layer.weight.numel()
     rounded = nn.Linear(64, 128)
     rounded.weight.data, rounded.bias.data = packed.dequantize(), layer.bias.data
-    assert 0 < relative(rounded.weight, layer.weight) < most
+    assert 0 < relative_error(rounded.weight, layer.weight) < most
     found, expected = packed(values), rounded(values)
     assert torch.equal(found, expected)
     one, other = (torch.autograd.grad(product.square().sum(), values)[0] for product in (found, expected))
     assert torch.equal(one, other)
 
 
-def test_nf4_has_the_levels_of_its_paper() -> None:
-    """Appendix E of QLoRA lists them: quantiles of the normal distribution, with 0 and ±1; two of them a byte, the first above."""
+def test_nf4_levels_match_the_paper() -> None:
+    """QLoRA, appendix E: quantiles of the normal distribution, 0 and ±1; two to a byte, the first in the high bits."""
     levels = dequantized(
         torch.tensor([0x01, 0x78, 0xEF], dtype=torch.uint8).view(torch.int8)[:, None],
         torch.ones(1),
@@ -154,7 +156,7 @@ def test_nf4_has_the_levels_of_its_paper() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_blocks_are_quantised_and_what_all_tokens_pass_is_kept(kind: Quantization) -> None:
+def test_quantize_packs_blocks_and_keeps_shared_layers(kind: Quantization) -> None:
     net = transformer()
     exact = predict(net)
     names = quantize(net, kind, torch.float32, keep_whole=True)
@@ -169,8 +171,8 @@ def test_blocks_are_quantised_and_what_all_tokens_pass_is_kept(kind: Quantizatio
         assert not torch.equal(predict(net), exact)
 
 
-def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
-    """It asks a layer's weights for their dtype and casts to it, which would be bytes."""
+def test_quantized_t5_encodes_on_the_device_and_offloaded() -> None:
+    """T5 reads the dtype of a layer's weights and casts to it; for packed weights that would be bytes."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=50, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
@@ -184,10 +186,10 @@ def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
             {"text_encoder": net}, dataclasses.replace(section, text_encoder_placement=encoders), torch.device("cpu")
         )
         found[encoders] = net(ids)[0]
-        assert (there(list(net.encoder.block)) == 0) == (encoders == "offload")
+        assert (bytes_on_device(list(net.encoder.block)) == 0) == (encoders == "offload")
     assert torch.equal(found["offload"], found["device"])
     for encoders, most in (("nf4", 0.2), ("int8", 0.02)):
-        assert 0 < relative(found[encoders], found["device"]) < most
+        assert 0 < relative_error(found[encoders], found["device"]) < most
 
 
 # -- blocks in host memory ------------------------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def test_a_t5_encodes_in_4_bits_layer_by_layer_or_whole() -> None:
 
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quantization | None) -> None:
-    """The whole backward pass through: a block's weights are there while it computes, and gone after."""
+    """In forward and backward pass a block's weights are on the device only while it computes."""
 
     def prepared() -> nn.Module:
         net = transformer().requires_grad_(False)
@@ -203,7 +205,7 @@ def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quan
             quantize(net, kind, torch.float32)
         add_adapter(net, Adapter(rank=4, targets="all-linear"))
         for name, parameter in net.named_parameters():
-            if "lora_B" in name:  # zero at first: no gradient would reach A
+            if "lora_B" in name:  # zero at first, so that A would get no gradient
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
         checkpoint_activations(net, 1)
         return net
@@ -218,23 +220,23 @@ def test_offloaded_blocks_give_the_same_gradients_one_block_at_a_time(kind: Quan
     most: list[int] = []
     blocks = list(blocks_of(net))
     for block in blocks:
-        block.register_forward_pre_hook(lambda *_: most.append(there(blocks)))
+        block.register_forward_pre_hook(lambda *_: most.append(bytes_on_device(blocks)))
     found = gradients(net)
     assert expected.keys() == found.keys() and all(
         torch.equal(found[name], gradient) for name, gradient in expected.items()
     )
-    assert len(most) == 2 * len(blocks) and there(blocks) == 0
+    assert len(most) == 2 * len(blocks) and bytes_on_device(blocks) == 0
     assert max(most) <= max(
         sum(p.nbytes for p in block.parameters() if not p.requires_grad) for block in blocks_of(prepared())
     )
 
 
-def there(blocks: list[nn.Module]) -> int:
-    """Bytes of frozen weights that are on the device."""
+def bytes_on_device(blocks: list[nn.Module]) -> int:
+    """Bytes of frozen weights on the device."""
     return sum(parameter.nbytes for block in blocks for parameter in block.parameters() if not parameter.requires_grad)
 
 
-def test_a_unet_does_not_offload() -> None:
+def test_offload_blocks_of_a_unet_is_refused() -> None:
     with pytest.raises(UserError, match="blocks hold blocks"):
         load_recipe("lora/sd15", ["train.offload_blocks=true", "train.gradient_checkpointing=true"])
 
@@ -242,7 +244,7 @@ def test_a_unet_does_not_offload() -> None:
 # -- tiles ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiled_vae_processes_tiles_with_nearly_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     section = load_recipe("lora/sd15", ["model.vae_tiling=true"]).model
     monkeypatch.setattr(apply, "TILE", 64)
     vae: Any = AutoencoderKL.from_pretrained(ASSETS / "base" / "vae", torch_dtype=torch.float32)
@@ -256,14 +258,14 @@ def test_a_vae_in_tiles_sees_tiles_and_makes_nearly_the_same(monkeypatch: pytest
         images.append(vae.decode(latents).sample.detach())
         apply.tile(vae, section)
     assert sides[0] == 128 // 4 and max(sides[1:]) == 64 // 4
-    assert 0 < relative(images[1], images[0]) < 0.1
+    assert 0 < relative_error(images[1], images[0]) < 0.1
 
 
 # -- the optimizer's step -------------------------------------------------------------------------------------------------
 
 
-def test_stochastic_rounding_is_right_on_average() -> None:
-    """Up with the probability of what is cut off; exact values, zeros and infinities stay."""
+def test_stochastic_rounding_is_unbiased() -> None:
+    """Rounds up with the probability of the truncated fraction; exact values, zeros and infinities do not change."""
     generator = torch.Generator().manual_seed(0)
     below, above = 1.0, 1.0 + 2**-7  # neighbors in bfloat16
     for share in (0.0, 1 / 3, 0.5, 0.999):
@@ -271,14 +273,14 @@ def test_stochastic_rounding_is_right_on_average() -> None:
             values = torch.full((40_000,), sign * (below + share * (above - below)))
             found = rounded(values, generator).float()
             assert {abs(value) for value in found.tolist()} <= {below, above}
-            deviation = (share * (1 - share) / len(values)) ** 0.5  # of the share that goes up
+            deviation = (share * (1 - share) / len(values)) ** 0.5  # of the fraction that is rounded up
             assert abs(float((found.abs() - below).mean()) / (above - below) - share) <= 5 * deviation
     still = torch.tensor([0.0, -0.0, 1.5, float("inf"), -float("inf"), float("nan"), 3.0e38])
     assert str(rounded(still, generator)) == str(still.bfloat16())
 
 
-def test_steps_too_small_for_bfloat16_are_taken_on_average() -> None:
-    """A thousand steps of a tenth of what separates neighbors: rounded to the nearest, none would be left."""
+def test_updates_below_bfloat16_resolution_accumulate_on_average() -> None:
+    """A thousand steps of a tenth of the bfloat16 spacing: rounding to nearest would drop them all."""
     weight = nn.Parameter(torch.ones(2000, dtype=torch.bfloat16))
     optimizer = TensorByTensor(torch.optim.SGD([widened(weight)], lr=2**-7 / 10), [weight], (0, "turn"))
     for step in range(1000):
@@ -304,8 +306,8 @@ def weights(job: Job) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "clip"), [("adamw", "optimizer.clip_norm=null"), ("adamw8bit", "optimizer.clip=tensor")]
 )
-def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip: str, tmp_path: Path) -> None:
-    """To the last bit, and with no more than one gradient at a time."""
+def test_fused_backward_takes_the_same_steps(name: str, clip: str, tmp_path: Path) -> None:
+    """Bit-identical, with at most one gradient at a time."""
     setting = (f"optimizer.name={name}", clip, "optimizer.clip_norm=0.01" if "tensor" in clip else clip)
     after = trained(tmp_path / "after", *setting)
     inside = trained(tmp_path / "inside", *setting, "train.fused_backward=true", taken=False)
@@ -324,7 +326,7 @@ def test_stepping_inside_the_backward_pass_takes_the_same_steps(name: str, clip:
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adafactor"])
-def test_bfloat16_weights_learn_and_resume_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_bfloat16_weights_learn_and_resume_exactly(name: str, tmp_path: Path) -> None:
     setting = (
         "train.weights=bfloat16",
         f"optimizer.name={name}",

@@ -1,4 +1,4 @@
-"""What is installed: the wheel, the environments that the scripts make, the versions."""
+"""Installation: the wheel, the environments made by the scripts, the pinned versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.config.loader import bundled_recipes
 from tests.helpers.commands import CHECKOUT, python, shell
 
 
-def test_a_wheel_carries_recipes_and_assets(tmp_path: Path) -> None:
+def test_wheel_contains_recipes_and_assets(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(CHECKOUT / "finetune", source / "finetune", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(CHECKOUT / "recipes", source / "recipes")
@@ -48,7 +48,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _scripts(tmp_path: Path, version: str) -> tuple[Path, dict[str, str]]:
-    """A checkout with only what `scripts/install` reads, and a PATH whose Pythons all are of `version`."""
+    """A checkout with only what `scripts/install` reads, and a PATH with Pythons of `version` only."""
     root = tmp_path / "checkout"
     (root / "scripts").mkdir(parents=True)
     for name in ("pyproject.toml", "scripts/install", "scripts/constraints.txt"):
@@ -69,13 +69,13 @@ def _scripts(tmp_path: Path, version: str) -> tuple[Path, dict[str, str]]:
         ("3.12.1", "Python 3.12.1 has no venv module"),
     ],
 )
-def test_an_unfit_python_is_named_in_one_sentence(version: str, says: str, tmp_path: Path) -> None:
+def test_install_with_an_unsuitable_python_fails_in_one_line(version: str, says: str, tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, version)
     found = shell("sh", "scripts/install", cwd=root, **environment)
     assert found.returncode == 2 and says in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path: Path) -> None:
+def test_install_leaves_an_up_to_date_environment_alone(tmp_path: Path) -> None:
     root, environment = _scripts(tmp_path, "3.10.9")
     (root / ".venv").mkdir()
     state = shell(
@@ -85,12 +85,12 @@ def test_an_environment_that_is_up_to_date_is_left_alone(tmp_path: Path) -> None
         cwd=root,
     )
     assert state.returncode == 0
-    assert shell("sh", "scripts/install", cwd=root, **environment).returncode == 0, "dev holds what the demo needs"
+    assert shell("sh", "scripts/install", cwd=root, **environment).returncode == 0, "dev includes what the demo needs"
     (root / "pyproject.toml").write_text("changed")
     assert shell("sh", "scripts/install", cwd=root, **environment).returncode == 2
 
 
-def test_the_constraints_pin_every_dependency() -> None:
+def test_constraints_pin_every_dependency() -> None:
     import tomllib
 
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]

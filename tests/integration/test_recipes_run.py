@@ -1,4 +1,4 @@
-"""Every recipe that the project brings, found by walking the folder, takes two steps on a tiny build of its family."""
+"""Every bundled recipe takes two steps on a tiny model of its family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.paths import RECIPES
 from tests.helpers import tiny
 
 COUNT = 53
-# Which tiny build stands for the model that a recipe names.
+# The tiny pipeline that replaces the model in a recipe.
 STANDS_FOR = {
     "embedded:base": "emoji",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -37,20 +37,20 @@ SMALL = (
 NARROW = "[16, 32, 48]"
 
 
-def test_the_count() -> None:
+def test_bundled_recipe_count() -> None:
     files = sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.y*ml"))
-    assert len(files) == COUNT, "a recipe came or went: change COUNT, and the README's table"
+    assert len(files) == COUNT, "a recipe was added or removed: change COUNT and the README's table"
     assert bundled_recipes() == files
 
 
 @pytest.mark.parametrize("name", bundled_recipes())
-def test_says_for_whom_it_is_and_is_short(name: str) -> None:
+def test_recipe_names_its_audience_and_is_short(name: str) -> None:
     lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[1].startswith("# For ")
     assert len(lines) <= 40
 
 
-# What stands for "a card with 12 GB": the least of that size, by what torch sees of it.
+# The GPU for "a GPU with 12 GB": of that size, the one with the least memory visible to torch.
 LEAST = {8: "rtx3070", 10: "rtx3080", 12: "rtx4070", 16: "rtx5080", 24: "rtx3090", 48: "l40s", 80: "h100-sxm"}
 
 
@@ -62,11 +62,11 @@ def promised(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name in bundled_recipes() if promised(name) or PROMISE.search(name)])
-def test_fits_the_card_that_it_promises(name: str) -> None:
+def test_recipe_fits_the_gpu_that_it_names(name: str) -> None:
     """By its estimate, in every phase of the run."""
     gigabytes = promised(name)
     if in_name := PROMISE.search(name):
-        assert gigabytes == int(in_name[1]), "the name and the first line promise different cards"
+        assert gigabytes == int(in_name[1]), "the name and the first line promise different GPUs"
     found = forecast(load_recipe(name), name, find(LEAST[gigabytes]), 1000)
     assert found.fits, found.memory.phases
 
@@ -74,7 +74,7 @@ def test_fits_the_card_that_it_promises(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in bundled_recipes() if load_recipe(name).net is None]
 )  # the others: test_scratch.py
-def test_takes_two_steps(name: str, tmp_path: Path) -> None:
+def test_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     asked = load_recipe(name)
     overrides = [
         *SMALL,
@@ -85,7 +85,7 @@ def test_takes_two_steps(name: str, tmp_path: Path) -> None:
     ]
     if (
         asked.model.family == "lumina2"
-    ):  # its pipeline takes the VAE for one of 8-fold compression, and the net takes 2×2 latents
+    ):  # its pipeline assumes 8-fold compression by the VAE, and the network takes 2×2 latents
         overrides.append("data.bucket_step=16")
     if asked.train.accumulation > 2:
         overrides.append("train.accumulation=2")

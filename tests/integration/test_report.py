@@ -1,4 +1,4 @@
-"""The page of a run, its before and after, and the tables before it: read back with parsers that know nothing of how they are made."""
+"""A run's report, before-after image and tables, read back with independent parsers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VOID = {"meta", "img", "br", "link", "input", "path", "polyline"}
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements with attributes, text, and the section that each lies in."""
+    """What a browser would see: elements with attributes, text, and the section that contains each."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Page(HTMLParser):
         ]
 
     def line(self, title: str, style: str) -> list[str]:
-        """The points of the line of this style in the chart of this title."""
+        """The points of the line with this style in the chart with this title."""
         tags = [(tag, attributes) for tag, attributes, _ in self.found if tag in ("svg", "polyline")]
         start = next(
             index for index, (tag, attributes) in enumerate(tags) if tag == "svg" and attributes["aria-label"] == title
@@ -99,7 +99,7 @@ def noise(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned images, two wide, one smaller than it trains at, and one that is none."""
+    """Six captioned images, two of them wide, one smaller than the training size; and one broken file."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(6):
         noise(number, (16, 16) if number < 3 else (32, 16) if number < 5 else (8, 8)).save(folder / f"{number}.png")
@@ -110,7 +110,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(data: Path, folder: Path, **sections: object) -> Recipe:
-    """A LoRA's recipe; `sections` replace or add to it."""
+    """A LoRA recipe; `sections` replace or extend its sections."""
     whole: dict[str, object] = {
         "method": "lora",
         "model": {"family": "sd", "path": "some/base", "prediction": "v_prediction"},
@@ -125,7 +125,7 @@ def recipe_of(data: Path, folder: Path, **sections: object) -> Recipe:
 
 
 def start(recipe: Recipe) -> Plan:
-    """A run's folder as it is before the first step."""
+    """Create a run's folder as it is before the first step."""
     audit = scan(recipe.data)
     plan = make_plan(recipe, audit, Machine("cpu", "A processor", 1, 2, False, 2**34))
     run = Run(plan, resume=False)
@@ -134,7 +134,7 @@ def start(recipe: Recipe) -> Plan:
     return plan
 
 
-def look(plan: Plan, step: int, drawn: Sequence[Image.Image]) -> None:
+def write_step_samples(plan: Plan, step: int, drawn: Sequence[Image.Image]) -> None:
     folder = Path(plan.folder) / "samples" / f"step-{step:07d}"
     folder.mkdir(parents=True)
     write_samples([ImageSample(image) for image in drawn], request_of(plan), folder)
@@ -153,13 +153,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     plan = start(recipe_of(data, folder))
     log(plan, 40)
     for number, step in enumerate((0, 20, 40)):
-        look(plan, step, [noise(100 + 10 * number + prompt) for prompt in range(3)])
+        write_step_samples(plan, step, [noise(100 + 10 * number + prompt) for prompt in range(3)])
     (folder / "final").mkdir()
     (folder / "final" / "pytorch_lora_weights.safetensors").write_bytes(bytes(2_340_000))
     return plan
 
 
-def test_the_page_stands_alone_and_shows_everything(finished: Plan) -> None:
+def test_report_is_self_contained_and_shows_every_section(finished: Plan) -> None:
     page = read(Path(finished.folder))
     tags = {tag for tag, _, _ in page.found}
     assert not tags & {"script", "link", "iframe", "object", "base"}
@@ -181,10 +181,10 @@ def test_the_page_stands_alone_and_shows_everything(finished: Plan) -> None:
     assert "diffusers" in page.text["results"]
 
 
-def test_what_others_wrote_is_shown_and_not_obeyed(finished: Plan) -> None:
+def test_report_escapes_text_from_recipes_and_captions(finished: Plan) -> None:
     page = read(Path(finished.folder))
     for section in ("before-after", "data", "samples"):
-        assert HOSTILE in page.text[section]  # the parser gives back the very characters
+        assert HOSTILE in page.text[section]  # unescaped by the parser
     assert PROMPTS[2] in page.text["samples"]
     assert page.text[""].count("<b>test") == 2  # the title and the heading
     raw = (Path(finished.folder) / "report.html").read_text(encoding="utf-8")
@@ -192,7 +192,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(finished: Plan) -> None:
     assert "http://example.org/x.png" in raw  # as text
 
 
-def test_the_right_images_are_in_the_right_places(finished: Plan) -> None:
+def test_report_shows_images_in_their_places(finished: Plan) -> None:
     page = read(Path(finished.folder))
     pairs = page.images("before-after")
     assert len(pairs) == 6
@@ -209,19 +209,19 @@ def test_the_right_images_are_in_the_right_places(finished: Plan) -> None:
     assert (shown[3] == numpy.asarray(noise(3, (32, 16)))[:, 8:24]).all()  # cropped as the model sees it
 
 
-def test_the_curves_have_a_point_for_every_step(finished: Plan) -> None:
+def test_report_charts_have_a_point_for_every_step(finished: Plan) -> None:
     page = read(Path(finished.folder))
     for title in ("Loss", "Seconds per step", "Gradient norm"):
         assert len(page.line(title, "raw")) == 40
     assert len(page.line("Learning rate", "smooth")) == 40
     assert len(page.line("Loss", "dots")) == 4
     heights = [float(point.partition(",")[2]) for point in page.line("Loss", "raw")]
-    assert heights == sorted(heights)  # a loss that falls goes down the page
+    assert heights == sorted(heights)  # SVG's y axis points down
     across = [float(point.partition(",")[0]) for point in page.line("Loss", "raw")]
     assert across == pytest.approx([1000 * step / 40 for step in range(1, 41)], abs=0.1)
 
 
-def test_a_run_that_has_only_begun_has_a_page(data: Path, tmp_path: Path) -> None:
+def test_report_of_a_run_that_has_just_started(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run"))
     page = read(tmp_path / "run")
     assert "not finished, step 0 of 40" in page.text[""]
@@ -230,8 +230,8 @@ def test_a_run_that_has_only_begun_has_a_page(data: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "before-after.png").exists()
     log(plan, 1)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "secon')  # being written just now
-    look(plan, 0, [noise(prompt) for prompt in range(3)])
+        file.write('{"step": 2, "secon')  # still being written
+    write_step_samples(plan, 0, [noise(prompt) for prompt in range(3)])
     page = read(tmp_path / "run")
     assert "not finished, step 1 of 40" in page.text[""]
     assert len(page.line("Loss", "raw")) == 1
@@ -239,7 +239,7 @@ def test_a_run_that_has_only_begun_has_a_page(data: Path, tmp_path: Path) -> Non
     assert page.images("before-after") == []
 
 
-def test_a_loss_that_is_no_number_leaves_a_page(data: Path, tmp_path: Path) -> None:
+def test_report_of_a_run_with_nan_loss_is_written(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run"))
     log(plan, 3)
     Run(plan, resume=True).log(
@@ -248,7 +248,7 @@ def test_a_loss_that_is_no_number_leaves_a_page(data: Path, tmp_path: Path) -> N
     assert len(read(tmp_path / "run").line("Loss", "raw")) == 3
 
 
-def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
+def test_report_of_a_vae_and_of_a_folder_without_a_run(data: Path, tmp_path: Path) -> None:
     model = {"family": "autoencoder-kl", "build": {"latent_channels": 4}}
     recipe = recipe_of(
         data, tmp_path / "run", method="scratch", adapter=None, model=model, autoencoder={"kl_weight": 0.001}
@@ -264,34 +264,34 @@ def test_a_vae_and_a_folder_that_is_no_run(data: Path, tmp_path: Path) -> None:
     assert "l1 reconstruction error + 0.001 × KL divergence" in page.text["plan"]
 
 
-def test_large_images_and_many_looks_keep_the_page_small(data: Path, tmp_path: Path) -> None:
+def test_report_with_large_images_and_many_samples_stays_small(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run", sample={"prompts": ["one"], "every": 1}))
     for step in range(12):
-        look(plan, step, [noise(step, (640, 400))])
+        write_step_samples(plan, step, [noise(step, (640, 400))])
     page = read(tmp_path / "run")
     assert [image.shape for image in page.images("before-after")] == [(320, 512, 3)] * 2
     assert len(page.images("samples")) == 8
     assert "step 0" in page.text["samples"]
     assert "step 11" in page.text["samples"]
-    assert (tmp_path / "run" / "report.html").stat().st_size < 2_000_000  # noise, which compresses worst
+    assert (tmp_path / "run" / "report.html").stat().st_size < 2_000_000  # although noise compresses badly
 
 
-def test_before_and_after_go_by_prompt_and_seed(data: Path, tmp_path: Path) -> None:
-    """Prompts may change when a run is resumed: an image must never stand under another's words."""
+def test_before_and_after_match_by_prompt_and_seed(data: Path, tmp_path: Path) -> None:
+    """Prompts may change when a run is resumed: an image must never appear under another prompt."""
     plan = start(recipe_of(data, tmp_path / "run"))
-    look(plan, 0, [noise(prompt) for prompt in range(3)])
+    write_step_samples(plan, 0, [noise(prompt) for prompt in range(3)])
     sample = dataclasses.replace(plan.recipe.sample, prompts=("new", *PROMPTS))
     later = dataclasses.replace(
         plan, recipe=dataclasses.replace(plan.recipe, sample=dataclasses.replace(sample, seed=-1))
     )
-    look(later, 40, [noise(50 + prompt) for prompt in range(4)])
+    write_step_samples(later, 40, [noise(50 + prompt) for prompt in range(4)])
     pairs = images.before_and_after(images.sample_files(tmp_path / "run", later.recipe.sample.prompts))
     assert [(before.path.name, after.path.name, after.prompt) for before, after in pairs] == [
         ("00.png", "01.png", PROMPTS[0]), ("01.png", "02.png", PROMPTS[1]), ("02.png", "03.png", PROMPTS[2]),
     ]  # fmt: skip
 
 
-def test_the_before_after_image(finished: Plan) -> None:
+def test_before_after_image_shows_pairs_with_labels(finished: Plan) -> None:
     write_report(Path(finished.folder))
     sheet: numpy.ndarray = numpy.asarray(Image.open(Path(finished.folder) / "before-after.png"))
     side = 16 * (images.CELL // 16)
@@ -314,7 +314,7 @@ def test_the_before_after_image(finished: Plan) -> None:
         assert (label < 128).any()
 
 
-def test_a_grid_is_labelled_with_words_that_fit() -> None:
+def test_grid_labels_fit_their_cells() -> None:
     dots = [Image.new("RGB", (40, 40), "red") for _ in range(3)]
     plain, labelled = (
         images.grid(dots, columns=3, gap=4),
@@ -329,7 +329,7 @@ def test_a_grid_is_labelled_with_words_that_fit() -> None:
         assert not ink[:, left + 41 : left + 44].any()  # nothing runs into the next
 
 
-def test_samples_say_what_they_were_drawn_from(finished: Plan) -> None:
+def test_sample_files_record_prompt_and_seed(finished: Plan) -> None:
     with Image.open(Path(finished.folder) / "samples" / "step-0000020" / "02.png") as image:
         assert (image.info["prompt"], image.info["seed"]) == (PROMPTS[2], "2")
 
@@ -337,7 +337,7 @@ def test_samples_say_what_they_were_drawn_from(finished: Plan) -> None:
 # -- charts ---------------------------------------------------------------------------------------------------------------
 
 
-def test_smoothing_keeps_what_is_straight_and_takes_out_spikes() -> None:
+def test_smoothed_keeps_lines_and_removes_spikes() -> None:
     line = [(float(x), 3.0 * x + 1) for x in range(200)]
     assert svg_charts.smoothed(line)[:150] == pytest.approx(numpy.asarray(line[:150]))
     spiked = [(x, 100.0 if x == 50 else 1.0) for x, _ in line]
@@ -346,7 +346,7 @@ def test_smoothing_keeps_what_is_straight_and_takes_out_spikes() -> None:
     assert svg_charts.smoothed([(1.0, 2.0)]) == [(1.0, 2.0)]
 
 
-def test_long_lines_are_thinned_and_lose_no_spike() -> None:
+def test_thinned_keeps_spikes() -> None:
     points = [(float(x), float(x % 7)) for x in range(100_001)]
     points[77_777] = (77_777.0, 99.0)
     thin = svg_charts.thinned(points)
@@ -360,7 +360,7 @@ def test_long_lines_are_thinned_and_lose_no_spike() -> None:
     ("low", "high", "logarithmic"),
     [(0, 1, False), (0.0123, 0.0187, False), (0, 12_345, False), (0.05, 0.9, True), (1e-6, 10, True)],
 )
-def test_ticks_are_few_round_and_within(low: float, high: float, logarithmic: bool) -> None:
+def test_axis_ticks_are_few_round_and_within_range(low: float, high: float, logarithmic: bool) -> None:
     axis = svg_charts.Axis(low, high, logarithmic)
     ticks = axis.ticks()
     assert 2 <= len(ticks) <= 9
@@ -371,7 +371,7 @@ def test_ticks_are_few_round_and_within(low: float, high: float, logarithmic: bo
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
+def test_data_table_shows_counts_and_names(data: Path, tmp_path: Path) -> None:
     recipe = recipe_of(data, tmp_path)
     several = dataclasses.replace(
         recipe, data=dataclasses.replace(recipe.data, resolution=32, buckets=True, bucket_step=16, maximum_aspect=3)
@@ -392,7 +392,7 @@ def test_the_data_table_counts_and_names(data: Path, tmp_path: Path) -> None:
     assert found["problems"][0]["names"] == [str(data / "broken.png")]
 
 
-def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_path: Path) -> None:
+def test_plan_table_shows_arithmetic_and_what_trains(data: Path, tmp_path: Path) -> None:
     plan = start(recipe_of(data, tmp_path / "run", diffusion={"min_snr_gamma": 5, "zero_terminal_snr": True}))
     listed = tables.plan_rows(plan)
     rows = dict(listed)
@@ -413,8 +413,8 @@ def test_the_plan_table_shows_the_arithmetic_and_what_trains(data: Path, tmp_pat
     assert load_plan(tmp_path / "run") == plan
 
 
-def test_the_report_needs_no_torch() -> None:
-    """`ft` stands on this side: it starts in a fraction of a second."""
+def test_report_imports_no_torch() -> None:
+    """`ft` writes it, and must start in a fraction of a second."""
     code = "import sys, finetune.report.html_report; print({'torch', 'numpy', 'PIL', 'diffusers'} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True

@@ -1,4 +1,4 @@
-"""Examples of several roles and other media, from audit to report: by two tiny families."""
+"""Examples with several roles and other media, from audit to report, with two tiny families."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CACHED = (registry.modules, registry.specs, registry.aliases, registry.variants)
 
 @pytest.fixture(autouse=True)
 def _families(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The registry also finds the two families."""
+    """Let the registry find the two families."""
     monkeypatch.setattr(registry, "PACKAGES", (*registry.PACKAGES, "tests.helpers.families"))
     for function in CACHED:
         function.cache_clear()
@@ -96,8 +96,8 @@ def recipe(family: str, data: dict[str, Any], sample: dict[str, Any], folder: Pa
     return parse_recipe(f"method: scratch\n{lines}", "tiny.yaml", "tiny")
 
 
-def resumed(asked: Recipe, whole: Path) -> None:
-    """What is left if the run in `whole` is killed after its checkpoint of step 2, and resumed in a copy of its folder."""
+def resume_copy(asked: Recipe, whole: Path) -> None:
+    """Resume a copy of the run in `whole`, as if it had been killed after its checkpoint of step 2."""
     folder = Path(asked.output.folder or "")
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / "step-0000004")
@@ -111,7 +111,7 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["folders", "beside"])
-def test_pairs_from_audit_to_report_and_resumed(layout: str, tmp_path: Path) -> None:
+def test_paired_images_train_report_and_resume_exactly(layout: str, tmp_path: Path) -> None:
     data = pairs(tmp_path / "data", layout)
     reference = data / ("reference/0.png" if layout == "folders" else "0.reference.png")
     sample = {"prompts": ["turn it over", "leave it"], "references": [str(reference)]}
@@ -121,7 +121,7 @@ def test_pairs_from_audit_to_report_and_resumed(layout: str, tmp_path: Path) -> 
     job = tiny.train(whole)
     assert job.audit is not None and [*job.audit.images[0].others] == ["reference"]
     assert len(job.audit.images) == 6
-    resumed(parts, tmp_path / "whole")
+    resume_copy(parts, tmp_path / "whole")
     for name, tensor in final(tmp_path / "whole").items():
         assert torch.equal(tensor, final(tmp_path / "resumed")[name]), name
     losses = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -137,12 +137,12 @@ def test_references_are_encoded_once_with_each_caption(tmp_path: Path) -> None:
     assert isinstance(job.data.encoder, PairEncoder)
     calls = job.data.encoder.calls
     assert calls.count(("target",)) == 6
-    assert calls.count(("caption", "reference")) == 12, "with the caption, and with the empty one of caption dropout"
+    assert calls.count(("caption", "reference")) == 12, "once with the caption, once with the empty caption of dropout"
     again = tiny.prepare(recipe("tiny-editor", {"path": str(data)}, {}, tmp_path / "again"))
     assert isinstance(again.data.encoder, PairEncoder) and again.data.encoder.calls == []
 
 
-def test_what_lacks_its_partner_is_named(tmp_path: Path) -> None:
+def test_missing_unreadable_and_unused_partners_are_reported(tmp_path: Path) -> None:
     data = pairs(tmp_path / "data", "folders")
     (data / "reference" / "3.png").unlink()
     Image.new("RGB", (8, 8)).save(data / "reference" / "lonely.png")
@@ -159,13 +159,13 @@ def test_what_lacks_its_partner_is_named(tmp_path: Path) -> None:
         audit.raise_if_stopped()
 
 
-def test_clips_from_audit_to_report_and_resumed(tmp_path: Path) -> None:
+def test_clips_train_report_and_resume_exactly(tmp_path: Path) -> None:
     data = clips(tmp_path / "data")
     sample = {"prompts": ["a bar", "a wide bar"]}
     given = {"path": str(data), "frames": 4}
     whole, parts = (recipe("tiny-clips", given, sample, tmp_path / name) for name in ("whole", "resumed"))
     tiny.train(whole)
-    resumed(parts, tmp_path / "whole")
+    resume_copy(parts, tmp_path / "whole")
     for name, tensor in final(tmp_path / "whole").items():
         assert torch.equal(tensor, final(tmp_path / "resumed")[name]), name
     plan = load_plan(tmp_path / "whole")
@@ -178,18 +178,18 @@ def test_clips_from_audit_to_report_and_resumed(tmp_path: Path) -> None:
     assert "data:image/webp" in (tmp_path / "whole" / "report.html").read_text()
 
 
-def test_a_clip_that_is_too_short_is_named(tmp_path: Path) -> None:
+def test_clip_with_too_few_frames_is_reported(tmp_path: Path) -> None:
     asked = recipe("tiny-clips", {"path": str(clips(tmp_path / "data")), "frames": 9}, {}, tmp_path / "run")
     audit = scan(asked.data, family=registry.specs()["tiny-clips"])
     assert not audit.images
     assert all("6 frames, too few for 9" in problem.detail for problem in audit.problems)
     sampled = recipe("tiny-clips", {"path": str(tmp_path / "data"), "frames": 3, "fps": 5}, {}, tmp_path / "run")
     assert len(scan(sampled.data, family=registry.specs()["tiny-clips"]).images) == 5, (
-        "at half the rate, every second frame"
+        "at half the frame rate, every second frame is used"
     )
 
 
-def test_frames_are_for_video_families(tmp_path: Path) -> None:
+def test_frames_for_an_image_family_is_refused(tmp_path: Path) -> None:
     asked = recipe("tiny-editor", {"path": str(pairs(tmp_path / "d", "beside")), "frames": 4}, {}, tmp_path / "run")
     with pytest.raises(UserError, match="trains on images, not clips"):
         scan(asked.data, family=registry.specs()["tiny-editor"])

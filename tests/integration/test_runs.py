@@ -1,4 +1,4 @@
-"""Runs from outside and their ends: what they report, how they are listed, watched and stopped."""
+"""Runs and how they end: status, listing, the watchdog, signals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights(job: Job) -> dict[str, torch.Tensor]:
 
 
 def at_step(job: Job, step: int, then: Callable[[], None]) -> None:
-    """Have the trainer do `then` in the middle of `step`, counted from 0."""
+    """Make the trainer call `then` in the middle of `step`, counted from 0."""
     take = job.trainer.train_step
 
     def taken(number: int) -> dict[str, float]:
@@ -60,7 +60,7 @@ def send(*numbers: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
-def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tmp_path: Path) -> None:
+def test_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     job = prepared(tmp_path / "run")
     at_step(job, 2, send(*numbers))
@@ -78,7 +78,7 @@ def test_a_signal_finishes_the_step_saves_and_stops(numbers: tuple[int, ...], tm
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     job = prepared(tmp_path / "run")
     at_step(job, 5, send(signal.SIGINT, signal.SIGINT))
     with pytest.raises(Stopped, match="stopped at once"):
@@ -86,8 +86,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert run_list.look(tmp_path / "run").saved == (4,)
 
 
-def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) -> None:
-    """Step 3's samples are due; the signal comes while they are drawn: one more step is taken, and nothing is lost."""
+def test_signal_during_samples_stops_and_resume_generates_them(tmp_path: Path) -> None:
+    """The signal comes during step 3's samples: one more step is taken, and no samples are lost."""
     job = prepared(tmp_path / "run", "sample.every=3")
     drawn, observe = list[int](), job.trainer.observe
     assert observe is not None
@@ -104,7 +104,7 @@ def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) ->
     assert drawn == [0] and run_list.look(tmp_path / "run").saved == (3, 4)
     (
         tmp_path / "run" / "checkpoints" / "step-0000004" / "manifest.json"
-    ).unlink()  # as if it had been killed while drawing
+    ).unlink()  # as if it had been killed while generating samples
     prepared(tmp_path / "run", "sample.every=3", resume=True).trainer.train()
     assert [path.parent.name for path in sorted((tmp_path / "run" / "samples").glob("*/grid.png"))] == [
         "step-0000003",
@@ -112,7 +112,7 @@ def test_samples_are_cut_short_and_drawn_after_the_resumption(tmp_path: Path) ->
     ]
 
 
-def test_a_save_comes_before_samples_and_a_failed_look_costs_nothing(
+def test_checkpoint_is_saved_before_samples_and_their_failure_is_tolerated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = prepared(tmp_path / "run", "sample.every=5")
@@ -131,7 +131,7 @@ def test_a_save_comes_before_samples_and_a_failed_look_costs_nothing(
 # -- the watchdog -----------------------------------------------------------------------------------------------------
 
 
-def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
+def test_watchdog_reports_a_stalled_step_once(tmp_path: Path) -> None:
     job = prepared(tmp_path / "run")
     said: list[str] = []
     freeze = threading.Event()
@@ -152,7 +152,7 @@ def test_what_stands_still_is_said_once_and_where(tmp_path: Path) -> None:
     assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
 
 
-def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
+def test_stall_names_the_rank_that_does_not_wait() -> None:
     def one(rank: int, waits: bool) -> run_status.Status:
         return run_status.Status(
             "running", "training", 11, 20, rank, "host", 1, 0.0, 0.0, 0.0, 400.0, f"file.py:{rank}", waits
@@ -164,7 +164,7 @@ def test_of_several_processes_the_one_that_does_not_wait_is_named() -> None:
     assert "rank 0 on host is at file.py:0; rank 1 on host" in watchdog.stall([one(0, True), one(1, True)], 400)
 
 
-def test_waiting_for_the_others_is_told_from_work() -> None:
+def test_place_of_distinguishes_waiting_from_work() -> None:
     import torch.distributed as distributed
 
     found: list[tuple[str, bool]] = []
@@ -185,13 +185,13 @@ def test_waiting_for_the_others_is_told_from_work() -> None:
     inside()
     Waits.apply(torch.ones(1, requires_grad=True)).backward()  # type: ignore[no-untyped-call]
     assert [waits for _, waits in found] == [False, True]
-    assert "torch/distributed/" in distributed.__file__, "what `clock` looks for"
+    assert "torch/distributed/" in distributed.__file__, "place_of() looks for this path"
 
 
-# -- from outside -----------------------------------------------------------------------------------------------------
+# -- seen from other processes ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_one_process_own(tmp_path: Path) -> None:
+def test_run_folder_is_locked_by_its_process(tmp_path: Path) -> None:
     holder = f"""
 import sys
 from pathlib import Path
@@ -211,11 +211,11 @@ with reporter.phase("training"):
             run_status.Reporter(tmp_path, 0, 10).lock()
         process.kill()
     assert not run_status.is_locked(tmp_path)
-    assert run_status.read(tmp_path)[0].state == "running", "its last word"
+    assert run_status.read(tmp_path)[0].state == "running", "the last recorded state"
     run_status.Reporter(tmp_path, 0, 10).lock()
 
 
-def test_runs_are_listed_with_their_state(
+def test_runs_lists_states_and_shows_details(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = prepared(tmp_path / "runs" / "done", "data.held_out=0.2", "train.validate_every=2")
@@ -273,7 +273,7 @@ def test_runs_are_listed_with_their_state(
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"steps": null}'])
-def test_what_is_no_run_is_said(content: str | None, tmp_path: Path) -> None:
+def test_look_at_a_folder_without_a_run_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "plan.json").write_text(content)
     with pytest.raises(UserError):

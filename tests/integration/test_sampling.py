@@ -1,4 +1,4 @@
-"""What `sample` draws in a fresh process is what the trainer last showed; and what it refuses."""
+"""`ft sample` in a fresh process repeats the trainer's last samples; invalid input is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.errors import UserError
 from finetune.inference.sample import sample
 from tests.helpers import tiny
 
-# Name → pipeline, method and overrides: a schedule that the LoRA's file cannot carry, scales that are not 1, several nets.
+# Name → pipeline, method, overrides: a schedule not stored in the LoRA's file, scales other than 1, several networks.
 RUNS = {
     "rslora": (
         "sd21",
@@ -31,7 +31,7 @@ RUNS = {
 }
 STEPS = 4
 PROMPTS = ["a red circle", "green triangle"]
-# Run by a fresh Python: the images of each run by `sample`, then by the very lines that the report shows.
+# Run by a fresh Python: samples of each run, then an image by the code that the report shows.
 FRESH = """
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ for name in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the three trained runs, and in each run drawn/1 by a fresh process."""
+    """A folder with the three trained runs; a fresh process has written drawn/1 in each."""
     root = tmp_path_factory.mktemp("runs")
     for name, (pipeline, method, *overrides) in RUNS.items():
         sampled = (
@@ -92,22 +92,22 @@ def difference(one: Path, other: Path) -> int:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_draws_the_trainers_last_samples_again(runs: Path, name: str) -> None:
+def test_sample_repeats_the_trainers_last_samples(runs: Path, name: str) -> None:
     last, first = runs / name / "samples" / f"step-{STEPS:07d}", runs / name / "samples" / "step-0000000"
     for number in range(2):
         assert difference(runs / name / "drawn" / "1" / f"{number:02d}.png", last / f"{number:02d}.png") <= 1
         assert (
             difference(first / f"{number:02d}.png", last / f"{number:02d}.png") > 8
-        )  # it would be seen if the training were not in the image
+        )  # large enough to notice if the trained weights were not used
     assert (runs / name / "drawn" / "1" / "grid.png").is_file()
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_lines_on_the_page_draw_it_too(runs: Path, name: str) -> None:
+def test_usage_code_of_the_report_repeats_the_last_sample(runs: Path, name: str) -> None:
     assert difference(runs / f"{name}-plain.png", runs / name / "samples" / f"step-{STEPS:07d}" / "00.png") <= 1
 
 
-def test_what_is_asked_goes_before_what_the_recipe_says(runs: Path, tmp_path: Path) -> None:
+def test_sample_options_override_the_recipe(runs: Path, tmp_path: Path) -> None:
     files = sample(
         runs / "rslora",
         ["a red circle", "two black stripes"],
@@ -128,13 +128,13 @@ def test_what_is_asked_goes_before_what_the_recipe_says(runs: Path, tmp_path: Pa
         sample(runs / "rslora", ["a red circle"], out=tmp_path / "out")
 
 
-def test_a_image_does_not_depend_on_the_others_and_nothing_is_overwritten(runs: Path) -> None:
+def test_sample_does_not_depend_on_other_images_and_never_overwrites(runs: Path) -> None:
     (alone,) = sample(runs / "full", [PROMPTS[1]], seeds=[8])
     assert alone == runs / "full" / "drawn" / "2" / "00.png"
     assert difference(alone, runs / "full" / "drawn" / "1" / "01.png") == 0
 
 
-def test_a_diffusers_folder_is_drawn_with_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_from_a_diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tiny.pipeline("sd15").rglob("*"))
     assert sample(tiny.pipeline("sd15"), ["a red circle"], steps=2) == [Path("drawn/1/00.png")]
@@ -142,7 +142,7 @@ def test_a_diffusers_folder_is_drawn_with_too(tmp_path: Path, monkeypatch: pytes
     assert opened(Path("drawn/1/00.png")).size == (32, 32)
 
 
-def test_refusals(runs: Path, tmp_path: Path) -> None:
+def test_sample_with_invalid_input_is_refused(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run"):
         sample(tmp_path / "nothing", ["a"])
     (tmp_path / "empty").mkdir()

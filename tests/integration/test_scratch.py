@@ -1,4 +1,4 @@
-"""Every recipe in pixel space through the same tests: it learns, all of it trains, it draws, and its files give it back."""
+"""Every recipe from scratch: its loss falls, all parameters train, it samples, and its saved model opens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.helpers.scratch import CASES
 SEEDS = (3, 4)
 
 
-def test_no_recipe_is_left_out() -> None:
+def test_every_scratch_recipe_has_a_case() -> None:
     in_pixels = {
         name.partition("/")[2] for name in bundled_recipes() if load_recipe(name).model.family in nets.families()
     }
@@ -55,7 +55,10 @@ class Trained:
 
 
 def fixed_loss(job: Job) -> float:
-    """The mean loss of the first turn over fixed draws of twelve images; of a GAN, whose losses are moves of a game, how far it draws from them."""
+    """The mean loss of the first train step on fixed noise of twelve images.
+
+    For a GAN, its samples' distance to them.
+    """
     draw = Draw(99, 0, range(12))
     batch = job.data.batch(0, [place % 4 for place in range(12)], draw)
     with torch.no_grad(), job.trainer.state.averaged():
@@ -70,7 +73,7 @@ def fixed_loss(job: Job) -> float:
 
 
 def energy(some: Tensor, others: Tensor) -> float:
-    """The energy distance of two samples [N, D] (Székely & Rizzo 2013): 2 E|x − y| − E|x − x′| − E|y − y′|, 0 of equal distributions."""
+    """The energy distance of samples [N, D] (Székely & Rizzo 2013): 2 E|x − y| − E|x − x′| − E|y − y′|; 0 if equal."""
     within = sum(torch.pdist(sample).mean() for sample in (some, others))
     return float(2 * torch.cdist(some, others).mean() - within)
 
@@ -100,7 +103,7 @@ def pixel_model(name: str) -> PixelModel:
     return model
 
 
-def drawn(model: PixelModel, seeds: tuple[int, ...] = SEEDS) -> Tensor:
+def generate(model: PixelModel, seeds: tuple[int, ...] = SEEDS) -> Tensor:
     request = SampleRequest(("0",) * len(seeds), seeds, steps=2, guidance=1.0)
     with torch.no_grad():
         return model.generate(torch.zeros(len(seeds), dtype=torch.long), Draw(0, "sample", seeds), request)
@@ -112,7 +115,7 @@ def weights(folder: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_its_loss_falls_and_every_parameter_trains(name: str) -> None:
+def test_scratch_recipe_loss_falls_and_every_parameter_trains(name: str) -> None:
     run = trained(name)
     assert run.losses[1] < run.losses[0]
     third = weights(run.job.run.folder, 3)
@@ -122,26 +125,26 @@ def test_its_loss_falls_and_every_parameter_trains(name: str) -> None:
         for key in parameters
         if torch.equal(third[key], run.before[key]) and not key.endswith(CASES[name].unchanged or ("-",))
     }
-    assert not still, "no gradient reached these within three steps"
+    assert not still, "no gradient reached these parameters within three steps"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_draws_levels_each_image_from_its_own_seed(name: str) -> None:
+def test_scratch_samples_are_levels_that_depend_only_on_their_seed(name: str) -> None:
     model = pixel_model(name)
-    both = drawn(model)
+    both = generate(model)
     assert both.shape == (2, *model.space.shape) and both.dtype == torch.uint8 and int(both.max()) < model.space.levels
-    assert torch.equal(both, drawn(model)), "the same seeds draw the same"
+    assert torch.equal(both, generate(model)), "equal seeds must give equal samples"
     assert not torch.equal(both[0], both[1])
-    assert torch.equal(both[1:], drawn(model, SEEDS[1:])), "an image depends on its company"
+    assert torch.equal(both[1:], generate(model, SEEDS[1:])), "an image depends on its batch"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_its_files_give_it_back(name: str) -> None:
+def test_scratch_saved_model_opens_equal(name: str) -> None:
     folder = trained(name).job.run.folder
     model, opened = pixel_model(name), open_model(folder)
     assert (opened.space, opened.section) == (model.space, model.section)
     assert all(torch.equal(tensor, opened.net.state_dict()[key]) for key, tensor in model.net.state_dict().items())
-    assert torch.equal(drawn(opened), drawn(model))
+    assert torch.equal(generate(opened), generate(model))
     step = trained(name).job.plan.steps
     for number, file in enumerate(sample(folder, [])):
         shown = folder / "samples" / f"step-{step:07d}" / f"{number:02d}.png"
@@ -154,7 +157,7 @@ def _pixels(file: Path) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
+def test_scratch_resume_is_exact(name: str, tmp_path: Path) -> None:
     whole = trained(name).job.run.folder
 
     class Killed(Exception):
@@ -182,8 +185,8 @@ def test_resumed_is_exact(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_its_step_runs_on_fake_tensors(name: str) -> None:
-    """As the estimate traces it, in float32 and under CUDA's autocast: no shape and no branch depends on a value."""
+def test_scratch_train_step_runs_on_fake_tensors(name: str) -> None:
+    """As traced for estimates, in float32 and with CUDA's autocast: no shape or branch depends on a value."""
     job = trained(name).job
     real = job.data.batch(0, [0], Draw(0, 0, [0]))
     with fake_tensors(), skeletons(), cuda() as mode:
@@ -196,7 +199,7 @@ def test_its_step_runs_on_fake_tensors(name: str) -> None:
             loss.mean().backward()
 
 
-def test_the_generator_moves_each_so_many_steps() -> None:
+def test_wgan_gp_generator_trains_only_every_nth_step() -> None:
     folder = trained("wgan-gp").job.run.folder
     taken = {
         r["step"]
@@ -206,7 +209,7 @@ def test_the_generator_moves_each_so_many_steps() -> None:
     assert taken == set(range(1, 21, 2))
 
 
-def test_a_run_from_scratch_is_traced() -> None:
+def test_scratch_run_is_traced() -> None:
     job = trained("vae").job
     phases = TracedRun(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)  # type: ignore[attr-defined]
     assert phases["train"].held["trained"] == sum(parameter.numel() for parameter in job.model.trained().values()) * 4
@@ -214,7 +217,7 @@ def test_a_run_from_scratch_is_traced() -> None:
 
 
 class Products(TorchDispatchMode):
-    """FLOPs of what runs within. (torch's own counter follows modules too, and fails where gradients are differentiated.)"""
+    """Counts FLOPs. (torch's own counter also follows modules, and fails where gradients are differentiated.)"""
 
     flops = 0
 
@@ -226,8 +229,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["wgan-gp", "stylegan2"])
-def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
-    """Some steps move the generator or take penalties and others do not; a cycle of real ones computes what is estimated."""
+def test_gan_estimate_is_the_mean_of_its_step_cycle(name: str, tmp_path: Path) -> None:
+    """Some steps train the generator or add penalties, others do not; a full cycle computes as much as estimated."""
     job = tiny.prepare(scratch.recipe(name, tmp_path / "run"))
     phase = TracedRun(job.plan.recipe, "float32", (8, 8), job.model.audit, device="cpu").phases(only_training=True)[  # type: ignore[attr-defined]
         "train"
@@ -242,7 +245,7 @@ def test_a_gan_is_estimated_by_its_mean_step(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_levels_and_images_are_inverse() -> None:
+def test_space_images_and_levels_are_inverse() -> None:
     for levels in (2, 17, 256):
         space = Space(3, 2, 3, levels)
         some = torch.randint(levels, (5, 3, 2, 3), dtype=torch.uint8)
@@ -272,13 +275,13 @@ def test_levels_and_images_are_inverse() -> None:
         (["model.family=sd"], r'family "sd" has no `net` section'),
     ],
 )
-def test_mistakes(overrides: list[str], told: str, tmp_path: Path) -> None:
+def test_scratch_recipe_with_invalid_values_is_refused(overrides: list[str], told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         tiny.prepare(scratch.recipe("vae", tmp_path / "run", *overrides))
     assert re.search(told, "\n".join(caught.value.lines()))
 
 
-def test_too_few_images(tmp_path: Path) -> None:
+def test_scratch_with_too_few_images_is_refused(tmp_path: Path) -> None:
     one, lonely = tmp_path / "one" / "0", tmp_path / "lonely"
     one.mkdir(parents=True)
     files = sorted(scratch.digits().rglob("*.png"))

@@ -1,4 +1,4 @@
-"""New words learned together with a LoRA: they alone of the text encoders train, and plain diffusers reads them."""
+"""Textual inversion with a LoRA: of the text encoders only the new words train; plain diffusers reads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune.models.pretrained.textual_inversion import NewTokens
 from tests.helpers import tiny
 
 PROMPT = "a red <it>"
-# Plain diffusers, by the very lines that the report and the model card show.
+# Plain diffusers, by the code that the report and the model card show.
 FRESH = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def pixels(file: Path) -> numpy.ndarray:
 
 
 @cache
-def drawn_by_plain_diffusers() -> Path:
+def generated_by_diffusers() -> Path:
     folder = tiny.root() / "words-plain"
     folder.mkdir()
     jobs = []
@@ -85,7 +85,7 @@ def drawn_by_plain_diffusers() -> Path:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_the_words_alone_train_and_plain_diffusers_draws_the_same(name: str) -> None:
+def test_textual_inversion_trains_only_its_words_and_diffusers_agrees(name: str) -> None:
     job = trained(name)
     names = set(job.model.trained())
     rows = {key for key in names if key.endswith("token_embedding.offset")}
@@ -93,18 +93,18 @@ def test_the_words_alone_train_and_plain_diffusers_draws_the_same(name: str) -> 
     assert len(rows) == encoders
     assert all(".lora_" in key for key in names - rows)
     assert any(".encoders." in key for key in names - rows) == (name == "sdxl"), (
-        "only where the recipe trains the text encoders too"
+        "only if the recipe trains the text encoders too"
     )
     one = load_file(job.run.folder / "checkpoints" / "step-0000001" / "weights.safetensors")
-    assert all(one[key].abs().min(1).values.gt(0).all() for key in rows), "both vectors of the word have moved"
+    assert all(one[key].abs().min(1).values.gt(0).all() for key in rows), "both vectors of the word have changed"
 
     folder = job.run.folder / "samples"
     last = pixels(folder / "step-0000002" / "00.png")
     assert abs(last - pixels(folder / "step-0000000" / "00.png")).max() > 5
-    assert abs(pixels(drawn_by_plain_diffusers() / f"{name}.png") - last).max() <= 1
+    assert abs(pixels(generated_by_diffusers() / f"{name}.png") - last).max() <= 1
 
 
-def test_files_cards_and_merged_pipelines_know_the_words(tmp_path: Path) -> None:
+def test_textual_inversion_files_card_and_merge_contain_the_words(tmp_path: Path) -> None:
     run = trained("sd15").run.folder
     (file,) = (run / "final" / "embeddings").iterdir()
     assert {key: tensor.shape for key, tensor in load_file(file).items()} == {"<it>": (2, 32)}
@@ -121,7 +121,7 @@ def test_files_cards_and_merged_pipelines_know_the_words(tmp_path: Path) -> None
     assert abs(pixels(merged) - last).max() <= 1
 
 
-def test_rows_begin_with_the_word_and_learn_faster() -> None:
+def test_new_tokens_start_from_the_word_and_scale_their_gradient() -> None:
     embedding = nn.Embedding(10, 4)
     words = NewTokens(embedding, torch.ones(2, 4), torch.tensor([1.0, 5.0]))
     ids = torch.tensor([[3, 10, 11, 9]])
@@ -135,7 +135,7 @@ def test_rows_begin_with_the_word_and_learn_faster() -> None:
     torch.testing.assert_close(words.rows(), torch.tensor([[1.1] * 4, [1.5] * 4]))
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_textual_inversion_with_invalid_tokens_is_refused(tmp_path: Path) -> None:
     def refused(*overrides: str, method: str = "lora") -> str:
         with pytest.raises(UserError) as caught:
             tiny.prepare(tiny.recipe("sd15", method, *overrides, folder=tmp_path / "run"))

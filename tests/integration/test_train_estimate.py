@@ -1,4 +1,4 @@
-"""`ft train` beside the estimate: the refusal before, the warning during, the comparison after; and benchmarks/check_gpu.py."""
+"""`ft train` and its estimate: refusal before, warning during, comparison after; and benchmarks/check_gpu.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def of(name: str, *overrides: str, gpu: str = "rtx3060") -> Forecast:
 # -- before -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_refused_with_advice_that_helps(
+def test_run_that_does_not_fit_is_refused_with_working_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = planned("full/sd15", SMALL_GPU, tmp_path, monkeypatch)
@@ -69,7 +69,9 @@ def test_what_does_not_fit_is_refused_with_advice_that_helps(
     assert not (tmp_path / "run").exists()
 
 
-def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_run_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: SMALL_GPU)
     with pytest.raises(SystemExit) as ended:
         main(["check", "full/sd15", "--set", f"data.path={tiny.images()}"])
@@ -77,8 +79,8 @@ def test_check_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert ended.value.code == 2 and "\nestimate: " in shown.out and "--set train.ema=null" in shown.err
 
 
-def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps with repeats, several processes, and the memory that torch sees, which of GPUs sold under one name differs."""
+def test_estimate_uses_the_plan_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with repeats, several processes, and the memory visible to torch, which differs among GPUs of one name."""
     machine = dataclasses.replace(
         SMALL_GPU, name="NVIDIA GeForce RTX 4060 Ti", processes=2, memory_bytes=int(7.6 * GIB)
     )
@@ -104,7 +106,7 @@ def test_the_estimate_is_of_this_very_plan_and_machine(tmp_path: Path, monkeypat
         ("lora/sd15", {"device": "cpu"}, ("train.precision=bfloat16",), "cost profiles of CPUs are for float32"),
     ],
 )
-def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
+def test_run_without_an_estimate_reports_the_reason_and_continues(
     name: str,
     changes: dict[str, str],
     overrides: tuple[str, ...],
@@ -117,7 +119,7 @@ def test_without_an_estimate_the_reason_is_said_and_the_run_goes_on(
     assert found.forecast is None and found.line.startswith("no estimate: ") and says in found.line
 
 
-def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_exceeds_host_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "this_machine", lambda: Machine("cpu", "A processor", 1, 1, False, 2**16))
     with pytest.raises(UserError, match=r"weights, gradients and optimizer state take .* GiB, and this machine has"):
         job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"))
@@ -125,7 +127,7 @@ def test_what_a_cpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.M
     job.prepare(tiny.recipe("sd15", "full", folder=tmp_path / "run"), force=True)
 
 
-def test_force_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_option_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[list[str]] = []
     monkeypatch.setattr(launcher, "run", lambda arguments, environment: launched.append(arguments))
     with pytest.raises(SystemExit):
@@ -145,18 +147,18 @@ def test_force_reaches_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- while it runs ----------------------------------------------------------------------------------------------------
 
 
-def test_slow_is_twice_the_estimate_by_the_last_steps_median() -> None:
-    warm = [9.0] * WARM_UP  # first steps say nothing
+def test_too_slow_compares_the_median_of_the_last_steps_with_twice_the_estimate() -> None:
+    warm = [9.0] * WARM_UP  # the first steps do not count
     assert too_slow([*warm, *[2.1] * (FEWEST - 1)], 1.0) is None
     assert too_slow([*warm, *[2.1] * FEWEST], 1.0) == 2.1
     assert too_slow([*warm, *[1.9] * FEWEST], 1.0) is None
-    assert too_slow([*warm, *[9.0] * 9, *[1.0] * 11], 1.0) is None  # a slow while that is over
+    assert too_slow([*warm, *[9.0] * 9, *[1.0] * 11], 1.0) is None  # a slow period that is over
     assert too_slow([*warm, *[1.0] * 500, *[3.0] * WINDOW], 1.0) == 3.0
     assert typical([9.0, 9.0, 9.0, 1.0, 1.2, 1.1]) == 1.1 and typical([9.0, 2.0]) == 2.0
-    assert typical([*warm, *[1.0, 3.0] * 4, 1.0], 2) == 2.0  # of nets whose steps differ, whole cycles
+    assert typical([*warm, *[1.0, 3.0] * 4, 1.0], 2) == 2.0  # whole cycles, for models whose steps differ
 
 
-def test_the_warning_names_figure_estimate_and_lever() -> None:
+def test_pace_warning_names_figure_estimate_and_memory_option() -> None:
     one = of("lora/sdxl", "train.gradient_checkpointing=false")
     said = warning(one, 7.5, 0.4)
     assert (
@@ -174,7 +176,7 @@ def test_the_warning_names_figure_estimate_and_lever() -> None:
     assert "The GPU waits for the CPU, which launches 1," in warning(of("lora/emoji"), 7.5, None)
 
 
-def test_a_run_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_run_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = tiny.prepare(tiny.recipe("sd15", "lora", f"train.steps={WARM_UP + FEWEST + 4}", folder=tmp_path / "run"))
     one = of("lora/sd15")
     unlikely = dataclasses.replace(one, speed=dataclasses.replace(one.speed, compute=1e-9, bandwidth=0.0, launch=0.0))
@@ -187,7 +189,7 @@ def test_a_run_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 # -- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_finished_run_compares_estimate_and_measurement(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = tiny.recipe("sd15", "lora", "train.steps=5", folder=tmp_path / "run")
     done = tiny.train(recipe)
     found = json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8"))
@@ -201,7 +203,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     assert f"   step    {found['seconds_per_step']['measured']:.3g} s\n" in f"{caplog.text}\n"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert '<section id="estimate">' in page and "There was no estimate: no cost profile covers this model" in page
-    tiny.train(recipe, resume=True)  # takes no step, and leaves what was measured
+    tiny.train(recipe, resume=True)  # takes no step, and keeps the measurement
     assert json.loads((tmp_path / "run" / "estimate.json").read_text(encoding="utf-8")) == found
 
     one = of("lora/sd15")
@@ -215,7 +217,7 @@ def test_a_run_ends_with_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureF
     assert f"The estimate for {one.gpu.name} before the first step" in page and '<td class="amount">+5%</td>' in page
 
 
-def test_measured_rows_say_which_side_was_off() -> None:
+def test_measured_rows_describe_the_difference() -> None:
     values: dict[str, dict[str, float | None]] = {
         "memory_bytes": {"estimated": 4 * GIB, "measured": 3 * GIB},
         "seconds_per_step": {"estimated": 0.255, "measured": 0.354},
@@ -246,7 +248,9 @@ def check_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_without_a_gpu_it_says_what_it_would_run(check_gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_gpu_without_a_gpu_lists_what_it_would_run(
+    check_gpu: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     check_gpu.main(["--gpu", "rtx3060"], standalone_mode=False)
     shown = capsys.readouterr().out
     assert shown.startswith("no CUDA GPU is here; on one RTX 3060 12GB this would run:")
@@ -254,7 +258,7 @@ def test_without_a_gpu_it_says_what_it_would_run(check_gpu: ModuleType, capsys: 
     assert "\nfull/sd15 --set train.ema=null\n" in shown and "full/sdxl: does not fit" in shown
 
 
-def test_on_a_cpu_it_measures_by_the_same_code(
+def test_check_gpu_on_a_cpu_measures_with_the_same_code(
     check_gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.tsv"
@@ -274,13 +278,13 @@ def test_on_a_cpu_it_measures_by_the_same_code(
     assert float(row["seconds"]) > 0
 
 
-# Sana took 1.1 GiB more than is foretold; which operator's workspace that is was not found.
+# Sana took 1.1 GiB more than estimated; the operator whose workspace it is was not found.
 OFF = {"lora/sana": 0.3}
 MEASURED = (ASSETS / "gpu_runs.tsv").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize("line", MEASURED[1:])
-def test_memory_that_was_measured_on_a_gpu_is_foretold(line: str) -> None:
+def test_memory_estimate_matches_gpu_measurements(line: str) -> None:
     row = dict(zip(MEASURED[0].split("\t"), line.split("\t"), strict=True))
     one = forecast(load_recipe(row["recipe"], row["set"].split()), row["recipe"], find(row["gpu"]), 16)
     assert (one.memory.phases["train"] - CONTEXT) / GIB == pytest.approx(
