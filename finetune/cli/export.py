@@ -11,13 +11,7 @@ from finetune import terminal
 from finetune.cli import completion
 from finetune.cli.preflight import refuse_missing_run
 from finetune.errors import UserError
-from finetune.export import Format, export
-
-# Format → where the programs that read it look for LoRAs.
-WHERE = {
-    "comfyui": "To use it in ComfyUI, copy the file to ComfyUI/models/loras and load it with a Load LoRA node.",
-    "kohya": "To use it, copy the file to models/Lora (A1111, Forge) or to models/loras (ComfyUI).",
-}
+from finetune.export import WHERE, Format, export
 
 
 @click.command()

@@ -15,6 +15,11 @@ from finetune.errors import UserError, did_you_mean
 from finetune.models.registry import has_unet, spec_of
 
 Format = Literal["diffusers", "kohya", "comfyui"]
+# Format → where the programs that read it look for LoRAs.
+WHERE = {
+    "comfyui": "To use it in ComfyUI, copy the file to ComfyUI/models/loras and load it with a Load LoRA node.",
+    "kohya": "To use it, copy the file to models/Lora (A1111, Forge) or to models/loras (ComfyUI).",
+}
 
 
 def export(

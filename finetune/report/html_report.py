@@ -152,7 +152,7 @@ def _head(run: _RunFiles) -> dict[str, Any]:
         facts.append((name, f"{svg_charts.smoothed(run.series(f'loss.{train_step}'))[-1][1]:.3g}"))
     if run.files:
         name = "file" if len(run.files) == 1 else f"{len(run.files)} files"
-        facts.append((name, _bytes(sum(path.stat().st_size for path in run.files))))
+        facts.append((name, file_size(sum(path.stat().st_size for path in run.files))))
     base = f" on {recipe.model.path}" if recipe.model.path else ""
     return {
         "name": recipe.name,
@@ -280,7 +280,7 @@ def _result(run: _RunFiles) -> dict[str, Any]:
     versions = [f"{name} {version}" for name, version in run.versions.items() if version != "absent"]
     return {
         "folder": str(run.folder),
-        "files": [(str(path.relative_to(run.folder)), _bytes(path.stat().st_size)) for path in run.files],
+        "files": [(str(path.relative_to(run.folder)), file_size(path.stat().st_size)) for path in run.files],
         "usage": usage(run.plan, base, str(run.folder / "final")) if run.files else "",
         "resume": f"ft train {recipe} --set output.folder={folder} --resume",
         "environment": [f"seed {run.plan.recipe.train.seed}", *versions],
@@ -301,7 +301,7 @@ def embedded_picture(sample: images.SampleFile, side: int) -> dict[str, Any]:
     return open_sample(sample.path)[0].player(side)
 
 
-def _bytes(count: int) -> str:
+def file_size(count: int) -> str:
     """`312 KB`, `22.4 MB`, `4.27 GB`, in powers of ten as file managers show them."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from finetune.errors import UserError
 from finetune.ui.security import LOOPBACK, Guard
 from finetune.ui.site import Site
-from finetune.ui.tabs import data, train
+from finetune.ui.tabs import data, result, train
 
 STATIC = {
     "page.css": ("finetune.report", "templates/page.css", "text/css"),
@@ -37,6 +37,7 @@ def application(site: Site, token: str, hosts: tuple[str, ...] = LOOPBACK) -> AS
         Route("/static/{name}", _static),
         *data.ROUTES,
         *train.ROUTES,
+        *result.ROUTES,
     ]
     app = Starlette(routes=routes)
     app.state.site = site

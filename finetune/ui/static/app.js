@@ -48,3 +48,14 @@ document.addEventListener("submit", async (event) => {
   else form.after(made);
 });
 document.addEventListener("input", (event) => event.target.closest("form[data-into]")?.classList.add("changed"));
+
+// The sliders of checkpoints and strengths: every image knows the addresses of all its cells.
+document.addEventListener("input", (event) => {
+  const box = event.target.closest(".sliders");
+  if (!box) return;
+  const chosen = [...box.querySelectorAll("input[type=range]")].map((input) => input.dataset.values.split(" ")[input.value]);
+  box.querySelectorAll("output").forEach((output, number) => {
+    output.textContent = number ? chosen[number] : "step " + Number(chosen[number]).toLocaleString("en");
+  });
+  box.querySelectorAll("img").forEach((image) => { image.src = JSON.parse(image.dataset.cells)[chosen.join(" ")]; });
+});

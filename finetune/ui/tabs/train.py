@@ -163,7 +163,7 @@ def _live(site: Site, name: str) -> dict[str, Any]:
     folder = site.run_folder(name)
     seen = look(folder)
     names = ("head", "training", "estimate")
-    sections = html_report.sections(folder, names, _picture(name), _memory(seen))
+    sections = html_report.sections(folder, names, picture_of(name), _memory(seen))
     facts = [fact for fact in sections["head"]["facts"] if fact[0] != "per step"]
     if seen.seconds_left:
         facts.insert(2, ("left", duration(seen.seconds_left)))
@@ -191,7 +191,7 @@ def _strip(site: Site, name: str, version: str = "") -> dict[str, Any]:
     now = _version(sorted(path.name for path in (folder / "samples").glob("step-*/grid.png")))
     if version == now:  # nothing to read
         return {"version": now}
-    return {"run": name, "version": now} | html_report.sections(folder, ("samples",), _picture(name))
+    return {"run": name, "version": now} | html_report.sections(folder, ("samples",), picture_of(name))
 
 
 def _version(*values: object) -> str:
@@ -212,7 +212,7 @@ def _state(seen: Seen) -> str:
     return f"{seen.state}: {seen.reason}" if seen.reason and seen.state != "finished" else seen.state
 
 
-def _picture(run: str) -> html_report.Picture:
+def picture_of(run: str) -> html_report.Picture:
     """Samples as addresses of this server, so that browsers keep them."""
 
     def picture(drawn: SampleFile, side: int) -> dict[str, Any]:
