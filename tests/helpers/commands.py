@@ -1,4 +1,4 @@
-"""The commands as tests give them: in this process, or as a person does, in one of their own."""
+"""Run commands in this process or, as users do, in one of their own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ft(*arguments: str) -> int:
 
 
 def shell(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own that finds this checkout by path only."""
+    """Run a command in a process of its own, which finds this checkout by PYTHONPATH only."""
     everything = {**os.environ, **environment}
     return subprocess.run(
         list(map(str, arguments)), cwd=cwd, env=everything, capture_output=True, text=True, timeout=300

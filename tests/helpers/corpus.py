@@ -1,7 +1,7 @@
-"""One folder with everything odd that an image, a caption or a name can be.
+"""A folder with everything unusual that an image, a caption or a name can be.
 
-Each image that trains is red on its left and blue on its right once it is seen as it is meant: upright, over white, its
-first frame, in 8 bits.
+Each valid image is red on its left and blue on its right if decoded correctly: upright, over white, its first frame,
+in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy
 from PIL import Image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-# What trains, with the oddities that are told of it.
+# Files that train, with their reported oddities.
 TRAINS = {
     "plain.png": (),
     "rotated.jpg": ("rotated by EXIF",),
@@ -50,7 +50,7 @@ TRAINS = {
     "marked.png": (),
     "sub/named.png": (),
 }
-# What does not, with the reason that is told.
+# Files that do not train, with the reported reason.
 REFUSED = {
     "empty.png": "the file is empty",
     "cut.jpg": "damaged or truncated",
@@ -76,7 +76,7 @@ REFUSED = {
     "link.txt": "links out of the folder",
 }
 
-SPECIAL = {"pipe.png", "out.png", "loop.png"}  # no plain files
+SPECIAL = {"pipe.png", "out.png", "loop.png"}  # not regular files
 SUFFIXES = {".png", ".jpg", ".gif", ".tif", ".webp", ".heic", ".svg"}
 
 
@@ -93,7 +93,7 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def png(width: int, height: int, depth: int, rows: bytes) -> bytes:
-    """A PNG of RGB written by hand: Pillow writes no 16-bit colors, and no sizes that it has no pixels for."""
+    """An RGB PNG written by hand: Pillow cannot write 16-bit RGB, or a size without pixels."""
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(rows)),
@@ -107,7 +107,7 @@ def png(width: int, height: int, depth: int, rows: bytes) -> bytes:
 def _images() -> dict[str, bytes]:
     plain, green = halves(), Image.new("RGB", (64, 64), "green")
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # to be rotated a quarter turn clockwise
     deep = numpy.zeros((64, 64, 3), ">u2")
     deep[:, :32, 0] = deep[:, 32:, 2] = 65535
     clear = halves(mode="RGBA")
@@ -148,14 +148,14 @@ def _images() -> dict[str, bytes]:
 
 
 def make(folder: Path) -> Path:
-    """Write the corpus into `folder/images`; returns it. Beside it lies what its links point at."""
+    """Write the corpus into `folder/images` and return that path; targets of its links lie outside."""
     root = folder / "images"
     (root / "sub").mkdir(parents=True)
     images = _images()
     for number, name in enumerate([*TRAINS, *REFUSED]):
         file = root / name
         if file.suffix.lower() in SUFFIXES and name not in SPECIAL:
-            # Those that have no image of their own get one that is like no other.
+            # Files without an image of their own get a unique one.
             file.write_bytes(images[name] if name in images else saved(halves((64, 64 + 2 * number)), "PNG"))
             if file.parent == root and name != "no caption.png":
                 file.with_suffix(".txt").write_text(f"caption {number}", encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The documentation as tests read it: pages, code blocks and the `ft` commands in them.
+"""The documentation as tests use it: pages, code blocks and the `ft` commands in them.
 
-A block after the comment `<!-- not run: REASON -->` is not run. A block with `title="FILE"` is a file that later blocks use.
+A block after the comment `<!-- not run: REASON -->` is not run. A block with `title="FILE"` is a file for later blocks.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def sample_images(folder: Path) -> None:
-    """Write a few emoji with captions into a new folder, as people have them."""
+    """Write a few emoji with captions into a new folder, as users have them."""
     folder.mkdir()
     for name in EMOJI:
         with Image.open(io.BytesIO(bundled("emoji/noto")[f"{name}.webp"].read())) as image:

@@ -1,4 +1,4 @@
-"""`ft estimate` and what stands behind it, as tests ask for it."""
+"""`ft estimate` and its parts, as tests use them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def ft(*arguments: str) -> int:
 
 
 def traced(name: str, *overrides: str) -> dict[str, Phase]:
-    """The training step of a bundled recipe on fake tensors."""
+    """The traced training step of a bundled recipe on fake tensors."""
     recipe = load_recipe(name, overrides)
     return TracedRun(recipe, "bfloat16", (recipe.data.resolution,) * 2).phases(only_training=True)
 
 
-def of(name: str, *overrides: str, gpu: Gpu | None = None, images: int = 3000) -> Forecast:
-    """A bundled recipe on an RTX 3090, or on `gpu`."""
+def forecast_of(name: str, *overrides: str, gpu: Gpu | None = None, images: int = 3000) -> Forecast:
+    """The estimate of a bundled recipe on an RTX 3090, or on `gpu`."""
     return forecast(load_recipe(name, overrides), name, gpu or find("rtx3090"), images)

@@ -1,4 +1,4 @@
-"""Diffusion of Gaussian data, where what a perfect net says is closed form."""
+"""Diffusion of Gaussian data, for which a perfect network has a closed form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEAN, DEVIATION = 0.7, 0.25  # of the Gaussian data
 
 
 def spread(level: Level) -> float:
-    """Of x, where x_0 is the Gaussian data."""
+    """The standard deviation of x, where x_0 is the Gaussian data."""
     return math.hypot(level.alpha * DEVIATION, level.sigma)
 
 
@@ -21,8 +21,8 @@ def oracle(noisy: Tensor, level: Level) -> Tensor:
     return MEAN + DEVIATION**2 * level.alpha / spread(level) ** 2 * (noisy - level.alpha * MEAN)
 
 
-def carried(noisy: Tensor, first: Level, last: Level) -> Tensor:
-    """Where the flow's differential equation takes x: how many deviations it lies from the mean stays."""
+def flow_solution(noisy: Tensor, first: Level, last: Level) -> Tensor:
+    """The solution of the probability-flow ODE from x: its distance to the mean in standard deviations is constant."""
     return last.alpha * MEAN + spread(last) / spread(first) * (noisy - first.alpha * MEAN)
 
 

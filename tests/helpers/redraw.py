@@ -1,9 +1,10 @@
-"""Draw with plain diffusers, and PEFT, what runs left behind; imports nothing of this project. A test starts it in a fresh process.
+"""Generate samples from runs with plain diffusers and PEFT. Run in a fresh process; imports nothing of this project.
 
     python redraw.py JOBS.json
 
-Each job: `artifact` (a LoRA's folder or a whole model), `base` (the pipeline that the LoRA belongs on), `sample` (the
-trainer's last image), `out` (the image to write), `prompt`, `seed`, `steps`, `arguments` (more of the pipeline's call), `bool_masks` (see below).
+Each job: `artifact` (a LoRA's folder or a whole model), `base` (the LoRA's pipeline), `sample` (the trainer's last
+image), `out` (the image to write), `prompt`, `seed`, `steps`, `arguments` (further arguments of the pipeline's call),
+`bool_masks` (see `make_masks_boolean`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def redraw(job: dict[str, Any]) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
     from peft import PeftModel
 
-    if job["prompt"] is None:  # an autoencoder: the image above is given, the reconstruction below is made again
+    if job["prompt"] is None:  # an autoencoder: the upper image is the input, the lower one its reconstruction
         import numpy
         from PIL import Image
 
@@ -34,7 +35,7 @@ def redraw(job: dict[str, Any]) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(job["base"] or job["artifact"])
     if job["base"]:
         adapters = sorted(Path(job["artifact"]).glob("*/adapter_config.json"))
-        for config in adapters:  # of a kind that diffusers has no file for: PEFT changes the net in place
+        for config in adapters:  # of a kind without a diffusers file: PEFT changes the network in place
             PeftModel.from_pretrained(getattr(pipeline, config.parent.name), config.parent)
         if not adapters:
             pipeline.load_lora_weights(job["artifact"])
@@ -54,7 +55,7 @@ def redraw(job: dict[str, Any]) -> Any:
 
 
 def make_masks_boolean(pipeline: Any) -> None:
-    """Let a pipeline's float masks mask: attention adds them to its scores as they are (huggingface/diffusers, issue 13619)."""
+    """Make float masks boolean: attention adds float masks to its scores as they are (huggingface/diffusers #13619)."""
     encode = pipeline.encode_prompt
 
     def with_masks(**arguments: Any) -> Any:

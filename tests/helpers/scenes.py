@@ -1,4 +1,4 @@
-"""Scenes of bad input: what a person gives, spoiled in one way, and what must be said of it. Each test file has a kind of them."""
+"""Bad input: a valid scene, ways to spoil it, and the expected message. Each test file has one kind of case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers import tiny
 
 @dataclass
 class Scene:
-    """A recipe that trains a LoRA on a tiny model, its images, and the ways in which a case spoils them."""
+    """A recipe that trains a LoRA on a tiny model, its images, and methods with which cases spoil them."""
 
     folder: Path
     patch: pytest.MonkeyPatch
@@ -47,7 +47,7 @@ class Scene:
         return [str(self.recipe), *(part for assignment in self.overrides for part in ("--set", assignment))]
 
     def no_space(self, when: Callable[[Path], bool]) -> None:
-        """From now on the disk is full for files that `when` picks: whatever is synced to them fails."""
+        """Make fsync fail with a full disk for files that `when` selects."""
         sync = os.fsync
 
         def fsync(descriptor: int) -> None:
@@ -70,7 +70,7 @@ Case = tuple[Spoil, str, str]
 
 
 class Cases(dict[str, Case]):
-    """By name what spoils a scene, with what must be said (in the problem or its place) and in the remedy."""
+    """Name → (what spoils a scene, patterns of the expected problem or place, and of the fix)."""
 
     def case(self, said: str, remedy: str) -> Callable[[Spoil], Spoil]:
         def register(spoil: Spoil) -> Spoil:
@@ -99,8 +99,8 @@ def snapshot(*folders: Path) -> dict[Path, tuple[int, bytes | None]]:
     return {path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
 
 
-def refused(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """Spoil the scene, run the entry script in this process, and see that it refuses as it should."""
+def check_refusal(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spoil the scene, run the entry script in this process, and check that it refuses without changing a file."""
     from accelerate.state import AcceleratorState
 
     from finetune.cli import launch_target
@@ -122,7 +122,7 @@ def refused(case: Case, scene: Scene, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def check(output: str, errors: str, said: str, remedy: str) -> None:
-    """One message: a line that says what is wrong, the place if there is one, the remedy; and no traceback anywhere."""
+    """Check that there is exactly one message, with problem, optional place and fix, and no traceback."""
     assert "Traceback" not in output + errors
     assert len(re.findall("^error: ", output + errors, flags=re.MULTILINE)) == 1
     message = re.sub(r"\A.*^(?=error: )", "", errors, flags=re.MULTILINE | re.DOTALL).rstrip().split("\n")

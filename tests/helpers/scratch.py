@@ -1,4 +1,4 @@
-"""Every recipe of a family in pixel space, made small: what the tests that take all of them through start from.
+"""Every recipe of a scratch family, made small for the tests that run all of them.
 
 from tests.helpers import scratch
 scratch.recipe("vae", tmp_path / "run", "train.steps=4")    # a recipe of `recipes/scratch/`, on a dozen 8×8 digits
@@ -28,12 +28,12 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe of `family`. `small` makes the recipe's net tiny; `steps` is how long it takes for its loss to fall.
+    """A recipe of `family`. `small` makes the recipe's network tiny; its loss falls within `steps`.
 
     Attributes:
-        unequal: why two processes do not equal one with twice the batch, "" if they do.
-        unchanged: endings of parameters that three steps need not move, such as a codebook that averages move instead.
-        first: of two stages, the key that names the first's run, and its recipe; without one it is an autoencoder of diffusers.
+        unequal: why two processes do not equal one with twice the batch; "" if they do.
+        unchanged: endings of parameters that may stay equal in three steps, such as a codebook updated by averages.
+        first: for two stages, the key that names the first stage's run, and its recipe (default: diffusers' VAE).
     """
 
     family: str
@@ -78,7 +78,7 @@ CASES = {
         "vqvae",
         ("net.width=8", "net.halvings=1", "net.codebook_size=6", "net.revive_after=1"),
         unequal="each process weighs the critic by its own images",
-        unchanged=("critic.net.5.bias",),  # within the hinge's margins true and rebuilt images pull it equally
+        unchanged=("critic.net.5.bias",),  # within the hinge's margins, real and reconstructed images pull it equally
     ),
     "vq-pixelcnn": Case(
         "vq-pixelcnn", ("net.width=8", "net.blocks=1", "net.embedding_dim=3", "net.dropout=0"), first=("vae", "vqvae")
@@ -97,13 +97,13 @@ CASES = {
         ("net.width=8", "net.halvings=1", "net.latent=4", "net.discriminator_steps=2"),
         steps=20,
         unequal="the generator's batch norm is of each process's own images",
-        unchanged=("critic.logit.bias",),  # it moves all logits alike, and only differences count
+        unchanged=("critic.logit.bias",),  # it shifts all logits equally, and only their differences matter
     ),
     "r3gan": Case(
         "r3gan",
         ("net.width=8", "net.halvings=1", "net.latent=4", "net.ada_images=40"),
         steps=20,
-        unchanged=("critic.logit.bias",),  # as WGAN-GP's
+        unchanged=("critic.logit.bias",),  # as for WGAN-GP
     ),
     "stylegan2": Case(
         "stylegan2",
@@ -137,7 +137,7 @@ CASES = {
 
 @functools.cache
 def digits() -> Path:
-    """Twelve digits of two classes, a folder a class."""
+    """Twelve digits of two classes, one folder per class."""
     folder = tiny.root() / "digits"
     for name in ("0", "1"):
         (folder / name).mkdir(parents=True)
@@ -147,7 +147,7 @@ def digits() -> Path:
 
 
 def recipe(name: str, folder: Path, *overrides: str) -> Recipe:
-    """The recipe of that name in `recipes/scratch/`, small, its run in `folder`."""
+    """The recipe `recipes/scratch/NAME.yaml`, made small, with its run in `folder`."""
     case = CASES[name]
     first = (
         (f"model.{case.first[0]}={first_stage(case.first[1]) if case.first[1:] else tiny.vae()}",) if case.first else ()

@@ -1,6 +1,6 @@
-"""Each family's real classes built small from configs, as whole pipelines on disk, and captioned images to train on.
+"""Tiny pipelines built from each family's real classes, saved to disk, and captioned images to train on.
 
-Everything is made once a process, at the first call, in a temporary folder that goes with the process:
+Everything is made once per process, at the first call, in a temporary folder that is removed when the process ends:
 
     from tests.helpers import tiny
     tiny.images()              a folder of five captioned images of several sizes and formats
@@ -62,7 +62,7 @@ _UNET: dict[str, Any] = {
     "norm_num_groups": 8,
     "cross_attention_dim": 32,
 }
-# The embedded base in miniature: three levels, attention on the middle one only.
+# The embedded base in miniature: three levels, with attention on the middle one only.
 _UNET_OF_EMOJI = _UNET | {
     "block_out_channels": [16, 16, 32],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
@@ -144,7 +144,7 @@ def vae() -> Path:
 
 @functools.cache
 def pipeline(name: str) -> Path:
-    """The diffusers folder of one of `PIPELINES` or `FLOWS`, its weights random and the same each time."""
+    """The diffusers folder of one of `PIPELINES` or `FLOWS`, with random weights that are the same each time."""
     folder = root() / name
     if name in FLOWS:
         tiny_pipelines.save(name, CAPTIONS, folder)
@@ -200,7 +200,7 @@ def family(name: str) -> str:
 
 
 def text(name: str, method: str, folder: Path) -> str:
-    """The YAML behind `recipe`, for tests that need it in a file."""
+    """The YAML of `recipe`, for tests that need it in a file."""
     model: dict[str, Any]
     if method == "scratch" and name == "vae":
         model = {"family": "autoencoder-kl", "build": _VAE}
@@ -241,21 +241,21 @@ def train(asked: Recipe, resume: bool = False) -> Job:
 
 
 def prepare(asked: Recipe, resume: bool = False) -> Job:
-    """Everything up to the first step."""
+    """Prepare a run up to its first step."""
     from finetune import job
 
     return job.prepare(asked, resume)
 
 
 def finish(job: Job) -> None:
-    """Write the artifact into the run's folder."""
+    """Write the final weights into the run's folder."""
     from finetune import job as jobs
 
     jobs.export_result(job)
 
 
 def trained(job: Job) -> dict[str, Tensor]:
-    """What the first turn trains, as it is now: copies, by name."""
+    """Copies of the parameters that the first train step trains, by name."""
     return {
         name: parameter.detach().clone()
         for name, parameter in job.model.train_steps()[0].net.named_parameters()
@@ -264,7 +264,7 @@ def trained(job: Job) -> dict[str, Tensor]:
 
 
 def final_weights(run: Path) -> dict[str, Tensor]:
-    """What the newest checkpoint holds of the nets."""
+    """The weights in the newest checkpoint."""
     from safetensors.torch import load_file
 
     from finetune.training import checkpoint

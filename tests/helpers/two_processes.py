@@ -1,7 +1,7 @@
-"""Launched by `accelerate launch` with two processes: takes each recipe of its arguments to its end, in one import of everything.
+"""Run by `accelerate launch` with two processes: trains each recipe in its arguments, with one import of everything.
 
-A folder that is there already is gone on with. Recipes whose names begin with `fsdp` train with their weights shared out. In the run named
-`breaks`, rank 1 does, and all must end with its error shown.
+A run whose folder exists is resumed. Recipes whose names begin with `fsdp` train with sharded weights. In the run
+`breaks`, rank 1 fails, and all processes must end with its error shown.
 """
 
 import os
@@ -12,8 +12,11 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def let_cpus_share() -> None:
-    """Accelerate shares weights out among GPUs only, by one condition in `AcceleratorState.__init__`; what is behind it runs on CPUs as well."""
+def allow_fsdp_on_cpus() -> None:
+    """Accelerate shards on GPUs only, by one condition in `AcceleratorState.__init__`.
+
+    The code behind it works on CPUs too.
+    """
     from accelerate import Accelerator, DistributedType, PartialState
 
     from finetune import job
@@ -21,7 +24,7 @@ def let_cpus_share() -> None:
     class Sharing(Accelerator):  # type: ignore[misc]
         def __init__(self, *, fsdp_plugin: Any, **given: Any) -> None:
             known = PartialState._shared_state
-            if known:  # of the recipe before
+            if known:  # left by the previous recipe
                 known["distributed_type"] = DistributedType.MULTI_CPU
             super().__init__(fsdp_plugin=fsdp_plugin, **given)
             if fsdp_plugin is not None:
@@ -31,8 +34,8 @@ def let_cpus_share() -> None:
     job.Accelerator = Sharing  # type: ignore[attr-defined]
 
 
-def nobody(*given: object) -> NoReturn:
-    raise AssertionError("one process looks at the images for all")
+def fail_on_second_scan(*given: object) -> NoReturn:
+    raise AssertionError("only rank 0 may scan the images")
 
 
 def main() -> None:
@@ -45,8 +48,8 @@ def main() -> None:
         from finetune import job
 
         if os.environ["RANK"] != "0":
-            job.scan = nobody  # type: ignore[assignment,attr-defined]
-        let_cpus_share()
+            job.scan = fail_on_second_scan  # type: ignore[assignment,attr-defined]
+        allow_fsdp_on_cpus()
         for file in sys.argv[1:]:
             recipe = load_recipe(file)
             os.environ["ACCELERATE_USE_FSDP"] = str(Path(file).stem.startswith("fsdp")).lower()
@@ -54,7 +57,7 @@ def main() -> None:
             accelerator = ready.accelerator
             assert accelerator.num_processes == 2
             if accelerator.is_main_process:
-                machines = os.environ["GROUP_WORLD_SIZE"]  # torchrun's word for launchers that found each other
+                machines = os.environ["GROUP_WORLD_SIZE"]  # torchrun: the number of launchers
                 print(
                     f"{Path(file).stem}: {accelerator.num_processes} × {accelerator.distributed_type.value}, machines: {machines}",
                     flush=True,
@@ -63,7 +66,7 @@ def main() -> None:
                 raise ValueError("rank 1 has had enough")
             ready.trainer.train()
             if accelerator.is_fsdp2:
-                accelerator.end_training = lambda: None  # which would end the processes' exchange
+                accelerator.end_training = lambda: None  # it would end the process group
                 job.export_result(ready)
 
 

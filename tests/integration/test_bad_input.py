@@ -15,7 +15,7 @@ import pytest
 
 import finetune
 from tests.helpers import tiny
-from tests.helpers.scenes import Cases, Scene, check, refused, scene
+from tests.helpers.scenes import Cases, Scene, check, check_refusal, scene
 
 __all__ = ["scene"]
 
@@ -279,7 +279,7 @@ def resolution_that_the_model_cannot_halve(scene: Scene) -> None:
 def test_bad_input_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(CASES[name], scene, capsys)
+    check_refusal(CASES[name], scene, capsys)
 
 
 @pytest.mark.parametrize("name", ["misspelled_key", "missing_folder"])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from finetune.models.pretrained import loading
 from tests.helpers import tiny
-from tests.helpers.scenes import Cases, Scene, raising, refused, scene
+from tests.helpers.scenes import Cases, Scene, check_refusal, raising, scene
 
 __all__ = ["scene"]
 
@@ -143,4 +143,4 @@ def lora(scene: Scene, layer: str) -> Path:
 def test_bad_model_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(CASES[name], scene, capsys)
+    check_refusal(CASES[name], scene, capsys)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from finetune.training import checkpoint
 from finetune.training.run_folder import Run
-from tests.helpers.scenes import Cases, Scene, raising, refused, scene
+from tests.helpers.scenes import Cases, Scene, check_refusal, raising, scene
 
 __all__ = ["scene"]
 
@@ -121,4 +121,4 @@ def disk_full_at_the_end(scene: Scene) -> None:
 def test_bad_output_folder_is_refused_with_one_message_and_fix(
     name: str, scene: Scene, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(CASES[name], scene, capsys)
+    check_refusal(CASES[name], scene, capsys)

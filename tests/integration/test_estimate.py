@@ -26,38 +26,42 @@ from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.skeletons import skeletons
 from finetune.estimate.tracing.traced_run import TracedRun
 from finetune.models.registry import spec_of
-from tests.helpers.estimates import ft, of
+from tests.helpers.estimates import forecast_of, ft
 
 # -- estimates --------------------------------------------------------------------------------------------------------
 
 
 def test_memory_parts_add_up_to_the_peak_of_training() -> None:
     for name in ("lora/sd15", "full/sd15"):
-        found = of(name)
+        found = forecast_of(name)
         assert sum(found.memory.parts.values()) == pytest.approx(found.memory.phases["train"], abs=16)
         assert all(value > 0 for value in found.memory.parts.values())
 
 
 def test_steps_and_hours_scale_with_the_images() -> None:
-    once, twice = (of("lora/sd15", "train.epochs=20", images=images) for images in (1000, 2000))
+    once, twice = (forecast_of("lora/sd15", "train.epochs=20", images=images) for images in (1000, 2000))
     assert twice.steps == 2 * once.steps
     assert once.hours < twice.hours < 2 * once.hours  # the first sample costs the same
 
 
 def test_accumulation_adds_gradients_and_time() -> None:
     """The first batch's gradients stay during the second: negligible for an adapter, 3.2 GiB for SD 1.5's weights."""
-    once, twice = of("lora/sd15", "train.accumulation=1"), of("lora/sd15", "train.accumulation=2")
+    once, twice = forecast_of("lora/sd15", "train.accumulation=1"), forecast_of("lora/sd15", "train.accumulation=2")
     assert twice.memory == once.memory
     assert once.speed.seconds < twice.speed.seconds <= 2 * once.speed.seconds
     once, twice = (
-        of("full/sd15", f"train.accumulation={count}", "train.gradient_checkpointing=false") for count in (1, 2)
+        forecast_of("full/sd15", f"train.accumulation={count}", "train.gradient_checkpointing=false")
+        for count in (1, 2)
     )
     assert once.memory.peak < twice.memory.peak <= once.memory.peak + 4.2 * once.variant.trained
 
 
 def test_several_gpus_divide_the_steps() -> None:
     """Each takes its own batches: half the steps, gradient buckets in memory, and communication added to each step."""
-    one, two = of("full/sd15"), forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, group=Group(2))
+    one, two = (
+        forecast_of("full/sd15"),
+        forecast(load_recipe("full/sd15"), "full/sd15", find("rtx3090"), 3000, group=Group(2)),
+    )
     assert two.steps == pytest.approx(one.steps / 2, abs=1)
     assert two.memory.parts["gradient buckets"] == 4 * one.variant.trained
     assert two.speed.seconds == one.speed.seconds + two.speed.exchange
@@ -67,7 +71,7 @@ def test_several_gpus_divide_the_steps() -> None:
 
 def test_memory_fix_for_a_small_gpu_fits_and_keeps_the_batch() -> None:
     small = described(2.9, 40, 500)
-    first = of("lora/sd15", gpu=small)
+    first = forecast_of("lora/sd15", gpu=small)
     assert not first.fits
     for fixed in fitting(first):
         assert fixed.fits
@@ -78,7 +82,7 @@ def test_memory_fix_for_a_small_gpu_fits_and_keeps_the_batch() -> None:
 
 def test_every_memory_option_saves_memory() -> None:
     for name in ("lora/sd15", "full/sd15"):
-        first = of(name, "train.gradient_checkpointing=false", "optimizer.name=adamw")
+        first = forecast_of(name, "train.gradient_checkpointing=false", "optimizer.name=adamw")
         for option in covered_options(first):
             after = forecast(apply_options(first.recipe, (option,)), name, first.gpu, 3000).memory.phases
             assert any(size < first.memory.phases[phase] for phase, size in after.items()), option
@@ -106,7 +110,7 @@ def test_encoding_estimate_matches_the_trace(edit: str) -> None:
     with fake_tensors(), skeletons(), cuda():
         phase, _ = subject.encode(subject.build())
     assert phase is not None
-    said, whole = of("lora/sd21", edit).memory, of("lora/sd21").memory
+    said, whole = forecast_of("lora/sd21", edit).memory, forecast_of("lora/sd21").memory
     promised = said.phases["encode"] - said.parts["cuBLAS workspace"] - said.parts["CUDA context"]
     assert promised == pytest.approx(replay(phase.events).peak_reserved, rel=0.02)
     assert promised < whole.phases["encode"] - 0.3 * GIB
@@ -119,7 +123,7 @@ def test_fsdp_divides_what_zero_stage_3_divides() -> None:
     """
     recipe = load_recipe("full/sd15", ["train.ema=null", "train.accumulation=1"])
     one, ddp, fsdp = (
-        forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*of)) for of in ((1,), (4,), (4, "fsdp"))
+        forecast(recipe, "full/sd15", find("a100-80gb"), 3000, group=Group(*gpus)) for gpus in ((1,), (4,), (4, "fsdp"))
     )
     for part in ("trained weights", "gradients", "optimizer (adamw8bit)"):
         assert fsdp.memory.parts[part] == pytest.approx(one.memory.parts[part] / 4, abs=1)
@@ -135,7 +139,7 @@ def test_fsdp_divides_what_zero_stage_3_divides() -> None:
 
 @pytest.mark.parametrize(("images", "method"), [(50, "lora"), (3000, "lora"), (50_000, "full")])
 def test_choice_by_number_of_images(images: int, method: str) -> None:
-    found = [of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
+    found = [forecast_of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     assert recommend.choose(found, images, None, None, "quality").forecast.recipe.method == method
 
 
@@ -152,7 +156,7 @@ def test_every_recipe_kind_belongs_to_a_goal() -> None:
 
 
 def test_small_budget_takes_precedence_over_many_images() -> None:
-    found = [of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
+    found = [forecast_of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
     choice = recommend.choose(found, 20_000, 60, None, "quality")
     assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
 
@@ -181,7 +185,7 @@ def test_goal_with_benchmarks_recommends_the_best_measured(goal: str, capsys: py
 
 
 def test_autoregressive_model_for_large_images_is_refused() -> None:
-    one = of("lora/sd15")
+    one = forecast_of("lora/sd15")
     large = dataclasses.replace(
         one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnn++"))
     )
@@ -333,6 +337,6 @@ def test_estimate_imports_no_torch() -> None:
 
 
 def test_budget_too_small_names_the_cheapest() -> None:
-    found = [of("lora/sd15")]
+    found = [forecast_of("lora/sd15")]
     with pytest.raises(UserError, match="the cheapest, lora/sd15"):
         recommend.choose(found, 3000, 0.01, None, "quality")

@@ -1,4 +1,4 @@
-"""The step on fake tensors as a GPU would take it: autocast, kernels, 8-bit state; and every denoiser that it can be taken of."""
+"""The training step on fake tensors as on a GPU: autocast, kernels, 8-bit state; and every denoiser config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.estimate.tracing.traced_run import TracedRun
 # -- the emulation ----------------------------------------------------------------------------------------------------
 
 
-def test_autocast_casts_as_cuda_does() -> None:
+def test_emulated_autocast_casts_as_cuda_does() -> None:
     """Linear layers in bfloat16, norms and powers in float32 (PyTorch's "CUDA Ops that autocast to float32")."""
     with fake_tensors(), cuda() as mode, mode.autocast(torch.bfloat16):
         values = torch.empty(2, 8)
@@ -37,7 +37,7 @@ def test_autocast_casts_as_cuda_does() -> None:
     ("dtype", "masked", "kernel"),
     [(torch.bfloat16, False, "flash"), (torch.float32, False, "efficient"), (torch.bfloat16, True, "efficient")],
 )
-def test_attention_keeps_no_scores(dtype: torch.dtype, masked: bool, kernel: str) -> None:
+def test_emulated_attention_stores_no_scores(dtype: torch.dtype, masked: bool, kernel: str) -> None:
     with fake_tensors(), cuda(), Recorder() as recorder:
         query = torch.empty(1, 2, 512, 64, dtype=dtype)
         mask = torch.empty(1, 1, 512, 512, dtype=dtype) if masked else None
@@ -45,11 +45,11 @@ def test_attention_keeps_no_scores(dtype: torch.dtype, masked: bool, kernel: str
         out = torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
     assert out.shape == query.shape
     assert [operator.kind for operator in recorder.sections[0].operators] == ["attention"]
-    # Scores of 512 × 512 for two heads would be 4 bytes each on top.
+    # Scores of 512 × 512 for two heads would add 4 bytes each.
     assert sum(event.size or 0 for event in recorder.events) < query.numel() * query.element_size() * 3 + 2 * 512 * 512
 
 
-def test_an_rms_norm_is_one_kernel() -> None:
+def test_emulated_rms_norm_is_one_kernel() -> None:
     with fake_tensors(), cuda() as mode, Recorder() as recorder, mode.autocast(torch.bfloat16):
         net, values = torch.nn.RMSNorm(64), torch.empty(2, 8, 64)
         recorder.section("norm")
@@ -57,7 +57,7 @@ def test_an_rms_norm_is_one_kernel() -> None:
     assert norm.dtype == torch.float32 and [operator.kind for operator in recorder.sections[-1].operators] == ["other"]
 
 
-def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
+def test_stub_of_adamw8bit_has_the_real_state_layout() -> None:
     shapes = [(64, 64), (63, 65), (4096,), (4095,), (1, 300, 20)]
     bytes_of: dict[Any, dict[tuple[int, str], tuple[int, torch.dtype]]] = {}
     for kind in (bitsandbytes.optim.AdamW8bit, stubs.AdamW8bit):
@@ -79,7 +79,7 @@ def test_eight_bit_state_is_laid_out_as_the_real_one() -> None:
     assert standin == real
 
 
-def test_gradients_do_not_outlive_their_step() -> None:
+def test_recorded_gradients_are_freed_after_their_step() -> None:
     with fake_tensors(), cuda(), Recorder() as recorder:
         parameters = [torch.nn.Parameter(torch.empty(100, 100)) for _ in range(2)]
         for _ in range(2):
@@ -94,7 +94,8 @@ def test_gradients_do_not_outlive_their_step() -> None:
 
 # -- any denoiser -----------------------------------------------------------------------------------------------------
 
-# Parameters as published: model cards and papers (FLUX.2: PEFT's own measurement; Sana: arXiv:2410.10629; PixArt-Σ: arXiv:2403.04692).
+# Published parameter counts: model cards and papers (FLUX.2: measured by PEFT; Sana: arXiv:2410.10629; PixArt-Σ:
+# arXiv:2403.04692).
 PUBLISHED = {
     "amused-256": 603e6,
     "auraflow": 6.8e9,
@@ -121,13 +122,13 @@ PUBLISHED = {
 DEPTHS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "num_hidden_layers")
 
 
-def test_every_denoiser_has_its_published_count() -> None:
+def test_every_denoiser_config_has_a_published_count() -> None:
     assert {path.stem for path in DENOISERS.glob("*.json")} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_denoiser_traces(name: str) -> None:
-    """Its parameters are as many as published; one layer of it takes a step with LoRA, and every adapter gets its gradient."""
+def test_denoiser_config_has_its_published_count_and_traces(name: str) -> None:
+    """One layer takes a LoRA step, in which every adapter gets its gradient."""
     given = load(name)
     with fake_tensors():
         assert sum(parameter.numel() for parameter in given.net().parameters()) == pytest.approx(
@@ -147,7 +148,7 @@ def test_denoiser_traces(name: str) -> None:
     train = subject.phases()["train"]
     backward = [operator for section in train.sections if section.name == "backward" for operator in section.operators]
     assert sum(operator.kind == "matmul" for operator in backward) >= 2
-    # Nothing reads what the text attends to in Qwen-Image's last block: one of its eight adapters has no gradient.
+    # In Qwen-Image's last block, nothing reads the text stream's output: one of its eight adapters has no gradient.
     idle = 1 / 8 if name == "qwen-image" else 0
     assert train.held["optimizer"] >= 8 * (1 - idle) * train.held["trained"] / 4
 

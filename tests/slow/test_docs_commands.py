@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.commands import CHECKOUT
 from tests.helpers.docs import Block, blocks, pages, sample_images
 
-# Appended to the commands: the same training in a few steps. In the wrapper, so that pages show what people type.
+# Options added to the commands, for the same training in a few steps; the pages show what users type.
 WRAPPER = """#!/bin/sh
 command="$1"
 case "$command" in

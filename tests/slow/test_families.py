@@ -1,6 +1,6 @@
-"""Every family by every method through the same tests: it learns, only what should train does, and what it leaves is plain.
+"""Every family with every method: its loss falls, only the intended parameters train, diffusers opens the result.
 
-Golden losses are renewed, after a change that is meant to change them, by `FT_RENEW_GOLDEN=1 pytest tests/test_families.py`.
+After an intended change, update the golden losses by `FT_RENEW_GOLDEN=1 pytest tests/slow/test_families.py -k golden`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GOLDEN = Path(__file__).parents[1] / "helpers" / "golden.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One pipeline (or scratch family) trained by one method. `text`: its text encoders train too."""
+    """One pipeline (or scratch family) trained by one method; with `text`, its text encoders train too."""
 
     pipeline: str
     method: str
@@ -56,7 +56,7 @@ class Case:
 
     def recipe(self, folder: Path, *overrides: str) -> Recipe:
         rate = "3e-2" if self.method == "lora" else "3e-3"
-        # A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+        # A larger ε keeps Adam from magnifying rounding errors of gradients near zero, so that runs can be compared.
         common = (
             f"optimizer.lr={rate}",
             "optimizer.eps=1e-4",
@@ -126,7 +126,7 @@ for _name in tiny.FLOWS:
         f"{_name}-{_method}": Case(_name, _method, getattr(tiny_pipelines.tiny_of(_name), _method))
         for _method in ("lora", "full")
     }
-# QLoRA of every transformer; resuming and accumulating are those of the LoRA on whole weights, which is above.
+# QLoRA of every transformer. Resuming and accumulation are tested with LoRA on unquantized weights, above.
 ON_NF4 = {
     f"{name}-nf4": Case(
         name,
@@ -140,10 +140,10 @@ ON_NF4 = {
     for name in tiny.FLOWS
 }
 ALL = CASES | ON_NF4
-NARROWEST = 256  # weights: tiny transformers are that narrow
+NARROWEST = 256  # in weights: tiny transformers are that narrow
 
-# What a net's output does not depend on. SDXL reads the first encoder's last layer but one: the last of its three layers and the norm
-# after it do nothing. In the last block of a net of two streams, what only the text would need.
+# Parameters that do not affect the output. SDXL reads the first encoder's second-to-last layer, so the last of its
+# three layers and the norm after it are unused; so is the text stream's part of a two-stream network's last block.
 IDLE = {
     "sdxl": ("text_encoder.encoder.layers.2.", "text_encoder.final_layer_norm."),
     **{name: tiny_pipelines.tiny_of(name).idle for name in tiny.FLOWS},
@@ -160,13 +160,13 @@ class Overfitted:
 
 
 def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
-    """All that the nets hold, frozen or not, by the names that checkpoints use."""
+    """All parameters of the networks, frozen or not, by their names in checkpoints."""
     train_step = job.model.train_steps()[0]
     return {f"{train_step.name}.{name}": parameter for name, parameter in train_step.net.named_parameters()}
 
 
 def fixed_loss(job: Job) -> float:
-    """The mean loss of 16 fixed draws of noise and timestep on the one image."""
+    """The mean loss on the one image for 16 fixed samples of noise and timestep."""
     places = range(16)
     draw = Draw(99, 0, places)
     batch = job.data.batch(0, [0] * len(places), draw)
@@ -194,7 +194,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 
 def should_train(case: Case, names: set[str]) -> set[str]:
-    """The parameters that a reader of the recipe would expect to train, from their names alone."""
+    """The parameters that should train according to the recipe, from their names alone."""
     found = (
         {name for name in names if any(f".{kind}_" in name for kind in ("lora", "hada", "lokr", "oft"))}
         if case.method == "lora"
@@ -204,7 +204,7 @@ def should_train(case: Case, names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_learns_and_only_what_should_train_does(name: str) -> None:
+def test_family_loss_falls_and_only_intended_parameters_train(name: str) -> None:
     case, run = ALL[name], overfitted(name)
     first, last = run.losses
     assert last < 0.97 * first
@@ -219,17 +219,17 @@ def test_learns_and_only_what_should_train_does(name: str) -> None:
     third = weights(folder, 3)
     assert set(third) == expected
     still = {key for key, tensor in third.items() if torch.equal(tensor, run.before[key])}
-    assert not still, "no gradient reached these within three steps"
+    assert not still, "no gradient reached these parameters within three steps"
     assert all(torch.equal(parameter, run.before[key]) for key, parameter in now.items() if key not in expected)
     if any(".lora_A." in key for key in expected) and "adapter.pissa=true" not in case.overrides:
-        # B starts at zero, so at the first step no gradient reaches A through it.
+        # B starts at zero, so that A gets no gradient at the first step.
         one = weights(folder, 1)
         assert all(torch.equal(tensor, run.before[key]) == (".lora_A." in key) for key, tensor in one.items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "nf4", "full"])
 @pytest.mark.parametrize("pipeline", ["sd15", "sdxl", *tiny.FLOWS])
-def test_checkpointing_changes_no_gradient(pipeline: str, kind: str, tmp_path: Path) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(pipeline: str, kind: str, tmp_path: Path) -> None:
     more = (
         "train.gradient_checkpointing=false",
         "sample.prompts=[]",
@@ -260,8 +260,8 @@ def test_checkpointing_changes_no_gradient(pipeline: str, kind: str, tmp_path: P
         torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-6)
 
 
-def test_golden_losses() -> None:
-    """A refactor reproduces these losses. The tolerance is for other CPUs, whose sums round differently."""
+def test_losses_match_the_golden_file() -> None:
+    """Refactoring reproduces these losses. The tolerance is for other CPUs, whose sums round differently."""
     found = {}
     for name in CASES:
         lines = (overfitted(name).job.run.folder / "metrics.jsonl").read_text().splitlines()
@@ -279,8 +279,8 @@ def test_golden_losses() -> None:
 
 
 @functools.cache
-def redrawn() -> Path:
-    """All cases' images, drawn again by plain diffusers in one fresh process."""
+def generated_by_diffusers() -> Path:
+    """The images of all cases, generated by plain diffusers in one fresh process."""
     folder = tiny.root() / "redrawn"
     folder.mkdir()
     jobs = []
@@ -319,7 +319,7 @@ def redrawn() -> Path:
 
 
 def arguments(pipeline: str, guidance: float) -> dict[str, object]:
-    """Of the pipeline's call, as its own documentation has them."""
+    """Arguments of the pipeline's call, as its documentation gives them."""
     if pipeline not in tiny.FLOWS:
         return {"guidance_scale": guidance, "negative_prompt": ""}
     found = tiny_pipelines.tiny_of(pipeline)
@@ -331,31 +331,31 @@ def last_sample(name: str) -> Path:
 
 
 def difference(one: Path, other: Path) -> int:
-    """The largest difference of two images, in 255ths."""
+    """The largest difference of two images, in 1/255."""
     return int(numpy.abs(numpy.array(Image.open(one)).astype(int) - numpy.array(Image.open(other)).astype(int)).max())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_plain_diffusers_draws_the_trainers_last_sample(name: str) -> None:
-    again = redrawn() / f"{name}.png"
+def test_plain_diffusers_generates_the_trainers_last_sample(name: str) -> None:
+    again = generated_by_diffusers() / f"{name}.png"
     assert difference(again, last_sample(name)) <= 1
     first = last_sample(name).parent.parent / f"step-{0:07d}" / "00.png"
-    assert difference(first, last_sample(name)) > 5, "training changed nothing that one could see"
+    assert difference(first, last_sample(name)) > 5, "training has no visible effect"
 
 
 @pytest.mark.parametrize("name", ON_NF4)
-def test_merged_into_the_whole_base_it_draws_the_same(name: str) -> None:
-    """`ft export --merge` of what trained on a rounded base."""
-    assert difference(redrawn() / f"{name}-merged.png", last_sample(name)) <= 1
+def test_nf4_lora_merged_into_the_unquantized_base_generates_the_same(name: str) -> None:
+    """`ft export --merge` of a LoRA trained on a quantized base."""
+    assert difference(generated_by_diffusers() / f"{name}-merged.png", last_sample(name)) <= 1
 
 
-def test_text_encoders_from_scratch_are_saved_under_the_names_that_all_programs_know() -> None:
+def test_text_encoder_from_scratch_is_saved_with_standard_names() -> None:
     saved = load_file(overfitted("sd-scratch").job.run.folder / "final" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in saved)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path: Path) -> None:
+def test_resume_is_exact_and_accumulation_equals_a_larger_batch(name: str, tmp_path: Path) -> None:
     case = CASES[name]
 
     def run(folder: str, *overrides: str) -> Job:
@@ -391,11 +391,11 @@ def test_resumed_is_exact_and_accumulation_is_a_larger_batch(name: str, tmp_path
         4,
     ]
 
-    if case.dropout:  # its masks belong to a batch as it is computed, so they are others when the batch is split
+    if case.dropout:  # its masks depend on how the batch is split
         return
     split = run("split", "train.batch_size=1", "train.accumulation=4")
     split.trainer.train()
     halves = weights(tmp_path / "split", 4)
     for key, tensor in weights(tmp_path / "whole", 4).items():
-        # Sums in another order: gradients differ by some 1e-8, Adam divides by ε = 1e-4, the rate is up to 3e-2, four times.
+        # Another order of sums: gradients differ by 1e-8; Adam divides by ε = 1e-4; four steps at a rate up to 3e-2.
         torch.testing.assert_close(halves[key], tensor, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Two processes are one with twice the batch: every method, in one launch, since an import costs seconds."""
+"""Two processes equal one with twice the batch: every method, in a single launch, since imports take seconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers import scratch, tiny
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "two_processes.py"
 STEPS = 3
-# A larger ε keeps Adam from magnifying the rounding of gradients that are all but zero: runs can be compared.
+# A larger ε keeps Adam from magnifying rounding errors of gradients near zero, so that runs can be compared.
 COMPARABLE = (
     "optimizer.eps=1e-4",
     "optimizer.lr=1e-2",
@@ -39,29 +39,29 @@ COMPARABLE = (
     f"train.steps={STEPS}",
     "sample.prompts=[]",
 )
-TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-5}  # float32: the order of sums, through three steps of Adam
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-5}  # float32: the order of sums, over three steps of Adam
 
 
 def _tiny(name: str, method: str, *more: str) -> Callable[..., Recipe]:
     return lambda folder, *overrides: tiny.recipe(name, method, *COMPARABLE, *more, *overrides, folder=folder)
 
 
-def _in_pixels(name: str) -> Callable[..., Recipe]:
-    # What is dropped inside a net is drawn for a process's whole batch: the one thing that depends on how the batch is split.
+def _scratch(name: str) -> Callable[..., Recipe]:
+    # Dropout is the one thing that depends on how the batch is split: its masks are for a process's whole batch.
     undropped = ("net.dropout=0",) if "\n  dropout:" in (RECIPES / "scratch" / f"{name}.yaml").read_text() else ()
     return lambda folder, *overrides: scratch.recipe(name, folder, *COMPARABLE, *undropped, *overrides)
 
 
 CASES: dict[str, Callable[..., Recipe]] = {
-    # With its text encoders' LoRAs, and validation: what no gradient reaches would stop the processes' exchange.
+    # With LoRAs on the text encoders and validation: a parameter without a gradient would block the exchange.
     "lora-sdxl": _tiny("sdxl", "lora", "model.train_text_encoder=true", "data.held_out=0.2"),
     "full-sd15": _tiny("sd15", "full", "train.ema=0.9", "train.gradient_checkpointing=true"),
     "scratch-sd": _tiny("sd", "scratch"),
     "scratch-vae": _tiny("vae", "scratch"),
-    **{f"scratch-{name}": _in_pixels(name) for name, case in scratch.CASES.items() if not case.unequal},
+    **{f"scratch-{name}": _scratch(name) for name, case in scratch.CASES.items() if not case.unequal},
     "fsdp-lora": _tiny("sd15", "lora", "train.accumulation=2", "optimizer.clip=tensor", "data.held_out=0.2"),
 }
-# With averages, and blocks that are gathered once more to compute again; it goes on with what one process has begun.
+# With EMA and checkpointed blocks, which are gathered again for recomputation; it continues a run of one process.
 SHARDED = _tiny(
     "flux2",
     "full",
@@ -72,7 +72,7 @@ SHARDED = _tiny(
 )
 
 
-def written(name: str, recipe: Recipe, folder: Path) -> str:
+def write_recipe(name: str, recipe: Recipe, folder: Path) -> str:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
     return str(file)
@@ -80,7 +80,7 @@ def written(name: str, recipe: Recipe, folder: Path) -> str:
 
 @dataclass
 class Launched:
-    """What the launch left: each case's run is in `folder`/two/CASE, its twin's in `folder`/one/CASE."""
+    """The result of the launch: each case's run is in `folder`/two/CASE, its reference in `folder`/one/CASE."""
 
     folder: Path
     code: int
@@ -91,11 +91,13 @@ class Launched:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     folder = tmp_path_factory.mktemp("processes")
-    files = [written(name, case(folder / "two" / name, "train.batch_size=2"), folder) for name, case in CASES.items()]
+    files = [
+        write_recipe(name, case(folder / "two" / name, "train.batch_size=2"), folder) for name, case in CASES.items()
+    ]
     initialized = tiny.prepare(CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=4", "train.steps=2"))
-    initialized.trainer.train()  # by one process; the two go on with it
+    initialized.trainer.train()  # by one process; two processes continue it
     initialized.run.status.finished()
-    files.append(written("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2"), folder))
+    files.append(write_recipe("resumed", CASES["full-sd15"](folder / "two" / "resumed", "train.batch_size=2"), folder))
     for name, steps in (("unbroken", STEPS), ("broken", 2), ("broken", STEPS)):
         place = folder / "two" / f"fsdp-{name}"
         if not place.is_dir():
@@ -103,9 +105,9 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             first.trainer.train()
             first.run.status.finished()
         files.append(
-            written(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}"), folder)
+            write_recipe(f"fsdp-{name}-{steps}", SHARDED(place, "train.batch_size=2", f"train.steps={steps}"), folder)
         )
-    files.append(written("breaks", CASES["scratch-vae"](folder / "two" / "breaks"), folder))
+    files.append(write_recipe("breaks", CASES["scratch-vae"](folder / "two" / "breaks"), folder))
 
     environment, arguments = launch_arguments("lora", None, False, "many-gpus")
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments[:-1], str(SCRIPT), *files]
@@ -129,7 +131,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launched) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(name: str, launched: Launched) -> None:
     assert f"{name}: 2 × {'FSDP' if name.startswith('fsdp') else 'MULTI_CPU'}, machines: 1\n" in launched.out, (
         launched.err[-3000:]
     )
@@ -137,7 +139,7 @@ def test_two_processes_are_one_with_twice_the_batch(name: str, launched: Launche
 
 
 def compare_with_one(name: str, two: Path, one: Path) -> None:
-    """The run in `two`, of two processes, with one process's of twice the batch, which is taken in `one`."""
+    """Compare the run of two processes in `two` with one process's run of twice the batch, trained in `one`."""
     tiny.prepare(CASES[name](one, "train.batch_size=4")).trainer.train()
     plan = json.loads((two / "plan.json").read_text())
     assert (plan["machine"]["processes"], plan["global_batch"]) == (2, 4 * plan["recipe"]["train"]["accumulation"])
@@ -151,10 +153,13 @@ def compare_with_one(name: str, two: Path, one: Path) -> None:
         )
 
 
-def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Path) -> None:
-    """Two launchers on this one, which find each other by the first's address, with one process each; in the end the second's breaks."""
+def test_two_machines_equal_one_with_twice_the_batch_and_end_together(tmp_path: Path) -> None:
+    """Two launchers with one process each find each other by the first's address.
+
+    At the end the second's process fails.
+    """
     name = "scratch-vae"
-    files = [written(run, CASES[name](tmp_path / run, "train.batch_size=2"), tmp_path) for run in (name, "breaks")]
+    files = [write_recipe(run, CASES[name](tmp_path / run, "train.batch_size=2"), tmp_path) for run in (name, "breaks")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -175,8 +180,8 @@ def test_two_machines_are_one_with_twice_the_batch_and_end_together(tmp_path: Pa
     assert [process.returncode for process in running] == [1, 1] and "ValueError: rank 1 has had enough" in told[1][1]
 
 
-def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launched) -> None:
-    """One process begins, two with a part of the weights each go on, and one takes over: checkpoints, averages, images and files are plain."""
+def test_fsdp_resumes_exactly_and_writes_whole_files(launched: Launched) -> None:
+    """One process starts, two with sharded weights continue, one takes over; all files are as without FSDP."""
     two, one = launched.folder / "two", launched.folder / "one" / "fsdp"
     unbroken, broken = weights(two / "fsdp-unbroken"), weights(two / "fsdp-broken")
     assert (
@@ -204,9 +209,9 @@ def test_shared_weights_go_on_bit_for_bit_and_leave_whole_files(launched: Launch
     assert names[0] == names[1] and "transformer/config.json" in names[0]
     for name in names[0]:
         if name.endswith(".safetensors"):
-            written = load_file(finals[1] / name)
+            write_recipe = load_file(finals[1] / name)
             for key, tensor in load_file(finals[0] / name).items():
-                torch.testing.assert_close(written[key], tensor, **TOLERANCE)
+                torch.testing.assert_close(write_recipe[key], tensor, **TOLERANCE)
         elif name.endswith("config.json"):
             assert (finals[0] / name).read_text() == (finals[1] / name).read_text()
     drawn = [
@@ -227,7 +232,7 @@ def _pairs(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tenso
     return [(one[key], other[key]) for key in one]
 
 
-def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
+def test_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched) -> None:
     assert "resuming after step 2\n1 process before, 2 now: the same images a step" in launched.out
     resumed, whole = launched.folder / "two" / "resumed", launched.folder / "whole"
     case = CASES["full-sd15"]
@@ -245,7 +250,7 @@ def test_a_checkpoint_of_one_process_resumes_on_two_and_back(launched: Launched)
         torch.testing.assert_close(theirs[key], tensor, **TOLERANCE)
 
 
-def test_a_rank_that_dies_ends_all_with_its_error_shown(launched: Launched) -> None:
+def test_failing_rank_ends_all_with_its_error_shown(launched: Launched) -> None:
     assert launched.code == 1
     assert "ValueError: rank 1 has had enough" in launched.err
     assert not [

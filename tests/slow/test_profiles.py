@@ -1,4 +1,4 @@
-"""The profiles that estimates stand on, beside the trace that they are made of, and what memory options save on it."""
+"""Cost profiles, which estimates are computed from, against traces, and the savings of memory options."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune.estimate.constants import GIB
 from finetune.estimate.hardware.gpus import find
 from finetune.estimate.memory import memory
 from finetune.estimate.tracing.measure import BATCHES, MICRO, UPDATE, operators, variant
-from tests.helpers.estimates import of, traced
+from tests.helpers.estimates import forecast_of, traced
 from tools import measure_profiles
 
 
-def test_every_profile_holds_what_the_bundled_recipes_ask_for() -> None:
-    """A recipe, a option or a key that came later makes profiles stale: tools/measure_profiles.py."""
+def test_every_profile_covers_the_bundled_recipes() -> None:
+    """If a recipe, an option or a key was added, update the profiles with tools/measure_profiles.py."""
     lacking = set()
     for profile_name, recipes in measure_profiles.recipes_by_profile().items():
         profile = profiles.load(profile_name) if profile_name in profiles.known() else None
@@ -33,8 +33,8 @@ def test_every_profile_holds_what_the_bundled_recipes_ask_for() -> None:
 
 
 @pytest.mark.parametrize(("name", "device"), [("lora/emoji", "cuda"), ("full/emoji", "cuda"), ("scratch/vae", "cpu")])
-def test_profiles_are_not_stale(name: str, device: profiles.Device) -> None:
-    """Measured again, a variant is what its profile holds. If not: tools/measure_profiles.py."""
+def test_profile_matches_a_new_measurement(name: str, device: profiles.Device) -> None:
+    """If not, update it with tools/measure_profiles.py."""
     recipe = measure_profiles.varied(load_recipe(name), {"train.gradient_checkpointing": "false"})
     times = (1,) if recipe.method == "lora" else (1, 2)
     low, high = (
@@ -49,8 +49,8 @@ def test_profiles_are_not_stale(name: str, device: profiles.Device) -> None:
     }
 
 
-def test_profile_answers_between_its_points_as_the_trace_does() -> None:
-    """At a batch, a resolution and a rank that were not measured, reserved memory is within 6 % (the base's is a few MiB, in segments of 2)."""
+def test_profile_between_its_points_matches_the_trace() -> None:
+    """Reserved memory is within 6% at a batch, resolution and rank that were not measured (it is a few MiB)."""
     overrides = ("train.batch_size=6", "data.resolution=96", "adapter.rank=32")
     reserved = replay(traced("lora/emoji", *overrides)["train"].events).peak_reserved
     recipe = load_recipe("lora/emoji", overrides)
@@ -60,7 +60,7 @@ def test_profile_answers_between_its_points_as_the_trace_does() -> None:
     assert said.phases["train"] - around == pytest.approx(reserved, rel=0.06)
 
 
-# Edits, and the batch at which they tell: weights and gradients weigh beside few activations, activations beside many.
+# Edits, and the batch size at which each matters: weights and gradients at small ones, activations at large ones.
 MEMORY_OPTIONS = {
     "checkpointing": (16, "train.gradient_checkpointing=true"),
     "every second block": (8, "train.gradient_checkpointing=2"),
@@ -79,14 +79,12 @@ def reserved(*overrides: str) -> int:
 
 
 @pytest.mark.parametrize("name", MEMORY_OPTIONS)
-def test_memory_options_are_true_on_the_trace(name: str) -> None:
-    """Each option that the advice names saves what it promises: the estimate falls as the traced step does."""
+def test_memory_option_saves_what_the_estimate_says(name: str) -> None:
+    """The estimate decreases as much as the traced step does."""
     batch, *edits = MEMORY_OPTIONS[name]
-    without = (
-        ("train.ema=null",) if batch == 4 else ()
-    )  # the profile's own batch: all but averages is as it was measured
+    without = ("train.ema=null",) if batch == 4 else ()  # the profile's own batch: without EMA it is as measured
     settings = [(f"train.batch_size={batch}", *without, *more) for more in ((), edits)]
-    before, after = (of("full/emoji", *setting) for setting in settings)
+    before, after = (forecast_of("full/emoji", *setting) for setting in settings)
     real = [reserved(*setting) for setting in settings]
     promised, seen = before.memory.phases["train"] - after.memory.phases["train"], real[0] - real[1]
     assert seen > 0
@@ -94,23 +92,25 @@ def test_memory_options_are_true_on_the_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", profiles.known())
-def test_parameters_on_cards(name: str) -> None:
-    """Denoisers' published counts: 860 M, 866 M and 2.6 B (arXiv:2307.01952, table 1, says 860 M, 865 M and 2.6 B)."""
+def test_profile_has_the_published_parameter_count(name: str) -> None:
+    """Denoisers: 860 M, 866 M and 2.6 B (arXiv:2307.01952, table 1: 860 M, 865 M and 2.6 B)."""
     published = {"sd15": 859.5e6, "sd21": 865.9e6, "sdxl": 2567.5e6}
     if name in published:
         assert profiles.load(name).parameters["denoiser"] == pytest.approx(published[name], rel=1e-3)
 
 
-def test_sd15_takes_what_was_published() -> None:
-    """SimpleTuner measured 2.83 GiB on an L40S (bfloat16 adapters; ours are float32) without checkpointing and 1.93 with it."""
+def test_sd15_memory_estimate_matches_published_measurements() -> None:
+    """SimpleTuner on an L40S: 2.83 GiB without checkpointing, 1.93 with it (bfloat16 adapters; ours are float32)."""
     for checkpointing, published in (("false", 2.83), ("true", 1.93)):
-        found = of("lora/sd15", "train.batch_size=1", f"train.gradient_checkpointing={checkpointing}", gpu=find("l40s"))
+        found = forecast_of(
+            "lora/sd15", "train.batch_size=1", f"train.gradient_checkpointing={checkpointing}", gpu=find("l40s")
+        )
         reserved = found.memory.phases["train"] - found.memory.parts["CUDA context"]
         assert reserved / GIB == pytest.approx(published, rel=0.05)
 
 
 def test_trace_with_fused_backward_counts_the_optimizers_operators() -> None:
-    """The optimizer steps inside the backward pass: the same arithmetic is counted, and the update is told from the pass."""
+    """The optimizer steps inside the backward pass, but its operators are counted as the update; FLOPs are equal."""
     fused = ("train.fused_backward=true", "optimizer.clip=tensor", "train.ema=null")
     phases = {name: traced("full/emoji", *edits)["train"] for name, edits in (("fused", fused), ("plain", fused[1:]))}
     counts = {
@@ -121,6 +121,4 @@ def test_trace_with_fused_backward_counts_the_optimizers_operators() -> None:
 
     assert flops["fused"] == flops["plain"] > 0
     assert counts["fused"]["micro"] == pytest.approx(counts["plain"]["micro"], rel=0.01)
-    assert (
-        counts["fused"]["update"] > counts["plain"]["update"] > 0
-    )  # one update for each tensor instead of one for all
+    assert counts["fused"]["update"] > counts["plain"]["update"] > 0  # one update per tensor instead of one for all

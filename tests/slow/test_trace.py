@@ -1,4 +1,4 @@
-"""The trace against real CPU runs, in bytes: the stand-ins for bitsandbytes, what kernels take for themselves, and whole steps."""
+"""Traces against real CPU runs, in bytes: stubs of bitsandbytes, workspaces of kernels, whole steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from finetune.estimate.tracing.cuda_mode import fake_tensors
 from finetune.estimate.tracing.recorder import tensors_of
 from finetune.memory.quantization import quantize
 
-SCRATCHPAD = 64 << 10  # bytes: oneDNN's, which the trace leaves out
-SCALARS = 16  # bytes: numbers that meet tensors
+SCRATCHPAD = 64 << 10  # bytes: oneDNN's scratchpad, which the trace omits
+SCALARS = 16  # bytes: scalar operands
 
 
 def real(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple[int, int]:
-    """Bytes that the net holds, and the most that the work allocates on top."""
+    """Bytes of the network, and the peak that `work` allocates on top."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         net, work = prepare()
         with record_function(check_trace.TRAINING):
@@ -35,7 +35,7 @@ def real(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple
 
 
 def traced(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tuple[int, int]:
-    """The same, on fake tensors."""
+    """The same on fake tensors."""
     with fake_tensors(), stubs.in_place("cpu"):
         net, work = prepare()
         gc.collect()
@@ -49,8 +49,8 @@ def traced(prepare: Callable[[], tuple[nn.Module, Callable[[], object]]]) -> tup
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_layers_take_what_bitsandbytes_takes(kind: Quantization) -> None:
-    """Two layers under PEFT's adapters: what they hold, and what forward and backward allocate."""
+def test_traced_quantized_layers_allocate_as_real_ones(kind: Quantization) -> None:
+    """Two layers under PEFT's adapters: their size, and the allocations of forward and backward."""
 
     def prepare() -> tuple[nn.Module, Callable[[], object]]:
         blocks = nn.ModuleList([nn.Linear(512, 1024), nn.Linear(1024, 512, bias=False)])
@@ -62,8 +62,8 @@ def test_quantised_layers_take_what_bitsandbytes_takes(kind: Quantization) -> No
     assert traced(prepare) == pytest.approx(real(prepare), abs=SCALARS)
 
 
-def test_eight_bit_adamw_takes_what_bitsandbytes_takes() -> None:
-    """The first step makes the state, the second finds it; on a CPU both compute in float32 copies, one tensor after the other."""
+def test_traced_adamw8bit_allocates_as_the_real_one() -> None:
+    """Two steps: the first creates the state. On a CPU both compute in float32 copies, one tensor at a time."""
 
     def prepare() -> tuple[nn.Module, Callable[[], object]]:
         net = nn.Sequential(nn.Linear(300, 500), nn.Linear(20, 30))
@@ -83,8 +83,10 @@ def test_eight_bit_adamw_takes_what_bitsandbytes_takes() -> None:
 
 @pytest.mark.parametrize("last", [(False, False), (True, True), (True, False), (False, True)])
 @pytest.mark.parametrize(("kernel", "stride", "batch"), [(3, 2, 2), (1, 1, 2), (1, 1, 16)])
-def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch: int, last: tuple[bool, bool]) -> None:
-    """Input and weights plainly laid out or channels last: copies, reordered weights, gradients on their way."""
+def test_traced_convolution_allocates_as_cpu_kernels(
+    kernel: int, stride: int, batch: int, last: tuple[bool, bool]
+) -> None:
+    """Inputs and weights contiguous or channels last: copies, reordered weights, gradients in transit."""
 
     def laid_out(tensor: Tensor, last: bool) -> Tensor:
         return tensor.to(memory_format=torch.channels_last) if last else tensor
@@ -99,7 +101,7 @@ def test_convolutions_take_what_cpu_kernels_take(kernel: int, stride: int, batch
     assert peak == pytest.approx(real_peak, abs=SCRATCHPAD)
 
 
-def test_a_step_takes_what_its_trace_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One of the configurations that benchmarks/check_trace.py goes through."""
+def test_traced_step_allocates_as_the_real_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the configurations of benchmarks/check_trace.py."""
     case = next(case for case in check_trace.cases(tmp_path) if case.name == "base, LoRA, checkpointing")
     assert check_trace.compared(case), capsys.readouterr().out

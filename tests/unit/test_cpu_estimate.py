@@ -28,7 +28,7 @@ from finetune.estimate.monitor import Expected
 from finetune.system.cpu_info import cpu_name
 from finetune.training.pace import FAR, FEWEST, WARM_UP, Pace, warning
 from tests.helpers import tiny
-from tests.helpers.estimates import ft, of
+from tests.helpers.estimates import forecast_of, ft
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_calibration_on_a_busy_processor_stops_no_run_and_is_not_kept(
 def pace_on_this_cpu(off: float, steps: int = WARM_UP + FEWEST, measured: bool = True) -> Pace:
     """A pace whose steps take `off` times the estimate for this CPU."""
     known = dataclasses.replace(cpu.calibration(torch.get_num_threads()), measured=measured)
-    one = of("lora/emoji", gpu=dataclasses.replace(this_cpu(), calibration=known))
+    one = forecast_of("lora/emoji", gpu=dataclasses.replace(this_cpu(), calibration=known))
     pace = Pace(Expected(one), lambda: None)
     pace.seconds = [off * one.speed.seconds] * steps
     return pace
@@ -141,7 +141,7 @@ def test_pace_disproves_a_measurement_that_is_far_off() -> None:
     assert not pace_on_this_cpu(most, steps=WARM_UP + FEWEST - 1).disproved()  # too few steps
     assert not pace_on_this_cpu(most, measured=False).disproved()  # nothing was measured
     assert not Pace(Expected(None, "no profile"), lambda: None).disproved()
-    on_gpu = of("lora/emoji")
+    on_gpu = forecast_of("lora/emoji")
     pace = Pace(Expected(on_gpu), lambda: None)
     pace.seconds = [most * on_gpu.speed.seconds] * (WARM_UP + FEWEST)
     assert not pace.disproved()

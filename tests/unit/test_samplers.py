@@ -22,7 +22,7 @@ from finetune.models.objectives.noise_paths import (
 from finetune.models.objectives.noise_paths import Path as NoisePath
 from finetune.models.objectives.samplers import SAMPLERS, Level, Options, posterior
 from finetune.rng import Draw
-from tests.helpers.gaussian import DEVIATION, MEAN, angle, carried, oracle
+from tests.helpers.gaussian import DEVIATION, MEAN, angle, flow_solution, oracle
 
 EDM = EdmObjective(0.5, -1.2, 1.2)
 PREDICTIONS: tuple[Any, ...] = ("epsilon", "sample", "v_prediction")
@@ -152,7 +152,10 @@ def test_sampler_converges_at_its_order(grid: str, sampler: str, order: int) -> 
         ratio = (last / first) ** (1 / steps)
         levels = [at(first * ratio**number) for number in range(steps + 1)]
         return float(
-            (SAMPLERS[sampler](oracle, start, levels, no_noise, Options()) - carried(start, levels[0], levels[-1]))
+            (
+                SAMPLERS[sampler](oracle, start, levels, no_noise, Options())
+                - flow_solution(start, levels[0], levels[-1])
+            )
             .abs()
             .max()
         )

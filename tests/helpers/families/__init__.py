@@ -1,1 +1,1 @@
-"""Two tiny families that prove the seams of roles and media: image editing from pairs, and clips through a 3-D VAE."""
+"""Two tiny families that test roles and media: image editing from pairs, and clips through a 3-D VAE."""

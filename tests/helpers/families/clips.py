@@ -1,4 +1,4 @@
-"""Text-to-video in miniature: clips through a 3-D VAE of convolutions, and a denoiser of their latents."""
+"""Text-to-video in miniature: a convolutional 3-D VAE of clips, and a denoiser of its latents."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHANNELS, FACTOR, TIME_FACTOR = 4, 4, 3
 
 
 class Vae3d(nn.Module):
-    """[B, 3, 1 + 3 t, 4 h, 4 w] ↔ [B, 4, 1 + t, h, w]: causal, as the first frame has a latent frame of its own."""
+    """[B, 3, 1 + 3 t, 4 h, 4 w] ↔ [B, 4, 1 + t, h, w]; causal: the first frame has its own latent frame."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image editing in miniature: a convolution predicts the target from its reference, the noise and the caption's length."""
+"""Image editing in miniature: a convolution predicts the target from a reference, noise and the caption's length."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPEC = FamilySpec(
 
 
 class PairEncoder(Encoder):
-    """The target alone; and the reference together with the caption, as multimodal text encoders read them."""
+    """Encodes the target alone, and the reference together with the caption, as multimodal text encoders do."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []

@@ -1,4 +1,4 @@
-"""One tiny pipeline for each transformer family: its real classes, built small. A new module here is tested like the others.
+"""One tiny pipeline per transformer family, built from its real classes. Tests find a new module here automatically.
 
 Importing this package imports no torch; a module is imported when its pipeline is built or its cases are listed.
 """
@@ -24,7 +24,7 @@ class Tiny:
         build: captions that its tokenizers should know → the pipeline.
         seed: of its random weights; golden losses depend on it.
         lora, full: overrides of the recipe in the case of each method.
-        checkpoint_nf4: whether the case with a quantized base recomputes activations.
+        checkpoint_nf4: whether the case with a quantized base uses gradient checkpointing.
         idle: parts of parameter names that no gradient reaches in full fine-tuning.
         guidance: the pipeline's argument for the guidance scale.
         negative: whether the pipeline takes a negative prompt.
@@ -46,7 +46,7 @@ class Tiny:
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Slugs of the families with a module here."""
+    """Slugs of the families with a module in this package."""
     modules = {module.name for module in pkgutil.iter_modules(__path__)}
     return tuple(slug for slug in specs() if slug.replace("-", "_") in modules)
 
@@ -59,13 +59,13 @@ def tiny_of(slug: str) -> Tiny:
 
 
 def save(slug: str, captions: tuple[str, ...], folder: Path) -> None:
-    """Write a family's tiny pipeline, its weights random and the same each time."""
+    """Write a family's tiny pipeline, with random weights that are the same each time."""
     import torch
 
     tiny = tiny_of(slug)
     torch.manual_seed(tiny.seed)
     pipeline = tiny.build(captions)
-    # diffusers starts last layers and gates at zero, from where a first step moves little: as after some training here.
+    # diffusers initializes last layers and gates to zero, where a first step changes little: imitate some training.
     for parameter in pipeline.transformer.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)

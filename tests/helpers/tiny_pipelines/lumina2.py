@@ -18,7 +18,7 @@ def build(captions: tuple[str, ...]) -> Any:
         hidden_size=48,
         num_layers=1,
         num_refiner_layers=1,
-        num_attention_heads=3,  # of queries, for one of keys and values: as many as the real one's
+        num_attention_heads=3,  # three query heads per key-value head, as in the real model
         num_kv_heads=1,
         multiple_of=8,
         axes_dim_rope=(4, 6, 6),

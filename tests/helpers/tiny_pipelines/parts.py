@@ -1,4 +1,4 @@
-"""Parts that several tiny pipelines share: VAEs, tokenizers and text encoders, built small from their real classes."""
+"""Parts shared by several tiny pipelines: VAEs, tokenizers and text encoders, built small from their real classes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def clip(captions: tuple[str, ...], projection: int = 0) -> tuple[Any, Any]:
 
 
 def t5(width: int) -> tuple[Any, Any]:
-    """A T5 tokenizer that knows letters, and its encoder."""
+    """A T5 tokenizer of letters, and its encoder."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in LETTERS)]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = T5Config(
@@ -77,7 +77,7 @@ def t5(width: int) -> tuple[Any, Any]:
 
 
 def gemma() -> tuple[Any, Any]:
-    """A Gemma tokenizer that knows letters, and a Gemma 2."""
+    """A Gemma tokenizer of letters, and a Gemma 2 model."""
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, "\n"]
@@ -97,7 +97,7 @@ def gemma() -> tuple[Any, Any]:
 
 
 def qwen_tokenizer() -> Any:
-    """Bytes, and what a conversation is written with."""
+    """A tokenizer of bytes and a chat template."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
