@@ -107,7 +107,7 @@ def levels_of(images: Sequence[Example]) -> Tensor:
 
 
 def references(split: str) -> dict[str, float]:
-    """Bits/dim of what needs no net: all levels alike; each pixel by its own histogram, every level counted once
+    """Bits/dim of what needs no network: all levels alike; each pixel by its own histogram, every level counted once
     more.
     """
     training, others = levels_of(images_of("train")), levels_of(images_of(split))
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--validate", choices=CONTENDERS, help="train one with --set and say only what the validation images say"
+        "--validate", choices=CONTENDERS, help="train one with --set and print only its validation likelihood"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()

@@ -89,8 +89,9 @@ COLUMNS = (
 
 
 def train(name: str, folder: Path, seed: int, minutes: float) -> dict[str, Any]:
-    """A finished run of so many CPU minutes, its steps and parameters; `failed` says what ended it early, if anything
-    did.
+    """A finished run: CPU minutes, steps and parameters.
+
+    `failed` is the reason why it ended early, if it did.
     """
     done = folder / "trained.json"
     if done.is_file():
@@ -208,12 +209,12 @@ def main() -> None:
         "--folder",
         type=Path,
         required=True,
-        help="for the runs: one outside the checkout; what is in it is gone on with",
+        help="folder of the runs, outside the checkout; existing runs are resumed",
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="CPU time of each")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each that say how stable it is; 0: none")
+    parser.add_argument("--seeds", type=int, default=5, help="further runs of each that measure stability; 0: none")
     parser.add_argument("--seed-minutes", type=float, default=2.0, help="CPU time of each of those")
-    parser.add_argument("--images", type=int, default=500, help="drawn by each to be measured")
+    parser.add_argument("--images", type=int, default=500, help="images of each that are generated and measured")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), metavar="RECIPE")
     parser.add_argument("--write", action="store_true", help=f"keep the table in {MEASURED.name}")
     given = parser.parse_args()

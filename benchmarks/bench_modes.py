@@ -95,7 +95,7 @@ class Plane:
 
 @final
 class Together(Draw):
-    """All places from one generator: much sooner drawn, and a benchmark's batch is never split."""
+    """All positions share one generator: much faster, and a benchmark's batch is never split."""
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(mix(self._seed, self.step, purpose))
@@ -140,7 +140,7 @@ class PointReader(DiscriminatorBody):
 
 
 def play(section: Section, centres: Tensor, deviation: float, seed: int) -> dict[str, float]:
-    """Train a pair by the turns of our GANs, average its generator, and count what that draws."""
+    """Train generator and discriminator with our GANs' train steps, average the generator, and count its modes."""
     torch.manual_seed(seed)
     space = cast(Space, Plane())
     generator = PointGenerator(section.latent)
@@ -179,7 +179,7 @@ def play(section: Section, centres: Tensor, deviation: float, seed: int) -> dict
 
 
 def reverse_kl(modes: Tensor, count: int) -> float:
-    """KL of how often each of `count` modes was drawn from evenly, in nats: 0 if evenly, log(count) if one alone."""
+    """KL divergence of the modes' frequencies from uniform, in nats: 0 if uniform, log(count) for a single mode."""
     shares = torch.bincount(modes, minlength=count).double() / len(modes)
     return math.log(count) - float(torch.special.entr(shares).sum())
 
@@ -276,7 +276,7 @@ def digits_of(split: str) -> tuple[Tensor, Tensor]:
 
 
 def stacked(folder: Path) -> Path:
-    """A folder of images, each of three digits drawn evenly, one a color."""
+    """A folder of images of three random digits each, one per color channel."""
     target = folder / "stacked"
     if target.is_dir():
         return target

@@ -74,7 +74,7 @@ class Means(ImageTextEncoder):
 
 
 def make(folder: Path, entries: int) -> None:
-    """Shards of `entries` images, no two alike."""
+    """Write shards of `entries` different images."""
     folder.mkdir()
     for start in range(0, entries, SHARD):
         with tarfile.open(folder / f"{start // SHARD:05d}.tar", "w") as archive:
@@ -89,7 +89,7 @@ def make(folder: Path, entries: int) -> None:
 
 
 def bitmap(number: int) -> bytes:
-    """A Windows bitmap of 4×4 patches in colors of their own."""
+    """A Windows bitmap of 4×4 patches, each with its own color."""
     width, height = SHAPES[number % len(SHAPES)]
     patches = numpy.frombuffer(random.Random(number).randbytes(48), numpy.uint8).reshape(4, 4, 3)
     pixels = patches.repeat(-(-height // 4), 0)[:height].repeat(-(-width // 4), 1)[:, :width].tobytes()
@@ -219,10 +219,10 @@ def train(data: Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--uncached", action="store_true", help="draw from the shards themselves")
-    parser.add_argument("--synthetic", action="store_true", help="images that are nowhere, for a look at memory")
+    parser.add_argument("--uncached", action="store_true", help="read training batches from the shards, not encoded")
+    parser.add_argument("--synthetic", action="store_true", help="create images on access instead of writing shards")
     parser.add_argument(
-        "--folder", type=Path, help="where the shards and the cache go; none: the system's temporary folder"
+        "--folder", type=Path, help="folder of the shards and the cache; default: the system's temporary folder"
     )
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -248,11 +248,11 @@ def main() -> None:
                 if given.synthetic
                 else []
             )
-            told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+            measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        print(f"{told['images']:,} images in {told['buckets']} buckets")
-        for phase, (seconds, peak) in told["phases"].items():
+        print(f"{measured['images']:,} images in {measured['buckets']} buckets")
+        for phase, (seconds, peak) in measured["phases"].items():
             print(f"  {phase:<15} {seconds:8.1f} s   peak {peak / 2**20:6.0f} MiB", flush=True)
 
 

@@ -63,7 +63,7 @@ class Step(NamedTuple):
 
 
 def example(subject: TracedRun, trained: torch.dtype) -> Step:
-    """The step of diffusers' examples on the very net that the recipe trains, with PEFT's layers."""
+    """The step of diffusers' examples on the same network that the recipe trains, with PEFT's layers."""
     with _as_on_cuda() as mode, kernels.without(*ALL):
         model = subject.build()
         train_step = model.train_steps()[0]
@@ -72,7 +72,7 @@ def example(subject: TracedRun, trained: torch.dtype) -> Step:
         parameters = train_step.parameters()
         for parameter in parameters:
             parameter.data = parameter.data.to(trained)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)  # what AdamW takes on CUDA if nothing is said
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)  # AdamW's default on CUDA
         train_step.net.train()
         gc.collect()
         with Recorder() as recorder:
@@ -91,7 +91,7 @@ def example(subject: TracedRun, trained: torch.dtype) -> Step:
 
 
 def example_loss(train_step: TrainStep, batch: Batch) -> Tensor:
-    """Noising, the net's call and the loss as the examples write them."""
+    """Noising, forward pass and loss as in the examples."""
     latents = batch["latents" if isinstance(train_step, DenoiserTrainStep) else "mean"].to(torch.bfloat16)
     noise = torch.randn_like(latents)
     if isinstance(train_step, DenoiseStep):
@@ -179,10 +179,10 @@ def subjects(checkpointing: bool) -> dict[str, TracedRun]:
 
 
 @click.command()
-@click.option("--checkpointing", is_flag=True, help="With every block computed again in the backward pass.")
+@click.option("--checkpointing", is_flag=True, help="With activation checkpointing of every block.")
 @click.option("--only", type=click.Choice(["sdxl", "flux"]), help="One of the two.")
 def main(checkpointing: bool, only: str | None) -> None:
-    """Print a table for each net, a row for each change."""
+    """Print a table for each network, with a row for each change."""
     silence_libraries()
     reached = True
     for title, subject in subjects(checkpointing).items():

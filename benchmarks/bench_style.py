@@ -47,7 +47,7 @@ DRAWN_AT_ONCE = 20
 
 @torch.no_grad()
 def through_vae(vae: Any, pixels: Tensor) -> Tensor:
-    """Each image encoded to its mean latent and decoded again."""
+    """Encode each image to its mean latent and decode it."""
     shown = Progress("real images through the VAE")
     found = []
     for number, batch in enumerate(pixels.split(32)):
@@ -112,7 +112,7 @@ class Residual(nn.Module):
 
 @torch.no_grad()
 def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, what: str) -> Tensor:
-    """One image a caption, image i from seed i: [N, 3, 64, 64] in [-1, 1]."""
+    """Generate one image per caption, image i from seed i: [N, 3, 64, 64] in [-1, 1]."""
     shown = Progress(what)
     found = []
     for start in range(0, len(captions), DRAWN_AT_ONCE):
@@ -131,7 +131,7 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], steps: int, gui
 def judged(
     house: House, names: EmojiNet, pixels: Tensor, gallery: Tensor, truth: list[int]
 ) -> tuple[float, float, float]:
-    """(share judged Twemoji, share whose nearest name is the prompted one, share where it is among the nearest five)."""
+    """(share judged Twemoji, share whose nearest name is the prompted one, share with it among the nearest five)."""
     embedding = names(pixels)
     by_name = torch.stack([embedding @ of_house.T for of_house in gallery]).amax(
         0
@@ -148,9 +148,9 @@ def judged(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--judged", type=int, default=200, help="how many unseen names are drawn and judged")
+    parser.add_argument("--judged", type=int, default=200, help="how many unseen names are generated and judged")
     parser.add_argument(
-        "--out", type=Path, default=Path("style.png"), help="the image: base, LoRAs and real Twemoji, by name"
+        "--out", type=Path, default=Path("style.png"), help="output image: base, LoRAs and real Twemoji, by name"
     )
     given = parser.parse_args()
     recipe = load_recipe(given.runs[0] / "recipe.yaml")

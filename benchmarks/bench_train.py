@@ -56,7 +56,7 @@ CONTENDERS: dict[str, str | None] = {"ours": "", "the usual way": None} | {
 
 
 def usual(recipe: Recipe) -> Callable[[int], None]:
-    """The same training as diffusers' text-to-image LoRA example writes it: nothing kept between steps."""
+    """The same training as in diffusers' text-to-image LoRA example: nothing is cached between steps."""
     pipeline = open_pipeline(recipe.model, "StableDiffusionPipeline", torch.float32)
     for net in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         net.requires_grad_(False)
@@ -98,7 +98,7 @@ def usual(recipe: Recipe) -> Callable[[int], None]:
 
 
 def ours(recipe: Recipe, folder: Path, without: str = "") -> Job:
-    """The project's own run, ready to step; or with one choice taken back."""
+    """The project's own run, ready to step, with one optimization turned off if given."""
     if without in KERNELS:  # this process trains nothing else
         os.environ[kernels.VARIABLE] = f"-{KERNELS[without]}"
     elif without == "memory kept":
@@ -125,7 +125,7 @@ class Taken(NamedTuple):
 
 @final
 class Contender:
-    """A way to train, in a process of its own: how that keeps memory is no matter of the others'."""
+    """One variant, in its own process, so that its memory does not affect the others."""
 
     def __init__(self, recipe: Recipe, without: str | None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -145,7 +145,7 @@ class Contender:
 
 
 def _serve(connection: Connection, recipe: Recipe, without: str | None) -> None:
-    """Train as told. `without`: see `ours`; None is the usual way."""
+    """Train one variant. `without`: see `ours`; None is the usual training script."""
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):
         job = ours(recipe, Path(folder), without) if without is not None else None
         take_step: Callable[[int], object] = job.trainer.train_step if job else usual(recipe)

@@ -53,7 +53,7 @@ STEPS = 5  # or cycles of steps, once all is warm
 @click.option("--write", is_flag=True, help="Write the errors to finetune/assets/accuracy.json.")
 @click.option("--default", is_flag=True, help="Write the calibration, of one thread, to finetune/assets/cpu.json.")
 def main(names: tuple[str, ...], write: bool, default: bool) -> None:
-    """Take a few steps of each recipe, beside its estimate."""
+    """Run a few steps of each recipe, and compare them with its estimate."""
     torch.set_num_threads(1 if default else threads())
     start = time.perf_counter()
     found = calibrate(patience=math.inf)

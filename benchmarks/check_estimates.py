@@ -36,7 +36,7 @@ ALL_OF_IT = "nvidia-smi"  # in the notes: what was measured holds CUDA's context
 
 
 class Found(NamedTuple):
-    """A published run beside its prediction: GiB and seconds a step; 0 where nothing was published."""
+    """A published run and its prediction: GiB and seconds per step; 0 if not published."""
 
     row: dict[str, str]
     micro: tuple[Work, ...]
@@ -55,16 +55,16 @@ class Found(NamedTuple):
 @click.option(
     "--traces",
     type=click.Path(path_type=Path),
-    help="Keep the traces in this file, and read them from it the next time.",
+    help="Save the traces in this file, and read them from it next time.",
 )
-@click.option("--only", default="", help="Only the rows whose id holds this word.")
+@click.option("--only", default="", help="Only the rows whose id contains this word.")
 @click.option(
     "--write",
     is_flag=True,
-    help="Write the errors to finetune/assets/accuracy.json, from which ft estimate says how sure it is.",
+    help="Write the errors to finetune/assets/accuracy.json, from which ft estimate takes its error margins.",
 )
 def main(traces: Path | None, only: str, write: bool) -> None:
-    """Predict every published run, and print it beside what was measured."""
+    """Predict every published run, and print predictions and measurements."""
     lines = (ASSETS / "published_runs.tsv").read_text(encoding="utf-8").splitlines()
     header = lines[0].split("\t")
     rows = [row for line in lines[1:] if only in (row := dict(zip(header, line.split("\t"), strict=False)))["id"]]
@@ -105,7 +105,7 @@ KEY = (
 
 
 def traced(row: dict[str, str]) -> dict[str, Any]:
-    """What the step of a published run reserves, holds and runs."""
+    """Memory reserved and allocated by the step of a published run, and its operators."""
     from finetune.config.loader import load_recipe
     from finetune.estimate.allocator.caching import replay
     from finetune.estimate.tracing.denoiser import DenoiserModel
@@ -191,8 +191,7 @@ def line_of(one: Found) -> str:
 
 
 def errors(found: list[Found]) -> dict[str, dict[str, float]]:
-    """Medians and 90th percentiles of |predicted ÷ measured − 1|, of all runs and of those that run torch's own
-    operators.
+    """Medians and 90th percentiles of |predicted ÷ measured − 1|, of all runs and of those with torch's own operators.
 
     Only on the latter are constants fit; "its model left out" are the errors when they are fit without the row's own
     model.
@@ -223,8 +222,7 @@ def errors(found: list[Found]) -> dict[str, dict[str, float]]:
 
 
 def ours() -> dict[str, dict[str, float]]:
-    """Runs of this project's own that benchmarks/check_gpu.py measured, beside the estimates from profiles; printed,
-    with their errors.
+    """Print the runs that benchmarks/check_gpu.py measured, with their estimates from profiles and the errors.
 
     Constants are not fit on them: their GPU waited for its host, a virtual machine's, most of the time.
     """

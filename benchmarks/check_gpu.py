@@ -53,8 +53,9 @@ IMAGES, LEAST_SIDE = 16, 64
 
 
 class Ran(NamedTuple):
-    """What a run took: bytes reserved while training and at most, seconds and operators of a step, and whose weights
-    it had; details of a GPU's.
+    """Measurements of a run: bytes reserved while training and at most, seconds and operators of a step, weights.
+
+    Runs on a GPU have more details.
     """
 
     training: int | None
@@ -68,7 +69,7 @@ class Ran(NamedTuple):
 
 @final
 class Operators(TorchDispatchMode):
-    """Counts the operators that run within, as a trace does: views and what launches nothing are left out."""
+    """Counts the operators that run inside, as a trace does: without views and operators that launch no kernel."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,9 +82,9 @@ class Operators(TorchDispatchMode):
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--gpu", "gpu_name", help="The GPU that is estimated for: by default the one that is here, else rtx3090.")
+@click.option("--gpu", "gpu_name", help="The GPU to estimate for; default: this machine's, else rtx3090.")
 @click.option(
-    "--cpu", is_flag=True, help="Run on the CPU, by default the bundled base's recipes: there PyTorch counts no memory."
+    "--cpu", is_flag=True, help="Run on the CPU, by default the recipes of the bundled base model, without memory."
 )
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=12, show_default=True, help="Of each run.")
 @click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help="Override one value of every recipe.")
@@ -91,7 +92,7 @@ class Operators(TorchDispatchMode):
 @click.option(
     "--details", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Add each GPU run's details to this file."
 )
-@click.option("--minutes", type=float, default=math.inf, help="Begin no run after so many.")
+@click.option("--minutes", type=float, default=math.inf, help="Start no run after this time.")
 def main(
     names: tuple[str, ...],
     gpu_name: str | None,
@@ -102,7 +103,7 @@ def main(
     details: Path | None,
     minutes: float,
 ) -> None:
-    """Run the recipes NAMES, or all that start from a pretrained model, and print estimated beside measured."""
+    """Run the recipes NAMES, or all that start from a pretrained model, and print estimates and measurements."""
     initialized = time.monotonic()
     with report_errors(), tempfile.TemporaryDirectory() as temporary:
         if cpu:
@@ -165,12 +166,12 @@ def _settings(name: str, gpu: Gpu, folder: Path, steps: int, overrides: tuple[st
 
 
 def _title(one: Forecast) -> str:
-    fits = "" if one.fits else f": does not fit {one.gpu.name}, whatever is edited"
+    fits = "" if one.fits else f": does not fit in {one.gpu.name}'s memory even with every memory option"
     return f"\n{one.name} {sets(one)}".rstrip() + fits
 
 
 def _run(one: Forecast, folder: Path, steps: int) -> Ran | None:
-    """Train a few steps and draw an image; None if memory ran out, which is said."""
+    """Train a few steps and generate an image; None, with a message, if memory ran out."""
     silence_libraries()
     (folder / "images").mkdir(exist_ok=True)
     side = max(LEAST_SIDE, one.recipe.data.resolution)

@@ -87,7 +87,7 @@ SD3 = Denoiser(
 
 
 class Case(NamedTuple):
-    """One configuration: a recipe at a side; `build` where it is no family's model."""
+    """One configuration: a recipe at a resolution, with `build` if its model is not a family's."""
 
     name: str
     recipe: Recipe
@@ -160,7 +160,7 @@ def small_sd3(plan: Plan) -> Model:
 
 
 def pipeline(folder: Path, unet: dict[str, Any], two_encoders: bool = False) -> Path:
-    """The embedded base's folder without weights, its UNet changed."""
+    """The bundled base model's folder without weights, with another UNet."""
     for file in (ASSETS / "base").rglob("*"):
         if file.suffix in (".json", ".txt"):
             (folder / file.relative_to(ASSETS / "base")).parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def changed(file: Path, **values: Any) -> None:
 
 
 def compared(case: Case) -> bool:
-    """Print one line; whether the two agree."""
+    """Print one line; returns whether the two agree."""
     start = time.perf_counter()
     subject = TracedRun(case.recipe, case.recipe.train.weights, (case.side, case.side), device="cpu", build=case.build)
     phase = subject.phases(only_training=True)["train"]
@@ -219,9 +219,7 @@ def peak_of(events: list[Event], start: int) -> int:
 
 
 def taken(subject: TracedRun) -> tuple[int, int]:
-    """The peak of a real run, bytes: what the nets hold, and the most that training has allocated on top; and the
-    nets' parameters.
-    """
+    """(peak bytes of a real run: the networks and the most that training allocates on top, number of parameters)."""
     AcceleratorState._reset_state(reset_partial_state=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, skeletons():
         model = subject.build()
@@ -250,7 +248,7 @@ def counted(profiled: profile) -> int:
 
 
 def held(*nets: nn.Module) -> int:
-    """Bytes of the nets' parameters and buffers."""
+    """Bytes of the networks' parameters and buffers."""
     tensors = [tensor for net in nets for tensor in tensors_of(net)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 

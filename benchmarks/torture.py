@@ -70,7 +70,7 @@ EVENTFUL = (
 
 @dataclass
 class Victim:
-    """A recipe to be tortured, its unkilled run, and what its kills came to."""
+    """A recipe, its uninterrupted run, and the outcomes of its kills."""
 
     name: str
     make: Callable[[Path, Path], Recipe]  # the run's folder and the cache's
@@ -113,7 +113,7 @@ def draw_images(folder: Path, count: int) -> Path:
 
 
 def live(recipe: Recipe, resume: bool, log: Path) -> int:
-    """Start one life of a run in a process of its own; returns its id."""
+    """Start one attempt of a run in its own process; returns the process id."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -135,7 +135,7 @@ def live(recipe: Recipe, resume: bool, log: Path) -> int:
 
 
 def status_of(folder: Path, process: int) -> Status | None:
-    """What the process says that it is doing; None before its first word."""
+    """The phase that the process reports; None before its first report."""
     found = [status for status in read(folder) if status.pid == process]
     return found[0] if found else None
 
@@ -145,9 +145,7 @@ def phase_of(status: Status | None) -> str:
 
 
 def whole_life(recipe: Recipe, resume: bool, log: Path) -> dict[str, float]:
-    """A life that nobody ends, and which must reach its end; returns how many seconds each of its phases lasted at a
-    time.
-    """
+    """Run without a kill; returns the seconds that each phase lasted at a time."""
     folder = Path(recipe.output.folder or "")
     process, since, was = live(recipe, resume, log), time.monotonic(), "loading"
     lasted: dict[str, list[float]] = {}
@@ -251,7 +249,7 @@ def torture(victim: Victim, kills: int, place: Path, dice: random.Random, say: C
 
 
 def difference(whole: Path, killed: Path) -> str:
-    """What of the killed run is not the unkilled run's, "" if nothing."""
+    """The difference between the killed and the uninterrupted run; "" if there is none."""
     ours, theirs = (checkpoint.load(checkpoint.checkpoints(run / "checkpoints")[-1]) for run in (killed, whole))
     for name in ("weights", "averages", "optimizers", "facts", "step"):
         if not _equal(getattr(ours, name), getattr(theirs, name)):
@@ -284,7 +282,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def table(victims: list[Victim]) -> str:
-    """Kills survived, by victim and phase."""
+    """Print the survived kills by victim and phase."""
     phases = [*AIMED, *sorted({phase for victim in victims for phase in victim.survived} - set(AIMED))]
     width = max(len(victim.name) for victim in victims) + 2
     lines = [

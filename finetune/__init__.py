@@ -8,9 +8,9 @@
     finetune.sample(run, ["a rocket", "a red heart"], seeds=[0, 1])  # the image files
     model = finetune.open_model("runs/scratch-vae")  # pixel-space families: the model itself
 
-Mistakes in recipes, data and arguments raise `finetune.UserError`. Messages go to `logging.getLogger("finetune")`, which
-shows them only if you configure logging (`finetune.terminal.configure()` does, as the commands do). Modules are imported
-when they are used, so `import finetune` is cheap.
+Mistakes in recipes, data and arguments raise `finetune.UserError`. Messages go to `logging.getLogger("finetune")`,
+which shows them only if you configure logging (`finetune.terminal.configure()` does, as the commands do). Modules are
+imported when they are used, so `import finetune` is cheap.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def embedded(path: str) -> str:
 
 
 def public_name(path: str) -> str:
-    """Return the name of a model or folder for published files: a Hub or embedded name as it is, of a local path the last part."""
+    """Return the name of a model or folder for published files: a Hub or embedded name, or a local path's last part."""
     given = Path(path).expanduser()
     if path.startswith("embedded:") or (
         path.count("/") == 1 and not path.startswith((".", "/", "~")) and not given.exists()

@@ -1,8 +1,9 @@
 """Stateless randomness: seeds, content keys and `Draw`, the random numbers of one training step.
 
-The random numbers of an example are a function of (seed, step, index in the global batch). So a resumed run sees the same
-numbers as an uninterrupted one, and 1 process × batch 4, 4 processes × batch 1 and 4 accumulated batches of 1 agree.
-Numbers are generated on the CPU and then moved, so they do not depend on the device. Torch is imported on first use.
+The random numbers of an example are a function of (seed, step, index in the global batch). So a resumed run sees the
+same numbers as an uninterrupted one, and 1 process × batch 4, 4 processes × batch 1 and 4 accumulated batches of 1
+agree. Numbers are generated on the CPU and then moved, so they do not depend on the device. Torch is imported on first
+use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bundled images are WebDataset shards: write one, so that equal contents give equal bytes, and read one."""
+"""Write and read WebDataset shards of bundled images. Equal contents give equal bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.paths import embedded
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write (name, content) pairs in the given order, with no trace of when or by whom."""
+    """Write (name, content) pairs in the given order, without times and owners."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in members:
@@ -24,7 +24,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 
 def bundled(name: str) -> dict[str, Entry]:
-    """The images of a bundled data set, such as `emoji/noto`, by their names inside it, in their order."""
+    """The images of a bundled dataset, such as `emoji/noto`, by name, in their order."""
     shard = embedded(f"embedded:{name}")
     found = (entry for entry in entries(Source(shard), Data()) if isinstance(entry, Entry))
     return {entry.name.removeprefix(f"{shard}/"): entry for entry in found}

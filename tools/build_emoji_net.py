@@ -66,8 +66,8 @@ def train_judge(
     tinted at random.
 
     Args:
-        loss_of: of the net and Noto's images and then Twemoji's of the same names.
-        tint: deviation of what is added to each color; colors lie in [-1, 1].
+        loss_of: the loss of the network for Noto's images, followed by Twemoji's of the same names.
+        tint: standard deviation of the value added to each color; colors are in [-1, 1].
         length: steps, and pairs of images in each.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
@@ -101,14 +101,14 @@ def damaged(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def house_loss(logit: Tensor) -> Tensor:
-    """Cross-entropy with labels of 3 and 97 %, Noto's images first: some are all but the same in both houses."""
+    """Cross-entropy with labels of 3 and 97 %, Noto's images first: some are nearly the same for both vendors."""
     return functional.binary_cross_entropy_with_logits(
         logit, torch.tensor([0.03, 0.97]).repeat_interleave(len(logit) // 2)
     )
 
 
 def names_loss(embedding: Tensor) -> Tensor:
-    """InfoNCE at temperature 0.1, from each house's images to the other's."""
+    """InfoNCE at temperature 0.1, from each vendor's images to the other's."""
     one, other = embedding.chunk(2)
     similarity, same = one @ other.T / 0.1, torch.arange(len(one))
     return functional.cross_entropy(similarity, same) + functional.cross_entropy(similarity.T, same)
@@ -144,7 +144,7 @@ class Lessons(nn.Module):
 
 
 def lessons_loss(lessons: Lessons, pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """All three; which emoji it is, of what was not cut up."""
+    """The sum of the three losses; the embedding's only for images that were not cut up."""
     pixels, kinds = damaged(pixels, generator)
     embedding, house, damage = lessons(pixels)
     return names_loss(embedding[kinds != 3]) + house_loss(house) + functional.cross_entropy(damage, kinds)
@@ -152,7 +152,7 @@ def lessons_loss(lessons: Lessons, pixels: Tensor, generator: torch.Generator) -
 
 @torch.no_grad()
 def figures(lessons: Lessons, images: Tensor, generator: torch.Generator) -> dict[str, str]:
-    """Of images that took no part, [2, names, 3, 32, 32]."""
+    """The figures on held-out images, [2, names, 3, 32, 32]."""
     one, other = (lessons(house) for house in images)
     right = (one[0] @ other[0].T).argmax(1) == torch.arange(len(one[0]))
     house = torch.cat([one[1] <= 0, other[1] > 0])

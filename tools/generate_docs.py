@@ -42,8 +42,8 @@ def models() -> str:
         "# Models",
         "This page is generated from the families' records by `python tools/generate_docs.py models`.",
         "## Fine-tuning",
-        "`model.family` names the family, `model.path` the checkpoint: a name on the Hugging Face Hub, a diffusers folder "
-        "or a `.safetensors` file. Other checkpoints of the same architecture work too.",
+        "`model.family` names the family, `model.path` the checkpoint: a name on the Hugging Face Hub, a diffusers "
+        "folder or a `.safetensors` file. Other checkpoints of the same architecture work too.",
         _table(
             ("Family", "Checkpoint", "Resolution", "Released", "License", "Recipes", "LoRA files besides diffusers'"),
             (row for spec in pretrained for row in _checkpoints(spec)),
@@ -51,8 +51,8 @@ def models() -> str:
         "## Training from scratch",
         _table(("Family", "Model", "Kind", "Paper", "Recipes"), (_from_scratch(spec) for spec in scratch)),
         "## Samplers",
-        "`sample.sampler` in a recipe and `ft sample --sampler` choose the sampler. Without it, a pretrained model uses "
-        "the scheduler that it was published with.",
+        "`sample.sampler` in a recipe and `ft sample --sampler` choose the sampler. Without it, a pretrained model "
+        "uses the scheduler that it was published with.",
         _table(
             ("Sampler", "What it is", "Order", "Network calls per step", "Valid for"),
             (
@@ -165,7 +165,7 @@ def _help(command: click.Command) -> list[str]:
 
 
 def _prose(text: str) -> str:
-    """Text without what Markdown would take for HTML."""
+    """Escape text that Markdown would take for HTML."""
     return " ".join(text.split()).replace("<", "&lt;")
 
 

@@ -275,7 +275,7 @@ def _chain(module: str, edges: Mapping[str, Sequence[Import]]) -> list[Import]:
 
 
 def _path_of(module: str) -> str:
-    """Where a module lies, for messages."""
+    """The file of a module, for messages."""
     path = ROOT / PACKAGE / module.replace(".", "/")
     shown = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return str(shown.relative_to(ROOT))

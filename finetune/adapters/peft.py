@@ -132,7 +132,7 @@ def add_adapter(net: Any, adapter: Adapter) -> list[str]:
 
 @contextlib.contextmanager
 def switched_off(net: nn.Module) -> Iterator[None]:
-    """Disable the adapters of `net` in this context. (PEFT's `enable_adapters` would also change which weights train.)"""
+    """Disable the adapters of `net` in this context. (PEFT's `enable_adapters` also changes which weights train.)"""
     tuned = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
     for layer in tuned:
         layer._disable_adapters = True

@@ -79,7 +79,8 @@ def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bo
     terminal.echo(address)
     if not local:
         terminal.echo(
-            f"warning: {host} can be reached from other machines, and the connection is not encrypted; an SSH tunnel is",
+            f"warning: {host} can be reached from other machines, and the connection is not encrypted; an SSH tunnel "
+            f"is",
             err=True,
         )
     if opens:

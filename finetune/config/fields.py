@@ -1,6 +1,6 @@
 """Fields of a recipe's sections: each carries its documentation and its allowed range as metadata. Torch-free.
 
-The recipe reference, `ft recipes keys` and the JSON Schema are generated from this metadata (`finetune.config.reference`).
+`finetune.config.reference` generates the recipe reference, `ft recipes keys` and the JSON Schema from this metadata.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def field(default: Any, help: str, **metadata: Any) -> Any:
         default: the value when the recipe leaves the key out; `dict` stands for an empty dictionary.
         help: what the key means, in one sentence.
         metadata: `effect` (what a larger value or another choice does), `unit`, `choices` (value → meaning), `since`
-            (the version that introduced the key, if not 0.1), `words` (words that stand for a value, such as auto), and the
-            range: `minimum` or `above`, `maximum` or `below`.
+            (the version that introduced the key, if not 0.1), `words` (words that stand for a value, such as auto),
+            and the range: `minimum` or `above`, `maximum` or `below`.
     """
     described = describe(help, **metadata)
     if default is dict:

@@ -83,7 +83,7 @@ def _without_bundled_prompts(root: yaml_reader.Node) -> yaml_reader.Node:
 
 
 def _split(root: yaml_reader.Node) -> tuple[yaml_reader.Node, Callable[[str], Any]]:
-    """Split off the `net` section, whose keys depend on the family: the rest, and a function that reads it for a family."""
+    """Split off the `net` section, whose keys depend on the family; returns the rest and a function that reads it."""
     children = dict(root.content) if isinstance(root.content, dict) else {}
     given = children.pop("net", None)
 

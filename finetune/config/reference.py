@@ -1,4 +1,4 @@
-"""The recipe reference, generated from the sections' metadata: `ft recipes keys` and docs/reference/recipe.md. Torch-free."""
+"""The recipe reference (`ft recipes keys`, docs/reference/recipe.md), from the sections' metadata. Torch-free."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def sections() -> dict[str, Section]:
 
 
 def find(name: str) -> list[Section]:
-    """The sections that `name` means: `adapter`, `net` (all of them), `net.dcgan`, `dcgan` or a key such as `adapter.rank`.
+    """The sections that `name` selects.
+
+    Args:
+        name: `adapter`, `net` (all families), `net.dcgan`, `dcgan` or a key such as `adapter.rank`.
 
     Raises:
         UserError: there is no such section or key.
@@ -211,10 +214,11 @@ def markdown() -> str:
     parts = [
         "# Recipe reference",
         "This page is generated from `finetune/config/` by `python tools/generate_docs.py recipe`. "
-        "`ft recipes keys SECTION` prints the same in a terminal, and editors that know the YAML language server complete and "
-        "check keys by `recipe.schema.json`, which the first line of each bundled recipe names.",
-        "A recipe is a YAML file. Every key has one type; unknown keys, wrong types and values out of range are errors with "
-        "file and line. `--set section.key=value` sets a key on the command line. Where a key is text, `--set` takes the "
+        "`ft recipes keys SECTION` prints the same in a terminal, and editors that know the YAML language server "
+        "complete and check keys by `recipe.schema.json`, which the first line of each bundled recipe names.",
+        "A recipe is a YAML file. Every key has one type; unknown keys, wrong types and values out of range are "
+        "errors with file and line. `--set section.key=value` sets a key on the command line. Where a key is text, "
+        "`--set` takes the "
         "value as it stands; other values are YAML. Old names of keys are accepted until version 0.3; "
         "`ft recipes migrate FILE` rewrites them.",
     ]

@@ -1,4 +1,4 @@
-"""Recipe keys and values that have a new name. The old ones are accepted until version 0.3, with one note each. Torch-free.
+"""Renamed recipe keys and values. The old names are accepted until version 0.3, with one note each. Torch-free.
 
 `current` renames them in a recipe that was read, `migrate` in the text of a recipe file.
 """

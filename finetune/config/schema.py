@@ -1,8 +1,8 @@
 """`Recipe`: everything a user can say about a run, as frozen dataclasses; `finetune.config.loader` reads it from YAML.
 
-One unit for one thing: the length of a run is `steps` (of the optimizer) or `epochs` (passes over the images), whichever
-the recipe names, or follows from the purpose and the number of images (`finetune.config.training_length`); sizes are
-pixels; rates are per optimizer step. Every field carries its documentation and range as metadata
+One unit for one thing: the length of a run is `steps` (of the optimizer) or `epochs` (passes over the images),
+whichever the recipe names, or follows from the purpose and the number of images (`finetune.config.training_length`);
+sizes are pixels; rates are per optimizer step. Every field carries its documentation and range as metadata
 (`finetune.config.fields`). Torch is not imported here.
 """
 
@@ -181,8 +181,8 @@ class Train:
 
     steps: int | None = field(
         None,
-        "Length of the run in optimizer steps; auto: what train.purpose and the number of images call for. From scratch, "
-        "give this or epochs.",
+        "Length of the run in optimizer steps; auto: what train.purpose and the number of images call for. "
+        "From scratch, give this or epochs.",
         unit="steps",
         words={"auto": None},
         minimum=1,
@@ -292,8 +292,8 @@ class Sample:
 
     prompts: tuple[str, ...] = field(
         (),
-        "One image is generated for each prompt. Without this key, fine-tuning takes four of your captions, held-out images' "
-        "first, the last without the trigger word.",
+        "One image is generated for each prompt. Without this key, fine-tuning takes four of your captions, "
+        "held-out images' first, the last without the trigger word.",
     )
     references: tuple[str, ...] = field(
         (), "Image editing: the reference image of each prompt, or one for all prompts.", since="0.2"
@@ -331,8 +331,8 @@ class Sample:
     )
     sampler: str | None = field(
         None,
-        "Sampler: `euler`, `euler-a`, `heun`, `dpm++` (2M), `unipc`, `ddim` or `ddpm`, as far as the family has it; null: the "
-        "family's default.",
+        "Sampler: `euler`, `euler-a`, `heun`, `dpm++` (2M), `unipc`, `ddim` or `ddpm`, as far as the family has it; "
+        "null: the family's default.",
     )
     eta: float = field(0.0, "ddim: share of DDPM's noise added at each step.", minimum=0, maximum=1)
     seed: int = field(0, "Seed of the samples.", minimum=0, maximum=MAX_SEED)

@@ -12,7 +12,7 @@ from finetune.config.fields import describe, field
 
 @dataclass(frozen=True)
 class Token:
-    """A new token of CLIP text encoders, learned with the LoRA: pivotal tuning by textual inversion (arXiv:2208.01618)."""
+    """A new token of CLIP text encoders, trained with the LoRA (textual inversion, arXiv:2208.01618)."""
 
     token: str = plain_field(metadata=describe("The token as captions and prompts write it, such as `<my-dog>`."))
     init_word: str = field("", "A word whose embedding the token starts from, such as `dog`; empty: random.")
@@ -102,8 +102,8 @@ class Adapter:
     )
     distill_every: int | None = field(
         None,
-        "Every n-th step is a self-distillation step on the noisiest 1/n of the noise levels: the adapter is held to the "
-        "base model's prediction there; null: off.",
+        "Every n-th step is a self-distillation step on the noisiest 1/n of the noise levels: the adapter is held "
+        "to the base model's prediction there; null: off.",
         unit="steps",
         effect="Keeps the base model's composition and vocabulary while the other steps learn the style; try 5.",
         minimum=2,
@@ -111,5 +111,6 @@ class Adapter:
     )
     init_lora: str | None = field(
         None,
-        "A LoRA file to continue from, in diffusers' or kohya's format; its rank, alpha and layers replace this section's.",
+        "A LoRA file to continue from, in diffusers' or kohya's format; its rank, alpha and layers replace this "
+        "section's.",
     )

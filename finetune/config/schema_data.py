@@ -111,8 +111,8 @@ class Data:
     caption_column: str = field("text", "Metadata files and Hugging Face data sets: the column with the caption.")
     captions: str | None = field(
         None,
-        "A .jsonl or .csv metadata file outside the folder whose captions replace the folder's, such as the one `ft ui` "
-        "writes; `file_name` is relative to the folder.",
+        "A .jsonl or .csv metadata file outside the folder whose captions replace the folder's, such as the one `ft "
+        "ui` writes; `file_name` is relative to the folder.",
         since="0.2",
     )
     caption_dropout: float = field(
@@ -143,7 +143,8 @@ class Data:
     )
     masks: str | None = field(
         None,
-        "Where the loss counts: `beside` for NAME.mask.png next to each image, or a folder of masks with the same names.",
+        "Where the loss counts: `beside` for NAME.mask.png next to each image, or a folder of masks with the same "
+        "names.",
     )
     mask_column: str = field(
         "mask",
@@ -183,7 +184,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Prior:
-    """Prior preservation of DreamBooth (arXiv:2208.12242): the base model generates class images, which train beside yours."""
+    """DreamBooth's prior preservation (arXiv:2208.12242): the run also trains on class images from the base model."""
 
     prompt: str = plain_field(
         metadata=describe("Prompt of the class images, such as `a photo of a dog`; also their caption.")

@@ -47,7 +47,7 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """The flow-matching loss (arXiv:2403.03206), for families that predict a velocity; null: as the family was trained."""
+    """The flow-matching loss (arXiv:2403.03206) of families that predict a velocity; null: as in their pretraining."""
 
     sampling: Literal["logit_normal", "mode", "uniform"] | None = field(
         None,

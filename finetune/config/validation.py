@@ -1,7 +1,7 @@
-"""Validation: every rule between a recipe's keys, in one table. What a single key allows is declared in the schema. Torch-free.
+"""Validation: every rule between a recipe's keys, in one table. Limits of single keys are in the schema. Torch-free.
 
-`ft check`, `ft train` and `finetune.plan` run the same tables: `check` when a recipe is read, `check_machine` and `notes`
-when it is planned for a machine.
+`ft check`, `ft train` and `finetune.plan` run the same tables: `check` when a recipe is read, `check_machine` and
+`notes` when it is planned for a machine.
 """
 
 from __future__ import annotations

@@ -50,7 +50,12 @@ class Node:
 
 
 def read(text: str, name: str, what: str = "a recipe", example: str = "see `ft recipes show lora/emoji`") -> Node:
-    """Parse `text` to a tree of Nodes. `name` is what errors call the file, `what` the kind of it that `example` leads to.
+    """Parse `text` to a tree of Nodes.
+
+    Args:
+        name: of the file, for errors.
+        what: the kind of file, for errors.
+        example: where to see a correct one, for errors.
 
     Raises:
         UserError: not YAML, an alias or a tag, a repeated key, nested too deep, or not a mapping at the top.
@@ -67,9 +72,10 @@ def of_plain(values: dict[str, Any], name: str) -> Node:
 
 
 def _compose(text: str, name: str) -> yaml.Node | None:
-    """The nodes of PyYAML, with nothing in them that is not written out.
+    """PyYAML's nodes; aliases and tags are errors.
 
-    The parser's events are looked at first: nested deeply, libyaml's composer overflows the stack, and its parser takes minutes.
+    The parser's events are checked first: on deep nesting, libyaml's composer overflows the stack, and its parser takes
+    minutes.
     """
     if len(text) > MAXIMUM_LENGTH:
         raise UserError(
@@ -135,9 +141,9 @@ def override(
 ) -> Node:
     """Apply one `--set section.key=value`.
 
-    Where the key's declared type is text, the value is taken as it stands: `data.path=D/cats #2` names that folder. Text in
-    matching quotes is unquoted, and `null` is None where the type allows it. Other values are read as YAML, so lists and
-    sections can be given too.
+    Where the key's declared type is text, the value is taken as it stands: `data.path=D/cats #2` names that folder.
+    Text in matching quotes is unquoted, and `null` is None where the type allows it. Other values are read as YAML, so
+    lists and sections can be given too.
 
     Args:
         declared: the dataclass of the whole file, which knows the keys' types; None: every value is YAML.
@@ -338,7 +344,7 @@ def _mapping(declared: Any, node: Node, key: str) -> dict[str, Any]:
 
 
 def _untyped_mapping(node: Node, key: str) -> dict[str, Any]:
-    """A free mapping, for the arguments of another library's class: scalars by YAML's own rules, and 1e-4 is a number."""
+    """A free mapping for the arguments of another library's class: scalars by YAML's rules, but 1e-4 is a number."""
     if not isinstance(node.content, dict):
         raise _wrong(node, key, "a section of `key: value` lines")
     return {name: _untyped(child, f"{key}.{name}") for name, child in node.content.items()}

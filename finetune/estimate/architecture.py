@@ -43,7 +43,7 @@ def configs_of(section: Model) -> tuple[Path, str]:
     elif given in (known := _repositories()):
         return CONFIGS / known[given], known[given]
     raise UserError(
-        f'what architecture "{given}" has cannot be told from here',
+        f'the architecture of "{given}" is unknown',
         where="model.path",
         remedy=(
             "give its folder or .safetensors file; known on the hub are all of family sdxl, and "

@@ -224,12 +224,12 @@ def build_key(recipe: Recipe) -> str:
 
     def shape(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            said = {
+            settings = {
                 one.name: (shape(getattr(value, one.name)), shape(_usual(one)))
                 for one in dataclasses.fields(value)
                 if one.name not in NOT_BUILT
             }
-            return {name: given for name, (given, usual) in said.items() if given != usual}
+            return {name: given for name, (given, usual) in settings.items() if given != usual}
         if isinstance(value, dict):
             return {key: shape(one) for key, one in value.items()}
         return bool(value) if isinstance(value, float) else value
@@ -270,8 +270,8 @@ def variant_of(profile: Profile, recipe: Recipe, device: Device = "cuda") -> Var
     if alike := [one for one in there if not differs(one, ADDS_UP)]:
         return min(alike, key=lambda one: [key in differs(one) for key in ADDS_UP])
     nearest = min((differs(one, ADDS_UP) for one in there), key=len)
-    said = [key for key in nearest if wanted.get(key)] or nearest  # the lack of an adapter need not be mentioned
-    what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in said)
+    mentioned = [key for key in nearest if wanted.get(key)] or nearest  # the lack of an adapter need not be mentioned
+    what = " and ".join(KEYS[key][1].format(wanted.get(key, KEYS[key][0])) for key in mentioned)
     raise UserError(
         f"the cost profile of {profile.title} does not cover {what}", where=nearest[0], remedy="add --trace"
     )

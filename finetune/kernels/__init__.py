@@ -5,10 +5,10 @@ Every patch of another library's class lives in this package.
 | kernel | replaces | in |
 | --- | --- | --- |
 | `fused_lora` | PEFT's LoRA layers, linear and convolution | every network with plain LoRA layers |
-| `fused_lora.shared_input` | layers that read the same tensor (q, k, v) compute together | likewise |
+| `fused_lora.shared_input` | layers that read the same tensor (q, k, v) compute together | the same |
 | `unet_blocks` | diffusers' residual and attention blocks | frozen U-Nets that carry adapters |
 | `rope` | diffusers' rotary embeddings | FLUX.1, FLUX.2 and networks with the same attention |
-| `rope.cast` | rotated queries and keys are rounded to attention's dtype at once | likewise |
+| `rope.cast` | rotated queries and keys are rounded to attention's dtype at once | the same |
 | `onednn_conv` | PyTorch's convolutions with frozen weights on a CPU | inside `fused_lora`'s convolutions |
 
 A kernel's module is imported when a network that it covers is built. If what it replaces is missing or has another

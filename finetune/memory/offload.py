@@ -46,9 +46,11 @@ class _Offloaded:
     def __init__(self, block: nn.Module, device: torch.device) -> None:
         self._device = device
         self._places = [
-            (module, name) for module in block.modules() for name, one in module._parameters.items() if one is not None
+            (module, name)
+            for module in block.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not parameter.requires_grad
         ]
-        self._places = [(module, name) for module, name in self._places if not module._parameters[name].requires_grad]  # type: ignore[union-attr]
         self._host = [module.get_parameter(name).data.to("cpu") for module, name in self._places]
         if device.type == "cuda":  # copies from pinned memory are asynchronous
             self._host = [tensor.pin_memory() for tensor in self._host]

@@ -116,8 +116,8 @@ class QuantizedLinear(nn.Linear):
         if self.computes_whole and self.whole is not None:
             return functional.linear(values, self.whole.to(values.device, self.dtype, copy=True), bias)
         shape = self.out_features, self.in_features
-        found: Tensor = _Product.apply(values, bias, self.weight, self.scales, shape)  # type: ignore[no-untyped-call]
-        return found
+        output: Tensor = _Product.apply(values, bias, self.weight, self.scales, shape)  # type: ignore[no-untyped-call]
+        return output
 
     def dequantize(self) -> Tensor:
         """The dequantized weights, [out, in]."""
@@ -142,10 +142,10 @@ def dequantized(weight: Tensor, scales: Tensor, shape: tuple[int, int], dtype: t
     """Dequantize a layer's tensors to weights [out, in]. int8 has that shape; NF4 has two weights per byte."""
     if weight.shape == shape:
         return weight.to(dtype).mul_((scales / 127).unsqueeze(1))
-    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+    weights: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         weight.view(torch.uint8), scales, BLOCK, "nf4", list(shape), dtype
     )
-    return found
+    return weights
 
 
 @final

@@ -1,4 +1,4 @@
-"""What a family gives to the training loop: `TrainStep` (a network and its loss) and `Model`."""
+"""The interface between families and the training loop: `TrainStep` (a network and its loss) and `Model`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 
 class TrainStep(ABC):
-    """One network and its loss. Most families have one per step; a GAN has two, and each trains one network."""
+    """One network and its loss. Most families have one train step; a GAN has two, one for each network.
+
+    Attributes:
+        net: its parameters with `requires_grad` are trained.
+        every: the train step runs in every n-th optimization step, starting with the first.
+        cycle: period, in steps, of the computations, if some steps compute more than others.
+    """
 
     name: str
-    net: nn.Module  # its parameters with requires_grad train
-    every: int = 1  # taken every so many steps, from the first on
-    cycle: int = 1  # period, in steps, of what it computes, if some steps compute more than others
+    net: nn.Module
+    every: int = 1
+    cycle: int = 1
 
     @abstractmethod
     def loss(self, batch: Batch, draw: Draw) -> Tensor:
@@ -39,24 +45,32 @@ class TrainStep(ABC):
         """
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters that train in this step."""
+        """Parameters that this step trains."""
         return [parameter for parameter in self.net.parameters() if parameter.requires_grad]
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Images to generate: one for each prompt, each from its own seed, so that the batch does not matter."""
+    """Samples to generate: one for each prompt, each from its own seed, so that the batch does not matter.
+
+    Attributes:
+        size: (width, height); None: the training size.
+        sampler: a name in `finetune.config.samplers`; None: the model's default.
+        eta: noise that DDIM adds in each step, from 0 (none) to 1 (as much as DDPM).
+        truncation: of GANs, factor on the distance from the mean latent; below 1, better and less varied images.
+        references: of image editing, the input image of each prompt.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     steps: int
     guidance: float
     negative: str = ""
-    size: tuple[int, int] | None = None  # (width, height); none: the training size
-    sampler: str | None = None  # a name in `finetune.config.samplers`; None: the model's own
-    eta: float = 0.0  # noise that DDIM adds in each step: 0 none, 1 as much as DDPM
-    truncation: float = 1.0  # GANs: distance from the mean latent; below 1 better and less varied images
-    references: tuple[Path, ...] = ()  # image editing: the file that each prompt's sample starts from
+    size: tuple[int, int] | None = None
+    sampler: str | None = None
+    eta: float = 0.0
+    truncation: float = 1.0
+    references: tuple[Path, ...] = ()
 
     def part(self, which: slice) -> SampleRequest:
         """The request for some of the samples."""
@@ -68,11 +82,11 @@ class Model(ABC):
 
     @abstractmethod
     def train_steps(self) -> tuple[TrainStep, ...]:
-        """Train steps of an optimization step, in order."""
+        """The train steps of one optimization step, in order."""
 
     @abstractmethod
     def encoder(self) -> Encoder:
-        """The encoder of examples into the tensors that `TrainStep.loss` reads."""
+        """The encoder that turns examples into the tensors that `TrainStep.loss` reads."""
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> list[Sample]:
@@ -80,42 +94,42 @@ class Model(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> list[Path]:
-        """Write the files that other programs load; returns them."""
+        """Write the files that other programs load; returns their paths."""
 
     def diagnostic_images(self) -> dict[str, Image]:
-        """Further images of a sample grid, by file name."""
+        """Additional images to save with the sample grid, by file name."""
         return {}
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Every parameter that trains, by a name that is the same in every run."""
-        found: dict[str, nn.Parameter] = {}
+        """Every trained parameter, by a name that is the same in every run."""
+        parameters: dict[str, nn.Parameter] = {}
         for train_step in self.train_steps():
             for name, parameter in train_step.net.named_parameters():
                 if parameter.requires_grad:
-                    found[f"{train_step.name}.{name}"] = parameter
-        return found
+                    parameters[f"{train_step.name}.{name}"] = parameter
+        return parameters
 
     def state(self) -> dict[str, Tensor]:
-        """The networks' part of a checkpoint: what trains, and persistent buffers (running statistics, codebooks).
+        """The networks' part of a checkpoint: trained parameters and persistent buffers (running means, codebooks).
 
-        Read before Accelerate wraps the networks, so the names have no wrapper's prefix.
+        Call it before Accelerate wraps the networks, so that names have no prefix of a wrapper.
         """
-        found: dict[str, Tensor] = dict(self.trained())
+        tensors: dict[str, Tensor] = dict(self.trained())
         for train_step in self.train_steps():
             persistent = train_step.net.state_dict(keep_vars=True)
             buffers = dict(train_step.net.named_buffers())
-            found |= {f"{train_step.name}.{name}": tensor for name, tensor in buffers.items() if name in persistent}
-        return found
+            tensors |= {f"{train_step.name}.{name}": tensor for name, tensor in buffers.items() if name in persistent}
+        return tensors
 
 
 def detached_forward(net: nn.Module, *arguments: Any) -> Tensor:
-    """Call a network with detached weights: gradients pass through it, and none reach its weights."""
-    found: Tensor = functional_call(net, net.state_dict(), arguments)  # whose tensors are detached
-    return found
+    """Call a network with detached weights: gradients flow through it, but not into its weights."""
+    output: Tensor = functional_call(net, net.state_dict(), arguments)  # `state_dict` detaches its tensors
+    return output
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Rows of all processes, in the order of ranks; with one process, the rows themselves."""
+    """Gather the rows of all processes, in the order of ranks. With one process, returns `values`."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
@@ -124,7 +138,7 @@ def gathered(values: Tensor) -> Tensor:
 
 
 def check_sizes(plan: Plan, multiple: int) -> None:
-    """Raise if a side of a bucket is not a multiple of what the networks need."""
+    """Raise if a side of a bucket is not a multiple of `multiple`, as the networks need."""
     for shape, _ in plan.data.buckets:
         if isinstance(shape, Frame) and (shape.width % multiple or shape.height % multiple):
             nearest = max(multiple, round(plan.recipe.data.resolution / multiple) * multiple)

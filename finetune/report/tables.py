@@ -251,8 +251,8 @@ def _loss(plan: Plan) -> str:
     ]
     loss = recipe.diffusion
     if loss is None:
-        return f"squared error in {predicted}"
-    parts = [f"{'squared' if loss.huber is None else f'pseudo-Huber (δ {loss.huber:g})'} error in {predicted}"]
+        return f"mean squared error of {predicted}"
+    parts = [f"{'mean squared' if loss.huber is None else f'pseudo-Huber (δ {loss.huber:g})'} error of {predicted}"]
     parts += [f"min-SNR γ {loss.min_snr_gamma:g}"] if loss.min_snr_gamma else []
     parts += [f"noise offset {loss.noise_offset:g}"] if loss.noise_offset else []
     parts += ["zero terminal SNR"] if loss.zero_terminal_snr else []
@@ -268,7 +268,8 @@ def _flow_loss(flow: Flow, sampling: str) -> str:
     }.get(distribution, "")
     shift = f"shifted by {flow.shift:g}" if flow.shift else "shifted as in the base's scheduler"
     weighting = f", weighted by {flow.weighting}" if flow.weighting != "none" else ""
-    return f"squared error in the velocity; noise levels {distribution.replace('_', '-')}{numbers}, {shift}{weighting}"
+    levels = f"{distribution.replace('_', '-')}{numbers}, {shift}{weighting}"
+    return f"mean squared error of the velocity; noise levels {levels}"
 
 
 def data(audit: Audit) -> str:

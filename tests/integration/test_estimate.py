@@ -298,7 +298,7 @@ BAD = {
     "several CPUs": (["scratch/emoji-vae", "--gpu", "cpu", "--gpus", "2"], "do not apply to a CPU"),
     "an unknown repository": (
         ["lora/sd15", "--images", "10", "--gpu", "t4", "--set", "model.path=someone/something"],
-        "cannot be told",
+        "is unknown",
     ),
     "a file that is no denoiser": (
         ["--denoiser", "no-denoiser.json", "--images", "10", "--gpu", "t4"],

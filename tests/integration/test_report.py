@@ -398,7 +398,7 @@ def test_plan_table_shows_arithmetic_and_what_trains(data: Path, tmp_path: Path)
     rows = dict(listed)
     assert rows["steps"] == "6 images / batch 2 / accumulation 3 = 1 step per epoch; 40 steps = 40 epochs"
     assert rows["trains"] == "LoRA, rank-stabilized on attention of the denoiser: rank 16, alpha 8 (scale 8/√16 = 2)"
-    assert rows["loss"] == "squared error in the velocity v, min-SNR γ 5, zero terminal SNR"
+    assert rows["loss"] == "mean squared error of the velocity v, min-SNR γ 5, zero terminal SNR"
     text = tables.plan(plan).splitlines()
     assert (
         len({line.index(value) for line, value in zip(text[1:], (row[1] for row in listed), strict=True)}) == 1

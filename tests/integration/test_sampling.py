@@ -124,7 +124,7 @@ def test_sample_options_override_the_recipe(runs: Path, tmp_path: Path) -> None:
     assert (said[0]["steps"], said[0]["guidance"], said[0]["negative"]) == ("3", "1.5", "")
     assert difference(files[0], files[1]) > 8
     assert difference(files[0], runs / "rslora" / "drawn" / "1" / "00.png") > 0
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         sample(runs / "rslora", ["a red circle"], out=tmp_path / "out")
 
 

@@ -131,7 +131,8 @@ def with_one_alpha(tensors: Mapping[str, Tensor], alpha: float | None = None) ->
 def layer_name(net: str, path: str, sdxl: bool) -> str:
     """kohya's name of a layer.
 
-    `unet`, `mid_block.attentions.0.proj_in` → `lora_unet_mid_block_attentions_0_proj_in` (SDXL: `…_middle_block_1_proj_in`).
+    `unet`, `mid_block.attentions.0.proj_in` → `lora_unet_mid_block_attentions_0_proj_in`, or with SDXL
+    `lora_unet_middle_block_1_proj_in`.
     """
     if net == "unet":
         return "lora_unet_" + (sgm_path(path) if sdxl else path).replace(".", "_")

@@ -1,7 +1,7 @@
-"""The `net` sections of recipes: one module per family trained from scratch, with its record `SPEC` and its keys `Net`. Torch-free.
+"""The `net` sections of recipes: one module per family trained from scratch. Torch-free.
 
-The loader finds the section by `model.family`. Families that are built from another library's classes have none: their
-arguments are `model.build`.
+Each module has the family's record, `SPEC`, and the keys of its section, `Net`. The loader finds the section by
+`model.family`. Families built from another library's classes have no section: their arguments are `model.build`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from finetune.models import registry
 
 
 class Section(ABC):
-    """What every `net` section has besides its keys.
+    """Base class of all `net` sections.
 
     Attributes:
-        samplers: names of the samplers that the family has; empty: it has only one way to sample.
+        samplers: names of the family's samplers; empty if there is only one way to sample.
         sampler: the default sampler.
         refines: whether the model upsamples the images of another run, `model.base_run`.
     """
@@ -31,7 +31,7 @@ class Section(ABC):
     @property
     @abstractmethod
     def loss(self) -> str:
-        """The loss in words, for the plan's table."""
+        """A description of the loss, for the plan's table."""
 
 
 @functools.cache
@@ -43,15 +43,19 @@ def families() -> list[str]:
 def section(family: str) -> type[Section] | None:
     """Return the `Net` class of a family, or None if it has none."""
     module = registry.modules().get(registry.slug_of(family))
-    found: type[Section] | None = getattr(importlib.import_module(module), "Net", None) if module else None
-    return found
+    net: type[Section] | None = getattr(importlib.import_module(module), "Net", None) if module else None
+    return net
 
 
 S = TypeVar("S", bound=Section)
 
 
 def from_config(declared: type[S], values: dict[str, Any], name: str) -> S:
-    """Read a section from the `config.json` of a saved model, whose keys may have old names; `name` is the file in errors."""
+    """Read a section from the `config.json` of a saved model, whose keys may have former names.
+
+    Args:
+        name: of the file, for errors.
+    """
     node = renamed.current_section("net", yaml_reader.of_plain(values, name), quiet=True)
     section: S = yaml_reader.build(declared, node, "net")
     return section

@@ -1,4 +1,4 @@
-"""The VAE of latent diffusion, AutoencoderKL of diffusers: its network is described by `model.build`, not by a `net` section."""
+"""The VAE of latent diffusion, diffusers' AutoencoderKL. It has no `net` section: `model.build` describes it."""
 
 from __future__ import annotations
 

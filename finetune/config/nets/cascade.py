@@ -25,7 +25,7 @@ class Net(Ddpm):
     refines = True
     augmentation: float = field(
         0.5,
-        "Training: largest noise on the small images (conditioning augmentation); at 1 nothing of them is left.",
+        "Training: largest noise on the small images (conditioning augmentation); 1 replaces them by noise.",
         effect="More tolerates errors of the stage before, and follows it less.",
         minimum=0,
         maximum=1,
@@ -40,4 +40,4 @@ class Net(Ddpm):
 
     @property
     def loss(self) -> str:
-        return f"{super().loss}, beside small images with noise up to {self.augmentation:g}"
+        return f"{super().loss}, conditioned on small images with noise up to {self.augmentation:g}"

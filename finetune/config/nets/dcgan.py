@@ -1,4 +1,4 @@
-"""The `net` section of a GAN of plain convolutions: DCGAN, WGAN-GP."""
+"""The `net` section of convolutional GANs: DCGAN, WGAN-GP."""
 
 from __future__ import annotations
 

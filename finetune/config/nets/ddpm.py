@@ -50,4 +50,5 @@ class Net(UNet):
 
     @property
     def loss(self) -> str:
-        return f"squared error in {self.wording[self.prediction]}, {self.timesteps} steps of a {self.schedule} schedule"
+        predicted = self.wording[self.prediction]
+        return f"mean squared error of {predicted}, {self.schedule} schedule with {self.timesteps} steps"

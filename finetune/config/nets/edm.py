@@ -39,4 +39,4 @@ class Net(UNet):
 
     @property
     def loss(self) -> str:
-        return "squared error in x₀, weighed and preconditioned to be 1 at every noise level before training"
+        return "mean squared error of x₀, weighted so that an untrained network has loss 1 at every noise level"

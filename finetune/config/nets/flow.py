@@ -1,4 +1,4 @@
-"""What the `net` sections of normalizing flows share."""
+"""Keys that the `net` sections of normalizing flows share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.config.nets import Section
 
 @dataclass(frozen=True)
 class Flow(Section):
-    """What the sections of all normalizing flows hold."""
+    """Keys of all normalizing flows."""
 
     scales: int = field(
         2, "Scales; each further one halves the sides and factors out half of the values.", minimum=1, maximum=100
@@ -44,4 +44,4 @@ class Flow(Section):
 
     @property
     def loss(self) -> str:
-        return f"−log p in nats an image, by {self.dequantization} dequantization a bound"
+        return f"upper bound on −log p in nats per image, with {self.dequantization} dequantization"

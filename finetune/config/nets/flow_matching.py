@@ -34,4 +34,4 @@ class Net(UNet):
 
     @property
     def loss(self) -> str:
-        return "squared error in the velocity ε − x₀"
+        return "mean squared error of the velocity ε − x₀"

@@ -1,4 +1,4 @@
-"""What the `net` sections of GANs share: what is drawn from, what the two nets want, and what holds the critic back."""
+"""Keys that the `net` sections of GANs share: latent, adversarial loss and regularization of the discriminator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.config.nets import Section
 
 @dataclass(frozen=True)
 class Adversarial(Section):
-    """What the sections of all GANs hold."""
+    """Keys of all GANs."""
 
     latent: int = field(64, "Size of the latent vector.", minimum=1, maximum=65_536)
     objective: Literal["logistic", "hinge", "wasserstein", "relativistic"] = field(
@@ -29,7 +29,8 @@ class Adversarial(Section):
     )
     gradient_penalty: float = field(
         0.0,
-        "WGAN-GP (arXiv:1704.00028): weight that holds the critic's gradient norm between real and generated images at 1.",
+        "WGAN-GP (arXiv:1704.00028): weight of the penalty that keeps the critic's gradient norm at 1 between real and "
+        "generated images.",
         effect="10 is usual with `objective: wasserstein`; 0 is off.",
         minimum=0,
         maximum=1_000_000.0,
@@ -79,7 +80,7 @@ class Adversarial(Section):
     ada_target: float = field(
         0.0,
         "Adaptive augmentation (arXiv:2006.06676): target for the mean sign of the discriminator's logits; 0: off.",
-        effect="Keeps the discriminator from overfitting small data sets; 0.6 is usual.",
+        effect="Keeps the discriminator from overfitting small datasets; 0.6 is usual.",
         minimum=0,
         below=1,
     )
@@ -87,7 +88,7 @@ class Adversarial(Section):
         50_000,
         "Adaptive augmentation: images over which its probability can go from 0 to 1.",
         unit="images",
-        effect="Smaller adapts faster: for small data sets.",
+        effect="Smaller adapts faster: for small datasets.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -102,5 +103,5 @@ class Adversarial(Section):
         }
         penalty = "".join(f" + {weight:g} × {name}" for name, weight in penalties.items() if weight)
         every = f" every {self.penalty_every} steps" if penalty and self.penalty_every > 1 else ""
-        judge = "critic" if self.objective == "wasserstein" else "discriminator"
-        return f"{self.objective}, {judge}{penalty}{every}"
+        discriminator = "critic" if self.objective == "wasserstein" else "discriminator"
+        return f"{self.objective}, {discriminator}{penalty}{every}"

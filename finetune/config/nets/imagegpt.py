@@ -38,4 +38,4 @@ class Net(Section):
 
     @property
     def loss(self) -> str:
-        return f"−log p in nats an image, of {f'{self.palette} colors' if self.palette else 'its levels'}"
+        return f"−log p in nats per image, of {f'{self.palette} palette colors' if self.palette else 'pixel levels'}"

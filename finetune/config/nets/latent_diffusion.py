@@ -1,4 +1,4 @@
-"""The `net` section of latent diffusion, from scratch and without words."""
+"""The `net` section of latent diffusion from scratch, without text conditions."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ class Net(Ddpm):
 
     @property
     def loss(self) -> str:
-        return f"{super().loss}, of latents"
+        return f"{super().loss}, on latents"

@@ -1,4 +1,4 @@
-"""The `net` section of StyleGAN2, and of its alias-free successor."""
+"""The `net` section of StyleGAN2 and alias-free StyleGAN3."""
 
 from __future__ import annotations
 

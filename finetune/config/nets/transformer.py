@@ -1,4 +1,4 @@
-"""What the `net` sections of nets of causal convolutions share."""
+"""Keys that the `net` sections of causal convolutional networks share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.config.nets import Section
 
 @dataclass(frozen=True)
 class Stack(Section):
-    """What the sections of PixelCNN++ and of its kin over codes hold."""
+    """Keys of PixelCNN++ over pixels and over codes."""
 
     width: int = field(48, "Channels.", unit="channels", effect="Wider is better and slower.", minimum=4, maximum=8192)
     blocks: int = field(6, "Gated residual blocks on the way down, and as many on the way up.", minimum=1, maximum=1000)
@@ -25,4 +25,4 @@ class Stack(Section):
 
     @property
     def loss(self) -> str:
-        return "−log p in nats an image, exact"
+        return "exact −log p in nats per image"

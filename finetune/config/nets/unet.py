@@ -1,4 +1,4 @@
-"""What the `net` sections of diffusion models in pixel space share."""
+"""Keys that the `net` sections of diffusion models in pixel space share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune.config.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class UNet(Section):
-    """What the sections of all diffusion families in pixel space hold."""
+    """Keys of all diffusion families in pixel space."""
 
     samplers = tuple(name for name, sampler in SAMPLERS.items() if sampler.scratch)
     width: int = field(

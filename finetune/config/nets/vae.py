@@ -60,4 +60,4 @@ class Net(Section):
     def loss(self) -> str:
         bound = f"IWAE bound of {self.particles} particles" if self.particles > 1 else "ELBO"
         weighted = "" if self.beta == 1 else f", KL × {self.beta:g}"
-        return f"−{bound} in nats an image{weighted}"
+        return f"−{bound} in nats per image{weighted}"

@@ -1,4 +1,4 @@
-"""The `net` section of a PixelCNN over a first stage's codes."""
+"""The `net` section of a PixelCNN over the codes of a VQ-VAE."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ class Net(Stack):
 
     @property
     def loss(self) -> str:
-        return "−log p of the codes in nats an image"
+        return "−log p of the codes in nats per image"

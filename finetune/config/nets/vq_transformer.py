@@ -1,4 +1,4 @@
-"""The `net` section of a transformer over a first stage's codes."""
+"""The `net` section of a transformer over the codes of a VQ-VAE."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ class Net(Section):
 
     @property
     def loss(self) -> str:
-        return "−log p of the codes in nats an image"
+        return "−log p of the codes in nats per image"

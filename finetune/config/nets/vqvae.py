@@ -1,4 +1,4 @@
-"""The `net` section of the vector-quantized autoencoder, with or without VQ-GAN's critic."""
+"""The `net` section of the vector-quantized autoencoder, with or without VQ-GAN's discriminator."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ class Net(Section):
     @property
     def loss(self) -> str:
         weight = self.discriminator_weight
-        adversarial = f" + {weight:g} × a patch discriminator's loss, scaled to equal gradients" if weight else ""
+        adversarial = f" + {weight:g} × adversarial loss, scaled to equal gradients" if weight else ""
         return f"−log p(x|codes) in nats + |sg z − e|² + {self.beta:g} |z − sg e|²{adversarial}"

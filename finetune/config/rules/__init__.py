@@ -1,6 +1,7 @@
-"""What makes a rule of a recipe. The tables are in this package's modules; `finetune.config.validation` runs them. Torch-free.
+"""`Rule`: one check of a recipe. The tables of rules are in this package's modules. Torch-free.
 
-To add a rule: one `Rule` in the module of its topic. `ft check`, `ft train` and `finetune.plan` then all apply it.
+To add a rule, add a `Rule` to the module of its topic. `finetune.config.validation` applies it in `ft check`,
+`ft train` and `finetune.plan`.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ NOTES: tuple[Rule, ...] = (
         "warmup-is-long",
         "optimizer.warmup_steps",
         lambda c: MOST_WARMUP < c.warmup_share < 1,
-        "the warm-up is {warmup_share:.0%} of the run ({optimizer.warmup_steps} of {steps} steps); at most 10% is usual: set "
-        "optimizer.warmup: 0.05 instead of optimizer.warmup_steps",
+        "the warm-up is {warmup_share:.0%} of the run ({optimizer.warmup_steps} of {steps} steps); at most 10% is "
+        "usual: set optimizer.warmup: 0.05 instead of optimizer.warmup_steps",
     ),
     Rule(
         "no-sample-before-the-end",
@@ -154,7 +154,8 @@ NOTES: tuple[Rule, ...] = (
         "prodigy-lr",
         "optimizer.lr",
         lambda c: c.optimizer.name == "prodigy" and c.optimizer.lr != 1,
-        "Prodigy finds the learning rate itself and multiplies it by optimizer.lr, which is {optimizer.lr:g}; 1 is usual",
+        "Prodigy finds the learning rate itself and multiplies it by optimizer.lr, which is {optimizer.lr:g}; 1 is "
+        "usual",
     ),
     Rule(
         "schedule-free-schedule",

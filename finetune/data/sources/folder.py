@@ -127,7 +127,7 @@ class _Folder:
         return own if edited is None else replace(edited, mask=own.mask)
 
     def unused(self) -> Iterator[Problem]:
-        """Yield a problem for each line of `data.captions` without an image and each partner that belongs to no target."""
+        """Yield a problem for each line of `data.captions` without an image and each partner without a target."""
         for line, name in self._edited.unused() if self._edited is not None else ():
             yield Problem(f'{line} ("{name}")', "unused caption", "names an image that is not there", False)
         for file, role in self.partners:

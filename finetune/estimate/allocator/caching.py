@@ -42,7 +42,7 @@ class Event(NamedTuple):
 
 
 def allocate(identifier: int, size: int, stream: int = 0) -> Event:
-    """Allocate `size` bytes as `identifier`, a number ≥ 0 that is not live, on a CUDA stream (which keeps its cache)."""
+    """Allocate `size` bytes as `identifier`, a number ≥ 0 that is not live, on a CUDA stream with its own cache."""
     return Event(identifier, size, stream)
 
 

@@ -97,7 +97,7 @@ def _sd3(config: Any, width: int, height: int) -> Inputs:
 
 
 def _lumina(config: Any, width: int, height: int) -> Inputs:
-    """It reads each caption's length: full ones here."""
+    """Lumina reads the length of each caption; captions are assumed to have full length."""
     conditions = {
         "encoder_hidden_states": torch.empty(config.tokens, config.cap_feat_dim),
         "encoder_attention_mask": torch.empty(config.tokens, dtype=torch.int64),
@@ -144,7 +144,7 @@ def _cogvideox(config: Any, width: int, height: int) -> Inputs:
 
 
 def _unet(config: Any, width: int, height: int) -> Inputs:
-    """SDXL's six sizes and its pooled text are told by `addition_embed_type`."""
+    """SDXL's UNets (`addition_embed_type`) have six size conditions and pooled text besides."""
 
     def fixed(batch: int) -> dict[str, Any]:
         if config.addition_embed_type != "text_time":
@@ -160,17 +160,17 @@ def _unet(config: Any, width: int, height: int) -> Inputs:
 
 def _kolors_or_unet(config: Any, width: int, height: int) -> Inputs:
     """Kolors projects its text encoder's width to that of cross-attention (`encoder_hid_dim`)."""
-    found = _unet(config, width, height)
+    inputs = _unet(config, width, height)
     if config.encoder_hid_dim:
-        found.conditions["encoder_hidden_states"] = torch.empty(config.tokens, config.encoder_hid_dim)
-    return found
+        inputs.conditions["encoder_hidden_states"] = torch.empty(config.tokens, config.encoder_hid_dim)
+    return inputs
 
 
 def _controlnet(config: Any, width: int, height: int) -> Inputs:
-    """An image, three channels at full size, steers the frozen UNet."""
-    found = _unet(config, width, height)
-    found.conditions["controlnet_cond"] = torch.empty(config.conditioning_channels, height, width)
-    return found
+    """A control image of three channels at full size conditions the frozen UNet."""
+    inputs = _unet(config, width, height)
+    inputs.conditions["controlnet_cond"] = torch.empty(config.conditioning_channels, height, width)
+    return inputs
 
 
 def _hidream(config: Any, width: int, height: int) -> Inputs:

@@ -1,5 +1,6 @@
-"""Build cost profiles and their variants from traced phases, for `tools/measure_profiles.py` and `ft estimate
---trace`.
+"""Build cost profiles and their variants from traced phases.
+
+Used by `tools/measure_profiles.py` and `ft estimate --trace`.
 """
 
 from __future__ import annotations
@@ -39,11 +40,10 @@ def point(
 ) -> tuple[Profile, dict[str, Phase]]:
     """A profile of exactly this configuration, and its traced phases. With a single batch size, lines have no slope."""
     side = recipe.data.resolution
-    without = dataclasses.replace(
-        recipe, train=dataclasses.replace(recipe.train, ema=None)
-    )  # averages are added to what a profile says
+    # Averaged weights are not part of a profile: they are added to its figures.
+    without = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, ema=None))
     phases = TracedRun(without, precision, (side, side), audit=audit, build=build, device=device).phases()
-    found = {
+    profile = {
         "name": "traced",
         "title": title,
         "family": recipe.model.family,
@@ -57,7 +57,7 @@ def point(
         "versions": {},
         "variants": [variant(recipe, device, [phases], [phases], None)],
     }
-    return parsed(found), phases
+    return parsed(profile), phases
 
 
 def variant(
@@ -117,7 +117,7 @@ def operators(phase: Phase, names: tuple[str, ...]) -> list[Any]:
     """The operators of the last cycle's steps in the sections with these names.
 
     Of the batches that a train step accumulates, only the last counts. With `train.fused_backward`, each tensor has an
-    "optimizer" section inside the backward pass, which goes on after it.
+    "optimizer" section inside the backward pass, which continues after it.
     """
     steps = [number for number, section in enumerate(phase.sections) if section.name == "batch"]
     counted: list[Any] = []
@@ -150,8 +150,8 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
                     f"the step at batch {BATCHES[0]} runs {len(ones)} operators {key}, and the one at batch "
                     f"{BATCHES[1]} {len(others)}"
                 )
-            # A net that takes its images one by one, or in groups: such operators cost their bytes, so that the means
-            # of the smaller batch's serve.
+            # A network that processes its images one by one, or in groups: such operators cost their bytes, so the
+            # means of the smaller batch are used.
             mean = [
                 0.0,
                 0.0,
@@ -175,15 +175,15 @@ def works(device: Device, low: list[Any], high: list[Any], cycle: int = 1) -> li
 
 
 def _streams(operators: list[Any]) -> dict[tuple[str, int, int], list[Any]]:
-    """Operators in their order, by kind, width and who runs them."""
-    found = defaultdict(list)
-    for one in operators:
-        found[one.kind, one.width, int(one.eager)].append(one)
-    return found
+    """Operators by kind, width and whether they run eagerly, in their order."""
+    streams = defaultdict(list)
+    for operator in operators:
+        streams[operator.kind, operator.width, int(operator.eager)].append(operator)
+    return streams
 
 
 def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
-    """What decides whether FLOPs or bytes bound an operator: a GPU takes twice as long for twice as much of both."""
+    """A key of operators with similar ratios of FLOPs to bytes, which decide which of the two bounds them on a GPU."""
     return (
         (_magnitude(f0 / f1 if f1 else 0), _magnitude(b1 / f1 if f1 else 0), _magnitude(b0 / f1 if f1 else 0))
         if f0 or f1
@@ -192,10 +192,11 @@ def _ratios(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
 
 
 def _sizes(f0: float, f1: float, b0: float, b1: float) -> tuple[int, ...]:
-    """A CPU's pace also hangs on how much each operator does; and how that grows, on what it does whatever the batch,
-    in quarters.
+    """A key of operators with similar FLOPs and bytes, which affect a CPU's speed.
+
+    It includes the shares of both that do not grow with the batch, in quarters.
     """
-    flops, moved = (one + BATCHES[0] * more for one, more in ((f0, f1), (b0, b1)))
+    flops, moved = (constant + BATCHES[0] * slope for constant, slope in ((f0, f1), (b0, b1)))
     return (
         _magnitude(flops),
         _magnitude(moved),
@@ -209,34 +210,34 @@ def _magnitude(figure: float) -> int:
 
 
 def _rounded(figure: float) -> float:
-    found = float(f"{figure:.{DIGITS}g}")
-    return int(found) if found.is_integer() else found
+    rounded = float(f"{figure:.{DIGITS}g}")
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def parameters(first: dict[str, Phase]) -> dict[str, int]:
-    """Of each net, by the bytes that a run at batch 1 holds. A denoiser alone has no others."""
+    """The parameters of each network. For a denoiser alone, there are no other networks."""
     train = first["train"]
-    found = {
+    counts = {
         "denoiser": train.held["parameters"],
         **{name: train.held[name] for name in ("largest unit", "outside units")},
     }
     if encode := first.get("encode"):
-        found |= {name: encode.held[f"{name} parameters"] for name in ("vae", "text encoders")}
-        found |= {name: encode.held[name] for name in OF_TEXT_ENCODERS}
-    return found
+        counts |= {name: encode.held[f"{name} parameters"] for name in ("vae", "text encoders")}
+        counts |= {name: encode.held[name] for name in OF_TEXT_ENCODERS}
+    return counts
 
 
 def outside(first: dict[str, Phase]) -> dict[str, Any]:
-    """What happens outside the loop: encoding and sampling, at batch 1. A denoiser alone does neither."""
-    found: dict[str, Any] = {"encode": [0, 0], "sample": [0, 0], "encode_flops": 0, "sample_flops": 0}
+    """The cost of encoding and sampling at batch 1, outside the training loop; zeros for a denoiser alone."""
+    costs: dict[str, Any] = {"encode": [0, 0], "sample": [0, 0], "encode_flops": 0, "sample_flops": 0}
     if encode := first.get("encode"):
         held = encode.held["vae"] + encode.held["text encoders"]
-        found["encode"] = [held, replay(encode.events).peak_reserved - held]
-        found["encode_flops"] = sum(operator.flops for section in encode.sections for operator in section.operators)
+        costs["encode"] = [held, replay(encode.events).peak_reserved - held]
+        costs["encode_flops"] = sum(operator.flops for section in encode.sections for operator in section.operators)
     if sample := first.get("sample"):
-        nets = first["train"].held["weights"] + first["train"].held["trained"] + sample.held["vae"]
-        found["sample"] = [sample.held["vae"], replay(sample.events).peak_reserved - nets]
-        found["sample_flops"] = (
+        weights = first["train"].held["weights"] + first["train"].held["trained"] + sample.held["vae"]
+        costs["sample"] = [sample.held["vae"], replay(sample.events).peak_reserved - weights]
+        costs["sample_flops"] = (
             sum(operator.flops for section in sample.sections for operator in section.operators) / DENOISING_STEPS
         )
-    return found
+    return costs

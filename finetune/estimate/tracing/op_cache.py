@@ -39,14 +39,14 @@ class OpCache:
 
     def __init__(self) -> None:
         self._known: dict[Any, Known] = {}
-        self._asked: dict[Any, bool] = {}  # operators → whether they can be cached
+        self._predictable: dict[Any, bool] = {}  # operators → whether they can be cached
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func not in self._asked:
-            self._asked[func] = predictable(func)
+        if func not in self._predictable:
+            self._predictable[func] = predictable(func)
         key: list[Any] = [func]
         if not (
-            self._asked[func]
+            self._predictable[func]
             and args
             and type(args[0]) is FakeTensor
             and _describe(args, key)

@@ -63,7 +63,7 @@ KINDS = {
     ),
 }
 KIND = {name: kind for kind, names in KINDS.items() for name in names}
-# No kernel on the GPU: views, no-ops, and random numbers, which this project draws on the host.
+# No kernel on the GPU: views, no-ops, and random numbers, which this project generates on the host.
 NO_LAUNCH = {
     "randn",
     "rand",
@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
         self._outcome = OpCache()
         self._names: dict[
             int, tuple[int, Any]
-        ] = {}  # a living storage's address → its identifier, and the reference that tells of its end
+        ] = {}  # address of a live storage → its identifier, and a weak reference with a callback for its end
 
     def section(self, name: str) -> None:
         """Start a section called `name`."""
@@ -180,7 +180,7 @@ def _cost(func: Any, name: str, args: Any, kwargs: Any, out: Any, outs: list[Ten
 
 def tensors_of(net: nn.Module) -> list[Tensor]:
     """Parameters and buffers in the order in which `.to(device)` moves them."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for module in net.modules():
-        found += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return found
+        tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return tensors

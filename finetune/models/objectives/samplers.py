@@ -53,7 +53,7 @@ StepNoise = Callable[[int], Tensor]  # step number → standard normal [B, …],
 
 @dataclass(frozen=True)
 class Posterior:
-    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) of a step to a cleaner level; `large`: variance of q(x | x')."""
+    """q(x' | x, x_0) = N(noisy · x + clean · x_0, small) of a step to less noise; `large`: variance of q(x | x')."""
 
     noisy: float
     clean: float

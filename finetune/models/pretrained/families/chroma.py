@@ -47,7 +47,7 @@ class Chroma(Family):
         return {"prompt_embeds": pipeline.text_encoder(ids.to(device), attention_mask=mask.to(device))[0]}
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """As in `Family`. Captions of several lengths run one by one: with checkpointing, diffusers drops their mask."""
+        """See `Family`. Captions of different lengths run one by one: diffusers' checkpointing drops their mask."""
         import torch
 
         states, lengths = batch["prompt_embeds"].to(noisy.dtype), batch.get("prompt_embeds.lengths")

@@ -93,7 +93,7 @@ class ElboStep(TrainStep):
         return -reconstruction[:, 0] + self._section.beta * kl.sum(1)
 
     def terms(self, levels: Tensor, classes: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K], in nats, by noise [B, K, latent]."""
+        """log p(x|z) [B, K], KL by dimension [B, latent], log p(x, z)/q(z|x) [B, K] in nats; noise [B, K, latent]."""
         latent, parameters, mean, logvar = self.net(levels, classes, noise)
         repeated = levels.repeat_interleave(noise.shape[1], 0)
         reconstruction = (
