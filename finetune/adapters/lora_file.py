@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ DOWN = (
 )
 OTHER_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".oft_": "OFT", ".dora_scale": "DoRA in kohya's format"}
 KEY, LARGEST_HEADER = "adapter.init_lora", 100 << 20  # bytes; safetensors itself allows no larger one
-SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d"}
+SCALARS = {"F32": "<f", "F16": "<e", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
+SCALARS |= {"U16": "<H", "U32": "<I", "U64": "<Q"}
+EMBEDDINGS = "bundle_emb."  # new words that OneTrainer and A1111 store in the file; they are not part of the LoRA
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Initial:
         ranks: number of layers by rank.
         alphas: number of layers by alpha, of layers that have one.
         settings: PEFT's configuration, in files that have it, such as `unet.r`.
+        words: new words in the file, which are not read.
     """
 
     file: Path
@@ -50,6 +54,7 @@ class Initial:
     ranks: Counter[int]
     alphas: Counter[float]
     settings: dict[str, Any]
+    words: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -111,15 +116,21 @@ def look(given: str) -> Initial:
                 raise ValueError("its header is too large")
             header = json.loads(opened.read(size))
             metadata = header.pop("__metadata__", {})
-            alphas = [_scalar(opened, 8 + size, entry) for name, entry in header.items() if name.endswith(".alpha")]
-            shapes = {name: list(entry["shape"]) for name, entry in header.items()}
+            _check_header(header, metadata, file.stat().st_size - 8 - size)
+            words = tuple(sorted({name.split(".")[1] for name in header if name.startswith(EMBEDDINGS)}))
+            header = {name: entry for name, entry in header.items() if not name.startswith(EMBEDDINGS)}
+            alphas = [
+                _scalar(opened, 8 + size, name, entry) for name, entry in header.items() if name.endswith(".alpha")
+            ]
+            shapes: dict[str, list[int]] = {name: entry["shape"] for name, entry in header.items()}
             settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         if file.name == PEFT_FILE and (beside := file.with_name(PEFT_CONFIG)).is_file():
             settings = {
                 f"{file.parent.name}.{key}": value
                 for key, value in json.loads(beside.read_text(encoding="utf-8")).items()
             }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        _check_settings(settings)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UserError(
             f"{file.name} cannot be read: {error}", where=str(file), remedy="copy or download it again"
         ) from error
@@ -130,6 +141,15 @@ def look(given: str) -> Initial:
                 where=str(file),
                 remedy="give a LoRA, or remove --init",
             )
+    flat = next(
+        (name for name, shape in shapes.items() if name.endswith(DOWN) and (len(shape) < 2 or 0 in shape)), None
+    )
+    if flat is not None:
+        raise UserError(
+            f'{file.name} is damaged: "{flat}" has the shape {shapes[flat]}, and the weights of a LoRA are matrices',
+            where=str(file),
+            remedy="copy or download it again",
+        )
     ranks = Counter(shape[0] for name, shape in shapes.items() if name.endswith(DOWN))
     if not ranks:
         raise UserError(
@@ -140,17 +160,58 @@ def look(given: str) -> Initial:
     known = Counter(float(value) for key, value in settings.items() if key.endswith(".lora_alpha")) or Counter(alphas)
     kohya = any(name.endswith(".lora_down.weight") for name in shapes)
     return Initial(
-        file, "kohya" if kohya else "PEFT" if file.name == PEFT_FILE else "diffusers", ranks, known, settings
+        file, "kohya" if kohya else "PEFT" if file.name == PEFT_FILE else "diffusers", ranks, known, settings, words
     )
 
 
-def _scalar(opened: Any, start: int, entry: dict[str, Any]) -> float:
+def _check_header(header: Any, metadata: Any, content: int) -> None:
+    """Raise ValueError unless a header is one that safetensors writes; `content` is the number of bytes after it."""
+    if not isinstance(header, dict) or not isinstance(metadata, dict):
+        raise ValueError("its header is not as safetensors writes it")
+    if wrong := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise ValueError(f'"{wrong[0]}" in its metadata is not text')
+    for name, entry in header.items():
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)) or len(offsets) != 2:
+            raise ValueError(f'the header of "{name}" holds something other than whole numbers')
+        if not offsets[0] <= offsets[1] <= content:
+            raise ValueError(f'"{name}" ends after the file')
+        if not isinstance(entry["dtype"], str):
+            raise ValueError(f'the dtype of "{name}" is not text')
+
+
+def _check_settings(settings: Any) -> None:
+    """Raise ValueError unless PEFT's settings have the types that PEFT writes."""
+    if not isinstance(settings, dict):
+        raise ValueError("its PEFT configuration is not an object")
+    for key, value in settings.items():
+        name = key.rpartition(".")[2]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name == "lora_alpha" and not (number and value > 0):
+            raise ValueError(f"its PEFT configuration says {key}: {json.dumps(value)}, which is not a positive number")
+        if name == "r" and not (number and isinstance(value, int) and value > 0):
+            raise ValueError(f"its PEFT configuration says {key}: {json.dumps(value)}, which is not a rank")
+        if name in ("use_rslora", "use_dora") and not isinstance(value, bool | None):
+            raise ValueError(f"its PEFT configuration says {key}: {json.dumps(value)}, which is neither true nor false")
+        if name in ("rank_pattern", "alpha_pattern"):
+            values = value.values() if isinstance(value, dict) else [None] * (value is not None)
+            if not all(isinstance(entry, int | float) and math.isfinite(entry) and entry > 0 for entry in values):
+                raise ValueError(f"its PEFT configuration has a {key} of something other than positive numbers")
+
+
+def _scalar(opened: Any, start: int, name: str, entry: dict[str, Any]) -> float:
     begin, end = entry["data_offsets"]
     opened.seek(start + begin)
-    content = opened.read(end - begin)
+    content = opened.read(min(8, end - begin))
     if entry["dtype"] == "BF16":  # the upper half of a float32
-        return float(struct.unpack("<f", b"\0\0" + content[:2])[0])
-    return float(struct.unpack_from(SCALARS[entry["dtype"]], content)[0])
+        value = float(struct.unpack("<f", b"\0\0" + content[:2])[0])
+    elif entry["dtype"] in SCALARS:
+        value = float(struct.unpack_from(SCALARS[entry["dtype"]], content)[0])
+    else:
+        raise ValueError(f'"{name}" is stored as {entry["dtype"]}, which is no dtype of an alpha')
+    if not math.isfinite(value):
+        raise ValueError(f'"{name}" is {value:g}')
+    return value
 
 
 def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
@@ -168,6 +229,8 @@ def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
     ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
     notes = [f"continues from {public_name(str(found.file))} ({found.format} format, {ranks}); targets are the file's"]
+    if found.words:
+        notes.append(f"not read from the file: the words {', '.join(found.words)} ({EMBEDDINGS}*); the LoRA itself is")
     for name, value in of_file.items():
         if f"adapter.{name}" in recipe.lines and getattr(adapter, name) not in (None, value):
             own, other = _text(getattr(adapter, name)), _text(value)

@@ -81,6 +81,7 @@ class FamilySpec:
         single_transformer: whether diffusers opens the transformer alone from such a file (`model.transformer`).
         lora_formats: formats of a LoRA file besides diffusers' own → the key map (`module:NAME`), or "" if the format
             uses diffusers' layer names. ComfyUI and kohya-ss/sd-scripts share one writer for UNets.
+        lora_original: key map of the original code's layer names, of formats that are read and not written.
         lora_targets: layer-name patterns (regular expressions) that this family's denoiser has besides the common ones,
             by the names of `adapter.targets`: "attention", "mlp".
         modelspec: how a LoRA's metadata name the base, by variant ("" for all variants).
@@ -106,6 +107,7 @@ class FamilySpec:
     single_file_keys: tuple[str, ...] = ()
     single_transformer: bool = True
     lora_formats: Mapping[str, str] = field(default_factory=dict)
+    lora_original: str = ""
     lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     modelspec: Mapping[str, ModelSpec] = field(default_factory=dict)
 

@@ -119,6 +119,41 @@ LUMINA2 = KeyMap(
     }
 )
 
+# sd-scripts' SD 3 (networks/lora_sd3.py) and ComfyUI. The context's norms are left out: in the last block, the original
+# code orders their rows differently.
+SD3 = KeyMap(
+    {
+        "transformer_blocks": Block(
+            "joint_blocks",
+            {
+                "attn.to_out.0": "x_block.attn.proj",
+                "attn2.to_out.0": "x_block.attn2.proj",
+                "attn.to_add_out": "context_block.attn.proj",
+                "ff.net.0.proj": "x_block.mlp.fc1",
+                "ff.net.2": "x_block.mlp.fc2",
+                "ff_context.net.0.proj": "context_block.mlp.fc1",
+                "ff_context.net.2": "context_block.mlp.fc2",
+                "norm1.linear": "x_block.adaLN_modulation.1",
+            },
+            {
+                "x_block.attn.qkv": (("attn.to_q", 1), ("attn.to_k", 1), ("attn.to_v", 1)),
+                "x_block.attn2.qkv": (("attn2.to_q", 1), ("attn2.to_k", 1), ("attn2.to_v", 1)),
+                "context_block.attn.qkv": (("attn.add_q_proj", 1), ("attn.add_k_proj", 1), ("attn.add_v_proj", 1)),
+            },
+        )
+    }
+)
+Z_IMAGE = KeyMap(
+    {
+        name: Block(
+            name,
+            {"attention.to_out.0": "attention.out"},
+            {"attention.qkv": (("attention.to_q", 1), ("attention.to_k", 1), ("attention.to_v", 1))},
+        )
+        for name in ("layers", "noise_refiner", "context_refiner")
+    }
+)
+
 
 def key_map(spec: FamilySpec, layout: str) -> KeyMap | None:
     """How a format renames a family's layers; None where it uses diffusers' own names, or does not know the family."""
@@ -221,7 +256,10 @@ def by_diffusers_names(tensors: Mapping[str, Tensor], names: KeyMap) -> dict[str
         if path in outside:
             parts = {outside[path]: (down, up)}
         elif block is not None and layer in block.fused:
-            parts = {f"{kind}.{number}.{member}": pair for member, pair in _apart(down, up, block.fused[layer]).items()}
+            parts = {
+                f"{kind}.{number}.{member}": pair
+                for member, pair in split_members(down, up, block.fused[layer]).items()
+            }
         elif block is not None:
             parts = {f"{kind}.{number}.{ {theirs: ours for ours, theirs in block.layers.items()}[layer] }": (down, up)}
         else:
@@ -238,7 +276,7 @@ def _one_of(tensors: Mapping[str, Tensor], path: str, ends: tuple[str, ...]) -> 
     raise KeyError(path)
 
 
-def _apart(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, Tensor]]:
+def split_members(down: Tensor, up: Tensor, shares: Shares) -> dict[str, tuple[Tensor, Tensor]]:
     """Member → (A, B), of members that the LoRA of a fused layer changes."""
     width, row = len(up) // sum(share for _, share in shares), 0
     found = {}

@@ -10,7 +10,7 @@ from finetune.data.media.image import Unreadable, open_image, upright
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
 
-VERSION = 1  # increase it when the inspection of unchanged bytes changes
+VERSION = 2  # increase it when the inspection of unchanged bytes changes
 
 # Unusual trait → what is done with such images.
 TRAITS = {

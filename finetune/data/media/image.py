@@ -56,6 +56,8 @@ def upright(image: PillowImage.Image, background: str) -> PillowImage.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
             return image.convert("RGB")
+        except Unreadable:
+            raise
         except Exception as error:  # Pillow's decoders raise many kinds of errors on damaged files
             raise Unreadable(f"damaged or truncated ({error})") from error
 
@@ -90,11 +92,16 @@ def _eight_bits(image: PillowImage.Image) -> PillowImage.Image:
 
     Integers are assumed to have 16 bits unless a value is higher; floats to be in [0, 1], or in [0, 255] if a value is
     above 1.
+
+    Raises:
+        Unreadable: a value is NaN or infinite.
     """
     import numpy
     from PIL import Image
 
-    values = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float64))
+    values = numpy.asarray(image, dtype=numpy.float64)
+    if wrong := int((~numpy.isfinite(values)).sum()):
+        raise Unreadable(f"{wrong:,} of its {values.size:,} values are NaN or infinite")
     choices = (1.0, 255.0) if image.mode == "F" else (65535.0,)
     highest = next((choice for choice in choices if values.max() <= choice), values.max())
     gray = Image.fromarray((values / highest * 255).round().clip(0, 255).astype(numpy.uint8))

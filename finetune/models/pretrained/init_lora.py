@@ -18,14 +18,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finetune.adapters.formats.by_modules import PEFT_PREFIX, Weights, read_by_modules
 from finetune.adapters.formats.key_maps import CODE, NET, by_diffusers_names, key_map
 from finetune.adapters.formats.kohya import with_one_alpha
-from finetune.adapters.lora_file import KEY, PEFT_FILE, Initial, look
+from finetune.adapters.lora_file import EMBEDDINGS, KEY, PEFT_FILE, Initial, look
 from finetune.adapters.peft import read_peft
 from finetune.config.schema import Adapter
 from finetune.errors import UserError
 from finetune.kernels import ADAPTER_NAME
-from finetune.models.registry import family_of_pipeline
+from finetune.models.registry import family_of_pipeline, load
 from finetune.paths import public_name
 
 END = ".lora_A.weight"
@@ -49,14 +50,22 @@ def load_initial_lora(pipeline: Any, nets: Mapping[str, nn.Module], adapter: Ada
     name = public_name(str(found.file))
     try:
         with _silence():
-            state = _read_here(pipeline, found)
+            _refuse_not_finite(found)
+            alphas: dict[str, float] | None = None
+            state: dict[str, Tensor] | None
+            if (read := _read_by_modules(pipeline, found)) is not None:
+                state, alphas = read.tensors, read.alphas
+            else:
+                state = _read_here(pipeline, found)
             if state is not None:
-                _inject(pipeline, state, found)
+                _inject(pipeline, state, found, alphas)
             else:
                 source = _with_one_alpha(found)
                 state = _state_dict(pipeline, source)
                 pipeline.load_lora_weights(source, adapter_name=ADAPTER_NAME)
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # diffusers' and PEFT's converters raise many kinds, also AssertionError
         raise _another_base(name, " ".join(str(error).split())[:160], pipeline) from error
     adapted = {part: _adapted(net) for part, net in pipeline.components.items() if isinstance(net, nn.Module)}
     for part, layers in adapted.items():
@@ -97,6 +106,40 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
+def _refuse_not_finite(found: Initial) -> None:
+    """Raise if a weight is NaN or infinite.
+
+    Raises:
+        UserError: it names the first such tensor.
+    """
+    tensors: dict[str, Tensor] = load_file(found.file)
+    if bad := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise UserError(
+            f"{found.file.name} contains NaN or infinite values in {len(bad)} of its {len(tensors)} tensors,"
+            f" such as {bad[0]}",
+            where=KEY,
+            remedy="give another copy, or an earlier checkpoint of the run that wrote it: its training diverged",
+        )
+
+
+def _read_by_modules(pipeline: Any, found: Initial) -> Weights | None:
+    """Weights of files whose names diffusers' loader does not know; None for other files."""
+    spec = family_of_pipeline(type(pipeline).__name__)
+    if spec is None:
+        return None
+    tensors: dict[str, Tensor] = load_file(found.file)
+    foreign = [PEFT_PREFIX, "lora_transformer_", EMBEDDINGS, "lora_te2_text_projection"]
+    if spec.lora_original:
+        foreign += ["lora_unet_", "diffusion_model.", "model.diffusion_model."]
+    if not any(name.startswith(tuple(foreign)) for name in tensors) or (
+        found.file.name == PEFT_FILE and spec.denoiser == NET
+    ):
+        return None
+    original = spec.lora_original or spec.lora_formats.get("kohya") or spec.lora_formats.get("comfyui")
+    nets = {name: net for name, net in pipeline.components.items() if isinstance(net, nn.Module) and name != "vae"}
+    return read_by_modules(tensors, nets, spec.denoiser, load(original) if original else None)
+
+
 def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
     """Weights under diffusers' names, of a file that its loader cannot read; None for other files."""
     if found.file.name == PEFT_FILE:
@@ -111,14 +154,21 @@ def _read_here(pipeline: Any, found: Initial) -> dict[str, Tensor] | None:
     return by_diffusers_names(tensors, names) if all(name.startswith(f"{CODE}.") for name in tensors) else None
 
 
-def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
-    """Inject `state` into the transformer as PEFT does. Without settings, each layer's alpha is its rank."""
-    ranks = {
-        name.removeprefix(f"{NET}.").removesuffix(END): len(tensor)
-        for name, tensor in state.items()
-        if name.endswith(END)
-    }
-    alphas = found.setting("alpha_pattern") or {} if found.settings else ranks
+def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial, alphas: Mapping[str, float] | None) -> None:
+    """Inject `state` into the networks that its names begin with, as PEFT does.
+
+    Args:
+        alphas: by layer; None: PEFT's settings, or, without any, each layer's rank.
+    """
+    for part in dict.fromkeys(name.partition(".")[0] for name in state):
+        own = {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        of_part = {path.removeprefix(f"{part}."): alpha for path, alpha in (alphas or {}).items()}
+        _inject_into(getattr(pipeline, part), own, found, of_part or None)
+
+
+def _inject_into(net: Any, state: Mapping[str, Tensor], found: Initial, by_layer: Mapping[str, float] | None) -> None:
+    ranks = {name.removesuffix(END): len(tensor) for name, tensor in state.items() if name.endswith(END)}
+    alphas = found.setting("alpha_pattern") or {} if found.settings else by_layer or ranks
     config = LoraConfig(
         r=found.rank,
         lora_alpha=found.alpha,
@@ -128,11 +178,8 @@ def _inject(pipeline: Any, state: Mapping[str, Tensor], found: Initial) -> None:
         use_rslora=bool(found.setting("use_rslora")),
         use_dora=bool(found.setting("use_dora")),
     )
-    net = getattr(pipeline, NET)
     inject_adapter_in_model(config, net, adapter_name=ADAPTER_NAME)
-    set_peft_model_state_dict(
-        net, {name.removeprefix(f"{NET}."): tensor for name, tensor in state.items()}, adapter_name=ADAPTER_NAME
-    )
+    set_peft_model_state_dict(net, dict(state), adapter_name=ADAPTER_NAME)
 
 
 def _with_one_alpha(found: Initial) -> str | dict[str, Tensor]:

@@ -39,6 +39,7 @@ SPEC = FamilySpec(
     },
     single_file_keys=("joint_blocks.0.context_block.adaLN_modulation.1.bias",),
     lora_formats={"comfyui": ""},
+    lora_original="finetune.adapters.formats.key_maps:SD3",
     modelspec={"": ModelSpec("sd3_m", "stable-diffusion-3-5-medium")},
 )
 

@@ -32,6 +32,7 @@ SPEC = FamilySpec(
     },
     single_file_keys=("layers.0.adaLN_modulation.0.weight",),
     lora_formats={"comfyui": ""},  # ComfyUI reads no Z-Image LoRA with kohya's names
+    lora_original="finetune.adapters.formats.key_maps:Z_IMAGE",
     lora_targets={"mlp": (r"feed_forward\.(w|linear_)[123]",)},
     modelspec={"": ModelSpec("zimage", "Z-Image", "https://github.com/Tongyi-MAI/Z-Image")},
 )
