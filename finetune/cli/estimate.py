@@ -9,19 +9,28 @@ from typing import Any
 import click
 
 from finetune import terminal
-from finetune.config.loader import bundled_recipes, load_recipe
+from finetune.config.loader import load_recipe
 from finetune.data.sources.webdataset import images_in, shards_of
 from finetune.errors import UserError
 from finetune.estimate.benchmarks import quoted
-from finetune.estimate.forecast import MOST_IMAGES, Forecast, apply_options, covered_options, fitting, forecast
+from finetune.estimate.forecast import Forecast, forecast
 from finetune.estimate.hardware.cpu import keep, threads
-from finetune.estimate.hardware.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu
+from finetune.estimate.hardware.gpus import DESCRIBED, Gpu, at_price, described, find, this_cpu, with_memory
+from finetune.estimate.hardware.host import host_memory_of
 from finetune.estimate.hardware.parallelism import Group
-from finetune.estimate.recommend import GOALS, Data, choose, considered, for_one_base
-from finetune.estimate.text import compared, details
+from finetune.estimate.recommend import GOALS, OVERNIGHT, RENAMED_GOALS, Answer, Question, answer, license_of
+from finetune.estimate.text import answered, compared, details, host_note
 from finetune.paths import embedded
+from finetune.system.cpu_info import host_memory
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+
+
+class GoalChoice(click.Choice[str]):
+    """The goals; earlier names are accepted."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(RENAMED_GOALS.get(value, value), param, ctx)
 
 
 @click.command()
@@ -33,9 +42,9 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
     metavar="NAME",
     help="The GPU, such as rtx3090 (`ft gpus` lists them), or cpu. Default: this machine's GPU, else its CPU.",
 )
-@click.option("--vram", type=float, help="Memory of an unlisted GPU in GiB; requires --tflops and --bandwidth.")
-@click.option("--tflops", type=float, help="Dense 16-bit TFLOP/s of that GPU.")
-@click.option("--bandwidth", type=float, help="Memory bandwidth of that GPU in GB/s.")
+@click.option("--vram", type=float, help="Memory of an unlisted GPU, or of a Mac, in GiB.")
+@click.option("--tflops", type=float, help="Dense 16-bit TFLOP/s of that GPU; without it, time is unknown.")
+@click.option("--bandwidth", type=float, help="Memory bandwidth of that GPU in GB/s; without it, time is unknown.")
 @click.option(
     "--gpus", type=click.IntRange(1, 1024), default=1, show_default=True, help="Number of GPUs that train together."
 )
@@ -48,9 +57,17 @@ IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 )
 @click.option("--price", type=float, help="USD per GPU hour, instead of the listed price.")
 @click.option("--budget", type=float, help="Highest cost in USD.")
-@click.option("--hours", type=float, help="Longest run in hours.")
+@click.option("--hours", type=float, help=f"Longest run in hours.  [default: {OVERNIGHT:g}, overnight]")
+@click.option("--commercial", is_flag=True, help="Leave out base models whose license forbids commercial use.")
+@click.option("--all", "all_runs", is_flag=True, help="Show every possible run, not only three.")
 @click.option("--resolution", type=int, help="Image size in pixels, instead of each recipe's.")
-@click.option("--goal", type=click.Choice(list(GOALS)), default="quality", show_default=True, help="What matters most.")
+@click.option(
+    "--goal",
+    type=GoalChoice(list(GOALS)),
+    default="quality",
+    show_default=True,
+    help="What matters most; sampling-speed: images generated per second, not a short training.",
+)
 @click.option(
     "--data",
     type=click.Choice(["images", "small-images"]),
@@ -88,19 +105,24 @@ def command(
 ) -> None:
     """Estimate memory, time and cost of a run before it starts.
 
-    With RECIPE, show that run in detail. Without, compare the recipes that --images images could train on --gpu and
-    recommend one.
+    With RECIPE, show that run in detail. Without, recommend what to train on --images images: the best, the fastest and
+    the cheapest run that --gpu finishes overnight.
     """
     if options["calibrate"]:
         terminal.echo(_calibrated())
         if recipe is None and images is None:
             return
     gpu, group = _gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
+    described_gpu = gpu_name is not None or options["vram"] is not None
     if options["resolution"]:
         overrides += (f"data.resolution={options['resolution']}",)
     if recipe is not None or options["denoiser"]:
-        one = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
-        terminal.echo(json.dumps(_values(one), indent=1) if as_json else details(one))
+        one, counted = _one(recipe or "lora/sdxl", gpu, group, images, overrides, options)
+        notes = [] if described_gpu or not (note := host_note(one, host_memory())) else [note]
+        values = _values(one)
+        if not counted:
+            values |= dict.fromkeys(("steps", "hours", "usd"))
+        terminal.echo(json.dumps(values, indent=1) if as_json else "\n".join([details(one, not counted), *notes]))
         return
     if options["trace"] or options["plot"]:
         raise UserError(
@@ -114,55 +136,18 @@ def command(
             where="--images",
             remedy="for example: ft estimate lora/sdxl, or ft estimate --images 3000 --gpu rtx3090",
         )
-    goal, data, budget = options["goal"], options["data"], options["budget"]
-    found, left = _rows(overrides, goal, data, budget, gpu, group, images)
-    choice = choose(found, images, budget, options["hours"], goal, data)
+    limits = {key: options[key] for key in ("hours", "budget", "goal", "data", "commercial")}
+    asked = Question(images, gpu, group, overrides=overrides, **limits)
+    found = answer(asked)
     if options["write"]:
-        _write(choice.forecast, options["write"])
-    values = {
-        "forecasts": [_values(one) for one in found],
-        "recommended": choice.forecast.name,
-        "reason": choice.reason,
-        "not covered": left,
-    }
-    values["measured"] = quoted(goal)
-    terminal.echo(json.dumps(values, indent=1) if as_json else compared(found, choice, gpu, images, left, goal))
-
-
-def _rows(
-    overrides: tuple[str, ...], goal: str, data: Data, budget: float | None, gpu: Gpu, group: Group, images: int
-) -> tuple[list[Forecast], dict[str, list[str]]]:
-    """Forecasts of the bundled recipes worth considering, and the recipes that no cost profile covers, by the reason.
-
-    Of several recipes for one base model, the one for the largest GPU that fits. Each has the memory options that make
-    it fit; a LoRA has a second row on quantized weights.
-    """
-    found: list[Forecast] = []
-    left: dict[str, list[str]] = {}
-    for names in for_one_base(bundled_recipes()):
-        recipes = {name: load_recipe(name, overrides) for name in names}
-        try:
-            plain = [
-                forecast(one, name, gpu, images, group=group)
-                for name, one in recipes.items()
-                if considered(one, goal, data, gpu, budget)
-            ]
-        except UserError as error:
-            if not 1 <= images <= MOST_IMAGES:
-                raise
-            left.setdefault(error.problem, []).append(names[-1])
-            continue
-        if plain:
-            best = next((one for one in plain if one.fits), plain[-1])
-            found += list({_edits_of(one): one for one in (_brought_in(best), *_rounded(best))}.values())
-    if not found:
-        figures = f" ({said})" if (said := quoted(goal)) else ""
-        raise UserError(
-            f"no recipe with a cost profile serves --goal {goal}: {GOALS[goal].reason}{figures}",
-            where="--goal",
-            remedy="use --goal quality or --goal diversity",
-        )
-    return found, left
+        _write(found.choice.forecast, options["write"])
+    if as_json:
+        terminal.echo(json.dumps(_all_values(found, asked), indent=1))
+    elif options["all_runs"]:
+        terminal.echo(compared(found, asked))
+    else:
+        note = "" if described_gpu else host_note(found.choice.forecast, host_memory())
+        terminal.echo(answered(found, asked, [note] if note else []))
 
 
 def _calibrated() -> str:
@@ -187,15 +172,18 @@ def _calibrated() -> str:
 def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
     """The GPU that is named or described, else this machine's GPU, else its CPU."""
     given = [options[key] for key in ("vram", "tflops", "bandwidth")]
+    if name and given[0] and not any(given[1:]) and (mac := find(name)).platform == "mps":
+        return with_memory(mac, given[0])
     if name and any(given):
         raise UserError(
             "--gpu cannot be combined with --vram, --tflops or --bandwidth",
             where="--gpu",
             remedy="use --gpu alone, or --vram, --tflops and --bandwidth",
         )
-    if any(given) and not all(given):
+    if any(given) and (given[0] is None or (given[1] is None) != (given[2] is None)):
         raise UserError(
-            "--vram, --tflops and --bandwidth must be given together", remedy=f"use --gpu NAME, or {DESCRIBED}"
+            "--tflops and --bandwidth must be given together, with --vram",
+            remedy=f"use --gpu NAME, or {DESCRIBED}, or --vram alone for memory without time",
         )
     name = name or (None if any(given) else local_gpu() or "cpu")
     if name and name.lower() == "cpu":
@@ -219,23 +207,24 @@ def local_gpu() -> str | None:
 
 def _one(
     name: str, gpu: Gpu, group: Group, images: int | None, overrides: tuple[str, ...], options: dict[str, Any]
-) -> Forecast:
-    """The forecast of one recipe, from its cost profile or, if requested, from a trace."""
+) -> tuple[Forecast, bool]:
+    """The forecast of one recipe, from its cost profile or, if requested, from a trace, and whether images are known."""
     recipe = load_recipe(name, overrides)
-    images = images if images is not None else _count(recipe)
+    counted = images if images is not None else _count(recipe)
+    images = counted if counted is not None else 1
     if not (options["trace"] or options["denoiser"] or options["plot"]):
-        return forecast(recipe, name, gpu, images, group=group)
+        return forecast(recipe, name, gpu, images, group=group), counted is not None
     from finetune.cli.estimate_trace import plotted, traced_profile  # torch's side
 
     profile, phases = traced_profile(recipe, gpu, options["denoiser"])
     one = forecast(recipe, options["denoiser"] or name, gpu, images, group=group, traced=profile)
     if options["plot"]:
         plotted(one, phases, options["plot"])
-    return one
+    return one, counted is not None
 
 
-def _count(recipe: Any) -> int:
-    """Number of images in the recipe's folders, by suffix, with repeats."""
+def _count(recipe: Any) -> int | None:
+    """Number of images in the recipe's folders, by suffix, with repeats; None if there are none."""
     sources = (
         [(recipe.data.path, 1)]
         if recipe.data.path
@@ -247,40 +236,7 @@ def _count(recipe: Any) -> int:
         count += repeats * sum(images_in(shard, IMAGES) for shard in shards_of(folder))
         if folder.is_dir():
             count += repeats * sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
-    if not count:
-        raise UserError(
-            "there are no images at data.path to count",
-            where=f"data.path: {sources[0][0]}",
-            remedy="give the number of images, for example --images 3000",
-        )
-    return count
-
-
-def _brought_in(one: Forecast) -> Forecast:
-    """The forecast itself if it fits, else with the fastest memory options that make it fit."""
-    if one.fits:
-        return one
-    found = fitting(one)
-    return found[0] if found else one
-
-
-def _rounded(plain: Forecast) -> list[Forecast]:
-    """The LoRA on 4-bit weights (QLoRA), if the cost profile covers it and a GPU trains; else nothing."""
-    edits = tuple(
-        option for option in covered_options(plain) if option.key == "model.quantize" and plain.gpu.device == "cuda"
-    )
-    if not edits:
-        return []
-    return [
-        _brought_in(
-            forecast(apply_options(plain.recipe, edits), plain.name, plain.gpu, plain.images, edits, plain.group)
-        )
-    ]
-
-
-def _edits_of(one: Forecast) -> frozenset[str]:
-    """The memory options applied, in any order."""
-    return frozenset(option.words for option in one.edits)
+    return count or None
 
 
 def _write(one: Forecast, file: Path) -> None:
@@ -299,7 +255,23 @@ def _write(one: Forecast, file: Path) -> None:
         ) from None
 
 
+def _all_values(found: Answer, asked: Question) -> dict[str, Any]:
+    return {
+        "forecasts": [_values(one) for one in found.forecasts],
+        "choices": {
+            key: {"recipe": one.forecast.name, "gpu": one.forecast.gpu.id, "reason": one.reason, "first": one.first}
+            | {"hours": one.forecast.hours, "usd": one.forecast.usd, "peak_bytes": one.forecast.memory.peak}
+            for key, one in found.choices.items()
+        },
+        "recommended": found.choice.forecast.name,
+        "reason": found.reason,
+        "not covered": found.excluded,
+        "measured": quoted(asked.goal),
+    }
+
+
 def _values(one: Forecast) -> dict[str, Any]:
+    base = license_of(one)
     return {
         "recipe": one.name,
         "gpu": one.gpu.id,
@@ -314,4 +286,7 @@ def _values(one: Forecast) -> dict[str, Any]:
         "operators": one.speed.operators,
         "hours": one.hours,
         "usd": one.usd,
+        "host_bytes": host_memory_of(one.profile, one.variant, one.recipe).needed,
+        "license": base.license if base else None,
+        "commercial": base.commercial if base else None,
     }

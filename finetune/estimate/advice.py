@@ -49,5 +49,13 @@ def assignment(option: MemoryOption) -> str:
 
 
 def _yaml(key: str, value: object) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+    text = (
+        "null"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else value
+    )
     return f"{key}={text}"

@@ -13,11 +13,11 @@ MEASURED = ASSETS / "families.json"
 QUOTED = {
     "quality": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
     "latent": ("frechet_distance", "emoji-net Fréchet distance", ".2f", False),
-    "speed": ("cpu_seconds_per_image", "CPU seconds an image", ".2g", False),
+    "sampling-speed": ("cpu_seconds_per_image", "CPU seconds an image", ".2g", False),
     "likelihood": ("bits_per_dimension", "bits/dim", ".2f", False),
     "diversity": ("coverage", "of the real images have a generated one nearby", ".0%", True),
 }
-DECISIVE = ("speed", "likelihood")  # goals for which these figures rank recipes
+DECISIVE = ("sampling-speed", "likelihood")  # goals for which these figures rank recipes
 
 
 def measured() -> dict[str, Any]:

@@ -23,7 +23,9 @@ class Variant:
         resolution: side of the images it was trained on, pixels.
         released: year and month.
         license: of the weights.
-        preference: `ft estimate` prefers the base with the smallest number where several fit.
+        commercial: whether the license allows commercial use of the weights: yes, no, or on which condition.
+        preference: rank of the base for `ft estimate`, smallest first; docs/explanation/recommendations.md has the list
+            with its sources.
         text_width: width of the text conditions in a UNet's cross-attention, by which single files are told apart.
         padding: padding token of each CLIP tokenizer, where a single file is opened without its tokenizer's folder.
     """
@@ -32,6 +34,7 @@ class Variant:
     resolution: int
     released: str = ""
     license: str = ""
+    commercial: str = "yes"
     preference: int = 1000
     text_width: int = 0
     padding: Mapping[str, str] = field(default_factory=dict)

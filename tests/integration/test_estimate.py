@@ -15,13 +15,15 @@ from finetune.config.loader import bundled_recipes, load_recipe
 from finetune.config.schema import Recipe
 from finetune.errors import UserError
 from finetune.estimate import benchmarks, profiles, recommend
-from finetune.estimate.advice import assignment
+from finetune.estimate.advice import assignment, sets
 from finetune.estimate.allocator.caching import replay
 from finetune.estimate.constants import GIB, INTERCONNECT
 from finetune.estimate.forecast import apply_options, covered_options, fitting, forecast, memory_options
 from finetune.estimate.hardware.gpus import described, find
+from finetune.estimate.hardware.host import host_memory_of
 from finetune.estimate.hardware.parallelism import Group
-from finetune.estimate.recommend import PROMISE
+from finetune.estimate.recommend import PROMISE, Question
+from finetune.estimate.text import host_note
 from finetune.estimate.tracing.cuda_mode import cuda, fake_tensors
 from finetune.estimate.tracing.skeletons import skeletons
 from finetune.estimate.tracing.traced_run import TracedRun
@@ -140,14 +142,26 @@ def test_fsdp_divides_what_zero_stage_3_divides() -> None:
 @pytest.mark.parametrize(("images", "method"), [(50, "lora"), (3000, "lora"), (50_000, "full")])
 def test_choice_by_number_of_images(images: int, method: str) -> None:
     found = [forecast_of(name, images=images, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
-    assert recommend.choose(found, images, None, None, "quality").forecast.recipe.method == method
+    asked = Question(images, find("a100-80gb"), rent=False)
+    assert recommend.choose(found, asked).choice.forecast.recipe.method == method
+
+
+def test_answer_has_no_step_in_the_number_of_images() -> None:
+    """What a method costs in points is continuous, so nothing changes at a round number of images for all bases."""
+    for name in ("lora/sd15", "full/sd15"):
+        for images in (200, 1_000, 10_000, 100_000):
+            below, above = (
+                recommend.cost_in_points(forecast_of(name, images=n), Question(n, find("rtx3090")))[0]
+                for n in (images - 1, images + 1)
+            )
+            assert below == pytest.approx(above, abs=0.5)
 
 
 def test_recommendation_rules_leave_no_gap() -> None:
-    for rules in (recommend.BY_IMAGES, recommend.BY_BUDGET):
-        assert all(one.most == following.least for one, following in itertools.pairwise(rules))
-        assert rules[-1].most == float("inf")
-        assert all(one.reason and one.methods for one in rules)
+    rules = recommend.BY_IMAGES
+    assert all(one.most == following.least for one, following in itertools.pairwise(rules))
+    assert rules[0].least == 1 and rules[-1].most == float("inf")
+    assert all(one.reason for one in rules)
 
 
 def test_every_recipe_kind_belongs_to_a_goal() -> None:
@@ -155,32 +169,36 @@ def test_every_recipe_kind_belongs_to_a_goal() -> None:
     assert kinds <= {kind for goal in recommend.GOALS.values() for kind in goal.kinds}
 
 
-def test_small_budget_takes_precedence_over_many_images() -> None:
-    found = [forecast_of(name, images=20_000, gpu=find("a100-80gb")) for name in ("lora/sd15", "full/sd15")]
-    choice = recommend.choose(found, 20_000, 60, None, "quality")
-    assert choice.forecast.recipe.method == "lora" and "tens of dollars" in choice.reason
+def test_budget_limits_what_is_recommended() -> None:
+    gpu = find("a100-80gb")
+    found = [forecast_of(name, images=20_000, gpu=gpu) for name in ("lora/sd15", "full/sd15")]
+    free = recommend.choose(found, Question(20_000, gpu, hours=100, rent=False)).choice.forecast
+    assert free.name == "full/sd15" and free.usd is not None
+    low = min(one.usd[1] for one in found if one.usd)
+    limited = recommend.choose(found, Question(20_000, gpu, hours=100, budget=low, rent=False)).choice.forecast
+    assert limited.usd is not None and limited.usd[1] == low
 
 
 def test_small_images_recommend_a_scratch_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--data", "small-images") == 0
     said = capsys.readouterr().out
-    assert "Recommended: scratch/emoji-diffusion, because small images" in said
+    assert "Recommended: scratch/emoji-diffusion: small images" in said
     assert "First:       ft train scratch/emoji-vae" in said and "lora/" not in said
 
 
 def test_goal_latent_recommends_a_vae(capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "3000", "--gpu", "rtx3060", "--goal", "latent") == 0
     said = capsys.readouterr().out
-    assert "because a VAE has a latent space" in said and "emoji-diffusion" not in said
+    assert ": a VAE has a latent space" in said and "emoji-diffusion" not in said
 
 
 @pytest.mark.parametrize("goal", benchmarks.DECISIVE)
 def test_goal_with_benchmarks_recommends_the_best_measured(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert ft("--images", "2000", "--gpu", "rtx3060", "--data", "small-images", "--goal", goal) == 0
-    serving = {"speed": "dcgan", "likelihood": "glow"}
+    serving = {"sampling-speed": "dcgan", "likelihood": "glow"}
     assert (
         benchmarks.quoted(goal).startswith(serving[goal])
-        and f"Recommended: scratch/{serving[goal]}, because" in capsys.readouterr().out
+        and f"Recommended: scratch/{serving[goal]}: " in capsys.readouterr().out
     )
 
 
@@ -190,7 +208,7 @@ def test_autoregressive_model_for_large_images_is_refused() -> None:
         one, recipe=dataclasses.replace(one.recipe, model=dataclasses.replace(one.recipe.model, family="pixelcnn++"))
     )
     with pytest.raises(UserError, match="too slow for large images"):
-        recommend.choose([large], 3000, None, None, "likelihood")
+        recommend.choose([large], Question(3000, find("rtx3090"), goal="likelihood"))
 
 
 FOR_IMAGES = {
@@ -201,14 +219,15 @@ FOR_IMAGES = {
 
 
 def test_table_lists_every_recipe_for_large_images(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ft("--images", "3000", "--gpu", "rtx3090") == 0
+    assert ft("--images", "3000", "--gpu", "rtx3090", "--all") == 0
     said = capsys.readouterr().out
     assert "3,000 images on one RTX 3090" in said
     assert "Recommended: lora/" in said
     assert "ft train lora/" in said
     assert all(name in said for name in FOR_IMAGES)
     assert (
-        sum("lora/flux2-klein-4b " in line for line in said.splitlines()) == 2 and "with model.quantize: nf4" in said
+        sum("lora/flux2-klein-4b " in line and "█" in line for line in said.splitlines()) == 2
+        and "model.quantize: nf4" in said
     ), "QLoRA must have its own row"
 
 
@@ -227,6 +246,81 @@ def test_json_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     names = [one["recipe"] for one in found["forecasts"]]
     assert {*names, *(name for left in found["not covered"].values() for name in left)} == FOR_IMAGES
     assert found["recommended"] in names
+
+
+def test_three_choices_and_one_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "20", "--gpu", "rtx3060") == 0
+    plain = capsys.readouterr().out
+    lines = plain.splitlines()
+    assert [line.split()[0] for line in lines[1:7:2]] == ["▸", "fastest", "cheapest"]
+    assert lines[1].split()[1] == "best" and len(lines) <= 16
+    assert ft("--images", "20", "--gpu", "rtx3060", "--hours", "2", "--budget", "1") == 0
+    assert len(capsys.readouterr().out.splitlines()) <= len(lines), "limits make the answer no longer"
+
+
+@pytest.mark.parametrize("images", [20, 150, 900, 3_000, 9_999, 10_000, 100_000])
+@pytest.mark.parametrize("gpu", ["rtx3070", "rtx3060", "rtx3090", "a100-80gb"])
+def test_no_run_that_the_rules_exclude(images: int, gpu: str) -> None:
+    found = recommend.answer(Question(images, find(gpu), rent=False))
+    for one in found.forecasts:
+        assert one.recipe.method != "scratch" and not one.name.endswith("/emoji")
+        assert one.recipe.method == "lora" or images >= recommend.FULL_FROM
+        if one.recipe.adapter and images >= recommend.HIGHER_RANK_FROM:
+            assert one.recipe.adapter.rank == recommend.HIGHER_RANK or not one.fits or "adapter.rank" in sets(one)
+    choice = found.choice.forecast
+    assert choice.fits and (choice.hours <= recommend.OVERNIGHT or found.limit == float("inf"))
+    timely = [one for one in found.forecasts if one.fits and one.hours <= found.limit / recommend.SLOWER]
+    assert choice is min(timely, key=lambda one: recommend.cost_in_points(one, Question(images, find(gpu))))
+
+
+def test_cpu_fine_tunes_the_bundled_base_first(capsys: pytest.CaptureFixture[str]) -> None:
+    for images in ("20", "2000"):
+        assert ft("--images", images, "--gpu", "cpu") == 0
+        said = capsys.readouterr().out
+        assert "Recommended: lora/emoji: " in said and "64×64" in said
+        assert "for photographs, rent a GPU" in said
+
+
+def test_commercial_leaves_out_bases_that_forbid_it() -> None:
+    gpu = find("rtx3090")
+    everything, allowed = (
+        {one.profile.name for one in recommend.answer(Question(20, gpu, commercial=flag, rent=False)).forecasts}
+        for flag in (False, True)
+    )
+    assert everything - allowed == {"flux1-dev", "sana-1600m"}
+
+
+def test_memory_alone_suffices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "20", "--vram", "12") == 0
+    said = capsys.readouterr().out
+    assert "time unknown" in said and "GiB" in said and "ft train lora/" in said
+    best = said.splitlines()[1]
+    assert " min" not in best and " h " not in best
+
+
+def test_a_recipe_without_images_shows_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("lora/sd15", "--gpu", "t4") == 0
+    said = capsys.readouterr().out
+    assert "fits: 4.2 of 14.6 GiB" in said and "add --images N" in said and "time and cost" not in said
+    assert ft("lora/sd15", "--gpu", "t4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["hours"] is None and found["peak_bytes"] > 0
+
+
+def test_a_mac_gets_memory_and_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ft("--images", "20", "--gpu", "Apple M2") == 0
+    said = capsys.readouterr().out
+    assert "18.0 GiB" in said and "time unknown" in said and "ft has not been run on this kind of GPU" in said
+    assert "quantize" not in said.splitlines()[-2]
+    assert ft("--images", "20", "--gpu", "m2", "--vram", "8") in (0, 2)
+
+
+def test_host_memory_follows_the_weights() -> None:
+    for name, low, high in (("lora/sdxl", 8, 12), ("lora/flux1", 31, 42), ("lora/qwen-image", 52, 64)):
+        one = forecast_of(name)
+        assert low * GIB < host_memory_of(one.profile, one.variant, one.recipe).needed < high * GIB
+    one = forecast_of("lora/flux1")
+    assert host_note(one, 64 * 2**30) == "" and "16 GiB of RAM" in host_note(one, 16 * 2**30)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -279,7 +373,7 @@ def test_recommended_recipe_is_written_and_loads(tmp_path: Path, capsys: pytest.
 
 BAD = {
     "an unknown GPU": (["--images", "10", "--gpu", "rtx3091"], "unknown GPU"),
-    "half a description": (["--images", "10", "--vram", "16"], "must be given together"),
+    "half a description": (["--images", "10", "--vram", "16", "--tflops", "40"], "must be given together"),
     "named and described": (["--images", "10", "--gpu", "t4", "--vram", "16"], "cannot be combined"),
     "no images": (["--images", "0", "--gpu", "t4"], "--images must be between 1 and 100,000,000"),
     "a billion images": (["--images", "1000000000", "--gpu", "t4"], "--images must be between 1 and 100,000,000"),
@@ -307,7 +401,7 @@ BAD = {
     "a file that is no JSON": (["--denoiser", "no-json.json", "--images", "10", "--gpu", "t4"], "is not a JSON object"),
     "a denoiser that is not there": (["--denoiser", "missing.json", "--images", "10", "--gpu", "t4"], "cannot be read"),
     "a trace of nothing": (["--trace", "--images", "10", "--gpu", "t4"], "--trace needs a recipe"),
-    "images that are not there": (["lora/sd15", "--gpu", "t4"], "no images at data.path"),
+    "too few images from scratch": (["--images", "20", "--gpu", "t4", "--goal", "speed"], "about 400 images"),
 }
 
 
@@ -339,4 +433,4 @@ def test_estimate_imports_no_torch() -> None:
 def test_budget_too_small_names_the_cheapest() -> None:
     found = [forecast_of("lora/sd15")]
     with pytest.raises(UserError, match="the cheapest, lora/sd15"):
-        recommend.choose(found, 3000, 0.01, None, "quality")
+        recommend.choose(found, Question(3000, find("rtx3090"), budget=0.01))

@@ -291,7 +291,7 @@ def test_bench_families_measures_equal_time_and_is_quoted(tmp_path: Path, monkey
     )
     assert f"{row['frechet_distance']:.2f}" in bench_families.table({"vae": row})
     monkeypatch.setattr(benchmarks, "MEASURED", tmp_path / "families.json")
-    assert benchmarks.quoted("speed") == ""
+    assert benchmarks.quoted("sampling-speed") == ""
     kept = {
         "minutes": 10,
         "rows": {"vae": {"coverage": 0.4, "frechet_distance": 3.14159}, "dcgan": {"coverage": 0.7}, "old": {}},
@@ -299,7 +299,7 @@ def test_bench_families_measures_equal_time_and_is_quoted(tmp_path: Path, monkey
     benchmarks.MEASURED.write_text(json.dumps(kept))
     said = benchmarks.quoted("diversity")
     assert said.startswith("dcgan 70%, vae 40% (of the real images") and "after 10 CPU minutes" in said
-    assert benchmarks.quoted("speed") == "", "no row has that figure"
+    assert benchmarks.quoted("sampling-speed") == "", "no row has that figure"
     asked = ["--images", "500", "--data", "small-images", "--goal", "latent", "--gpu", "cpu"]
     assert (
         "Measured:    vae 3.14 (emoji-net Fréchet distance; after 10"

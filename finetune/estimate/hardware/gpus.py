@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, cast, final
 
 from finetune.config import yaml_reader
 from finetune.errors import UserError
@@ -32,10 +32,11 @@ from finetune.system.cpu_info import cpu_name, host_memory
 PRICES = "FT_PRICES"
 PRICES_REMEDY = "a .yaml file has lines such as `date: 2026-11-22` and `rtx3090: 0.25`; a .tsv file has the columns gpu, usd_per_hour, date"
 DESCRIBED = "--vram 16 --tflops 40 --bandwidth 500"
+NOMINAL = (40.0, 500.0)  # TFLOP/s and GB/s of a GPU whose speed is unknown, to order runs by
 # The share of the advertised memory that torch sees: the median of gpus.tsv (0.91 to 0.99; lowest with ECC).
 VISIBLE_SHARE = 0.98
 # Brand words that do not distinguish models.
-_MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct", "gpu"}
+_MAKERS = {"nvidia", "geforce", "tesla", "amd", "instinct", "gpu", "apple"}
 # Limits of a described GPU: lowest, highest, unit, and a hint for a likely mistake with units.
 _LIMITS = {
     "vram": (1.0, 2_000.0, "GiB", "16 for a GPU sold with 16 GB"),
@@ -87,6 +88,8 @@ class Gpu:
         calibration: the measured speed of a CPU; None for GPUs, whose speed follows from these figures
             (`constants.PACE`).
         also: words that a full name may include, such as `sxm4` in `NVIDIA A100-SXM4-80GB`.
+        platform: "" for CUDA, "rocm" or "mps" for what `ft` has not been run on.
+        timed: whether its speed is known; if not, `tflops` and `bandwidth` only order runs, and no time is shown.
     """
 
     id: str
@@ -103,6 +106,8 @@ class Gpu:
     other_source: str
     also: str = ""
     calibration: Calibration | None = None
+    platform: Literal["", "rocm", "mps"] = ""
+    timed: bool = True
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -149,12 +154,17 @@ def find(name: str, prices: Path | None = None) -> Gpu:
     return _match(name, known(prices))
 
 
-def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
+def described(vram: float, tflops: float | None = None, bandwidth: float | None = None) -> Gpu:
     """A GPU that is not listed, from its advertised memory (GiB), dense 16-bit TFLOP/s and GB/s. It has no price.
+
+    Without TFLOP/s and GB/s its time is unknown.
 
     Raises:
         UserError: a figure is out of range.
     """
+    timed = tflops is not None and bandwidth is not None
+    name = f"GPU of {vram:g} GiB" + (f", {tflops:g} TFLOP/s, {bandwidth:g} GB/s" if timed else "")
+    tflops, bandwidth = (tflops, bandwidth) if tflops is not None and bandwidth is not None else NOMINAL
     for option, value in {"vram": vram, "tflops": tflops, "bandwidth": bandwidth}.items():
         least, most, unit, hint = _LIMITS[option]
         if not least <= value <= most:
@@ -164,7 +174,7 @@ def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
             )
     return Gpu(
         id="described",
-        name=f"GPU of {vram:g} GiB, {tflops:g} TFLOP/s, {bandwidth:g} GB/s",
+        name=name,
         sold_gb=vram,
         total_mib=round(vram * 1024),
         visible_gib=vram * VISIBLE_SHARE,
@@ -173,8 +183,9 @@ def described(vram: float, tflops: float, bandwidth: float) -> Gpu:
         bandwidth=bandwidth,
         price=None,
         note=f"assumes that torch sees {VISIBLE_SHARE:.0%} of its memory, and that tensor cores support bfloat16",
-        tflops_source="given by hand",
+        tflops_source="given by hand" if timed else "unknown",
         other_source="given by hand",
+        timed=timed,
     )
 
 
@@ -202,6 +213,12 @@ def this_cpu(processes: int = 1) -> Gpu:
     )
 
 
+def with_memory(gpu: Gpu, gib: float) -> Gpu:
+    """The same Mac with another amount of unified memory."""
+    share = gpu.visible_gib / gpu.sold_gb
+    return dataclasses.replace(gpu, sold_gb=gib, total_mib=round(gib * 1024), visible_gib=gib * share)
+
+
 def at_price(gpu: Gpu, usd_per_hour: float) -> Gpu:
     """The same GPU at a price given with `--price`, dated today.
 
@@ -226,21 +243,25 @@ def _bundled() -> tuple[Gpu, ...]:
             tflops=float(row["tflops"]),
             bfloat16=row["bfloat16"] == "yes",
             bandwidth=float(row["bandwidth"]),
-            price=Price(float(row["usd_low"]), float(row["usd_high"]), row["price_date"], row["price_source"]),
+            price=Price(float(row["usd_low"]), float(row["usd_high"]), row["price_date"], row["price_source"])
+            if row["usd_low"]
+            else None,
             note=row["note"],
             tflops_source=row["tflops_source"],
             other_source=row["other_source"],
             also=row["also"],
+            platform=cast(Literal["", "rocm", "mps"], row.get("platform", "")),
+            timed=row.get("platform", "") != "mps",
         )
         for _, row in _rows((ASSETS / "gpus.tsv").read_text(encoding="utf-8"))
     )
 
 
 def _match(name: str, gpus: tuple[Gpu, ...], where: str = "") -> Gpu:
-    """The only one of `gpus` that `name` matches. A name with another word (`3080 12GB`, `4070 Ti`, `L40`) is another
+    """The one of `gpus` whose id `name` is, else the only one that it matches. A name with another word (`3080 12GB`, `4070 Ti`, `L40`) is another
     GPU.
     """
-    found = [gpu for gpu in gpus if gpu.is_called(name)]
+    found = [gpu for gpu in gpus if _words(gpu.id) == _words(name)] or [gpu for gpu in gpus if gpu.is_called(name)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -261,7 +282,7 @@ def _words(name: str) -> list[str]:
     is kept.
     """
     text = name.lower().replace("rtx", " ").replace("gib", "gb")
-    text = re.sub(r"(?<=[\di])[\s_-]+(?=(?:ti|super|gb)\b)", "", text)
+    text = re.sub(r"(?<=[\di])[\s_-]+(?=(?:ti|super|gb|pro|max|ultra)\b)", "", text)
     return [word for word in re.findall(r"[^\W_]+", text) if word not in _MAKERS]
 
 

@@ -23,7 +23,7 @@ SPEC = FamilySpec(
     denoiser_class="ChromaTransformer2DModel",
     variants={
         "chroma": Variant(
-            hub=("lodestones/Chroma1-HD",), resolution=1024, released="2025-08", license="Apache-2.0", preference=45
+            hub=("lodestones/Chroma1-HD",), resolution=1024, released="2025-08", license="Apache-2.0", preference=75
         )
     },
     single_file_keys=("distilled_guidance_layer.in_proj.bias",),

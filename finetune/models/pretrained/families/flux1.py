@@ -29,7 +29,8 @@ SPEC = FamilySpec(
             resolution=1024,
             released="2024-08",
             license="FLUX.1 [dev] Non-Commercial",
-            preference=10,
+            preference=30,
+            commercial="no",
         )
     },
     single_file_keys=("vector_in.in_layer.weight",),

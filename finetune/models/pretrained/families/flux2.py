@@ -27,7 +27,7 @@ SPEC = FamilySpec(
             resolution=1024,
             released="2026-01",
             license="Apache-2.0",
-            preference=30,
+            preference=40,
         )
     },
     single_file_keys=("single_stream_modulation.lin.weight",),

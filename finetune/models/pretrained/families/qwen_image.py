@@ -25,7 +25,7 @@ SPEC = FamilySpec(
     denoiser_class="QwenImageTransformer2DModel",
     variants={
         "qwen-image": Variant(
-            hub=("Qwen/Qwen-Image",), resolution=1024, released="2025-08", license="Apache-2.0", preference=20
+            hub=("Qwen/Qwen-Image",), resolution=1024, released="2025-08", license="Apache-2.0", preference=10
         )
     },
     single_file_keys=("transformer_blocks.0.img_mlp.net.0.proj.weight",),

@@ -30,6 +30,7 @@ SPEC = FamilySpec(
             released="2024-11",
             license="NVIDIA Open Model License",
             preference=80,
+            commercial="no",
         )
     },
     single_file_keys=("blocks.0.mlp.inverted_conv.conv.weight",),

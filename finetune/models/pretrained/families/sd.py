@@ -33,7 +33,7 @@ SPEC = FamilySpec(
             resolution=512,
             released="2022-10",
             license="CreativeML Open RAIL-M",
-            preference=120,
+            preference=110,
             text_width=768,
             padding={"tokenizer": "<|endoftext|>"},  # as CLIP's own tokenizer
         ),
@@ -47,7 +47,7 @@ SPEC = FamilySpec(
             resolution=768,
             released="2022-12",
             license="CreativeML Open RAIL++-M",
-            preference=110,
+            preference=100,
             text_width=1024,
             padding={"tokenizer": "!"},  # token 0, as models trained on OpenCLIP
         ),

@@ -27,7 +27,8 @@ SPEC = FamilySpec(
             resolution=1024,
             released="2024-06",
             license="Stability AI Community",
-            preference=60,
+            preference=55,
+            commercial="below $1M a year",
         ),
         "sd35-medium": Variant(
             hub=("stabilityai/stable-diffusion-3.5-medium",),
@@ -35,6 +36,7 @@ SPEC = FamilySpec(
             released="2024-10",
             license="Stability AI Community",
             preference=50,
+            commercial="below $1M a year",
         ),
     },
     single_file_keys=("joint_blocks.0.context_block.adaLN_modulation.1.bias",),

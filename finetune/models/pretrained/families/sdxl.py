@@ -28,7 +28,7 @@ SPEC = FamilySpec(
             resolution=1024,
             released="2023-07",
             license="CreativeML Open RAIL++-M",
-            preference=100,
+            preference=60,
             text_width=2048,
             padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},  # CLIP's own and OpenCLIP's
         )

@@ -27,7 +27,7 @@ SPEC = FamilySpec(
     denoiser_class="ZImageTransformer2DModel",
     variants={
         "z-image": Variant(
-            hub=("Tongyi-MAI/Z-Image",), resolution=1024, released="2025-11", license="Apache-2.0", preference=40
+            hub=("Tongyi-MAI/Z-Image",), resolution=1024, released="2025-11", license="Apache-2.0", preference=20
         )
     },
     single_file_keys=("layers.0.adaLN_modulation.0.weight",),
