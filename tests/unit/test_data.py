@@ -374,7 +374,7 @@ def test_dataset_rows_without_image_or_text_are_reported(tmp_path: Path) -> None
     assert [problem.detail.split(":")[0] for problem in audit.problems] == [
         "the row has no image",
         "the row refers to a file outside the dataset, which is not read",
-        "not a supported image format",
+        "not a supported image format; supported",
     ]
 
 

@@ -316,7 +316,7 @@ def test_captions_longer_than_the_model_reads_are_refused_or_truncated(folder: P
     assert "long_captions: truncate" in caught.value.remedy
     said = opened(folder, Counting(), data={"long_captions": "truncate"}).long_captions()
     assert "3.png: 9 tokens" in said
-    assert "not read" in said
+    assert "they are truncated" in said
     with_prefix = {
         "path": None,
         "sources": [{"path": str(folder), "prefix": "seven words more than there are before,"}],

@@ -107,7 +107,7 @@ def test_metadata_of_any_bytes_is_read_or_refused(folder: Path, kind: str, data:
         assert error.remedy
         return
     assert caption.text is None or isinstance(caption.text, str)
-    assert all("is not there" in why or "outside" in why for _, why, _ in told)
+    assert all("does not exist" in why or "outside" in why for _, why, _ in told)
 
 
 WHOLE = {
