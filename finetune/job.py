@@ -22,19 +22,22 @@ from safetensors import SafetensorError
 from finetune import terminal
 from finetune.config.loader import error_location
 from finetune.config.schema import Recipe
+from finetune.data import latent_cache
 from finetune.data.audit.audit import Audit, scan
+from finetune.data.cache_dir import cache_folder
+from finetune.data.caption_length import long_captions
 from finetune.data.dataset import Dataset
 from finetune.data.sources import refuse_inside
 from finetune.distributed import is_main_process
 from finetune.errors import UserError
 from finetune.estimate.hardware.calibrate import calibrate
 from finetune.estimate.hardware.cpu import calibration, discard, keep, keep_freed_memory
-from finetune.estimate.monitor import Expected, does_not_fit, expect
-from finetune.evaluation.collapse_monitor import CollapseMonitor
+from finetune.estimate.monitor import Expected, does_not_fit, expect, hours_on_cpu, takes_weeks
 from finetune.export import from_checkpoint
 from finetune.inference import class_images
 from finetune.models.base import Model
-from finetune.models.pretrained import check
+from finetune.models.pretrained import access, loading
+from finetune.models.pretrained import check as model_check
 from finetune.models.registry import spec_of
 from finetune.models.scratch.base import PixelModel
 from finetune.planning import Plan, make_plan
@@ -50,6 +53,9 @@ from finetune.training.samples import sample_prompts
 from finetune.training.trainer import Trainer
 
 _ACCELERATE_NAMES = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+
+SMALL_MODEL = 1 << 30  # bytes of a base model's files that `ft check` loads: a few seconds
+LONGEST_ON_CPU = 14 * 24  # hours; a longer run needs --force
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +93,54 @@ def prepare(recipe: Recipe, resume: bool = False, force: bool = False) -> Job:
     """
     job = Job(recipe, resume, force, quiet=not is_main_process())
     with error_location(recipe):
-        audit_data(job)
-        plan_run(job)
+        refuse_before_building(job)
         if class_images.missing(recipe):
             generate_class_images(job)
-        estimate_run(job)
+            estimate_run(job)
         build_model(job)
         encode_data(job)
     return job
+
+
+def check(recipe: Recipe, resume: bool = False, force: bool = False, quiet: bool = False) -> Job:
+    """Refuse everything that `prepare` would refuse, and write nothing: for `ft check` and `ft data check --recipe`.
+
+    A model of up to `SMALL_MODEL` bytes is also built, as training builds it; of a larger one, headers are read.
+
+    Raises:
+        UserError: training would end with the same message.
+    """
+    job = Job(recipe, resume, force, quiet)
+    with error_location(recipe):
+        size = refuse_before_building(job)
+        if size is not None and size <= SMALL_MODEL and not this_machine().sharded:
+            model = from_checkpoint.build(job.plan, job.audit)
+            if not force:
+                _refuse_too_large(model, job.plan)
+            Dataset(job.plan, job.audit, model.encoder())
+    return job
+
+
+def refuse_before_building(job: Job) -> int | None:
+    """The phases before the model is built. Training and both checks take them, so that they refuse the same.
+
+    Returns:
+        Bytes of the base model's files; None if they are on the Hub.
+
+    Raises:
+        UserError: for whatever can be known from the recipe, the data, the machine and the headers of the model's files.
+    """
+    audit_data(job)
+    plan_run(job)
+    estimate_run(job)
+    recipe = job.plan.recipe
+    size = access.check(recipe)
+    reader = loading.open_reader(recipe, (image.caption for image in job.audit.training))
+    if reader is not None:
+        long_captions(job.audit.images, reader.count, recipe.data.long_captions)
+    if is_main_process():
+        latent_cache.refuse_unusable(cache_folder(recipe.data.cache))
+    return size
 
 
 # -- audit, plan, estimate --------------------------------------------------------------------------------------------
@@ -107,7 +153,7 @@ def audit_data(job: Job) -> None:
         UserError: the model cannot be there, or the recipe does not allow such data.
     """
     recipe = job.recipe
-    check.check(recipe)
+    model_check.check(recipe)
     for tracker in recipe.output.trackers:  # Accelerate drops what is not installed without a word
         if importlib.util.find_spec(tracker) is None:
             raise UserError(
@@ -191,13 +237,17 @@ def check_estimate(plan: Plan, force: bool = False, quiet: bool = False) -> Expe
     """The estimate of the plan; logs it in one line.
 
     Raises:
-        UserError: the run does not fit into the GPU, and is not forced.
+        UserError: the run does not fit into memory or would take weeks on a CPU, and is not forced.
     """
     expected = expect(plan)
     if not quiet:
         log.info(expected.line)
-    if expected.forecast is not None and not expected.forecast.fits and not force:
+    if force:
+        return expected
+    if expected.forecast is not None and not expected.forecast.fits:
         raise does_not_fit(expected.forecast)
+    if plan.machine.device == "cpu" and (hours := hours_on_cpu(plan, expected)) > LONGEST_ON_CPU:
+        raise takes_weeks(plan, hours)
     return expected
 
 
@@ -302,7 +352,11 @@ def _trainer(job: Job) -> Trainer:
     open_model = (lambda: _from_newest(job)) if plan.machine.sharded else lambda: job.model
     samples = recipe.sample.prompts and recipe.sample.every != 0
     observe = (lambda done: sample_prompts(plan, open_model, folder, done)) if samples else None
-    checks_collapse = recipe.sample.collapse_check_every and isinstance(job.model, PixelModel)
+    monitor = None
+    if recipe.sample.collapse_check_every and isinstance(job.model, PixelModel):
+        from finetune.evaluation.collapse_monitor import CollapseMonitor  # torchvision and more, for GANs alone
+
+        monitor = CollapseMonitor(plan, job.model, folder)
     return Trainer(
         plan,
         job.model,
@@ -311,7 +365,7 @@ def _trainer(job: Job) -> Trainer:
         job.accelerator,
         observe,
         Pace(job.expected, lambda: memory_left(device)),
-        CollapseMonitor(plan, job.model, folder) if checks_collapse and isinstance(job.model, PixelModel) else None,
+        monitor,
     )
 
 

@@ -232,10 +232,9 @@ class Lora(AdapterKind):
             "remove model.quantize, or set adapter.pissa: false",
         )
         yield (
-            adapter.init_lora is not None
-            and (adapter.pissa or bool(adapter.rank_pattern) or bool(adapter.alpha_pattern)),
-            "adapter.init_lora takes ranks and alphas from its file",
-            "remove adapter.pissa, adapter.rank_pattern and adapter.alpha_pattern, or adapter.init_lora",
+            adapter.init_lora is not None and adapter.pissa,
+            "adapter.init_lora takes ranks and alphas from its file, and adapter.pissa its start from the base",
+            "remove adapter.pissa or adapter.init_lora",
         )
 
     def variants(self, adapter: Adapter) -> list[LoraVariant]:

@@ -13,6 +13,7 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,16 +229,20 @@ def initialized(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     of_file |= {"dora": bool(found.setting("use_dora"))}
     of_file |= {"kind": "lora", "pissa": False, "rank_pattern": {}, "alpha_pattern": {}}
     ranks = ", ".join(f"{count} layers of rank {rank}" for rank, count in sorted(found.ranks.items()))
-    notes = [f"continues from {public_name(str(found.file))} ({found.format} format, {ranks}); targets are the file's"]
+    notes = [f"continues from {public_name(str(found.file))} ({found.format} format, {ranks})"]
     if found.words:
         notes.append(f"not read from the file: the words {', '.join(found.words)} ({EMBEDDINGS}*); the LoRA itself is")
     for name, value in of_file.items():
         if f"adapter.{name}" in recipe.lines and getattr(adapter, name) not in (None, value):
             own, other = _text(getattr(adapter, name)), _text(value)
             notes.append(f"adapter.{name}: using {other}, as in the file, instead of the recipe's {own}")
+    if "adapter.targets" in recipe.lines:
+        notes.append("adapter.targets: adapting the layers of the file instead of the recipe's")
     whole = dataclasses.replace(adapter, **of_file)
     return dataclasses.replace(recipe, adapter=whole), tuple(notes)
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() or "nothing"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() or "none"

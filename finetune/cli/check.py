@@ -1,9 +1,8 @@
-"""`ft check`: everything up to the first training step, without loading weights."""
+"""`ft check`: everything that `ft train` would refuse before its first step."""
 
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import click
 
@@ -21,7 +20,9 @@ from finetune.config.loader import load_recipe
     metavar="KEY=VALUE",
     help="Override one value of the recipe, such as train.batch_size=2.",
 )
-def command(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.option("--resume", is_flag=True, help="Check that the run in the recipe's folder can be resumed.")
+@click.option("--force", is_flag=True, help="Accept a run that does not fit into memory, or takes weeks on a CPU.")
+def command(recipe: str, overrides: tuple[str, ...], resume: bool, force: bool) -> None:
     """Check a recipe, its images and its plan without training.
 
     RECIPE is a YAML file, or the name of a bundled recipe. Exit code 2: training would fail, and the message says why.
@@ -34,15 +35,13 @@ def command(recipe: str, overrides: tuple[str, ...]) -> None:
     loaded = load_recipe(recipe, overrides)
     from finetune.cli.preflight import refuse_early
 
-    refuse_early(loaded)
-    from finetune.job import audit_and_plan, check_estimate
+    refuse_early(loaded, resume)
+    terminal.silence_libraries()
+    from finetune.job import check
 
-    _, plan = audit_and_plan(loaded)
-    check_estimate(plan)
-    if Path(plan.folder).exists():
-        terminal.echo(
-            f"{plan.folder} already exists: add --resume to continue that run,"
-            " or choose another folder: --set output.folder=…"
-        )
-    start = shlex.join(["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment))])
+    check(loaded, resume, force)
+    flags = [flag for flag, given in (("--resume", resume), ("--force", force)) if given]
+    start = shlex.join(
+        ["ft", "train", recipe, *(part for assignment in overrides for part in ("--set", assignment)), *flags]
+    )
     terminal.echo(f"OK. Start with: {start}")

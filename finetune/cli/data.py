@@ -74,6 +74,10 @@ def check(source: str | None, recipe: str | None, overrides: tuple[str, ...], as
         _write(lambda: write_page(audit, facts, source or loaded.data.path or str(recipe), html), html)
         terminal.echo(f"written: {html}", err=as_json)
     audit.raise_if_stopped()
+    if recipe:
+        from finetune.job import check as check_run
+
+        check_run(loaded, quiet=True)
 
 
 def _recipe(source: str | None, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:

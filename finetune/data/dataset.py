@@ -10,6 +10,7 @@ import torch
 
 from finetune.data.audit.audit import Audit
 from finetune.data.batch import Batch, Encoder, stack
+from finetune.data.caption_length import long_captions
 from finetune.data.decoding import geometry
 from finetune.data.encoding import ExampleEncoder, Progress
 from finetune.data.prefetch import Prefetcher, threads
@@ -48,22 +49,7 @@ class Dataset:
         Raises:
             UserError: there are such captions, and `data.long_captions` is "stop".
         """
-        tokens = functools.lru_cache(1024)(self.encoder.caption_tokens)
-        count, limit, named = 0, 0, list[str]()
-        for image in self.images:
-            length = tokens(image.caption)
-            if length is None:
-                return ""
-            if length[0] > length[1]:
-                count, limit = count + 1, length[1]
-                named += [f"{image.name}: {length[0]} tokens"] if count <= 5 else []
-        if not count:
-            return ""
-        names = ", ".join(named) + (f", and {count - 5} more" if count > 5 else "")
-        problem = f"captions longer than the {limit} tokens that this model reads: {count} of {len(self.images)}"
-        if self.plan.recipe.data.long_captions == "truncate":
-            return f"{problem}; they are truncated ({names})"
-        raise UserError(problem, where=names, remedy="shorten them, or set data.long_captions: truncate")
+        return long_captions(self.images, self.encoder.caption_tokens, self.plan.recipe.data.long_captions)
 
     def encode(self, progress: Progress | None = None, share: tuple[int, int] | None = None) -> None:
         """Encode the examples that are not in the cache; see `ExampleEncoder.encode_all`."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from finetune.data.sources.files import write_aside
+from finetune.data.sources.files import try_to_create, write_aside
 from finetune.errors import UserError
 from finetune.replaceable import replaceable
 
@@ -227,6 +227,18 @@ def _is_whole(shard: Path) -> bool:
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.stem
     except OSError:
         return False
+
+
+def refuse_unusable(folder: Path) -> None:
+    """Raise if the cache's folder cannot be created; nothing is left behind.
+
+    Raises:
+        UserError: as `Store`.
+    """
+    try:
+        try_to_create(folder)
+    except OSError as error:
+        raise _unusable(folder, error) from error
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

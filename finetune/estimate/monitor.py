@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
 from finetune.errors import UserError
+from finetune.estimate import profiles
 from finetune.estimate.advice import advice
+from finetune.estimate.architecture import configs_of
 from finetune.estimate.constants import GIB
 from finetune.estimate.forecast import Forecast, apply_options, covered_options, forecast
 from finetune.estimate.hardware.gpus import find, this_cpu
 from finetune.estimate.hardware.parallelism import Group
 from finetune.planning import Plan
-from finetune.terminal import duration
+from finetune.terminal import duration, plural
 
 WORTHWHILE = 0.05  # the share of GPU memory that a memory option must save to be suggested when memory spills
 
@@ -76,6 +79,38 @@ def does_not_fit(one: Forecast) -> UserError:
         f"this run does not fit: it needs {_memory(one)} of {one.gpu.name}",
         where=f"memory peaks in the phase {one.memory.largest} (see `ft estimate`)",
         remedy=f"use one of these memory options, or --force to train anyway{ways}",
+    )
+
+
+def hours_on_cpu(plan: Plan, expected: Expected) -> float:
+    """Hours that the run takes on this CPU: the estimate, else at least the arithmetic of its steps; 0 if unknown."""
+    recipe = plan.recipe
+    if expected.forecast is not None:
+        return expected.forecast.hours
+    if plan.machine.device != "cpu" or recipe.method == "scratch":
+        return 0.0
+    with contextlib.suppress(UserError):  # an architecture without a cost profile
+        name, calibrated = configs_of(recipe.model)[1], this_cpu().calibration
+        if name in profiles.known() and calibrated is not None:
+            profile = profiles.load(name)
+            images = recipe.train.batch_size * (recipe.data.resolution / profile.resolution) ** 2
+            flops = min(
+                sum(work.count * (work.flops[0] + work.flops[1] * images) for work in variant.micro)
+                for variant in profile.variants
+            )
+            rate = max(calibrated.matmul.rate, calibrated.conv.rate)
+            return plan.steps * recipe.train.accumulation * flops / rate / 3600
+    return 0.0
+
+
+def takes_weeks(plan: Plan, hours: float) -> UserError:
+    """The error for a run that a CPU would need weeks for."""
+    return UserError(
+        f"this run would take {hours / 24:,.0f} days on {plan.machine.name}"
+        f" ({seconds_text(3600 * hours / plan.steps)} per step, {plural(plan.steps, 'step')})",
+        where="train.steps, model",
+        remedy="train on a GPU, train fewer steps or a smaller model (`ft estimate` compares them);"
+        " or --force to train anyway",
     )
 
 

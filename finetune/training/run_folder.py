@@ -23,14 +23,14 @@ import yaml
 
 from finetune.config.loader import parse_recipe, to_dict
 from finetune.config.schema import Recipe
-from finetune.data.sources.files import write_aside
+from finetune.data.sources.files import try_to_create, write_aside
 from finetune.distributed import rank
 from finetune.errors import UserError
 from finetune.planning import Plan, describe, load_plan
 from finetune.terminal import plural
 from finetune.training import base_files
 from finetune.training.run_list import newest_facts, parse_records, read_json
-from finetune.training.run_status import Reporter
+from finetune.training.run_status import Reporter, refuse_locked
 
 # Keys that may change when a run is resumed: all others would change the weights.
 FREE_TO_CHANGE = {
@@ -76,6 +76,9 @@ class Run:
         self.base: dict[str, str] = {}
         if not resume:
             refuse_existing(self.folder)
+        refuse_locked(self.folder)
+        if rank() == 0:  # it creates and removes folders
+            refuse_unusable(self.folder)
         if resume:
             facts = newest_facts(self.folder / "checkpoints") or {}
             if before := _started_with(self.folder, facts, force):
@@ -260,6 +263,19 @@ def refuse_existing(folder: str | Path) -> None:
             f"{folder} already exists; nothing in it was changed",
             remedy="add --resume to continue that run, or choose another folder: --set output.folder=…",
         )
+
+
+def refuse_unusable(folder: str | Path) -> None:
+    """Raise if a run's folder cannot be created here; nothing is left behind.
+
+    Raises:
+        UserError: a parent is not a folder, the name is too long, the disk is full or it may not be written.
+    """
+    folder = Path(folder)
+    try:
+        try_to_create(folder)
+    except OSError as error:
+        raise _unusable(folder, error) from error
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -78,11 +78,7 @@ class Reporter:
                 old.unlink(missing_ok=True)
             return
         os.close(self._lock)
-        raise UserError(
-            "another process is training in this run's folder",
-            where=str(self._folder.parent),
-            remedy="wait for it or stop it; `ft runs show` names the process",
-        )
+        raise _locked(self._folder.parent)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -174,3 +170,21 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raise if another process is training in a run's folder.
+
+    Raises:
+        UserError: as `Reporter.lock`.
+    """
+    if is_locked(folder):
+        raise _locked(folder)
+
+
+def _locked(folder: Path) -> UserError:
+    return UserError(
+        "another process is training in this run's folder",
+        where=str(folder),
+        remedy="wait for it or stop it; `ft runs show` names the process",
+    )

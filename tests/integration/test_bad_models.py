@@ -108,15 +108,13 @@ def lora_for_a_base(scene: Scene) -> None:
     "https://huggingface.co/owner/closed.*hf auth login",
 )
 def gated_model(scene: Scene) -> None:
-    scene.patch.setattr(loading, "hf_hub_download", raising(GatedRepoError("403 Client Error", response=RESPONSE)))
+    hub_answers(scene, GatedRepoError("403 Client Error", response=RESPONSE))
     scene.set("model.path=owner/closed")
 
 
 @case('there is no model "owner/gone" on the Hub that you have access to', "correct the name.*private.*hf auth login")
 def model_that_the_hub_does_not_show(scene: Scene) -> None:
-    scene.patch.setattr(
-        loading, "hf_hub_download", raising(RepositoryNotFoundError("404 Client Error", response=RESPONSE))
-    )
+    hub_answers(scene, RepositoryNotFoundError("404 Client Error", response=RESPONSE))
     scene.set("model.path=owner/gone")
 
 
@@ -130,6 +128,12 @@ def lora_to_go_on_from_that_is_not_there(scene: Scene) -> None:
 )
 def lora_of_another_base(scene: Scene) -> None:
     scene.set(f"adapter.init_lora={lora(scene, 'lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q')}")
+
+
+def hub_answers(scene: Scene, error: Exception) -> None:
+    """Every question to the Hub ends with `error`."""
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        scene.patch.setattr(loading, name, raising(error))
 
 
 def lora(scene: Scene, layer: str) -> Path:

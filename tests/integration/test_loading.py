@@ -362,7 +362,8 @@ def test_unreachable_or_gated_hub_model_is_refused(monkeypatch: pytest.MonkeyPat
         response: Any = SimpleNamespace(headers={}, request=None)
         raise GatedRepoError("403 Client Error", response=response)
 
-    monkeypatch.setattr(loading, "hf_hub_download", gated)
+    for name in ("get_hf_file_metadata", "hf_hub_download"):
+        monkeypatch.setattr(loading, name, gated)
     said = refused("owner/model")
     assert "accept the license on https://huggingface.co/owner/model" in said
     assert "hf auth login" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from bisect import bisect_left
@@ -37,3 +38,16 @@ def write_aside(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def try_to_create(folder: Path) -> None:
+    """Create a folder with its parents, and remove what was not there before.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in created:  # the deepest first
+        with contextlib.suppress(OSError):  # another process has begun to use it
+            place.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.config.schema import Model as ModelSection
-from finetune.config.schema import Recipe
+from finetune.config.schema import Recipe, Token
 from finetune.data.audit.audit import Audit
 from finetune.errors import UserError, did_you_mean
 from finetune.models.pretrained.single_file import (
@@ -68,9 +69,9 @@ def open_pipeline(
         UserError: it does not exist, cannot be reached, is incomplete, or has another class.
     """
     given = section.path or ""
-    path = _place(given, "model.path")
+    path = place(given, "model.path")
     vae = open_vae(section.vae, class_name) if section.vae else None
-    with _explained(given, "model.path"):
+    with explained(given, "model.path"):
         if path is not None and path.is_file():
             opened = open_single_file(path, class_name, torch.float32 if own else dtype, vae)
             for name, part in opened.components.items():
@@ -78,12 +79,12 @@ def open_pipeline(
                     part.to(own.get(name, dtype))
             return opened
         cls, source = getattr(diffusers, class_name), str(path or given)
-        index = _index(path or Path(hf_hub_download(given, "model_index.json")).parent)
+        index = read_index(path or hub_folder(given))
         require_class(index["_class_name"], class_name, given)
-        _refuse_foreign(index, given)
+        refuse_foreign(index, given)
         replaced: dict[str, Any] = {"vae": vae} if vae else {}
         if section.transformer is not None:
-            with _explained(section.transformer, "model.transformer"):
+            with explained(section.transformer, "model.transformer"):
                 file = Path(section.transformer).expanduser()
                 net, weights = getattr(diffusers, index["transformer"][1]), own.get("transformer", dtype)
                 replaced["transformer"] = open_transformer(file, section.family, net, source, weights)
@@ -97,7 +98,7 @@ def open_pipeline(
                 "requires_safety_checker": False,
             }
         if path:
-            _require_pieces(path, index, replaced)
+            require_pieces(path, index, replaced)
         # The VAE stays in float32 whatever the precision: rounded weights would shift every latent.
         dtypes = {"default": dtype, **own} | ({} if vae else {"vae": torch.float32})
         pipeline: DiffusionPipeline = cls.from_pretrained(source, dtype=dtypes, use_safetensors=True, **replaced)
@@ -115,8 +116,8 @@ def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
         class_name: pipeline that it is for; a single file does not contain the scale of its latents, the family's
             record does.
     """
-    path = _place(given, "model.vae")
-    with _explained(given, "model.vae"):
+    path = place(given, "model.vae")
+    with explained(given, "model.vae"):
         if path is not None and path.is_file():
             return open_single_vae(path, class_name)
         if path is not None and (path / "model_index.json").is_file():
@@ -131,7 +132,7 @@ def open_vae(given: str, class_name: str = "") -> AutoencoderKL:
         return found
 
 
-def _place(given: str, where: str) -> Path | None:
+def place(given: str, where: str) -> Path | None:
     """The file or folder that a recipe names (of a run: its `final`), or None for a name on the Hub.
 
     Raises:
@@ -177,7 +178,29 @@ def _place(given: str, where: str) -> Path | None:
     return path
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def ask_hub(given: str) -> None:
+    """Ask the Hub once for a model's `model_index.json`.
+
+    Raises:
+        HfHubHTTPError, OfflineModeIsEnabled: as the Hub's client does.
+        ConnectionError: the Hub cannot be reached.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(given, "model_index.json"))
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        raise
+    except Exception as error:  # those of the HTTP client
+        raise ConnectionError(str(error)) from error
+
+
+def hub_folder(given: str) -> Path:
+    """The folder in the local cache with the `model_index.json` of a model on the Hub; it is downloaded if missing."""
+    if not isinstance(try_to_load_from_cache(given, "model_index.json"), str):
+        ask_hub(given)  # fails at once where the download would try again for half a minute
+    return Path(hf_hub_download(given, "model_index.json")).parent
+
+
+def read_index(folder: Path) -> dict[str, Any]:
     """Read model_index.json of a pipeline's folder."""
     if not (folder / "model_index.json").is_file():
         alone = " (it is the folder of a single network)" if (folder / "config.json").is_file() else ""
@@ -190,7 +213,7 @@ def _index(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _refuse_foreign(index: dict[str, Any], given: str) -> None:
+def refuse_foreign(index: dict[str, Any], given: str) -> None:
     """Raise if a part of a pipeline is in neither diffusers nor transformers: it would be custom code."""
     for name, entry in index.items():
         library = entry[0] if isinstance(entry, list) and entry else None
@@ -202,7 +225,7 @@ def _refuse_foreign(index: dict[str, Any], given: str) -> None:
             )
 
 
-def _require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
+def require_pieces(folder: Path, index: dict[str, Any], replaced: dict[str, Any]) -> None:
     """Raise if a folder that the index names is missing, or a network has no safetensors weights."""
     for name, entry in index.items():
         if name in replaced or not isinstance(entry, list) or entry[0] is None:
@@ -228,7 +251,7 @@ def _require_weights(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(given: str, where: str) -> Iterator[None]:
+def explained(given: str, where: str) -> Iterator[None]:
     """Turn the libraries' errors about a model that cannot be loaded into errors that say what to do."""
     try:
         yield
@@ -299,14 +322,14 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
     from finetune.models.pretrained.family import ClipFamily, family_of
 
     family, given = family_of(section.family), section.path or ""
-    path = _place(given, "model.path")
-    with _explained(given, "model.path"):
+    path = place(given, "model.path")
+    with explained(given, "model.path"):
         if path is not None and path.is_file():
             variant = variants()[architecture(read_shapes(path), path)][1]
-            return _plain_reader(clip_tokenizer(variant.padding["tokenizer"]))
+            return _plain_reader(clip_tokenizer(variant.padding["tokenizer"]), recipe.tokens)
         tokenizer = AutoTokenizer.from_pretrained(str(path or given), subfolder=family.reader)
     if isinstance(family, ClipFamily):
-        return _plain_reader(tokenizer)
+        return _plain_reader(tokenizer, recipe.tokens)
     # Templates and system prompts belong to the pipeline, also to one without networks.
     cls: Any = getattr(diffusers, family.spec.pipeline)
     parts = {
@@ -318,10 +341,20 @@ def open_reader(recipe: Recipe, captions: Iterable[str]) -> Reader | None:
     return Reader(tokenizer, lambda caption: family.caption_tokens(pipeline, caption))
 
 
-def _plain_reader(tokenizer: Any) -> Reader:
-    return Reader(
-        tokenizer, lambda caption: (len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length)
-    )
+def _plain_reader(tokenizer: Any, tokens: Sequence[Token] = ()) -> Reader:
+    """Args:
+    tokens: to be trained: each is one entry of the tokenizer for each of its vectors.
+    """
+    from finetune.models.pretrained.textual_inversion import spelled
+
+    tokenizer.add_tokens([entry for token in tokens for entry in spelled(token)])
+
+    def count(caption: str) -> tuple[int, int]:
+        for token in tokens:
+            caption = caption.replace(token.token, " ".join(spelled(token)))
+        return len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length
+
+    return Reader(tokenizer, count)
 
 
 def assemble(plan: Plan, audit: Audit, family: Family) -> DiffusionPipeline:

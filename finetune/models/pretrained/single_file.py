@@ -35,21 +35,7 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
     Raises:
         UserError: the file holds something else, or only a part of a pipeline.
     """
-    shapes = read_shapes(path)
-    name = architecture(shapes, path)
-    require_class(json.loads((CONFIGS / name / "model_index.json").read_text())["_class_name"], class_name, path)
-    if not any(key.startswith(TEXT) for key in shapes):
-        raise UserError(
-            f"{path.name} has no text encoder: it contains only a UNet",
-            where=str(path),
-            remedy="give a full checkpoint (UNet, text encoder and VAE in one file)",
-        )
-    if vae is None and not any(key.startswith(VAE) for key in shapes):
-        raise UserError(
-            f"{path.name} has no VAE",
-            where=str(path),
-            remedy="name one in model.vae: a folder, a .safetensors file, or a hub name",
-        )
+    shapes, name = identify(path, class_name, has_vae=vae is not None)
     pipeline: DiffusionPipeline = getattr(diffusers, class_name).from_single_file(
         str(path),
         config=str(CONFIGS / name),
@@ -71,6 +57,33 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
     schedule = prediction(path, shapes, name)
     pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **schedule})
     return pipeline
+
+
+def identify(path: Path, class_name: str, has_vae: bool) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Read a checkpoint's header: (shapes of its tensors, name of its variant).
+
+    Args:
+        has_vae: whether the recipe names a VAE of its own.
+
+    Raises:
+        UserError: the file holds something else than a pipeline of class `class_name`, or only a part of it.
+    """
+    shapes = read_shapes(path)
+    name = architecture(shapes, path)
+    require_class(json.loads((CONFIGS / name / "model_index.json").read_text())["_class_name"], class_name, path)
+    if not any(key.startswith(TEXT) for key in shapes):
+        raise UserError(
+            f"{path.name} has no text encoder: it contains only a UNet",
+            where=str(path),
+            remedy="give a full checkpoint (UNet, text encoder and VAE in one file)",
+        )
+    if not has_vae and not any(key.startswith(VAE) for key in shapes):
+        raise UserError(
+            f"{path.name} has no VAE",
+            where=str(path),
+            remedy="name one in model.vae: a folder, a .safetensors file, or a hub name",
+        )
+    return shapes, name
 
 
 def open_transformer(path: Path, wanted: str, cls: Any, source: str, dtype: torch.dtype) -> torch.nn.Module:
