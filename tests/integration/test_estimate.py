@@ -119,9 +119,9 @@ def test_encoding_estimate_matches_the_trace(edit: str) -> None:
 
 
 def test_fsdp_divides_what_zero_stage_3_divides() -> None:
-    """ZeRO stage 3 (arXiv:1910.02054): 1/n of weights, gradients and state; 1.5 × DDP's communication.
+    """ZeRO stage 3 (arXiv:1910.02054): 1/n of weights, gradients and state.
 
-    16-bit weights.
+    Communication is 1.5 × DDP's, in 16 bits for the weights.
     """
     recipe = load_recipe("full/sd15", ["train.ema=null", "train.accumulation=1"])
     one, ddp, fsdp = (

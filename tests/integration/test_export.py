@@ -162,9 +162,9 @@ def test_kohya_export_has_sd_scripts_names_and_metadata(tmp_path: Path) -> None:
 
 
 def dora(weight: Tensor, tensors: dict[str, Tensor], layer: str) -> Tensor:
-    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq.
+    """W' = m · (W + ΔW) / ‖W + ΔW‖ by rows (arXiv:2402.09353, eq. 5).
 
-    5), as ComfyUI reads a scale with one entry per row.
+    ComfyUI reads a scale with one entry per row in this way.
     """
     down, up, scale = (tensors[f"{layer}.{piece}"] for piece in ("lora_down.weight", "lora_up.weight", "dora_scale"))
     changed = weight + float(tensors[f"{layer}.alpha"]) / len(down) * (up.flatten(1) @ down.flatten(1)).view(

@@ -58,7 +58,7 @@ def test_guidance_of_one_is_the_conditional_prediction() -> None:
 def test_log_mass_of_a_discretized_normal_is_normalized(levels: int) -> None:
     """Narrow and wide, also far from all levels, where only one tail remains.
 
-    A difference of CDFs where that is accurate.
+    Where that is accurate, it is a difference of CDFs.
     """
     space, everything = Space(1, 1, 1, levels), torch.arange(levels, dtype=torch.uint8)[:, None]
     mean, deviation = (

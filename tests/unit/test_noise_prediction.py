@@ -208,7 +208,7 @@ def test_draw_distributions_have_the_expected_moments() -> None:
 def test_lr_schedule_matches_transformers_except_for_the_first_step(schedule: str) -> None:
     """Theirs starts the warm-up at 0, which wastes a step.
 
-    Ours at lr / warm-up, so each warm-up rate comes one step earlier.
+    Ours starts at lr / warm-up, so each warm-up rate comes one step earlier.
     """
     section, steps = Optimizer(lr=1e-3, schedule=schedule, warmup_steps=5), 23  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)

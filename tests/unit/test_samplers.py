@@ -118,7 +118,7 @@ def test_noise_path_with_the_target_as_prediction_recovers_the_image(path: Noise
 def test_edm_preconditioning_matches_the_papers_table() -> None:
     """c_skip, c_out, c_in, c_noise and λ at σ = 0.7; input and target have variance 1 at each level.
 
-    Loss λ |D − x_0|².
+    The loss is λ |D − x_0|².
     """
     skip, out, in_, told = EDM.scales(torch.tensor([0.7], dtype=torch.float64))
     assert [float(one) for one in (skip, out, in_, told)] == pytest.approx(
@@ -172,7 +172,7 @@ def test_sampler_converges_at_its_order(grid: str, sampler: str, order: int) -> 
 def test_samples_are_distributed_as_the_data(path: NoisePath, sampler: str) -> None:
     """4000 independent samples from the path's initial noise to σ = 0.
 
-    Also for the integer steps of a discrete path.
+    The same with the integer steps of a discrete path.
     """
     start = path.initial_std * torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

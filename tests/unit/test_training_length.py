@@ -185,7 +185,7 @@ def test_run_without_a_sample_before_its_end_is_reported() -> None:
     assert "no sample" not in remarks("train.steps=75", prompts)
 
 
-def test_emoji_base_says_that_it_cannot_learn_photographs() -> None:
+def test_note_of_the_emoji_base_warns_about_photographs() -> None:
     note = "the bundled base is trained on emoji at 64×64; it cannot learn photographs"
     own = load_recipe("lora/emoji", ["data.path=photos"])
     assert note in " ".join(validation.notes(own, CPU, "float32", 1_200))

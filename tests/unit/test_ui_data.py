@@ -42,7 +42,7 @@ def look(client: TestClient, folder: Path, **query: str) -> str:
     raise AssertionError("the folder is still being read")
 
 
-def test_the_verdict_stands_first_and_every_image_is_shown(tmp_path: Path, photos: Path) -> None:
+def test_data_page_shows_the_verdict_first_and_every_image(tmp_path: Path, photos: Path) -> None:
     text = look(web.client(web.site(tmp_path, photos)), photos)
     assert text.index("Not ready: training would stop at images without a caption") < text.index("square.png")
     assert "--set data.missing_captions=skip" in text
@@ -51,7 +51,7 @@ def test_the_verdict_stands_first_and_every_image_is_shown(tmp_path: Path, photo
     assert text.count('class="crop"') == 2  # the square is not cropped
 
 
-def test_the_crop_is_drawn_where_training_cuts(tmp_path: Path, photos: Path) -> None:
+def test_data_page_marks_the_training_crop(tmp_path: Path, photos: Path) -> None:
     text = look(web.client(web.site(tmp_path, photos)), photos)
     data = parse_recipe(PLAIN, "test", "test", [f"data.path={photos}", "data.missing_captions=empty"]).data
     crop = next(image.crop for image in scan(data).images if image.name.endswith("wide.png"))
@@ -59,7 +59,7 @@ def test_the_crop_is_drawn_where_training_cuts(tmp_path: Path, photos: Path) -> 
     assert left > 1 and f'style="left:{left:.2f}%;top:{100 * crop.top / crop.scaled[1]:.2f}%' in text
 
 
-def test_images_are_sent_whole_and_as_the_model_sees_them(tmp_path: Path, photos: Path) -> None:
+def test_data_page_serves_images_whole_and_as_the_model_sees_them(tmp_path: Path, photos: Path) -> None:
     client = web.client(web.site(tmp_path, photos))
     look(client, photos)
     sizes = {}
@@ -71,7 +71,7 @@ def test_images_are_sent_whole_and_as_the_model_sees_them(tmp_path: Path, photos
     assert client.get("/data/image", params={"folder": str(photos), "n": "-1"}).status_code == 404
 
 
-def test_a_caption_is_edited_beside_the_runs_and_the_folder_stays(tmp_path: Path, photos: Path) -> None:
+def test_edited_caption_is_stored_with_the_runs_not_in_the_data_folder(tmp_path: Path, photos: Path) -> None:
     state = web.site(tmp_path, photos)
     client = web.client(state)
     look(client, photos)
@@ -89,7 +89,7 @@ def test_a_caption_is_edited_beside_the_runs_and_the_folder_stays(tmp_path: Path
     assert "Ready to train on 3 images" in text
 
 
-def test_training_reads_the_edited_captions(tmp_path: Path, photos: Path) -> None:
+def test_training_uses_edited_captions(tmp_path: Path, photos: Path) -> None:
     file = tmp_path / "mine.jsonl"
     lines = [{"file_name": "square.png", "text": "new"}, {"file_name": "wide.png", "text": "other"}]
     file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"file_name": "gone.png", "text": "x"}]))
@@ -100,7 +100,7 @@ def test_training_reads_the_edited_captions(tmp_path: Path, photos: Path) -> Non
 
 
 @pytest.mark.parametrize("path", ["/etc", "..", "~", "photos-link", "embedded:../..", "/proc/self", "\0"])
-def test_a_folder_outside_the_allowed_ones_is_refused(tmp_path: Path, photos: Path, path: str) -> None:
+def test_data_folder_outside_the_allowed_folders_is_refused(tmp_path: Path, photos: Path, path: str) -> None:
     (photos / "photos-link").symlink_to("/etc")
     client = web.client(web.site(tmp_path, photos))
     given = str(photos / path) if path == "photos-link" else path
@@ -110,13 +110,13 @@ def test_a_folder_outside_the_allowed_ones_is_refused(tmp_path: Path, photos: Pa
     assert client.post("/data/caption", data={"folder": given, "n": "0", "text": "x"}).status_code in (400, 403)
 
 
-def test_tokens_are_counted_for_a_base(tmp_path: Path, photos: Path) -> None:
+def test_data_page_with_a_base_counts_tokens(tmp_path: Path, photos: Path) -> None:
     (photos / "wide.txt").write_text("word " * 200)
     text = look(web.client(web.site(tmp_path, photos)), photos, base="lora/emoji")
     assert "tokens, <b" in text and " cut</b>" in text and "1 caption longer than the text encoder reads" in text
 
 
-def test_mistakes_in_the_form_are_shown(tmp_path: Path, photos: Path) -> None:
+def test_data_form_with_mistakes_shows_them(tmp_path: Path, photos: Path) -> None:
     client = web.client(web.site(tmp_path, photos))
     for query in ({"resolution": "big"}, {"base": "lora/none"}, {"folder": str(photos / "none")}):
         answer = client.get("/data", params={"folder": str(photos)} | query)

@@ -14,11 +14,11 @@ from tests.helpers import web
 from tests.helpers.ui_run import finished_run
 
 
-def test_without_runs_the_page_points_to_train(tmp_path: Path) -> None:
+def test_result_page_without_runs_points_to_train(tmp_path: Path) -> None:
     assert 'href="/train"' in web.client(web.site(tmp_path)).get("/result").text
 
 
-def test_the_newest_finished_run_is_shown(tmp_path: Path) -> None:
+def test_result_page_shows_the_newest_finished_run(tmp_path: Path) -> None:
     finished_run(tmp_path / "runs" / "mine", steps=40)
     text = web.client(web.site(tmp_path)).get("/result").text
     for shown in ("<h1>mine</h1>", "before", "after", "Export for ComfyUI", "best: step 20", "A LoRA of the base."):
@@ -27,7 +27,7 @@ def test_the_newest_finished_run_is_shown(tmp_path: Path) -> None:
     assert text.index("Export for ComfyUI") < text.index("Export for diffusers")
 
 
-def test_the_sheet_knows_the_image_of_every_cell(tmp_path: Path) -> None:
+def test_result_sheet_has_the_right_image_in_every_cell(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     finished_run(run, steps=40)
     folder = run / "drawn" / "sweep-20260101-000000"
@@ -45,7 +45,7 @@ def test_the_sheet_knows_the_image_of_every_cell(tmp_path: Path) -> None:
     assert all(client.get(address).status_code == 200 for address in cells.values())
 
 
-def test_exported_files_can_be_downloaded_and_say_where_they_go(tmp_path: Path) -> None:
+def test_exported_files_are_downloadable_with_installation_notes(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     finished_run(run, steps=40)
     (run / "export").mkdir()
@@ -58,7 +58,7 @@ def test_exported_files_can_be_downloaded_and_say_where_they_go(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("file", ["recipe.yaml", "../secret", "export/../plan.json", "export/link", "/etc/passwd", ""])
-def test_files_outside_the_exports_are_refused(tmp_path: Path, file: str) -> None:
+def test_download_outside_the_exports_is_refused(tmp_path: Path, file: str) -> None:
     run = tmp_path / "runs" / "mine"
     finished_run(run, steps=40)
     (tmp_path / "runs" / "secret").write_text("secret")
@@ -68,7 +68,7 @@ def test_files_outside_the_exports_are_refused(tmp_path: Path, file: str) -> Non
     assert answer.status_code == 404
 
 
-def test_formats_and_checkpoints_that_are_not_offered_are_refused(tmp_path: Path) -> None:
+def test_export_in_an_unavailable_format_or_checkpoint_is_refused(tmp_path: Path) -> None:
     finished_run(tmp_path / "runs" / "mine", steps=40)
     client = web.client(web.site(tmp_path))
     for form in ({"format": "exe"}, {"format": "comfyui", "checkpoint": "--help"}, {}):

@@ -25,20 +25,20 @@ def plain(tmp_path: Path) -> TestClient:
 
 
 @pytest.mark.parametrize("path", ["/", "/train", "/data", "/plan", "/result", "/static/app.js", "/train/live?run=x"])
-def test_a_request_without_the_token_is_refused(tmp_path: Path, path: str) -> None:
+def test_request_without_the_token_is_refused(tmp_path: Path, path: str) -> None:
     answer = plain(tmp_path).get(path)
     assert answer.status_code == 401
     assert web.TOKEN not in answer.text
 
 
 @pytest.mark.parametrize("token", ["", "wrong", web.TOKEN[:-1], web.TOKEN + "x", "é"])
-def test_a_wrong_token_is_refused(tmp_path: Path, token: str) -> None:
+def test_request_with_a_wrong_token_is_refused(tmp_path: Path, token: str) -> None:
     client = plain(tmp_path)
     assert client.get("/train", params={"token": token}).status_code == 401
     assert client.get("/train", headers={b"authorization": f"Bearer {token}".encode()}).status_code == 401
 
 
-def test_the_printed_address_sets_a_cookie_and_leaves_the_token_behind(tmp_path: Path) -> None:
+def test_printed_address_sets_a_cookie_and_redirects_without_the_token(tmp_path: Path) -> None:
     client = plain(tmp_path)
     answer = client.get("/", params={"token": web.TOKEN})
     cookie = answer.headers["set-cookie"]
@@ -47,7 +47,7 @@ def test_the_printed_address_sets_a_cookie_and_leaves_the_token_behind(tmp_path:
     assert client.get("/train").status_code == 200
 
 
-def test_two_servers_on_one_host_use_different_cookies() -> None:
+def test_cookies_of_two_servers_on_one_host_differ() -> None:
     first, second = (Guard(no_app, new_token()) for _ in range(2))
     assert first.cookie != second.cookie
 
@@ -62,26 +62,26 @@ def test_two_servers_on_one_host_use_different_cookies() -> None:
         {"origin": web.ORIGIN, "sec-fetch-site": "same-site"},
     ],
 )
-def test_a_change_from_another_origin_is_refused(tmp_path: Path, headers: dict[str, str]) -> None:
+def test_post_from_another_origin_is_refused(tmp_path: Path, headers: dict[str, str]) -> None:
     client = web.client(web.site(tmp_path))
     answer = client.post("/train/start", data={"recipe": "lora/emoji", "name": "x"}, headers=headers)
     assert answer.status_code == 403
 
 
-def test_a_change_by_cookie_without_origin_is_refused(tmp_path: Path) -> None:
+def test_post_with_a_cookie_and_no_origin_is_refused(tmp_path: Path) -> None:
     client = plain(tmp_path)
     client.get("/", params={"token": web.TOKEN})
     assert client.post("/train/remove", data={"job": "1"}).status_code == 403
     assert client.post("/train/remove", data={"job": "1"}, headers={"origin": web.ORIGIN}).status_code == 303
 
 
-def test_an_image_asked_for_by_another_site_is_refused(tmp_path: Path) -> None:
+def test_image_requested_by_another_site_is_refused(tmp_path: Path) -> None:
     client = web.client(web.site(tmp_path))
     headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
     assert client.get("/train/sample?run=a&file=b", headers=headers).status_code == 403
 
 
-def test_another_host_name_is_refused(tmp_path: Path) -> None:
+def test_request_with_another_host_name_is_refused(tmp_path: Path) -> None:
     client = web.client(web.site(tmp_path))
     assert client.get("/train", headers={"host": "evil.example"}).status_code == 403
     assert client.get("/train", headers={"host": "evil.example:8765"}).status_code == 403
@@ -89,7 +89,7 @@ def test_another_host_name_is_refused(tmp_path: Path) -> None:
     assert client.get("/train", headers=local).status_code == 200
 
 
-def test_every_answer_forbids_scripts_of_others_and_frames(tmp_path: Path) -> None:
+def test_response_headers_forbid_foreign_scripts_and_frames(tmp_path: Path) -> None:
     for answer in (web.client(web.site(tmp_path)).get("/train"), plain(tmp_path).get("/train")):
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "script-src 'self'" in policy and "frame-ancestors 'none'" in policy
@@ -98,7 +98,7 @@ def test_every_answer_forbids_scripts_of_others_and_frames(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc", "..", ".", "", "a/../../secret", "secret-link", "nul\0"])
-def test_a_run_outside_the_folder_of_runs_is_refused(tmp_path: Path, name: str) -> None:
+def test_run_outside_the_runs_folder_is_refused(tmp_path: Path, name: str) -> None:
     state = web.site(tmp_path)
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "plan.json").write_text("{}")
@@ -111,7 +111,7 @@ def test_a_run_outside_the_folder_of_runs_is_refused(tmp_path: Path, name: str) 
         state.run_folder(name)
 
 
-def test_a_sample_outside_the_run_is_refused(tmp_path: Path) -> None:
+def test_sample_outside_its_run_is_refused(tmp_path: Path) -> None:
     state = web.site(tmp_path)
     run = tmp_path / "runs" / "one"
     (run / "samples" / "step-0").mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_a_sample_outside_the_run_is_refused(tmp_path: Path) -> None:
         assert answer.status_code in (400, 404) and answer.content != b"secret"
 
 
-def test_a_recipe_outside_the_allowed_folders_is_refused(tmp_path: Path) -> None:
+def test_recipe_outside_the_allowed_folders_is_refused(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: lora\n")
     state = web.site(tmp_path)
@@ -133,7 +133,7 @@ def test_a_recipe_outside_the_allowed_folders_is_refused(tmp_path: Path) -> None
     assert state.queue.jobs() == []
 
 
-def test_folders_follow_links_before_they_compare(tmp_path: Path) -> None:
+def test_allowed_folders_resolve_links_before_comparing(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()
     outside.mkdir()
@@ -145,17 +145,17 @@ def test_folders_follow_links_before_they_compare(tmp_path: Path) -> None:
             folders.checked(path)
 
 
-def test_a_form_that_is_too_large_is_refused(tmp_path: Path) -> None:
+def test_form_that_is_too_large_is_refused(tmp_path: Path) -> None:
     answer = web.client(web.site(tmp_path)).post("/train/start", data={"recipe": "x" * 2_000_000})
     assert answer.status_code == 413
 
 
-def test_a_short_token_is_no_token() -> None:
+def test_token_that_is_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match="too short"):
         Guard(no_app, "short")
 
 
-def test_without_a_port_the_next_free_one_is_taken() -> None:
+def test_server_without_a_port_takes_the_next_free_one() -> None:
     first = listen("127.0.0.1", 0)
     second = listen("127.0.0.1", 0)
     assert first.getsockname()[1] != second.getsockname()[1]
@@ -165,7 +165,7 @@ def test_without_a_port_the_next_free_one_is_taken() -> None:
     second.close()
 
 
-def test_without_its_packages_the_command_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ui_without_its_packages_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
     monkeypatch.setattr(ui, "NEEDED", ("a_package_that_is_not_there",))

@@ -13,12 +13,12 @@ from tests.helpers import web
 from tests.helpers.ui_run import finished_run
 
 
-def test_without_runs_the_page_says_how_to_begin(tmp_path: Path) -> None:
+def test_train_page_without_runs_explains_how_to_start(tmp_path: Path) -> None:
     text = web.client(web.site(tmp_path)).get("/train").text
     assert "Nothing has been trained yet" in text and "lora/emoji" in text
 
 
-def test_a_run_is_shown_from_its_folder(tmp_path: Path) -> None:
+def test_train_page_shows_a_run_from_its_folder(tmp_path: Path) -> None:
     state = web.site(tmp_path)
     finished_run(tmp_path / "runs" / "mine", steps=40)
     text = web.client(state).get("/train").text
@@ -28,7 +28,7 @@ def test_a_run_is_shown_from_its_folder(tmp_path: Path) -> None:
     assert "step 40" in text and "/train/sample?run=mine" in text
 
 
-def test_a_fragment_is_sent_only_when_something_changed(tmp_path: Path) -> None:
+def test_fragment_is_sent_only_when_something_changed(tmp_path: Path) -> None:
     client, run = web.client(web.site(tmp_path)), tmp_path / "runs" / "mine"
     finished_run(run, steps=40)
     for address in ("/train/live?run=mine", "/train/strip?run=mine", "/train/runs?run=mine"):
@@ -40,7 +40,7 @@ def test_a_fragment_is_sent_only_when_something_changed(tmp_path: Path) -> None:
     assert client.get(f"/train/live?run=mine&version={version}").status_code == 200
 
 
-def test_a_sample_is_sent_as_it_is(tmp_path: Path) -> None:
+def test_sample_is_served_unchanged(tmp_path: Path) -> None:
     client, run = web.client(web.site(tmp_path)), tmp_path / "runs" / "mine"
     finished_run(run, steps=40)
     answer = client.get("/train/sample", params={"run": "mine", "file": "samples/step-40/00.png"})
@@ -48,7 +48,7 @@ def test_a_sample_is_sent_as_it_is(tmp_path: Path) -> None:
     assert answer.content == (run / "samples" / "step-40" / "00.png").read_bytes()
 
 
-def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
+def test_train_page_escapes_foreign_text(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     finished_run(run, steps=40, prompt="<script>alert(1)</script>")
     text = web.client(web.site(tmp_path)).get("/train").text
@@ -56,13 +56,13 @@ def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "-x", "a b", "x" * 100])
-def test_names_of_runs_that_are_no_folder_names_are_refused(tmp_path: Path, name: str) -> None:
+def test_run_name_that_is_not_a_folder_name_is_refused(tmp_path: Path, name: str) -> None:
     state = web.site(tmp_path)
     answer = web.client(state).post("/train/start", data={"recipe": "lora/emoji", "name": name})
     assert answer.status_code == 400 and state.queue.jobs() == []
 
 
-def test_a_mistake_in_a_recipe_is_shown_before_it_is_queued(tmp_path: Path) -> None:
+def test_recipe_with_a_mistake_is_refused_before_queueing(tmp_path: Path) -> None:
     state = web.site(tmp_path, tmp_path)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
@@ -73,7 +73,7 @@ def test_a_mistake_in_a_recipe_is_shown_before_it_is_queued(tmp_path: Path) -> N
     assert state.queue.jobs() == []
 
 
-def test_a_run_that_exists_or_waits_is_not_queued_again(tmp_path: Path) -> None:
+def test_run_that_exists_or_is_queued_is_not_queued_again(tmp_path: Path) -> None:
     state = web.site(tmp_path)
     state.queue.close()  # nothing starts
     state.queue.add("lora/emoji", "one")
@@ -88,13 +88,13 @@ def test_a_run_that_exists_or_waits_is_not_queued_again(tmp_path: Path) -> None:
     assert state.queue.jobs() == []
 
 
-def test_a_finished_run_cannot_be_stopped(tmp_path: Path) -> None:
+def test_stop_of_a_finished_run_is_refused(tmp_path: Path) -> None:
     finished_run(tmp_path / "runs" / "mine", steps=40)
     answer = web.client(web.site(tmp_path)).post("/train/stop", data={"run": "mine"})
     assert answer.status_code == 400 and "is not training on this machine" in answer.text
 
 
-def test_the_command_of_a_job_names_folder_and_resume(tmp_path: Path) -> None:
+def test_job_command_names_folder_and_resume(tmp_path: Path) -> None:
     state = web.site(tmp_path)
     state.queue.close()
     job = state.queue.add("lora/emoji", "one", ("train.steps=3",))
