@@ -32,6 +32,7 @@ PARTS = 8  # samples, checkpoints and validations of a run whose recipe gives no
 LEAST_INTERVAL = 20  # steps
 MOST_BETWEEN_CHECKPOINTS = 1_000  # steps: more would be lost by a crash
 MOST_WARMUP = 0.1  # share of the run
+MANY_OF_A_SUBJECT = 200  # images
 PROMPTS = 4  # samples whose prompts are taken from the captions
 
 
@@ -123,6 +124,11 @@ def remark(recipe: Recipe, facts: Facts, steps: int) -> str:
     if recipe.method == "scratch" or (recipe.model.path or "").startswith("embedded:") or inferred_general:
         return ""
     purpose = purpose_of(recipe, facts.images)
+    if purpose == "subject" and facts.images > MANY_OF_A_SUBJECT:
+        return (
+            f"{facts.images:,} images are many for one subject: set train.purpose to style, concept or general, which "
+            f"decides the length ({TABLE})"
+        )
     total, factor = steps * facts.batch * facts.share, base_of(recipe).factor
     least, most = published(purpose, facts.images, factor)
     if least <= total <= 2 * most:

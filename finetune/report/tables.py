@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.adapters.kinds import kind_of
 from finetune.config import memory_options
-from finetune.config.schema import Autoencoder, Flow, Token
+from finetune.config.schema import Autoencoder, Flow, Recipe, Token
 from finetune.data.audit.audit import Audit
 from finetune.models.registry import spec_of
 from finetune.planning import Plan
@@ -145,6 +145,7 @@ def plan_rows(plan: Plan) -> list[Row]:
         ("machine", f"{machine.name}, {machine.processes} × {machine.device}{threads}"),
         ("checkpoints", f"every {train.checkpoint_every} steps (the last {train.keep_checkpoints} are kept)"),
         ("samples", _schedule(plan)),
+        *([("prompts", _prompts(recipe))] if recipe.method != "scratch" and recipe.sample.prompts else []),
         ("folder", plan.folder),
     ]
     if recipe.model.family == "autoencoder-kl" or (recipe.net is not None and recipe.data.classes is None):
@@ -178,6 +179,13 @@ def _precision(plan: Plan) -> str:
     train = plan.recipe.train
     trained = "" if plan.precision == "float32" else f", trained weights in {train.weights}"
     return f"{plan.precision}{trained}, seed {train.seed}"
+
+
+def _prompts(recipe: Recipe) -> str:
+    """The first prompts of the samples, each shortened."""
+    prompts = recipe.sample.prompts
+    shown = [f'"{prompt}"' if len(prompt) <= 50 else f'"{prompt[:49]}…"' for prompt in prompts[:4]]
+    return ", ".join(shown) + (f" and {len(prompts) - 4} more" if len(prompts) > 4 else "")
 
 
 def _schedule(plan: Plan) -> str:
