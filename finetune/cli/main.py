@@ -25,7 +25,7 @@ COMMANDS = {
     "eval": "Measure a run's images: quality, diversity, novelty.",
     "export": "Write a run's weights as files for other programs.",
     "doctor": "Check this machine, and suggest fixes.",
-    "ui": "Serve a local web page: look at images, plan a run, train it, use the result.",
+    "ui": "Serve a local web page to check data, plan, train and sample.",
     "gpus": "List GPUs: memory, speed, price, and the sources of each figure.",
 }
 MODULES = {"eval": "evaluate"}  # commands whose module has another name

@@ -40,7 +40,7 @@ NEEDED = ("starlette", "uvicorn")
 )
 @click.option("--open/--no-open", "opens", default=True, help="Open the page in the browser.")
 def command(folder: Path, allow: tuple[Path, ...], port: int, host: str, opens: bool) -> None:
-    """Serve a local web page: look at images, plan a run, train it, use the result.
+    """Serve a local web page to check data, plan, train and sample.
 
     The page can be reached from this machine only, with the token in the printed address. Ctrl-C ends the server; runs
     that train go on. For a remote machine, forward the port: ssh -L 8765:127.0.0.1:8765 MACHINE.

@@ -6,6 +6,7 @@ import resource
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 import finetune
@@ -160,7 +161,7 @@ def test_help_starts_quickly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", cli_main.COMMANDS)
 def test_command_summary_is_the_first_line_of_its_help(name: str) -> None:
-    command = cli_main.ft.get_command(None, name)  # type: ignore[arg-type]
+    command = cli_main.ft.get_command(click.Context(cli_main.ft), name)
     assert command is not None and command.help is not None
     assert command.help.splitlines()[0] == cli_main.COMMANDS[name]
 
@@ -258,7 +259,9 @@ def test_recipes_copy_never_overwrites(
     monkeypatch.chdir(tmp_path)
     original = (CHECKOUT / "recipes" / "lora" / "emoji.yaml").read_text(encoding="utf-8")
     assert ft("recipes", "copy", "lora/emoji") == 0
-    assert Path("lora-emoji.yaml").read_text(encoding="utf-8") == original
+    schema, copied = Path("lora-emoji.yaml").read_text(encoding="utf-8").split("\n", 1)
+    assert copied == original.split("\n", 1)[1], "all but the line that names the schema's place"
+    assert Path(schema.partition("$schema=")[2]).is_file()
     Path("lora-emoji.yaml").write_text("mine")
     assert ft("recipes", "copy", "lora/emoji") == 2
     assert Path("lora-emoji.yaml").read_text() == "mine" and "not changed" in capsys.readouterr().err

@@ -258,7 +258,7 @@ def test_checkpoint_export_equals_the_final_weights_of_its_step(tmp_path: Path) 
         export(run, checkpoint="2", out=tmp_path / "never")
     for path in run.glob("checkpoints/*/state.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"validation": None}))
-    with pytest.raises(UserError, match="none is the best"):
+    with pytest.raises(UserError, match="no checkpoint of this run has a validation loss"):
         export(run, checkpoint="best")
 
 

@@ -45,7 +45,7 @@ def test_fsdp_that_accelerate_did_not_apply_is_refused(tmp_path: Path, monkeypat
     """Without GPUs, Accelerate silently does not shard."""
     monkeypatch.setattr(job, "this_machine", lambda: dataclasses.replace(this_machine(), sharded=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # restored for later tests: Accelerate sets it
-    with pytest.raises(UserError, match="among GPUs only"):
+    with pytest.raises(UserError, match="shards weights only across GPUs"):
         tiny.prepare(tiny.recipe("flux2", "lora", "sample.prompts=[]", folder=tmp_path / "run"))
 
 

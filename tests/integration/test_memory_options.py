@@ -237,7 +237,7 @@ def bytes_on_device(blocks: list[nn.Module]) -> int:
 
 
 def test_offload_blocks_of_a_unet_is_refused() -> None:
-    with pytest.raises(UserError, match="blocks hold blocks"):
+    with pytest.raises(UserError, match="a UNet's blocks are nested"):
         load_recipe("lora/sd15", ["train.offload_blocks=true", "train.gradient_checkpointing=true"])
 
 

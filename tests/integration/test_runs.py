@@ -148,7 +148,7 @@ def test_watchdog_reports_a_stalled_step_once(tmp_path: Path) -> None:
     seen = run_list.look(tmp_path / "run").processes[0]
     freeze.set()
     thread.join()
-    assert len(said) == 1 and said[0].startswith("no progress for 0 s in step 1: the run is at data/dataset.py:")
+    assert len(said) == 1 and said[0].startswith("no progress for 0 s in step 1: the run is at data/prefetch.py:")
     assert seen.quiet > 0.1 and seen.at in said[0] and not seen.waits
 
 
