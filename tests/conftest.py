@@ -23,8 +23,10 @@ import atexit
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from finetune.paths import ASSETS
@@ -40,3 +42,13 @@ torch.set_num_threads(1)
 logging.getLogger("finetune").setLevel(logging.INFO)  # for caplog
 for name in ("FT_CACHE", "HF_HOME"):
     atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_handlers() -> Iterator[None]:
+    """Remove the handler that a command adds to the library's logger: the next test would print through it."""
+    log = logging.getLogger("finetune")
+    before = list(log.handlers)
+    yield
+    log.handlers[:] = before
+    log.setLevel(logging.INFO)
