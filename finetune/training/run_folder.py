@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -247,7 +247,9 @@ def _other_data(plan: Plan) -> UserError:
     return UserError(
         "the images or captions have changed since this run was started, so it cannot be resumed",
         where=", ".join(source.path for source in plan.recipe.data.sources) or str(plan.recipe.data.path),
-        remedy="restore them, or start a new run: --set output.folder=…",
+        remedy=f"restore them, or {_way_on(plan.recipe, Path(plan.folder), ()).partition(', or ')[2]}"
+        if any((Path(plan.folder) / "final").rglob("*.safetensors"))
+        else "restore them, or start a new run: --set output.folder=…",
     )
 
 
@@ -320,6 +322,27 @@ def _refuse_other_batch(before: Started, now: Plan) -> None:
     )
 
 
+def _way_on(recipe: Recipe, folder: Path, changed: Sequence[str]) -> str:
+    """How to train further with other settings: a new run that starts from this one's result."""
+    unchanged = f"use the recipe it was started with ({folder / 'recipe.yaml'})"
+    new = f"--set output.folder={folder}-2"
+    if recipe.method == "lora" and not any((folder / "final").rglob("*.safetensors")):
+        start = f"{folder}-start"
+        unchanged += f"; or export its last checkpoint (ft export {folder} --checkpoint STEP --out {start}) and"
+        return f"{unchanged} start a new run from it: ft train RECIPE --init {start} {new}"
+    if recipe.method == "lora":
+        return f"{unchanged}, or start a new run from this one's LoRA: ft train RECIPE --init {folder} {new}"
+    if recipe.method == "full":
+        way = f"ft train RECIPE --set model.path={folder} {new}"
+        return f"{unchanged}, or, once it has finished, start a new run from its result: {way}"
+    more = "; with optimizer.schedule: constant, a run may be resumed with more steps" if _only_length(changed) else ""
+    return f"{unchanged}, or start a new run: {new}{more}"
+
+
+def _only_length(changed: Sequence[str]) -> bool:
+    return set(changed) <= {"train.steps", "train.epochs"}
+
+
 def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
     """Raise if a key that affects the weights differs from the recipe that the run was started with.
 
@@ -344,5 +367,5 @@ def _refuse_changes(before: Recipe, now: Recipe, where: Path) -> None:
         raise UserError(
             f"this run was started with another {', '.join(changed)}, so it cannot be resumed with this recipe",
             where=str(where),
-            remedy="use the recipe it was started with, or start a new run: --set output.folder=…",
+            remedy=_way_on(now, where.parent, changed),
         )

@@ -67,8 +67,13 @@ def test_resume_with_more_steps_at_a_constant_rate_is_exact(tmp_path: Path) -> N
         for steps in (1, 2)
     ]
     tiny.train(cosine[0])
-    with pytest.raises(UserError, match=r"another train\.steps"):
+    with pytest.raises(UserError, match=r"another train\.steps") as caught:
         tiny.prepare(cosine[1], resume=True)
+    folder = tmp_path / "cosine"
+    way = f"start a new run from this one's LoRA: ft train RECIPE --init {folder} --set output.folder={folder}-2"
+    assert way in caught.value.remedy
+    more = tiny.recipe("sd15", "lora", f"adapter.init_lora={folder}", "sample.prompts=[]", folder=tmp_path / "cosine-2")
+    tiny.prepare(more)
 
 
 def test_resume_on_other_data_is_refused(tmp_path: Path) -> None:

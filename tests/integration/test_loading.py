@@ -235,6 +235,39 @@ def test_single_file_prediction_type_is_detected(small: Path, tmp_path: Path) ->
     assert predicted(tensors | {"v_pred": torch.zeros(0)})["prediction_type"] == "v_prediction"
     config = predicted(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
     assert config["prediction_type"] == "v_prediction"
+    for stated in ("v", "v_prediction", "v-prediction", "V Prediction", "vpred"):
+        assert predicted(tensors, {"modelspec.prediction_type": stated})["prediction_type"] == "v_prediction"
+    for stated in ("epsilon", "eps", "Epsilon"):
+        assert predicted(tensors, {"modelspec.prediction_type": stated})["prediction_type"] == "epsilon"
+    for stated in ("rectified_flow", "flow", "sample", "x0", "edm", "velocity field"):
+        with pytest.raises(UserError, match=f'another target than ε or v: "{stated}"'):
+            predicted(tensors, {"modelspec.prediction_type": stated})
+    with pytest.raises(UserError, match=r'zero terminal SNR without v; it contains the tensor "ztsnr"'):
+        predicted(tensors | {"ztsnr": torch.zeros(0)})
+    for mark in ("edm_mean", "edm_vpred.sigma_max"):
+        with pytest.raises(UserError, match=rf'EDM .*it contains the tensor "{mark}"'):
+            predicted(tensors | {mark: torch.zeros(4)})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "config"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("EulerDiscreteScheduler", {"prediction_type": "sample"}),
+        ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+    ],
+)
+def test_a_folder_trained_for_another_target_is_refused(scheduler: str, config: dict[str, Any], tmp_path: Path) -> None:
+    import diffusers
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny.pipeline("sdxl"), base)
+    getattr(diffusers, scheduler)(**config).save_pretrained(base / "scheduler")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", scheduler]}))
+    with pytest.raises(UserError, match=rf"trained for another target than ε or v: its scheduler is {scheduler}"):
+        tiny.prepare(tiny.recipe("sdxl", "lora", f"model.path={base}", folder=tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

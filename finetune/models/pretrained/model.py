@@ -33,6 +33,7 @@ from finetune.models.pretrained import loading, textual_inversion
 from finetune.models.pretrained.denoising import Denoiser, DenoiseStep, objective_of
 from finetune.models.pretrained.family import ClipFamily, Family, family_of
 from finetune.models.pretrained.schedulers import sampling_with
+from finetune.models.pretrained.single_file import refuse_other_schedule
 from finetune.models.pretrained.tokenizer import spelled
 from finetune.models.pretrained.trainable import Trainable, make_trainable
 from finetune.models.pretrained.vae import decoded_exactly, latents_of
@@ -193,6 +194,8 @@ class TextToImage(Model):
         self.pipeline = self._open(recipe, audit)
         self.pipeline.set_progress_bar_config(disable=True)
         check_sizes(plan, latents_of(self.pipeline.vae).factor * family.patch)
+        if family.spec.objective != "flow" and recipe.method != "scratch":
+            refuse_other_schedule(self.pipeline, recipe.model.path or "")
         set_schedule(self.pipeline, recipe)
         self.denoiser: nn.Module = getattr(self.pipeline, family.spec.denoiser)
         self._tokens = textual_inversion.add(self.pipeline, family.encoders, recipe.tokens, recipe.train.seed)

@@ -8,6 +8,7 @@ transformer of another pipeline.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ CONFIGS = ASSETS / "configs"
 BY_WIDTH = text_widths()
 SCALED = (".scale_weight", ".weight_scale", "scaled_fp8")  # name endings that only files quantized for ComfyUI have
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.embedders.")
+# `modelspec.prediction_type`, in small letters and digits only → diffusers' name.
+_TARGETS = {"v": "v_prediction", "vpred": "v_prediction", "vprediction": "v_prediction", "velocity": "v_prediction"}
+_TARGETS |= {"e": "epsilon", "eps": "epsilon", "epsilon": "epsilon"}
 V_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
@@ -36,6 +40,7 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
         UserError: the file holds something else, or only a part of a pipeline.
     """
     shapes, name = identify(path, class_name, has_vae=vae is not None)
+    schedule = prediction(path, shapes, name)
     pipeline: DiffusionPipeline = getattr(diffusers, class_name).from_single_file(
         str(path),
         config=str(CONFIGS / name),
@@ -54,7 +59,6 @@ def open_single_file(path: Path, class_name: str, dtype: torch.dtype, vae: Autoe
                 where=str(path),
                 remedy="download it again",
             )
-    schedule = prediction(path, shapes, name)
     pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **schedule})
     return pipeline
 
@@ -216,18 +220,55 @@ def prediction(path: Path, shapes: Iterable[str], name: str) -> dict[str, Any]:
     Fine-tunes that predict v contain an empty tensor `v_pred` (and `ztsnr` with zero terminal SNR), or say so in their
     metadata (https://github.com/Stability-AI/ModelSpec). ε and v models of SD 2.x differ only in values: ComfyUI tells
     them apart by the standard deviation of one bias, above 0.09 for v (comfy/supported_models.py, SD20.model_type).
+
+    Raises:
+        UserError: the model was trained for a target other than ε and v: EDM (`edm_mean`, as in Playground 2.5, or
+            `edm_vpred.sigma_max`, ComfyUI's SDXL.model_type), rectified flow, or the sample.
     """
     with safe_open(path, framework="pt") as file:
         stated = (file.metadata() or {}).get("modelspec.prediction_type")
-        if "v_pred" in shapes:
-            zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in shapes else {}
-            return {"prediction_type": "v_prediction", **zero}
+        target = _TARGETS.get(re.sub(r"[^a-z0-9]", "", (stated or "").lower()), stated)
+        if marks := [key for key in shapes if key.rpartition("model.")[2].startswith(("edm_", "edm_vpred."))]:
+            raise _other_target(path, "EDM (arXiv:2206.00364)", f'it contains the tensor "{marks[0]}"')
+        v, zero = ("v_pred" in shapes or target == "v_prediction"), "ztsnr" in shapes
+        if stated is not None and target not in ("epsilon", "v_prediction") and "v_pred" not in shapes:
+            raise _other_target(path, f'"{stated}"', "its metadata say so (modelspec.prediction_type)")
+        if zero and not v and (target == "epsilon" or name != "sd21"):
+            raise _other_target(path, "zero terminal SNR without v", 'it contains the tensor "ztsnr" and no "v_pred"')
+        if v or zero:
+            return {"prediction_type": "v_prediction"} | (
+                {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero else {}
+            )
         if stated is not None:
-            return {"prediction_type": "v_prediction" if stated.startswith("v") else "epsilon"}
+            return {"prediction_type": target}
         if name == "sd21" and V_BIAS in shapes:
             spread = float(file.get_tensor(V_BIAS).float().std(unbiased=False))
             return {"prediction_type": "v_prediction" if spread > 0.09 else "epsilon"}
     return {}
+
+
+def _other_target(path: Path, target: str, why: str) -> UserError:
+    return UserError(
+        f"{path.name} was trained for another target than ε or v: {target}; {why}",
+        where=str(path),
+        remedy="give a checkpoint that predicts ε or v: training this one for them would spoil it",
+    )
+
+
+def refuse_other_schedule(pipeline: Any, given: str) -> None:
+    """Raise if a UNet pipeline's scheduler is for another target than ε and v, such as EDM's or a flow's."""
+    name, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    target = config.get("prediction_type", "epsilon")
+    if (
+        name.startswith(("EDM", "FlowMatch"))
+        or config.get("use_flow_sigmas")
+        or target not in ("epsilon", "v_prediction")
+    ):
+        raise UserError(
+            f"{given} was trained for another target than ε or v: its scheduler is {name}, prediction type {target}",
+            where="model.path, scheduler/scheduler_config.json",
+            remedy="give a model that predicts ε or v: training this one for them would spoil it",
+        )
 
 
 def clip_tokenizer(padding: str) -> CLIPTokenizer:
