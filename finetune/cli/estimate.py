@@ -112,7 +112,7 @@ def command(
         terminal.echo(_calibrated())
         if recipe is None and images is None:
             return
-    gpu, group = _gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
+    gpu, group = choose_gpu(gpu_name, options), Group(options["gpus"], options["sharding"])
     described_gpu = gpu_name is not None or options["vram"] is not None
     if options["resolution"]:
         overrides += (f"data.resolution={options['resolution']}",)
@@ -169,7 +169,7 @@ def _calibrated() -> str:
     )
 
 
-def _gpu(name: str | None, options: dict[str, Any]) -> Gpu:
+def choose_gpu(name: str | None, options: dict[str, Any]) -> Gpu:
     """The GPU that is named or described, else this machine's GPU, else its CPU."""
     given = [options[key] for key in ("vram", "tflops", "bandwidth")]
     if name and given[0] and not any(given[1:]) and (mac := find(name)).platform == "mps":
