@@ -113,7 +113,7 @@ def cli() -> str:
         "130 after Ctrl-C, 143 after SIGTERM. `python -m finetune` is the same as `ft`.",
         "",
     ]
-    for command, context in _commands(ft, click.Context(ft, info_name="ft")):
+    for command, context in _commands(ft, click.Context(ft, info_name="ft", **ft.context_settings)):
         lines += _command_section(command, context)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from finetune.cli import start
 from finetune.cli.main import ft
 from finetune.config.loader import load_recipe
+from finetune.estimate.forecast import Forecast
 from tests.helpers import tiny
 from tests.helpers.commands import ft as run_ft
 
@@ -65,9 +66,14 @@ def test_json_holds_choices_recipe_and_command() -> None:
 
 @pytest.mark.parametrize("gpu", ["rtx3060", "rtx4090", "a100-80gb", "cpu"])
 def test_written_recipe_is_the_chosen_one(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = []
+    chosen: list[Forecast] = []
     text = start.recipe_text
-    monkeypatch.setattr(start, "recipe_text", lambda one, *rest: chosen.append(one) or text(one, *rest))
+
+    def recording(one: Forecast, folder: Path, trigger: str, images: int) -> str:
+        chosen.append(one)
+        return text(one, folder, trigger, images)
+
+    monkeypatch.setattr(start, "recipe_text", recording)
     ended = CliRunner().invoke(ft, ["start", "My Dog", "--gpu", gpu, "--yes"])
     assert ended.exit_code == 0, ended.output
     written, asked = load_recipe("my-dog.yaml"), chosen[0].recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
-from finetune.cli.estimate import _gpu
+from finetune.cli.estimate import choose_gpu
 from finetune.cli.estimate import command as estimate
 from finetune.config.loader import load_recipe
 from finetune.estimate.forecast import forecast
@@ -45,7 +45,7 @@ def test_recommendation_for_a_situation(situation: str) -> None:
     arguments, recipe = SITUATIONS[situation]
     with estimate.make_context("ft estimate", arguments.split()) as context:
         options = dict(context.params)
-    gpu, group = _gpu(options["gpu_name"], options), Group(options["gpus"], options["sharding"])
+    gpu, group = choose_gpu(options["gpu_name"], options), Group(options["gpus"], options["sharding"])
     if options["recipe"]:
         one = forecast(load_recipe(options["recipe"]), options["recipe"], gpu, options["images"], group=group)
         assert one.fits and one.hours < OVERNIGHT and one.name == recipe
