@@ -182,7 +182,7 @@ def candidates(asked: Question) -> tuple[list[Forecast], dict[str, list[str]]]:
     """
     found: list[Forecast] = []
     excluded: dict[str, list[str]] = {}
-    for names in for_one_base(bundled_recipes()):
+    for names in for_one_base(name for name in bundled_recipes() if _method_allowed(name.partition("/")[0], asked)):
         recipes = {name: load_recipe(name, asked.overrides) for name in names}
         allowed = {name: one for name, one in recipes.items() if considered(one, asked)}
         if not allowed:
@@ -211,15 +211,22 @@ def considered(recipe: Recipe, asked: Question) -> bool:
     kinds = GOALS[asked.goal].kinds
     if spec_of(recipe.model.family).kind not in kinds or (asked.commercial and _license(recipe).commercial == "no"):
         return False
-    on_cpu = asked.gpu.device == "cpu"
-    if recipe.method == "scratch":
-        wanted = asked.data == "small-images" or "diffusion" not in kinds or on_cpu
-        return wanted and asked.images >= SCRATCH_FROM
-    if recipe.method == "full" and asked.images < FULL_FROM:
+    if not _method_allowed(recipe.method, asked):
         return False
+    if recipe.method == "scratch":
+        return True
+    on_cpu = asked.gpu.device == "cpu"
     demo = (recipe.model.path or "").startswith("embedded:")  # the bundled base model: emoji of 64 pixels
     small = asked.data == "small-images" and asked.images >= SCRATCH_FROM
     return demo if on_cpu and not small else not demo and not small
+
+
+def _method_allowed(method: str, asked: Question) -> bool:
+    """Whether there are enough images for a method, and the goal, the images or the device call for it."""
+    if method == "scratch":
+        wanted = asked.data == "small-images" or "diffusion" not in GOALS[asked.goal].kinds or asked.gpu.device == "cpu"
+        return wanted and asked.images >= SCRATCH_FROM
+    return method != "full" or asked.images >= FULL_FROM
 
 
 def choose(found: list[Forecast], asked: Question, excluded: dict[str, list[str]] | None = None) -> Answer:
