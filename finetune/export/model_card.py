@@ -26,7 +26,8 @@ HERE = "FOLDER-OF-THIS-FILE"
 PRIVATE = ("folder", "base", "note")  # rows of the plan that may contain local paths
 COMFYUI = (
     "`ft export RUN --format comfyui` writes the LoRA with ComfyUI's layer names. Put that file into "
-    "`ComfyUI/models/loras` and load it with the node *Load LoRA* between the checkpoint and the sampler."
+    "`ComfyUI/models/loras` and load it with the node *Load LoRA* between the checkpoint and the sampler. Do not put "
+    "`pytorch_lora_weights.safetensors` there: that file is for diffusers, and ComfyUI ignores its layers or its alpha."
 )
 WORDS = "Put the files in `embeddings` into `ComfyUI/models/embeddings`; in prompts, write `embedding:NAME`."
 METHODS = {"lora": "LoRA", "full": "fine-tuned model", "scratch": "model trained from scratch"}

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from finetune.adapters.formats.metadata import PEFT
 from finetune.adapters.lora_file import LORA_FILE
 from finetune.export import export
-from finetune.export.model_card import write_card
+from finetune.export.model_card import COMFYUI, write_card
 from finetune.paths import public_name
 from finetune.planning import load_plan
 from tests.helpers import tiny
@@ -99,6 +99,11 @@ def test_model_card_is_valid_for_the_hub_and_shows_the_samples() -> None:
     assert "pipeline.load_lora_weights('FOLDER-OF-THIS-FILE')" in card.text
     assert "| steps | 5 images / batch 2" in card.text
     assert "| train | 5 images |" in card.text
+
+
+def test_model_card_says_which_file_is_not_for_comfyui() -> None:
+    assert "`ft export RUN --format comfyui`" in COMFYUI
+    assert "Do not put `pytorch_lora_weights.safetensors` there: that file is for diffusers" in COMFYUI
 
 
 def test_model_card_names_a_base_on_the_hub(tmp_path: Path) -> None:
