@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import tempfile
 import webbrowser
 from pathlib import Path
 
@@ -39,7 +40,10 @@ NEEDED = ("starlette", "uvicorn")
     help="Address to listen at. Others than the default can be reached from other machines, without encryption.",
 )
 @click.option("--open/--no-open", "opens", default=True, help="Open the page in the browser.")
-def command(folder: Path, allow: tuple[Path, ...], port: int, host: str, opens: bool) -> None:
+@click.option(
+    "--demo", is_flag=True, help="Train lora/emoji for some minutes in a temporary folder, to look at the page."
+)
+def command(folder: Path, allow: tuple[Path, ...], port: int, host: str, opens: bool, demo: bool) -> None:
     """Serve a local web page to check data, plan, train and sample.
 
     The page can be reached from this machine only, with the token in the printed address. Ctrl-C ends the server; runs
@@ -49,13 +53,18 @@ def command(folder: Path, allow: tuple[Path, ...], port: int, host: str, opens: 
     Examples:
       ft ui
       ft ui --allow ~/photos
+      ft ui --demo
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(f"the web page needs {' and '.join(missing)}", remedy="pip install 'ft-image[ui]'")
-    serve(folder, allow or (Path.cwd(),), host, port, opens)
+    if not demo:
+        serve(folder, allow or (Path.cwd(),), host, port, opens)
+        return
+    with tempfile.TemporaryDirectory(prefix="ft-ui-demo-") as scratch:
+        serve(Path(scratch), allow or (Path.cwd(),), host, port, opens, demo=True)
 
 
-def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bool) -> None:
+def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bool, demo: bool = False) -> None:
     """Serve until Ctrl-C.
 
     Raises:
@@ -63,7 +72,9 @@ def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bo
     """
     import uvicorn
 
+    from finetune.cli.estimate import local_gpu
     from finetune.ui.app import application, listen, new_token
+    from finetune.ui.demo import start, stop
     from finetune.ui.queue import Queue
     from finetune.ui.security import LOOPBACK, Folders
     from finetune.ui.site import Site
@@ -72,7 +83,8 @@ def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bo
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{bound.getsockname()[1]}/?token={token}"
     local = _is_loopback(host)
-    site = Site(Folders([*allow, folder]), Queue(folder.resolve()))
+    site = Site(Folders([*allow, folder]), Queue(folder.resolve()), demo)
+    site.memory["local gpu"] = local_gpu()
     server = uvicorn.Server(
         uvicorn.Config(application(site, token, LOOPBACK if local else ()), log_level="warning", access_log=False)
     )
@@ -83,12 +95,16 @@ def serve(folder: Path, allow: tuple[Path, ...], host: str, port: int, opens: bo
             f"is",
             err=True,
         )
+    if demo:
+        start(site.queue)
     if opens:
         webbrowser.open(address)
     try:
         server.run(sockets=[bound])
     finally:
         site.queue.close()
+        if demo:
+            stop(site.queue)
         bound.close()
 
 

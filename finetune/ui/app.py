@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from finetune.errors import UserError
 from finetune.ui.security import LOOPBACK, Guard
 from finetune.ui.site import Site
-from finetune.ui.tabs import data, result, train
+from finetune.ui.tabs import data, plan, result, train
 
 STATIC = {
     "page.css": ("finetune.report", "templates/page.css", "text/css"),
@@ -36,6 +36,7 @@ def application(site: Site, token: str, hosts: tuple[str, ...] = LOOPBACK) -> AS
         Route("/", _start),
         Route("/static/{name}", _static),
         *data.ROUTES,
+        *plan.ROUTES,
         *train.ROUTES,
         *result.ROUTES,
     ]

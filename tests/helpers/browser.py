@@ -19,6 +19,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,14 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--hide-scrollbars", "--remote-debugging-pipe"),
 )
+# Put two descriptors at 3 and 4, and become the program. They are moved out of the way first: they may be 3 or 4 already.
+PLACED = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 20) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium() -> str | None:
@@ -52,9 +61,11 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="ft-chromium-")
         read_commands, self._out = os.pipe()
         self._in, write_answers = os.pipe()
-        shell = f'exec "$@" 3<&{read_commands} 4>&{write_answers}'
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", program, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
+            [
+                *(sys.executable, "-ISc", PLACED, str(read_commands), str(write_answers)),
+                *(program, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"),
+            ],
             pass_fds=(read_commands, write_answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,16 @@ def test_data_page_with_a_base_counts_tokens(tmp_path: Path, photos: Path) -> No
     (photos / "wide.txt").write_text("word " * 200)
     text = look(web.client(web.site(tmp_path, photos)), photos, base="lora/emoji")
     assert "tokens, <b" in text and " cut</b>" in text and "1 caption longer than the text encoder reads" in text
+
+
+def test_data_images_and_forms_name_one_look(tmp_path: Path, photos: Path) -> None:
+    state = web.site(tmp_path, photos)
+    client = web.client(state)
+    text = look(client, photos, resolution="256")
+    addresses = re.findall(r'<img src="(/[^"]*)"', text)
+    assert len(addresses) == 3 and all(client.get(unescape(one)).status_code == 200 for one in addresses)
+    assert text.count('name="resolution" value="256"') == 4
+    assert len(state.memory["scans"]) == 1
 
 
 def test_data_form_with_mistakes_shows_them(tmp_path: Path, photos: Path) -> None:

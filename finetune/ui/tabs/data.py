@@ -35,6 +35,7 @@ from finetune.ui.site import Site, fragment, moved, page, posted, shown
 PLAIN = "method: lora\nmodel: {family: sd, path: none}\nadapter: {}\ntrain: {steps: 1}\ndata: {}\n"
 PER_PAGE = 48
 KEPT_SCANS = 4
+READ_SECONDS = 20.0  # that an image waits for the look at its folder
 SIDE = 480  # pixels of an image on the page
 QUALITY = 84
 LONGEST_CAPTION = 10_000  # characters
@@ -49,6 +50,7 @@ class Scan:
     source: str  # as the user gave it
     recipe: Recipe
     base: str
+    resolution: str
     seen: int = 0
     audit: Audit | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +61,11 @@ class Scan:
     error: UserError | None = None
     tokens_unknown: str = ""
     finished: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def address(self) -> dict[str, str]:
+        """The query that names this look."""
+        return {"folder": self.source, "base": self.base, "resolution": self.resolution}
 
     def run(self) -> None:
         """Read every image and caption."""
@@ -152,7 +159,7 @@ def edit(site: Site, form: Mapping[str, str]) -> Response:
     write_aside(file, "".join(line + "\n" for line in lines).encode())
     if form.get("fragment"):
         return fragment("_image.html.j2", image=_image(site, looked, int(number), edited))
-    return moved("/data", folder=looked.source, base=looked.base, page=form.get("page", ""))
+    return moved("/data", page=form.get("page", ""), **looked.address)
 
 
 ROUTES = [
@@ -220,13 +227,14 @@ def _scan(site: Site, query: Mapping[str, str]) -> Scan:
         recipe = load_recipe(base, overrides) if base else parse_recipe(PLAIN, "ft ui", "data", overrides)
         while len(scans) >= KEPT_SCANS:
             scans.pop(next(iter(scans)))
-        scans[key] = started = Scan(folder, source, recipe, base)
+        scans[key] = started = Scan(folder, source, recipe, base, resolution)
         threading.Thread(target=started.run, name="ft-scan", daemon=True).start()
     started.finished.wait(0.5)  # a small folder needs no second request
     return started
 
 
 def _finished(looked: Scan) -> Audit:
+    looked.finished.wait(READ_SECONDS)  # images are asked for in parallel, also after a restart of the server
     if looked.error is not None:
         raise looked.error
     if looked.audit is None:
@@ -236,7 +244,7 @@ def _finished(looked: Scan) -> Audit:
 
 def _result(site: Site, looked: Scan, query: Mapping[str, str]) -> dict[str, Any]:
     """The template's variables: progress, or verdict, problems, warnings and a page of images."""
-    address = {"folder": looked.source, "base": looked.base, "resolution": query.get("resolution", "")}
+    address = looked.address
     if not looked.finished.is_set():
         return {"address": address, "seen": looked.seen, "version": f"seen-{looked.seen}", "images": None}
     if looked.error is not None:
@@ -293,7 +301,7 @@ def _image(site: Site, looked: Scan, place: int, edited: Mapping[str, str]) -> d
     return {
         "n": place,
         "page": looked.order.index(place) // PER_PAGE + 1,
-        "address": {"folder": looked.source, "base": looked.base},
+        "address": looked.address,
         "name": name,
         "size": f"{crop.original[0]}×{crop.original[1]} → {crop.shape.width}×{crop.shape.height}",
         "aspect": f"{crop.original[0]} / {crop.original[1]}",

@@ -24,7 +24,8 @@ from finetune.ui.site import Site, fragment, moved, page, posted, shown, url
 from finetune.ui.tabs.train import picture_of
 from finetune.ui.tasks import Tasks
 
-STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25)  # of the sheet; 0 is the base, 1 as it was trained
+STRENGTHS = (0, 0.5, 0.75, 1, 1.25)  # of the sheet; 0 is the base, 1 as it was trained
+SHEET_PROMPTS = 4
 SWEEP = "sweep"  # beginning of the sheet's folder in `drawn`
 CELL = re.compile(r"(\d+)-step-(\d+)-strength-([\d.]+)\.png")
 FORMATS = {"comfyui": "ComfyUI", "kohya": "kohya (A1111, Forge)", "diffusers": "diffusers"}
@@ -82,7 +83,18 @@ def sweep(site: Site, form: Mapping[str, str]) -> Response:
     folder = site.run_folder(name)
     target = folder / "drawn" / f"{SWEEP}-{time.strftime('%Y%m%d-%H%M%S')}"
     strengths = ",".join(f"{strength:g}" for strength in STRENGTHS)
-    arguments = ["sample", str(folder), "--strengths", strengths, "--checkpoints", "all", "--out", str(target)]
+    prompts = [part for prompt in _prompts(folder)[:SHEET_PROMPTS] for part in ("--prompt", prompt)]
+    arguments = [
+        "sample",
+        str(folder),
+        "--strengths",
+        strengths,
+        "--checkpoints",
+        "all",
+        "--out",
+        str(target),
+        *prompts,
+    ]
     _tasks(site).start(f"sweep {name}", "Sampling every checkpoint at every strength", arguments)
     return moved("/result", run=name)
 
@@ -182,8 +194,7 @@ def _sheet(site: Site, name: str) -> dict[str, Any]:
         prompts.setdefault(cell[1], {})[f"{cell[2]} {cell[3]}"] = shown_as["source"]
         steps.add(int(cell[2]))
         strengths.add(float(cell[3]))
-    recipe = load_plan(folder).recipe
-    texts = recipe.sample.prompts or tuple(sample_prompts(folder))
+    recipe, texts = load_plan(folder).recipe, _prompts(folder)
     entries = [
         {"prompt": texts[int(key)] if int(key) < len(texts) else key, "cells": json.dumps(cells), "at": cells}
         for key, cells in prompts.items()
@@ -200,8 +211,10 @@ def _sheet(site: Site, name: str) -> dict[str, Any]:
     return context | {"version": _version(context)}
 
 
-def sample_prompts(folder: Path) -> list[str]:
-    """The prompts of a run's last samples, for recipes that take them from captions."""
+def _prompts(folder: Path) -> list[str]:
+    """The recipe's prompts, else those of the run's last samples, which are taken from captions."""
+    if prompts := load_plan(folder).recipe.sample.prompts:
+        return list(prompts)
     newest = sorted((folder / "samples").glob("step-*"), key=lambda path: path.stat().st_mtime)
     files = sorted(path for path in newest[-1].glob("*.png") if path.stem.isdigit()) if newest else []
     return [open_sample(file)[1].get("prompt", file.stem) for file in files]
