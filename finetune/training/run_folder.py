@@ -92,7 +92,9 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint records of the run, so that resuming needs no other file of the folder."""
+        # Without the places of the run and its cache: equal runs in different folders write equal checkpoints.
         recipe = {section: value for section, value in to_dict(self.plan.recipe).items() if section != "output"}
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key != "cache"}
         started = {"recipe": recipe, "global_batch": self.plan.global_batch, "data": self.plan.data.digest}
         return {"base": self.base, "run": started}
 
