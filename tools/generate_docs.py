@@ -138,7 +138,7 @@ def _command_section(command: click.Command, context: click.Context) -> list[str
         record
         for parameter in command.get_params(context)
         if isinstance(parameter, click.Option)
-        and parameter.name != "help"
+        and "--help" not in parameter.opts  # the same for all; click keeps the names of its first use
         and (record := parameter.get_help_record(context)) is not None
     ]
     if records:
