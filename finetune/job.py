@@ -224,7 +224,7 @@ def estimate_run(job: Job) -> None:
     Raises:
         UserError: the folder cannot be used, or the run does not fit into memory and is not forced.
     """
-    job.run = Run(job.plan, job.resume, job.force)
+    job.run = Run(job.plan, job.resume, job.force, data_complete=not class_images.missing(job.recipe))
     machine = job.plan.machine
     if machine.device == "cpu":
         keep_freed_memory()

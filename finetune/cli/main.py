@@ -15,7 +15,7 @@ from finetune.errors import UserError, did_you_mean
 
 # Name of the module in `finetune/cli/` → its line in `ft --help`: the first line of its own help.
 COMMANDS = {
-    "start": "Turn a folder of images into a recipe: at most three questions, three choices, one command.",
+    "start": "Turn a folder of images into a recipe, in three questions.",
     "recipes": "List the bundled recipes, show one, or copy one to edit.",
     "estimate": "Estimate memory, time and cost of a run before it starts.",
     "data": "Check images and captions.",

@@ -50,7 +50,7 @@ def command(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Turn a folder of images into a recipe: at most three questions, three choices, one command.
+    """Turn a folder of images into a recipe, in three questions.
 
     \b
     Examples:

@@ -62,6 +62,7 @@ class Run:
     Args:
         plan: of this run.
         resume: continue in an existing folder.
+        data_complete: False while class images are still to be generated: the data is compared once they are there.
         force: resume also if all checkpoints are damaged (from step 0), or if the files that say what the run was
             started with are.
 
@@ -70,7 +71,7 @@ class Run:
             changed in a way that would change the weights.
     """
 
-    def __init__(self, plan: Plan, resume: bool, force: bool = False) -> None:
+    def __init__(self, plan: Plan, resume: bool, force: bool = False, data_complete: bool = True) -> None:
         self.plan, self.folder, self.force = plan, Path(plan.folder), force
         self.status = Reporter(self.folder, rank(), plan.steps)
         self.base: dict[str, str] = {}
@@ -84,7 +85,7 @@ class Run:
             if before := _started_with(self.folder, facts, force):
                 _refuse_changes(before.recipe, plan.recipe, self.folder / "recipe.yaml")
                 _refuse_other_batch(before, plan)
-                if before.data != plan.data.digest:
+                if data_complete and before.data != plan.data.digest:
                     raise _other_data(plan)
             if facts:
                 self.read_base()

@@ -180,11 +180,12 @@ def test_resume_with_a_damaged_recipe_names_the_restored_copy(
     how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy(tmp_path / "run")
+    started = load_recipe(folder / "recipe.yaml")
     damage(folder, "recipe.yaml", how)
     assert ft("train", str(folder / "recipe.yaml"), "--resume") == 2
     assert f"ft train {folder / 'recipe.restored.yaml'} --resume" in capsys.readouterr().err
-    restored, asked = load_recipe(folder / "recipe.restored.yaml"), recipe(folder)
-    assert (restored.train, restored.optimizer, restored.model) == (asked.train, asked.optimizer, asked.model)
+    restored = load_recipe(folder / "recipe.restored.yaml")
+    assert (restored.train, restored.optimizer, restored.model) == (started.train, started.optimizer, started.model)
     assert restored.output.folder == str(folder)
 
 

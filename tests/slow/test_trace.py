@@ -19,6 +19,7 @@ from finetune.estimate.tracing import stubs
 from finetune.estimate.tracing.cuda_mode import fake_tensors
 from finetune.estimate.tracing.recorder import tensors_of
 from finetune.memory.quantization import quantize
+from finetune.training import optimizers
 
 SCRATCHPAD = 64 << 10  # bytes: oneDNN's scratchpad, which the trace omits
 SCALARS = 16  # bytes: scalar operands
@@ -69,7 +70,7 @@ def test_traced_adamw8bit_allocates_as_the_real_one() -> None:
         net = nn.Sequential(nn.Linear(300, 500), nn.Linear(20, 30))
 
         def work() -> object:
-            optimizer = bitsandbytes.optim.AdamW8bit(net.parameters())
+            optimizer = optimizers.adamw8bit(bitsandbytes, list(net.parameters()), {})
             for _ in range(2):
                 for parameter in net.parameters():
                     parameter.grad = torch.zeros(parameter.shape)

@@ -200,9 +200,7 @@ def test_estimate_without_a_gpu_uses_the_cpu(
     said = capsys.readouterr().out
     assert (
         "images on this CPU (" in said
-        and "Recommended: scratch/" in said
-        and "a CPU can train" in said
-        and "$" not in said
+        and "Recommended: lora/emoji: the bundled base is the one that a CPU fine-tunes" in said
     )
     assert ft("scratch/emoji-vae", "--json") == 0
     found = json.loads(capsys.readouterr().out)

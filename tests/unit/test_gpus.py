@@ -162,7 +162,9 @@ def test_described_gpu_has_the_given_specifications() -> None:
     gpu = described(options["--vram"], options["--tflops"], options["--bandwidth"])
     assert (gpu.sold_gb, gpu.tflops, gpu.bandwidth, gpu.price) == (16, 40, 500, None)
     assert (
-        pytest.approx(statistics.median(gpu.visible_gib / gpu.sold_gb for gpu in known() if gpu not in APPLE), abs=0.005)
+        pytest.approx(
+            statistics.median(gpu.visible_gib / gpu.sold_gb for gpu in known() if gpu not in APPLE), abs=0.005
+        )
         == VISIBLE_SHARE
     )
     assert gpu.visible_gib == 16 * VISIBLE_SHARE
